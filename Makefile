@@ -1,0 +1,78 @@
+# On a fresh clone `make lab` or `make test` is the only step: each sets up .venv first, once.
+#
+#   make lab PYTHON=python3.12        another Python than python3
+#   make lab TORCH_INDEX=URL          torch from that package index, e.g. for another CUDA version
+#
+# An environment of your own works as well: pip install -e ".[test]", then VENV= on the command line
+# names it: make test VENV=$VIRTUAL_ENV
+
+PYTHON ?= python3
+VENV = .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/fluxedu-is-set-up
+TORCH_INDEX ?=
+CPU_INDEX = https://download.pytorch.org/whl/cpu
+PIP = $(BIN)/python -m pip install --disable-pip-version-check
+
+# The bound is written once, in pyproject.toml.
+TORCH := $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)".*/\1/p' pyproject.toml)
+NOTEBOOKS = $(wildcard notebooks/*.ipynb)
+
+# Two workers on two cores, so one thread each.
+ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+NBVAL = --nbval --nbval-current-env --nbval-sanitize-with=notebooks/nbval.cfg --nbval-cell-timeout=120
+
+.PHONY: help setup lab test check bench train docs
+.DEFAULT_GOAL := help
+
+help:           ## this list
+	@sed -n 's/^\([a-z]*\): .*## /  make \1	/p' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with everything the other targets need; once
+
+lab: $(STAMP)   ## open JupyterLab on notebooks/
+	$(BIN)/fluxedu lab
+
+test: $(STAMP)  ## run the tests, then every notebook against its stored output
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests
+ifneq ($(NOTEBOOKS),)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(NBVAL) -n 2 --dist loadfile notebooks
+endif
+
+check: $(STAMP) ## style, format, and which way imports point
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+bench: $(STAMP) ## measure speed and memory on this machine, into bench.json
+	$(BIN)/fluxedu bench --json bench.json
+
+train: $(STAMP) ## train the miniature again from nothing
+	$(BIN)/fluxedu train --all
+
+docs: $(STAMP)  ## run every example in the docstrings
+	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules fluxedu
+
+# Linux wheels of torch on PyPI carry gigabytes of CUDA. So: a GPU here, PyPI's build; none, the CPU build
+# from PyTorch's own index (the wheel alone: the next line brings what it needs, from the usual place).
+# Where that index is out of reach, whatever the configured index offers.
+# On macOS, PyPI's build is the right one in any case. An installed torch within the bound is left alone.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "fluxedu needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "$(PYTHON) could not make $(VENV); on Debian and Ubuntu, install python3-venv first."; rm -rf $(VENV); exit 1; }
+	$(PIP) --quiet --upgrade pip
+	@set -e; if [ -n "$(TORCH_INDEX)" ]; then \
+	  echo "torch: from $(TORCH_INDEX)"; \
+	  $(PIP) --index-url "$(TORCH_INDEX)" "$(TORCH)"; \
+	elif [ "$$(uname -s)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "torch: PyPI's build for this machine"; \
+	  $(PIP) "$(TORCH)"; \
+	else \
+	  echo "torch: no NVIDIA GPU here, so the CPU build"; \
+	  $(PIP) --timeout 10 --retries 1 --no-deps --index-url $(CPU_INDEX) "$(TORCH)" || \
+	  { echo "torch: $(CPU_INDEX) did not answer, so from the configured index"; $(PIP) "$(TORCH)"; }; \
+	fi
+	$(PIP) --editable ".[test]"
+	@touch $@

@@ -1,0 +1,212 @@
+"""Speed and memory beside diffusers, as ratios measured in one run: ``fluxedu bench``.
+
+Absolute times mean little on a shared machine, so both sides run in turns, equal weights, equal
+input, float32, and the figure is the ratio of their medians; below 1 fluxedu is faster.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fluxedu.checkpoints import convert, to_diffusers_config
+from fluxedu.models import Flux, FluxConfig
+from fluxedu.sampling.latents import image_ids, text_ids
+
+WIDE = FluxConfig(hidden_size=1024, num_heads=8, depth=4, depth_single_blocks=8, context_in_dim=1024, vec_in_dim=768)
+BARS = {"miniature step": 0.85, "wide step": 1.0, "prompt to image": 0.7, "peak memory, wide step": 1.0}
+STEPS = 20
+
+
+def in_turns(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """Median seconds of both, run alternately after one round of warming up."""
+    ours(), theirs()
+    times: dict[Callable, list[float]] = {ours: [], theirs: []}
+    for _ in range(rounds):
+        for side in (ours, theirs):
+            start = time.perf_counter()
+            side()
+            times[side].append(time.perf_counter() - start)
+    return statistics.median(times[ours]), statistics.median(times[theirs])
+
+
+def inputs_of(config: FluxConfig, side: int, text: int) -> dict[str, Tensor]:
+    """Random input for ``side x side`` image tokens and ``text`` text tokens."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    return {
+        "img": draw(1, side * side, config.in_channels),
+        "img_ids": image_ids(2 * side, 2 * side),
+        "txt": draw(1, text, config.context_in_dim),
+        "txt_ids": text_ids(text),
+        "timesteps": torch.tensor([0.6]),
+        "y": draw(1, config.vec_in_dim),
+        "guidance": torch.tensor([3.5]),
+    }
+
+
+def reference_of(flux: Flux):
+    """diffusers' transformer with the same weights."""
+    from diffusers import FluxTransformer2DModel
+
+    config = to_diffusers_config(flux.config)
+    reference = FluxTransformer2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
+    reference.load_state_dict(convert(flux.state_dict(), to="diffusers", config=flux.config))
+    return reference.eval()
+
+
+def asked_of(x: dict[str, Tensor]) -> dict:
+    """The same input under diffusers' names."""
+    return {
+        "hidden_states": x["img"],
+        "img_ids": x["img_ids"],
+        "encoder_hidden_states": x["txt"],
+        "txt_ids": x["txt_ids"],
+        "timestep": x["timesteps"],
+        "pooled_projections": x["y"],
+        "guidance": x["guidance"],
+        "return_dict": False,
+    }
+
+
+@torch.no_grad()
+def step_ratio(config: FluxConfig, side: int, text: int, rounds: int) -> dict:
+    """One step of a run of 20: ours with its share of the plan, diffusers' as it is; and plain forwards."""
+    torch.manual_seed(0)
+    flux = Flux(config).eval()
+    reference, x = reference_of(flux), inputs_of(config, side, text)
+    asked = asked_of(x)
+    times = torch.linspace(1, 0.05, STEPS)[:, None]
+    rope = flux.rope(x["img_ids"], x["txt_ids"])
+    plan = flux.plan(times, x["guidance"], x["y"])
+    step, theirs = in_turns(
+        lambda: flux.velocity(x["img"], x["txt"], rope, plan[3]), lambda: reference(**asked), rounds
+    )
+    ahead, forward = in_turns(lambda: flux.plan(times, x["guidance"], x["y"]), lambda: flux(**x), rounds)
+    ours = step + ahead / STEPS
+    return {"ours_s": ours, "diffusers_s": theirs, "ratio": ours / theirs, "plain_forward_ratio": forward / theirs}
+
+
+@torch.no_grad()
+def picture_ratio(rounds: int) -> dict:
+    """Prompt to picture on the miniature, 20 steps, beside diffusers' pipeline opened from the same folder."""
+    from diffusers import FluxPipeline as Reference
+
+    from fluxedu.sampling.load import WEIGHTS, load
+
+    pipe, reference = load("nano"), Reference.from_pretrained(WEIGHTS, torch_dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    prompt = "a red circle left of a blue square on a white background"
+    ours, theirs = in_turns(
+        lambda: pipe(prompt, steps=STEPS, progress=False),
+        lambda: reference(prompt, num_inference_steps=STEPS, height=128, width=128, max_sequence_length=32),
+        rounds,
+    )
+    return {"ours_s": ours, "diffusers_s": theirs, "ratio": ours / theirs}
+
+
+def peak_of(which: str) -> int:
+    """Bytes by which one wide step raises a fresh process's peak memory, the model being loaded."""
+    out = subprocess.run([sys.executable, "-m", "fluxedu.bench", which], capture_output=True, text=True, check=True)
+    return json.loads(out.stdout.splitlines()[-1])["bytes"]
+
+
+@torch.no_grad()
+def _measure_peak(which: str) -> None:
+    """What the fresh process runs: imports and weights first, then the step."""
+    torch.manual_seed(0)
+    config = WIDE
+    if which == "ours":
+        model, x = Flux(config).eval(), inputs_of(config, 32, 128)
+    else:
+        from diffusers import FluxTransformer2DModel
+
+        values = to_diffusers_config(config)
+        model = FluxTransformer2DModel(**{k: v for k, v in values.items() if not k.startswith("_")}).eval()
+        x = asked_of(inputs_of(config, 32, 128))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model(**x)
+    print(json.dumps({"bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}))
+
+
+def matmul_peak(dtype: torch.dtype, size: int = 1536, rounds: int = 8) -> float:
+    """The best matrix product of this machine, in FLOP a second."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    a @ b
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def training_speed(rounds: int) -> dict:
+    """Training samples and steps a second of the flow, and the share of the matmul peak they make."""
+    from fluxedu.nano import configs
+    from fluxedu.nano.training.flow import RECIPE, WithAlignment
+
+    torch.manual_seed(0)
+    model, side, batch = WithAlignment(configs.FLUX), 8, RECIPE.batch
+    x = inputs_of(configs.FLUX, side, configs.TEXT_LENGTH)
+    x = {k: v if "ids" in k else v.expand(batch, *v.shape[1:]).contiguous() for k, v in x.items()}
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity, named = model(*x.values())
+        (velocity.float().square().mean() + named.float().square().mean()).backward()
+        model.zero_grad(set_to_none=True)
+
+    seconds, _ = in_turns(step, lambda: None, max(3, rounds // 3))
+    flop = 6 * batch * _active(model.flux) * (side * side + configs.TEXT_LENGTH)
+    return {
+        "samples_per_second": batch / seconds,
+        "steps_per_second": 1 / seconds,
+        "share_of_bf16_matmul_peak": flop / seconds / matmul_peak(torch.bfloat16),
+    }
+
+
+def _active(flux: Flux) -> float:
+    """Weights that a token meets, on average over streams (modulation is met once a picture, not a token)."""
+    token = [p.numel() / 2 for n, p in flux.double_blocks.named_parameters() if "mod" not in n]
+    token += [p.numel() for n, p in flux.single_blocks.named_parameters() if "modulation" not in n]
+    return sum(token)
+
+
+def run(rounds: int = 15) -> dict:
+    """Every figure, as plain values."""
+    from fluxedu.nano import configs
+
+    ours, theirs = peak_of("ours"), peak_of("diffusers")
+    return {
+        "threads": torch.get_num_threads(),
+        "miniature step": step_ratio(configs.FLUX.with_(guidance_embed=True), 8, configs.TEXT_LENGTH, 4 * rounds),
+        "wide step": step_ratio(WIDE, 32, 128, rounds),
+        "prompt to image": picture_ratio(rounds),
+        "peak memory, wide step": {"ours_bytes": ours, "diffusers_bytes": theirs, "ratio": ours / theirs},
+        "training": training_speed(rounds),
+    }
+
+
+def table(figures: dict) -> str:
+    """The ratios and their bars as text."""
+    lines = [f"{'fluxedu / diffusers':<24} {'ratio':>6} {'bar':>6}"]
+    lines += [f"{name:<24} {figures[name]['ratio']:>6.2f} {bar:>6}" for name, bar in BARS.items()]
+    t = figures["training"]
+    lines.append(
+        f"training the miniature: {t['samples_per_second']:.0f} samples/s, {t['steps_per_second']:.2f} steps/s, "
+        f"{100 * t['share_of_bf16_matmul_peak']:.0f} % of the bf16 matmul peak, {figures['threads']} threads"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    _measure_peak(sys.argv[1])

@@ -1,0 +1,33 @@
+"""Checkpoints: read, write, rename, merge. Strict, and safetensors only.
+
+fe.checkpoints.convert(state_dict, to="diffusers")          names and rows, exactly, both ways
+fe.checkpoints.load_model("flux1-dev.safetensors")          the network with these weights
+fe.checkpoints.convert_file("flux1-dev.safetensors", "transformer", to="diffusers")
+fe.checkpoints.merge(flux, fe.checkpoints.read("lora.safetensors"), scale=0.85).unmerge()
+"""
+
+from fluxedu.checkpoints.configs import from_diffusers_config, to_diffusers_config
+from fluxedu.checkpoints.errors import CheckpointError
+from fluxedu.checkpoints.layouts import convert, converted, infer_config
+from fluxedu.checkpoints.load import config_of, load_into, load_model, read
+from fluxedu.checkpoints.lora import Merged, merge, widen_input
+from fluxedu.checkpoints.save import convert_file, save_file, save_folder
+
+__all__ = [
+    "CheckpointError",
+    "Merged",
+    "config_of",
+    "convert",
+    "convert_file",
+    "converted",
+    "from_diffusers_config",
+    "infer_config",
+    "load_into",
+    "load_model",
+    "merge",
+    "read",
+    "save_file",
+    "save_folder",
+    "to_diffusers_config",
+    "widen_input",
+]

@@ -1,0 +1,134 @@
+"""A result appears whole or not at all: it is written under another name and renamed at the end.
+
+Whatever stops the writing (an error, Ctrl-C, a full disk, SIGKILL, the power), the target is what it
+was before. What a killed process leaves is called ``.name.xxxxxxxx.part`` and is swept away by the next
+writer of the same target.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fluxedu.checkpoints.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is swept
+    fcntl = None
+
+#: what a folder of weights is made of; a folder with anything else in it is never replaced
+_OURS = (".safetensors", ".json")
+
+
+@contextmanager
+def aside(target: Path, overwrite: bool = False, folder: bool = False) -> Iterator[Path]:
+    """A path to write to (a file, or with ``folder`` an empty folder) that becomes ``target`` at the end."""
+    target = Path(os.path.abspath(target))
+    _refuse(target, overwrite, folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
+    part = _fresh(target, folder)
+    lock = _lock(part)
+    try:
+        yield part
+        _sync(part)
+        _put(part, target)
+    except BaseException:
+        _remove(part)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _refuse(target: Path, overwrite: bool, folder: bool) -> None:
+    """What is there stays there, unless ``overwrite`` and of the same kind."""
+    if not target.exists():
+        return
+    if target.is_dir() != folder:
+        there, wanted = ("folder", "file") if target.is_dir() else ("file", "folder")
+        raise CheckpointError(f"{target} is a {there}, but a {wanted} is to be written there.")
+    if folder and not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{target} exists already; choose another name, or say overwrite.")
+    strangers = sorted(p.name for p in target.iterdir() if p.suffix not in _OURS) if folder else []
+    if strangers:
+        raise CheckpointError(f"{target} also holds {strangers[0]!r}, so it is not replaced.")
+
+
+def _fresh(target: Path, folder: bool) -> Path:
+    make = tempfile.mkdtemp if folder else tempfile.mkstemp
+    made = make(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    if folder:
+        os.chmod(made, 0o777 & ~_umask())
+        return Path(made)
+    os.close(made[0])
+    os.chmod(made[1], 0o666 & ~_umask())
+    return Path(made[1])
+
+
+def _umask() -> int:
+    """The user's own permissions, which temporary files do not get by themselves."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _lock(part: Path) -> int | None:
+    """Hold ``part`` for as long as this process lives; None if another holds it."""
+    if fcntl is None:
+        return None
+    handle = os.open(part, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed writers of the same target have left."""
+    name = f".{target.name}."
+    for left in target.parent.iterdir():
+        if left.name.startswith(name) and left.suffix == ".part" and len(left.name) == len(name) + 8 + len(".part"):
+            handle = _lock(left)
+            if handle is not None:  # nobody writes to it any more
+                _remove(left)
+                os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(part: Path) -> None:
+    """Have the bytes on the disk before the name says that they are."""
+    for path in [*part.iterdir(), part] if part.is_dir() else [part]:
+        if path.is_dir() and os.name == "nt":  # Windows has no such thing for folders
+            continue
+        handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _put(part: Path, target: Path) -> None:
+    """Rename. A full folder cannot be replaced in one step, so the old one moves out of the way first."""
+    if target.is_dir() and any(target.iterdir()):
+        old = part.with_suffix(".old")
+        target.rename(old)
+        part.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(part, target)

@@ -1,0 +1,290 @@
+"""Reading: a safetensors file, or a folder of them, as a mapping from names to tensors.
+
+    tensors = read("flux1-dev.safetensors")      # opens, checks, loads nothing
+    tensors.shapes["img_in.weight"]              # (3072, 64)
+    tensors["img_in.weight"]                     # a tensor whose memory is the file
+    flux = load_model("flux1-dev.safetensors")   # the network with these weights
+
+Only safetensors: a pickle can run code when opened and is refused.
+Format: https://huggingface.co/docs/safetensors/index#format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fluxedu.checkpoints.configs import from_diffusers_config
+from fluxedu.checkpoints.errors import CheckpointError, naming
+from fluxedu.checkpoints.layouts import check, converted, infer_config, plain, plain_names, require
+from fluxedu.checkpoints.tables import MODELS, Shape, label_of, shapes_of
+from fluxedu.models import AutoEncoderConfig, CLIPTextConfig, FluxConfig, T5Config
+from fluxedu.models.config import Config
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_WINDOW = 1 << 30  # bytes of a file mapped at once
+_PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+_KINDS = {kind.__name__: kind for kind in (FluxConfig, AutoEncoderConfig, CLIPTextConfig, T5Config)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: ``offset`` bytes into ``path``."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: Shape
+    offset: int
+
+
+class TensorFile(Mapping):
+    """The tensors of a file or folder, opened when asked for; see :func:`read`."""
+
+    def __init__(self, path: Path, entries: dict[str, Entry], metadata: dict[str, str]):
+        self.path, self.metadata, self.label = path, metadata, path.name or str(path)
+        self.entries = {name: entries[stored] for name, stored in plain_names(entries).items()}
+        self._windows: dict[tuple[Path, int], mmap.mmap] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor, its memory being the file's pages."""
+        entry = self.entries[name]
+        count = math.prod(entry.shape)
+        if not count:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        start = entry.offset // _WINDOW * _WINDOW
+        mapped = self._mapped(entry.path, start)
+        return torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=entry.offset - start).reshape(
+            entry.shape
+        )
+
+    def _mapped(self, path: Path, start: int) -> mmap.mmap:
+        """The part of a file in which the tensors lie that begin within ``_WINDOW`` bytes of ``start``.
+
+        Writing changes the memory and never the file. In parts, because a system refuses to map at once,
+        in this way, more than it has memory.
+        """
+        if (path, start) not in self._windows:
+            here = [e for e in self.entries.values() if e.path == path and start <= e.offset < start + _WINDOW]
+            length = max(e.offset + e.dtype.itemsize * math.prod(e.shape) for e in here) - start
+            with path.open("rb") as file:
+                window = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+            self._windows[path, start] = window
+        return self._windows[path, start]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: entry.dtype for name, entry in self.entries.items()}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The rows ``start:stop``, read into fresh memory (what is mapped would count as used)."""
+        entry = self.entries[name]
+        row = entry.dtype.itemsize * math.prod(entry.shape[1:])
+        data = bytearray((stop - start) * row)
+        with entry.path.open("rb") as file:
+            file.seek(entry.offset + start * row)
+            if file.readinto(data) != len(data):
+                raise CheckpointError(f"{entry.path.name} has become shorter while it was read.")
+        flat = torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0, dtype=entry.dtype)
+        return flat.reshape(stop - start, *entry.shape[1:])
+
+
+def read(path: str | Path) -> TensorFile:
+    """Open ``path`` without loading it: a ``.safetensors`` file, or a folder with one file or an index of shards.
+
+    Prefixes such as ``model.diffusion_model.`` are taken off the names. Raises CheckpointError for what is
+    not there, cut short, a pickle, or ambiguous.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"there is no file or folder {path}.")
+    files = _files_of(path) if path.is_dir() else {path: None}
+    entries, metadata = {}, {}
+    for file, promised in files.items():
+        found, metadata = _read_header(file)
+        _compare_with_index(file.name, found, promised)
+        entries |= found
+    if not entries:
+        raise CheckpointError(f"{path.name} holds no tensors.")
+    return TensorFile(path, entries, metadata)
+
+
+def _files_of(folder: Path) -> dict[Path, set[str] | None]:
+    """The files of a folder, each with the names its index promises (None: no index)."""
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indices) > 1:
+        raise CheckpointError(f"{folder.name} has several indices, among them {naming(i.name for i in indices)}.")
+    if indices:
+        return _read_index(indices[0])
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return {files[0]: None}
+    if files:
+        raise CheckpointError(
+            f"{folder.name} has no index but {len(files)} .safetensors files; "
+            f"name one of {', '.join(f.name for f in files)}."
+        )
+    pickles = sorted(file for file in folder.iterdir() if file.suffix in _PICKLES)
+    if pickles:
+        raise _pickle_error(pickles[0])
+    parts = sorted(d.name for d in folder.iterdir() if d.is_dir() and any(d.glob("*.safetensors")))
+    hint = f"; its parts {', '.join(parts)} do" if parts else ""
+    raise CheckpointError(f"{folder} holds no .safetensors file{hint}.")
+
+
+def _read_index(index: Path) -> dict[Path, set[str]]:
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{index.name} is not an index of shards (JSON with a weight_map).") from None
+    files: dict[Path, set[str]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{index.name} names the shard {shard!r}, which is not a file beside it.")
+        files.setdefault(index.parent / shard, set()).add(name)
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise CheckpointError(f"{index.parent.name} lacks the shard {naming(absent)} that its index names.")
+    return files
+
+
+def _compare_with_index(label: str, found: dict[str, Entry], promised: set[str] | None) -> None:
+    if promised is None:
+        return
+    if absent := sorted(promised - found.keys()):
+        raise CheckpointError(f"{label} lacks the key {naming(absent)} that the index promises.")
+    if extra := sorted(found.keys() - promised):
+        raise CheckpointError(f"{label} has the key {naming(extra)}, which the index does not name.")
+
+
+def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """What a safetensors file says of itself: 8 bytes of length, that much JSON, then the data."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(9)
+        if len(first) < 9 or first[8:] != b"{":
+            raise _not_safetensors(path, first)
+        length = int.from_bytes(first[:8], "little")
+        text = b"{" + file.read(min(length, size) - 1)
+    if size < 8 + length:
+        raise CheckpointError(f"{path.name} is cut short: it has {size:,} bytes, its header alone {8 + length:,}.")
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", {})
+        entries = {name: _entry(path, name, values, 8 + length) for name, values in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path.name} has a damaged header and is no safetensors file.") from None
+    end = 8 + length + max((values["data_offsets"][1] for values in header.values()), default=0)
+    if size != end:
+        fault = "is cut short" if size < end else "is too long"
+        raise CheckpointError(f"{path.name} {fault}: it has {size:,} bytes, its header promises {end:,}.")
+    return entries, metadata
+
+
+def _entry(path: Path, name: str, values: dict, data: int) -> Entry:
+    if values["dtype"] not in DTYPES:
+        raise CheckpointError(f"{path.name} has {name!r} in dtype {values['dtype']}, not one of {', '.join(DTYPES)}.")
+    entry = Entry(path, DTYPES[values["dtype"]], tuple(values["shape"]), data + values["data_offsets"][0])
+    begin, end = values["data_offsets"]
+    if end - begin != entry.dtype.itemsize * math.prod(entry.shape):
+        raise CheckpointError(f"{path.name} has {name!r} in {end - begin:,} bytes, which is not {list(entry.shape)}.")
+    return entry
+
+
+def _not_safetensors(path: Path, first: bytes) -> CheckpointError:
+    if path.suffix in _PICKLES or first[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        return _pickle_error(path)
+    if len(first) < 9:
+        return CheckpointError(f"{path.name} is cut short: it has only {len(first)} bytes.")
+    return CheckpointError(f"{path.name} is no safetensors file (it begins with {first[:8]!r}).")
+
+
+def _pickle_error(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path.name} is a pickle, which can run code when opened; fluxedu reads .safetensors only.")
+
+
+def config_of(tensors: TensorFile) -> Config:
+    """The configuration of a file or folder: as written in it, in its config.json, or told by its shapes."""
+    told = tensors.metadata.get("fluxedu_config")
+    beside = tensors.path / "config.json"
+    try:
+        if told:
+            kind, fields = json.loads(told)
+            return _KINDS[kind].from_dict(fields)
+        if beside.is_file():
+            return from_diffusers_config(json.loads(beside.read_text(encoding="utf-8")))
+    except CheckpointError as error:
+        raise CheckpointError(f"{tensors.label}: {error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{tensors.label} carries a configuration that cannot be read.") from None
+    return infer_config(tensors)
+
+
+def load_into(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """Give ``module`` these weights, strictly, and return it.
+
+    The tensors become the weights, without a second copy: ``module`` may have been built on the meta
+    device, and the weights of a file stay in the file until they are used. ``dtype=None`` keeps the file's.
+    Raises CheckpointError, before anything is changed, for a missing or unexpected key or a wrong shape.
+    """
+    tensors = plain(tensors)
+    found, label = shapes_of(tensors), label_of(tensors)
+    config = getattr(module, "config", None)
+    if type(config) in MODELS:
+        require(found, config, "bfl", label)
+    else:
+        check(found, {name: tuple(t.shape) for name, t in module.state_dict().items()}, label)
+    weights = {name: tensors[name].to(device=device, dtype=dtype) for name in found}
+    module.load_state_dict(weights, strict=True, assign=True)
+    return module
+
+
+def load_model(
+    path: str | Path,
+    config: Config | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """The network stored at ``path``, in either layout: a Flux, AutoEncoder, CLIPTextEncoder or T5Encoder."""
+    tensors = read(path)
+    config = config or config_of(tensors)
+    with torch.device("meta"):
+        module = MODELS[type(config)](config)
+    return load_into(module, converted(tensors, "bfl", config), dtype, device).eval()

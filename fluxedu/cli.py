@@ -1,0 +1,205 @@
+"""The command line: ``fluxedu sample | info | train | judge | convert | bench | lab``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="FLUX.1 in code that reads like its diagram.", no_args_is_help=True, add_completion=False)
+
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+Model = Annotated[
+    str, typer.Option(help="nano (shipped, guidance built in), nano-base (shipped, real CFG), or a folder.")
+]
+
+
+def _fail(error: Exception) -> typer.Exit:
+    typer.secho(f"fluxedu: {error}", fg="red", err=True)
+    return typer.Exit(2)
+
+
+def _load(model: str, device: str = "cpu", dtype: str | None = None):
+    import fluxedu as fe
+
+    try:
+        return fe.load(model, device=device, dtype=dtype)
+    except (ValueError, OSError) as error:
+        raise _fail(error) from None
+
+
+def _write_json(path: Path | None, figures: dict) -> None:
+    if path is not None:
+        from fluxedu.checkpoints.save import write_text
+
+        write_text(path, json.dumps(figures, indent=2) + "\n")
+        typer.echo(f"wrote {path}")
+
+
+@app.command(epilog='Example: fluxedu sample "a red circle left of a blue square" -o out.png')
+def sample(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")] = Path("out.png"),
+    model: Model = "nano",
+    seed: int = 0,
+    steps: Annotated[int | None, typer.Option(help="The model's own number if not given.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="The model's own strength if not given.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What to steer away from (with --cfg).")] = None,
+    cfg: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
+    height: int | None = None,
+    width: int | None = None,
+    solver: Annotated[str, typer.Option(help="euler, midpoint or heun.")] = "euler",
+    image: Annotated[Path | None, typer.Option(help="Begin from this picture instead of from noise.")] = None,
+    strength: Annotated[float, typer.Option(help="How much of --image to change, above 0 up to 1.")] = 0.6,
+    device: str = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float64.")] = None,
+) -> None:
+    """Draw a prompt into a PNG file."""
+    from PIL import Image
+
+    pipe = _load(model, device, dtype)
+    try:
+        if output.suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"{output.name} does not end like a picture; call it something.png.")
+        start = Image.open(image) if image else None
+        drawn = pipe(
+            prompt, seed=seed, steps=steps, guidance=guidance, negative_prompt=negative, true_cfg_scale=cfg,
+            height=height, width=width, solver=solver, image=start, strength=strength, trajectory=False,
+        )  # fmt: skip
+        picture = drawn.images[0]
+        aside = output.with_name(f".{output.name}.part")
+        picture.save(aside, format=Image.registered_extensions()[output.suffix.lower()])
+        aside.replace(output)
+    except (ValueError, OSError) as error:
+        raise _fail(error) from None
+    typer.echo(f"wrote {output} ({picture.width} x {picture.height})")
+
+
+@app.command(epilog="Example: fluxedu info dev")
+def info(
+    variant: Annotated[str, typer.Argument(help="A variant's name; all of them if not given.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Every variant of FLUX.1: its numbers, and how many parameters they make."""
+    import torch
+
+    from fluxedu.models import VARIANTS, ConfigError, Flux, FluxConfig
+
+    rows = {}
+    try:
+        for name in [variant] if variant else VARIANTS:
+            config = FluxConfig.variant(name)
+            with torch.device("meta"):
+                flux = Flux(config)
+            count = sum(p.numel() for p in flux.parameters())
+            rows[name] = {"parameters": count, "tensors": len(flux.state_dict()), **config.to_dict()}
+    except ConfigError as error:
+        raise _fail(error) from None
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    for name, row in rows.items():
+        typer.echo(f"{name:<11} {row['parameters']:>14,} parameters  {row['tensors']} tensors  {row['in_channels']} in")
+        if variant:
+            for key, value in list(row.items())[2:]:
+                typer.echo(f"  {key:<20} {value}")
+
+
+@app.command(epilog="Example: fluxedu train --all --out runs")
+def train(
+    all_stages: Annotated[bool, typer.Option("--all", help="Every stage, in order.")] = False,
+    stage: Annotated[str | None, typer.Option(help="autoencoder, t5, clip, latents, flow, dev, ship or card.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the runs keep their state.")] = Path("runs"),
+    resume: Annotated[bool, typer.Option(help="Go on from what is there, or begin anew.")] = True,
+    ship_to: Annotated[
+        Path | None, typer.Option(help="Where the finished weights go; OUT/weights if not given.")
+    ] = None,
+) -> None:
+    """Train the miniature from nothing. It can be stopped at any time and goes on where it was."""
+    from fluxedu.nano.training.stages import STAGES, run_stages
+
+    if all_stages == (stage is not None) or (stage and stage not in STAGES):
+        raise _fail(ValueError(f"say --all, or --stage with one of {', '.join(STAGES)}."))
+    try:
+        run_stages(list(STAGES) if all_stages else [stage], out, resume, ship_to or out / "weights")
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise _fail(error) from None
+
+
+@app.command(epilog="Example: fluxedu judge --model nano --prompts 500 --json judge.json")
+def judge(
+    model: Model = "nano",
+    prompts: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 500,
+    steps: Annotated[int, typer.Option(min=1)] = 20,
+    guidance: Annotated[float | None, typer.Option(help="The model's own strength if not given.")] = None,
+    as_json: Json = None,
+) -> None:
+    """Draw held-out prompts, let the judge read them, print the table."""
+    from fluxedu.nano.report import examine, table
+
+    figures = examine(_load(model), model, prompts, steps, guidance)
+    typer.echo(table(figures))
+    _write_json(as_json, figures)
+
+
+@app.command(epilog="Example: fluxedu convert flux1-dev.safetensors transformer/ --to diffusers")
+def convert(
+    source: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder of them.")],
+    target: Annotated[Path, typer.Argument(help="The file or folder to write; it must not exist.")],
+    to: Annotated[str, typer.Option(help="bfl (one file) or diffusers (a folder).")],
+    shard_gb: Annotated[float, typer.Option(help="Largest file of a diffusers folder, in GB.")] = 10.0,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
+) -> None:
+    """Carry a transformer or an autoencoder between the official layout and diffusers', both ways."""
+    from tqdm.auto import tqdm
+
+    from fluxedu.checkpoints import CheckpointError, convert_file
+
+    try:
+        with tqdm(unit="B", unit_scale=True, desc="convert", delay=1) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            convert_file(source, target, to=to, shard_bytes=int(shard_gb * 1e9), overwrite=overwrite, progress=progress)
+    except (CheckpointError, ValueError, OSError) as error:
+        raise _fail(error) from None
+    typer.echo(f"wrote {target}")
+
+
+@app.command(epilog="Example: fluxedu bench --json bench.json")
+def bench(
+    as_json: Json = None,
+    quick: Annotated[bool, typer.Option(help="Fewer rounds.")] = False,
+) -> None:
+    """Time the models beside diffusers', as ratios in one run."""
+    try:
+        from fluxedu.bench import run, table
+    except ModuleNotFoundError as error:
+        raise _fail(ValueError(f"the comparison needs {error.name}; install fluxedu[test].")) from None
+
+    figures = run(rounds=5 if quick else 15)
+    typer.echo(table(figures))
+    _write_json(as_json, figures)
+
+
+@app.command(epilog="Example: fluxedu lab --port 8899")
+def lab(
+    port: int = 8888, folder: Annotated[Path, typer.Option(help="The notebooks to open.")] = Path("notebooks")
+) -> None:
+    """Open the notebooks in JupyterLab."""
+    import subprocess
+    import sys
+
+    if not folder.is_dir():
+        raise _fail(
+            ValueError(f"there is no folder {folder}; run this where the notebooks are, or name them with --folder.")
+        )
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", f"--port={port}", str(folder)]))
+
+
+if __name__ == "__main__":
+    app()

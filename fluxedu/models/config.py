@@ -1,0 +1,188 @@
+"""Every network and every variant as data. No numbers live anywhere else.
+
+Field names are those of the public files: the flow's and the autoencoder's follow
+black-forest-labs/flux (util.py), the text encoders' follow their ``config.json`` on the hub.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot describe a network."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shared by all: to and from plain dictionaries, strictly."""
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Config:
+        """Build from a mapping; a key that is not a field is an error that names it."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}.")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict:
+        """Plain values (tuples become lists), fit for JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def with_(self, **changes) -> Config:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class FluxConfig(Config):
+    """The flow transformer. Defaults are FLUX.1-dev's; ``FluxConfig.variant(name)`` gives the others."""
+
+    in_channels: int = 64  # numbers per image token going in: 16 latent channels x 2 x 2 cells
+    out_channels: int = 64  # and coming out: the velocity of those cells
+    vec_in_dim: int = 768  # CLIP's pooled vector
+    context_in_dim: int = 4096  # T5's token vectors
+    hidden_size: int = 3072
+    mlp_ratio: float = 4.0
+    num_heads: int = 24
+    depth: int = 19  # double-stream blocks
+    depth_single_blocks: int = 38
+    axes_dim: tuple[int, ...] = (16, 56, 56)  # RoPE: how head_dim is shared by (frame, row, column)
+    theta: int = 10_000
+    qkv_bias: bool = True
+    guidance_embed: bool = True
+
+    def __post_init__(self):
+        sizes = ("in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.depth < 0 or self.depth_single_blocks < 0:
+            raise ConfigError("depth and depth_single_blocks must not be negative.")
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} does not divide into num_heads {self.num_heads} equal heads."
+            )
+        if any(d < 2 or d % 2 for d in self.axes_dim):
+            raise ConfigError(
+                f"every number in axes_dim must be even and positive (RoPE turns pairs), not {self.axes_dim}."
+            )
+        if sum(self.axes_dim) != self.head_dim:
+            raise ConfigError(
+                f"axes_dim {self.axes_dim} adds up to {sum(self.axes_dim)}, but a head has "
+                f"hidden_size / num_heads = {self.head_dim} numbers."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @classmethod
+    def variant(cls, name: str) -> FluxConfig:
+        """A published variant by name: one of :data:`VARIANTS`."""
+        if name not in VARIANTS:
+            raise ConfigError(f"there is no FLUX.1 variant called {name!r}; there are {', '.join(VARIANTS)}.")
+        return VARIANTS[name].flux
+
+
+@dataclass(frozen=True)
+class AutoEncoderConfig(Config):
+    """The autoencoder; defaults are the official size. ``ch`` must be a multiple of ``norm_groups``.
+
+    The official code fixes 32 groups, 4 channels each; a narrow network needs fewer groups, since a
+    group of one channel forgets how bright its channel was.
+    """
+
+    in_channels: int = 3
+    out_ch: int = 3
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 16
+    norm_groups: int = 32
+    scale_factor: float = 0.3611
+    shift_factor: float = 0.1159
+
+    def __post_init__(self):
+        if self.norm_groups < 1 or self.ch < 1 or self.ch % self.norm_groups:
+            raise ConfigError(f"ch must be a multiple of norm_groups = {self.norm_groups}, not {self.ch}.")
+        if not self.ch_mult:
+            raise ConfigError("ch_mult needs at least one level.")
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent cell along one side."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig(Config):
+    """CLIP's text encoder; defaults are openai/clip-vit-large-patch14's."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} does not divide into num_attention_heads "
+                f"{self.num_attention_heads} equal heads."
+            )
+
+
+@dataclass(frozen=True)
+class T5Config(Config):
+    """T5's encoder; defaults are google/t5-v1_1-xxl's."""
+
+    vocab_size: int = 32128
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10240
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a variant is meant to be sampled (its model card's defaults)."""
+
+    steps: int
+    guidance: float
+    text_length: int
+    shift: bool
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A published member of the family: its transformer and how it is sampled."""
+
+    flux: FluxConfig
+    sampling: Sampling
+
+
+_DEV = FluxConfig()
+VARIANTS: dict[str, Variant] = {
+    "schnell": Variant(_DEV.with_(guidance_embed=False), Sampling(4, 0.0, 256, shift=False)),
+    "dev": Variant(_DEV, Sampling(50, 3.5, 512, shift=True)),
+    "krea": Variant(_DEV, Sampling(50, 4.5, 512, shift=True)),
+    "fill": Variant(_DEV.with_(in_channels=384), Sampling(50, 30.0, 128, shift=True)),
+    "canny": Variant(_DEV.with_(in_channels=128), Sampling(50, 50.0, 512, shift=True)),
+    "depth": Variant(_DEV.with_(in_channels=128), Sampling(50, 10.0, 512, shift=True)),
+    "canny-lora": Variant(_DEV.with_(in_channels=128), Sampling(50, 30.0, 512, shift=True)),
+    "depth-lora": Variant(_DEV.with_(in_channels=128), Sampling(50, 10.0, 512, shift=True)),
+    "kontext": Variant(_DEV, Sampling(30, 2.5, 512, shift=True)),
+}

@@ -1,0 +1,74 @@
+"""The double-stream block: text and image have their own weights and one attention in common.
+
+    for each stream:  q, k, v  <-  QKNorm(qkv(modulate(x)))
+    together:         attention over [text, image]
+    for each stream:  x += gate1 * proj(attention);   x += gate2 * mlp(modulate(x))
+
+Source: black-forest-labs/flux, modules/layers.py (DoubleStreamBlock).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fluxedu.models.attention import SelfAttention, attend
+from fluxedu.models.config import FluxConfig
+from fluxedu.models.modulation import Modulation, ShiftScaleGate, gated, modulate
+from fluxedu.probe import Probed
+
+
+class MLP(Probed, nn.Sequential):
+    """Widen, bend (GELU, its tanh approximation), narrow; each token for itself."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, N, D]
+        widen, bend, narrow = self
+        return narrow(self.probe("hidden", bend(widen(x))))
+
+
+class DoubleStreamBlock(Probed):
+    """Two streams, one attention. ``forward(img, txt, mods, rope)``; ``mods`` from :meth:`plan`."""
+
+    STREAMS = ("txt", "img")  # also the order of the tokens in the joint attention
+
+    def __init__(self, config: FluxConfig):
+        super().__init__()
+        dim = config.hidden_size
+        for stream in ("img", "txt"):
+            self.add_module(f"{stream}_mod", Modulation(dim, double=True))
+            self.add_module(f"{stream}_attn", SelfAttention(dim, config.num_heads, config.qkv_bias))
+            self.add_module(f"{stream}_mlp", MLP(dim, config.mlp_hidden))
+
+    def plan(self, vec: Tensor) -> dict[str, Tensor]:
+        """Both streams' modulation for ``vec [..., D]``: a dict stream -> ``[..., 6 D]``."""
+        return {s: self.get_submodule(f"{s}_mod")(vec) for s in self.STREAMS}
+
+    def forward(self, img: Tensor, txt: Tensor, mods: dict[str, Tensor], rope: Tensor) -> tuple[Tensor, Tensor]:
+        """``img [B, N, D]``, ``txt [B, L, D]``, ``rope [..., 1, L + N, d/2]`` -> the new (img, txt)."""
+        x = {"txt": self.probe("txt", txt), "img": self.probe("img", img)}
+        mod = {s: self.get_submodule(f"{s}_mod").split(mods[s]) for s in self.STREAMS}
+
+        qkv = [self._enter(s, x[s], mod[s][0]) for s in self.STREAMS]
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(*qkv, strict=True))  # [B, H, L + N, d]
+        joint = attend(q, k, v, rope, self.probe)  # [B, L + N, D]
+        heard = dict(zip(self.STREAMS, joint.split([txt.shape[1], img.shape[1]], dim=1), strict=True))
+
+        for s in self.STREAMS:
+            x[s] = self._leave(s, x[s], heard[s], *mod[s])
+        return self.probe("img_out", x["img"]), self.probe("txt_out", x["txt"])
+
+    def _enter(self, stream: str, x: Tensor, mod: ShiftScaleGate) -> tuple[Tensor, ...]:
+        """One stream into the attention: modulated, then q, k, v."""
+        x = self.probe(f"{stream}_modulated1", modulate(x, mod.shift, mod.scale))
+        return self.get_submodule(f"{stream}_attn")(x)
+
+    def _leave(self, stream: str, x: Tensor, heard: Tensor, attn: ShiftScaleGate, mlp: ShiftScaleGate) -> Tensor:
+        """One stream out of the attention and through its MLP, each added through its gate."""
+        added = self.probe(f"{stream}_attn_out", self.get_submodule(f"{stream}_attn").proj(heard))
+        x = gated(x, attn.gate, added)
+        inner = self.probe(f"{stream}_modulated2", modulate(x, mlp.shift, mlp.scale))
+        added = self.probe(f"{stream}_mlp_out", self.get_submodule(f"{stream}_mlp")(inner))
+        return gated(x, mlp.gate, added)

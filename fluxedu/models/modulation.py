@@ -1,0 +1,65 @@
+"""AdaLN modulation: how time, guidance and the pooled text steer every block.
+
+    y = (1 + scale) * LN(x) + shift          before a layer
+    x = x + gate * layer(y)                  after it
+
+LN has no weights of its own; shift, scale and gate are linear in ``silu(vec)``. With gate 0 a block
+does nothing, which is how such networks are usually begun ("AdaLN-Zero", DiT, arXiv 2212.09748).
+Source: black-forest-labs/flux, modules/layers.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fluxedu.probe import Probed
+
+LN_EPS = 1e-6
+
+
+class ShiftScaleGate(NamedTuple):
+    """What modulates one layer, each ``[B, 1, D]``: the same for every token of a picture."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``(1 + scale) * LN(x) + shift`` for ``x [B, N, D]``."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=LN_EPS), 1 + scale)
+
+
+def gated(x: Tensor, gate: Tensor, added: Tensor) -> Tensor:
+    """The residual step ``x + gate * added``."""
+    return torch.addcmul(x, gate, added)
+
+
+class Modulation(Probed):
+    """The linear layer that turns ``vec`` into one or two (shift, scale, gate).
+
+    Two steps, because the first depends only on the time, the guidance and the pooled text and can be
+    done for all steps of a picture before the first one: ``row = lin(silu(vec))``, then ``split``.
+    """
+
+    def __init__(self, dim: int, double: bool):
+        super().__init__()
+        self.layers = 2 if double else 1
+        self.lin = nn.Linear(dim, 3 * self.layers * dim)
+
+    def forward(self, vec: Tensor) -> Tensor:  # [..., D] -> [..., 3 D] or [..., 6 D]
+        return self.lin(F.silu(vec))
+
+    def split(self, row: Tensor) -> list[ShiftScaleGate]:
+        """``row [B, 3 D * layers]`` -> a (shift, scale, gate) per layer, through their sites."""
+        parts = row.unsqueeze(-2).chunk(3 * self.layers, dim=-1)  # each [B, 1, D]
+        if self.layers == 1:
+            names = ("shift", "scale", "gate")
+        else:  # the attention's, then the MLP's
+            names = ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2")
+        seen = [self.probe(name, part) for name, part in zip(names, parts, strict=True)]
+        return [ShiftScaleGate(*seen[i : i + 3]) for i in range(0, len(seen), 3)]

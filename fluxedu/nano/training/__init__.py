@@ -1,0 +1,1 @@
+"""How the miniature was trained: ``fluxedu train --all`` runs every stage of this package in order."""

@@ -1,0 +1,135 @@
+"""The model card, written from what was measured: the last stage of ``fluxedu train --all``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import safe_open
+
+from fluxedu.checkpoints.save import write_text
+from fluxedu.nano.report import BARS, ROWS, examine
+from fluxedu.nano.scenes import ASPECTS, BACKGROUNDS, COLORS, LETTERS, SHAPES
+from fluxedu.nano.training import autoencoder, clip, flow, latents, t5
+from fluxedu.nano.training.loop import Recipe
+from fluxedu.sampling.load import SHIPPED, load
+
+RUNS = {
+    "autoencoder": (autoencoder.RECIPE, autoencoder.SEED, "windows of scenes"),
+    "t5": (t5.RECIPE, t5.SEED, "captions"),
+    "clip": (clip.RECIPE, clip.SEED, "pictures with captions"),
+    "flow": (flow.RECIPE, flow.SEED, "latents with captions"),
+    "flow-dev": (flow.DISTILL, flow.SEED + 1, "latents with captions"),
+}
+
+TEXT = """---
+license: apache-2.0
+library_name: fluxedu
+pipeline_tag: text-to-image
+---
+
+# The miniature FLUX
+
+Every part of FLUX.1 in small, trained by this project from nothing: tokenizers, CLIP, T5 encoder,
+autoencoder and two flow transformers. The folder has the official repositories' layout; `fluxedu.load()`
+opens it, and so does diffusers' `FluxPipeline.from_pretrained`.
+
+| folder | what it is |
+|---|---|
+| `transformer` | the flow with guidance as an input, as FLUX.1-dev: `fluxedu.load("nano")` |
+| `transformer_base` | the flow before distillation, for classifier-free guidance: `fluxedu.load("nano-base")` |
+| `text_encoder`, `text_encoder_2`, `tokenizer`, `tokenizer_2` | CLIP and T5 |
+| `image_tower` | CLIP's other half, for retrieval; FLUX does not use it |
+| `vae` | the autoencoder |
+
+## Data
+
+Procedural scenes (`fluxedu/nano/scenes.py`), no pictures of the world: {shapes} and the letters
+{letters}, in {colors} colours on {backgrounds} backgrounds, one to three things left of, right of, above
+or below each other, {aspects} picture shapes from 1:2 to 2:1. A tenth of all (colour, form, background)
+is never seen in training; the exam below asks for nothing else.
+
+## Training
+
+{runs}
+
+T5's encoder learned from captions alone, by span denoising, rewriting captions as lists of facts, and
+tagging; its decoder and tagger were dropped. The flow learned from {scenes:,} scenes, kept as latents, with
+{dropout:.0f} % of the captions left empty. A linear head that names what lies in each patch (the alignment
+of REPA, arXiv 2410.06940) helped it and was dropped. The second flow learned from the first one's guided
+velocities for strengths {low:g} to {high:g}. `fluxedu train --all` does all of it again.
+
+## Figures
+
+The judge (`fluxedu judge`), {prompts} held-out prompts, {steps} steps, guidance {guidance:g}; in percent:
+
+{table}
+
+Autoencoder {psnr:.1f} dB on held-out scenes. CLIP finds a held-out picture's caption among 64 in
+{retrieval:.1f} % of cases. Everything right by picture shape: {by_size}.
+
+## Known failures
+
+{failures}
+"""
+
+
+def hours(folder: Path) -> str:
+    """The table of runs: steps, batch, seed, minutes, from the recipes and the runs' own clocks."""
+    lines = ["| run | steps | batch | of | seed | minutes |", "|---|---|---|---|---|---|"]
+    for name, (recipe, seed, of) in RUNS.items():
+        steps, minutes = _clock(folder, name, recipe)
+        lines.append(f"| {name} | {steps} | {recipe.batch} | {of} | {seed} | {minutes:.0f} |")
+    return "\n".join(lines)
+
+
+def _clock(folder: Path, name: str, recipe: Recipe) -> tuple[int, float]:
+    path = Path(folder) / name / "state.safetensors"
+    with safe_open(path, "pt") as state:
+        told = state.metadata()
+    return min(int(told["step"]), recipe.steps), float(told["seconds"]) / 60
+
+
+def rows_table(figures: dict[str, dict]) -> str:
+    """The judge's rows, a column a model."""
+    lines = [f"| | bar | {' | '.join(figures)} |", "|---" * (2 + len(figures)) + "|"]
+    for row in ROWS:
+        cells = [f"{table['rows'][row]['percent']:.1f}" for table in figures.values()]
+        lines.append(f"| {row} | {BARS.get(row, '')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def failures(figures: dict) -> str:
+    """The weakest rows, said as they are."""
+    worst = sorted((figures["rows"][row]["percent"], row) for row in ROWS if row != "everything")[:3]
+    missed = [f"{row} ({p:.1f} %)" for p, row in worst if row in BARS and p < BARS[row]]
+    said = "Weakest: " + ", ".join(f"{row} ({p:.1f} %)" for p, row in worst) + "."
+    return said + (
+        f" Below its bar: {', '.join(missed)}." if missed else " Words outside its world mean nothing to it."
+    )
+
+
+def write_card(folder: Path, weights: Path, retrieval: float, say: Callable[[str], None] = print) -> dict:
+    """Judge both models, write ``judge.json`` and ``README.md`` beside the weights; returns the figures."""
+    from fluxedu.nano.report import table
+
+    figures = {}
+    for name, (transformer, sampling) in SHIPPED.items():
+        pipe = load(weights, transformer=transformer)
+        pipe.defaults, pipe.size = sampling, 128
+        pipe.prompt_encoder.t5_tokenizer.length = sampling.text_length
+        figures[name] = examine(pipe, name)
+        say(table(figures[name]))
+    first = next(iter(figures.values()))
+    text = TEXT.format(
+        shapes=", ".join(SHAPES), letters=", ".join(LETTERS), colors=len(COLORS), backgrounds=len(BACKGROUNDS),
+        aspects=len(ASPECTS), runs=hours(folder), scenes=latents.SHARD * len(list((folder / "latents").glob("*.s*"))),
+        dropout=100 * flow.DROPOUT, low=flow.GUIDANCE[0], high=flow.GUIDANCE[1], prompts=first["prompts"],
+        steps=first["steps"], guidance=first["guidance"], table=rows_table(figures), psnr=first["autoencoder_psnr"],
+        retrieval=100 * retrieval, failures=failures(first),
+        by_size=", ".join(f"{size} {cell['percent']:.0f} %" for size, cell in first["by_size"].items()),
+    )  # fmt: skip
+    write_text(weights / "judge.json", json.dumps(figures, indent=2) + "\n")
+    write_text(weights / "README.md", text)
+    return figures

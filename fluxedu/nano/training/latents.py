@@ -1,0 +1,109 @@
+"""Scenes as the flow sees them, made once: latents, captions as tokens, and what lies in each patch.
+
+Shards of 2,560 scenes, each of one shape (height, width), are written as they are made, so that
+making them can stop and go on, and a later stage can ask for more.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fluxedu.models.autoencoder import AutoEncoder
+from fluxedu.nano import configs
+from fluxedu.nano.scenes import ASPECTS, COLORS, FORMS, caption, render, sample_scene, thing_map
+from fluxedu.nano.tokenizers import clip_tokenizer, t5_tokenizer
+from fluxedu.nano.training.autoencoder import to_tensor
+
+SEED = 44
+SHARD = 2560
+CAPTIONS = 4  # ways each scene is described
+#: every second shard is square
+ORDER = tuple(a for other in ASPECTS[1:] for a in (ASPECTS[0], other))
+
+
+def patch_labels(scene) -> np.ndarray:
+    """What lies in each 16 x 16 patch: uint8 ``[2, H/16, W/16]``, colour and form, 0 for the ground."""
+    owner = thing_map(scene)
+    rows, cols = scene.height // 16, scene.width // 16
+    blocks = owner.reshape(rows, 16, cols, 16)
+    shares = np.stack([(blocks == i).mean(axis=(1, 3)) for i in range(len(scene.things))])
+    most, covered = shares.argmax(0), shares.max(0) > 0.06
+    looks = np.array([(list(COLORS).index(t.color) + 1, FORMS.index(t.form) + 1) for t in scene.things], np.uint8)
+    return (looks[most] * covered[..., None]).transpose(2, 0, 1)
+
+
+class Tokens:
+    """Captions to the ids both encoders want, padded to the length they are always given."""
+
+    def __init__(self):
+        self.t5, self.clip = t5_tokenizer(), clip_tokenizer()
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        pad = dict(padding="max_length", max_length=configs.TEXT_LENGTH, truncation=True, return_tensors="pt")
+        return self.t5(texts, **pad).input_ids, self.clip(texts, **pad).input_ids
+
+
+@torch.no_grad()
+def make_shard(index: int, autoencoder: AutoEncoder, tokens: Tokens, size: int = SHARD) -> dict[str, Tensor]:
+    """Shard ``index``: latents f16 ``[S, 16, h, w]``, ids ``[S, CAPTIONS, L]``, labels ``[S, 2, h/2, w/2]``."""
+    rng = np.random.default_rng([SEED, index])
+    latents, labels, texts = [], [], []
+    for _ in range(size // 32):
+        scenes = [sample_scene(rng, size=ORDER[index % len(ORDER)]) for _ in range(32)]
+        images = to_tensor(np.stack([render(s) for s in scenes]))
+        with torch.autocast("cpu", torch.bfloat16):
+            latents.append(autoencoder.encode(images).half())
+        labels += [patch_labels(s) for s in scenes]
+        texts += [caption(s, rng)[0] for s in scenes for _ in range(CAPTIONS)]
+    t5, clip = tokens(texts)
+    return {
+        "latents": torch.cat(latents).contiguous(),
+        "labels": torch.from_numpy(np.ascontiguousarray(np.stack(labels))),
+        "t5": t5.to(torch.int16).unflatten(0, (-1, CAPTIONS)),
+        "clip": clip.to(torch.int16).unflatten(0, (-1, CAPTIONS)),
+    }
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return Path(folder) / "latents" / f"{index:04d}.safetensors"
+
+
+def make_shards(count: int, folder: Path, autoencoder: AutoEncoder) -> None:
+    """Make what is missing of the first ``count`` shards."""
+    missing = [i for i in range(count) if not shard_path(folder, i).exists()]
+    if not missing:
+        return
+    shard_path(folder, 0).parent.mkdir(parents=True, exist_ok=True)
+    tokens = Tokens()
+    for index in tqdm(missing, desc="latents"):
+        aside = shard_path(folder, index).with_suffix(".tmp")
+        save_file(make_shard(index, autoencoder, tokens), aside)
+        os.replace(aside, shard_path(folder, index))
+
+
+class Latents:
+    """Every shard that is there, in memory; ``batch(step)`` takes one shape at a time."""
+
+    def __init__(self, folder: Path):
+        paths = sorted((Path(folder) / "latents").glob("*.safetensors"))
+        self.shards = [load_file(p) for p in paths]
+
+    def batch(self, step: int, size: int, seed: int) -> dict[str, Tensor]:
+        """Random scenes of one shard with a random caption each; a step's batch depends on (seed, step)."""
+        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        shard = self.shards[int(torch.randint(len(self.shards), (1,), generator=g))]
+        rows = torch.randint(len(shard["latents"]), (size,), generator=g)
+        which = torch.randint(CAPTIONS, (size,), generator=g)
+        return {
+            "latents": shard["latents"][rows].float(),
+            "labels": shard["labels"][rows].long(),
+            "t5": shard["t5"][rows, which].long(),
+            "clip": shard["clip"][rows, which].long(),
+        }

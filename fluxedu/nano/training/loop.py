@@ -1,0 +1,210 @@
+"""One training loop for every network of the miniature: progress, averaging, checkpoints, resume.
+
+A stage gives a model and a function ``loss(step) -> (loss, numbers to show)``; the data of a step
+depends only on (seed, step), so a run that was stopped and resumed is the run that never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing as mp
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast. The rate warms up, stays, then falls linearly over the last ``decay`` share."""
+
+    steps: int
+    lr: float
+    batch: int
+    warmup: int = 200
+    decay: float = 0.3
+    ema: float = 0.999
+    weight_decay: float = 0.01
+    muon: bool = False  # orthogonalised momentum for the matrices (Jordan et al. 2024); needs torch >= 2.9
+    clip: float = 1.0
+
+    def rate(self, step: int) -> float:
+        """The share of ``lr`` in force at ``step``."""
+        left = (self.steps - step) / max(1, self.decay * self.steps)
+        return max(0.0, min(1.0, (step + 1) / self.warmup, left))
+
+
+def parameter_groups(model: nn.Module, muon: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Split into (matrices for Muon, everything else for AdamW); embeddings and ends stay with AdamW."""
+    ends = ("embed", "shared", "_in.", "final_layer", "mod", "conv", "_head")
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            inner = muon and p.ndim == 2 and not any(e in name for e in ends)
+            (matrices if inner else rest).append(p)
+    return matrices, rest
+
+
+def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    matrices, rest = parameter_groups(model, recipe.muon)
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    ]
+    if matrices:
+        made.append(
+            torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return made
+
+
+class Run:
+    """A resumable run of one stage, its state in ``folder/name``."""
+
+    def __init__(self, name: str, model: nn.Module, recipe: Recipe, folder: Path, resume: bool = True):
+        self.name, self.model, self.recipe = name, model, recipe
+        self.folder = Path(folder) / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.optimizers = optimizers(model, recipe)
+        self.average = {k: v.detach().clone().float() for k, v in model.state_dict().items()}
+        self.step, self.seconds = 0, 0.0
+        if resume and (self.folder / "state.safetensors").exists():
+            self._restore()
+
+    # -- state on disk: tensors in one safetensors file, written aside and renamed
+
+    def save(self) -> None:
+        tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"average/{k}": v for k, v in self.average.items()}
+        for i, optimizer in enumerate(self.optimizers):
+            for j, slots in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer/{i}/{j}/{k}": v for k, v in slots.items() if isinstance(v, Tensor)}
+        tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
+        path = self.folder / "state.safetensors"
+        aside = path.with_suffix(".tmp")
+        save_file(tensors, aside, {"step": str(self.step), "seconds": f"{self.seconds:.1f}"})
+        os.replace(aside, path)
+
+    def _restore(self) -> None:
+        from safetensors import safe_open
+
+        path = self.folder / "state.safetensors"
+        with safe_open(path, "pt") as f:
+            meta = f.metadata()
+        self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
+        tensors = load_file(path)
+        part = lambda head: {k[len(head) :]: v for k, v in tensors.items() if k.startswith(head)}  # noqa: E731
+        self.model.load_state_dict(part("model/"))
+        self.average = part("average/")
+        for i, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict] = {}
+            for key, value in part(f"optimizer/{i}/").items():
+                j, slot = key.split("/")
+                state.setdefault(int(j), {})[slot] = value
+            whole = optimizer.state_dict()
+            whole["state"] = state
+            optimizer.load_state_dict(whole)
+
+    # -- the loop
+
+    def train(self, loss: Loss, report: Callable[[Run], None] | None = None, every: int = 2000) -> dict[str, Tensor]:
+        """Train to the end of the recipe; returns the averaged weights."""
+        bar = tqdm(total=self.recipe.steps, initial=self.step, desc=self.name, mininterval=5, smoothing=0.02)
+        saved, started = time.monotonic(), time.monotonic() - self.seconds
+        shown: dict[str, float] = {}
+        self.model.train()
+        while self.step < self.recipe.steps:
+            numbers = self._one_step(loss)
+            for key, value in numbers.items():  # smoothed, so that the bar can be read
+                shown[key] = value if key not in shown else 0.98 * shown[key] + 0.02 * value
+            bar.update()
+            self.seconds = time.monotonic() - started
+            if self.step % 50 == 0:
+                bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
+            if time.monotonic() - saved > 120 or self.step == self.recipe.steps:
+                self.save()
+                saved = time.monotonic()
+            if report and (self.step % every == 0 or self.step == self.recipe.steps):
+                report(self)
+                self.model.train()
+        bar.close()
+        return self.average
+
+    def _one_step(self, loss: Loss) -> dict[str, float]:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.recipe.lr * self.recipe.rate(self.step)
+        value, numbers = loss(self.step)
+        if not math.isfinite(float(value.detach())):
+            raise FloatingPointError(
+                f"the loss of {self.name} is {float(value.detach())} at step {self.step}; lower the rate."
+            )
+        value.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        keep = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        now = self.model.state_dict()
+        floats = [k for k in self.average if now[k].is_floating_point()]
+        torch._foreach_lerp_([self.average[k] for k in floats], [now[k].float() for k in floats], 1 - keep)
+        return {"loss": float(value.detach()), **numbers}
+
+
+def use_average(model: nn.Module, average: dict[str, Tensor]) -> nn.Module:
+    """Load averaged weights into ``model`` for use: evaluation mode, no gradients."""
+    model.load_state_dict(average)
+    return model.eval().requires_grad_(False)
+
+
+def finished(folder: Path, name: str, recipe: Recipe) -> dict[str, Tensor] | None:
+    """The averaged weights of a stage that is done, or None."""
+    from safetensors import safe_open
+
+    path = Path(folder) / name / "state.safetensors"
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as f:
+        if int(f.metadata()["step"]) < recipe.steps:
+            return None
+        return {k[len("average/") :]: f.get_tensor(k) for k in f.keys() if k.startswith("average/")}
+
+
+def shuffled(seed: int, step: int, size: int, batch: int) -> Iterable[int]:
+    """Indices of the batch of ``step`` in an endless sequence of shuffled passes over ``size`` items."""
+    per_pass = size // batch
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + step // per_pass))
+    start = (step % per_pass) * batch
+    return order[start : start + batch].tolist()
+
+
+class Prefetch:
+    """Make the batches of coming steps in a second process while this one trains."""
+
+    def __init__(self, make: Callable[[int, int], object], batch: int, ahead: int = 6):
+        self.make, self.batch, self.ahead = make, batch, ahead
+        self.pool = ProcessPoolExecutor(
+            1, mp_context=mp.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self.coming: dict[int, object] = {}
+
+    def __call__(self, step: int):
+        for s in range(step, step + self.ahead):
+            if s not in self.coming:
+                self.coming[s] = self.pool.submit(self.make, s, self.batch)
+        return self.coming.pop(step).result()
+
+    def __enter__(self) -> Prefetch:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.pool.shutdown(cancel_futures=True)

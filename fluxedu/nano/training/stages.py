@@ -1,0 +1,125 @@
+"""Every stage in order, and what ships in the end: ``fluxedu train --all``.
+
+    autoencoder -> t5 -> clip -> latents -> flow -> dev -> ship -> card
+
+A stage whose result is there is not run again; a stage that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from fluxedu.checkpoints.save import save_file, save_folder, write_text
+from fluxedu.models.autoencoder import AutoEncoder
+from fluxedu.models.t5 import T5Encoder
+from fluxedu.models.transformer import Flux
+from fluxedu.nano.tokenizers import save_tokenizers
+from fluxedu.nano.training import autoencoder, clip, flow, latents, t5
+from fluxedu.nano.training.card import write_card
+from fluxedu.nano.training.samples import reporter
+
+SHARDS = 12  # of 2,560 scenes each
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+INDEX = {
+    "_class_name": "FluxPipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5Tokenizer"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+class Stages:
+    """The results of the stages, each made (or found finished) when first asked for."""
+
+    def __init__(self, folder: Path, resume: bool, ship_to: Path):
+        self.folder, self.resume, self.ship_to = folder, resume, ship_to
+
+    @cached_property
+    def autoencoder(self) -> AutoEncoder:
+        return autoencoder.train(self.folder, self.resume)
+
+    @cached_property
+    def t5(self) -> T5Encoder:
+        return t5.train(self.folder, self.resume)
+
+    @cached_property
+    def clip(self) -> clip.CLIP:
+        return clip.train(self.folder, self.resume)
+
+    @cached_property
+    def latents(self) -> bool:
+        latents.make_shards(SHARDS, self.folder, self.autoencoder)
+        return True
+
+    @cached_property
+    def flow(self) -> Flux:
+        assert self.latents
+        return flow.train(self.folder, self.t5, self.clip.text, self._reporter("flow"), self.resume)
+
+    @cached_property
+    def dev(self) -> Flux:
+        teacher, report = self.flow, self._reporter("flow-dev")
+        return flow.distill(self.folder, teacher, self.t5, self.clip.text, report, self.resume)
+
+    def _reporter(self, name: str) -> flow.Report:
+        return reporter(self.folder / name, self.autoencoder, self.t5, self.clip.text)
+
+    @cached_property
+    def ship(self) -> Path:
+        """Write the finished weights, bfloat16, in the official repositories' layout."""
+        write_weights(
+            self.ship_to, self.autoencoder, self.t5, self.clip, {"transformer": self.dev, "transformer_base": self.flow}
+        )
+        print(f"wrote {self.ship_to}")
+        return self.ship_to
+
+    @cached_property
+    def card(self) -> dict:
+        return write_card(self.folder, self.ship, clip.retrieval(self.clip))
+
+
+STAGES = ("autoencoder", "t5", "clip", "latents", "flow", "dev", "ship", "card")
+
+
+def run_stages(names: list[str], folder: Path, resume: bool, ship_to: Path) -> None:
+    """Run the named stages; what they need of earlier ones is made on the way."""
+    torch.manual_seed(0)
+    stages = Stages(Path(folder), resume, Path(ship_to))
+    for name in names:
+        getattr(stages, name)
+
+
+def _json(path: Path, values: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_weights(
+    target: Path, vae: AutoEncoder, t5_encoder: T5Encoder, towers: clip.CLIP, flows: dict[str, Flux]
+) -> None:
+    """The folder that ``fluxedu.load`` and diffusers' ``FluxPipeline.from_pretrained`` both open."""
+    parts = {"vae": vae, "text_encoder": towers.text, "text_encoder_2": t5_encoder, **flows}
+    for name, network in parts.items():
+        save_folder(network.state_dict(), target / name, network.config, dtype=torch.bfloat16, overwrite=True)
+    towers_only = {k: v for k, v in towers.state_dict().items() if not k.startswith("text.")}
+    save_file(towers_only, target / "image_tower" / "model.safetensors", dtype=torch.bfloat16, overwrite=True)
+    _json(target / "scheduler" / "scheduler_config.json", SCHEDULER)
+    _json(target / "model_index.json", INDEX)
+    save_tokenizers(target)

@@ -1,0 +1,72 @@
+"""Latents as tokens: noise, packing, positions, sizes.
+
+    latent [B, 16, h, w]  <->  tokens [B, h/2 * w/2, 64]     (2 x 2 cells of 16 numbers are one token)
+
+Source: black-forest-labs/flux, sampling.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+PATCH = 2  # latent cells along one side of a token
+
+
+def pack(latent: Tensor) -> Tensor:
+    """``[B, C, h, w] -> [B, h/2 * w/2, 4 C]``; inside a token the order is (channel, row, column)."""
+    b, c, h, w = latent.shape
+    if h % PATCH or w % PATCH:
+        raise ValueError(f"a latent must have an even number of rows and columns to be packed, not {h} x {w}.")
+    x = latent.reshape(b, c, h // 2, 2, w // 2, 2)  # [B, C, rows, 2, cols, 2]
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // 2) * (w // 2), 4 * c)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The way back: ``[B, h/2 * w/2, 4 C] -> [B, C, h, w]``, ``height`` and ``width`` in latent cells."""
+    b, n, d = tokens.shape
+    rows, cols = height // 2, width // 2
+    if n != rows * cols:
+        raise ValueError(f"{n} tokens do not fill a latent of {height} x {width} cells, which has {rows * cols}.")
+    x = tokens.reshape(b, rows, cols, d // 4, 2, 2)  # [B, rows, cols, C, 2, 2]
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(b, d // 4, height, width)
+
+
+def image_ids(height: int, width: int) -> Tensor:
+    """Positions of image tokens, ``[h/2 * w/2, 3]`` = (0, row, column), for a latent of h x w cells.
+
+    Float32, which is exact here; in bfloat16 rows from 257 on would be wrong.
+    """
+    rows, cols = height // 2, width // 2
+    ids = torch.zeros(rows, cols, 3)
+    ids[..., 1] = torch.arange(rows)[:, None]
+    ids[..., 2] = torch.arange(cols)[None, :]
+    return ids.reshape(-1, 3)
+
+
+def text_ids(length: int) -> Tensor:
+    """Positions of text tokens, ``[L, 3]``: all zero. The order of words is T5's business."""
+    return torch.zeros(length, 3)
+
+
+def latent_size(height: int, width: int, downscale: int = 8, rounding: str = "up") -> tuple[int, int]:
+    """Latent rows and columns for a picture of ``height x width`` pixels; always even.
+
+    ``rounding="up"`` is the official code's, ``2 * ceil(pixels / 16)`` (1000 px -> 126 cells);
+    ``rounding="down"`` is diffusers', ``2 * floor(pixels / 16)`` (1000 px -> 124 cells).
+    """
+    if rounding not in ("up", "down"):
+        raise ValueError(f"rounding is 'up' (the official code's) or 'down' (diffusers'), not {rounding!r}.")
+    whole = math.ceil if rounding == "up" else math.floor
+    return tuple(2 * whole(pixels / (PATCH * downscale)) for pixels in (height, width))
+
+
+def draw_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
+    """Standard normal noise ``[1, C, h, w]`` for one picture, float32, drawn on the CPU.
+
+    A picture's noise depends on its own seed only, so it is the same alone, in a batch and on any device.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(1, channels, height, width, generator=generator)

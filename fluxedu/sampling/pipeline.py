@@ -1,0 +1,212 @@
+"""From a sentence to a picture. This file alone knows the order of things:
+
+prompt -> tokenizers -> CLIP pooled + T5 tokens -> noise packed to tokens -> schedule -> Flux per step
+-> solver -> unpack -> autoencoder -> image
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fluxedu.models.autoencoder import AutoEncoder
+from fluxedu.models.config import Sampling
+from fluxedu.models.transformer import Flux
+from fluxedu.sampling.guidance import active, doubled, guide
+from fluxedu.sampling.latents import draw_noise, image_ids, pack, text_ids, unpack
+from fluxedu.sampling.pictures import Picture, fitted, to_images, to_tensor
+from fluxedu.sampling.prompts import Conditioning, PromptEncoder
+from fluxedu.sampling.request import Request, checked_device, requests_of
+from fluxedu.sampling.schedule import from_strength, schedule
+from fluxedu.sampling.solvers import SOLVERS, Velocity, times_asked
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A whole run: ``times [N+1]``, ``latents [N+1, B, C, h, w]``, ``velocities [N, B, C, h, w]``."""
+
+    times: Tensor
+    latents: Tensor
+    velocities: Tensor
+
+    @property
+    def x0(self) -> Tensor:
+        """Where each step's tangent would end: the picture foreseen, ``x_t - t v``, ``[N, B, C, h, w]``."""
+        return self.latents[:-1] - self.times[:-1].view(-1, 1, 1, 1, 1).to(self.latents) * self.velocities
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the pipeline gives: PIL ``images``, their ``latents [B, C, h, w]``, and the ``trajectory``."""
+
+    images: list[Image.Image]
+    latents: Tensor
+    trajectory: Trajectory | None
+
+    @classmethod
+    def of(cls, drawn: list[tuple[Image.Image, Trajectory]], keep: bool) -> Output:
+        """Single pictures side by side; all share the times."""
+        images, runs = zip(*drawn, strict=True)
+        latents = torch.cat([run.latents for run in runs], dim=1)  # [N+1, B, C, h, w]
+        velocities = torch.cat([run.velocities for run in runs], dim=1)
+        return cls(list(images), latents[-1], Trajectory(runs[0].times, latents, velocities) if keep else None)
+
+
+class FluxPipeline:
+    """The whole of FLUX.1: ``pipe("a red circle", seed=0).images[0]``.
+
+    Attributes: ``prompt_encoder``, ``flux``, ``autoencoder`` and the ``defaults`` of its variant.
+    """
+
+    def __init__(
+        self, prompt_encoder: PromptEncoder, flux: Flux, autoencoder: AutoEncoder, defaults: Sampling, size: int
+    ):
+        self.prompt_encoder, self.flux, self.autoencoder = prompt_encoder, flux, autoencoder
+        self.defaults, self.size = defaults, size
+
+    @property
+    def device(self) -> torch.device:
+        return self.flux.img_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.flux.img_in.weight.dtype
+
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """The four networks by name."""
+        return {
+            "clip": self.prompt_encoder.clip,
+            "t5": self.prompt_encoder.t5,
+            "flux": self.flux,
+            "ae": self.autoencoder,
+        }
+
+    def to(self, *args, **kwargs) -> FluxPipeline:
+        """Move or cast all four networks, as ``nn.Module.to``; raises RequestError for a device that is not there."""
+        for place in (*args, *kwargs.values()):
+            if isinstance(place, (str, torch.device)):
+                checked_device(place)
+        for network in self.networks().values():
+            network.to(*args, **kwargs)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        *,
+        negative_prompt: str | list[str] | None = None,
+        seed: int | list[int] = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        true_cfg_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        height: int | None = None,
+        width: int | None = None,
+        solver: str = "euler",
+        image: Picture | None = None,
+        strength: float = 0.6,
+        trajectory: bool = True,
+        progress: bool = True,
+        rounding: str = "up",
+    ) -> Output:
+        """Draw ``prompt`` (or each of a list).
+
+        seed: a number, or a list to draw one picture per seed; a picture depends on its own seed and
+        prompt only · steps, guidance, height, width: the variant's own when not given · guidance: the
+        strength, through the model's guidance input where it has one, else by classifier-free guidance ·
+        true_cfg_scale: classifier-free guidance for a model that has the input, with negative_prompt ·
+        guidance_interval: times between which classifier-free guidance is on · solver: euler, midpoint or
+        heun · image, strength: begin from a picture instead of from noise · rounding: see ``latent_size``.
+
+        Raises RequestError, one sentence that says what would be right.
+        """
+        picture = None if image is None else to_tensor(image)
+        own_size = (self.size, self.size) if picture is None else picture.shape[-2:]
+        asked = requests_of(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            steps=self.defaults.steps if steps is None else steps,
+            guidance=self.defaults.guidance if guidance is None else guidance,
+            true_cfg_scale=true_cfg_scale,
+            guidance_interval=guidance_interval,
+            height=own_size[0] if height is None else height,
+            width=own_size[1] if width is None else width,
+            rounding=rounding,
+            solver=solver,
+            image=picture,
+            strength=strength,
+            embedded=self.flux.config.guidance_embed,
+            downscale=self.autoencoder.config.downscale,
+        )
+        texts, times = self.encode(asked), self.times(asked[0])
+        # One picture after the other, so that a picture is the same to the last bit alone and in a batch:
+        # a matrix product rounds differently when it has more rows.
+        with tqdm(total=len(asked) * (len(times) - 1), disable=not progress, delay=1.0, desc="sampling") as bar:
+            return Output.of([self.draw(*one, times, bar) for one in zip(asked, texts, strict=True)], keep=trajectory)
+
+    # -- stage by stage
+
+    def encode(self, asked: list[Request]) -> list[Conditioning]:
+        """Prompts to vectors, each different one once; with classifier-free guidance the negative comes first."""
+        said = [[one.negative, one.prompt] if one.guided else [one.prompt] for one in asked]
+        texts = self.prompt_encoder([prompt for row in said for prompt in row])
+        return texts.split(len(said[0]))
+
+    def draw(self, asked: Request, texts: Conditioning, times: Tensor, bar: tqdm) -> tuple[Image.Image, Trajectory]:
+        """One picture: noise, steps, decoding."""
+        x = self.start(asked, times[0])
+        xs, vs = self.integrate(pack(x), times, texts, asked, bar)
+        latents, velocities = (torch.stack([unpack(v, *asked.shape) for v in kept]) for kept in (xs, vs))
+        (image,) = to_images(self.autoencoder.decode(latents[-1]))
+        return image, Trajectory(times, latents, velocities)
+
+    def times(self, asked: Request) -> Tensor:
+        """The schedule; of it only the end where a picture is begun from."""
+        rows, columns = asked.shape
+        times = schedule(asked.steps, rows * columns // 4, self.defaults.shift)
+        return times if asked.image is None else from_strength(times, asked.strength)
+
+    def start(self, asked: Request, t: Tensor) -> Tensor:
+        """The latent at the first time ``t``: noise, or a picture with noise on it."""
+        noise = draw_noise(asked.seed, self.autoencoder.config.z_channels, *asked.shape).to(self.device, self.dtype)
+        if asked.image is None:
+            return noise
+        picture = fitted(asked.image, asked.shape, self.autoencoder.config.downscale).to(self.device, self.dtype)
+        return (1 - t) * self.autoencoder.encode(picture) + t * noise
+
+    def integrate(
+        self, x: Tensor, times: Tensor, texts: Conditioning, asked: Request, bar: tqdm
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """From noise tokens to picture tokens: every state on the way, N + 1 of them, and every velocity, N."""
+        velocity = self.velocity_field(times, texts, asked)
+        step, clock = SOLVERS[asked.solver], times.tolist()
+        xs, vs = [x], []
+        for t, t_next in zip(clock, clock[1:], strict=False):
+            x, v = step(x, t, t_next, velocity)
+            xs.append(x)
+            vs.append(v)
+            bar.update()
+        return xs, vs
+
+    def velocity_field(self, times: Tensor, texts: Conditioning, asked: Request) -> Velocity:
+        """``velocity(x, t)``, guided; all that depends on the time and the pooled text is planned here, once."""
+        ids = image_ids(*asked.shape), text_ids(texts.txt.shape[1])
+        rope = self.flux.rope(*(i.to(self.device) for i in ids))
+        clock = list(dict.fromkeys(times_asked(asked.solver, times.tolist())))
+        strength = torch.tensor([asked.guidance], device=self.device) if self.flux.config.guidance_embed else None
+        plan = self.flux.plan(torch.tensor(clock, device=self.device)[:, None], strength, texts.pooled)
+        plans = dict(zip(clock, plan, strict=True))
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            if not asked.guided:
+                return self.flux.velocity(x, texts.txt, rope, plans[t])
+            negative, prompted = self.flux.velocity(doubled(x), texts.txt, rope, plans[t]).chunk(2)
+            return guide(negative, prompted, asked.true_cfg_scale) if active(t, asked.interval) else prompted
+
+        return velocity

@@ -1,0 +1,192 @@
+"""LoRA: merged is the same as beside, in every convention; unmerged is the same as never."""
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+
+from fluxedu.checkpoints import CheckpointError, convert, load_into, merge, to_diffusers_config, widen_input
+from fluxedu.models import Flux, FluxConfig
+
+CONFIG = FluxConfig(
+    in_channels=8,
+    out_channels=4,
+    vec_in_dim=6,
+    context_in_dim=5,
+    hidden_size=32,
+    num_heads=2,
+    axes_dim=(4, 6, 6),
+    depth=2,
+    depth_single_blocks=2,
+)
+RANK, SCALE = 3, 0.85
+
+
+def draw(*shape, seed=[0]):  # noqa: B006  (a counter)
+    seed[0] += 1
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed[0])) / shape[-1] ** 0.5
+
+
+def model(config=CONFIG, dtype=torch.float64):
+    flux = Flux(config)
+    for p in flux.parameters():
+        p.data = draw(*p.shape)
+    return flux.to(dtype).eval()
+
+
+def velocity(flux):
+    g = torch.Generator().manual_seed(5)
+    img, txt, y = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((1, 6, 8), (1, 3, 5), (1, 6)))
+    ids = torch.tensor([[0.0, i, j] for i in range(2) for j in range(3)])
+    t = torch.tensor([0.3], dtype=torch.float64)
+    with torch.no_grad():
+        return flux(img, ids, txt, torch.zeros(3, 3), t, y, 3 * t)
+
+
+def linears(flux):
+    return {name: m for name, m in flux.named_modules() if isinstance(m, nn.Linear)}
+
+
+def official(flux, rank=RANK):
+    """As in the official files: A, B and B's bias for every linear layer, and every norm scale."""
+    lora = {}
+    for name, m in linears(flux).items():
+        lora[f"{name}.lora_A.weight"] = draw(rank, m.in_features)
+        lora[f"{name}.lora_B.weight"] = draw(m.out_features, rank)
+        lora[f"{name}.lora_B.bias"] = draw(m.out_features)
+    return lora | {n: draw(*p.shape) for n, p in flux.named_parameters() if n.endswith(".scale")}
+
+
+def beside(flux, lora, scale):
+    """The same network with the LoRA computed next to each layer and nothing merged."""
+    for name, m in linears(flux).items():
+        A, B, b = (lora[f"{name}.lora_{leaf}"].to(m.weight) for leaf in ("A.weight", "B.weight", "B.bias"))
+        m.register_forward_hook(lambda m, x, y, A=A, B=B, b=b: y + scale * (x[0] @ A.T @ B.T + b))
+    for name, p in flux.named_parameters():
+        p.data = lora[name].to(p.data) if name in lora else p.data
+    return flux
+
+
+def bits(flux):
+    return {n: t.contiguous().view(torch.uint8).clone() for n, t in flux.state_dict().items()}
+
+
+def test_the_official_layout_merged_is_as_beside():
+    flux = model()
+    lora = official(flux)
+    assert len(lora) == 3 * len(linears(flux)) + 4 * CONFIG.depth + 2 * CONFIG.depth_single_blocks
+    reference = velocity(beside(load_into(Flux(CONFIG), dict(flux.state_dict())), lora, SCALE))
+    plain = velocity(flux)
+    merged = merge(flux, lora, scale=SCALE)
+    torch.testing.assert_close(velocity(flux), reference, rtol=1e-9, atol=1e-9)
+    assert (velocity(flux) - plain).norm() > 0.1 * plain.norm()
+    merged.unmerge()
+    assert torch.equal(velocity(flux), plain)
+
+
+def test_the_official_file_touches_314_linears_of_dev():
+    with torch.device("meta"):
+        dev = Flux(FluxConfig.variant("canny-lora"))
+    assert len(linears(dev)) == 314
+    assert sum(name.endswith(".scale") for name, _ in dev.named_parameters()) == 152
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_unmerge_is_exact_to_the_bit_also_of_two(dtype):
+    flux = model(dtype=dtype)
+    never, parameters = bits(flux), list(flux.parameters())
+    first, second = official(flux), official(flux)
+    one = merge(flux, first, scale=0.85)
+    after_one = bits(flux)
+    assert one.bytes_kept == sum(p.nbytes for n, p in flux.named_parameters())
+    two = merge(flux, second, scale=-2.0)
+    with pytest.raises(CheckpointError, match="was replaced after this LoRA was merged; undo the later change first."):
+        one.unmerge()
+    two.unmerge()
+    assert all(torch.equal(after_one[n], b) for n, b in bits(flux).items())
+    one.unmerge()
+    assert all(torch.equal(never[n], b) for n, b in bits(flux).items())
+    assert all(a is b for a, b in zip(parameters, flux.parameters(), strict=True))  # optimisers keep their grip
+    assert one.bytes_kept == 0
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "base_model.model."])
+def test_diffusers_names(prefix):
+    """Against diffusers' own network with the change added to its own tensors."""
+    flux = model()
+    theirs = FluxTransformer2DModel.from_config(to_diffusers_config(CONFIG)).double()
+    theirs.load_state_dict(convert(flux.state_dict(), to="diffusers"))
+    lora = {}
+    for name, m in linears(theirs).items():
+        A, B = draw(RANK, m.in_features), draw(m.out_features, RANK)
+        lora |= {f"{prefix}{name}.lora_A.weight": A, f"{prefix}{name}.lora_B.weight": B}
+        m.weight.data += SCALE * (B.double() @ A.double())
+    merge(flux, lora, scale=SCALE)
+    for name, tensor in convert(flux.state_dict(), to="diffusers").items():
+        torch.testing.assert_close(tensor, theirs.state_dict()[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_kohyas_names_and_alpha():
+    flux, again = model(), model()
+    again.load_state_dict(flux.state_dict())
+    name = "double_blocks.1.txt_attn.qkv"
+    A, B = draw(4, 32), draw(96, 4)
+    merge(flux, {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}, scale=0.5)
+    kohya = f"lora_unet_{name.replace('.', '_')}"
+    lora = {f"{kohya}.lora_down.weight": A, f"{kohya}.lora_up.weight": B, f"{kohya}.alpha": torch.tensor(2.0)}
+    merge(again, lora, scale=1.0)  # alpha / rank = 0.5
+    assert all(torch.equal(flux.state_dict()[n], t) for n, t in again.state_dict().items())
+
+
+def test_widened_by_zeros_is_the_same_network():
+    flux = model()
+    wide = load_into(Flux(CONFIG.with_(in_channels=14)), widen_input(flux.state_dict(), 14))
+    assert torch.equal(wide.img_in.weight[:, :8], flux.img_in.weight) and not wide.img_in.weight[:, 8:].any()
+    merge(wide, official(wide))
+    with pytest.raises(CheckpointError) as error:
+        merge(flux, official(wide))
+    assert str(error.value) == (
+        "the change of 'img_in' is [32, 14], but 'img_in.weight' here takes [32, 8]; "
+        "widen_input makes room for more inputs."
+    )
+    with pytest.raises(CheckpointError, match="the state dict has 8 of the inputs that are to become 4."):
+        widen_input(flux.state_dict(), 4)
+
+
+@pytest.mark.parametrize(
+    ("lora", "sentence"),
+    [
+        ({"txt_in.lora_A.weight": (3, 5)}, "the state dict lacks the lora_B of 'txt_in'."),
+        ({"txt_in.lora_B.weight": (32, 3)}, "the state dict lacks the lora_A of 'txt_in'."),
+        ({"txt_in.lora_A.weight": (3, 5), "txt_in.lora_B.weight": (32, 4)},
+         "the factors of 'txt_in' do not fit each other: A is [3, 5], B is [32, 4]."),
+        ({"txt_in.lora_A.weight": (3, 6), "txt_in.lora_B.weight": (32, 3)},
+         "the change of 'txt_in' is [32, 6], but 'txt_in.weight' here takes [32, 5]."),
+        ({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (3, 32),
+          "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": (33, 3)},
+         "the change of 'transformer.transformer_blocks.0.attn.to_q' is [33, 32], "
+         "but 'double_blocks.0.img_attn.qkv.weight' here takes [32, 32]."),
+        ({"txt_in.lora_A.weight": (3, 5), "txt_in.lora_B.weight": (32, 3), "txt_in.lora_B.bias": (31,)},
+         "the change of 'txt_in.bias' is [31], but 'txt_in.bias' here takes [32]."),
+        ({"single_blocks.0.norm.key_norm.scale": (15,)},
+         "the change of 'single_blocks.0.norm.key_norm.scale' is [15], "
+         "but 'single_blocks.0.norm.key_norm.scale' here takes [16]."),
+        ({"double_blocks.7.img_mlp.0.lora_A.weight": (3, 32), "double_blocks.7.img_mlp.0.lora_B.weight": (128, 3)},
+         "the state dict changes 'double_blocks.7.img_mlp.0', which this model does not have."),
+        ({"text_encoder.x": (3,), "text_encoder.y": (3,)},
+         "the state dict changes 'text_encoder.x' (and 1 more), which this model does not have."),
+        ({"txt_in.lora_A.weight": (3,), "txt_in.lora_B.weight": (32, 3)},
+         "the lora_A of 'txt_in' must be a matrix, not [3]."),
+        ({"txt_in.lora_A.bias": (3,)},
+         "the state dict has 'txt_in.lora_A.bias', but the first factor of a LoRA has no bias."),
+        ({}, "the state dict holds no LoRA."),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named_and_nothing_changes(lora, sentence):
+    flux = model(dtype=torch.float32)
+    before = bits(flux)
+    good = {"img_in.lora_A.weight": draw(2, 8), "img_in.lora_B.weight": draw(32, 2)} if lora else {}
+    with pytest.raises(CheckpointError) as error:
+        merge(flux, good | {name: draw(*shape) for name, shape in lora.items()})
+    assert str(error.value) == sentence
+    assert all(torch.equal(before[n], b) for n, b in bits(flux).items())

@@ -1,0 +1,79 @@
+"""The command line as a visitor meets it: what is printed, what is written, what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fluxedu.cli import app
+from fluxedu.models import VARIANTS
+
+run = CliRunner().invoke
+
+
+def refused(*words: str) -> str:
+    """The sentence that a refused command prints; nothing else may be on the screen."""
+    result = run(app, [str(w) for w in words])
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    (line,) = result.output.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize("command", ["sample", "info", "train", "judge", "convert", "bench", "lab"])
+def test_every_command_helps_with_an_example(command):
+    result = run(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"Example: fluxedu {command}" in " ".join(result.output.split())
+
+
+def test_info_counts_every_variant():
+    rows = json.loads(run(app, ["info", "--json"]).output)
+    assert set(rows) == set(VARIANTS)
+    assert rows["schnell"]["parameters"] == 11_891_178_560 and rows["schnell"]["tensors"] == 776
+    assert "11,901,408,320 parameters" in run(app, ["info", "dev"]).output
+
+
+def test_sample_writes_the_picture_and_nothing_else(tmp_path):
+    out = tmp_path / "out.png"
+    result = run(app, ["sample", "a red circle", "-o", str(out), "--steps", "2"])
+    assert result.exit_code == 0, result.output
+    assert [p.name for p in tmp_path.iterdir()] == ["out.png"]
+    assert "128 x 128" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["sample", "x", "--steps", "0"], "steps must be a whole number from 1"),
+        (["sample", "x", "--height", "0"], "height must be a whole number from 16"),
+        (["sample", "x", "--guidance", "nan"], "guidance must be a number"),
+        (["sample", "x", "--model", "nowhere"], "there is no model 'nowhere'"),
+        (["sample", "x", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["sample", "x", "--dtype", "int3"], "dtype must be one of"),
+        (["sample", "red " * 60], "T5 reads at most 32"),
+        (["sample", "x", "--image", "nowhere.png"], "nowhere.png"),
+        (["sample", "x", "-o", "no/such/folder/out.png"], "no/such/folder"),
+        (["sample", "x", "-o", "out.xyz"], "out.xyz"),
+        (["sample", "x", "--negative", "blue"], "true_cfg_scale"),
+        (["info", "flux-9"], "no FLUX.1 variant called 'flux-9'"),
+        (["train"], "say --all"),
+        (["train", "--stage", "bake"], "say --all"),
+        (["convert", "nowhere.safetensors", "out", "--to", "diffusers"], "nowhere.safetensors"),
+        (["lab", "--folder", "nowhere"], "there is no folder nowhere"),
+    ],
+)
+def test_bad_input_is_answered_in_one_sentence(words, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert says in refused(*words)
+    assert not list(Path(tmp_path).iterdir()), "something was left behind"
+
+
+def test_judge_prints_the_table_and_writes_it(tmp_path):
+    path = tmp_path / "judge.json"
+    result = run(app, ["judge", "--prompts", "7", "--steps", "2", "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(path.read_text())
+    assert figures["prompts"] == 7 and figures["rows"]["everything"]["n"] == 7
+    assert "everything" in result.output and "ground" not in figures["rows"]

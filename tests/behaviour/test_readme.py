@@ -1,0 +1,34 @@
+"""What the README says is what happens."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_six_lines_print_what_is_printed_below_them(tmp_path):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    promised = re.search(r"prints\n\n```\n(.*?)```", README, re.DOTALL).group(1)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == promised
+    assert (tmp_path / "out.png").exists()
+
+
+def test_every_link_and_picture_inside_the_project_is_there():
+    for document in ("README.md", "CONTRIBUTING.md", "fluxedu/nano/weights/README.md"):
+        text = (ROOT / document).read_text()
+        for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text):
+            assert (ROOT / document).parent.joinpath(link).exists(), (document, link)
+
+
+def test_every_command_shown_is_a_command():
+    from typer.main import get_command
+
+    from fluxedu.cli import app
+
+    known = set(get_command(app).commands)
+    assert set(re.findall(r"^fluxedu (\w+)", README, re.MULTILINE)) <= known

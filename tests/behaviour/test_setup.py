@@ -1,0 +1,131 @@
+"""The set-up keeps its promises: one set of bounds, a light import, imports one way, commands that exist."""
+
+import configparser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it on 3.10
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+CONDA_NAMES = {"torch": "pytorch"}
+
+
+def split(requirement: str) -> tuple[str, frozenset[str]]:
+    """``"torch>=2.9,<2.14"`` → ``("torch", {">=2.9", "<2.14"})``."""
+    name, bounds = re.fullmatch(r"([A-Za-z0-9_.-]+)\s*(.*)", requirement).groups()
+    return name.lower().replace("_", "-"), frozenset(b.strip() for b in bounds.split(",") if b.strip())
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_environment_yml_has_the_bounds_of_pyproject():
+    wanted = {"python": split("python" + PROJECT["requires-python"])[1]}
+    for requirement in [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]:
+        name, bounds = split(requirement)
+        name = CONDA_NAMES.get(name, name)
+        assert wanted.setdefault(name, bounds) == bounds, f"{name} has two different bounds in pyproject.toml"
+
+    lines = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    named = [split(line) for line in lines if isinstance(line, str) and line != "pip"]
+    assert len(named) == len(dict(named)), "environment.yml names a package twice"
+    assert dict(named) == wanted
+    assert [line for line in lines if isinstance(line, dict)] == [{"pip": ["-e ."]}]
+
+
+def test_core_dependencies_have_both_bounds():
+    for requirement in PROJECT["dependencies"]:
+        _, bounds = split(requirement)
+        assert {re.match("[<>=]+", b).group() for b in bounds} == {">=", "<"}, requirement
+
+
+def test_import_is_light():
+    """What `import fluxedu` adds to `import torch`: nothing heavy, and at most 0.3 s (the best of three)."""
+    code = """
+import json, sys, time, torch
+before = set(sys.modules)
+start = time.perf_counter()
+import fluxedu
+print(json.dumps([time.perf_counter() - start, sorted({m.split(".")[0] for m in sys.modules})]))
+"""
+    runs = [json.loads(run_python(code)) for _ in range(3)]
+    for _, modules in runs:
+        assert not {"matplotlib", "ipywidgets", "transformers"} & set(modules)
+    assert min(seconds for seconds, _ in runs) <= 0.3
+
+
+def test_imports_point_one_way():
+    beside = Path(sys.executable).parent / "lint-imports"
+    command = str(beside) if beside.exists() else shutil.which("lint-imports")
+    assert command, "import-linter is not installed: pip install -e '.[test]'"
+    result = subprocess.run([command, "--no-cache"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"] == "Apache-2.0"
+    assert run_python("import fluxedu; print(fluxedu.__version__)").strip() == PROJECT["version"]
+    assert f"\n## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", ".ci/run"])
+def test_every_make_command_that_is_named_exists(document):
+    targets = set(re.findall(r"^([a-z]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"lab", "test", "check", "bench", "train", "docs"} <= targets
+    text = (ROOT / document).read_text()
+    # In code only (a fence, backticks, or a script's own line): prose may well "make sure".
+    code = re.findall(r"`make ([a-z]+)", text) + re.findall(r"^\s*(?:\$ )?make ([a-z]+)", text, re.MULTILINE)
+    assert code, f"{document} names no make target"
+    assert set(code) <= targets
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    assert re.search(r"^make test\b", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    assert re.search(r"make test\b", (ROOT / "README.md").read_text())
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_every_notebook_cell_was_executed():
+    """nbval passes over a cell that has no execution count, so a notebook without counts would prove nothing."""
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        for number, cell in enumerate(json.loads(path.read_text())["cells"]):
+            if cell["cell_type"] == "code" and "".join(cell["source"]).strip():
+                assert cell["execution_count"] is not None, f"{path.name}: cell {number} was not executed"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("took 1.25 s", "took 310 ms", True),
+        ("<Figure at 0x7f12ab34cd00>", "<Figure at 0x7fffab34cd11>", True),
+        ("sampling:  40%|████      | 8/20 [00:01<00:02,  6.1it/s]", "sampling: 100%|████| 20/20", True),
+        ("20 steps", "21 steps", False),
+        ("error 0.013", "error 0.014", False),
+    ],
+)
+def test_notebook_outputs_are_compared_but_for_times_and_addresses(one, other, same):
+    parser = configparser.RawConfigParser()
+    parser.read(ROOT / "notebooks" / "nbval.cfg", encoding="utf-8")
+
+    def clean(text: str) -> str:
+        for section in parser.sections():
+            text = re.sub(parser[section]["regex"], parser[section]["replace"], text)
+        return text
+
+    assert (clean(one) == clean(other)) is same

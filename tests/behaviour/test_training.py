@@ -1,0 +1,97 @@
+"""The training loop: a run that was stopped and resumed is the run that never stopped."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fluxedu.nano.scenes import caption, render, sample_scene
+from fluxedu.nano.training import latents, t5
+from fluxedu.nano.training.loop import Recipe, Run, finished
+
+RECIPE = Recipe(steps=8, lr=0.01, batch=4, warmup=2, decay=0.5, muon=True)
+
+
+def run_of(folder, recipe=RECIPE):
+    torch.manual_seed(0)
+    return Run("toy", nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), recipe, folder)
+
+
+def loss_for(run, stop_at=None):
+    def loss(step):
+        if step == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        return (run.model(x) - x[:, :3]).square().mean(), {}
+
+    return loss
+
+
+def test_resumed_is_uninterrupted(tmp_path):
+    whole = run_of(tmp_path / "whole")
+    whole.train(loss_for(whole))
+
+    first = run_of(tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        first.train(loss_for(first, stop_at=5))
+    first.save()
+    second = run_of(tmp_path / "parts")
+    assert second.step == 5
+    second.train(loss_for(second))
+
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[key]), key
+        assert torch.equal(whole.average[key], second.average[key]), key
+
+
+def test_a_finished_stage_is_taken_as_it_is(tmp_path):
+    run = run_of(tmp_path)
+    assert finished(tmp_path, "toy", RECIPE) is None
+    run.train(loss_for(run))
+    again = run_of(tmp_path)
+    again.train(lambda step: pytest.fail("a finished run asked for a step"))
+    for key, value in finished(tmp_path, "toy", RECIPE).items():
+        assert torch.equal(value, again.average[key])
+
+
+def test_the_rate_warms_up_stays_and_falls_to_nothing():
+    rates = [Recipe(steps=100, lr=1, batch=1, warmup=10, decay=0.4).rate(s) for s in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[30] == 1 and rates[60] == 1
+    assert rates[80] == pytest.approx(0.5) and rates[100] == 0
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_sentence(tmp_path):
+    run = run_of(tmp_path)
+    with pytest.raises(FloatingPointError, match="loss of toy is nan at step 0"):
+        run.train(lambda step: (torch.tensor(float("nan"), requires_grad=True), {}))
+
+
+def test_batches_depend_on_the_step_only():
+    captions = t5.Captions()
+    a, b, c = captions(3, 4), captions(3, 4), captions(4, 4)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["source"], c["source"])
+
+
+def test_facts_keep_what_the_caption_says():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        _, claim = caption(sample_scene(rng), rng)
+        told = t5.facts(claim)
+        assert all(color in told and form in told for color, form, _ in claim.things)
+        assert all(name in told for _, name, _ in claim.relations)
+
+
+def test_patch_labels_name_what_is_drawn():
+    rng = np.random.default_rng(1)
+    scene = dataclasses.replace(sample_scene(rng, size=(128, 128), count=1), texture=0)
+    labels = latents.patch_labels(scene)
+    thing = scene.things[0]
+    assert labels.shape == (2, 8, 8)
+    here = labels[:, int(thing.y) // 16, int(thing.x) // 16]
+    assert thing.form in ("ring", "C", "U", "L") or (here > 0).all()
+    ground = np.abs(render(scene).astype(int) - render(scene)[0, 0]).max(-1) < 30
+    empty = ground.reshape(8, 16, 8, 16).all(axis=(1, 3))
+    assert (labels[:, empty] == 0).all()

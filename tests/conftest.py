@@ -1,0 +1,73 @@
+"""Pipelines small enough to run in milliseconds: the real classes, the real tokenizers, random weights."""
+
+import pytest
+import torch
+
+from fluxedu.models import AutoEncoder, CLIPTextEncoder, Flux, T5Encoder
+from fluxedu.models.config import AutoEncoderConfig, Sampling
+from fluxedu.nano import configs
+from fluxedu.nano.tokenizers import save_tokenizers
+from fluxedu.sampling.pipeline import FluxPipeline
+from fluxedu.sampling.prompts import PromptEncoder, Tokenizer
+
+TINY_T5 = configs.T5.with_(d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=3)
+TINY_CLIP = configs.CLIP.with_(
+    hidden_size=20,
+    intermediate_size=36,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=12,  # fewer than T5's 32: some prompts are cut for CLIP only
+)
+TINY_FLUX = configs.FLUX.with_(
+    vec_in_dim=20, context_in_dim=24, hidden_size=48, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=(4, 10, 10)
+)
+TINY_AE = AutoEncoderConfig(ch=8, ch_mult=(1, 2, 2, 2), num_res_blocks=1, norm_groups=4)
+TINY = (TINY_CLIP, TINY_T5, TINY_FLUX, TINY_AE)
+NANO = (configs.CLIP, configs.T5, configs.FLUX, configs.AUTOENCODER)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A folder with ``tokenizer`` and ``tokenizer_2``, as in the official repositories."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    save_tokenizers(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_pipe(tokenizer_folder):
+    """``make_pipe(embedded=True, shift=True, steps=4, sizes=TINY)``: a new pipeline, always the same one."""
+
+    def make(embedded=True, shift=True, steps=4, sizes=TINY):
+        clip, t5, flux, ae = sizes
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            networks = [
+                CLIPTextEncoder(clip),
+                T5Encoder(t5),
+                Flux(flux.with_(guidance_embed=embedded)),
+                AutoEncoder(ae),
+            ]
+            for p in (p for network in networks for p in network.parameters() if p.ndim > 1):
+                p *= 3**0.5  # torch's own scale keeps a third of the variance: a network that hardly hears its input
+        clip_ids = Tokenizer(
+            tokenizer_folder / "tokenizer", "<|endoftext|>", "<|endoftext|>", clip.max_position_embeddings, cut=True
+        )
+        t5_ids = Tokenizer(tokenizer_folder / "tokenizer_2", "<pad>", "</s>", configs.TEXT_LENGTH, cut=False)
+        prompts = PromptEncoder(clip_ids, networks[0], t5_ids, networks[1])
+        defaults = Sampling(steps, 3.5 if embedded else 0.0, configs.TEXT_LENGTH, shift)
+        return FluxPipeline(prompts, networks[2], networks[3], defaults, size=32)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pipe(make_pipe):
+    """With guidance as an input, as FLUX.1-dev. Shared: patch it with monkeypatch only."""
+    return make_pipe()
+
+
+@pytest.fixture(scope="session")
+def plain_pipe(make_pipe):
+    """Without that input, as FLUX.1-schnell: guidance is classifier-free."""
+    return make_pipe(embedded=False)
