@@ -14,18 +14,33 @@ NAN, INF = float("nan"), float("inf")
 PICTURE = Image.new("RGB", (32, 32), "teal")
 # what was asked, and what the sentence has to say besides being one
 BAD = [
-    *[({"steps": x}, "steps must be a whole number from 1 to 1000") for x in (0, -1, True, 2.5, "20", [4], NAN, 10**9, 10**400)],
+    *[
+        ({"steps": x}, "steps must be a whole number from 1 to 1000")
+        for x in (0, -1, True, 2.5, "20", [4], NAN, 10**9, 10**400)
+    ],
     *[
         ({side: x}, f"{side} must be a whole number from 16 to 4096.*in pixels")
         for side in ("height", "width")
         for x in (0, -5, 15, 10**6, True, 64.0, "a", [64], NAN)
     ],
     *[({"height": x, "image": PICTURE}, "height must be a whole number") for x in (0, False, "")],
-    *[({"guidance": x}, "guidance must be a number from 0 to 100.*3.5") for x in (NAN, INF, -INF, -1, 101, 10**400, "x", True, [3.5], 1j)],
+    *[
+        ({"guidance": x}, "guidance must be a number from 0 to 100.*3.5")
+        for x in (NAN, INF, -INF, -1, 101, 10**400, "x", True, [3.5], 1j)
+    ],
     *[({"guidance": torch.tensor(x)}, "guidance must be a number from 0 to 100") for x in (3.5, [1.0, 2.0])],
-    *[({"true_cfg_scale": x}, "true_cfg_scale must be a number from 0 to 100.*1 is off") for x in (NAN, INF, -1, "x", True)],
-    *[({"seed": x}, "seed must be a whole number") for x in (-1, 1.5, "7", None, True, NAN, 2**63, [], [0, -1], [0, "1"], {0}, [[1]])],
-    *[({"prompt": x}, "prompt must be a string or a list of strings") for x in ([], (), [1], None, 3, b"red", ["red", None], {"red"})],
+    *[
+        ({"true_cfg_scale": x}, "true_cfg_scale must be a number from 0 to 100.*1 is off")
+        for x in (NAN, INF, -1, "x", True)
+    ],
+    *[
+        ({"seed": x}, "seed must be a whole number")
+        for x in (-1, 1.5, "7", None, True, NAN, 2**63, [], [0, -1], [0, "1"], {0}, [[1]])
+    ],
+    *[
+        ({"prompt": x}, "prompt must be a string or a list of strings")
+        for x in ([], (), [1], None, 3, b"red", ["red", None], {"red"})
+    ],
     *[
         ({"negative_prompt": x, "true_cfg_scale": 3.0}, "negative_prompt must be a string or a list of strings")
         for x in ([], [1], 3, b"red")
@@ -38,8 +53,14 @@ BAD = [
     ({"negative_prompt": ["a", "b"], "true_cfg_scale": 2.0}, "2 of negative_prompt for 1 pictures; give 1"),
     ({"negative_prompt": "red"}, "set true_cfg_scale above 1"),
     ({"negative_prompt": "red", "true_cfg_scale": 1}, "set true_cfg_scale above 1"),
-    *[({"guidance_interval": x}, "guidance_interval must be two times such as") for x in (None, 0.5, (0.2,), (0, 0.5, 1), "ab", {0, 1})],
-    *[({"guidance_interval": x}, "guidance_interval must be a number from 0 to 1") for x in ((-0.1, 1), (0, 2), (NAN, 1), ("0", 1))],
+    *[
+        ({"guidance_interval": x}, "guidance_interval must be two times such as")
+        for x in (None, 0.5, (0.2,), (0, 0.5, 1), "ab", {0, 1})
+    ],
+    *[
+        ({"guidance_interval": x}, "guidance_interval must be a number from 0 to 1")
+        for x in ((-0.1, 1), (0, 2), (NAN, 1), ("0", 1))
+    ],
     ({"guidance_interval": (0.8, 0.2)}, r"must be \(low, high\)"),
     *[({"solver": x}, "solver must be one of euler, midpoint, heun") for x in ("rk4", "Euler", "", None, 1, ["euler"])],
     *[({"rounding": x}, "rounding is 'up' .* or 'down'") for x in ("near", None, 1, ["up"])],
@@ -62,7 +83,10 @@ BAD = [
             np.array(["a"]),
         )
     ],
-    *[({"image": torch.zeros(shape)}, r"an image tensor must be \[3, H, W\]") for shape in ((32, 32), (4, 32, 32), (1, 1, 3, 32, 32), ())],
+    *[
+        ({"image": torch.zeros(shape)}, r"an image tensor must be \[3, H, W\]")
+        for shape in ((32, 32), (4, 32, 32), (1, 1, 3, 32, 32), ())
+    ],
     *[
         ({"image": x}, r"numbers in \[-1, 1\]; for bytes")
         for x in (
@@ -79,7 +103,9 @@ BAD = [
 
 
 def name(case):
-    return ", ".join(f"{k}={getattr(v, 'shape', v)!r}"[:40] for k, v in case.items()) if isinstance(case, dict) else None
+    return (
+        ", ".join(f"{k}={getattr(v, 'shape', v)!r}"[:40] for k, v in case.items()) if isinstance(case, dict) else None
+    )
 
 
 def one_sentence(error):

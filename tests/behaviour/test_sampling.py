@@ -60,7 +60,10 @@ def test_the_schedule_is_the_published_one(steps, tokens):
     assert shift_amount(tokens) == pytest.approx(mu, abs=1e-12)
     assert ours.dtype == torch.float32 and ours.shape == (steps + 1,)
     assert float((ours.double() - torch.tensor(shifted, dtype=torch.float64)).abs().max()) <= 2e-7
-    assert float((schedule(steps, tokens, shift=False).double() - torch.tensor(even, dtype=torch.float64)).abs().max()) <= 6e-8
+    assert (
+        float((schedule(steps, tokens, shift=False).double() - torch.tensor(even, dtype=torch.float64)).abs().max())
+        <= 6e-8
+    )
     assert ours[0] == 1 and ours[-1] == 0 and (ours.diff() < 0).all()
 
 
@@ -358,7 +361,7 @@ def test_alone_or_in_a_batch(asked, make_pipe):
 
 
 def test_a_prompt_is_encoded_once(pipe, monkeypatch):
-    """However many pictures are drawn of it; and all of them before the first step, so that a bad one is refused in time."""
+    """However many pictures are drawn of it; and all before the first step, so that a bad one is refused in time."""
     read, encode = [], pipe.prompt_encoder._one
     monkeypatch.setattr(pipe.prompt_encoder, "_one", lambda prompt: read.append(prompt) or encode(prompt))
     draw(pipe, seed=[1, 2, 3], steps=1, **CFG)
