@@ -6,16 +6,15 @@ input, float32, and the figure is the ratio of their medians; below 1 fluxedu is
 
 from __future__ import annotations
 
-import json
-import resource
 import statistics
-import subprocess
-import sys
 import time
+import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fluxedu.checkpoints import convert, to_diffusers_config
 from fluxedu.models import Flux, FluxConfig
@@ -113,28 +112,44 @@ def picture_ratio(rounds: int) -> dict:
     return {"ours_s": ours, "diffusers_s": theirs, "ratio": ours / theirs}
 
 
-def peak_of(which: str) -> int:
-    """Bytes by which one wide step raises a fresh process's peak memory, the model being loaded."""
-    out = subprocess.run([sys.executable, "-m", "fluxedu.bench", which], capture_output=True, text=True, check=True)
-    return json.loads(out.stdout.splitlines()[-1])["bytes"]
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside and alive at once, as torch.cuda.max_memory_allocated does."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.known | given:
+                self._made(x.untyped_storage())
+        return out
+
+    def _made(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
 
 
 @torch.no_grad()
-def _measure_peak(which: str) -> None:
-    """What the fresh process runs: imports and weights first, then the step."""
-    torch.manual_seed(0)
-    config = WIDE
-    if which == "ours":
-        model, x = Flux(config).eval(), inputs_of(config, 32, 128)
-    else:
-        from diffusers import FluxTransformer2DModel
-
-        values = to_diffusers_config(config)
-        model = FluxTransformer2DModel(**{k: v for k, v in values.items() if not k.startswith("_")}).eval()
-        x = asked_of(inputs_of(config, 32, 128))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model(**x)
-    print(json.dumps({"bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}))
+def memory_ratio(config: FluxConfig, side: int, text: int) -> dict:
+    """The most bytes of tensors that one plain forward holds at once, beyond weights and input."""
+    flux = Flux(config).eval()
+    x, peaks = inputs_of(config, side, text), []
+    for model, given in ((flux, x), (reference_of(flux), asked_of(x))):
+        with PeakBytes() as held:
+            model(**given)
+        peaks.append(held.peak)
+    return {"ours_bytes": peaks[0], "diffusers_bytes": peaks[1], "ratio": peaks[0] / peaks[1]}
 
 
 def matmul_peak(dtype: torch.dtype, size: int = 1536, rounds: int = 8) -> float:
@@ -185,13 +200,12 @@ def run(rounds: int = 15) -> dict:
     """Every figure, as plain values."""
     from fluxedu.nano import configs
 
-    ours, theirs = peak_of("ours"), peak_of("diffusers")
     return {
         "threads": torch.get_num_threads(),
         "miniature step": step_ratio(configs.FLUX.with_(guidance_embed=True), 8, configs.TEXT_LENGTH, 4 * rounds),
         "wide step": step_ratio(WIDE, 32, 128, rounds),
         "prompt to image": picture_ratio(rounds),
-        "peak memory, wide step": {"ours_bytes": ours, "diffusers_bytes": theirs, "ratio": ours / theirs},
+        "peak memory, wide step": memory_ratio(WIDE, 32, 128),
         "training": training_speed(rounds),
     }
 
@@ -206,7 +220,3 @@ def table(figures: dict) -> str:
         f"{100 * t['share_of_bf16_matmul_peak']:.0f} % of the bf16 matmul peak, {figures['threads']} threads"
     )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    _measure_peak(sys.argv[1])

@@ -20,10 +20,10 @@ PROMPTS = [
 
 if __name__ == "__main__":
     pictures = fe.load()(PROMPTS, seed=0, progress=False).images
-    fig, axes = plt.subplots(2, 4, figsize=(10, 6))
+    fig, axes = plt.subplots(2, 4, figsize=(10, 6.2), layout="constrained")
     for ax, prompt, picture in zip(axes.flat, PROMPTS, pictures, strict=True):
         ax.imshow(picture)
-        ax.axis("off")
-        ax.set_title(textwrap.fill(prompt, 34), fontsize=9, y=-0.02, va="top", color="#444")
-    fig.tight_layout(h_pad=2.5)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+        ax.set_xlabel(textwrap.fill(prompt, 34), fontsize=9, color="#444", labelpad=6)
     fig.savefig(Path(__file__).parent / "miniature.png", dpi=100, facecolor="white")

@@ -103,12 +103,12 @@ class AttentionMap:
         return self.rows(slice(None))
 
 
-SHORT = 256  # tokens up to which three plain steps are faster on a CPU than the fused kernel
+SHORT = 256  # tokens up to which three plain steps train faster on a CPU than the fused kernel
 
 
 def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``softmax(q k^T / sqrt(d)) v``, ``[B, H, N, d]``, by the fastest exact way for the size."""
-    if q.device.type == "cpu" and q.shape[2] <= SHORT:
+    if q.requires_grad and q.device.type == "cpu" and q.shape[2] <= SHORT:
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 

@@ -51,8 +51,8 @@ class DoubleStreamBlock(Probed):
         x = {"txt": self.probe("txt", txt), "img": self.probe("img", img)}
         mod = {s: self.get_submodule(f"{s}_mod").split(mods[s]) for s in self.STREAMS}
 
-        qkv = [self._enter(s, x[s], mod[s][0]) for s in self.STREAMS]
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(*qkv, strict=True))  # [B, H, L + N, d]
+        entered = (self._enter(s, x[s], mod[s][0]) for s in self.STREAMS)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(*entered, strict=True))  # [B, H, L + N, d]
         joint = attend(q, k, v, rope, self.probe)  # [B, L + N, D]
         heard = dict(zip(self.STREAMS, joint.split([txt.shape[1], img.shape[1]], dim=1), strict=True))
 

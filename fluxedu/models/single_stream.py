@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fluxedu.models.attention import QKNorm, attend, normed_qkv, split_heads
 from fluxedu.models.config import FluxConfig
-from fluxedu.models.modulation import Modulation, gated, modulate
+from fluxedu.models.modulation import Modulation, ShiftScaleGate, gated, modulate
 from fluxedu.probe import Probed
 
 
@@ -39,12 +39,15 @@ class SingleStreamBlock(Probed):
         """``x [B, L + N, D]``, ``rope [..., 1, L + N, d/2]`` -> the new x."""
         x = self.probe("x", x)
         (mod,) = self.modulation.split(mods)
-        inner = self.probe("modulated", modulate(x, mod.shift, mod.scale))
-
-        qkv, hidden = self.linear1(inner).split(self.widths, dim=-1)  # [B, N, 3 D], [B, N, 4 D]
-        q, k, v = normed_qkv(self.probe, self.norm, *split_heads(qkv, 3, self.num_heads))
-        heard = attend(q, k, v, rope, self.probe)
-        hidden = self.probe("mlp_hidden", F.gelu(hidden, approximate="tanh"))
-
-        added = self.probe("added", self.linear2(torch.cat([heard, hidden], dim=-1)))
+        added = self.probe("added", self.linear2(self._side_by_side(x, mod, rope)))
         return self.probe("out", gated(x, mod.gate, added))
+
+    def _side_by_side(self, x: Tensor, mod: ShiftScaleGate, rope: Tensor) -> Tensor:
+        """What attention and MLP make of the same tokens, one behind the other: ``[B, N, D + 4 D]``."""
+        wide = self.linear1(self.probe("modulated", modulate(x, mod.shift, mod.scale)))
+        qkv, hidden = wide.split(self.widths, dim=-1)  # [B, N, 3 D], [B, N, 4 D]
+        hidden = self.probe("mlp_hidden", F.gelu(hidden, approximate="tanh"))
+        q, k, v = split_heads(qkv, 3, self.num_heads)
+        del wide, qkv  # the widest tensor of the network need not wait out the attention
+        heard = attend(*normed_qkv(self.probe, self.norm, q, k, v), rope, self.probe)
+        return torch.cat([heard, hidden], dim=-1)

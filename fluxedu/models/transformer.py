@@ -146,11 +146,11 @@ class Flux(Probed):
         txt = self.probe("txt_in", self.txt_in(txt))
         for block, mods in zip(self.double_blocks, plan.double, strict=True):
             img, txt = block(img, txt, mods, rope)
-        x = torch.cat([txt, img], dim=1)  # text first
+        words, x = txt.shape[1], torch.cat([txt, img], dim=1)  # text first
+        del txt, img
         for block, mods in zip(self.single_blocks, plan.single, strict=True):
             x = block(x, mods, rope)
-        img = x[:, txt.shape[1] :]
-        return self.probe("velocity", self.final_layer(img, plan.last))
+        return self.probe("velocity", self.final_layer(x[:, words:], plan.last))
 
     def _seen(self, plan: Plan) -> Plan:
         """Pass ``vec`` and its summands through their sites; redo the modulation if one was changed."""

@@ -56,4 +56,5 @@ def load(
         Tokenizer(folder / "tokenizer_2", "<pad>", "</s>", sampling.text_length, cut=False),
         t5,
     )
+    vae = vae.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
     return FluxPipeline(prompts, flux, vae, sampling, size)

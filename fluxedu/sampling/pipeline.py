@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fluxedu import probe
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
-from fluxedu.models.transformer import Flux
+from fluxedu.models.transformer import Flux, Plan
 from fluxedu.sampling.guidance import active, doubled, guide
 from fluxedu.sampling.latents import draw_noise, image_ids, pack, text_ids, unpack
 from fluxedu.sampling.pictures import Picture, fitted, to_images, to_tensor
@@ -200,13 +201,19 @@ class FluxPipeline:
         rope = self.flux.rope(*(i.to(self.device) for i in ids))
         clock = list(dict.fromkeys(times_asked(asked.solver, times.tolist())))
         strength = torch.tensor([asked.guidance], device=self.device) if self.flux.config.guidance_embed else None
-        plan = self.flux.plan(torch.tensor(clock, device=self.device)[:, None], strength, texts.pooled)
-        plans = dict(zip(clock, plan, strict=True))
+
+        def planned(said: Conditioning) -> dict[float, Plan]:
+            moments = torch.tensor(clock, device=self.device)[:, None]
+            return dict(zip(clock, self.flux.plan(moments, strength, said.pooled), strict=True))
+
+        prompted = texts.split(1)[-1]
+        alone, both = planned(prompted), planned(texts) if asked.guided else {}
 
         def velocity(x: Tensor, t: float) -> Tensor:
-            if not asked.guided:
-                return self.flux.velocity(x, texts.txt, rope, plans[t])
-            negative, prompted = self.flux.velocity(doubled(x), texts.txt, rope, plans[t]).chunk(2)
-            return guide(negative, prompted, asked.true_cfg_scale) if active(t, asked.interval) else prompted
+            with torch.inference_mode(not probe.watched()):  # cheaper calls; what a watcher keeps stays ordinary
+                if not (asked.guided and active(t, asked.interval)):
+                    return self.flux.velocity(x, prompted.txt, rope, alone[t])
+                negative, positive = self.flux.velocity(doubled(x), texts.txt, rope, both[t]).chunk(2)
+                return guide(negative, positive, asked.true_cfg_scale)
 
         return velocity

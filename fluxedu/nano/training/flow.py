@@ -32,8 +32,8 @@ from fluxedu.nano.training.latents import Latents, Tokens
 from fluxedu.nano.training.loop import Recipe, Run, use_average
 from fluxedu.sampling.latents import image_ids, pack, text_ids
 
-RECIPE = Recipe(steps=16000, lr=2e-3, batch=64, warmup=200, decay=0.35, ema=0.998, muon=True)
-DISTILL = Recipe(steps=1500, lr=1e-3, batch=32, warmup=100, decay=0.5, ema=0.995, muon=True)
+RECIPE = Recipe(steps=15000, lr=2e-3, batch=64, warmup=200, decay=0.35, ema=0.998, muon=True)
+DISTILL = Recipe(steps=1300, lr=1e-3, batch=32, warmup=100, decay=0.5, ema=0.995, muon=True)
 SEED = 55
 DROPOUT = 0.1
 #: the logit of the time is normal with this mean and spread: mostly noise, since so few and so plain tokens

@@ -22,7 +22,7 @@ from fluxedu.nano.training import autoencoder, clip, flow, latents, t5
 from fluxedu.nano.training.card import write_card
 from fluxedu.nano.training.samples import reporter
 
-SHARDS = 12  # of 2,560 scenes each
+SHARDS = 22  # of 2,560 scenes each
 SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "base_image_seq_len": 256,
