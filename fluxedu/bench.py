@@ -168,6 +168,7 @@ def training_speed(rounds: int) -> dict:
     """Training samples and steps a second of the flow, and the share of the matmul peak they make."""
     from fluxedu.nano import configs
     from fluxedu.nano.training.flow import RECIPE, WithAlignment
+    from fluxedu.nano.training.loop import bfloat16_pays, mixed_precision
 
     torch.manual_seed(0)
     model, side, batch = WithAlignment(configs.FLUX), 8, RECIPE.batch
@@ -175,17 +176,19 @@ def training_speed(rounds: int) -> dict:
     x = {k: v if "ids" in k else v.expand(batch, *v.shape[1:]).contiguous() for k, v in x.items()}
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             velocity, named = model(*x.values())
         (velocity.float().square().mean() + named.float().square().mean()).backward()
         model.zero_grad(set_to_none=True)
 
     seconds, _ = in_turns(step, lambda: None, max(3, rounds // 3))
     flop = 6 * batch * _active(model.flux) * (side * side + configs.TEXT_LENGTH)
+    dtype = torch.bfloat16 if bfloat16_pays() else torch.float32
     return {
         "samples_per_second": batch / seconds,
         "steps_per_second": 1 / seconds,
-        "share_of_bf16_matmul_peak": flop / seconds / matmul_peak(torch.bfloat16),
+        "dtype": str(dtype).removeprefix("torch."),
+        "share_of_matmul_peak": flop / seconds / matmul_peak(dtype),
     }
 
 
@@ -217,6 +220,6 @@ def table(figures: dict) -> str:
     t = figures["training"]
     lines.append(
         f"training the miniature: {t['samples_per_second']:.0f} samples/s, {t['steps_per_second']:.2f} steps/s, "
-        f"{100 * t['share_of_bf16_matmul_peak']:.0f} % of the bf16 matmul peak, {figures['threads']} threads"
+        f"{100 * t['share_of_matmul_peak']:.0f} % of the {t['dtype']} matmul peak, {figures['threads']} threads"
     )
     return "\n".join(lines)

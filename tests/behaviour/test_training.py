@@ -9,7 +9,8 @@ from torch import nn
 
 from fluxedu.nano.scenes import caption, render, sample_scene
 from fluxedu.nano.training import latents, t5
-from fluxedu.nano.training.loop import Recipe, Run, finished
+from fluxedu.nano.training.loop import Recipe, Run, bfloat16_pays, finished, mixed_precision
+from fluxedu.nano.training.muon import Muon, orthogonal
 
 RECIPE = Recipe(steps=8, lr=0.01, batch=4, warmup=2, decay=0.5, muon=True)
 
@@ -95,3 +96,33 @@ def test_patch_labels_name_what_is_drawn():
     ground = np.abs(render(scene).astype(int) - render(scene)[0, 0]).max(-1) < 30
     empty = ground.reshape(8, 16, 8, 16).all(axis=(1, 3))
     assert (labels[:, empty] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (24, 24)])
+def test_muon_is_torchs(shape):
+    """Step by step beside torch's own, in the dtype that torch's uses."""
+    mine, theirs = (nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))) for _ in range(2))
+    ours = Muon([mine], lr=0.01, weight_decay=0.1, dtype=torch.bfloat16)
+    reference = torch.optim.Muon([theirs], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        grad = torch.randn(shape, generator=torch.Generator().manual_seed(10 + step))
+        mine.grad, theirs.grad = grad.clone(), grad.clone()
+        ours.step(), reference.step()
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
+def test_muon_makes_all_directions_alike(shape):
+    """Against the singular value decomposition: the same directions, all singular values near 1."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    inside = u.T @ orthogonal(matrix, torch.float32) @ v.T  # diagonal, where the directions are the same
+    assert (inside - inside.diag().diag()).abs().max() < 1e-4
+    assert 0.5 < inside.diag().min() and inside.diag().max() < 1.5
+
+
+def test_bfloat16_only_where_it_pays():
+    """What autocast does is what was measured, and float32 where bfloat16 is emulated."""
+    with mixed_precision():
+        product = torch.ones(4, 4) @ torch.ones(4, 4)
+    assert product.dtype == (torch.bfloat16 if bfloat16_pays() else torch.float32)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.nano import configs
 from fluxedu.nano.scenes import render, sample_scene
-from fluxedu.nano.training.loop import Prefetch, Recipe, Run, use_average
+from fluxedu.nano.training.loop import Prefetch, Recipe, Run, mixed_precision, use_average
 
 RECIPE = Recipe(steps=2600, lr=2e-3, batch=12, warmup=200, decay=0.5, ema=0.998, clip=1.0)
 CROP = 80
@@ -48,7 +48,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def loss_of(model: AutoEncoder, image: Tensor, noise: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed_precision():
         mean, logvar = model.moments(image)
         z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=noise)
         seen = model.decoder(z)

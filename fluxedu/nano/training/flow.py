@@ -29,7 +29,7 @@ from fluxedu.models.transformer import Flux
 from fluxedu.nano import configs
 from fluxedu.nano.scenes import COLORS, FORMS
 from fluxedu.nano.training.latents import Latents, Tokens
-from fluxedu.nano.training.loop import Recipe, Run, use_average
+from fluxedu.nano.training.loop import Recipe, Run, mixed_precision, use_average
 from fluxedu.sampling.latents import image_ids, pack, text_ids
 
 RECIPE = Recipe(steps=15000, lr=2e-3, batch=64, warmup=200, decay=0.35, ema=0.998, muon=True)
@@ -101,9 +101,9 @@ def noisy(batch: dict[str, Tensor], g: torch.Generator) -> tuple[Tensor, Tensor,
 
 
 def flow_loss(model: WithAlignment, batch: dict[str, Tensor], texts: Texts, g: torch.Generator):
-    """The rectified-flow loss and the alignment, in bfloat16 where it is safe."""
+    """The rectified-flow loss and the alignment, in bfloat16 where it is safe and fast."""
     x_t, t, target, (img_ids, txt_ids) = noisy(batch, g)
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed_precision():
         txt, pooled = texts.dropped(batch, DROPOUT, g)
         velocity, read = model(x_t, img_ids, txt.float(), txt_ids, t, pooled.float())
     flow = F.mse_loss(velocity.float(), target)
@@ -153,7 +153,7 @@ def distillation_loss(student: Flux, teacher: Flux, batch: dict[str, Tensor], te
     """How far one guided pass of the student is from two passes of the teacher."""
     x_t, t, _, (img_ids, txt_ids) = noisy(batch, g)
     strength = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(len(t), generator=g)
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed_precision():
         txt, pooled = texts(batch["t5"], batch["clip"])
         no_txt, no_pooled = (x.expand(len(t), *x.shape[1:]) for x in texts(texts.empty_t5, texts.empty_clip))
         with torch.no_grad():

@@ -20,6 +20,7 @@ from fluxedu.nano import configs
 from fluxedu.nano.scenes import ASPECTS, COLORS, FORMS, caption, render, sample_scene, thing_map
 from fluxedu.nano.tokenizers import clip_tokenizer, t5_tokenizer
 from fluxedu.nano.training.autoencoder import to_tensor
+from fluxedu.nano.training.loop import mixed_precision
 
 SEED = 44
 SHARD = 2560
@@ -58,7 +59,7 @@ def make_shard(index: int, autoencoder: AutoEncoder, tokens: Tokens, size: int =
     for _ in range(size // 32):
         scenes = [sample_scene(rng, size=ORDER[index % len(ORDER)]) for _ in range(32)]
         images = to_tensor(np.stack([render(s) for s in scenes]))
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             latents.append(autoencoder.encode(images).half())
         labels += [patch_labels(s) for s in scenes]
         texts += [caption(s, rng)[0] for s in scenes for _ in range(CAPTIONS)]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,7 +21,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fluxedu.nano.training.muon import Muon
+
 Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
+
+
+@cache
+def bfloat16_pays() -> bool:
+    """Is a matrix product faster in bfloat16 here? A processor without it emulates it, a hundred times slower."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, best = torch.ones(256, 256, dtype=dtype), math.inf
+        for _ in range(4):  # the first one warms up
+            start = time.perf_counter()
+            a @ a
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(torch.bfloat16) < seconds(torch.float32)
+
+
+def mixed_precision() -> torch.autocast:
+    """Matrix products in bfloat16 where that is faster, everything else in float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=bfloat16_pays())
 
 
 @dataclass(frozen=True)
@@ -34,7 +57,7 @@ class Recipe:
     decay: float = 0.3
     ema: float = 0.999
     weight_decay: float = 0.01
-    muon: bool = False  # orthogonalised momentum for the matrices (Jordan et al. 2024); needs torch >= 2.9
+    muon: bool = False  # orthogonalised momentum for the matrices: see muon.py
     clip: float = 1.0
 
     def rate(self, step: int) -> float:
@@ -60,9 +83,8 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
         torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
     ]
     if matrices:
-        made.append(
-            torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
+        dtype = torch.bfloat16 if bfloat16_pays() else torch.float32
+        made.append(Muon(matrices, recipe.lr, recipe.weight_decay, dtype))
     return made
 
 
