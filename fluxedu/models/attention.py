@@ -33,7 +33,9 @@ class RMSNorm(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """Queries and keys are brought to unit size a head, so that no score can explode."""
+    """Each head's query and key vector (``[B, H, N, d]``) is brought to root mean square 1, that is to length
+    ``sqrt(d)``, then scaled by a learned number a channel: no score can explode, whatever comes in.
+    """
 
     def __init__(self, head_dim: int):
         super().__init__()
@@ -82,7 +84,7 @@ def normed_qkv(seen: Callable[[str, Any], Any], norm: QKNorm, q: Tensor, k: Tens
 class AttentionMap:
     """The attention map as a promise: q and k are kept, any part of the map is made when asked for.
 
-    ``weights()`` is the whole map, ``[B, H, N, N]``; ``rows(i)`` only what the queries ``i`` look at.
+    ``weights()`` is the whole map, ``[B, H, N, N]``; ``rows(index)`` only what some queries look at.
     """
 
     def __init__(self, q: Tensor, k: Tensor):
@@ -94,8 +96,9 @@ class AttentionMap:
         b, h, n, _ = self.q.shape
         return (b, h, n, self.k.shape[2])
 
-    def rows(self, index) -> Tensor:
-        """The softmax over keys of the queries ``index``: ``[B, H, len(index), N]``, float32 at least."""
+    def rows(self, index: int | slice | list[int] | Tensor) -> Tensor:
+        """The softmax over keys of the queries at ``index``: ``[B, H, how many, N]``, float32 at least."""
+        index = [index] if isinstance(index, int) else index
         q, k = (x if x.dtype == torch.float64 else x.float() for x in (self.q[:, :, index], self.k))
         return (q @ k.transpose(-1, -2) * self.scale).softmax(-1)
 

@@ -1,7 +1,7 @@
 """The double-stream block: text and image have their own weights and one attention in common.
 
-    for each stream:  q, k, v  <-  QKNorm(qkv(modulate(x)))
-    together:         attention over [text, image]
+    for each stream:  q, k, v  <-  qkv(modulate(x));   q, k  <-  QKNorm(q, k)
+    together:         attention over [text, image], q and k turned by RoPE
     for each stream:  x += gate1 * proj(attention);   x += gate2 * mlp(modulate(x))
 
 Source: black-forest-labs/flux, modules/layers.py (DoubleStreamBlock).

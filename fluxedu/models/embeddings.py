@@ -18,11 +18,12 @@ WAVES = 256
 
 
 def timestep_embedding(t: Tensor, dim: int = WAVES, max_period: float = 10_000, time_factor: float = 1000.0) -> Tensor:
-    """A number as waves: ``t [B]`` in [0, 1] -> ``[B, dim]`` in float32, cosines first, then sines.
+    """A number as waves: ``t [B]`` -> ``[B, dim]`` in float32, cosines first, then sines.
 
-    ``t`` is multiplied by 1000 and stays a real number (it is not the index of a step). The waves get
-    slower from 1 radian a unit to ``1 / max_period``. Always float32, as in both public codes: in
-    bfloat16 ``t * 1000`` would be off by whole units. Source: Vaswani et al. 2017.
+    A time in [0, 1] or a guidance strength such as 3.5 is multiplied by 1000 and stays a real number (it is
+    not the index of a step). The waves get slower, from 1 radian per unit of ``1000 t`` to
+    ``1 / max_period``. Always float32, as in both public codes: in bfloat16 ``t * 1000``
+    would be off by whole units. Source: Vaswani et al. 2017.
     """
     half = dim // 2
     frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)

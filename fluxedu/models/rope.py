@@ -2,8 +2,8 @@
 
 Every token has a position of three integers, (frame, row, column). A head's numbers are taken in
 pairs; each pair is a point in the plane, and it is turned by an angle proportional to one of the
-three coordinates. The score of a query and a key then depends on the *difference* of their positions
-only, since turning both by the same angle changes nothing.
+three coordinates. Positions then enter the score of a query and a key through their *difference* only,
+since turning both by the same angle changes nothing.
 
     head of 128 numbers = 8 pairs turned by the frame, 28 by the row, 28 by the column
 

@@ -43,9 +43,9 @@ class SingleStreamBlock(Probed):
         return self.probe("out", gated(x, mod.gate, added))
 
     def _side_by_side(self, x: Tensor, mod: ShiftScaleGate, rope: Tensor) -> Tensor:
-        """What attention and MLP make of the same tokens, one behind the other: ``[B, N, D + 4 D]``."""
+        """What attention and MLP make of the same tokens, one behind the other: ``[B, L + N, D + M]``, M wide."""
         wide = self.linear1(self.probe("modulated", modulate(x, mod.shift, mod.scale)))
-        qkv, hidden = wide.split(self.widths, dim=-1)  # [B, N, 3 D], [B, N, 4 D]
+        qkv, hidden = wide.split(self.widths, dim=-1)  # [B, L + N, 3 D], [B, L + N, M]
         hidden = self.probe("mlp_hidden", F.gelu(hidden, approximate="tanh"))
         q, k, v = split_heads(qkv, 3, self.num_heads)
         del wide, qkv  # the widest tensor of the network need not wait out the attention

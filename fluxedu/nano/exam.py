@@ -1,7 +1,8 @@
 """The exam: held-out prompts, drawn by a pipeline, read by the judge.
 
-The prompts never change (one seed), every one names a thing whose (colour, form, background) training
-never saw, and the shapes of picture take turns, so that aspect ratios can be compared.
+The prompts never change (one seed), every one is written from a scene with a thing whose (colour, form,
+background) training never saw (one in seven leaves the background unsaid), and the shapes of picture take turns, so
+that aspect ratios can be compared.
 """
 
 from __future__ import annotations

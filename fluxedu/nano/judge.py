@@ -1,5 +1,6 @@
 """The judge: what is in a picture of the miniature's world, by geometry alone.
 
+>>> import numpy as np
 >>> from fluxedu.nano.scenes import caption, render, sample_scene
 >>> scene = sample_scene(rng := np.random.default_rng(0))
 >>> summary([judge(render(scene), caption(scene, rng)[1])])["everything"]

@@ -6,8 +6,8 @@ from it is judged by. Everything is a pure function of a ``numpy`` generator, so
 and reproducible.
 
 Held out: a scene in which any thing's (colour, shape, background) is one of the tenth of all triples
-named by :func:`held_out_triple`. Training never sees such a thing; the prompts of the judge all have
-one. Every colour, shape and background, and every pair of two of them, is seen in training.
+named by :func:`held_out_triple`. Training never sees such a thing; the scenes behind the judge's
+prompts all have one. Every colour, shape and background, and every pair of two of them, is seen in training.
 """
 
 from __future__ import annotations

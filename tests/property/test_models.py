@@ -250,6 +250,7 @@ def test_a_row_of_the_map_is_the_row():
             whole = value.weights()
             assert whole.shape == value.shape == (2, 2, 21, 21)
             assert relative(value.rows([2, 7]), whole[:, :, [2, 7]]) <= ROUNDING
+            assert relative(value.rows(3), whole[:, :, 3:4]) <= ROUNDING
             assert relative(whole.sum(-1), torch.ones(2, 2, 21)) <= ROUNDING
         return value
 

@@ -32,7 +32,7 @@ from fluxedu.nano.training.latents import Latents, Tokens
 from fluxedu.nano.training.loop import Recipe, Run, mixed_precision, use_average
 from fluxedu.sampling.latents import image_ids, pack, text_ids
 
-RECIPE = Recipe(steps=15000, lr=2e-3, batch=64, warmup=200, decay=0.35, ema=0.998, muon=True)
+RECIPE = Recipe(steps=17500, lr=2e-3, batch=64, warmup=200, decay=0.35, ema=0.998, muon=True)
 DISTILL = Recipe(steps=1300, lr=1e-3, batch=32, warmup=100, decay=0.5, ema=0.995, muon=True)
 SEED = 55
 DROPOUT = 0.1
@@ -40,6 +40,7 @@ DROPOUT = 0.1
 #: show where things are through a lot of it, and where things are is what is hard to learn
 NOISY = (0.9, 1.2)
 ALIGN = 0.15  # weight of the alignment
+ALIGNED = 0.85  # share of the run that is aligned; to the end it would hold the flow back (arXiv 2505.16792)
 GUIDANCE = (1.0, 6.0)  # strengths the embedded guidance is trained on
 
 
@@ -100,7 +101,7 @@ def noisy(batch: dict[str, Tensor], g: torch.Generator) -> tuple[Tensor, Tensor,
     return x_t, t, noise - x0, ids
 
 
-def flow_loss(model: WithAlignment, batch: dict[str, Tensor], texts: Texts, g: torch.Generator):
+def flow_loss(model: WithAlignment, batch: dict[str, Tensor], texts: Texts, g: torch.Generator, align: float = ALIGN):
     """The rectified-flow loss and the alignment, in bfloat16 where it is safe and fast."""
     x_t, t, target, (img_ids, txt_ids) = noisy(batch, g)
     with mixed_precision():
@@ -110,7 +111,7 @@ def flow_loss(model: WithAlignment, batch: dict[str, Tensor], texts: Texts, g: t
     color, form = read.float().split([len(COLORS) + 1, len(FORMS) + 1], dim=-1)
     labels = batch["labels"].flatten(2)  # [B, 2, N]
     named = F.cross_entropy(color.transpose(1, 2), labels[:, 0]) + F.cross_entropy(form.transpose(1, 2), labels[:, 1])
-    return flow + ALIGN * named, {"flow": float(flow.detach()), "named": float(named.detach())}
+    return flow + align * named, {"flow": float(flow.detach()), "named": float(named.detach())}
 
 
 Report = Callable[[Flux, int], object]
@@ -124,7 +125,9 @@ def train(folder: Path, t5: T5Encoder, clip: CLIPTextEncoder, report: Report, re
     compiled(model.flux)
 
     def loss(step: int):
-        return flow_loss(model, data.batch(step, RECIPE.batch, SEED), texts, torch.Generator().manual_seed(step))
+        align = ALIGN if step < ALIGNED * RECIPE.steps else 0.0
+        batch = data.batch(step, RECIPE.batch, SEED)
+        return flow_loss(model, batch, texts, torch.Generator().manual_seed(step), align)
 
     run.train(loss, lambda run: report(flow_of(run), run.step), every=500)
     return flow_of(run)

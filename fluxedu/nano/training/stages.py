@@ -19,10 +19,10 @@ from fluxedu.models.t5 import T5Encoder
 from fluxedu.models.transformer import Flux
 from fluxedu.nano.tokenizers import save_tokenizers
 from fluxedu.nano.training import autoencoder, clip, flow, latents, t5
-from fluxedu.nano.training.card import write_card
+from fluxedu.nano.training.card import hours, judged, write_card
 from fluxedu.nano.training.samples import reporter
 
-SHARDS = 22  # of 2,560 scenes each
+SHARDS = 35  # of 2,560 scenes each
 SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "base_image_seq_len": 256,
@@ -91,8 +91,10 @@ class Stages:
         return self.ship_to
 
     @cached_property
-    def card(self) -> dict:
-        return write_card(self.folder, self.ship, clip.retrieval(self.clip))
+    def card(self) -> bool:
+        scenes = latents.SHARD * len(list((self.folder / "latents").glob("*.safetensors")))
+        write_card(self.ship, judged(self.ship), hours(self.folder), scenes, clip.retrieval(self.clip))
+        return True
 
 
 STAGES = ("autoencoder", "t5", "clip", "latents", "flow", "dev", "ship", "card")
