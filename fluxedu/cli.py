@@ -21,6 +21,10 @@ def _fail(error: Exception) -> typer.Exit:
     return typer.Exit(2)
 
 
+def _missing(error: ModuleNotFoundError) -> typer.Exit:
+    return _fail(ValueError(f"this needs {error.name}: pip install {error.name}, or all of it, 'fluxedu[test]'."))
+
+
 def _load(model: str, device: str = "cpu", dtype: str | None = None):
     import fluxedu as fe
 
@@ -28,13 +32,26 @@ def _load(model: str, device: str = "cpu", dtype: str | None = None):
         return fe.load(model, device=device, dtype=dtype)
     except (ValueError, OSError) as error:
         raise _fail(error) from None
+    except ModuleNotFoundError as error:
+        raise _missing(error) from None
+
+
+def _can_write(path: Path | None) -> None:
+    """Refuse a file that cannot be written before the work that fills it, not after."""
+    if path is not None and path.is_dir():
+        raise _fail(ValueError(f"{path} is a folder, and a file is to be written there."))
+    if path is not None and not path.parent.is_dir():
+        raise _fail(ValueError(f"there is no folder {path.parent} to write {path.name} into."))
 
 
 def _write_json(path: Path | None, figures: dict) -> None:
     if path is not None:
         from fluxedu.checkpoints.save import write_text
 
-        write_text(path, json.dumps(figures, indent=2) + "\n")
+        try:
+            write_text(path, json.dumps(figures, indent=2) + "\n")
+        except (ValueError, OSError) as error:
+            raise _fail(error) from None
         typer.echo(f"wrote {path}")
 
 
@@ -59,19 +76,22 @@ def sample(
     """Draw a prompt into a PNG file."""
     from PIL import Image
 
+    from fluxedu.checkpoints.aside import aside
+
+    kind = Image.registered_extensions().get(output.suffix.lower())
+    if kind not in Image.SAVE:
+        raise _fail(ValueError(f"{output.name} does not end like a picture; call it something.png."))
+    _can_write(output)
     pipe = _load(model, device, dtype)
     try:
-        if output.suffix.lower() not in Image.registered_extensions():
-            raise ValueError(f"{output.name} does not end like a picture; call it something.png.")
         start = Image.open(image) if image else None
         drawn = pipe(
             prompt, seed=seed, steps=steps, guidance=guidance, negative_prompt=negative, true_cfg_scale=cfg,
             height=height, width=width, solver=solver, image=start, strength=strength, trajectory=False,
         )  # fmt: skip
         picture = drawn.images[0]
-        aside = output.with_name(f".{output.name}.part")
-        picture.save(aside, format=Image.registered_extensions()[output.suffix.lower()])
-        aside.replace(output)
+        with aside(output, overwrite=True) as part:
+            picture.save(part, format=kind)
     except (ValueError, OSError) as error:
         raise _fail(error) from None
     typer.echo(f"wrote {output} ({picture.width} x {picture.height})")
@@ -118,14 +138,21 @@ def train(
     ] = None,
 ) -> None:
     """Train the miniature from nothing. It can be stopped at any time and goes on where it was."""
-    from fluxedu.nano.training.stages import STAGES, run_stages
+    try:
+        import transformers  # noqa: F401  (for the tokenizers; better missed now than in an hour)
 
-    if all_stages == (stage is not None) or (stage and stage not in STAGES):
+        from fluxedu.nano.training.stages import STAGES, run_stages
+    except ModuleNotFoundError as error:
+        raise _missing(error) from None
+
+    if all_stages == (stage is not None) or (stage is not None and stage not in STAGES):
         raise _fail(ValueError(f"say --all, or --stage with one of {', '.join(STAGES)}."))
     try:
         run_stages(list(STAGES) if all_stages else [stage], out, resume, ship_to or out / "weights")
     except (ValueError, OSError, FloatingPointError) as error:
         raise _fail(error) from None
+    except KeyboardInterrupt:
+        raise _fail(ValueError("stopped; the same command goes on from here.")) from None
 
 
 @app.command(epilog="Example: fluxedu judge --model nano --prompts 500 --json judge.json")
@@ -139,7 +166,11 @@ def judge(
     """Draw held-out prompts, let the judge read them, print the table."""
     from fluxedu.nano.report import examine, table
 
-    figures = examine(_load(model), model, prompts, steps, guidance)
+    _can_write(as_json)
+    try:
+        figures = examine(_load(model), model, prompts, steps, guidance)
+    except ValueError as error:
+        raise _fail(error) from None
     typer.echo(table(figures))
     _write_json(as_json, figures)
 
@@ -149,7 +180,9 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder of them.")],
     target: Annotated[Path, typer.Argument(help="The file or folder to write; it must not exist.")],
     to: Annotated[str, typer.Option(help="bfl (one file) or diffusers (a folder).")],
-    shard_gb: Annotated[float, typer.Option(help="Largest file of a diffusers folder, in GB.")] = 10.0,
+    shard_gb: Annotated[
+        float, typer.Option(min=0.001, max=1e6, help="Largest file of a diffusers folder, in GB.")
+    ] = 10.0,
     overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
 ) -> None:
     """Carry a transformer or an autoencoder between the official layout and diffusers', both ways."""
@@ -176,12 +209,13 @@ def bench(
     quick: Annotated[bool, typer.Option(help="Fewer rounds.")] = False,
 ) -> None:
     """Time the models beside diffusers', as ratios in one run."""
-    try:
-        from fluxedu.bench import run, table
-    except ModuleNotFoundError as error:
-        raise _fail(ValueError(f"the comparison needs {error.name}; install fluxedu[test].")) from None
+    from fluxedu.bench import run, table
 
-    figures = run(rounds=5 if quick else 15)
+    _can_write(as_json)
+    try:
+        figures = run(rounds=5 if quick else 15)
+    except ModuleNotFoundError as error:
+        raise _missing(error) from None
     typer.echo(table(figures))
     _write_json(as_json, figures)
 

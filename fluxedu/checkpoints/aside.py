@@ -2,12 +2,14 @@
 
 Whatever stops the writing (an error, Ctrl-C, a full disk, SIGKILL, the power), the target is what it
 was before. What a killed process leaves is called ``.name.xxxxxxxx.part`` and is swept away by the next
-writer of the same target.
+writer of the same target. A folder takes two renames to replace, since no system does it in one; what is
+killed between them leaves the old folder as ``.name.xxxxxxxx.old``, and the next writer puts it back.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,16 +24,16 @@ except ImportError:  # Windows: nothing is swept
     fcntl = None
 
 #: what a folder of weights is made of; a folder with anything else in it is never replaced
-_OURS = (".safetensors", ".json")
+_OURS = re.compile(r"config\.json|(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 @contextmanager
 def aside(target: Path, overwrite: bool = False, folder: bool = False) -> Iterator[Path]:
     """A path to write to (a file, or with ``folder`` an empty folder) that becomes ``target`` at the end."""
     target = Path(os.path.abspath(target))
+    _sweep(target)
     _refuse(target, overwrite, folder)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
     part = _fresh(target, folder)
     lock = _lock(part)
     try:
@@ -57,7 +59,7 @@ def _refuse(target: Path, overwrite: bool, folder: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(f"{target} exists already; choose another name, or say overwrite.")
-    strangers = sorted(p.name for p in target.iterdir() if p.suffix not in _OURS) if folder else []
+    strangers = sorted(p.name for p in target.iterdir() if not _OURS.fullmatch(p.name)) if folder else []
     if strangers:
         raise CheckpointError(f"{target} also holds {strangers[0]!r}, so it is not replaced.")
 
@@ -94,14 +96,17 @@ def _lock(part: Path) -> int | None:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what killed writers of the same target have left."""
-    name = f".{target.name}."
-    for left in target.parent.iterdir():
-        if left.name.startswith(name) and left.suffix == ".part" and len(left.name) == len(name) + 8 + len(".part"):
-            handle = _lock(left)
-            if handle is not None:  # nobody writes to it any more
-                _remove(left)
-                os.close(handle)
+    """Remove what killed writers of the same target have left; an old folder without a new one goes back."""
+    named = re.compile(rf"\.{re.escape(target.name)}\..{{8}}\.(part|old)")
+    beside = target.parent.iterdir() if target.parent.is_dir() else ()
+    for left in [path for path in beside if named.fullmatch(path.name)]:
+        if left.suffix == ".old":
+            _remove(left) if target.exists() else left.rename(target)
+            continue
+        handle = _lock(left)
+        if handle is not None:  # nobody writes to it any more
+            _remove(left)
+            os.close(handle)
 
 
 def _remove(path: Path) -> None:
@@ -128,7 +133,11 @@ def _put(part: Path, target: Path) -> None:
     if target.is_dir() and any(target.iterdir()):
         old = part.with_suffix(".old")
         target.rename(old)
-        part.rename(target)
+        try:
+            part.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(part, target)

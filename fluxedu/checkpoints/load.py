@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,6 +46,8 @@ DTYPES = {
 }
 _WINDOW = 1 << 30  # bytes of a file mapped at once
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+#: what diffusers and transformers call the weights in a folder
+_FOLDERS_OWN = re.compile(r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors$")
 _KINDS = {kind.__name__: kind for kind in (FluxConfig, AutoEncoderConfig, CLIPTextConfig, T5Config)}
 
 
@@ -236,9 +239,13 @@ def _pickle_error(path: Path) -> CheckpointError:
 
 
 def config_of(tensors: TensorFile) -> Config:
-    """The configuration of a file or folder: as written in it, in its config.json, or told by its shapes."""
-    told = tensors.metadata.get("fluxedu_config")
-    beside = tensors.path / "config.json"
+    """The configuration of a file or folder: as written in it, in its config.json, or told by its shapes.
+
+    A file that carries a folder's own name (``diffusion_pytorch_model.safetensors``) belongs to the
+    config.json beside it.
+    """
+    told, path = tensors.metadata.get("fluxedu_config"), tensors.path
+    beside = (path.parent if _FOLDERS_OWN.match(path.name) else path) / "config.json"
     try:
         if told:
             kind, fields = json.loads(told)

@@ -205,7 +205,14 @@ def convert_file(
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a small text file, replacing what is there; it changes whole or not at all."""
-    with aside(Path(path), overwrite=True) as part:
+    """Write a small text file, replacing what is there; it changes whole or not at all.
+
+    What is no ordinary file (``/dev/stdout``, a pipe, a link) is written to and stays what it is.
+    """
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
+        path.write_text(text, encoding="utf-8")
+        return path
+    with aside(path, overwrite=True) as part:
         part.write_text(text, encoding="utf-8")
-    return Path(path)
+    return path

@@ -15,7 +15,13 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """Shared by all: to and from plain dictionaries, strictly."""
+    """Shared by all: to and from plain dictionaries, strictly. Lists given for tuples become tuples."""
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
 
     @classmethod
     def from_dict(cls, values: dict) -> Config:
@@ -24,7 +30,7 @@ class Config:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}.")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**values)
 
     def to_dict(self) -> dict:
         """Plain values (tuples become lists), fit for JSON."""
@@ -54,6 +60,7 @@ class FluxConfig(Config):
     guidance_embed: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         sizes = ("in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads")
         for name in sizes:
             if getattr(self, name) < 1:
@@ -109,6 +116,7 @@ class AutoEncoderConfig(Config):
     shift_factor: float = 0.1159
 
     def __post_init__(self):
+        super().__post_init__()
         if self.norm_groups < 1 or self.ch < 1 or self.ch % self.norm_groups:
             raise ConfigError(f"ch must be a multiple of norm_groups = {self.norm_groups}, not {self.ch}.")
         if not self.ch_mult:
@@ -134,6 +142,7 @@ class CLIPTextConfig(Config):
     eos_token_id: int = 49407
 
     def __post_init__(self):
+        super().__post_init__()
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} does not divide into num_attention_heads "

@@ -30,6 +30,7 @@ def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: float = 10_000) ->
         raise ValueError(
             f"ids have {ids.shape[-1]} coordinates a token, but axes_dim {axes_dim} needs {len(axes_dim)}."
         )
+    ids = ids.cpu() if ids.device.type == "mps" else ids  # which has no float64
     angles = []
     for axis, dim in enumerate(axes_dim):
         pair = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device)

@@ -114,7 +114,7 @@ class Flux(Probed):
         """The table of turns for [text, image]: complex ``[..., 1, L + N, d/2]``; once per shape."""
         ids = torch.cat([txt_ids, img_ids], dim=-2)
         table = rope_table(ids, self.config.axes_dim, self.config.theta)
-        return table if self.img_in.weight.dtype == torch.float64 else table.to(torch.complex64)
+        return table if self.img_in.weight.dtype == torch.float64 else table.to(ids.device, torch.complex64)
 
     def plan(self, timesteps: Tensor, guidance: Tensor | None, y: Tensor) -> Plan:
         """All modulation of one pass (``timesteps [B]``) or of a whole run (``timesteps [S, 1]``).

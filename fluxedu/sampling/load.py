@@ -38,8 +38,10 @@ def load(
     or dtype that is not there, CheckpointError for files that do not fit.
     """
     device, dtype = checked_device(device), checked_dtype(dtype)
-    if str(name) in SHIPPED:
-        folder, (transformer, sampling) = WEIGHTS, SHIPPED[str(name)]
+    if isinstance(name, str) and name in SHIPPED:
+        if transformer not in ("transformer", SHIPPED[name][0]):
+            raise RequestError(f"{name!r} has its own transformer; of transformer={transformer!r} load the folder.")
+        folder, (transformer, sampling) = WEIGHTS, SHIPPED[name]
         size = 128
     else:
         folder, sampling, size = Path(name), None, 1024

@@ -119,7 +119,7 @@ class FluxPipeline:
 
         seed: a number, or a list to draw one picture per seed; a picture depends on its own seed and
         prompt only · steps, guidance, height, width: the variant's own when not given · guidance: the
-        strength, through the model's guidance input where it has one, else by classifier-free guidance ·
+        strength, through the model's guidance input where it has one, else by classifier-free guidance, 0 being off ·
         true_cfg_scale: classifier-free guidance for a model that has the input, with negative_prompt ·
         guidance_interval: times between which classifier-free guidance is on · solver: euler, midpoint or
         heun · image, strength: begin from a picture instead of from noise · rounding: see ``latent_size``.

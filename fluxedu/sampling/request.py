@@ -37,7 +37,7 @@ def checked_device(device: str | torch.device) -> torch.device:
     """The device, if it can be used here; raises RequestError."""
     try:
         wanted = torch.device(device)
-        torch.empty(0, device=wanted)
+        torch.zeros(1, device=wanted).item()  # raises where there is no such device, and on "meta", which holds nothing
     except (RuntimeError, AssertionError, NotImplementedError, TypeError):
         have = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
         raise RequestError(
@@ -48,11 +48,9 @@ def checked_device(device: str | torch.device) -> torch.device:
 
 def checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     """The dtype by name or as it is; float32 when None."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPES):
+    if dtype is not None and dtype not in DTYPES.values() and (not isinstance(dtype, str) or dtype not in DTYPES):
         raise RequestError(f"dtype must be one of {', '.join(DTYPES)}, not {said(dtype)}.")
-    return DTYPES[dtype or "float32"]
+    return dtype if isinstance(dtype, torch.dtype) else DTYPES[dtype or "float32"]
 
 
 def prompts_of(prompt, name: str = "prompt") -> list[str]:

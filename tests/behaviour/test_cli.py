@@ -1,6 +1,7 @@
 """The command line as a visitor meets it: what is printed, what is written, what is refused."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,10 +57,17 @@ def test_sample_writes_the_picture_and_nothing_else(tmp_path):
         (["sample", "x", "--image", "nowhere.png"], "nowhere.png"),
         (["sample", "x", "-o", "no/such/folder/out.png"], "no/such/folder"),
         (["sample", "x", "-o", "out.xyz"], "out.xyz"),
+        (["sample", "x", "-o", "out.psd"], "out.psd does not end like a picture"),
+        (["sample", "x", "--device", "meta"], "device 'meta' cannot be used here"),
+        (["judge", "--guidance", "200"], "guidance must be a number from 0 to 100"),
+        (["judge", "--steps", "2000"], "steps must be a whole number from 1"),
+        (["judge", "--json", "."], ". is a folder"),
+        (["bench", "--json", "no/folder.json"], "there is no folder no"),
         (["sample", "x", "--negative", "blue"], "true_cfg_scale"),
         (["info", "flux-9"], "no FLUX.1 variant called 'flux-9'"),
         (["train"], "say --all"),
         (["train", "--stage", "bake"], "say --all"),
+        (["train", "--stage", ""], "say --all"),
         (["convert", "nowhere.safetensors", "out", "--to", "diffusers"], "nowhere.safetensors"),
         (["lab", "--folder", "nowhere"], "there is no folder nowhere"),
     ],
@@ -68,6 +76,20 @@ def test_bad_input_is_answered_in_one_sentence(words, says, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert says in refused(*words)
     assert not list(Path(tmp_path).iterdir()), "something was left behind"
+
+
+@pytest.mark.parametrize(("words", "hidden"), [(["bench"], "diffusers"), (["train", "--all"], "transformers")])
+def test_a_package_that_is_missing_is_named_at_once(words, hidden, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, hidden, None)  # as if it were not installed
+    assert f"this needs {hidden}: pip install {hidden}" in refused(*words)
+    assert not list(Path(tmp_path).iterdir())
+
+
+def test_a_picture_does_not_replace_a_folder(tmp_path):
+    (tmp_path / "out.png").mkdir()
+    assert "is a folder" in refused("sample", "x", "--steps", "1", "-o", tmp_path / "out.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["out.png"]
 
 
 def test_judge_prints_the_table_and_writes_it(tmp_path):

@@ -161,7 +161,7 @@ def test_a_good_request(asked, pipe):
 def test_a_wrong_device_or_dtype(pipe):
     """For the loader, and for a pipeline that is moved; it stays where it is."""
     absent = "cuda:99"
-    for device in ("gpu", "cuda:x", absent, "", 3.5, None):
+    for device in ("gpu", "cuda:x", absent, "", 3.5, None, "meta"):
         with pytest.raises(RequestError, match="cannot be used here; use 'cpu'") as error:
             checked_device(device)
         assert one_sentence(error)
@@ -173,7 +173,7 @@ def test_a_wrong_device_or_dtype(pipe):
             mine.to(device=wrong)
     assert pipe.device == checked_device("cpu") == torch.device("cpu")
 
-    for dtype in ("float", "int8", 32, ["float32"]):
+    for dtype in ("float", "int8", 32, ["float32"], torch.int64):
         with pytest.raises(RequestError, match="dtype must be one of float32, float64, bfloat16, float16") as error:
             checked_dtype(dtype)
         assert one_sentence(error)

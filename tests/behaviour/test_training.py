@@ -1,15 +1,19 @@
 """The training loop: a run that was stopped and resumed is the run that never stopped."""
 
 import dataclasses
+import os
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from fluxedu.models import AutoEncoder, AutoEncoderConfig
 from fluxedu.nano.scenes import caption, render, sample_scene
-from fluxedu.nano.training import latents, t5
-from fluxedu.nano.training.loop import Recipe, Run, bfloat16_pays, finished, mixed_precision
+from fluxedu.nano.training import latents, stages, t5
+from fluxedu.nano.training.loop import Recipe, Run, bfloat16_pays, mixed_precision
 from fluxedu.nano.training.muon import Muon, orthogonal
 
 RECIPE = Recipe(steps=8, lr=0.01, batch=4, warmup=2, decay=0.5, muon=True)
@@ -47,13 +51,89 @@ def test_resumed_is_uninterrupted(tmp_path):
         assert torch.equal(whole.average[key], second.average[key]), key
 
 
+def test_ctrl_c_stops_between_steps_and_loses_none(tmp_path):
+    """The signal comes in the middle of step 5: that step is finished, saved, and gone on from."""
+    whole = run_of(tmp_path / "whole")
+    whole.train(loss_for(whole))
+
+    def interrupted(step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss_for(first)(step)
+
+    first = run_of(tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        first.train(interrupted)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    second = run_of(tmp_path / "parts")
+    assert second.step == 6
+    second.train(loss_for(second))
+    for key, value in whole.average.items():
+        assert torch.equal(value, second.average[key]), key
+
+
+def test_a_state_made_from_something_else_is_not_gone_on_with(tmp_path):
+    run = run_of(tmp_path)
+    run.train(loss_for(run))
+    for other in (dict(recipe=dataclasses.replace(RECIPE, steps=9)), dict(made_from="other weights")):
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        with pytest.raises(ValueError, match="made by another recipe or from other weights; .*--no-resume"):
+            Run("toy", model, other.get("recipe", RECIPE), tmp_path, made_from=other.get("made_from", ""))
+        assert Run("toy", model, other.get("recipe", RECIPE), tmp_path, resume=False).step == 0
+    (tmp_path / "toy" / "state.safetensors").write_bytes(b"12345678{")
+    with pytest.raises(ValueError, match="damaged"):
+        run_of(tmp_path)
+
+
+def test_a_step_without_a_gradient_is_an_error_and_not_saved(tmp_path):
+    run = run_of(tmp_path)
+
+    def loss(step):
+        x = run.model(torch.ones(4, 6)).sum()
+        return (x if step < 7 else x + (0 * x).sqrt()), {}  # still finite, but not its gradient
+
+    with pytest.raises(FloatingPointError, match="gradient of toy is nan at step 7"):
+        run.train(loss)
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+def test_no_resume_is_for_the_named_stage_only(tmp_path, monkeypatch):
+    asked = {}
+
+    def stand_in(name):
+        return lambda *args: asked.setdefault(name, args[-1])
+
+    monkeypatch.setattr(stages.autoencoder, "train", stand_in("autoencoder"))
+    monkeypatch.setattr(stages.t5, "train", stand_in("t5"))
+    monkeypatch.setattr(
+        stages.clip, "train", lambda *args: asked.setdefault("clip", args[-1]) and SimpleNamespace(text=0)
+    )
+    monkeypatch.setattr(stages.latents, "make_shards", stand_in("latents"))
+    monkeypatch.setattr(stages.flow, "train", stand_in("flow"))
+    monkeypatch.setattr(stages, "fingerprint", lambda *networks: "")
+    monkeypatch.setattr(stages, "reporter", lambda *args: None)
+    stages.run_stages(["flow"], tmp_path, resume=False, ship_to=tmp_path)
+    assert asked == {"autoencoder": True, "t5": True, "clip": True, "latents": True, "flow": False}
+
+
+def test_latents_of_another_autoencoder_are_made_again(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(latents, "make_shard", lambda index, *_: made.append(index) or {"latents": torch.zeros(1)})
+    torch.manual_seed(0)
+    one, other = (AutoEncoder(AutoEncoderConfig(ch=4, ch_mult=(1,), num_res_blocks=1, norm_groups=2)) for _ in range(2))
+    latents.make_shards(2, tmp_path, one)
+    latents.make_shards(3, tmp_path, one)
+    assert made == [0, 1, 2]
+    latents.make_shards(3, tmp_path, other)
+    assert made == [0, 1, 2] * 2
+
+
 def test_a_finished_stage_is_taken_as_it_is(tmp_path):
     run = run_of(tmp_path)
-    assert finished(tmp_path, "toy", RECIPE) is None
     run.train(loss_for(run))
     again = run_of(tmp_path)
     again.train(lambda step: pytest.fail("a finished run asked for a step"))
-    for key, value in finished(tmp_path, "toy", RECIPE).items():
+    for key, value in run.average.items():
         assert torch.equal(value, again.average[key])
 
 

@@ -354,6 +354,13 @@ def test_configs_survive_a_dictionary(name):
     assert all(type(v) in (int, float, bool, list) for v in config.to_dict().values())
 
 
+def test_lists_are_taken_for_tuples():
+    """As from JSON or a careless hand: equal, and a key of a dictionary all the same."""
+    for config, field in ((TINY, "axes_dim"), (AutoEncoderConfig(), "ch_mult")):
+        same = config.with_(**{field: list(getattr(config, field))})
+        assert same == config and hash(same) == hash(config)
+
+
 def test_clip_refuses_what_others_pool_wrongly():
     config = CLIPTextConfig(20, 8, 8, 1, 2, max_position_embeddings=5, eos_token_id=19)
     encoder = CLIPTextEncoder(config)

@@ -132,7 +132,7 @@ def judged(weights: Path, say: Callable[[str], None] = print) -> dict[str, dict]
     """Both models through the exam."""
     figures = {}
     for name, (transformer, sampling) in SHIPPED.items():
-        pipe = load(weights, transformer=transformer)
+        pipe = load(Path(weights).resolve(), transformer=transformer)
         pipe.defaults, pipe.size = sampling, 128
         pipe.prompt_encoder.t5_tokenizer.length = sampling.text_length
         figures[name] = examine(pipe, name)

@@ -14,7 +14,6 @@ predicts in two (arXiv 2210.03142): ``v_empty + g * (v_text - v_empty)``.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from fluxedu.models.transformer import Flux
 from fluxedu.nano import configs
 from fluxedu.nano.scenes import COLORS, FORMS
 from fluxedu.nano.training.latents import Latents, Tokens
-from fluxedu.nano.training.loop import Recipe, Run, mixed_precision, use_average
+from fluxedu.nano.training.loop import Recipe, Run, fingerprint, mixed_precision, use_average
 from fluxedu.sampling.latents import image_ids, pack, text_ids
 
 RECIPE = Recipe(steps=17500, lr=2e-3, batch=64, warmup=200, decay=0.35, ema=0.998, muon=True)
@@ -68,10 +67,14 @@ class WithAlignment(nn.Module):
 
 
 def compiled(flux: Flux) -> None:
-    """Let torch.compile fuse the blocks, a fifth faster to train, where the machine has a C++ compiler."""
-    if shutil.which("c++") or shutil.which("cl"):
-        for block in (*flux.double_blocks, *flux.single_blocks):
-            block.compile(dynamic=True)
+    """Let torch.compile fuse the blocks, a fifth faster to train, where it works: it needs a C++ compiler."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
+    except Exception as error:  # whatever a compiler may fail with
+        print(f"torch.compile does not work here ({type(error).__name__}); training without it.")
+        return
+    for block in (*flux.double_blocks, *flux.single_blocks):
+        block.compile(dynamic=True)
 
 
 class Texts:
@@ -117,11 +120,13 @@ def flow_loss(model: WithAlignment, batch: dict[str, Tensor], texts: Texts, g: t
 Report = Callable[[Flux, int], object]
 
 
-def train(folder: Path, t5: T5Encoder, clip: CLIPTextEncoder, report: Report, resume: bool = True) -> Flux:
+def train(
+    folder: Path, t5: T5Encoder, clip: CLIPTextEncoder, report: Report, made_from: str, resume: bool = True
+) -> Flux:
     """Train (or take the finished) flow on the latents in ``folder``; ``report(flux, step)`` now and then."""
     torch.manual_seed(SEED)
     model, texts, data = WithAlignment(configs.FLUX), Texts(t5, clip), Latents(folder)
-    run = Run("flow", model, RECIPE, folder, resume)
+    run = Run("flow", model, RECIPE, folder, resume, f"{made_from}, {len(data.shards)} shards")
     compiled(model.flux)
 
     def loss(step: int):
@@ -181,7 +186,7 @@ def distill(
     """Train (or take the finished) guidance-embedded model from the first one."""
     torch.manual_seed(SEED + 1)
     student, texts, data = student_of(teacher), Texts(t5, clip), Latents(folder)
-    run = Run("flow-dev", student, DISTILL, folder, resume)
+    run = Run("flow-dev", student, DISTILL, folder, resume, fingerprint(teacher))
     compiled(student)
 
     def loss(step: int):

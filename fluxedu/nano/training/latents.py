@@ -7,21 +7,22 @@ of no square: two or three things, and long pictures, are what the flow gets wro
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fluxedu.checkpoints.aside import aside
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.nano import configs
 from fluxedu.nano.scenes import ASPECTS, COLORS, FORMS, Scene, caption, render, sample_scene, thing_map
 from fluxedu.nano.tokenizers import clip_tokenizer, t5_tokenizer
 from fluxedu.nano.training.autoencoder import to_tensor
-from fluxedu.nano.training.loop import mixed_precision
+from fluxedu.nano.training.loop import fingerprint, mixed_precision
 
 SEED = 44
 SHARD = 2560
@@ -86,17 +87,22 @@ def shard_path(folder: Path, index: int) -> Path:
     return Path(folder) / "latents" / f"{index:04d}.safetensors"
 
 
-def make_shards(count: int, folder: Path, autoencoder: AutoEncoder) -> None:
-    """Make what is missing of the first ``count`` shards."""
-    missing = [i for i in range(count) if not shard_path(folder, i).exists()]
+def make_shards(count: int, folder: Path, autoencoder: AutoEncoder, resume: bool = True) -> None:
+    """Make what is missing of the first ``count`` shards, or was made by another autoencoder."""
+    made_from = fingerprint(autoencoder)
+    there = lambda path: resume and path.exists() and _made_from(path) == made_from  # noqa: E731
+    missing = [i for i in range(count) if not there(shard_path(folder, i))]
     if not missing:
         return
-    shard_path(folder, 0).parent.mkdir(parents=True, exist_ok=True)
     tokens = Tokens()
     for index in tqdm(missing, desc="latents"):
-        aside = shard_path(folder, index).with_suffix(".tmp")
-        save_file(make_shard(index, autoencoder, tokens), aside)
-        os.replace(aside, shard_path(folder, index))
+        with aside(shard_path(folder, index), overwrite=True) as part:
+            save_file(make_shard(index, autoencoder, tokens), part, {"made_from": made_from})
+
+
+def _made_from(path: Path) -> str | None:
+    with safe_open(path, "pt") as shard:
+        return (shard.metadata() or {}).get("made_from")
 
 
 class Latents:
@@ -107,7 +113,7 @@ class Latents:
         self.shards = [load_file(p) for p in paths]
 
     def batch(self, step: int, size: int, seed: int) -> dict[str, Tensor]:
-        """Random scenes of one shard with a random caption each; a step's batch depends on (seed, step)."""
+        """Random scenes of one shard with a random caption each, told by (seed, step) and how many shards there are."""
         g = torch.Generator().manual_seed(seed * 1_000_003 + step)
         shard = self.shards[int(torch.randint(len(self.shards), (1,), generator=g))]
         rows = torch.randint(len(shard["latents"]), (size,), generator=g)

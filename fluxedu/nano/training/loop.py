@@ -1,26 +1,32 @@
 """One training loop for every network of the miniature: progress, averaging, checkpoints, resume.
 
 A stage gives a model and a function ``loss(step) -> (loss, numbers to show)``; the data of a step
-depends only on (seed, step), so a run that was stopped and resumed is the run that never stopped.
+depends only on (seed, step), so a run that was stopped and resumed is the run that never stopped (on the
+same machine: another may round differently).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import multiprocessing as mp
-import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fluxedu.checkpoints.aside import aside
 from fluxedu.nano.training.muon import Muon
 
 Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
@@ -63,7 +69,7 @@ class Recipe:
     def rate(self, step: int) -> float:
         """The share of ``lr`` in force at ``step``."""
         left = (self.steps - step) / max(1, self.decay * self.steps)
-        return max(0.0, min(1.0, (step + 1) / self.warmup, left))
+        return max(0.0, min(1.0, (step + 1) / max(1, self.warmup), left))
 
 
 def parameter_groups(model: nn.Module, muon: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -88,11 +94,44 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     return made
 
 
-class Run:
-    """A resumable run of one stage, its state in ``folder/name``."""
+def fingerprint(*networks: nn.Module) -> str:
+    """A short name for these weights, so that what was made with them can be told from what was not."""
+    told = hashlib.sha256()
+    for network in networks:
+        told.update(repr(network.config).encode())
+        for name, value in network.state_dict().items():
+            told.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return told.hexdigest()[:16]
 
-    def __init__(self, name: str, model: nn.Module, recipe: Recipe, folder: Path, resume: bool = True):
+
+@contextmanager
+def interruptions() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM, noted in a list instead of breaking a step in two; only the main thread is told of them."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(which, lambda which, frame: noted.append(which)) for which in signals]
+    try:
+        yield noted
+    finally:
+        for which, handler in zip(signals, before, strict=True):
+            signal.signal(which, handler)
+
+
+class Run:
+    """A resumable run of one stage, its state in ``folder/name``.
+
+    ``made_from`` names what the run depends on besides its recipe (see :func:`fingerprint`). A state that was
+    made from something else, or with another recipe, is not gone on with: ValueError.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, recipe: Recipe, folder: Path, resume: bool = True, made_from: str = ""
+    ):
         self.name, self.model, self.recipe = name, model, recipe
+        self.made_from = f"{recipe} {made_from}".strip()
         self.folder = Path(folder) / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.optimizers = optimizers(model, recipe)
@@ -110,19 +149,22 @@ class Run:
             for j, slots in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer/{i}/{j}/{k}": v for k, v in slots.items() if isinstance(v, Tensor)}
         tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-        path = self.folder / "state.safetensors"
-        aside = path.with_suffix(".tmp")
-        save_file(tensors, aside, {"step": str(self.step), "seconds": f"{self.seconds:.1f}"})
-        os.replace(aside, path)
+        told = {"step": str(self.step), "seconds": f"{self.seconds:.1f}", "made_from": self.made_from}
+        with aside(self.folder / "state.safetensors", overwrite=True) as part:
+            save_file(tensors, part, told)
 
     def _restore(self) -> None:
-        from safetensors import safe_open
-
         path = self.folder / "state.safetensors"
-        with safe_open(path, "pt") as f:
-            meta = f.metadata()
+        advice = "take another folder with --out, or begin this stage anew with --no-resume"
+        try:
+            with safe_open(path, "pt") as f:
+                meta = f.metadata()
+            tensors = load_file(path)
+        except SafetensorError:
+            raise ValueError(f"{path} is damaged; {advice}.") from None
+        if meta.get("made_from") != self.made_from:
+            raise ValueError(f"{path} was made by another recipe or from other weights; {advice}.")
         self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
-        tensors = load_file(path)
         part = lambda head: {k[len(head) :]: v for k, v in tensors.items() if k.startswith(head)}  # noqa: E731
         self.model.load_state_dict(part("model/"))
         self.average = part("average/")
@@ -138,7 +180,13 @@ class Run:
     # -- the loop
 
     def train(self, loss: Loss, report: Callable[[Run], None] | None = None, every: int = 2000) -> dict[str, Tensor]:
-        """Train to the end of the recipe; returns the averaged weights."""
+        """Train to the end of the recipe; returns the averaged weights. Ctrl-C stops after the step at hand, saved."""
+        with interruptions() as noted:
+            return self._train(loss, report, every, noted)
+
+    def _train(
+        self, loss: Loss, report: Callable[[Run], None] | None, every: int, noted: list[int]
+    ) -> dict[str, Tensor]:
         bar = tqdm(total=self.recipe.steps, initial=self.step, desc=self.name, mininterval=5, smoothing=0.02)
         saved, started = time.monotonic(), time.monotonic() - self.seconds
         shown: dict[str, float] = {}
@@ -151,9 +199,12 @@ class Run:
             self.seconds = time.monotonic() - started
             if self.step % 50 == 0:
                 bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
-            if time.monotonic() - saved > 120 or self.step == self.recipe.steps:
+            if noted or time.monotonic() - saved > 120 or self.step == self.recipe.steps:
                 self.save()
                 saved = time.monotonic()
+            if noted:
+                bar.close()
+                raise KeyboardInterrupt
             if report and (self.step % every == 0 or self.step == self.recipe.steps):
                 report(self)
                 self.model.train()
@@ -170,7 +221,9 @@ class Run:
                 f"the loss of {self.name} is {float(value.detach())} at step {self.step}; lower the rate."
             )
         value.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"a gradient of {self.name} is {norm} at step {self.step}; lower the rate.")
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -186,27 +239,6 @@ def use_average(model: nn.Module, average: dict[str, Tensor]) -> nn.Module:
     """Load averaged weights into ``model`` for use: evaluation mode, no gradients."""
     model.load_state_dict(average)
     return model.eval().requires_grad_(False)
-
-
-def finished(folder: Path, name: str, recipe: Recipe) -> dict[str, Tensor] | None:
-    """The averaged weights of a stage that is done, or None."""
-    from safetensors import safe_open
-
-    path = Path(folder) / name / "state.safetensors"
-    if not path.exists():
-        return None
-    with safe_open(path, "pt") as f:
-        if int(f.metadata()["step"]) < recipe.steps:
-            return None
-        return {k[len("average/") :]: f.get_tensor(k) for k in f.keys() if k.startswith("average/")}
-
-
-def shuffled(seed: int, step: int, size: int, batch: int) -> Iterable[int]:
-    """Indices of the batch of ``step`` in an endless sequence of shuffled passes over ``size`` items."""
-    per_pass = size // batch
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + step // per_pass))
-    start = (step % per_pass) * batch
-    return order[start : start + batch].tolist()
 
 
 class Prefetch:

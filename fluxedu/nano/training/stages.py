@@ -20,6 +20,7 @@ from fluxedu.models.transformer import Flux
 from fluxedu.nano.tokenizers import save_tokenizers
 from fluxedu.nano.training import autoencoder, clip, flow, latents, t5
 from fluxedu.nano.training.card import hours, judged, write_card
+from fluxedu.nano.training.loop import fingerprint
 from fluxedu.nano.training.samples import reporter
 
 SHARDS = 35  # of 2,560 scenes each
@@ -46,37 +47,42 @@ INDEX = {
 
 
 class Stages:
-    """The results of the stages, each made (or found finished) when first asked for."""
+    """The results of the stages, each made (or found finished) when first asked for.
 
-    def __init__(self, folder: Path, resume: bool, ship_to: Path):
-        self.folder, self.resume, self.ship_to = folder, resume, ship_to
+    A stage in ``anew`` begins anew, whatever is there; every other goes on from what is.
+    """
+
+    def __init__(self, folder: Path, anew: list[str], ship_to: Path):
+        self.folder, self.anew, self.ship_to = folder, anew, ship_to
 
     @cached_property
     def autoencoder(self) -> AutoEncoder:
-        return autoencoder.train(self.folder, self.resume)
+        return autoencoder.train(self.folder, "autoencoder" not in self.anew)
 
     @cached_property
     def t5(self) -> T5Encoder:
-        return t5.train(self.folder, self.resume)
+        return t5.train(self.folder, "t5" not in self.anew)
 
     @cached_property
     def clip(self) -> clip.CLIP:
-        return clip.train(self.folder, self.resume)
+        return clip.train(self.folder, "clip" not in self.anew)
 
     @cached_property
     def latents(self) -> bool:
-        latents.make_shards(SHARDS, self.folder, self.autoencoder)
+        latents.make_shards(SHARDS, self.folder, self.autoencoder, "latents" not in self.anew)
         return True
 
     @cached_property
     def flow(self) -> Flux:
         assert self.latents
-        return flow.train(self.folder, self.t5, self.clip.text, self._reporter("flow"), self.resume)
+        made_from = fingerprint(self.autoencoder, self.t5, self.clip.text)
+        report = self._reporter("flow")
+        return flow.train(self.folder, self.t5, self.clip.text, report, made_from, "flow" not in self.anew)
 
     @cached_property
     def dev(self) -> Flux:
         teacher, report = self.flow, self._reporter("flow-dev")
-        return flow.distill(self.folder, teacher, self.t5, self.clip.text, report, self.resume)
+        return flow.distill(self.folder, teacher, self.t5, self.clip.text, report, "dev" not in self.anew)
 
     def _reporter(self, name: str) -> flow.Report:
         return reporter(self.folder / name, self.autoencoder, self.t5, self.clip.text)
@@ -101,9 +107,12 @@ STAGES = ("autoencoder", "t5", "clip", "latents", "flow", "dev", "ship", "card")
 
 
 def run_stages(names: list[str], folder: Path, resume: bool, ship_to: Path) -> None:
-    """Run the named stages; what they need of earlier ones is made on the way."""
+    """Run the named stages; what they need of earlier ones is made on the way.
+
+    Without ``resume`` the named stages begin anew; what they need is still taken as it is.
+    """
     torch.manual_seed(0)
-    stages = Stages(Path(folder), resume, Path(ship_to))
+    stages = Stages(Path(folder), [] if resume else names, Path(ship_to))
     for name in names:
         getattr(stages, name)
 
