@@ -18,10 +18,12 @@ from fluxedu.sampling.prompts import PromptEncoder, Tokenizer
 from fluxedu.sampling.request import RequestError, checked_device, checked_dtype
 
 WEIGHTS = Path(__file__).parent.parent / "nano" / "weights"
+#: mu of the miniature, ln 3 at any size: chosen, as the guidance is, on prompts that are not the exam's
+NANO_SHIFT = (1.0986, 1.0986)
 #: the shipped models: the folder of the transformer, and how they are sampled
 SHIPPED = {
-    "nano": ("transformer", Sampling(20, 3.5, 32, shift=True)),
-    "nano-base": ("transformer_base", Sampling(20, 3.5, 32, shift=True)),
+    "nano": ("transformer", Sampling(20, 3.5, 32, shift=True, shift_ends=NANO_SHIFT)),
+    "nano-base": ("transformer_base", Sampling(20, 5.0, 32, shift=True, shift_ends=NANO_SHIFT)),
 }
 
 

@@ -170,7 +170,7 @@ class FluxPipeline:
     def times(self, asked: Request) -> Tensor:
         """The schedule; of it only the end where a picture is begun from."""
         rows, columns = asked.shape
-        times = schedule(asked.steps, rows * columns // 4, self.defaults.shift)
+        times = schedule(asked.steps, rows * columns // 4, self.defaults.shift, self.defaults.shift_ends)
         return times if asked.image is None else from_strength(times, asked.strength)
 
     def start(self, asked: Request, t: Tensor) -> Tensor:

@@ -29,8 +29,10 @@ def shift_times(times: Tensor, mu: float) -> Tensor:
     return push / (push + (1 / times - 1))  # at 0: 1 / 0 is inf, and push / inf is 0
 
 
-def schedule(steps: int, tokens: int, shift: bool = True) -> Tensor:
+def schedule(steps: int, tokens: int, shift: bool = True, ends: tuple[float, float] = (0.5, 1.15)) -> Tensor:
     """The times of a run: ``[steps + 1]`` from 1 down to 0, float32.
+
+    ``ends``: ``mu`` at 256 and at 4096 tokens (diffusers' ``base_shift`` and ``max_shift``).
 
     To the last bit those of diffusers: the network multiplies a time by 1000, and what is lost in the
     last bit of it comes back as 1e-6 in the picture. Raises ValueError for fewer than one step.
@@ -38,7 +40,7 @@ def schedule(steps: int, tokens: int, shift: bool = True) -> Tensor:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, not {steps!r}.")
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).float()  # rounded once
-    return shift_times(times, shift_amount(tokens)) if shift else times
+    return shift_times(times, shift_amount(tokens, (256, ends[0]), (4096, ends[1]))) if shift else times
 
 
 def from_strength(times: Tensor, strength: float) -> Tensor:

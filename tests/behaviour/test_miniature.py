@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from fluxedu.nano.exam import questions, sit, truth
 from fluxedu.nano.judge import judge
 from fluxedu.nano.report import BARS, drawer, reconstruction
 from fluxedu.nano.scenes import BACKGROUNDS, COLORS, FORMS, Claim, held_out_triple, sample_scene
+from fluxedu.nano.training.card import APART, shapes_apart
 from fluxedu.sampling.load import SHIPPED, WEIGHTS
 
 MODELS = list(SHIPPED)
@@ -58,6 +60,27 @@ def test_the_card_says_what_was_measured():
         assert table["prompts"] == 500 and table["steps"] == 20
         for row in BARS:
             assert f"{table['rows'][row]['percent']:.1f}" in card, (name, row)
+
+
+def bars():
+    """Every bar; the one that is missed is expected to be, and strictly: met, it fails here until this is taken out."""
+    for row in BARS:
+        missed = pytest.mark.xfail(reason="93.7 and 94.7 of 95: see the card") if row == "relations" else ()
+        yield pytest.param(row, marks=missed)
+
+
+@pytest.mark.parametrize("row", bars())
+@pytest.mark.parametrize("name", MODELS)
+def test_the_bars_are_met(name, row):
+    card = json.loads((WEIGHTS / "judge.json").read_text())[name]
+    assert card["rows"][row]["percent"] >= BARS[row]
+
+
+@pytest.mark.xfail(reason="93 of the squares are right, 78 and 80 of the others: see the card")
+@pytest.mark.parametrize("name", MODELS)
+def test_every_shape_of_picture_is_drawn_alike(name):
+    square, others = shapes_apart(json.loads((WEIGHTS / "judge.json").read_text())[name]["by_size"])
+    assert abs(square - others) <= APART
 
 
 def test_the_autoencoder_keeps_pictures(pipe):
@@ -123,6 +146,13 @@ def test_sample_from_a_cold_shell(tmp_path):
     assert all(verdict.colors) and all(verdict.relations), verdict
     # 6 s on two quiet cores; this test shares them with another worker
     assert seconds < 15, seconds
+
+
+def test_the_name_is_the_shipped_model_and_a_path_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for wrong in ({"name": Path("nano")}, {"name": "nano", "transformer": "mine"}):
+        with pytest.raises(ValueError, match="there is no model 'nano'|'nano' has its own transformer"):
+            fe.load(**wrong)
 
 
 def test_the_same_seed_alone_and_in_a_batch(pipe):

@@ -62,8 +62,8 @@ one's guided velocities for strengths {low:g} to {high:g}. {history}
 
 ## Figures
 
-The judge (`fluxedu judge`), {prompts} held-out prompts, {steps} steps, guidance {guidance:g}; in percent, beside
-the bar that was set before training:
+The judge (`fluxedu judge`), {prompts} held-out prompts, {steps} steps, guidance {guidance}; in
+percent, beside the bar that was set before training. Guidance and shift were chosen on other prompts.
 
 {table}
 
@@ -79,6 +79,7 @@ Everything right by picture shape, height x width, about {by_each} prompts each:
 {failures}
 """
 
+APART = 5  # points between square pictures and others, at most
 AGAIN = "`fluxedu train --all` does all of it again."
 
 
@@ -116,6 +117,15 @@ def sizes_table(figures: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def shapes_apart(by_size: dict[str, dict]) -> tuple[float, float]:
+    """Everything right, in percent: of square pictures, and of all others."""
+    percent = {"square": [], "others": []}
+    for size, cell in by_size.items():
+        height, width = size.split("x")
+        percent["square" if height == width else "others"] += [cell["percent"]] * cell["n"]
+    return tuple(sum(each) / len(each) for each in percent.values())
+
+
 def failures(figures: dict[str, dict]) -> str:
     """The weakest rows and every bar that was missed, a sentence or two a model."""
     said = []
@@ -125,6 +135,8 @@ def failures(figures: dict[str, dict]) -> str:
         missed = [f"{row} ({share[row]:.1f} %, bar {bar})" for row, bar in BARS.items() if share[row] < bar]
         said.append(f"{name}: weakest in " + ", ".join(f"{row} ({p:.1f} %)" for p, row in worst) + ".")
         said[-1] += f" Below its bar: {', '.join(missed)}." if missed else " No bar missed."
+        square, others = shapes_apart(of["by_size"])
+        said[-1] += f" Squares are right in {square:.0f} %, other shapes in {others:.0f} % (bar: {APART} points apart)."
     return "\n".join([*said, "Words outside its world mean nothing to either."])
 
 
@@ -149,11 +161,12 @@ def write_card(
     from · ``retrieval`` of CLIP, a share · ``history``: what else has to be said of how these weights came about.
     """
     first = next(iter(figures.values()))
+    strengths = " and ".join(f"{of['guidance']:g} ({name})" for name, of in figures.items())
     text = TEXT.format(
         shapes=", ".join(SHAPES), letters=", ".join(LETTERS), colors=len(COLORS), backgrounds=len(BACKGROUNDS),
         aspects=len(ASPECTS), runs=runs, scenes=scenes, history=history,
         dropout=100 * flow.DROPOUT, low=flow.GUIDANCE[0], high=flow.GUIDANCE[1], prompts=first["prompts"],
-        steps=first["steps"], guidance=first["guidance"], table=rows_table(figures), psnr=first["autoencoder_psnr"],
+        steps=first["steps"], guidance=strengths, table=rows_table(figures), psnr=first["autoencoder_psnr"],
         retrieval=100 * retrieval, failures=failures(figures), by_size=sizes_table(figures),
         by_each=first["prompts"] // len(ASPECTS),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from fluxedu.models.transformer import Flux
 from fluxedu.nano import configs
 from fluxedu.nano.exam import sit
 from fluxedu.nano.tokenizers import save_tokenizers
+from fluxedu.sampling.load import NANO_SHIFT
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.prompts import PromptEncoder, Tokenizer
 
@@ -44,7 +45,9 @@ def reporter(
     )
 
     def report(flux: Flux, step: int) -> dict:
-        pipe = FluxPipeline(encoder, flux, autoencoder, Sampling(steps, 3.5, configs.TEXT_LENGTH, shift=True), 128)
+        pipe = FluxPipeline(
+            encoder, flux, autoencoder, Sampling(steps, 3.5, configs.TEXT_LENGTH, True, NANO_SHIFT), 128
+        )
         drawn: list[Image.Image] = []
 
         def draw(prompts: list[str], seeds: list[int], size: tuple[int, int]) -> list[Image.Image]:

@@ -22,14 +22,15 @@ from fluxedu.nano.training import autoencoder, clip, flow, latents, t5
 from fluxedu.nano.training.card import hours, judged, write_card
 from fluxedu.nano.training.loop import fingerprint
 from fluxedu.nano.training.samples import reporter
+from fluxedu.sampling.load import NANO_SHIFT
 
 SHARDS = 35  # of 2,560 scenes each
 SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "base_image_seq_len": 256,
-    "base_shift": 0.5,
+    "base_shift": NANO_SHIFT[0],
     "max_image_seq_len": 4096,
-    "max_shift": 1.15,
+    "max_shift": NANO_SHIFT[1],
     "num_train_timesteps": 1000,
     "shift": 3.0,
     "use_dynamic_shifting": True,
