@@ -19,7 +19,7 @@ PROMPTS = [
 ]
 
 if __name__ == "__main__":
-    pictures = fe.load()(PROMPTS, seed=0, progress=False).images
+    pictures = fe.load()(PROMPTS, seed=4, progress=False).images
     fig, axes = plt.subplots(2, 4, figsize=(10, 6.2), layout="constrained")
     for ax, prompt, picture in zip(axes.flat, PROMPTS, pictures, strict=True):
         ax.imshow(picture)
