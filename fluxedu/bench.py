@@ -168,7 +168,7 @@ def training_speed(rounds: int) -> dict:
     """Training samples and steps a second of the flow, and the share of the matmul peak they make."""
     from fluxedu.nano import configs
     from fluxedu.nano.training.flow import RECIPE, WithAlignment
-    from fluxedu.nano.training.loop import bfloat16_pays, mixed_precision
+    from fluxedu.nano.training.loop import mixed_precision, product_dtype
 
     torch.manual_seed(0)
     model, side, batch = WithAlignment(configs.FLUX), 8, RECIPE.batch
@@ -183,7 +183,7 @@ def training_speed(rounds: int) -> dict:
 
     seconds, _ = in_turns(step, lambda: None, max(3, rounds // 3))
     flop = 6 * batch * _active(model.flux) * (side * side + configs.TEXT_LENGTH)
-    dtype = torch.bfloat16 if bfloat16_pays() else torch.float32
+    dtype = product_dtype()
     return {
         "samples_per_second": batch / seconds,
         "steps_per_second": 1 / seconds,

@@ -23,8 +23,10 @@ try:
 except ImportError:  # Windows: nothing is swept
     fcntl = None
 
+#: what diffusers and transformers call the weights in a folder
+WEIGHTS = r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors"
 #: what a folder of weights is made of; a folder with anything else in it is never replaced
-_OURS = re.compile(r"config\.json|(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_OURS = re.compile(rf"config\.json|{WEIGHTS}(\.index\.json)?")
 
 
 @contextmanager

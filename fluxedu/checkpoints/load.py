@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fluxedu.checkpoints.aside import WEIGHTS
 from fluxedu.checkpoints.configs import from_diffusers_config
 from fluxedu.checkpoints.errors import CheckpointError, naming
 from fluxedu.checkpoints.layouts import check, converted, infer_config, plain, plain_names, require
@@ -46,8 +47,6 @@ DTYPES = {
 }
 _WINDOW = 1 << 30  # bytes of a file mapped at once
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
-#: what diffusers and transformers call the weights in a folder
-_FOLDERS_OWN = re.compile(r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors$")
 _KINDS = {kind.__name__: kind for kind in (FluxConfig, AutoEncoderConfig, CLIPTextConfig, T5Config)}
 
 
@@ -245,7 +244,7 @@ def config_of(tensors: TensorFile) -> Config:
     config.json beside it.
     """
     told, path = tensors.metadata.get("fluxedu_config"), tensors.path
-    beside = (path.parent if _FOLDERS_OWN.match(path.name) else path) / "config.json"
+    beside = (path.parent if re.fullmatch(WEIGHTS, path.name) else path) / "config.json"
     try:
         if told:
             kind, fields = json.loads(told)

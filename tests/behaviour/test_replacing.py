@@ -5,22 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_checkpoints_errors import TINY
 
 from fluxedu.checkpoints import CheckpointError, convert_file, load_model, save_file, save_folder
 from fluxedu.checkpoints.save import write_text
-from fluxedu.models import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig
-
-TINY = FluxConfig(
-    in_channels=4,
-    out_channels=4,
-    vec_in_dim=6,
-    context_in_dim=5,
-    hidden_size=16,
-    num_heads=2,
-    axes_dim=(2, 2, 4),
-    depth=1,
-    depth_single_blocks=1,
-)
+from fluxedu.models import AutoEncoder, AutoEncoderConfig, Flux
 
 
 @pytest.fixture

@@ -6,13 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import safe_open
-
 from fluxedu.checkpoints.save import write_text
 from fluxedu.nano.report import BARS, ROWS, examine, table
 from fluxedu.nano.scenes import ASPECTS, BACKGROUNDS, COLORS, LETTERS, SHAPES
 from fluxedu.nano.training import autoencoder, clip, flow, t5
-from fluxedu.nano.training.loop import Recipe
+from fluxedu.nano.training.loop import Recipe, told_by
 from fluxedu.sampling.load import SHIPPED, load
 
 RUNS = {
@@ -93,9 +91,7 @@ def hours(folder: Path) -> str:
 
 
 def _clock(folder: Path, name: str, recipe: Recipe) -> tuple[int, float]:
-    path = Path(folder) / name / "state.safetensors"
-    with safe_open(path, "pt") as state:
-        told = state.metadata()
+    told = told_by(Path(folder) / name / "state.safetensors")
     return min(int(told["step"]), recipe.steps), float(told["seconds"]) / 60
 
 

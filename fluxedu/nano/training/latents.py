@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -22,7 +21,7 @@ from fluxedu.nano import configs
 from fluxedu.nano.scenes import ASPECTS, COLORS, FORMS, Scene, caption, render, sample_scene, thing_map
 from fluxedu.nano.tokenizers import clip_tokenizer, t5_tokenizer
 from fluxedu.nano.training.autoencoder import to_tensor
-from fluxedu.nano.training.loop import fingerprint, mixed_precision
+from fluxedu.nano.training.loop import fingerprint, mixed_precision, told_by
 
 SEED = 44
 SHARD = 2560
@@ -90,7 +89,7 @@ def shard_path(folder: Path, index: int) -> Path:
 def make_shards(count: int, folder: Path, autoencoder: AutoEncoder, resume: bool = True) -> None:
     """Make what is missing of the first ``count`` shards, or was made by another autoencoder."""
     made_from = fingerprint(autoencoder)
-    there = lambda path: resume and path.exists() and _made_from(path) == made_from  # noqa: E731
+    there = lambda path: resume and path.exists() and told_by(path).get("made_from") == made_from  # noqa: E731
     missing = [i for i in range(count) if not there(shard_path(folder, i))]
     if not missing:
         return
@@ -98,11 +97,6 @@ def make_shards(count: int, folder: Path, autoencoder: AutoEncoder, resume: bool
     for index in tqdm(missing, desc="latents"):
         with aside(shard_path(folder, index), overwrite=True) as part:
             save_file(make_shard(index, autoencoder, tokens), part, {"made_from": made_from})
-
-
-def _made_from(path: Path) -> str | None:
-    with safe_open(path, "pt") as shard:
-        return (shard.metadata() or {}).get("made_from")
 
 
 class Latents:

@@ -47,9 +47,20 @@ def bfloat16_pays() -> bool:
     return seconds(torch.bfloat16) < seconds(torch.float32)
 
 
+def product_dtype() -> torch.dtype:
+    """What matrix products are computed in while training."""
+    return torch.bfloat16 if bfloat16_pays() else torch.float32
+
+
 def mixed_precision() -> torch.autocast:
     """Matrix products in bfloat16 where that is faster, everything else in float32."""
     return torch.autocast("cpu", torch.bfloat16, enabled=bfloat16_pays())
+
+
+def told_by(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 @dataclass(frozen=True)
@@ -89,8 +100,7 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
         torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
     ]
     if matrices:
-        dtype = torch.bfloat16 if bfloat16_pays() else torch.float32
-        made.append(Muon(matrices, recipe.lr, recipe.weight_decay, dtype))
+        made.append(Muon(matrices, recipe.lr, recipe.weight_decay, product_dtype()))
     return made
 
 
@@ -157,9 +167,7 @@ class Run:
         path = self.folder / "state.safetensors"
         advice = "take another folder with --out, or begin this stage anew with --no-resume"
         try:
-            with safe_open(path, "pt") as f:
-                meta = f.metadata()
-            tensors = load_file(path)
+            meta, tensors = told_by(path), load_file(path)
         except SafetensorError:
             raise ValueError(f"{path} is damaged; {advice}.") from None
         if meta.get("made_from") != self.made_from:
