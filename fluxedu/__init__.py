@@ -15,10 +15,17 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "load": "fluxedu.sampling.load",
     "FluxPipeline": "fluxedu.sampling.pipeline",
+    "sites": "fluxedu.instruments.catalogue",
+    "record": "fluxedu.instruments.recorder",
+    "intervene": "fluxedu.instruments.interventions",
+    "ablate": "fluxedu.instruments.interventions",
+    "patch": "fluxedu.instruments.interventions",
+    "swap": "fluxedu.instruments.swap",
     "models": None,
     "sampling": None,
     "checkpoints": None,
     "nano": None,
+    "instruments": None,
     "probe": None,
 }
 __all__ = [*_PUBLIC, "__version__"]

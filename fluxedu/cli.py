@@ -1,4 +1,4 @@
-"""The command line: ``fluxedu sample | info | train | judge | convert | bench | lab``."""
+"""The command line: ``fluxedu sample | info | sites | train | judge | convert | bench | lab``."""
 
 from __future__ import annotations
 
@@ -125,6 +125,31 @@ def info(
         if variant:
             for key, value in list(row.items())[2:]:
                 typer.echo(f"  {key:<20} {value}")
+
+
+@app.command(epilog="Example: fluxedu sites attn.map --model dev")
+def sites(
+    containing: Annotated[str, typer.Argument(help="Only sites whose name contains this.")] = "",
+    model: Annotated[str, typer.Option(help="nano, nano-base, a folder, or a variant by name, such as dev.")] = "nano",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Every value that can be recorded or changed: its name, its shape, what it means, where it passes."""
+    from dataclasses import asdict
+
+    from fluxedu.instruments.catalogue import LEGEND, sites
+    from fluxedu.models import VARIANTS
+
+    try:
+        found = [s for s in sites(model if model in VARIANTS else _load(model)) if containing in s.name]
+    except ValueError as error:
+        raise _fail(error) from None
+    if as_json:
+        typer.echo(json.dumps([asdict(s) for s in found], indent=2))
+        return
+    for site in found:
+        typer.echo(str(site))
+    used = {letter for s in found for letter in s.shape if letter in LEGEND}
+    typer.echo("\n".join(f"{letter}  {meaning}" for letter, meaning in LEGEND.items() if letter in used))
 
 
 @app.command(epilog="Example: fluxedu train --all --out runs")

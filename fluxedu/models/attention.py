@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu import probe
+from fluxedu.models.attention_map import AttentionMap
 from fluxedu.models.rope import rotate
 from fluxedu.probe import Probed
 
@@ -81,31 +81,6 @@ def normed_qkv(seen: Callable[[str, Any], Any], norm: QKNorm, q: Tensor, k: Tens
     return seen("q_norm", q), seen("k_norm", k), v
 
 
-class AttentionMap:
-    """The attention map as a promise: q and k are kept, any part of the map is made when asked for.
-
-    ``weights()`` is the whole map, ``[B, H, N, N]``; ``rows(index)`` only what some queries look at.
-    """
-
-    def __init__(self, q: Tensor, k: Tensor):
-        self.q, self.k = q, k
-        self.scale = q.shape[-1] ** -0.5
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        b, h, n, _ = self.q.shape
-        return (b, h, n, self.k.shape[2])
-
-    def rows(self, index: int | slice | list[int] | Tensor) -> Tensor:
-        """The softmax over keys of the queries at ``index``: ``[B, H, how many, N]``, float32 at least."""
-        index = [index] if isinstance(index, int) else index
-        q, k = (x if x.dtype == torch.float64 else x.float() for x in (self.q[:, :, index], self.k))
-        return (q @ k.transpose(-1, -2) * self.scale).softmax(-1)
-
-    def weights(self) -> Tensor:
-        return self.rows(slice(None))
-
-
 SHORT = 256  # tokens up to which three plain steps train faster on a CPU than the fused kernel
 
 
@@ -116,16 +91,21 @@ def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, seen: Callable[[str, Any], Any]) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, words: int, block: Probed) -> Tensor:
     """Turn q and k by position, attend, merge heads: ``3 x [B, H, N, d] -> [B, N, H d]``.
 
-    ``seen`` is the block's ``probe``: sites ``attn.q``, ``attn.k`` (turned), ``attn.map`` (a lazy
+    The sites are ``block``'s: ``attn.rope``, ``attn.q``, ``attn.k`` (turned), ``attn.map`` (a lazy
     :class:`AttentionMap`; give back a tensor ``[B, H, N, N]`` to replace the map) and ``heads``.
+    ``words`` is how many tokens are text.
     """
-    q, k = seen("attn.q", rotate(q, rope)), seen("attn.k", rotate(k, rope))
-    weights = seen("attn.map", AttentionMap(q, k)) if probe.watched() else None
+    rope = block.probe("attn.rope", rope)
+    q, k = block.probe("attn.q", rotate(q, rope)), block.probe("attn.k", rotate(k, rope))
+    if not block.wanted("attn.map"):
+        return merge_heads(block.probe("heads", mix(q, k, v)))
+    promised = AttentionMap(q, k, v, words)
+    weights = block.probe("attn.map", promised)
     if isinstance(weights, Tensor):
         heads = weights.to(v.dtype) @ v
-    else:
-        heads = mix(q, k, v)
-    return merge_heads(seen("heads", heads))
+    else:  # asked for its log-sum-exp, the map has attended already
+        heads = mix(q, k, v) if promised.out is None else promised.out
+    return merge_heads(block.probe("heads", heads))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fluxedu.models.attention import SelfAttention, attend
 from fluxedu.models.config import FluxConfig
-from fluxedu.models.modulation import Modulation, ShiftScaleGate, gated, modulate
+from fluxedu.models.modulation import Modulation, ShiftScaleGate, gated, modulate, normalised
 from fluxedu.probe import Probed
 
 
@@ -53,7 +53,7 @@ class DoubleStreamBlock(Probed):
 
         entered = (self._enter(s, x[s], mod[s][0]) for s in self.STREAMS)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(*entered, strict=True))  # [B, H, L + N, d]
-        joint = attend(q, k, v, rope, self.probe)  # [B, L + N, D]
+        joint = attend(q, k, v, rope, txt.shape[1], self)  # [B, L + N, D]
         heard = dict(zip(self.STREAMS, joint.split([txt.shape[1], img.shape[1]], dim=1), strict=True))
 
         for s in self.STREAMS:
@@ -62,13 +62,17 @@ class DoubleStreamBlock(Probed):
 
     def _enter(self, stream: str, x: Tensor, mod: ShiftScaleGate) -> tuple[Tensor, ...]:
         """One stream into the attention: modulated, then q, k, v."""
-        x = self.probe(f"{stream}_modulated1", modulate(x, mod.shift, mod.scale))
+        normed = self.probe(f"{stream}_norm1", normalised(x))
+        x = self.probe(f"{stream}_modulated1", modulate(normed, mod.shift, mod.scale))
+        del normed
         return self.get_submodule(f"{stream}_attn")(x)
 
     def _leave(self, stream: str, x: Tensor, heard: Tensor, attn: ShiftScaleGate, mlp: ShiftScaleGate) -> Tensor:
         """One stream out of the attention and through its MLP, each added through its gate."""
         added = self.probe(f"{stream}_attn_out", self.get_submodule(f"{stream}_attn").proj(heard))
-        x = gated(x, attn.gate, added)
-        inner = self.probe(f"{stream}_modulated2", modulate(x, mlp.shift, mlp.scale))
+        x = gated(x, attn.gate, added, self, f"{stream}_attn_contribution")
+        normed = self.probe(f"{stream}_norm2", normalised(x))
+        inner = self.probe(f"{stream}_modulated2", modulate(normed, mlp.shift, mlp.scale))
+        del normed
         added = self.probe(f"{stream}_mlp_out", self.get_submodule(f"{stream}_mlp")(inner))
-        return gated(x, mlp.gate, added)
+        return gated(x, mlp.gate, added, self, f"{stream}_mlp_contribution")

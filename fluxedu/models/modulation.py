@@ -29,13 +29,23 @@ class ShiftScaleGate(NamedTuple):
     gate: Tensor
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``(1 + scale) * LN(x) + shift`` for ``x [B, N, D]``."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=LN_EPS), 1 + scale)
+def normalised(x: Tensor) -> Tensor:
+    """``LN(x)``: every token ``[..., D]`` to mean 0 and variance 1, without weights."""
+    return F.layer_norm(x, x.shape[-1:], eps=LN_EPS)
 
 
-def gated(x: Tensor, gate: Tensor, added: Tensor) -> Tensor:
-    """The residual step ``x + gate * added``."""
+def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``(1 + scale) * LN(x) + shift`` for ``LN(x) [B, N, D]``."""
+    return torch.addcmul(shift, normed, 1 + scale)
+
+
+def gated(x: Tensor, gate: Tensor, added: Tensor, block: Probed, site: str) -> Tensor:
+    """The residual step ``x + gate * added``; what it adds passes through ``block``'s ``site``."""
+    if block.wanted(site):  # made as a value of its own for who wants to see it
+        step = gate * added
+        seen = block.probe(site, step)
+        if seen is not step:
+            return x + seen
     return torch.addcmul(x, gate, added)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fluxedu.models.attention import QKNorm, attend, normed_qkv, split_heads
 from fluxedu.models.config import FluxConfig
-from fluxedu.models.modulation import Modulation, ShiftScaleGate, gated, modulate
+from fluxedu.models.modulation import Modulation, ShiftScaleGate, gated, modulate, normalised
 from fluxedu.probe import Probed
 
 
@@ -35,19 +35,21 @@ class SingleStreamBlock(Probed):
         """The modulation for ``vec [..., D]``: ``[..., 3 D]``."""
         return self.modulation(vec)
 
-    def forward(self, x: Tensor, mods: Tensor, rope: Tensor) -> Tensor:
-        """``x [B, L + N, D]``, ``rope [..., 1, L + N, d/2]`` -> the new x."""
+    def forward(self, x: Tensor, mods: Tensor, rope: Tensor, words: int = 0) -> Tensor:
+        """``x [B, L + N, D]``, ``rope [..., 1, L + N, d/2]`` -> the new x; of the tokens, ``words`` are text."""
         x = self.probe("x", x)
         (mod,) = self.modulation.split(mods)
-        added = self.probe("added", self.linear2(self._side_by_side(x, mod, rope)))
-        return self.probe("out", gated(x, mod.gate, added))
+        added = self.probe("added", self.linear2(self._side_by_side(x, mod, rope, words)))
+        return self.probe("out", gated(x, mod.gate, added, self, "contribution"))
 
-    def _side_by_side(self, x: Tensor, mod: ShiftScaleGate, rope: Tensor) -> Tensor:
+    def _side_by_side(self, x: Tensor, mod: ShiftScaleGate, rope: Tensor, words: int) -> Tensor:
         """What attention and MLP make of the same tokens, one behind the other: ``[B, L + N, D + M]``, M wide."""
-        wide = self.linear1(self.probe("modulated", modulate(x, mod.shift, mod.scale)))
+        normed = self.probe("norm", normalised(x))
+        wide = self.linear1(self.probe("modulated", modulate(normed, mod.shift, mod.scale)))
+        del normed
         qkv, hidden = wide.split(self.widths, dim=-1)  # [B, L + N, 3 D], [B, L + N, M]
         hidden = self.probe("mlp_hidden", F.gelu(hidden, approximate="tanh"))
         q, k, v = split_heads(qkv, 3, self.num_heads)
         del wide, qkv  # the widest tensor of the network need not wait out the attention
-        heard = attend(*normed_qkv(self.probe, self.norm, q, k, v), rope, self.probe)
+        heard = attend(*normed_qkv(self.probe, self.norm, q, k, v), rope, words, self)
         return torch.cat([heard, hidden], dim=-1)

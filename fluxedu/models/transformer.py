@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fluxedu.models.config import FluxConfig
 from fluxedu.models.double_stream import DoubleStreamBlock
 from fluxedu.models.embeddings import WAVES, MLPEmbedder, timestep_embedding
-from fluxedu.models.modulation import modulate
+from fluxedu.models.modulation import modulate, normalised
 from fluxedu.models.rope import rope_table
 from fluxedu.models.single_stream import SingleStreamBlock
 from fluxedu.probe import Probed, name_sites
@@ -38,7 +38,8 @@ class LastLayer(Probed):
     def forward(self, x: Tensor, mods: Tensor) -> Tensor:  # [B, N, D] -> [B, N, out]
         shift, scale = mods.unsqueeze(-2).chunk(2, dim=-1)
         shift, scale = self.probe("shift", shift), self.probe("scale", scale)
-        return self.linear(self.probe("modulated", modulate(x, shift, scale)))
+        normed = self.probe("norm", normalised(x))
+        return self.linear(self.probe("modulated", modulate(normed, shift, scale)))
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Flux(Probed):
         words, x = txt.shape[1], torch.cat([txt, img], dim=1)  # text first
         del txt, img
         for block, mods in zip(self.single_blocks, plan.single, strict=True):
-            x = block(x, mods, rope)
+            x = block(x, mods, rope, words)
         return self.probe("velocity", self.final_layer(x[:, words:], plan.last))
 
     def _seen(self, plan: Plan) -> Plan:

@@ -6,19 +6,20 @@ prompt -> tokenizers -> CLIP pooled + T5 tokens -> noise packed to tokens -> sch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fluxedu import probe
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
 from fluxedu.models.transformer import Flux, Plan
+from fluxedu.probe import Sited, watched
 from fluxedu.sampling.guidance import active, doubled, guide
 from fluxedu.sampling.latents import draw_noise, image_ids, pack, text_ids, unpack
+from fluxedu.sampling.moment import Moment, ask, at
 from fluxedu.sampling.pictures import Picture, fitted, to_images, to_tensor
 from fluxedu.sampling.prompts import Conditioning, PromptEncoder
 from fluxedu.sampling.request import Request, checked_device, requests_of
@@ -57,11 +58,13 @@ class Output:
         return cls(list(images), latents[-1], Trajectory(runs[0].times, latents, velocities) if keep else None)
 
 
-class FluxPipeline:
+class FluxPipeline(Sited):
     """The whole of FLUX.1: ``pipe("a red circle", seed=0).images[0]``.
 
     Attributes: ``prompt_encoder``, ``flux``, ``autoencoder`` and the ``defaults`` of its variant.
     """
+
+    site_path = "sample"
 
     def __init__(
         self, prompt_encoder: PromptEncoder, flux: Flux, autoencoder: AutoEncoder, defaults: Sampling, size: int
@@ -145,11 +148,18 @@ class FluxPipeline:
             embedded=self.flux.config.guidance_embed,
             downscale=self.autoencoder.config.downscale,
         )
-        texts, times = self.encode(asked), self.times(asked[0])
+        times = self.times(asked[0])
+        here = Moment(self, asked[0], self.prompt_encoder.t5_tokenizer.length, 0, len(asked), len(times) - 1)
+        with at(here):
+            texts = self.encode(asked)
         # One picture after the other, so that a picture is the same to the last bit alone and in a batch:
         # a matrix product rounds differently when it has more rows.
         with tqdm(total=len(asked) * (len(times) - 1), disable=not progress, delay=1.0, desc="sampling") as bar:
-            return Output.of([self.draw(*one, times, bar) for one in zip(asked, texts, strict=True)], keep=trajectory)
+            drawn = []
+            for picture, one in enumerate(zip(asked, texts, strict=True)):
+                with at(replace(here, asked=one[0], picture=picture)):
+                    drawn.append(self.draw(*one, times, bar))
+            return Output.of(drawn, keep=trajectory)
 
     # -- stage by stage
 
@@ -161,10 +171,12 @@ class FluxPipeline:
 
     def draw(self, asked: Request, texts: Conditioning, times: Tensor, bar: tqdm) -> tuple[Image.Image, Trajectory]:
         """One picture: noise, steps, decoding."""
-        x = self.start(asked, times[0])
+        texts = Conditioning(self.probe("txt", texts.txt), self.probe("pooled", texts.pooled))
+        x = self.probe("noise", self.start(asked, times[0]))
         xs, vs = self.integrate(pack(x), times, texts, asked, bar)
         latents, velocities = (torch.stack([unpack(v, *asked.shape) for v in kept]) for kept in (xs, vs))
-        (image,) = to_images(self.autoencoder.decode(latents[-1]))
+        picture = self.autoencoder.decode(self.probe("latent", latents[-1]))
+        (image,) = to_images(self.probe("image", picture))
         return image, Trajectory(times, latents, velocities)
 
     def times(self, asked: Request) -> Tensor:
@@ -188,8 +200,10 @@ class FluxPipeline:
         velocity = self.velocity_field(times, texts, asked)
         step, clock = SOLVERS[asked.solver], times.tolist()
         xs, vs = [x], []
-        for t, t_next in zip(clock, clock[1:], strict=False):
-            x, v = step(x, t, t_next, velocity)
+        for i, (t, t_next) in enumerate(zip(clock, clock[1:], strict=False)):
+            with at(step=i, time=t, part=-1):
+                x = xs[-1] = self._as_latent("x", x, asked)
+                x, v = step(x, t, t_next, velocity)
             xs.append(x)
             vs.append(v)
             bar.update()
@@ -210,10 +224,32 @@ class FluxPipeline:
         alone, both = planned(prompted), planned(texts) if asked.guided else {}
 
         def velocity(x: Tensor, t: float) -> Tensor:
-            with torch.inference_mode(not probe.watched()):  # cheaper calls; what a watcher keeps stays ordinary
-                if not (asked.guided and active(t, asked.interval)):
-                    return self.flux.velocity(x, prompted.txt, rope, alone[t])
-                negative, positive = self.flux.velocity(doubled(x), texts.txt, rope, both[t]).chunk(2)
-                return guide(negative, positive, asked.true_cfg_scale)
+            if not (asked.guided and active(t, asked.interval)):
+                return self.flux.velocity(x, prompted.txt, rope, alone[t])
+            negative, positive = self.flux.velocity(doubled(x), texts.txt, rope, both[t]).chunk(2)
+            negative, positive = self.probe("negative", negative), self.probe("prompted", positive)
+            return guide(negative, positive, asked.true_cfg_scale)
 
-        return velocity
+        def seen(x: Tensor, t: float) -> Tensor:
+            ask(t)
+            # cheaper calls; what a watcher keeps stays ordinary. (inference_mode(False) would bring gradients back.)
+            with torch.no_grad() if watched() else torch.inference_mode():
+                return self._foreseen(x, self._as_latent("velocity", velocity(x, t), asked), t, asked)
+
+        return seen
+
+    def _as_latent(self, site: str, tokens: Tensor, asked: Request) -> Tensor:
+        """Show tokens as the latent they are, ``[1, C, h, w]``."""
+        if not self.wanted(site):
+            return tokens
+        shown = unpack(tokens, *asked.shape)
+        seen = self.probe(site, shown)
+        return tokens if seen is shown else pack(seen)
+
+    def _foreseen(self, x: Tensor, v: Tensor, t: float, asked: Request) -> Tensor:
+        """Show the picture that ``v`` leads to, ``x0 = x - t v``; another one put in its place gives another ``v``."""
+        if not self.wanted("x0"):
+            return v
+        foreseen = unpack(x - t * v, *asked.shape)
+        seen = self.probe("x0", foreseen)
+        return v if seen is foreseen else (x - pack(seen)) / t

@@ -1,0 +1,282 @@
+"""Interventions: go on with another value than the one that was computed.
+
+    with fe.intervene("single.3.gate", lambda x, ctx: 0 * x, times=(0.5, 1.0)):
+        pipe("a red circle")
+
+They compose (the one entered first acts first), recorders see what they leave, and all end with their ``with``. What
+changes nothing leaves the picture the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxedu.instruments.catalogue import axes_of
+from fluxedu.instruments.errors import InstrumentError
+from fluxedu.instruments.named import Named
+from fluxedu.instruments.recorder import Steps, among, record
+from fluxedu.instruments.recording import Recording
+from fluxedu.instruments.watching import Instrument
+from fluxedu.instruments.words import Word, token_ids
+from fluxedu.models.attention_map import AttentionMap
+from fluxedu.probe import Sited
+from fluxedu.sampling.latents import image_ids, text_ids
+from fluxedu.sampling.moment import Moment, now
+
+Times = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a value is being changed: its ``site``, its ``axes``, the run's ``moment`` (None without a pipeline)."""
+
+    site: str
+    axes: tuple[str, ...] | None
+    moment: Moment | None
+
+    @property
+    def step(self) -> int | None:
+        return self.moment and self.moment.step
+
+    @property
+    def time(self) -> float | None:
+        return self.moment and self.moment.time
+
+    def tokens(self, words: Sequence[Word] | Word) -> list[int]:
+        """Places of the text tokens that spell ``words``; numbers are places already."""
+        listed = [words] if isinstance(words, (str, int)) else list(words)
+        if all(isinstance(w, int) for w in listed):
+            return listed
+        return token_ids(self._moment().pipe.prompt_encoder.t5_tokenizer, self._moment().asked.prompt, listed)
+
+    def places(self, stream: str) -> slice:
+        """Of the joint tokens, those of ``"txt"`` or ``"img"``."""
+        if stream not in ("txt", "img"):
+            raise InstrumentError(f"a stream is 'txt' or 'img', not {stream!r}.")
+        words = self._moment().words
+        return slice(0, words) if stream == "txt" else slice(words, None)
+
+    def _moment(self) -> Moment:
+        if self.moment is None:
+            raise InstrumentError(f"at {self.site!r}, words and streams can be told apart in a pipeline's run only.")
+        return self.moment
+
+
+class intervene(Instrument):  # noqa: N801 - used like a function
+    """``change(value, ctx) -> value`` at every site that ``globs`` name.
+
+    steps: which steps (a number, a list, a slice) · times: from, to, in [0, 1], 1 being noise. The change must keep
+    shape and dtype; of ``attn.map`` it gets the lazy map and may give a tensor ``[B, H, N, N]``. Raises
+    InstrumentError for a site that is not there or a change that does not fit.
+    """
+
+    changes = True
+
+    def __init__(
+        self,
+        *globs_and_change: Any,
+        steps: Steps = None,
+        times: Times | None = None,
+    ):
+        *globs, change = globs_and_change or (None,)
+        if not callable(change):
+            raise InstrumentError(f"the last argument must be a function (value, ctx) -> value, not {change!r}.")
+        super().__init__(*globs)
+        self.change, self.steps = change, steps
+        self.times = None if times is None else (min(times), max(times))
+
+    def see(self, owner: Sited, name: str, whole: str, value: Any) -> Any:
+        moment = now()
+        if not self._now(moment):
+            return value
+        changed = self.change(value, Context(whole, axes_of(owner, name), moment))
+        return _fitting(changed, value, whole)
+
+    def _now(self, moment: Moment | None) -> bool:
+        if moment is None or moment.step is None:
+            return self.times is None and self.steps is None
+        low, high = self.times or (-1.0, 2.0)
+        return among(self.steps, moment.step, moment.steps) and low <= moment.time <= high
+
+
+def _fitting(changed: Any, value: Any, site: str) -> Any:
+    """The changed value, if it fits; the old one itself if nothing changed, so that not a bit of the run does."""
+    if changed is value:
+        return value
+    if not isinstance(changed, Tensor):
+        raise InstrumentError(f"the change at {site!r} gave {type(changed).__name__}; it must give a tensor.")
+    if tuple(changed.shape) != tuple(value.shape):
+        raise InstrumentError(
+            f"the change at {site!r} gave a tensor {list(changed.shape)}; it must be {list(value.shape)}."
+        )
+    if isinstance(value, AttentionMap):
+        return changed
+    if changed.dtype != value.dtype or changed.device != value.device:
+        raise InstrumentError(
+            f"the change at {site!r} gave {changed.dtype} on {changed.device}; "
+            f"it must be {value.dtype} on {value.device}."
+        )
+    return value if torch.equal(changed, value) else changed
+
+
+# ---------------------------------------------------------------- cutting things out
+
+_BLOCK = re.compile(r"(double|single)\.(\*|\d+)")
+
+
+def ablate(
+    *globs: str,
+    heads: Sequence[int] | int | None = None,
+    streams: Sequence[str] | str | None = None,
+    tokens: Sequence[Word] | Word | None = None,
+    steps: Steps = None,
+    times: Times | None = None,
+    to: str | float = 0.0,
+) -> intervene:
+    """Cut out what sites say: set it to 0 (or to another number, or ``to="mean"``, the mean over its tokens).
+
+    A whole block is ``"double.1"`` or ``"single.*"``: it then adds nothing to its stream. heads: only these, at
+    sites with heads · streams: only the tokens of ``"txt"`` or ``"img"`` · tokens: only these words or places. At
+    ``attn.map``, tokens are not looked at: their columns go and every row is made whole again.
+
+        with fe.ablate("double.1.heads", heads=[2]): ...
+        with fe.ablate("*.attn.map", tokens=["red"]): ...
+    """
+    sites = [site for glob in globs for site in _sites_of(glob, streams)]
+    heads = [heads] if isinstance(heads, int) else heads
+    named = [streams] if isinstance(streams, str) else streams
+
+    def change(value: Tensor | AttentionMap, ctx: Context) -> Tensor | AttentionMap:
+        if isinstance(value, AttentionMap):
+            return _unseen(value, ctx, heads, tokens)
+        mask = _mask(value, ctx, heads, named, tokens)
+        return torch.where(mask, _instead(value, ctx, to), value)
+
+    return intervene(*sites, change, steps=steps, times=times)
+
+
+_STREAMS = ("txt", "img")
+
+
+def _sites_of(glob: str, streams: Sequence[str] | str | None) -> list[str]:
+    """A block's name as the sites of what it adds; any other glob as it is."""
+    if not isinstance(glob, str) or not _BLOCK.fullmatch(glob):
+        return [glob]
+    if glob.startswith("single"):
+        return [f"{glob}.contribution"]
+    named = _STREAMS if streams is None else [streams] if isinstance(streams, str) else streams
+    return [f"{glob}.{stream}_*_contribution" for stream in named]
+
+
+def _instead(value: Tensor, ctx: Context, to: str | float) -> Tensor:
+    if to == "mean":
+        axes = [i for i, a in enumerate(ctx.axes or ()) if a in ("text", "image", "token")]
+        if not axes:
+            raise InstrumentError(f"{ctx.site!r} has no tokens to take the mean over (its axes are {ctx.axes}).")
+        return value.mean(dim=axes, keepdim=True)
+    if isinstance(to, bool) or not isinstance(to, (int, float)):
+        raise InstrumentError(f"to= is a number or 'mean', not {to!r}.")
+    return torch.full((), float(to), dtype=value.dtype, device=value.device)
+
+
+def _mask(value: Tensor, ctx: Context, heads, streams, tokens) -> Tensor:
+    """Which entries are cut: the named heads and the named tokens, everything along what is not named."""
+    mask = torch.ones((), dtype=torch.bool, device=value.device)
+    if heads is not None:
+        mask = mask & _along(value, ctx, ("head",), heads)
+    joint = "token" in (ctx.axes or ())
+    if streams is not None and (joint or not re.search(r"\.(txt|img)_", ctx.site)):
+        mask = mask & _along(value, ctx, ("token",), [ctx.places(s) for s in streams])
+    if tokens is not None:
+        mask = mask & _along(value, ctx, ("text", "token"), ctx.tokens(tokens))
+    return mask
+
+
+def _along(value: Tensor, ctx: Context, names: tuple[str, ...], places: Sequence[int | slice]) -> Tensor:
+    """True at ``places`` of the first axis of those ``names`` that there is."""
+    axis = next((i for i, a in enumerate(ctx.axes or ()) if a in names), None)
+    if axis is None:
+        raise InstrumentError(
+            f"{ctx.site!r} has no {names[0]} axis (its axes are {', '.join(ctx.axes or ('unknown',))})."
+        )
+    chosen = torch.zeros(value.shape[axis], dtype=torch.bool, device=value.device)
+    for place in places:
+        if isinstance(place, int) and not -len(chosen) <= place < len(chosen):
+            raise InstrumentError(f"{ctx.site!r} has {len(chosen)} places along {names[0]}, so there is no {place}.")
+        chosen[place] = True
+    return chosen.view([-1 if i == axis else 1 for i in range(value.ndim)])
+
+
+def _unseen(value: AttentionMap, ctx: Context, heads, tokens) -> Tensor:
+    """The map without some columns, its rows made to sum to 1 again."""
+    if tokens is None:
+        raise InstrumentError(f"at {ctx.site!r} say which tokens are not to be looked at: tokens=['red'].")
+    weights, keys = value.weights(), Context(ctx.site, ("batch", "head", "query", "token"), ctx.moment)
+    hidden = _along(weights, keys, ("token",), keys.tokens(tokens))
+    if heads is not None:
+        hidden = hidden & _along(weights, ctx, ("head",), heads)
+    kept = weights.masked_fill(hidden, 0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+# ---------------------------------------------------------------- values from elsewhere
+
+
+def patch(
+    glob: str, source: record | Recording | Named | Tensor, steps: Steps = None, times: Times | None = None
+) -> intervene:
+    """Go on with values from another run: activation patching (arXiv 2202.05262).
+
+    source: a recording of the same sites, taken unreduced, of which the same step is put in; or one value, a
+    tensor or :class:`Named`, put in every time. Raises InstrumentError when the recording has no such site, step or
+    shape.
+    """
+
+    def change(value: Any, ctx: Context) -> Tensor:
+        found = _recorded(source, ctx) if isinstance(source, (record, Recording)) else source
+        tensor = found.tensor if isinstance(found, Named) else found
+        if tensor.numel() != torch.Size(value.shape).numel():
+            raise InstrumentError(f"{ctx.site!r} is {list(value.shape)}, but the patch is {list(tensor.shape)}.")
+        like = value.q if isinstance(value, AttentionMap) else value
+        dtype = tensor.dtype if isinstance(value, AttentionMap) else like.dtype
+        return tensor.to(like.device, dtype).reshape(value.shape)
+
+    return intervene(glob, change, steps=steps, times=times)
+
+
+def _recorded(source: record | Recording, ctx: Context) -> Named:
+    moment, entries = ctx.moment, source.entries(ctx.site)
+    if moment is None:
+        return entries[0][1]
+    same = [v for w, v in entries if (w.step, w.part) == (moment.step, max(moment.part, 0))]
+    if not same:
+        have = sorted({w.step for w, _ in entries if w.step is not None})
+        raise InstrumentError(f"the recording of {ctx.site!r} has no step {moment.step}; it has {have}.")
+    return same[min(moment.picture, len(same) - 1)]
+
+
+# ---------------------------------------------------------------- places
+
+
+def positions(edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Context], Tensor]:
+    """A change for ``attn.rope`` sites: tell some blocks that the image tokens are elsewhere.
+
+    ``edit(ids [N, 3]) -> ids [N, 3]``, the columns being frame, row and column; text stays at (0, 0, 0).
+
+        flat = positions(lambda ids: ids * torch.tensor([1, 0, 1]))        # every row is row 0
+        with fe.intervene("double.*.attn.rope", flat): ...
+    """
+
+    def change(table: Tensor, ctx: Context) -> Tensor:
+        moment = ctx._moment()
+        ids = edit(image_ids(*moment.asked.shape))
+        new = moment.pipe.flux.rope(ids.to(table.device), text_ids(moment.words).to(table.device))
+        return new.view(table.shape) if new.numel() == table.numel() else new
+
+    return change

@@ -1,0 +1,78 @@
+"""A tensor whose axes have names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fluxedu.instruments.errors import InstrumentError
+
+
+@dataclass(frozen=True, eq=False)
+class Named:
+    """``tensor`` and the names of its ``axes``; ``coords`` labels some of them (times of steps, words of keys).
+
+    ``torch.as_tensor(named.tensor)``, ``numpy.asarray(named)``; ``named.at(step=3, head=0)`` picks by name.
+    """
+
+    tensor: Tensor
+    axes: tuple[str, ...]
+    coords: dict[str, list] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.tensor.ndim != len(self.axes):
+            raise InstrumentError(f"a tensor {list(self.tensor.shape)} has not the axes {', '.join(self.axes)}.")
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(zip(self.axes, self.tensor.shape, strict=True))
+
+    def axis(self, name: str) -> int:
+        """The place of an axis; raises InstrumentError for one that is not there."""
+        if name not in self.axes:
+            raise InstrumentError(f"there is no axis {name!r}; the axes are {', '.join(self.axes)}.")
+        return self.axes.index(name)
+
+    def at(self, **where: int) -> Named:
+        """One place of each named axis, which is then gone."""
+        tensor, axes = self.tensor, list(self.axes)
+        for name, index in where.items():
+            self.axis(name)
+            tensor = tensor.select(axes.index(name), index)
+            axes.remove(name)
+        return Named(tensor, tuple(axes), {k: v for k, v in self.coords.items() if k in axes})
+
+    def take(self, name: str, index: list[int]) -> Named:
+        """Some places of an axis."""
+        axis = self.axis(name)
+        wrong = [i for i in index if not -self.shape[axis] <= i < self.shape[axis]]
+        if wrong:
+            raise InstrumentError(f"axis {name!r} has {self.shape[axis]} places, so there is no {wrong[0]}.")
+        places = torch.as_tensor(index, dtype=torch.long, device=self.tensor.device)
+        coords = self.coords | ({name: [self.coords[name][i] for i in index]} if name in self.coords else {})
+        return Named(self.tensor.index_select(axis, places), self.axes, coords)
+
+    def mean(self, name: str) -> Named:
+        """The mean over an axis, which is then gone."""
+        axis = self.axis(name)
+        return self.dropped(name, self.tensor.mean(axis))
+
+    def dropped(self, name: str, tensor: Tensor) -> Named:
+        """Another tensor, without the axis ``name``."""
+        axes = tuple(a for a in self.axes if a != name)
+        return Named(tensor, axes, {k: v for k, v in self.coords.items() if k in axes})
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        tensor = self.tensor.float() if self.tensor.dtype == torch.bfloat16 else self.tensor
+        return np.asarray(tensor.detach().cpu().numpy(), dtype)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{a}: {n}" for a, n in self.sizes.items())
+        return f"Named({sizes}; {str(self.tensor.dtype).removeprefix('torch.')})"

@@ -1,0 +1,193 @@
+"""What was recorded, in memory or in a folder, and how single values become one tensor with named axes.
+
+On disk a recording is a folder with one safetensors file for each whole step, written aside and renamed: whatever
+happens to the process, every file that is there is whole. :func:`open_recording` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from fluxedu.checkpoints.aside import aside
+from fluxedu.instruments.errors import InstrumentError
+from fluxedu.instruments.named import Named
+
+
+@dataclass(frozen=True)
+class When:
+    """When in a run a value passed: see :class:`fluxedu.sampling.moment.Moment`. Numbers count from 0."""
+
+    picture: int
+    step: int | None
+    part: int
+    time: float | None
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The step it belongs to; what comes before the first step is -1."""
+        return self.picture, -1 if self.step is None else self.step
+
+
+@dataclass
+class Recording:
+    """Everything recorded: ``rec["double.2.attn.map"]`` is a :class:`Named` over all pictures and steps."""
+
+    pictures: int = 1
+    kept: dict[str, list[tuple[When, Named]]] = field(default_factory=dict)
+
+    def add(self, name: str, when: When, value: Named, last_only: bool = False) -> None:
+        """Keep a value; ``last_only``: in place of the picture's earlier one, not of one step."""
+        entries = self.kept.setdefault(name, [])
+        if last_only:
+            entries[:] = [e for e in entries if e[0].picture != when.picture]
+            when = When(when.picture, None, 0, None)
+        entries.append((when, value))
+
+    def entries(self, name: str) -> list[tuple[When, Named]]:
+        """The single values of a site as they passed."""
+        if name not in self.kept:
+            have = ", ".join(list(self.kept)[:4]) + (", ..." if len(self.kept) > 4 else "")
+            raise InstrumentError(f"nothing was recorded at {name!r}; recorded are: {have or 'no sites at all'}.")
+        return self.kept[name]
+
+    def __getitem__(self, name: str) -> Named:
+        """All values of a site: axes ``picture`` (if there are several), ``step`` (if it has steps), and its own.
+
+        Raises InstrumentError when they differ in shape (pictures of several sizes, guidance switched on midway).
+        """
+        entries = self.entries(name)
+        shapes = {tuple(v.shape) for _, v in entries}
+        counts = {p: sum(w.picture == p for w, _ in entries) for p in {w.picture for w, _ in entries}}
+        if len(shapes) > 1 or len(set(counts.values())) > 1:
+            raise InstrumentError(
+                f"the values of {name!r} differ in shape, {sorted(shapes)}; take them one by one from rec.entries(...)."
+            )
+        return _stacked(entries, len(counts), self.pictures)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.kept)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.kept
+
+    def keys(self) -> list[str]:
+        return list(self.kept)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(v.tensor.nbytes for entries in self.kept.values() for _, v in entries)
+
+    def to_dataset(self):
+        """An xarray.Dataset, a variable a site; raises InstrumentError when xarray is not installed."""
+        try:
+            import xarray
+        except ModuleNotFoundError:
+            raise InstrumentError("to_dataset needs xarray: pip install xarray.") from None
+        variables = {}
+        for name in self:
+            value = self[name]
+            # axes of the same name may differ in length between sites, so all but steps are the site's own
+            axes = [a if a in ("picture", "step") else f"{name}.{a}" for a in value.axes]
+            variables[name] = (axes, value.__array__())
+        return xarray.Dataset(variables)
+
+
+def _stacked(entries: list[tuple[When, Named]], pictures: int, asked: int) -> Named:
+    values = [v for _, v in entries]
+    tensor, axes, coords = torch.stack([v.tensor for v in values]), values[0].axes, dict(values[0].coords)
+    per = len(values) // pictures
+    stepped = entries[0][0].step is not None
+    tensor = tensor.unflatten(0, (pictures, per))
+    if stepped:
+        coords["step"] = [w.time for w, _ in entries[:per]]
+        axes = ("step", *axes)
+    elif per > 1:  # the text encoders, once for each different prompt
+        axes = ("call", *axes)
+    else:
+        tensor = tensor.squeeze(1)
+    if asked > 1 and "call" not in axes:
+        return Named(tensor, ("picture", *axes), coords)
+    return Named(tensor.squeeze(0), axes, coords)
+
+
+class FolderRecording(Recording):
+    """A recording that leaves memory at the end of every step."""
+
+    def __init__(self, folder: str | Path):
+        super().__init__()
+        self.folder = Path(folder)
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise InstrumentError(f"{self.folder} is there already; record into a new folder.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.place: tuple[int, int] | None = None
+        self.written = 0
+        self.last: dict[tuple[str, int], tuple[When, Named]] = {}
+
+    def add(self, name: str, when: When, value: Named, last_only: bool = False) -> None:
+        if last_only:  # its last value is known at the end only
+            self.last[name, when.picture] = (When(when.picture, None, 0, None), value)
+            return
+        if self.place is not None and when.place != self.place:
+            self.flush()
+        self.place = when.place
+        super().add(name, when, value)
+
+    def flush(self) -> None:
+        """Write the step at hand: it is whole."""
+        if self.kept and self.place is not None:
+            picture, step = self.place
+            self._write(self.kept, f"picture-{picture:04d}-step-{'none' if step < 0 else f'{step:04d}'}")
+        self.forget()
+
+    def close(self) -> None:
+        """Write what is left; the run is over."""
+        self.flush()
+        if self.last:
+            whole: dict[str, list[tuple[When, Named]]] = {}
+            for (name, _), entry in self.last.items():
+                whole.setdefault(name, []).append(entry)
+            self._write(whole, "picture-all-step-none")
+
+    def _write(self, kept: dict[str, list[tuple[When, Named]]], called: str) -> None:
+        tensors, told = {}, {}
+        for name, entries in kept.items():
+            for i, (when, value) in enumerate(entries):
+                tensors[f"{name}#{i}"] = value.tensor.contiguous()
+                told[f"{name}#{i}"] = [*vars(when).values(), value.axes, value.coords]
+        with aside(self.folder / f"{self.written:06d}-{called}.safetensors", overwrite=True) as part:
+            save_file(tensors, part, {"told": json.dumps(told), "pictures": str(self.pictures)})
+        self.written += 1
+
+    def forget(self) -> None:
+        """Drop what is not whole."""
+        self.kept.clear()
+        self.place = None
+
+
+def open_recording(folder: str | Path) -> Recording:
+    """Read a recording that was streamed to a folder, also one whose run was killed: its whole steps.
+
+    Raises InstrumentError when there is none.
+    """
+    files = sorted(Path(folder).glob("[0-9]*-picture-*.safetensors"))
+    if not files:
+        raise InstrumentError(f"{folder} holds no recording.")
+    recording = Recording()
+    for path in files:
+        with safe_open(path, "pt") as file:
+            meta = file.metadata()
+            recording.pictures = int(meta["pictures"])
+            for key, (picture, step, part, time, axes, coords) in json.loads(meta["told"]).items():
+                value = Named(file.get_tensor(key), tuple(axes), coords)
+                recording.add(key.rpartition("#")[0], When(picture, step, part, time), value)
+    return recording

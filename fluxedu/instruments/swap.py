@@ -1,0 +1,169 @@
+"""Swapping: run the trained pipeline with a module of one's own in place of one of its parts.
+
+with fe.swap("double.*.img_attn", MyAttention):
+    pipe("a red circle")
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from fluxedu import probe
+from fluxedu.instruments.errors import InstrumentError
+from fluxedu.models.attention import QKNorm, RMSNorm, SelfAttention
+from fluxedu.models.double_stream import MLP
+from fluxedu.models.embeddings import MLPEmbedder
+from fluxedu.models.modulation import Modulation
+from fluxedu.models.transformer import LastLayer
+
+#: with what arguments a class is made that takes the place of ...
+_MADE_WITH: dict[type, Callable[[nn.Module], tuple]] = {
+    SelfAttention: lambda m: (m.qkv.in_features, m.num_heads, m.qkv.bias is not None),
+    MLP: lambda m: (m[0].in_features, m[0].out_features),
+    Modulation: lambda m: (m.lin.in_features, m.layers == 2),
+    LastLayer: lambda m: (m.linear.in_features, m.linear.out_features),
+    MLPEmbedder: lambda m: (m.in_layer.in_features, m.in_layer.out_features),
+    QKNorm: lambda m: (len(m.query_norm.scale),),
+    RMSNorm: lambda m: (len(m.scale),),
+}
+
+
+class swap:  # noqa: N801 - used like a function
+    """Put ``new`` in the place of every module whose path matches ``glob``, for as long as the ``with`` lasts.
+
+    new: a class, made with the arguments the module it replaces was made with and given its weights; or a function
+    ``old -> module``; or a module · pipe: only in this pipeline or network, in all that are alive if not said. Paths
+    are those of sites: ``double.0.img_attn``, ``single.2``, ``final_layer``.
+
+    Raises InstrumentError, in one sentence, for a path that is not there, weights that do not fit by name or
+    shape, a ``forward`` that takes other arguments, or, at the first call, gives other shapes.
+    """
+
+    def __init__(self, glob: str, new: type[nn.Module] | Callable[[nn.Module], nn.Module] | nn.Module, pipe=None):
+        self.glob, self.new, self.pipe = glob, new, pipe
+        self.swapped: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def __enter__(self) -> swap:
+        found = [place for network in self._networks() for place in _places(network, self.glob)]
+        if not found:
+            raise InstrumentError(f"no module of a loaded model is called {self.glob!r}; try 'double.*.img_attn'.")
+        new = [(parent, name, old, self._made(old, path)) for parent, name, old, path in found]  # all or none
+        for parent, name, old, module in new:
+            self.swapped.append((parent, name, old))
+            parent._modules[name] = module
+        return self
+
+    def __exit__(self, *_) -> None:
+        while self.swapped:
+            parent, name, old = self.swapped.pop()
+            parent._modules[name] = old
+
+    def _networks(self) -> list[nn.Module]:
+        if self.pipe is None:
+            return list(probe.networks)
+        return [self.pipe] if isinstance(self.pipe, nn.Module) else list(self.pipe.networks().values())
+
+    def _made(self, old: nn.Module, path: str) -> nn.Module:
+        module = self.new if isinstance(self.new, nn.Module) else self._new(old, path)
+        if not isinstance(module, nn.Module):
+            raise InstrumentError(f"what is swapped in at {path!r} must be a torch.nn.Module, not {module!r}.")
+        if module is not self.new:
+            _give_weights(module, old, path)
+        _same_arguments(module, old, path)
+        first = next(old.parameters(), None)
+        module = (
+            module.train(old.training) if first is None else module.to(first.device, first.dtype).train(old.training)
+        )
+        if isinstance(module, probe.Probed):
+            module.site_path = getattr(old, "site_path", path)
+            for inner, part in module.named_modules():
+                if isinstance(part, probe.Probed) and inner:
+                    part.site_path = f"{module.site_path}.{inner}"
+        _check_first_output(module, old, path)
+        return module
+
+    def _new(self, old: nn.Module, path: str) -> nn.Module:
+        if not isinstance(self.new, type):
+            return self.new(old)
+        made_with = next((of for kind, of in _MADE_WITH.items() if isinstance(old, kind)), None)
+        if made_with is None:
+            raise InstrumentError(
+                f"how the module at {path!r} was made is not known; "
+                f"give a function of the old one: lambda old: {self.new.__name__}(...)."
+            )
+        try:
+            return self.new(*made_with(old))
+        except TypeError as error:
+            raise InstrumentError(
+                f"{self.new.__name__} must be made with {made_with(old)} at {path!r}: {error}."
+            ) from None
+
+
+def _places(network: nn.Module, glob: str) -> list[tuple[nn.Module, str, nn.Module, str]]:
+    """(parent, name, module, path) of every module whose path matches."""
+    prefix = getattr(network, "site_path", "")
+    found = []
+    for path, module in network.named_modules():
+        whole = ".".join(part for part in (prefix, probe.short_path(path)) if part)
+        if path and fnmatchcase(whole, glob):
+            parent, _, name = path.rpartition(".")
+            found.append((network.get_submodule(parent), name, module, whole))
+    return [f for f in found if not any(g[2] is not f[2] and f[0] in g[2].modules() for g in found)]  # outermost only
+
+
+def _give_weights(module: nn.Module, old: nn.Module, path: str) -> None:
+    mine, theirs = module.state_dict(), old.state_dict()
+    for name in theirs:
+        if name not in mine:
+            raise InstrumentError(f"{type(module).__name__} has no tensor {name!r}, which the module at {path!r} has.")
+        if mine[name].shape != theirs[name].shape:
+            raise InstrumentError(
+                f"{type(module).__name__}'s {name!r} is {list(mine[name].shape)}; "
+                f"at {path!r} it is {list(theirs[name].shape)}."
+            )
+    extra = sorted(set(mine) - set(theirs))
+    if extra:
+        raise InstrumentError(f"{type(module).__name__} has a tensor {extra[0]!r} that the module at {path!r} has not.")
+    module.load_state_dict(theirs)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(old.get_parameter(name).requires_grad)
+
+
+def _same_arguments(module: nn.Module, old: nn.Module, path: str) -> None:
+    takes = list(inspect.signature(old.forward).parameters)
+    try:
+        inspect.signature(module.forward).bind(*takes)
+    except TypeError:
+        mine = ", ".join(inspect.signature(module.forward).parameters)
+        raise InstrumentError(
+            f"{type(module).__name__}.forward takes ({mine}); at {path!r} it is called with ({', '.join(takes)})."
+        ) from None
+
+
+def _check_first_output(module: nn.Module, old: nn.Module, path: str) -> None:
+    """At the first call, the shapes that come out are compared with the old module's."""
+
+    def check(_, given, out):
+        handle.remove()
+        watcher = probe.watch(None)  # the old one is only asked for its shapes: nobody is to see it
+        try:
+            with torch.no_grad():
+                theirs = _shapes(old(*given))
+        finally:
+            probe.watch(watcher)
+        mine = _shapes(out)
+        if mine != theirs:
+            raise InstrumentError(f"{type(module).__name__} gives {mine} at {path!r}; it must give {theirs}.")
+
+    handle = module.register_forward_hook(check)
+
+
+def _shapes(out) -> list:
+    if isinstance(out, Tensor):
+        return list(out.shape)
+    return [_shapes(o) for o in out] if isinstance(out, (tuple, list)) else type(out).__name__

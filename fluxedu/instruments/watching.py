@@ -1,0 +1,113 @@
+"""Many instruments at once over the one watcher that the sites know.
+
+Interventions act first, in the order in which they were entered; recorders then see the value the computation
+goes on with. An instrument sees only what happens in the thread that entered it. Contexts may overlap
+and be left in any order.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from contextlib import ExitStack
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Any
+
+from fluxedu import probe
+from fluxedu.instruments.errors import InstrumentError
+from fluxedu.probe import Sited, site
+
+
+class Instrument:
+    """A context manager that is shown the values of the sites its globs name: ``see(...) -> value``."""
+
+    changes = False  # an intervention, which acts before recorders see
+
+    def __init__(self, *globs: str):
+        if not globs or not all(isinstance(g, str) and g for g in globs):
+            raise InstrumentError(f"name one site or more, such as 'double.*.attn.map', not {globs!r}.")
+        self.globs = globs
+        self.thread: int | None = None
+        self.matches = lru_cache(maxsize=None)(lambda name: any(fnmatchcase(name, g) for g in globs))
+
+    def wants(self, name: str) -> bool:
+        return threading.get_ident() == self.thread and self.matches(name)
+
+    def see(self, owner: Sited, name: str, whole: str, value: Any) -> Any:
+        """A value passes the site ``name`` of ``owner``, ``whole`` with its path; returns what to go on with."""
+        raise NotImplementedError
+
+    def __enter__(self):
+        if self.thread is not None:
+            raise InstrumentError(f"this {type(self).__name__.lower()} is in use already; make another one.")
+        _refuse_unknown(self.globs)
+        self.thread = threading.get_ident()
+        _add(self)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        _remove(self)
+        self.thread = None
+
+
+class Chain:
+    """The one watcher: hands every value from instrument to instrument."""
+
+    def __init__(self, instruments: tuple[Instrument, ...]):
+        self.instruments = tuple(sorted(instruments, key=lambda i: not i.changes))  # stable
+
+    def wants(self, owner: Sited, name: str) -> bool:
+        whole = site(owner, name)
+        return any(i.wants(whole) for i in self.instruments)
+
+    def __call__(self, owner: Sited, name: str, value: Any) -> Any:
+        whole = site(owner, name)
+        for instrument in self.instruments:
+            if instrument.wants(whole):
+                value = instrument.see(owner, name, whole, value)
+        return value
+
+
+_lock = threading.RLock()
+_active: list[Instrument] = []
+_eager = ExitStack()
+
+
+def _add(instrument: Instrument) -> None:
+    with _lock:
+        if not _active and "torch._dynamo" in sys.modules:  # something may be compiled: run it as it is written
+            import torch
+
+            _eager.enter_context(torch.compiler.set_stance("force_eager"))
+        _active.append(instrument)
+        probe.watch(Chain(tuple(_active)))
+
+
+def _remove(instrument: Instrument) -> None:
+    with _lock:
+        if instrument in _active:
+            _active.remove(instrument)
+        probe.watch(Chain(tuple(_active)) if _active else None)
+        if not _active:
+            _eager.close()
+
+
+def known_sites() -> set[str]:
+    """The names of all sites of the networks that are alive in this process, and the sampler's."""
+    from fluxedu.instruments.catalogue import names_of
+
+    return {name for network in list(probe.networks) for name in names_of(network)} | set(names_of(None))
+
+
+def _refuse_unknown(globs: tuple[str, ...]) -> None:
+    """A glob that no site answers to is a typing error, and better found now than after the run."""
+    if not len(probe.networks):
+        return  # nothing is loaded yet, so nothing is known
+    names = known_sites()
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            near = get_close_matches(glob, names, n=3, cutoff=0.5)
+            hint = f"did you mean {', '.join(near)}?" if near else "fe.sites(pipe) lists them all."
+            raise InstrumentError(f"no site of a loaded model is called {glob!r}; {hint}")

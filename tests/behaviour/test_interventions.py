@@ -1,0 +1,337 @@
+"""Interventions: each does what it says, measured by something that is not an intervention, and all restore."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fluxedu as fe
+from fluxedu import probe
+from fluxedu.instruments.errors import InstrumentError
+from fluxedu.instruments.interventions import positions
+from fluxedu.models.attention import SelfAttention
+from fluxedu.models.double_stream import MLP
+from fluxedu.models.modulation import Modulation
+from fluxedu.sampling.latents import image_ids, text_ids
+
+PROMPT, OTHER = "a red circle left of a blue square", "a big green triangle"
+
+
+def draw(pipe, prompt=PROMPT, **asked):
+    return pipe(prompt, **{"progress": False, "steps": 3, **asked}).latents
+
+
+def under(pipe, *contexts, **asked):
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        return draw(pipe, **asked)
+
+
+def relative(a, b):
+    assert a.shape == b.shape
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(autouse=True)
+def everything_is_restored(pipe):
+    before = draw(pipe)
+    yield
+    assert not probe.watched()
+    assert torch.equal(draw(pipe), before)
+
+
+# --- nothing changed, not a bit -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [{}, {"true_cfg_scale": 3.0}, {"solver": "heun"}])
+def test_what_changes_nothing_leaves_every_bit(pipe, asked):
+    plain = draw(pipe, **asked)
+    assert torch.equal(under(pipe, fe.intervene("*", lambda x, ctx: x), **asked), plain)
+    copy = lambda x, ctx: x.clone() if isinstance(x, torch.Tensor) else x  # noqa: E731
+    assert torch.equal(under(pipe, fe.intervene("*", copy), **asked), plain)
+
+
+def test_a_runs_own_values_put_back_leave_every_bit(pipe):
+    with fe.record("single.0.x", "vec.text", "sample.x") as rec:
+        plain = draw(pipe)
+    assert torch.equal(under(pipe, *(fe.patch(site, rec) for site in rec)), plain)
+
+
+def test_places_told_as_they_are(pipe):
+    assert torch.equal(under(pipe, fe.intervene("*.attn.rope", positions(lambda ids: ids))), draw(pipe))
+
+
+# --- ablation -------------------------------------------------------------------------------------
+
+
+def test_a_head_cut_is_its_columns_of_the_projection_cut(make_pipe):
+    """A head speaks through its columns of the matrix behind the attention; zero there is the head's silence."""
+    pipe, cut = make_pipe(), make_pipe()
+    with torch.no_grad():
+        for s in ("txt", "img"):
+            cut.flux.double_blocks[1].get_submodule(f"{s}_attn").proj.weight[:, 24:] = 0
+        cut.flux.single_blocks[0].linear2.weight[:, :24] = 0
+    ablated = under(pipe, fe.ablate("double.1.heads", heads=[1]), fe.ablate("single.0.heads", heads=0))
+    assert relative(ablated, draw(cut)) <= 1e-6
+    assert relative(ablated, draw(pipe)) > 1e-3
+
+
+@pytest.mark.parametrize("block", ["single.1", "double.0"])
+def test_a_block_cut_is_a_block_whose_gates_are_closed(make_pipe, pipe, block):
+    cut = make_pipe()
+    kind, i = block.split(".")
+    module = cut.flux.get_submodule(f"{kind}_blocks.{i}")
+    with torch.no_grad():
+        for m in (m for m in module.modules() if isinstance(m, Modulation)):
+            for gate in range(2, 3 * m.layers, 3):
+                m.lin.weight[48 * gate : 48 * (gate + 1)] = 0
+                m.lin.bias[48 * gate : 48 * (gate + 1)] = 0
+    assert relative(under(pipe, fe.ablate(block)), draw(cut)) <= 1e-6
+
+
+def test_one_stream_of_a_block_cut(pipe):
+    with fe.ablate("double.1", streams="txt"), fe.record("double.1.*") as rec:
+        draw(pipe)
+    assert torch.equal(rec["double.1.txt"].tensor, rec["double.1.txt_out"].tensor)
+    assert not torch.equal(rec["double.1.img"].tensor, rec["double.1.img_out"].tensor)
+
+
+def test_streams_of_joint_tokens(pipe):
+    with fe.ablate("single.0.contribution", streams="img"), fe.record("single.0.x", "single.0.out") as rec:
+        draw(pipe)
+    same = rec["single.0.x"].tensor == rec["single.0.out"].tensor
+    assert same[:, 32:].all()
+    assert not same[:, :32].all()
+
+
+def test_a_word_not_looked_at_is_a_word_masked(pipe):
+    """What torch's own attention gives when the word's keys are masked."""
+    with fe.record("single.1.attn.q", "single.1.attn.k", "single.1.v", "single.1.heads") as rec:
+        under(pipe, fe.ablate("single.1.attn.map", tokens=["red", "square"]), steps=1)
+    q, k, v = (rec[f"single.1.{s}"].tensor for s in ("attn.q", "attn.k", "v"))
+    seen = torch.ones(36, dtype=torch.bool)
+    seen[[1, 7]] = False
+    masked = F.scaled_dot_product_attention(q, k, v, attn_mask=seen.expand(36, 36))
+    assert relative(rec["single.1.heads"].tensor, masked) <= 1e-6
+
+
+def test_the_mean_instead(pipe):
+    with fe.ablate("sample.txt", tokens=["red"], to="mean"), fe.record("sample.txt") as rec:
+        draw(pipe)
+    with fe.record("sample.txt") as plain:
+        draw(pipe)
+    told, was = rec["sample.txt"].tensor, plain["sample.txt"].tensor
+    assert relative(told[1], was.mean(0)) <= 1e-6
+    assert torch.equal(told[2:], was[2:])
+
+
+# --- time, order, composition ---------------------------------------------------------------------
+
+
+def test_only_at_some_times_or_steps(pipe):
+    with fe.record("sample.x") as rec:
+        draw(pipe, steps=4)
+    times = rec["sample.x"].coords["step"]
+    shut = lambda x, ctx: 0 * x  # noqa: E731
+    by_step = under(pipe, fe.intervene("single.0.gate", shut, steps=[1, 2]), steps=4)
+    by_time = under(pipe, fe.intervene("single.0.gate", shut, times=(times[2], times[1])), steps=4)
+    assert torch.equal(by_step, by_time)
+    assert not torch.equal(by_step, draw(pipe, steps=4))
+    never = under(pipe, fe.intervene("single.0.gate", shut, times=(0.001, 0.002)), steps=4)
+    assert torch.equal(never, draw(pipe, steps=4))
+
+
+def test_they_act_in_the_order_they_came_and_recorders_see_the_end(pipe):
+    add, double = (lambda x, ctx: x + 1), (lambda x, ctx: 2 * x)
+    with fe.record("vec") as plain:
+        draw(pipe, steps=1)
+    with fe.record("vec") as rec, fe.intervene("vec", add), fe.intervene("vec", double):
+        draw(pipe, steps=1)
+    assert torch.equal(rec["vec"].tensor, 2 * (plain["vec"].tensor + 1))
+
+
+def test_the_context_tells_where_one_is(pipe):
+    told = []
+    with fe.intervene("single.1.gate", lambda x, ctx: told.append((ctx.site, ctx.step, ctx.time, ctx.axes)) or x):
+        draw(pipe, steps=2)
+    assert [t[:2] for t in told] == [("single.1.gate", 0), ("single.1.gate", 1)]
+    assert told[0][2] == 1.0
+    assert told[0][3] == ("batch", "one", "channel")
+
+
+# --- values from elsewhere ------------------------------------------------------------------------
+
+
+def test_words_and_summary_of_another_prompt_make_its_picture(pipe):
+    with fe.record("sample.txt", "sample.pooled") as rec:
+        other = draw(pipe, OTHER)
+    assert torch.equal(under(pipe, fe.patch("sample.txt", rec), fe.patch("sample.pooled", rec)), other)
+    words_only = under(pipe, fe.patch("sample.txt", rec))
+    assert not torch.equal(words_only, other)
+    assert not torch.equal(words_only, draw(pipe))
+
+
+def test_noise_of_another_seed_makes_its_picture(pipe):
+    with fe.record("sample.noise") as rec:
+        other = draw(pipe, seed=5)
+    assert torch.equal(under(pipe, fe.patch("sample.noise", rec["sample.noise"])), other)
+
+
+def test_a_map_from_another_run(pipe):
+    with fe.record("double.0.attn.map", "double.0.*_attn.v", "double.0.heads") as rec:
+        draw(pipe, OTHER)
+    with fe.patch("double.0.attn.map", rec), fe.record("double.0.*_attn.v", "double.0.heads") as patched:
+        draw(pipe)
+    v = torch.cat([patched[f"double.0.{s}_attn.v"].tensor for s in ("txt", "img")], dim=2)
+    assert relative(patched["double.0.heads"].tensor, rec["double.0.attn.map"].tensor @ v) <= 1e-6
+
+
+def test_a_picture_foreseen_at_the_last_step_is_the_picture(pipe):
+    """Euler's last step goes to t = 0 along the velocity, that is to x0."""
+    goal = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(1))
+    assert relative(under(pipe, fe.intervene("sample.x0", lambda x, ctx: goal, steps=-1)), goal) <= 1e-6
+
+
+def test_a_state_put_elsewhere_goes_on_from_there(pipe):
+    with fe.record("sample.x") as rec:
+        other = draw(pipe, seed=5)
+    assert torch.equal(under(pipe, fe.patch("sample.x", rec, steps=1)), other)
+    path = None
+    with fe.patch("sample.x", rec, steps=1):
+        path = pipe(PROMPT, steps=3, progress=False).trajectory
+    assert torch.equal(path.latents[1, 0], rec["sample.x"].tensor[1])
+
+
+def test_other_places_are_other_ids(pipe):
+    """One forward with the rows told to be 0 is a forward with such ids."""
+    edit = lambda ids: ids * torch.tensor([1.0, 0.0, 1.0])  # noqa: E731
+    with fe.intervene("*.attn.rope", positions(edit)), fe.record("sample.velocity") as rec:
+        draw(pipe, steps=1)
+    said = pipe.prompt_encoder([PROMPT])
+    x = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    from fluxedu.sampling.latents import pack, unpack
+
+    with torch.no_grad():
+        v = pipe.flux(
+            pack(x), edit(image_ids(4, 4)), said.txt, text_ids(32), torch.ones(1), said.pooled, torch.tensor([3.5])
+        )
+    assert relative(rec["sample.velocity"].tensor, unpack(v, 4, 4)) <= 1e-6
+
+
+# --- a learner's own module -----------------------------------------------------------------------
+
+
+class ByHand(SelfAttention):
+    """The same, with the matrix product written out."""
+
+    def forward(self, x):
+        q, k, v = (x @ self.qkv.weight.T + self.qkv.bias).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.norm(q, k)
+        return q, k, v
+
+
+def test_a_module_written_again_does_the_same(pipe):
+    assert relative(under(pipe, fe.swap("double.*.img_attn", ByHand)), draw(pipe)) <= 1e-6
+    assert torch.equal(under(pipe, fe.swap("double.*.txt_attn", SelfAttention)), draw(pipe))
+
+
+def test_a_module_that_is_otherwise_does_otherwise(pipe, plain_pipe):
+    class Silent(MLP):
+        def forward(self, x):
+            return 0 * super().forward(x)
+
+    with fe.swap("double.*.img_mlp", Silent, pipe=pipe), fe.record("double.0.img_mlp_out") as rec:
+        draw(pipe)
+        assert not any(isinstance(m, Silent) for m in plain_pipe.flux.modules())
+    assert not rec["double.0.img_mlp_out"].tensor.any()
+    assert isinstance(pipe.flux.double_blocks[0].img_mlp, MLP)
+    assert not any(isinstance(m, Silent) for m in pipe.flux.modules())
+
+
+def test_a_function_of_the_old_module(pipe):
+    class Louder(nn.Module):
+        def __init__(self, old, by):
+            super().__init__()
+            self.old, self.by = [old], by  # in a list: not a part of this module
+
+        def forward(self, x):
+            return self.by * self.old[0](x)
+
+    gates = lambda old: Louder(old, 0.0)  # noqa: E731
+    with pytest.raises(InstrumentError, match="has no tensor"):
+        under(pipe, fe.swap("double.0.img_mlp", gates))
+    silent = Louder(pipe.flux.double_blocks[0].img_mlp, 0.0)
+    with fe.swap("double.0.img_mlp", silent, pipe=pipe), fe.record("double.0.img_mlp_out") as rec:
+        draw(pipe)
+    assert not rec["double.0.img_mlp_out"].tensor.any()
+
+
+def test_swapped_sites_keep_their_names(pipe):
+    with fe.swap("double.1.img_attn", SelfAttention, pipe=pipe), fe.record("double.1.img_attn.q") as rec:
+        draw(pipe)
+    assert rec["double.1.img_attn.q"].shape == (3, 2, 4, 24)
+
+
+# --- what outsiders may get wrong -----------------------------------------------------------------
+
+
+class TooWide(SelfAttention):
+    def __init__(self, dim, heads, bias):
+        super().__init__(dim + heads, heads, bias)
+
+
+class TwoArguments(SelfAttention):
+    def forward(self, x, rope):
+        return super().forward(x)
+
+
+class TwoResults(SelfAttention):
+    def forward(self, x):
+        return super().forward(x)[:2]
+
+
+class OneMore(SelfAttention):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.extra = nn.Parameter(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda: fe.intervene("single.0.gate"), "must be a function"),
+        (lambda: fe.intervene("single.9.gate", lambda x, ctx: x), "did you mean single"),
+        (lambda: fe.intervene("single.0.gate", lambda x, ctx: x[0]), r"must be \[1, 1, 48\]"),
+        (lambda: fe.intervene("single.0.gate", lambda x, ctx: None), "gave NoneType"),
+        (lambda: fe.intervene("single.0.gate", lambda x, ctx: x.double()), "gave torch.float64"),
+        (lambda: fe.ablate("double.1.heads", heads=[2]), "no 2"),
+        (lambda: fe.ablate("vec", heads=[0]), "no head axis"),
+        (lambda: fe.ablate("single.0.x", tokens=["green"]), "does not say 'green'"),
+        (lambda: fe.ablate("single.0.attn.map"), "say which tokens"),
+        (lambda: fe.ablate("single.0.x", streams="text"), "'txt' or 'img'"),
+        (lambda: fe.ablate("single.0.x", to="median"), "number or 'mean'"),
+        (lambda: fe.ablate("vec", to="mean"), "no tokens"),
+        (lambda: fe.patch("vec", torch.zeros(3)), r"the patch is \[3\]"),
+        (lambda: fe.swap("double.*.imgattn", ByHand), "no module"),
+        (lambda: fe.swap("double.*.img_attn", TooWide), r"'qkv.weight' is \[150, 50\]"),
+        (lambda: fe.swap("double.*.img_attn", TwoArguments), r"takes \(x, rope\)"),
+        (lambda: fe.swap("double.*.img_attn", TwoResults), "it must give"),
+        (lambda: fe.swap("double.*.img_attn", OneMore), "'extra'"),
+        (lambda: fe.swap("double.0", ByHand), "give a function"),
+        (lambda: fe.swap("double.*.img_attn", lambda old: 3), "must be a torch.nn.Module"),
+    ],
+)
+def test_errors_are_one_sentence(pipe, wrong, says):
+    with pytest.raises(InstrumentError, match=says) as error:
+        under(pipe, wrong())
+    assert "\n" not in str(error.value)
+
+
+def test_a_patch_from_a_recording_that_lacks_the_step(pipe):
+    with fe.record("vec", steps=0) as rec:
+        draw(pipe)
+    with pytest.raises(InstrumentError, match=r"no step 1; it has \[0\]"):
+        under(pipe, fe.patch("vec", rec))

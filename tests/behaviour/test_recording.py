@@ -1,0 +1,418 @@
+"""Recording: everything, exactly, changing nothing, within a budget, whatever the context."""
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+import fluxedu as fe
+from fluxedu import probe
+from fluxedu.instruments import reductions
+from fluxedu.instruments.errors import BudgetError, InstrumentError
+from fluxedu.instruments.recording import open_recording
+
+PROMPT = "a red circle left of a blue square"
+MAP = "double.1.attn.map"
+
+
+def draw(pipe, prompt=PROMPT, **asked):
+    return pipe(prompt, **{"progress": False, "steps": 3, **asked})
+
+
+def off(a, b):
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float((a - b).abs().max())
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays():
+    yield
+    assert not probe.watched()
+
+
+# --- exactness ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [{}, {"solver": "heun"}, {"true_cfg_scale": 3.0}, {"height": 48, "width": 32}])
+def test_recording_everything_changes_nothing(pipe, asked):
+    plain = draw(pipe, **asked)
+    with fe.record("*") as rec:
+        seen = draw(pipe, **asked)
+    assert torch.equal(plain.latents, seen.latents)
+    assert torch.equal(plain.trajectory.velocities, seen.trajectory.velocities)
+    assert len(rec) > 100
+
+
+def test_the_samplers_sites_are_the_trajectory(pipe):
+    with fe.record("sample.*") as rec:
+        out = draw(pipe)
+    path = out.trajectory
+    assert torch.equal(rec["sample.x"].tensor, path.latents[:-1, 0])
+    assert torch.equal(rec["sample.velocity"].tensor, path.velocities[:, 0])
+    assert off(rec["sample.x0"].tensor, path.x0[:, 0]) <= 1e-6
+    assert torch.equal(rec["sample.latent"].tensor, out.latents[0])
+    assert rec["sample.x"].coords["step"] == path.times[:-1].tolist()
+    assert rec["sample.x"].axes == ("step", "channel", "row", "column")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_map_is_what_mixes_the_values(make_pipe, dtype):
+    """map @ v gives the heads that the fused kernel gave, in every block."""
+    pipe = make_pipe().to(dtype)
+    with fe.record("double.*", "single.*") as rec:
+        draw(pipe, steps=1)
+    for block in ("double.0", "double.1", "single.0", "single.1"):
+        streams = ["txt_attn.v", "img_attn.v"] if block.startswith("double") else ["v"]
+        v = torch.cat([rec[f"{block}.{s}"].tensor for s in streams], dim=-2)
+        weights = rec[f"{block}.attn.map"].tensor
+        assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        mixed, heads = weights.double() @ v.double(), rec[f"{block}.heads"].tensor.double()
+        assert off(mixed, heads) <= {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+
+
+def test_contributions_are_what_is_added(pipe):
+    with fe.record("double.1.*", "single.0.*") as rec:
+        draw(pipe, steps=2)
+    for s in ("txt", "img"):
+        added = rec[f"double.1.{s}_attn_contribution"].tensor + rec[f"double.1.{s}_mlp_contribution"].tensor
+        assert off(rec[f"double.1.{s}"].tensor + added, rec[f"double.1.{s}_out"].tensor) <= 1e-5
+    assert off(rec["single.0.x"].tensor + rec["single.0.contribution"].tensor, rec["single.0.out"].tensor) <= 1e-5
+
+
+# --- choosing -------------------------------------------------------------------------------------
+
+
+def test_a_words_columns_are_the_maps(pipe):
+    with fe.record(MAP) as whole, fe.record(MAP, tokens=["red", "square"]) as rec, fe.record(MAP, tokens=[1]) as place:
+        draw(pipe)
+    columns = rec[MAP]
+    assert columns.axes == ("step", "head", "query", "key")
+    assert columns.coords["key"] == ["▁red", "▁square"]
+    assert off(columns.tensor, whole[MAP].tensor[:, :, 32:, [1, 7]]) <= 1e-6  # the image's queries
+    assert torch.equal(place[MAP].tensor, columns.tensor[..., :1])
+
+
+def test_heads_and_steps_are_chosen(pipe):
+    with fe.record(MAP, "sample.x") as whole, fe.record(MAP, heads=[1], steps=[0, -1]) as rec:
+        draw(pipe, steps=4)
+    assert torch.equal(rec[MAP].tensor, whole[MAP].tensor[[0, 3]][:, [1]])
+    assert rec[MAP].coords["step"] == [whole["sample.x"].coords["step"][i] for i in (0, 3)]
+    with fe.record("sample.x", steps=slice(None, None, 2)) as every_second:
+        draw(pipe, steps=4)
+    assert torch.equal(every_second["sample.x"].tensor, whole["sample.x"].tensor[::2])
+
+
+def test_tokens_of_a_stream_are_chosen(pipe):
+    with fe.record("txt_in", "single.0.x") as whole, fe.record("txt_in", "single.0.x", tokens="blue") as rec:
+        draw(pipe)
+    assert torch.equal(rec["txt_in"].tensor, whole["txt_in"].tensor[:, [6]])
+    assert torch.equal(rec["single.0.x"].tensor, whole["single.0.x"].tensor[:, [6]])
+
+
+# --- reductions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reduce", "by_hand"),
+    [
+        ("head-mean", lambda w: w.mean(1)),
+        ("entropy", lambda w: torch.special.entr(w).sum(-1)),
+        ("norm", lambda w: w.norm(dim=-1)),
+        ("rms", lambda w: w.square().mean(-1).sqrt()),
+        ("step-mean", lambda w: w.mean(0)),
+        ("cosine", lambda w: cosine_similarity(w[:-1], w[1:], dim=-1)),
+        (["head-mean", "entropy"], lambda w: torch.special.entr(w.mean(1)).sum(-1)),
+        (reductions.mean("query"), lambda w: w.mean(-2)),
+        (reductions.rows([35, 2]), lambda w: w[:, :, [35, 2]]),
+        (reductions.columns([0, 35]), lambda w: w[..., [0, 35]]),
+        ("top-2", lambda w: torch.stack([w.topk(2).values, w.topk(2).indices.float()], -1)),
+        (lambda value: reductions.made(value).at(query=3), lambda w: w[:, :, 3]),
+    ],
+)
+def test_a_reduction_is_the_reduced_map(pipe, reduce, by_hand):
+    with fe.record(MAP) as whole, fe.record(MAP, reduce=reduce) as rec:
+        draw(pipe)
+    assert off(rec[MAP].tensor, by_hand(whole[MAP].tensor)) <= 1e-5
+
+
+@pytest.mark.parametrize("reduce", ["head-mean", "entropy", "norm"])
+def test_reductions_of_chosen_heads_and_words(pipe, reduce):
+    chosen = {"heads": [1], "tokens": ["red", "circle"]}
+    with fe.record(MAP, **chosen) as whole, fe.record(MAP, reduce=reduce, **chosen) as rec:
+        draw(pipe)
+    w = whole[MAP].tensor
+    by_hand = {"head-mean": w.mean(1), "entropy": torch.special.entr(w).sum(-1), "norm": w.norm(dim=-1)}[reduce]
+    assert off(rec[MAP].tensor, by_hand) <= 1e-6
+
+
+def test_a_reduced_map_is_never_whole(pipe, monkeypatch):
+    """Neither a word's columns nor the entropy makes the map."""
+    monkeypatch.setattr("fluxedu.models.attention_map.AttentionMap.rows", None)
+    with fe.record("*.attn.map", tokens=["red"], reduce="head-mean"), fe.record("*.attn.map", reduce="entropy"):
+        draw(pipe)
+
+
+# --- pictures, passes, calls ----------------------------------------------------------------------
+
+
+def test_pictures_have_an_axis(pipe):
+    with fe.record("sample.x", "t5.states", "vec") as rec:
+        out = draw(pipe, [PROMPT, "a green star"], seed=3)
+    assert rec["sample.x"].axes[:2] == ("picture", "step")
+    assert torch.equal(rec["sample.x"].tensor.transpose(0, 1), out.trajectory.latents[:-1])
+    assert rec["t5.states"].axes == ("call", "text", "channel")  # each prompt is encoded once
+
+
+def test_pictures_have_memories_of_their_own(pipe):
+    """A reduction over steps begins anew with every picture."""
+    with fe.record("vec", reduce="step-mean") as both:
+        draw(pipe, [PROMPT, "a green star"])
+    with fe.record("vec", reduce="step-mean") as second:
+        draw(pipe, "a green star")
+    assert torch.equal(both["vec"].tensor[1], second["vec"].tensor)
+
+
+def test_both_passes_of_guidance(plain_pipe):
+    asked = {"guidance": 3.0}
+    with fe.record("img_in", "txt_in") as both, fe.record("txt_in", passes="prompted") as one:
+        draw(plain_pipe, **asked)
+    assert both["txt_in"].axes == ("step", "pass", "text", "channel")
+    assert torch.equal(both["txt_in"].tensor[:, 1], one["txt_in"].tensor)
+    assert torch.equal(both["img_in"].tensor[:, 0], both["img_in"].tensor[:, 1])  # the same noise, twice
+
+
+def test_guidance_for_a_while_cannot_be_stacked(plain_pipe):
+    with fe.record("txt_in") as rec:
+        draw(plain_pipe, guidance=3.0, guidance_interval=(0.8, 1.0))
+    with pytest.raises(InstrumentError, match="differ in shape"):
+        rec["txt_in"]
+    assert len(rec.entries("txt_in")) == 3
+
+
+def test_solvers_that_ask_twice(pipe):
+    with fe.record("sample.velocity") as rec:
+        out = draw(pipe, solver="midpoint", steps=2)
+    assert len(rec["sample.velocity"].tensor) == 4
+    assert torch.equal(rec["sample.velocity"].tensor[::2], out.trajectory.velocities[:, 0])
+
+
+def test_a_network_called_by_hand(pipe):
+    ids = pipe.prompt_encoder.t5_tokenizer([PROMPT, "a star"])
+    with fe.record("t5.states") as rec:
+        states = pipe.prompt_encoder.t5(ids)
+    assert rec["t5.states"].axes == ("step", "batch", "text", "channel")
+    assert torch.equal(rec["t5.states"].tensor[0], states)
+
+
+# --- the budget and the folder --------------------------------------------------------------------
+
+
+def test_the_budget_refuses_before_anything_is_made(pipe, monkeypatch):
+    monkeypatch.setattr("fluxedu.models.attention_map.AttentionMap.weights", None)
+    need = 4 * 2 * 36 * 36 * 3  # float32, heads, queries, keys, steps
+    with pytest.raises(BudgetError, match=rf"needs {need:,} bytes.*reduce='head-mean'"):
+        with fe.record(MAP, budget=need - 1) as rec:
+            draw(pipe)
+    assert len(rec) == 0
+
+
+def test_the_refusal_says_how_much_would_do(pipe):
+    with fe.record(MAP, budget=4 * 2 * 36 * 36 * 3) as rec:
+        draw(pipe)
+    assert rec.nbytes == rec[MAP].tensor.nbytes == 4 * 2 * 36 * 36 * 3
+
+
+def test_a_folder_holds_what_memory_would(pipe, tmp_path):
+    globs = ("single.*.attn.map", "sample.*", "vec", "t5.states")
+    with fe.record(*globs) as memory, fe.record(*globs, to=tmp_path / "run", budget=200_000) as rec:
+        draw(pipe, [PROMPT, "a green star"])
+    assert rec.nbytes == 0  # nothing is left in memory
+    again = open_recording(tmp_path / "run")
+    assert set(again) == set(memory) == set(rec)
+    for name in memory:
+        assert again[name].axes == memory[name].axes
+        assert again[name].coords == memory[name].coords
+        assert torch.equal(again[name].tensor, memory[name].tensor)
+
+
+def test_a_folder_holds_a_mean_over_steps(pipe, tmp_path):
+    mean = {"reduce": "step-mean"}
+    with fe.record("vec", **mean) as memory, fe.record("vec", to=tmp_path / "run", **mean) as rec:
+        draw(pipe, [PROMPT, "a green star"])
+    assert torch.equal(rec["vec"].tensor, memory["vec"].tensor)
+    assert rec["vec"].axes == ("picture", "channel")
+
+
+def test_a_folder_with_something_in_it_is_left_alone(pipe, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(InstrumentError, match="is there already"):
+        fe.record("vec", to=tmp_path)
+    with pytest.raises(InstrumentError, match="holds no recording"):
+        open_recording(tmp_path)
+
+
+def test_a_broken_step_is_not_kept(pipe, tmp_path):
+    def stop(x, ctx):
+        if ctx.step == 2:
+            raise RuntimeError("enough")
+        return x
+
+    with pytest.raises(RuntimeError, match="enough"):
+        with fe.record("vec", "single.1.gate", to=tmp_path / "run"), fe.intervene("single.1.gate", stop):
+            draw(pipe)
+    assert [when.step for when, _ in open_recording(tmp_path / "run").entries("vec")] == [0, 1]
+
+
+def test_a_killed_run_leaves_whole_steps(tmp_path):
+    script = f"""
+        import os, signal, sys
+        sys.path.insert(0, {os.getcwd()!r})
+        import fluxedu as fe
+        pipe = fe.load()
+        def die(x, ctx):
+            if ctx.step == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return x
+        with fe.record("single.*.x", to={str(tmp_path / "run")!r}), fe.intervene("single.4.x", die):
+            pipe("a red circle", steps=6, progress=False)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    rec = open_recording(tmp_path / "run")
+    assert rec["single.5.x"].shape[0] == rec["single.0.x"].shape[0] == 3
+
+
+# --- contexts -------------------------------------------------------------------------------------
+
+
+def test_recorders_overlap_and_leave_in_any_order(pipe):
+    first, second = fe.record("vec"), fe.record("vec")
+    first.__enter__()
+    draw(pipe, steps=1)
+    second.__enter__()
+    draw(pipe, steps=1)
+    first.__exit__(None, None, None)
+    draw(pipe, steps=1)
+    second.__exit__(None, None, None)
+    draw(pipe, steps=1)
+    assert len(first.entries("vec")) == len(second.entries("vec")) == 2
+
+
+def test_a_generator_records_while_it_is_suspended(pipe):
+    def watching():
+        with fe.record("vec") as rec:
+            yield rec
+
+    suspended = watching()
+    rec = next(suspended)
+    draw(pipe)
+    suspended.close()
+    draw(pipe)
+    assert rec["vec"].shape[0] == 3
+
+
+def test_a_thread_sees_its_own_run(pipe):
+    recs, plain = {}, {p: draw(pipe, p).latents for p in ("a red circle", "a green star")}
+    both = threading.Barrier(2)
+
+    def run(prompt):
+        with fe.record("sample.latent") as rec:
+            both.wait()
+            draw(pipe, prompt)
+            both.wait()
+        recs[prompt] = rec
+
+    threads = [threading.Thread(target=run, args=[p]) for p in plain]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    for prompt, latents in plain.items():
+        assert torch.equal(recs[prompt]["sample.latent"].tensor, latents[0])
+
+
+def test_an_exception_leaves_nobody_watching(pipe):
+    with pytest.raises(ZeroDivisionError):
+        with fe.record("*"):
+            raise ZeroDivisionError
+    assert not probe.watched()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_network_is_recorded(make_pipe, backend):
+    pipe = make_pipe()
+    plain = draw(pipe).latents
+    for block in (*pipe.flux.double_blocks, *pipe.flux.single_blocks):
+        block.compile(backend=backend)
+    compiled = draw(pipe).latents
+    with fe.record(MAP, "single.0.gate") as rec:
+        seen = draw(pipe).latents
+    assert torch.equal(seen, plain)  # while somebody looks, it runs as it is written
+    assert rec[MAP].shape[0] == rec["single.0.gate"].shape[0] == 3
+    assert torch.equal(draw(pipe).latents, compiled)
+
+
+def test_nothing_is_leaked(pipe):
+    def run():
+        with fe.record("*", steps=0) as rec:
+            draw(pipe, steps=1)
+        return len(rec)
+
+    def alive():
+        gc.collect()
+        return sum(o.nbytes for o in gc.get_objects() if type(o) is torch.Tensor)
+
+    run()
+    before = alive()
+    for _ in range(100):
+        run()
+    assert alive() == before
+
+
+# --- what outsiders may get wrong -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda: fe.record(), "name one site or more"),
+        (lambda: fe.record("doubel.*.attn.map"), "did you mean"),
+        (lambda: fe.record(MAP, reduce="head-meen"), "reduce must be one of"),
+        (lambda: fe.record(MAP, passes="both"), "passes is"),
+        (lambda: fe.record(MAP, tokens=["green"]), "does not say 'green'"),
+        (lambda: fe.record(MAP, heads=[7]), "no head 7"),
+        (lambda: fe.record("img_in", tokens=["red"]), "no text tokens"),
+        (lambda: fe.record("vec", heads=[0]), "no axis 'head'"),
+        (lambda: fe.record("vec", reduce="top-9999"), "no top 9999"),
+    ],
+)
+def test_errors_are_one_sentence(pipe, wrong, says):
+    with pytest.raises(InstrumentError, match=says) as error:
+        with wrong():
+            draw(pipe)
+    assert "\n" not in str(error.value)
+
+
+def test_asking_for_what_was_not_recorded(pipe):
+    with fe.record("vec") as rec:
+        draw(pipe)
+    with pytest.raises(InstrumentError, match="nothing was recorded at 'vex'; recorded are: vec"):
+        rec["vex"]
+    with pytest.raises(InstrumentError, match="has recorded already"):
+        rec.__enter__()
+
+
+def test_a_dataset(pipe):
+    with fe.record("vec", "single.0.gate") as rec:
+        draw(pipe)
+    try:
+        import xarray  # noqa: F401
+    except ModuleNotFoundError:
+        with pytest.raises(InstrumentError, match="pip install xarray"):
+            rec.to_dataset()
+    else:
+        assert rec.to_dataset()["vec"].shape == (3, 48)
