@@ -17,6 +17,8 @@ def token_ids(tokenizer: Tokenizer, prompt: str, words: Sequence[Word]) -> list[
     A word said twice is found twice. Padding is never part of a word. Raises InstrumentError for a word
     that the prompt does not say.
     """
+    if not isinstance(prompt, str):
+        raise InstrumentError(f"words are looked for in one prompt, not in {prompt!r}.")
     spans = tokenizer.fast.encode(prompt).offsets
     found: list[int] = []
     for word in [words] if isinstance(words, (str, int)) else words:

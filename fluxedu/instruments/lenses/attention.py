@@ -1,0 +1,68 @@
+"""Whom the tokens look at: heads one by one, text against image, and the padding."""
+
+from __future__ import annotations
+
+from fluxedu.instruments.errors import InstrumentError
+from fluxedu.instruments.lenses.run import as_picture, by_block, grid, recorded
+from fluxedu.instruments.named import Named
+from fluxedu.instruments.reductions import MapView, Value, made, rows
+from fluxedu.instruments.words import real_tokens, token_ids
+from fluxedu.sampling.latents import latent_size
+from fluxedu.sampling.pipeline import FluxPipeline
+
+
+def head_gallery(pipe: FluxPipeline, prompt: str, query: str | tuple[int, int], *, at_step: int = -1, **asked) -> Named:
+    """What every head of every block looks at in the picture, for one query: axes ``block, head, row, column``.
+
+    query: a word of the prompt (the mean over its pieces), or a patch (row, column). Rows of the exact map at
+    ``at_step``. Heads that specialise: arXiv 2411.15034 (HeadRouter).
+    """
+    words = pipe.prompt_encoder.t5_tokenizer.length
+    if isinstance(query, str):
+        index = token_ids(pipe.prompt_encoder.t5_tokenizer, prompt, [query])
+    else:
+        index = [words + _patch(pipe, query, asked)]
+    out, rec = recorded(pipe, prompt, "*.attn.map", asked=asked, steps=at_step, reduce=rows(index))
+    maps = by_block(rec, pipe, "attn.map").at(step=0).mean("query")  # [block, head, key]
+    image = Named(maps.tensor[..., words:], ("block", "head", "image"), maps.coords)
+    return as_picture(image, "image", *grid(pipe, out))
+
+
+def _patch(pipe: FluxPipeline, query: tuple[int, int], asked: dict) -> int:
+    size = (asked.get("height") or pipe.size, asked.get("width") or pipe.size)
+    height, width = (n // 2 for n in latent_size(*size, pipe.autoencoder.config.downscale))
+    row, column = query
+    if not (0 <= row < height and 0 <= column < width):
+        raise InstrumentError(f"the picture has {height} x {width} patches, so there is none at {tuple(query)}.")
+    return row * width + column
+
+
+def attention_balance(pipe: FluxPipeline, prompt: str, *, at_steps=None, **asked) -> Named:
+    """The share of the image's attention that goes to the text, padding included: axes ``block, step``.
+
+    The mean over heads and patches; the rest goes to the image. Far fewer text tokens than image tokens, and the
+    softmax does not care which is which: arXiv 2506.07986 (TACA).
+    """
+    length = pipe.prompt_encoder.t5_tokenizer.length
+    return _mass(pipe, prompt, list(range(length)), at_steps, asked)
+
+
+def padding_mass(pipe: FluxPipeline, prompt: str, *, at_steps=None, **asked) -> Named:
+    """The share of the image's attention that goes to padding: axes ``block, step``.
+
+    FLUX masks no padding, and pads serve as a place to put attention, or more: arXiv 2501.06751.
+    """
+    tokenizer = pipe.prompt_encoder.t5_tokenizer
+    first = max(real_tokens(tokenizer, prompt), default=-1) + 2  # behind the words and the end mark
+    if first >= tokenizer.length:
+        raise InstrumentError(f"the prompt fills all {tokenizer.length} tokens: there is no padding.")
+    return _mass(pipe, prompt, list(range(first, tokenizer.length)), at_steps, asked)
+
+
+def _mass(pipe: FluxPipeline, prompt: str, keys: list[int], steps, asked: dict) -> Named:
+    def mass(value: Value) -> Named:
+        part = value.head_mean() if isinstance(value, MapView) else made(value).mean("head")
+        return Named(part.tensor.sum(-1).mean(-1), ("batch",))
+
+    _, rec = recorded(pipe, prompt, "*.attn.map", asked=asked, steps=steps, tokens=keys, reduce=mass)
+    return by_block(rec, pipe, "attn.map")

@@ -1,0 +1,96 @@
+"""What each block does: how much it adds, how much it matters, what the picture is so far, whether places matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fluxedu.instruments.interventions import ablate, intervene, positions
+from fluxedu.instruments.lenses.run import blocks_of, recorded
+from fluxedu.instruments.named import Named
+from fluxedu.instruments.watching import Instrument
+from fluxedu.sampling.latents import unpack
+from fluxedu.sampling.pipeline import FluxPipeline
+
+
+def contributions(pipe: FluxPipeline, prompt: str, **asked) -> Named:
+    """How much each block adds to the image tokens, beside what was there: axes ``block, step``.
+
+    ``|block(x) - x| / |x|``, the norms over all image tokens. 0 is a block that does nothing.
+    """
+    words = pipe.prompt_encoder.t5_tokenizer.length
+    _, rec = recorded(pipe, prompt, "double.*.img", "double.*.img_out", "single.*.x", "single.*.out", asked=asked)
+    names, rows = blocks_of(pipe), []
+    for name in names:
+        double = name.startswith("double")
+        x, out = (rec[f"{name}.{s}"].tensor for s in (("img", "img_out") if double else ("x", "out")))
+        x, out = (v if double else v[:, words:] for v in (x, out))
+        rows.append((out - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1))
+    return Named(torch.stack(rows), ("block", "step"), {"block": names, "step": rec["single.0.x"].coords["step"]})
+
+
+def x0_by_block(pipe: FluxPipeline, prompt: str, *, at_steps=None, decoded: bool = False, **asked) -> Named:
+    """The picture foreseen after each block: axes ``block, step, channel, row, column``, a latent or (decoded) pixels.
+
+    The image tokens as a block leaves them, through the last layer as if it came next: ``x0 = x - t v``. This is our
+    own adaptation of the logit lens to a flow; the last layer was trained to read the last block only, so
+    early blocks are a guess at best. At the last block it is the run's own ``sample.x0``.
+    """
+    words = pipe.prompt_encoder.t5_tokenizer.length
+    globs = ("double.*.img_out", "single.*.out", "vec", "sample.x")
+    out, rec = recorded(pipe, prompt, *globs, asked=asked, steps=at_steps)
+    x, vec, names = rec["sample.x"], rec["vec"].tensor.to(pipe.device), blocks_of(pipe)
+    times = torch.tensor(x.coords["step"]).view(-1, 1, 1, 1).to(x.tensor)
+    last, found = pipe.flux.final_layer, []
+    with torch.no_grad():
+        for name in tqdm(names, desc="blocks", delay=1, leave=False):
+            double = name.startswith("double")
+            tokens = rec[f"{name}.{'img_out' if double else 'out'}"].tensor.to(pipe.device)
+            v = last(tokens if double else tokens[:, words:], last.plan(vec))
+            x0 = x.tensor - times * unpack(v, *out.latents.shape[-2:]).to(x.tensor)
+            found.append(pipe.autoencoder.decode(x0.to(pipe.device, pipe.dtype)).to(x0) if decoded else x0)
+    return Named(torch.stack(found), ("block", *x.axes), x.coords | {"block": names})
+
+
+def vital_layers(pipe: FluxPipeline, prompt: str, *, seeds: Sequence[int] = (0,), **asked) -> Named:
+    """How far the picture goes without each block: axis ``block``, the mean over ``seeds``.
+
+    ``|latent without - latent with| / |latent with|``. Vital layers are those it goes far without; arXiv
+    2411.14430 (Stable Flow), which measures the distance with DINOv2 where this takes the latent's.
+    """
+    return _each_block(pipe, prompt, seeds, asked, ablate, "without each block")
+
+
+def position_dependence(
+    pipe: FluxPipeline,
+    prompt: str,
+    *,
+    seeds: Sequence[int] = (0,),
+    edit: Callable[[Tensor], Tensor] = torch.zeros_like,
+    **asked,
+) -> Named:
+    """How far the picture goes when one block is told other places: axis ``block``, as :func:`vital_layers`.
+
+    ``edit(ids [N, 3]) -> ids``; all patches at one place if not said. Some blocks go by places, others by content:
+    arXiv 2503.16153 (FreeFlux), which shifts them.
+    """
+
+    def lost(block: str) -> Instrument:
+        return intervene(f"{block}.attn.rope", positions(edit))
+
+    return _each_block(pipe, prompt, seeds, asked, lost, "other places")
+
+
+def _each_block(pipe: FluxPipeline, prompt: str, seeds, asked: dict, change, said: str) -> Named:
+    names = blocks_of(pipe)
+    asked = {"trajectory": False} | asked | {"seed": list(seeds), "progress": False}
+    whole = pipe(prompt, **asked).latents
+    far = []
+    for name in tqdm(names, desc=said, delay=1, leave=False):
+        with change(name):
+            other = pipe(prompt, **asked).latents
+        far.append(((other - whole).flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1)).mean())
+    return Named(torch.stack(far), ("block",), {"block": names})

@@ -1,0 +1,47 @@
+"""How time steers the blocks: every shift, scale and gate, without drawing anything."""
+
+from __future__ import annotations
+
+import torch
+
+from fluxedu.instruments.lenses.run import blocks_of
+from fluxedu.instruments.named import Named
+from fluxedu.models.transformer import Plan
+from fluxedu.sampling.pipeline import FluxPipeline
+
+KINDS = ("shift", "scale", "gate")
+
+
+@torch.no_grad()
+def modulation(
+    pipe: FluxPipeline, prompt: str, *, times: int | torch.Tensor = 21, guidance: float | None = None
+) -> Named:
+    """The size of every modulation over time and depth: axes ``time, layer, kind``, the root mean square over channels.
+
+    times: how many, from 1 to 0, or a tensor of them. A layer is a block's part, ``double.0.img_attn``,
+    ``double.0.img_mlp``, ``single.3``; kinds are shift, scale and gate. They depend on the time, the guidance and the
+    pooled text only, so no picture is drawn. AdaLN: arXiv 2212.09748.
+    """
+    flux = pipe.flux
+    clock = torch.linspace(1, 0, times) if isinstance(times, int) else times.float()
+    strength = pipe.defaults.guidance if guidance is None else guidance
+    given = torch.tensor([float(strength)], device=pipe.device) if flux.config.guidance_embed else None
+    plan = flux.plan(clock.to(pipe.device)[:, None], given, pipe.prompt_encoder([prompt]).pooled)
+    names, rows = _rows(pipe, plan)
+    table = torch.stack([row.unflatten(-1, (3, -1)).float().square().mean(-1).sqrt() for row in rows], dim=1)
+    return Named(table.cpu(), ("time", "layer", "kind"), {"time": clock.tolist(), "layer": names, "kind": list(KINDS)})
+
+
+def _rows(pipe: FluxPipeline, plan: Plan) -> tuple[list[str], list[torch.Tensor]]:
+    """Each layer's row ``[T, 3 D]``."""
+    names, rows = [], []
+    for name, mods in zip(blocks_of(pipe), [*plan.double, *plan.single], strict=True):
+        if isinstance(mods, dict):
+            for stream, row in mods.items():
+                for part, half in zip(("attn", "mlp"), row[:, 0].chunk(2, dim=-1), strict=True):
+                    names.append(f"{name}.{stream}_{part}")
+                    rows.append(half)
+        else:
+            names.append(name)
+            rows.append(mods[:, 0])
+    return names, rows
