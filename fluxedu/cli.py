@@ -103,15 +103,14 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Every variant of FLUX.1: its numbers, and how many parameters they make."""
-    import torch
-
     from fluxedu.models import VARIANTS, ConfigError, Flux, FluxConfig
+    from fluxedu.models.hollow import hollow
 
     rows = {}
     try:
         for name in [variant] if variant else VARIANTS:
             config = FluxConfig.variant(name)
-            with torch.device("meta"):
+            with hollow():
                 flux = Flux(config)
             count = sum(p.numel() for p in flux.parameters())
             rows[name] = {"parameters": count, "tensors": len(flux.state_dict()), **config.to_dict()}

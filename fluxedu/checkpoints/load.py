@@ -30,6 +30,7 @@ from fluxedu.checkpoints.layouts import check, converted, infer_config, plain, p
 from fluxedu.checkpoints.tables import MODELS, Shape, label_of, shapes_of
 from fluxedu.models import AutoEncoderConfig, CLIPTextConfig, FluxConfig, T5Config
 from fluxedu.models.config import Config
+from fluxedu.models.hollow import hollow
 
 DTYPES = {
     "F64": torch.float64,
@@ -291,6 +292,6 @@ def load_model(
     """The network stored at ``path``, in either layout: a Flux, AutoEncoder, CLIPTextEncoder or T5Encoder."""
     tensors = read(path)
     config = config or config_of(tensors)
-    with torch.device("meta"):
+    with hollow():
         module = MODELS[type(config)](config)
     return load_into(module, converted(tensors, "bfl", config), dtype, device).eval()

@@ -36,6 +36,7 @@ from fluxedu.models import (
     T5Encoder,
 )
 from fluxedu.models.config import Config
+from fluxedu.models.hollow import hollow
 
 LAYOUTS = ("bfl", "diffusers")
 MODELS = {FluxConfig: Flux, AutoEncoderConfig: AutoEncoder, CLIPTextConfig: CLIPTextEncoder, T5Config: T5Encoder}
@@ -132,7 +133,7 @@ def shapes(config: Config, layout: str = "bfl") -> dict[str, Shape]:
     """Name -> shape of every tensor the network has, in either layout. Treat it as read-only."""
     if layout == "diffusers":
         return _join(config)[1]
-    with torch.device("meta"):
+    with hollow():
         network = MODELS[type(config)](config)
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 

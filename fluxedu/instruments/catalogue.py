@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from fluxedu.instruments.errors import InstrumentError
@@ -20,6 +19,7 @@ from fluxedu.models import attention
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.clip import CLIPTextEncoder
 from fluxedu.models.config import ConfigError, FluxConfig
+from fluxedu.models.hollow import hollow
 from fluxedu.models.modulation import Modulation
 from fluxedu.models.t5 import T5Encoder
 from fluxedu.models.transformer import Flux
@@ -214,7 +214,7 @@ def _networks(pipe) -> list[nn.Module]:
         config = FluxConfig.variant(pipe)
     except ConfigError as error:
         raise InstrumentError(f"{error} Or give a pipeline, or a network.") from None
-    with torch.device("meta"):
+    with hollow():
         return [CLIPTextEncoder(), T5Encoder(), Flux(config), AutoEncoder()]
 
 

@@ -68,6 +68,16 @@ print(json.dumps([time.perf_counter() - start, sorted({m.split(".")[0] for m in 
     assert min(seconds for seconds, _ in runs) <= 0.3
 
 
+def test_a_first_picture_does_not_wait_for_the_compiler():
+    """torch's compiler takes seconds to import; opening the miniature and drawing with it must not need it."""
+    code = """
+import sys, fluxedu
+fluxedu.load()("a red circle", steps=1, progress=False)
+print([m for m in ("torch._dynamo", "sympy", "transformers", "matplotlib") if m in sys.modules])
+"""
+    assert run_python(code).strip() == "[]"
+
+
 def test_imports_point_one_way():
     beside = Path(sys.executable).parent / "lint-imports"
     command = str(beside) if beside.exists() else shutil.which("lint-imports")
