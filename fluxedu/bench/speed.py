@@ -1,8 +1,4 @@
-"""Speed and memory beside diffusers, as ratios measured in one run: ``fluxedu bench``.
-
-Absolute times mean little on a shared machine, so both sides run in turns, equal weights, equal
-input, float32, and the figure is the ratio of their medians; below 1 fluxedu is faster.
-"""
+"""Speed and memory of a step, of a whole picture and of training, beside diffusers."""
 
 from __future__ import annotations
 
@@ -21,7 +17,6 @@ from fluxedu.models import Flux, FluxConfig
 from fluxedu.sampling.latents import image_ids, text_ids
 
 WIDE = FluxConfig(hidden_size=1024, num_heads=8, depth=4, depth_single_blocks=8, context_in_dim=1024, vec_in_dim=768)
-BARS = {"miniature step": 0.85, "wide step": 1.0, "prompt to image": 0.7, "peak memory, wide step": 1.0}
 STEPS = 20
 
 
@@ -197,29 +192,3 @@ def _active(flux: Flux) -> float:
     token = [p.numel() / 2 for n, p in flux.double_blocks.named_parameters() if "mod" not in n]
     token += [p.numel() for n, p in flux.single_blocks.named_parameters() if "modulation" not in n]
     return sum(token)
-
-
-def run(rounds: int = 15) -> dict:
-    """Every figure, as plain values."""
-    from fluxedu.nano import configs
-
-    return {
-        "threads": torch.get_num_threads(),
-        "miniature step": step_ratio(configs.FLUX.with_(guidance_embed=True), 8, configs.TEXT_LENGTH, 4 * rounds),
-        "wide step": step_ratio(WIDE, 32, 128, rounds),
-        "prompt to image": picture_ratio(rounds),
-        "peak memory, wide step": memory_ratio(WIDE, 32, 128),
-        "training": training_speed(rounds),
-    }
-
-
-def table(figures: dict) -> str:
-    """The ratios and their bars as text."""
-    lines = [f"{'fluxedu / diffusers':<24} {'ratio':>6} {'bar':>6}"]
-    lines += [f"{name:<24} {figures[name]['ratio']:>6.2f} {bar:>6}" for name, bar in BARS.items()]
-    t = figures["training"]
-    lines.append(
-        f"training the miniature: {t['samples_per_second']:.0f} samples/s, {t['steps_per_second']:.2f} steps/s, "
-        f"{100 * t['share_of_matmul_peak']:.0f} % of the {t['dtype']} matmul peak, {figures['threads']} threads"
-    )
-    return "\n".join(lines)
