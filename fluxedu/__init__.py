@@ -26,6 +26,7 @@ _PUBLIC = {
     "checkpoints": None,
     "nano": None,
     "instruments": None,
+    "plots": None,
     "probe": None,
 }
 __all__ = [*_PUBLIC, "__version__"]

@@ -1,0 +1,104 @@
+"""Plots: what is drawn is what was given."""
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fluxedu import plots
+from fluxedu.instruments.errors import InstrumentError
+from fluxedu.instruments.named import Named
+from fluxedu.plots.parameters import parts_of
+from fluxedu.plots.spectra import radial_power
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
+g = torch.Generator().manual_seed(0)
+
+
+def named(*axes, **sizes):
+    return Named(torch.rand(*(sizes[a] for a in axes), generator=g), axes)
+
+
+MAPS = named("block", "word", "row", "column", block=3, word=2, row=2, column=3)
+HEADS = named("block", "head", "row", "column", block=3, head=4, row=2, column=3)
+ADDED = named("block", "step", block=4, step=5)
+SIZES = named("time", "layer", "kind", time=5, layer=6, kind=3)
+FIELD = named("up", "across", "what", up=3, across=3, what=4)
+NET = torch.nn.Sequential(torch.nn.Linear(30, 10), torch.nn.Linear(10, 3))
+ALL = {
+    "word_maps": lambda: plots.word_maps(MAPS, PICTURE),
+    "head_gallery": lambda: plots.head_gallery(HEADS, PICTURE),
+    "head_gallery alone": lambda: plots.head_gallery(HEADS),
+    "overlay": lambda: plots.overlay(PICTURE, MAPS.tensor[0, 0], "red"),
+    "contributions": lambda: plots.contributions(ADDED),
+    "modulation": lambda: plots.modulation(SIZES),
+    "film_strip": lambda: plots.film_strip({"x": [PICTURE] * 20, "x0": [PICTURE] * 20}, np.linspace(1, 0.05, 20)),
+    "side_by_side": lambda: plots.side_by_side(PICTURE, PICTURE),
+    "treemap": lambda: plots.treemap(NET),
+    "spectrum": lambda: plots.spectrum({"noise": torch.randn(1, 16, 16, 16, generator=g)}),
+    "quiver": lambda: plots.quiver(FIELD),
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_plot_can_be_saved_and_opens_no_window(name, tmp_path):
+    before = matplotlib.get_backend()
+    figure = ALL[name]()
+    figure.savefig(tmp_path / "plot.png", dpi=60)
+    assert np.asarray(Image.open(tmp_path / "plot.png")).std() > 5
+    assert matplotlib.get_backend() == before
+
+
+def images(figure):
+    return [np.ma.getdata(im.get_array()) for ax in figure.axes for im in ax.images]
+
+
+def test_maps_are_drawn_as_they_are():
+    drawn = images(plots.head_gallery(HEADS))
+    assert np.allclose(drawn, HEADS.tensor.flatten(0, 1).numpy())
+    assert np.allclose(images(plots.contributions(ADDED))[0], ADDED.tensor.numpy())
+    assert np.allclose(images(plots.modulation(SIZES))[2], SIZES.tensor[..., 2].T.numpy())
+    assert len(plots.word_maps(MAPS, PICTURE).axes) == 2 * (3 + 1)
+
+
+def test_a_film_strip_shows_first_and_last():
+    figure = plots.film_strip({"x": [PICTURE] * 20}, np.linspace(1, 0.05, 20), most=5)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert (len(titles), titles[0], titles[-1]) == (5, "t = 1.00", "t = 0.05")
+
+
+def test_a_picture_and_itself_do_not_differ():
+    assert not images(plots.side_by_side(PICTURE, PICTURE))[2].any()
+
+
+def test_areas_are_shares_of_the_parameters():
+    assert sum(parts_of(NET).values()) == 343
+    counts = {"a.x": 600, "a.y": 300, "b": 100}
+    boxes = plots.treemap(counts).axes[0].patches
+    areas = [box.get_width() * box.get_height() for box in boxes]
+    assert np.allclose(np.array(areas) / sum(areas), [0.6, 0.3, 0.1])
+    assert abs(sum(areas) - 16 * 9) < 1e-9
+
+
+def test_noise_is_flat_and_a_wave_is_a_peak():
+    _, power = radial_power(torch.randn(64, 32, 32, generator=g))
+    assert np.allclose(power, 1, atol=0.1)
+    wave = torch.cos(2 * torch.pi * 4 / 32 * torch.arange(32.0)).expand(32, 32)  # an eighth of a cycle a cell
+    frequency, power = radial_power(wave)
+    assert abs(frequency[power.argmax()] - 4 / 32) <= 1 / 16
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda: plots.word_maps(HEADS, PICTURE), "axes block, word, row, column, not of block, head, row, column"),
+        (lambda: plots.contributions(torch.rand(3, 3)), "not of Tensor"),
+        (lambda: plots.film_strip({"x": [PICTURE], "x0": []}), "equally many"),
+        (lambda: plots.side_by_side(PICTURE, PICTURE.resize((8, 8))), "must be alike"),
+        (lambda: plots.overlay(torch.rand(2, 2), MAPS.tensor[0, 0]), r"PIL image or a tensor \[3, H, W\]"),
+    ],
+)
+def test_errors_are_one_sentence(wrong, says):
+    with pytest.raises(InstrumentError, match=says):
+        wrong()
