@@ -9,9 +9,10 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_six_lines_print_what_is_printed_below_them(tmp_path):
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    promised = re.search(r"prints\n\n```\n(.*?)```", README, re.DOTALL).group(1)
+def test_its_code_prints_what_is_printed_below_it(tmp_path):
+    """All blocks one after the other, as a reader would type them."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+    promised = "".join(re.findall(r"prints\n\n```\n(.*?)```", README, re.DOTALL))
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout == promised
@@ -23,6 +24,14 @@ def test_every_link_and_picture_inside_the_project_is_there():
         text = (ROOT / document).read_text()
         for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text):
             assert (ROOT / document).parent.joinpath(link).exists(), (document, link)
+
+
+def test_the_numbers_of_sites():
+    import fluxedu as fe
+
+    said = re.search(r"any of the miniature's (\d+) sites \(dev has ([\d,]+)\)", README)
+    assert int(said.group(1)) == len(fe.sites())
+    assert int(said.group(2).replace(",", "")) == len(fe.sites("dev"))
 
 
 def test_every_command_shown_is_a_command():
