@@ -1,4 +1,4 @@
-"""The command line: ``fluxedu sample | info | sites | train | judge | convert | bench | lab``."""
+"""The command line: ``fluxedu sample | trace | info | sites | train | judge | convert | bench | lab``."""
 
 from __future__ import annotations
 
@@ -95,6 +95,33 @@ def sample(
     except (ValueError, OSError) as error:
         raise _fail(error) from None
     typer.echo(f"wrote {output} ({picture.width} x {picture.height})")
+
+
+@app.command(epilog='Example: fluxedu trace "a red circle left of a blue square" --html out.html')
+def trace(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    html: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("trace.html"),
+    model: Model = "nano",
+    seed: int = 0,
+    steps: Annotated[int | None, typer.Option(help="The model's own number if not given.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="The model's own strength if not given.")] = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> None:
+    """Draw a prompt and write down the whole run as one page, every stage of the diagram to click on."""
+    from fluxedu.checkpoints.save import write_text
+    from fluxedu.trace import page, stages
+
+    _can_write(html)
+    pipe = _load(model)
+    try:
+        asked = {"seed": seed, "steps": steps, "guidance": guidance, "height": height, "width": width}
+        out, found = stages(pipe, prompt, **asked)
+        about = f"{model}, seed {seed}, {len(out.trajectory.times) - 1} steps. Click a stage; arrow keys move."
+        write_text(html, page(prompt or "the empty prompt", about, found))
+    except (ValueError, OSError) as error:
+        raise _fail(error) from None
+    typer.echo(f"wrote {html} ({html.stat().st_size / 1e6:.1f} MB)")
 
 
 @app.command(epilog="Example: fluxedu info dev")
