@@ -23,6 +23,7 @@ from fluxedu.instruments.words import Word, token_ids
 from fluxedu.models.attention_map import AttentionMap
 from fluxedu.probe import Sited
 from fluxedu.sampling.moment import Moment, now
+from fluxedu.sampling.solvers import times_asked
 
 BUDGET = 2 * 2**30
 Steps = int | Sequence[int] | slice | None
@@ -173,7 +174,8 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         else:
             over = any(getattr(r, "over_steps", False) for r in self.reductions())
             inside = moment.step is not None and not over
-            steps = sum(among(self.steps, i, moment.steps) for i in range(moment.steps)) if inside else 1
+            questions = len(times_asked(moment.asked.solver, [1.0, 0.0])) if moment.part >= 0 else 1
+            steps = questions * sum(among(self.steps, i, moment.steps) for i in range(moment.steps)) if inside else 1
             pictures = moment.pictures
         self.expected[site] = nbytes * steps * pictures
         total = sum(self.expected.values())

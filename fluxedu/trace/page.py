@@ -34,7 +34,7 @@ def _button(stage: Stage) -> str:
     beside = ' class="beside"' if stage.beside else ""
     return (
         f'<li role="presentation"{beside} style="--shade: {SHADES[stage.kind]}"><button role="tab" type="button" '
-        f'aria-controls="{_id(stage)}" id="tab-{_id(stage)}">{escape(stage.title)}</button></li>'
+        f'aria-controls="panel-{_id(stage)}" id="tab-{_id(stage)}">{escape(stage.title)}</button></li>'
     )
 
 
@@ -44,7 +44,7 @@ def _panel(stage: Stage) -> str:
         for caption, figure in stage.figures
     )
     return (
-        f'<section role="tabpanel" id="{_id(stage)}" aria-labelledby="tab-{_id(stage)}"><h2>{escape(stage.title)}</h2>'
+        f'<section role="tabpanel" id="panel-{_id(stage)}" aria-labelledby="tab-{_id(stage)}"><h2>{escape(stage.title)}</h2>'
         f"<p>{escape(stage.text)}</p>{figures}{_table(stage)}</section>"
     )
 

@@ -222,10 +222,15 @@ def test_the_budget_refuses_before_anything_is_made(pipe, monkeypatch):
     assert len(rec) == 0
 
 
-def test_the_refusal_says_how_much_would_do(pipe):
-    with fe.record(MAP, budget=4 * 2 * 36 * 36 * 3) as rec:
-        draw(pipe)
-    assert rec.nbytes == rec[MAP].tensor.nbytes == 4 * 2 * 36 * 36 * 3
+@pytest.mark.parametrize(("asked", "times"), [({}, 3), ({"solver": "heun"}, 6), ({"seed": [1, 2]}, 6)])
+def test_the_refusal_says_how_much_would_do(pipe, asked, times):
+    need = 4 * 2 * 36 * 36 * times
+    with fe.record(MAP, budget=need) as rec:
+        draw(pipe, **asked)
+    assert rec.nbytes == rec[MAP].tensor.nbytes == need
+    with pytest.raises(BudgetError, match=f"{need:,} bytes"), fe.record(MAP, budget=need - 1) as rec:
+        draw(pipe, **asked)
+    assert len(rec) == 0
 
 
 def test_a_folder_holds_what_memory_would(pipe, tmp_path):
