@@ -23,7 +23,7 @@ from fluxedu.models.hollow import hollow
 from fluxedu.models.modulation import Modulation
 from fluxedu.models.t5 import T5Encoder
 from fluxedu.models.transformer import Flux
-from fluxedu.probe import Probed, Sited, site
+from fluxedu.probe import Probed, Sited, networks, site
 from fluxedu.sampling.pipeline import FluxPipeline
 
 #: what the letters of a shape stand for
@@ -188,12 +188,12 @@ def sites(pipe=None) -> list[Site]:
     """Every site of a pipeline, a network, or a variant by name (``"dev"``); of the miniature if not said.
 
     >>> import fluxedu as fe
-    >>> print(next(s for s in fe.sites() if s.name == "double.2.attn.map"))
-    double.2.attn.map  [B, 6, T, T]  who looks at whom: a lazy AttentionMap, a row a query, rows sum to 1  (...)
+    >>> print(next(s for s in fe.sites() if s.name == "double.1.attn.map"))
+    double.1.attn.map  [B, 5, T, T]  who looks at whom: a lazy AttentionMap, a row a query, rows sum to 1  (...)
     """
-    networks = _networks(pipe)
-    found = [_described(module, name, network) for network in networks for module, name in _sites_of(network)]
-    if len(networks) > 1:  # a whole pipeline
+    those = _networks(pipe)
+    found = [_described(module, name, network) for network in those for module, name in _sites_of(network)]
+    if len(those) > 1:  # a whole pipeline
         found += [
             Site(f"sample.{name}", _axes(shape), tuple(shape.split()), meaning, _source(FluxPipeline, name))
             for name, (shape, meaning) in SAMPLER.items()
@@ -202,8 +202,10 @@ def sites(pipe=None) -> list[Site]:
 
 
 def _networks(pipe) -> list[nn.Module]:
-    if isinstance(pipe, nn.Module):
+    if isinstance(pipe, nn.Module) and pipe in networks:
         return [pipe]
+    if isinstance(pipe, nn.Module):
+        raise InstrumentError(f"sites are listed of a whole network, such as pipe.flux, not of {type(pipe).__name__}.")
     if hasattr(pipe, "networks"):
         return list(pipe.networks().values())
     if pipe is None or pipe == "nano":
@@ -231,6 +233,11 @@ def _names(module: Probed) -> list[str]:
         names.remove("vec.guidance")
     levels = len(getattr(module, "down", getattr(module, "up", ())))
     return [f"level.{i}" for i in range(levels) if "level.*" in names] + [n for n in names if n != "level.*"]
+
+
+def is_own(module: Probed) -> bool:
+    """Is this a learner's module, whose sites the table cannot know?"""
+    return type(module).__name__ not in TABLE
 
 
 def _kind(module: Probed) -> type | None:

@@ -20,10 +20,10 @@ from torch import Tensor
 from fluxedu.instruments.catalogue import axes_of
 from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.named import Named
-from fluxedu.instruments.recorder import Steps, among, record
+from fluxedu.instruments.recorder import Steps, among, checked_steps, record
 from fluxedu.instruments.recording import Recording
 from fluxedu.instruments.watching import Instrument
-from fluxedu.instruments.words import Word, token_ids
+from fluxedu.instruments.words import Word, listed, places_now
 from fluxedu.models.attention_map import AttentionMap
 from fluxedu.probe import Sited
 from fluxedu.sampling.latents import image_ids, text_ids
@@ -50,10 +50,7 @@ class Context:
 
     def tokens(self, words: Sequence[Word] | Word) -> list[int]:
         """Places of the text tokens that spell ``words``; numbers are places already."""
-        listed = [words] if isinstance(words, (str, int)) else list(words)
-        if all(isinstance(w, int) for w in listed):
-            return listed
-        return token_ids(self._moment().pipe.prompt_encoder.t5_tokenizer, self._moment().asked.prompt, listed)
+        return places_now(self.moment, self.site, words)
 
     def places(self, stream: str) -> slice:
         """Of the joint tokens, those of ``"txt"`` or ``"img"``."""
@@ -88,21 +85,42 @@ class intervene(Instrument):  # noqa: N801 - used like a function
         if not callable(change):
             raise InstrumentError(f"the last argument must be a function (value, ctx) -> value, not {change!r}.")
         super().__init__(*globs)
-        self.change, self.steps = change, steps
-        self.times = None if times is None else (min(times), max(times))
+        checked_steps(steps)
+        self.change, self.steps, self.times = change, steps, _checked(times)
+        self.acted = self.early = False
 
     def see(self, owner: Sited, name: str, whole: str, value: Any) -> Any:
         moment = now()
         if not self._now(moment):
             return value
+        self.acted = True
         changed = self.change(value, Context(whole, axes_of(owner, name), moment))
         return _fitting(changed, value, whole)
 
     def _now(self, moment: Moment | None) -> bool:
         if moment is None or moment.step is None:
+            self.early = self.early or not (self.times is None and self.steps is None)
             return self.times is None and self.steps is None
         low, high = self.times or (-1.0, 2.0)
         return among(self.steps, moment.step, moment.steps) and low <= moment.time <= high
+
+    def __exit__(self, kind, *rest) -> None:
+        super().__exit__(kind, *rest)
+        if kind is None and self.early and not self.acted:
+            raise InstrumentError(
+                f"{' and '.join(self.globs)} passed outside of the steps of a run only, where steps= and times= never "
+                f"let it be changed; leave them out."
+            )
+
+
+def _checked(times: Times | None) -> Times | None:
+    if times is None:
+        return None
+    try:
+        low, high = sorted(float(t) for t in times)
+    except (TypeError, ValueError):
+        raise InstrumentError(f"times is a pair (from, to) in [0, 1], not {times!r}.") from None
+    return low, high
 
 
 def _fitting(changed: Any, value: Any, site: str) -> Any:
@@ -148,12 +166,18 @@ def ablate(
         with fe.ablate("double.1.heads", heads=[2]): ...
         with fe.ablate("*.attn.map", tokens=["red"]): ...
     """
-    sites = [site for glob in globs for site in _sites_of(glob, streams)]
     heads = [heads] if isinstance(heads, int) else heads
     named = [streams] if isinstance(streams, str) else streams
+    if any(stream not in _STREAMS for stream in named or ()):
+        raise InstrumentError(f"a stream is 'txt' or 'img', not {streams!r}.")
+    sites = [site for glob in globs for site in _sites_of(glob, named)]
 
     def change(value: Tensor | AttentionMap, ctx: Context) -> Tensor | AttentionMap:
-        if isinstance(value, AttentionMap):
+        if (ctx.axes or ())[-1:] == ("key",):
+            if named is not None or to != 0:
+                raise InstrumentError(
+                    f"at {ctx.site!r} columns are cut: say tokens= (and heads=), not streams= or to=."
+                )
             return _unseen(value, ctx, heads, tokens)
         mask = _mask(value, ctx, heads, named, tokens)
         return torch.where(mask, _instead(value, ctx, to), value)
@@ -164,14 +188,13 @@ def ablate(
 _STREAMS = ("txt", "img")
 
 
-def _sites_of(glob: str, streams: Sequence[str] | str | None) -> list[str]:
+def _sites_of(glob: str, streams: Sequence[str] | None) -> list[str]:
     """A block's name as the sites of what it adds; any other glob as it is."""
     if not isinstance(glob, str) or not _BLOCK.fullmatch(glob):
         return [glob]
     if glob.startswith("single"):
         return [f"{glob}.contribution"]
-    named = _STREAMS if streams is None else [streams] if isinstance(streams, str) else streams
-    return [f"{glob}.{stream}_*_contribution" for stream in named]
+    return [f"{glob}.{stream}_*_contribution" for stream in streams or _STREAMS]
 
 
 def _instead(value: Tensor, ctx: Context, to: str | float) -> Tensor:
@@ -190,12 +213,25 @@ def _mask(value: Tensor, ctx: Context, heads, streams, tokens) -> Tensor:
     mask = torch.ones((), dtype=torch.bool, device=value.device)
     if heads is not None:
         mask = mask & _along(value, ctx, ("head",), heads)
-    joint = "token" in (ctx.axes or ())
-    if streams is not None and (joint or not re.search(r"\.(txt|img)_", ctx.site)):
+    own = re.search(r"\.(txt|img)(_|$)", ctx.site)  # a site of one stream
+    if streams is not None and own:
+        mask = mask & (own[1] in streams)
+    elif streams is not None:
         mask = mask & _along(value, ctx, ("token",), [ctx.places(s) for s in streams])
     if tokens is not None:
         mask = mask & _along(value, ctx, ("text", "token"), ctx.tokens(tokens))
+        mask = mask & _prompted(value, ctx, tokens)
     return mask
+
+
+def _prompted(value: Tensor, ctx: Context, tokens: Sequence[Word] | Word) -> Tensor:
+    """Words are the prompt's: of the two passes of classifier-free guidance, only the prompted one says them."""
+    said = any(isinstance(word, str) for word in listed(tokens))
+    both = said and ctx.moment is not None and ctx.moment.asked.guided and ctx.moment.text is None and len(value) == 2
+    mask = torch.ones(len(value) if both else 1, dtype=torch.bool, device=value.device)
+    if both:
+        mask[0] = False
+    return mask.view(-1, *[1] * (value.ndim - 1))
 
 
 def _along(value: Tensor, ctx: Context, names: tuple[str, ...], places: Sequence[int | slice]) -> Tensor:
@@ -213,12 +249,13 @@ def _along(value: Tensor, ctx: Context, names: tuple[str, ...], places: Sequence
     return chosen.view([-1 if i == axis else 1 for i in range(value.ndim)])
 
 
-def _unseen(value: AttentionMap, ctx: Context, heads, tokens) -> Tensor:
+def _unseen(value: AttentionMap | Tensor, ctx: Context, heads, tokens) -> Tensor:
     """The map without some columns, its rows made to sum to 1 again."""
     if tokens is None:
         raise InstrumentError(f"at {ctx.site!r} say which tokens are not to be looked at: tokens=['red'].")
-    weights, keys = value.weights(), Context(ctx.site, ("batch", "head", "query", "token"), ctx.moment)
-    hidden = _along(weights, keys, ("token",), keys.tokens(tokens))
+    weights = value.weights() if isinstance(value, AttentionMap) else value
+    keys = Context(ctx.site, ("batch", "head", "query", "token"), ctx.moment)
+    hidden = _along(weights, keys, ("token",), keys.tokens(tokens)) & _prompted(weights, ctx, tokens)
     if heads is not None:
         hidden = hidden & _along(weights, ctx, ("head",), heads)
     kept = weights.masked_fill(hidden, 0)
@@ -237,11 +274,14 @@ def patch(
     tensor or :class:`Named`, put in every time. Raises InstrumentError when the recording has no such site, step or
     shape.
     """
+    if not isinstance(source, (record, Recording, Named, Tensor)):
+        raise InstrumentError(f"a patch is a recording, a Named or a tensor, not {type(source).__name__}.")
 
     def change(value: Any, ctx: Context) -> Tensor:
         found = _recorded(source, ctx) if isinstance(source, (record, Recording)) else source
         tensor = found.tensor if isinstance(found, Named) else found
-        if tensor.numel() != torch.Size(value.shape).numel():
+        mine, theirs = ([n for n in shape if n != 1] for shape in (value.shape, tensor.shape))
+        if mine != theirs:
             raise InstrumentError(f"{ctx.site!r} is {list(value.shape)}, but the patch is {list(tensor.shape)}.")
         like = value.q if isinstance(value, AttentionMap) else value
         dtype = tensor.dtype if isinstance(value, AttentionMap) else like.dtype

@@ -44,7 +44,8 @@ class Named:
         """One place of each named axis, which is then gone."""
         tensor, axes = self.tensor, list(self.axes)
         for name, index in where.items():
-            self.axis(name)
+            if not -self.shape[self.axis(name)] <= index < self.sizes[name]:
+                raise InstrumentError(f"axis {name!r} has {self.sizes[name]} places, so there is no {index}.")
             tensor = tensor.select(axes.index(name), index)
             axes.remove(name)
         return Named(tensor, tuple(axes), {k: v for k, v in self.coords.items() if k in axes})

@@ -19,7 +19,7 @@ from fluxedu.instruments.named import Named
 from fluxedu.instruments.recording import FolderRecording, Recording, When
 from fluxedu.instruments.reductions import MapView, Reduction, Value, maker
 from fluxedu.instruments.watching import Instrument
-from fluxedu.instruments.words import Word, token_ids
+from fluxedu.instruments.words import Word, listed, places_now, read_at, tokenizer_at
 from fluxedu.models.attention_map import AttentionMap
 from fluxedu.probe import Sited
 from fluxedu.sampling.moment import Moment, now
@@ -59,12 +59,19 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         super().__init__(*globs)
         if passes not in (None, "prompted", "negative"):
             raise InstrumentError(f"passes is 'prompted', 'negative' or None for both, not {passes!r}.")
-        self.steps, self.tokens, self.passes, self.dtype = steps, tokens, passes, dtype
+        checked_steps(steps)
+        self.steps, self.passes, self.dtype = steps, passes, dtype
+        self.tokens = None if tokens is None else listed(tokens)
         self.heads = [heads] if isinstance(heads, int) else None if heads is None else list(heads)
+        if self.heads == []:
+            raise InstrumentError("heads names no head; leave it out for all of them.")
         self.reductions = maker(reduce)
         self.budget = budget
+        if not isinstance(to, (str, Path)):
+            raise InstrumentError(f"to is 'memory' or a new folder, not {to!r}.")
         self.recording = Recording() if to == "memory" else FolderRecording(to)
-        self.made: dict[tuple[str, int], list[Reduction]] = {}  # they may remember, so each site has its own
+        self.used = False
+        self.made: dict[tuple, list[Reduction]] = {}  # they may remember, so each site and picture has its own
         self.calls: dict[str, int] = {}
         self.expected: dict[str, int] = {}  # bytes by the end of the run, a site
 
@@ -73,6 +80,8 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
     def see(self, owner: Sited, name: str, site: str, value: Any) -> Any:
         moment = now()
         if moment is not None and moment.step is not None and not among(self.steps, moment.step, moment.steps):
+            return value
+        if self._other_pass(site, moment, value):
             return value
         when = self._when(site, moment)
         if moment is None and not among(self.steps, when.step, None):
@@ -83,19 +92,29 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
             self._keep(site, when, kept, moment)
         return value
 
+    def _other_pass(self, site: str, moment: Moment | None, value: Any) -> bool:
+        """Does only the pass that is not wanted go by here?"""
+        if self.passes is None or moment is None or not moment.asked.guided or moment.step is None:
+            return False
+        if site in ("sample.negative", "sample.prompted"):
+            return not site.endswith(self.passes)
+        alone = not site.startswith("sample.") and value.shape[0] == 1  # guidance is off at this time
+        return alone and self.passes == "negative"
+
     def _when(self, site: str, moment: Moment | None) -> When:
         if moment is not None:
             self.recording.pictures = moment.pictures
-            return When(moment.picture, moment.step, max(moment.part, 0), moment.time)
+            return When(moment.run, moment.picture, moment.step, max(moment.part, 0), moment.time)
         self.calls[site] = self.calls.get(site, -1) + 1
-        return When(0, self.calls[site], 0, None)
+        return When(0, 0, self.calls[site], 0, None)
 
     def _reduced(self, owner: Sited, name: str, site: str, value, moment: Moment | None, when: When) -> Named | None:
         chosen = self._chosen(self._named(owner, name, site, value), site, moment)
-        reductions = self.made.setdefault((site, when.picture), self.reductions())
+        reductions = self.made.setdefault((site, *when.place[:2]), self.reductions())
         if isinstance(chosen, MapView) and not reductions:
-            shape = chosen.shape
-            self._expect(site, 4 * shape[0] * shape[1] * shape[2] * shape[3], moment)  # before it is made
+            b, h, n, m = chosen.shape
+            kept = 1 if self.passes or self._words_asked() else b
+            self._expect(site, (self.dtype or torch.float32).itemsize * kept * h * n * m, moment)  # before it is made
         for reduction in reductions:
             chosen = reduction(chosen)
             if chosen is None:
@@ -113,34 +132,48 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
     # -- which part of it
 
     def _chosen(self, value: Named | AttentionMap, site: str, moment: Moment | None) -> Value:
-        places = None if self.tokens is None else self._places(moment)
+        places = None if self.tokens is None else places_now(moment, site, self.tokens, self.passes == "negative")
+        labels = None if places is None or moment is None else self._labels(places, site, moment)
         if isinstance(value, AttentionMap):
-            queries = slice(value.words, None) if places is not None else slice(None)
-            wrong = [i for i in self.heads or [] if not -value.shape[1] <= i < value.shape[1]]
-            if wrong:
-                raise InstrumentError(f"{site!r} has {value.shape[1]} heads, so there is no head {wrong[0]}.")
-            return MapView(value, self.heads, queries, places)
-        if places is not None:
+            self._check(site, places, value.words, value.shape[1])
+            queries = slice(None) if places is None else slice(value.words, None)
+            return MapView(value, self.heads, queries, places, labels, self.budget)
+        if places is not None and value.axes[-1] == "key":  # a map that was changed
+            words = moment.words if moment is not None else value.shape[-1]
+            self._check(site, places, words, value.shape[1])
+            value = value.take("query", list(range(words, value.sizes["query"]))).take("key", places)
+            value = Named(value.tensor, value.axes, {} if labels is None else {"key": labels})
+        elif places is not None:
             axis = next((a for a in ("text", "token") if a in value.axes), None)
             if axis is None:
                 raise InstrumentError(f"{site!r} has no text tokens (its axes are {', '.join(value.axes)}).")
+            words = moment.words if moment is not None and axis == "token" else value.sizes[axis]
+            self._check(site, places, words, None)
             value = value.take(axis, places)
         return value if self.heads is None else value.take("head", self.heads)
 
-    def _places(self, moment: Moment | None) -> list[int]:
-        words = [self.tokens] if isinstance(self.tokens, (str, int)) else list(self.tokens)
-        if all(isinstance(w, int) for w in words):
-            return words
-        if moment is None:
-            raise InstrumentError("words can only be found in the prompt of a pipeline; give places of tokens instead.")
-        return token_ids(moment.pipe.prompt_encoder.t5_tokenizer, moment.asked.prompt, words)
+    def _check(self, site: str, places: list[int] | None, words: int, heads: int | None) -> None:
+        wrong = [i for i in places or [] if not 0 <= i < words]
+        if wrong:
+            raise InstrumentError(f"{site!r} has {words} text tokens, so there is no token {wrong[0]}.")
+        wrong = [i for i in self.heads or [] if heads is not None and not -heads <= i < heads]
+        if wrong:
+            raise InstrumentError(f"{site!r} has {heads} heads, so there is no head {wrong[0]}.")
+
+    def _labels(self, places: list[int], site: str, moment: Moment) -> list[str]:
+        pieces = tokenizer_at(moment, site).pieces(read_at(moment, self.passes == "negative"))
+        return [pieces[i] if 0 <= i < len(pieces) else "<pad>" for i in places]
+
+    def _words_asked(self) -> bool:
+        """Words are words of the prompt, so of two passes only the prompted one can be meant."""
+        return any(isinstance(word, str) for word in self.tokens or [])
 
     # -- what is kept
 
     def _keep(self, site: str, when: When, value: Named, moment: Moment | None) -> None:
         value = self._plain(value, moment)
         self._expect(site, value.tensor.nbytes, moment)
-        over_steps = any(getattr(r, "over_steps", False) for r in self.made[site, when.picture])
+        over_steps = any(getattr(r, "over_steps", False) for r in self.made[(site, *when.place[:2])])
         self.recording.add(site, when, value, last_only=over_steps)
 
     def _plain(self, value: Named, moment: Moment | None) -> Named:
@@ -149,33 +182,29 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         guided = moment is not None and moment.asked.guided and "batch" in axes
         if guided and tensor.shape[axes.index("batch")] == 2:
             axes[axes.index("batch")] = "pass"
-            if self.passes is not None:
-                tensor = tensor.select(axes.index("pass"), ("negative", "prompted").index(self.passes))
+            which = self.passes or ("prompted" if self._words_asked() else None)
+            if which is not None:
+                tensor = tensor.select(axes.index("pass"), ("negative", "prompted").index(which))
                 axes.remove("pass")
         for name in ("one", "batch"):
             if name in axes and tensor.shape[axes.index(name)] == 1:
                 tensor = tensor.squeeze(axes.index(name))
                 axes.remove(name)
-        tensor = tensor.to("cpu", self.dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
-        return Named(tensor, tuple(axes), self._coords(value, moment))
-
-    def _coords(self, value: Named, moment: Moment | None) -> dict[str, list]:
-        if self.tokens is None or moment is None or value.axes[-1] != "key":
-            return value.coords
-        pieces = moment.pipe.prompt_encoder.t5_tokenizer.pieces(moment.asked.prompt)
-        return value.coords | {"key": [pieces[i] if i < len(pieces) else "<pad>" for i in self._places(moment)]}
+        dtype = tensor.dtype if self.dtype is None or tensor.is_complex() or "what" in axes else self.dtype
+        tensor = tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+        return Named(tensor, tuple(axes), value.coords)
 
     def _expect(self, site: str, nbytes: int, moment: Moment | None) -> None:
         """Refuse what would pass the budget by the end of the run, as soon as that can be known."""
         if isinstance(self.recording, FolderRecording):
-            steps = pictures = 1  # only a step at a time is held
+            steps, pictures = self._questions(moment), 1  # only a step at a time is held
         elif moment is None:
             steps, pictures = self.calls[site] + 1, 1
         else:
             over = any(getattr(r, "over_steps", False) for r in self.reductions())
             inside = moment.step is not None and not over
-            questions = len(times_asked(moment.asked.solver, [1.0, 0.0])) if moment.part >= 0 else 1
-            steps = questions * sum(among(self.steps, i, moment.steps) for i in range(moment.steps)) if inside else 1
+            asked = sum(among(self.steps, i, moment.steps) for i in range(moment.steps))
+            steps = self._questions(moment) * asked if inside else 1
             pictures = moment.pictures
         self.expected[site] = nbytes * steps * pictures
         total = sum(self.expected.values())
@@ -186,12 +215,19 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
                 f"(to=...), or allow more (budget={total})."
             )
 
+    @staticmethod
+    def _questions(moment: Moment | None) -> int:
+        """How often a step asks the network."""
+        return 1 if moment is None or moment.part < 0 else len(times_asked(moment.asked.solver, [1.0, 0.0]))
+
     # -- coming and going
 
     def __enter__(self) -> record:
-        if self.calls or len(self.recording):
+        if self.used:
             raise InstrumentError("this recorder has recorded already; make another one.")
-        return super().__enter__()
+        super().__enter__()
+        self.used = True
+        return self
 
     def __exit__(self, kind, *rest) -> None:
         super().__exit__(kind, *rest)
@@ -205,7 +241,8 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         if isinstance(self.recording, FolderRecording):
             from fluxedu.instruments.recording import open_recording
 
-            return open_recording(self.recording.folder)
+            written = self.recording.written > 0
+            return open_recording(self.recording.folder) if written else Recording()
         return self.recording
 
     def __getitem__(self, name: str) -> Named:
@@ -232,6 +269,13 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
     @property
     def nbytes(self) -> int:
         return self.recording.nbytes
+
+
+def checked_steps(steps: Steps) -> None:
+    """Raises InstrumentError for what cannot name steps."""
+    good = steps is None or isinstance(steps, (int, slice))
+    if not good and not (hasattr(steps, "__iter__") and all(isinstance(step, int) for step in steps)):
+        raise InstrumentError(f"steps is a number, a list of numbers or a slice, not {steps!r}.")
 
 
 def among(steps: Steps, step: int | None, count: int | None) -> bool:

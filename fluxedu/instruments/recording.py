@@ -7,6 +7,7 @@ happens to the process, every file that is there is whole. :func:`open_recording
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,15 +25,16 @@ from fluxedu.instruments.named import Named
 class When:
     """When in a run a value passed: see :class:`fluxedu.sampling.moment.Moment`. Numbers count from 0."""
 
+    run: int
     picture: int
     step: int | None
     part: int
     time: float | None
 
     @property
-    def place(self) -> tuple[int, int]:
+    def place(self) -> tuple[int, int, int]:
         """The step it belongs to; what comes before the first step is -1."""
-        return self.picture, -1 if self.step is None else self.step
+        return self.run, self.picture, -1 if self.step is None else self.step
 
 
 @dataclass
@@ -46,8 +48,8 @@ class Recording:
         """Keep a value; ``last_only``: in place of the picture's earlier one, not of one step."""
         entries = self.kept.setdefault(name, [])
         if last_only:
-            entries[:] = [e for e in entries if e[0].picture != when.picture]
-            when = When(when.picture, None, 0, None)
+            entries[:] = [e for e in entries if e[0].place[:2] != when.place[:2]]
+            when = When(when.run, when.picture, None, 0, None)
         entries.append((when, value))
 
     def entries(self, name: str) -> list[tuple[When, Named]]:
@@ -58,18 +60,21 @@ class Recording:
         return self.kept[name]
 
     def __getitem__(self, name: str) -> Named:
-        """All values of a site: axes ``picture`` (if there are several), ``step`` (if it has steps), and its own.
+        """All values of a site: axes ``run`` and ``picture`` (if there are several), ``step`` (if it has any), its own.
 
-        Raises InstrumentError when they differ in shape (pictures of several sizes, guidance switched on midway).
+        Raises InstrumentError when they differ in shape (pictures of several sizes, guidance switched on midway) or
+        in number (runs of several lengths).
         """
-        entries = self.entries(name)
+        entries = sorted(self.entries(name), key=lambda entry: (entry[0].run, entry[0].picture))  # stable
         shapes = {tuple(v.shape) for _, v in entries}
-        counts = {p: sum(w.picture == p for w, _ in entries) for p in {w.picture for w, _ in entries}}
-        if len(shapes) > 1 or len(set(counts.values())) > 1:
+        drawn = Counter(when.place[:2] for when, _ in entries)  # values a picture
+        runs = Counter(run for run, _ in drawn)  # pictures a run
+        if len(shapes) > 1 or len(set(drawn.values())) > 1 or len(set(runs.values())) > 1:
             raise InstrumentError(
-                f"the values of {name!r} differ in shape, {sorted(shapes)}; take them one by one from rec.entries(...)."
+                f"the values of {name!r} differ in shape or number, {sorted(shapes)}; "
+                f"take them one by one from rec.entries(...)."
             )
-        return _stacked(entries, len(counts), self.pictures)
+        return _stacked(entries, len(runs), len(drawn) // len(runs), self.pictures)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.kept)
@@ -93,31 +98,30 @@ class Recording:
             import xarray
         except ModuleNotFoundError:
             raise InstrumentError("to_dataset needs xarray: pip install xarray.") from None
-        variables = {}
-        for name in self:
-            value = self[name]
-            # axes of the same name may differ in length between sites, so all but steps are the site's own
-            axes = [a if a in ("picture", "step") else f"{name}.{a}" for a in value.axes]
-            variables[name] = (axes, value.__array__())
-        return xarray.Dataset(variables)
+        values = {name: self[name] for name in self}
+        steps = {len(v.coords["step"]) for v in values.values() if "step" in v.coords}
+        shared = {"run", "picture", *({"step"} if len(steps) == 1 else set())}  # other axes are a site's own
+        variables, coords = {}, {}
+        for name, value in values.items():
+            axes = {a: a if a in shared else f"{name}.{a}" for a in value.axes}
+            variables[name] = (list(axes.values()), value.__array__())
+            coords |= {axes[a]: labels for a, labels in value.coords.items() if a in axes}
+        return xarray.Dataset(variables, coords)
 
 
-def _stacked(entries: list[tuple[When, Named]], pictures: int, asked: int) -> Named:
+def _stacked(entries: list[tuple[When, Named]], runs: int, pictures: int, asked: int) -> Named:
+    """Values in the order of runs, pictures and steps as one tensor."""
     values = [v for _, v in entries]
-    tensor, axes, coords = torch.stack([v.tensor for v in values]), values[0].axes, dict(values[0].coords)
-    per = len(values) // pictures
-    stepped = entries[0][0].step is not None
-    tensor = tensor.unflatten(0, (pictures, per))
-    if stepped:
-        coords["step"] = [w.time for w, _ in entries[:per]]
-        axes = ("step", *axes)
-    elif per > 1:  # the text encoders, once for each different prompt
-        axes = ("call", *axes)
-    else:
-        tensor = tensor.squeeze(1)
-    if asked > 1 and "call" not in axes:
-        return Named(tensor, ("picture", *axes), coords)
-    return Named(tensor.squeeze(0), axes, coords)
+    axes, coords, per = values[0].axes, dict(values[0].coords), len(values) // (runs * pictures)
+    tensor = torch.stack([v.tensor for v in values]).unflatten(0, (runs, pictures, per))
+    steps = "step" if entries[0][0].step is not None else "call"  # the text encoders are called before the first step
+    if steps == "step":
+        coords["step"] = [when.time for when, _ in entries[:per]]
+    several = pictures > 1 or (asked > 1 and steps == "step")
+    kept = {"run": runs > 1, "picture": several, steps: steps == "step" or per > 1}
+    for axis, (name, there) in reversed(list(enumerate(kept.items()))):
+        tensor, axes = (tensor, (name, *axes)) if there else (tensor.squeeze(axis), axes)
+    return Named(tensor, axes, coords)
 
 
 class FolderRecording(Recording):
@@ -129,13 +133,13 @@ class FolderRecording(Recording):
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise InstrumentError(f"{self.folder} is there already; record into a new folder.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.place: tuple[int, int] | None = None
+        self.place: tuple[int, int, int] | None = None
         self.written = 0
-        self.last: dict[tuple[str, int], tuple[When, Named]] = {}
+        self.last: dict[tuple[str, int, int], tuple[When, Named]] = {}
 
     def add(self, name: str, when: When, value: Named, last_only: bool = False) -> None:
         if last_only:  # its last value is known at the end only
-            self.last[name, when.picture] = (When(when.picture, None, 0, None), value)
+            self.last[name, when.run, when.picture] = (When(when.run, when.picture, None, 0, None), value)
             return
         if self.place is not None and when.place != self.place:
             self.flush()
@@ -145,7 +149,7 @@ class FolderRecording(Recording):
     def flush(self) -> None:
         """Write the step at hand: it is whole."""
         if self.kept and self.place is not None:
-            picture, step = self.place
+            _, picture, step = self.place
             self._write(self.kept, f"picture-{picture:04d}-step-{'none' if step < 0 else f'{step:04d}'}")
         self.forget()
 
@@ -154,7 +158,7 @@ class FolderRecording(Recording):
         self.flush()
         if self.last:
             whole: dict[str, list[tuple[When, Named]]] = {}
-            for (name, _), entry in self.last.items():
+            for (name, *_), entry in self.last.items():
                 whole.setdefault(name, []).append(entry)
             self._write(whole, "picture-all-step-none")
 
@@ -187,7 +191,7 @@ def open_recording(folder: str | Path) -> Recording:
         with safe_open(path, "pt") as file:
             meta = file.metadata()
             recording.pictures = int(meta["pictures"])
-            for key, (picture, step, part, time, axes, coords) in json.loads(meta["told"]).items():
+            for key, (run, picture, step, part, time, axes, coords) in json.loads(meta["told"]).items():
                 value = Named(file.get_tensor(key), tuple(axes), coords)
-                recording.add(key.rpartition("#")[0], When(picture, step, part, time), value)
+                recording.add(key.rpartition("#")[0], When(run, picture, step, part, time), value)
     return recording

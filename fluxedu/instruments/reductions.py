@@ -11,26 +11,41 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.instruments.errors import BudgetError, InstrumentError
 from fluxedu.instruments.named import Named
-from fluxedu.models.attention_map import AttentionMap
+from fluxedu.models.attention_map import AttentionMap, wide
 
 MAP_AXES = ("batch", "head", "query", "key")
 
 
 class MapView:
-    """A lazy map, and which heads, queries and keys of it are wanted (None: all)."""
+    """A lazy map, and which heads, queries and keys of it are wanted (None: all); at most ``budget`` bytes of it.
+
+    ``labels`` name the chosen keys.
+    """
 
     axes = MAP_AXES
 
-    def __init__(self, lazy: AttentionMap, heads: list[int] | None, queries: slice | list[int], keys: list[int] | None):
+    def __init__(
+        self,
+        lazy: AttentionMap,
+        heads: list[int] | None = None,
+        queries: slice | list[int] = slice(None),
+        keys: list[int] | None = None,
+        labels: list[str] | None = None,
+        budget: int | None = None,
+    ):
         self.lazy, self.heads, self.queries, self.keys = lazy, heads, queries, keys
-        if heads is not None:
-            few = torch.as_tensor(heads, device=lazy.q.device)
-            self.few = AttentionMap(lazy.q[:, few], lazy.k[:, few], None if lazy.v is None else lazy.v[:, few])
-            self.few._lse = lazy.lse[:, few] if keys is not None else None
-        else:
-            self.few = lazy
+        self.labels, self.budget = labels, budget
+        for axis, chosen in (("query", queries), ("key", keys)):
+            wrong = [] if chosen is None or isinstance(chosen, slice) else [i for i in chosen if not 0 <= i < self._all]
+            if wrong:
+                raise InstrumentError(f"axis {axis!r} has {self._all} places, so there is no {wrong[0]}.")
+        self.few = lazy if heads is None else _some_heads(lazy, heads, keys is not None)
+
+    @property
+    def _all(self) -> int:
+        return self.lazy.shape[-1]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -38,15 +53,26 @@ class MapView:
         rows = len(range(n)[self.queries]) if isinstance(self.queries, slice) else len(self.queries)
         return (b, h, rows, m if self.keys is None else len(self.keys))
 
+    def chosen(self, queries: list[int] | None = None, keys: list[int] | None = None) -> MapView:
+        """The same view of other queries or keys, places of the whole map."""
+        if keys is None:
+            return MapView(self.lazy, self.heads, queries, self.keys, self.labels, self.budget)
+        return MapView(self.lazy, self.heads, self.queries, keys, None, self.budget)
+
     def made(self) -> Named:
         """The wanted part as a tensor: by columns when keys are chosen, else by rows."""
+        b, h, n, m = self.shape
+        if self.budget is not None and 4 * b * h * n * m > self.budget:
+            raise BudgetError(
+                f"this part of the map takes {4 * b * h * n * m:,} bytes, the budget is {self.budget:,}: "
+                f"choose heads=, tokens= or reduce='head-mean', or allow more (budget={4 * b * h * n * m})."
+            )
         if self.keys is not None:
-            return Named(self.few.columns(self.keys, self.queries), MAP_AXES)
-        return Named(self.few.rows(self.queries), MAP_AXES)
+            return self._named(self.few.columns(self.keys, self.queries), MAP_AXES)
+        return self._named(self.few.rows(self.queries), MAP_AXES)
 
     def head_mean(self) -> Named:
         """The mean over the wanted heads, one head at a time, so that no map of all heads is ever there."""
-        axes = tuple(a for a in MAP_AXES if a != "head")
         total: Tensor | float = 0.0
         lse = self.few.lse if self.keys is not None else None
         for h in range(self.few.shape[1]):
@@ -54,7 +80,17 @@ class MapView:
             one._lse = None if lse is None else lse[:, h : h + 1]
             part = one.rows(self.queries) if self.keys is None else one.columns(self.keys, self.queries)
             total = total + part[:, 0]
-        return Named(total / self.few.shape[1], axes)
+        return self._named(total / self.few.shape[1], tuple(a for a in MAP_AXES if a != "head"))
+
+    def _named(self, tensor: Tensor, axes: tuple[str, ...]) -> Named:
+        return Named(tensor, axes, {} if self.labels is None else {"key": self.labels})
+
+
+def _some_heads(lazy: AttentionMap, heads: list[int], by_columns: bool) -> AttentionMap:
+    few = torch.as_tensor(heads, dtype=torch.long, device=lazy.q.device)
+    some = AttentionMap(lazy.q[:, few], lazy.k[:, few], None if lazy.v is None else lazy.v[:, few], lazy.words)
+    some._lse = lazy.lse[:, few] if by_columns else None
+    return some
 
 
 Value = Named | MapView
@@ -66,6 +102,14 @@ def made(value: Value) -> Named:
     return value.made() if isinstance(value, MapView) else value
 
 
+def real(value: Value) -> Named:
+    """The value as a tensor of ordinary numbers; raises InstrumentError for complex ones (``attn.rope``)."""
+    x = made(value)
+    if x.tensor.is_complex():
+        raise InstrumentError("these values are complex, so this reduction has no meaning; take them as they are.")
+    return x
+
+
 def head_mean(value: Value) -> Named:
     """The mean over heads."""
     return value.head_mean() if isinstance(value, MapView) else value.mean("head")
@@ -75,7 +119,7 @@ def entropy(value: Value) -> Named:
     """How widely each query looks, in nats: of a whole map exactly and without making it."""
     if isinstance(value, MapView) and value.keys is None:
         return Named(value.few.entropy()[:, :, value.queries], MAP_AXES[:3])
-    p = made(value)
+    p = real(value)
     return p.dropped(p.axes[-1], torch.special.entr(p.tensor).sum(-1))
 
 
@@ -88,7 +132,7 @@ def norm(value: Value) -> Named:
 def rms(value: Value) -> Named:
     """The root mean square along the last axis."""
     x = made(value)
-    return x.dropped(x.axes[-1], x.tensor.square().mean(-1).sqrt())
+    return x.dropped(x.axes[-1], x.tensor.abs().square().mean(-1).sqrt())
 
 
 def mean(*names: str) -> Reduction:
@@ -104,23 +148,23 @@ def mean(*names: str) -> Reduction:
 
 
 def rows(index: Sequence[int]) -> Reduction:
-    """What some queries look at."""
+    """What some queries look at, by their places among all tokens, text first."""
 
     def reduction(value: Value) -> Named:
         if not isinstance(value, MapView):
             return value.take("query", list(index))
-        return MapView(value.lazy, value.heads, list(index), value.keys).made()
+        return value.chosen(queries=list(index)).made()
 
     return reduction
 
 
 def columns(index: Sequence[int]) -> Reduction:
-    """What the queries take from some keys, exact by the log-sum-exp."""
+    """What the queries take from some keys, by their places among all tokens, exact by the log-sum-exp."""
 
     def reduction(value: Value) -> Named:
         if not isinstance(value, MapView):
             return value.take("key", list(index))
-        return MapView(value.lazy, value.heads, value.queries, list(index)).made()
+        return value.chosen(keys=list(index)).made()
 
     return reduction
 
@@ -129,10 +173,10 @@ def top(count: int) -> Reduction:
     """The ``count`` largest along the last axis, and where: axes ``rank`` and ``what`` (value, place) in its stead."""
 
     def reduction(value: Value) -> Named:
-        x = made(value)
+        x = real(value)
         if count > x.shape[-1]:
             raise InstrumentError(f"axis {x.axes[-1]!r} has {x.shape[-1]} places, so there is no top {count}.")
-        largest = x.tensor.topk(count, dim=-1)
+        largest = wide(x.tensor).topk(count, dim=-1)  # float32 at least, or the places would be rounded
         pair = torch.stack([largest.values, largest.indices.to(largest.values.dtype)], dim=-1)
         return Named(pair, (*x.axes[:-1], "rank", "what"), {"what": ["value", "place"]})
 
@@ -146,7 +190,7 @@ class cosine:  # noqa: N801 - a function with a memory
         self.before: Named | None = None
 
     def __call__(self, value: Value) -> Named | None:
-        x, before = made(value), self.before
+        x, before = real(value), self.before
         self.before = x
         if before is None or before.shape != x.shape:
             return None
@@ -162,10 +206,9 @@ class step_mean:  # noqa: N801 - a function with a memory
         self.total, self.count = None, 0
 
     def __call__(self, value: Value) -> Named:
-        x = made(value)
+        x = real(value)
         self.count += 1
-        wide = x.tensor.double()
-        self.total = wide if self.total is None else self.total + wide
+        self.total = x.tensor.double() + (0 if self.total is None else self.total)
         return Named((self.total / self.count).to(x.tensor.dtype), x.axes, x.coords)
 
 

@@ -33,6 +33,9 @@ _MADE_WITH: dict[type, Callable[[nn.Module], tuple]] = {
 }
 
 
+_active: list[swap] = []
+
+
 class swap:  # noqa: N801 - used like a function
     """Put ``new`` in the place of every module whose path matches ``glob``, for as long as the ``with`` lasts.
 
@@ -46,7 +49,9 @@ class swap:  # noqa: N801 - used like a function
 
     def __init__(self, glob: str, new: type[nn.Module] | Callable[[nn.Module], nn.Module] | nn.Module, pipe=None):
         self.glob, self.new, self.pipe = glob, new, pipe
-        self.swapped: list[tuple[nn.Module, str, nn.Module]] = []
+        if not (isinstance(new, nn.Module) or callable(new)):
+            raise InstrumentError(f"what is swapped in is a module, a class or a function, not {new!r}.")
+        self.swapped: list[list] = []  # (parent, name, old, new)
 
     def __enter__(self) -> swap:
         found = [place for network in self._networks() for place in _places(network, self.glob)]
@@ -54,14 +59,20 @@ class swap:  # noqa: N801 - used like a function
             raise InstrumentError(f"no module of a loaded model is called {self.glob!r}; try 'double.*.img_attn'.")
         new = [(parent, name, old, self._made(old, path)) for parent, name, old, path in found]  # all or none
         for parent, name, old, module in new:
-            self.swapped.append((parent, name, old))
+            self.swapped.append([parent, name, old, module])
             parent._modules[name] = module
+        _active.append(self)
         return self
 
     def __exit__(self, *_) -> None:
+        _active.remove(self)
         while self.swapped:
-            parent, name, old = self.swapped.pop()
-            parent._modules[name] = old
+            parent, name, old, new = self.swapped.pop()
+            if parent._modules[name] is new:
+                parent._modules[name] = old
+            for later in (place for other in _active for place in other.swapped):
+                if later[2] is new:  # swapped over ours, and left later: it then gives back what was before ours
+                    later[2] = old
 
     def _networks(self) -> list[nn.Module]:
         if self.pipe is None:
@@ -109,7 +120,8 @@ def _places(network: nn.Module, glob: str) -> list[tuple[nn.Module, str, nn.Modu
     prefix = getattr(network, "site_path", "")
     found = []
     for path, module in network.named_modules():
-        whole = ".".join(part for part in (prefix, probe.short_path(path)) if part)
+        short = probe.short_path(f"{path}.").removesuffix(".")  # with the dot, so that "modulation" keeps its name
+        whole = ".".join(part for part in (prefix, short) if part)
         if path and fnmatchcase(whole, glob):
             parent, _, name = path.rpartition(".")
             found.append((network.get_submodule(parent), name, module, whole))

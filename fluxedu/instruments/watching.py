@@ -105,9 +105,13 @@ def _refuse_unknown(globs: tuple[str, ...]) -> None:
     """A glob that no site answers to is a typing error, and better found now than after the run."""
     if not len(probe.networks):
         return  # nothing is loaded yet, so nothing is known
+    from fluxedu.instruments.catalogue import is_own
+
     names = known_sites()
+    modules = (m for network in list(probe.networks) for m in network.modules() if isinstance(m, probe.Probed))
+    own = tuple(f"{m.site_path}." for m in modules if is_own(m))  # a learner's module may have sites of its own
     for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in names):
+        if not any(fnmatchcase(name, glob) for name in names) and not (own and glob.startswith(own)):
             near = get_close_matches(glob, names, n=3, cutoff=0.5)
             hint = f"did you mean {', '.join(near)}?" if near else "fe.sites(pipe) lists them all."
             raise InstrumentError(f"no site of a loaded model is called {glob!r}; {hint}")

@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 
 from fluxedu.instruments.errors import InstrumentError
+from fluxedu.sampling.moment import Moment
 from fluxedu.sampling.prompts import Tokenizer
 
 Word = str | int
+
+
+def listed(words: Sequence[Word] | Word) -> list[Word]:
+    """One or several words, or places of tokens (any whole numbers), as a list."""
+    try:
+        several = [words] if isinstance(words, str) or not hasattr(words, "__iter__") else list(words)
+        found = [word if isinstance(word, str) else operator.index(word) for word in several]
+    except TypeError:
+        found = []
+    if not found:
+        raise InstrumentError(f"tokens are words or places, one or several, not {words!r}.")
+    return found
+
+
+def places_now(moment: Moment | None, site: str, words: Sequence[Word] | Word, negative: bool = False) -> list[int]:
+    """Places of ``words`` in what is being read at ``site`` at this moment; numbers are places already."""
+    chosen = listed(words)
+    if not any(isinstance(word, str) for word in chosen):
+        return chosen
+    if moment is None:
+        raise InstrumentError(
+            f"at {site!r}, words can only be found in a pipeline's run; give places of tokens instead."
+        )
+    return token_ids(tokenizer_at(moment, site), read_at(moment, negative), chosen)
+
+
+def tokenizer_at(moment: Moment, site: str) -> Tokenizer:
+    """The transformer reads T5's pieces; only CLIP itself reads CLIP's."""
+    encoder = moment.pipe.prompt_encoder
+    return encoder.clip_tokenizer if site.startswith("clip.") else encoder.t5_tokenizer
+
+
+def read_at(moment: Moment, negative: bool = False) -> str:
+    """The prompt that is being encoded or drawn."""
+    if moment.text is not None:
+        return moment.text
+    return moment.asked.negative if negative else moment.asked.prompt
 
 
 def token_ids(tokenizer: Tokenizer, prompt: str, words: Sequence[Word]) -> list[int]:
@@ -21,8 +60,8 @@ def token_ids(tokenizer: Tokenizer, prompt: str, words: Sequence[Word]) -> list[
         raise InstrumentError(f"words are looked for in one prompt, not in {prompt!r}.")
     spans = tokenizer.fast.encode(prompt).offsets
     found: list[int] = []
-    for word in [words] if isinstance(words, (str, int)) else words:
-        found += [word] if isinstance(word, int) else _places(spans, prompt, word)
+    for word in listed(words):
+        found += _places(spans, prompt, word) if isinstance(word, str) else [word]
     return list(dict.fromkeys(found))
 
 

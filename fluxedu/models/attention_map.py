@@ -53,8 +53,8 @@ class AttentionMap:
     def lse(self) -> Tensor:
         """The log-sum-exp of every row, ``[B, H, N]``."""
         if self._lse is None:
-            training = self.q.requires_grad or self.v is None  # then attention is mixed another way
-            fused = None if training else _fused(self.q.device.type, self.q.dtype)
+            training = any(x is not None and x.requires_grad for x in (self.q, self.k, self.v))
+            fused = None if training or self.v is None else _fused(self.q.device.type, self.q.dtype)
             if fused is not None:
                 self.out, self._lse = fused(self.q, self.k, self.v)
             else:

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.named import Named
 from fluxedu.plots.canvas import HEAT, array, figure, labels, pixels, quiet, wanted
 
@@ -24,6 +25,8 @@ def overlay(image, weights, title: str = "") -> Figure:
     """One map ``[rows, columns]`` of patches over the picture, with its scale."""
     fig, ((ax,),) = figure(1, 1, (3.4, 3.0))
     weights = array(weights)
+    if weights.ndim != 2:
+        raise InstrumentError(f"one map is [rows, columns], not {list(weights.shape)}.")
     _lay(quiet(ax), image, weights)
     ax.set_title(title, fontsize=10)
     bar = fig.colorbar(ax.images[-1], ax=ax, shrink=0.8)

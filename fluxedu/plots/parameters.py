@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import nn
 
+from fluxedu.instruments.errors import InstrumentError
 from fluxedu.plots.canvas import figure, quiet
 
 
@@ -43,6 +44,8 @@ def treemap(network: nn.Module | Mapping[str, int], depth: int = 2, title: str =
     """Every part as a rectangle as large as its share of the parameters; a network, or name -> number."""
     counts = parts_of(network, depth) if isinstance(network, nn.Module) else dict(network)
     total = sum(counts.values())
+    if total <= 0:
+        raise InstrumentError("there are no parameters to show.")
     fig, ((ax,),) = figure(1, 1, (7.0, 4.2))
     quiet(ax).set(xlim=(0, 16), ylim=(9, 0))
     groups = sorted({name.split(".")[0] for name in counts})

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
+from fluxedu.instruments.errors import InstrumentError
 from fluxedu.plots.canvas import array, figure
 
 
@@ -27,6 +28,8 @@ def radial_power(value) -> tuple[np.ndarray, np.ndarray]:
 
 def spectrum(values: Mapping[str, object]) -> Figure:
     """The power of each named latent ``[..., h, w]`` over frequency: noise is flat, pictures fall."""
+    if not isinstance(values, Mapping) or any(array(value).ndim < 2 for value in values.values()):
+        raise InstrumentError("spectrum is of a dictionary name -> latent [..., h, w].")
     fig, ((ax,),) = figure(1, 1, (4.6, 3.0))
     for i, (name, value) in enumerate(values.items()):
         ax.semilogy(*radial_power(value), label=name, marker="o", markersize=3, color=f"C{i}")

@@ -20,13 +20,15 @@ _thread = threading.local()
 class Moment:
     """A point of a run.
 
-    words: how many tokens are text · picture: the how-manieth of ``pictures`` asked for · step: of ``steps``, None
-    before the first one · time: in [0, 1], 1 being noise · part: the how-manieth question to the network within
-    the step (midpoint and heun ask twice), counted from 0.
+    run: the how-manieth call of a pipeline in this process · words: how many tokens are text · picture: the
+    how-manieth of ``pictures`` asked for · step: of ``steps``, None before the first one · time: in [0, 1], 1 being
+    noise · part: the how-manieth question to the network within the step (midpoint and heun ask twice), counted from
+    0 · text: the prompt that is being encoded, None afterwards.
     """
 
     pipe: FluxPipeline
     asked: Request
+    run: int
     words: int
     picture: int
     pictures: int
@@ -34,6 +36,7 @@ class Moment:
     step: int | None = None
     time: float | None = None
     part: int = -1
+    text: str | None = None
 
 
 def now() -> Moment | None:

@@ -7,6 +7,7 @@ prompt -> tokenizers -> CLIP pooled + T5 tokens -> noise packed to tokens -> sch
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 from PIL import Image
@@ -25,6 +26,8 @@ from fluxedu.sampling.prompts import Conditioning, PromptEncoder
 from fluxedu.sampling.request import Request, checked_device, requests_of
 from fluxedu.sampling.schedule import from_strength, schedule
 from fluxedu.sampling.solvers import SOLVERS, Velocity, times_asked
+
+_RUNS = count()
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ class FluxPipeline(Sited):
             downscale=self.autoencoder.config.downscale,
         )
         times = self.times(asked[0])
-        here = Moment(self, asked[0], self.prompt_encoder.t5_tokenizer.length, 0, len(asked), len(times) - 1)
+        words = self.prompt_encoder.t5_tokenizer.length
+        here = Moment(self, asked[0], next(_RUNS), words, 0, len(asked), len(times) - 1)
         with at(here):
             texts = self.encode(asked)
         # One picture after the other, so that a picture is the same to the last bit alone and in a batch:
@@ -248,7 +252,7 @@ class FluxPipeline(Sited):
 
     def _foreseen(self, x: Tensor, v: Tensor, t: float, asked: Request) -> Tensor:
         """Show the picture that ``v`` leads to, ``x0 = x - t v``; another one put in its place gives another ``v``."""
-        if not self.wanted("x0"):
+        if t == 0 or not self.wanted("x0"):  # at t = 0 the state is the picture
             return v
         foreseen = unpack(x - t * v, *asked.shape)
         seen = self.probe("x0", foreseen)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fluxedu.models.clip import CLIPTextEncoder
 from fluxedu.models.t5 import T5Encoder
+from fluxedu.sampling.moment import at
 from fluxedu.sampling.request import RequestError
 
 
@@ -91,6 +92,7 @@ class PromptEncoder:
 
     def _one(self, prompt: str) -> Conditioning:
         device = self.t5.shared.weight.device
-        txt = self.t5(self.t5_tokenizer([prompt]).to(device))
-        _, pooled = self.clip(self.clip_tokenizer([prompt]).to(device))
+        with at(text=prompt):
+            txt = self.t5(self.t5_tokenizer([prompt]).to(device))
+            _, pooled = self.clip(self.clip_tokenizer([prompt]).to(device))
         return Conditioning(txt, pooled)

@@ -44,8 +44,8 @@ def _panel(stage: Stage) -> str:
         for caption, figure in stage.figures
     )
     return (
-        f'<section role="tabpanel" id="panel-{_id(stage)}" aria-labelledby="tab-{_id(stage)}"><h2>{escape(stage.title)}</h2>'
-        f"<p>{escape(stage.text)}</p>{figures}{_table(stage)}</section>"
+        f'<section role="tabpanel" id="panel-{_id(stage)}" aria-labelledby="tab-{_id(stage)}">'
+        f"<h2>{escape(stage.title)}</h2><p>{escape(stage.text)}</p>{figures}{_table(stage)}</section>"
     )
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from fluxedu import plots
 from fluxedu.instruments import lenses
 from fluxedu.instruments.catalogue import sites
+from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.lenses.run import blocks_of
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
@@ -47,13 +48,19 @@ def _numbers(value: Value) -> Named:
 
 def stages(pipe: FluxPipeline, prompt: str, **asked) -> tuple[Output, list[Stage]]:
     """Draw ``prompt`` and say what happened at every stage; ``asked`` as for the pipeline."""
+    if not isinstance(prompt, str):
+        raise InstrumentError(f"a trace is of one prompt, not of {prompt!r}.")
     with record("*", reduce=_numbers) as rec:
         out = pipe(prompt, **asked)
     asked = asked | {"progress": False}
     words = _words(pipe, prompt)
     maps = lenses.word_maps(pipe, prompt, words, **asked) if words else None
     heads = lenses.head_gallery(pipe, prompt, words[-1], **asked) if words else None
-    made_of = [*_before(pipe, prompt), *_blocks(pipe, out, maps, heads, words), *_after(pipe, prompt, out, asked)]
+    made_of = [
+        *_before(pipe, prompt, asked.get("guidance")),
+        *_blocks(pipe, out, maps, heads, words),
+        *_after(pipe, prompt, out, asked),
+    ]
     for stage in made_of:
         stage.rows = _rows(pipe, rec, stage.name)
     return out, made_of
@@ -116,11 +123,11 @@ def _fixed(name: str, *figures: tuple[str, Figure], more: str = "", beside: bool
     return Stage(name, title, kind, f"{text} {more}".strip(), list(figures), beside=beside)
 
 
-def _before(pipe: FluxPipeline, prompt: str) -> list[Stage]:
+def _before(pipe: FluxPipeline, prompt: str, guidance: float | None) -> list[Stage]:
     """From the prompt to the first block."""
     pieces, length = pipe.prompt_encoder.t5_tokenizer.pieces(prompt), pipe.prompt_encoder.t5_tokenizer.length
     said = f"The pieces: {' '.join(pieces)}, and {length - len(pieces)} pads behind them."
-    sizes = plots.modulation(lenses.modulation(pipe, prompt))
+    sizes = plots.modulation(lenses.modulation(pipe, prompt, guidance=guidance))
     return [
         _fixed("clip", beside=True),
         _fixed("t5", more=said, beside=True),

@@ -128,6 +128,26 @@ def test_the_mean_instead(pipe):
     assert torch.equal(told[2:], was[2:])
 
 
+def test_streams_of_a_glob_over_both(pipe):
+    with fe.ablate("double.1.*_contribution", streams="txt"), fe.record("double.1.*") as rec:
+        draw(pipe)
+    assert torch.equal(rec["double.1.txt"].tensor, rec["double.1.txt_out"].tensor)
+    assert not torch.equal(rec["double.1.img"].tensor, rec["double.1.img_out"].tensor)
+
+
+def test_words_one_after_the_other_are_words_together(pipe):
+    one = under(pipe, fe.ablate("*.attn.map", tokens="red"), fe.ablate("*.attn.map", tokens="blue"))
+    assert relative(one, under(pipe, fe.ablate("*.attn.map", tokens=["red", "blue"]))) <= 1e-6
+
+
+def test_a_word_of_the_prompt_is_not_cut_from_the_negative_one(plain_pipe):
+    with fe.ablate("sample.txt", tokens="red"), fe.record("sample.txt") as rec:
+        draw(plain_pipe, guidance=3.0, negative_prompt="a big green star")
+    negative, prompted = rec["sample.txt"].tensor
+    assert not prompted[1].any()
+    assert negative[1].any()
+
+
 # --- time, order, composition ---------------------------------------------------------------------
 
 
@@ -193,6 +213,11 @@ def test_a_picture_foreseen_at_the_last_step_is_the_picture(pipe):
     """Euler's last step goes to t = 0 along the velocity, that is to x0."""
     goal = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(1))
     assert relative(under(pipe, fe.intervene("sample.x0", lambda x, ctx: goal, steps=-1)), goal) <= 1e-6
+
+
+def test_heun_asks_at_the_end_as_well(pipe):
+    zero = fe.intervene("sample.x0", lambda x, ctx: torch.zeros_like(x))
+    assert under(pipe, zero, solver="heun").isfinite().all()
 
 
 def test_a_state_put_elsewhere_goes_on_from_there(pipe):
@@ -299,9 +324,39 @@ class OneMore(SelfAttention):
         self.extra = nn.Parameter(torch.zeros(1))
 
 
+def test_swaps_left_in_any_order(pipe):
+    class Mine(SelfAttention):
+        pass
+
+    old = pipe.flux.double_blocks[0].img_attn
+    first, second = (fe.swap("double.0.img_attn", kind, pipe=pipe) for kind in (ByHand, Mine))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert isinstance(pipe.flux.double_blocks[0].img_attn, Mine)
+    second.__exit__(None, None, None)
+    assert pipe.flux.double_blocks[0].img_attn is old
+
+
+def test_a_learners_own_site(pipe):
+    class Seen(SelfAttention):
+        def forward(self, x):
+            return super().forward(self.probe("mine", x))
+
+    with fe.swap("double.0.img_attn", Seen, pipe=pipe), fe.record("double.0.img_attn.mine") as rec:
+        draw(pipe)
+    assert rec.entries("double.0.img_attn.mine")[0][1].tensor.numel() == 4 * 48
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
+        (lambda: fe.intervene("sample.noise", lambda x, ctx: 0 * x, times=(0, 1)), "outside of the steps"),
+        (lambda: fe.intervene("vec", lambda x, ctx: 0 * x, times=0.5), "a pair"),
+        (lambda: fe.ablate("single.0.attn.map", tokens="red", streams="txt"), "columns are cut"),
+        (lambda: fe.patch("sample.noise", torch.zeros(4, 4, 16)), "but the patch is"),
+        (lambda: fe.patch("vec", None), "not NoneType"),
+        (lambda: fe.swap("double.0.img_attn", "mine"), "a module, a class or a function"),
         (lambda: fe.intervene("single.0.gate"), "must be a function"),
         (lambda: fe.intervene("single.9.gate", lambda x, ctx: x), "did you mean single"),
         (lambda: fe.intervene("single.0.gate", lambda x, ctx: x[0]), r"must be \[1, 1, 48\]"),

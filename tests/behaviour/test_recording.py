@@ -214,7 +214,8 @@ def test_a_network_called_by_hand(pipe):
 
 
 def test_the_budget_refuses_before_anything_is_made(pipe, monkeypatch):
-    monkeypatch.setattr("fluxedu.models.attention_map.AttentionMap.weights", None)
+    monkeypatch.setattr("fluxedu.models.attention_map.AttentionMap.rows", None)
+    monkeypatch.setattr("fluxedu.models.attention_map.AttentionMap.columns", None)
     need = 4 * 2 * 36 * 36 * 3  # float32, heads, queries, keys, steps
     with pytest.raises(BudgetError, match=rf"needs {need:,} bytes.*reduce='head-mean'"):
         with fe.record(MAP, budget=need - 1) as rec:
@@ -421,3 +422,101 @@ def test_a_dataset(pipe):
             rec.to_dataset()
     else:
         assert rec.to_dataset()["vec"].shape == (3, 48)
+
+
+# --- several runs, two texts, changed maps --------------------------------------------------------
+
+
+def test_runs_in_one_recorder_are_told_apart(pipe):
+    prompts = [PROMPT, "a green star"]
+    with fe.record("sample.x", "vec") as rec, fe.record("vec", reduce="step-mean") as means:
+        first, second = (pipe(prompts, steps=2, seed=s, progress=False).trajectory.latents[:-1] for s in (0, 4))
+    assert rec["sample.x"].axes[:3] == ("run", "picture", "step")
+    assert torch.equal(rec["sample.x"].tensor, torch.stack([first, second]).transpose(1, 2))
+    assert off(means["vec"].tensor, rec["vec"].tensor.mean(2)) <= 1e-6
+
+
+def test_runs_of_other_lengths_are_not_stacked(pipe):
+    with fe.record("vec") as rec:
+        draw(pipe, steps=1)
+        draw(pipe, steps=2)
+    with pytest.raises(InstrumentError, match="differ in shape or number"):
+        rec["vec"]
+
+
+def test_clip_is_read_with_its_own_pieces(pipe):
+    """CLIP has a mark before the first word, T5 has none."""
+    with fe.record("clip.states", "t5.states") as whole, fe.record("clip.states", "t5.states", tokens="red") as rec:
+        draw(pipe)
+    assert torch.equal(rec["clip.states"].tensor, whole["clip.states"].tensor[[2]])
+    assert torch.equal(rec["t5.states"].tensor, whole["t5.states"].tensor[[1]])
+
+
+def test_each_prompt_is_searched_for_itself(pipe):
+    with fe.record("t5.states") as whole, fe.record("t5.states", tokens="star") as rec:
+        draw(pipe, ["a red star", "a big green star"])
+    assert torch.equal(rec["t5.states"].tensor[:, 0], whole["t5.states"].tensor[[0, 1], [2, 3]])
+
+
+def test_words_are_the_prompted_pass(plain_pipe):
+    asked = {"guidance": 3.0, "negative_prompt": "a big green star"}
+    with fe.record(MAP, passes="prompted", tokens="red") as prompted, fe.record(MAP, tokens="red") as rec:
+        draw(plain_pipe, **asked)
+    assert torch.equal(rec[MAP].tensor, prompted[MAP].tensor)
+    with fe.record(MAP, passes="negative", tokens="star") as negative:
+        draw(plain_pipe, **asked)
+    assert negative[MAP].coords["key"] == ["▁star"]
+    with pytest.raises(InstrumentError, match="does not say 'red'"), fe.record(MAP, passes="negative", tokens="red"):
+        draw(plain_pipe, **asked)
+
+
+def test_a_pass_that_is_not_there_is_not_kept(plain_pipe):
+    asked = {"guidance": 3.0, "guidance_interval": (0.8, 1.0)}
+    with fe.record("txt_in", "sample.prompted", passes="negative") as rec, fe.record("sample.x") as all_steps:
+        draw(plain_pipe, **asked)
+    on = sum(t >= 0.8 for t in all_steps["sample.x"].coords["step"])
+    assert 0 < rec["txt_in"].shape[0] == on < 3
+    assert "sample.prompted" not in rec
+
+
+def test_a_changed_map_is_recorded_as_changed(pipe):
+    with fe.ablate(MAP, tokens="red"), fe.record(MAP) as whole, fe.record(MAP, tokens=["red", "blue"]) as rec:
+        draw(pipe)
+    assert torch.equal(rec[MAP].tensor, whole[MAP].tensor[:, :, 32:, [1, 6]])
+    assert not rec[MAP].tensor[..., 0].any()
+    assert rec[MAP].coords["key"] == ["▁red", "▁blue"]
+
+
+def test_places_keep_their_numbers_in_bfloat16(make_pipe):
+    pipe = make_pipe().to(torch.bfloat16)
+    site = "single.0.mlp_hidden"
+    with fe.record(site) as whole, fe.record(site, reduce="top-3", dtype=torch.bfloat16) as rec:
+        draw(pipe, steps=1)
+    values, places = rec[site].tensor.unbind(-1)
+    assert torch.equal(whole[site].tensor.float().gather(-1, places.long()), values)
+
+
+def test_a_turn_has_length_one(pipe):
+    with fe.record("double.0.attn.rope", reduce="rms") as rec:
+        draw(pipe)
+    assert torch.allclose(rec["double.0.attn.rope"].tensor, torch.ones(()))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda: fe.record(MAP, tokens=[-1]), "no token -1"),
+        (lambda: fe.record(MAP, tokens=[32]), "no token 32"),
+        (lambda: fe.record(MAP, reduce=reductions.rows([999])), "no 999"),
+        (lambda: fe.record(MAP, heads=[]), "names no head"),
+        (lambda: fe.record(MAP, tokens=[]), "words or places"),
+        (lambda: fe.record(MAP, steps="all"), "a number, a list"),
+        (lambda: fe.record(MAP, to=None), "'memory' or a new folder"),
+        (lambda: fe.record("double.0.attn.rope", reduce="cosine"), "complex"),
+        (lambda: fe.record("*.attn.map", reduce="norm", budget=4 * 36 * 36), "this part of the map takes"),
+    ],
+)
+def test_more_errors_of_one_sentence(pipe, wrong, says):
+    with pytest.raises(InstrumentError, match=says):
+        with wrong():
+            draw(pipe)

@@ -7,7 +7,7 @@ from fluxedu.instruments.lenses.run import as_picture, by_block, grid, recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.reductions import MapView, Value, made, rows
 from fluxedu.instruments.words import real_tokens, token_ids
-from fluxedu.sampling.latents import latent_size
+from fluxedu.sampling.moment import Moment, now
 from fluxedu.sampling.pipeline import FluxPipeline
 
 
@@ -19,18 +19,21 @@ def head_gallery(pipe: FluxPipeline, prompt: str, query: str | tuple[int, int], 
     """
     words = pipe.prompt_encoder.t5_tokenizer.length
     if isinstance(query, str):
-        index = token_ids(pipe.prompt_encoder.t5_tokenizer, prompt, [query])
+        look = rows(token_ids(pipe.prompt_encoder.t5_tokenizer, prompt, [query]))
     else:
-        index = [words + _patch(pipe, query, asked)]
-    out, rec = recorded(pipe, prompt, "*.attn.map", asked=asked, steps=at_step, reduce=rows(index))
+
+        def look(value: Value) -> Named:
+            return rows([words + _patch(now(), query)])(value)
+
+    out, rec = recorded(pipe, prompt, "*.attn.map", asked=asked, steps=at_step, reduce=look)
     maps = by_block(rec, pipe, "attn.map").at(step=0).mean("query")  # [block, head, key]
     image = Named(maps.tensor[..., words:], ("block", "head", "image"), maps.coords)
     return as_picture(image, "image", *grid(pipe, out))
 
 
-def _patch(pipe: FluxPipeline, query: tuple[int, int], asked: dict) -> int:
-    size = (asked.get("height") or pipe.size, asked.get("width") or pipe.size)
-    height, width = (n // 2 for n in latent_size(*size, pipe.autoencoder.config.downscale))
+def _patch(moment: Moment, query: tuple[int, int]) -> int:
+    """The place of a patch among the picture's."""
+    height, width = (cells // 2 for cells in moment.asked.shape)
     row, column = query
     if not (0 <= row < height and 0 <= column < width):
         raise InstrumentError(f"the picture has {height} x {width} patches, so there is none at {tuple(query)}.")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.interventions import intervene
 from fluxedu.instruments.named import Named
 from fluxedu.sampling.latents import pack, unpack
@@ -41,9 +42,11 @@ def curvature(path: Trajectory) -> Named:
 
 def _run(pipe: FluxPipeline, prompt: str, asked: dict) -> tuple[Output, Callable[[Tensor, float], Tensor]]:
     """A run, and its guided velocity as a function of any latent ``[1, C, h, w]`` at the run's times."""
+    if not isinstance(prompt, str):
+        raise InstrumentError(f"a lens looks at one prompt at a time, not at {prompt!r}.")
     requests: list[Request] = []
     with intervene("sample.noise", lambda x, ctx: requests.append(ctx.moment.asked) or x):
-        out = pipe(prompt, **({"progress": False} | asked))
+        out = pipe(prompt, **({"progress": False} | asked | {"trajectory": True}))
     (texts,) = pipe.encode(requests[:1])
     field = pipe.velocity_field(out.trajectory.times, texts, requests[0])
     return out, lambda x, t: unpack(field(pack(x), t), *x.shape[-2:])
@@ -90,5 +93,6 @@ def velocity_field(
     for i, b in enumerate(tqdm(line, desc="field", delay=1, leave=False)):
         for j, a in enumerate(line):
             v = -field(x + unit * (a * across + b * up), t)
-            table[i, j] = torch.stack([a, b, (v * across).sum() / unit * t, (v * up).sum() / unit * t])
+            along = [float((v * axis).sum() / unit * t) for axis in (across, up)]
+            table[i, j] = torch.tensor([float(a), float(b), *along])
     return Named(table, ("up", "across", "what"), {"what": ["across", "up", "v across", "v up"]})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.interventions import ablate, intervene, positions
 from fluxedu.instruments.lenses.run import blocks_of, recorded
 from fluxedu.instruments.named import Named
@@ -37,8 +38,11 @@ def x0_by_block(pipe: FluxPipeline, prompt: str, *, at_steps=None, decoded: bool
 
     The image tokens as a block leaves them, through the last layer as if it came next: ``x0 = x - t v``. This is our
     own adaptation of the logit lens to a flow; the last layer was trained to read the last block only, so
-    early blocks are a guess at best. At the last block it is the run's own ``sample.x0``.
+    early blocks are a guess at best. At the last block it is the run's own ``sample.x0``, or, with classifier-free
+    guidance, what the prompted pass alone foresees. Only for solver="euler", which asks once a step.
     """
+    if asked.get("solver", "euler") != "euler":
+        raise InstrumentError(f"x0_by_block is for solver='euler', which asks once a step, not {asked['solver']!r}.")
     words = pipe.prompt_encoder.t5_tokenizer.length
     globs = ("double.*.img_out", "single.*.out", "vec", "sample.x")
     out, rec = recorded(pipe, prompt, *globs, asked=asked, steps=at_steps)
@@ -85,8 +89,9 @@ def position_dependence(
 
 
 def _each_block(pipe: FluxPipeline, prompt: str, seeds, asked: dict, change, said: str) -> Named:
-    names = blocks_of(pipe)
-    asked = {"trajectory": False} | asked | {"seed": list(seeds), "progress": False}
+    names, seeds = blocks_of(pipe), asked.get("seed", seeds)
+    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    asked = {"trajectory": False} | asked | {"seed": seeds, "progress": False}
     whole = pipe(prompt, **asked).latents
     far = []
     for name in tqdm(names, desc=said, delay=1, leave=False):

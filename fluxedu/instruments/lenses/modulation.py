@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fluxedu.instruments.lenses.run import blocks_of
@@ -14,7 +16,7 @@ KINDS = ("shift", "scale", "gate")
 
 @torch.no_grad()
 def modulation(
-    pipe: FluxPipeline, prompt: str, *, times: int | torch.Tensor = 21, guidance: float | None = None
+    pipe: FluxPipeline, prompt: str, *, times: int | Sequence[float] | torch.Tensor = 21, guidance: float | None = None
 ) -> Named:
     """The size of every modulation over time and depth: axes ``time, layer, kind``, the root mean square over channels.
 
@@ -23,7 +25,7 @@ def modulation(
     pooled text only, so no picture is drawn. AdaLN: arXiv 2212.09748.
     """
     flux = pipe.flux
-    clock = torch.linspace(1, 0, times) if isinstance(times, int) else times.float()
+    clock = torch.linspace(1, 0, times) if isinstance(times, int) else torch.as_tensor(times).float()
     strength = pipe.defaults.guidance if guidance is None else guidance
     given = torch.tensor([float(strength)], device=pipe.device) if flux.config.guidance_embed else None
     plan = flux.plan(clock.to(pipe.device)[:, None], given, pipe.prompt_encoder([prompt]).pooled)

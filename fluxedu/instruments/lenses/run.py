@@ -35,6 +35,8 @@ def by_block(rec: record, pipe: FluxPipeline, site: str) -> Named:
     """The values of a site of every block that has it, stacked: axis ``block``, labelled by name."""
     names = [b for b in blocks_of(pipe) if f"{b}.{site}" in rec]
     values = [rec[f"{b}.{site}"] for b in names]
+    if not values:
+        raise InstrumentError("the run has no such step, so there is nothing to look at.")
     return Named(
         torch.stack([v.tensor for v in values]), ("block", *values[0].axes), values[0].coords | {"block": names}
     )

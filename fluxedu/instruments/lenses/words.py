@@ -6,11 +6,19 @@ from collections.abc import Sequence
 
 import torch
 
+from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.lenses.run import as_picture, by_block, grid, recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.reductions import Value, made, step_mean
 from fluxedu.instruments.words import token_ids
 from fluxedu.sampling.pipeline import FluxPipeline
+
+
+def _places(pipe: FluxPipeline, prompt: str, words: Sequence[str]) -> list[list[int]]:
+    """The tokens of each word."""
+    if isinstance(words, str) or not words:
+        raise InstrumentError(f"words is a list of words of the prompt, not {words!r}.")
+    return [token_ids(pipe.prompt_encoder.t5_tokenizer, prompt, [word]) for word in words]
 
 
 def word_maps(pipe: FluxPipeline, prompt: str, words: Sequence[str], *, at_steps=None, **asked) -> Named:
@@ -20,7 +28,7 @@ def word_maps(pipe: FluxPipeline, prompt: str, words: Sequence[str], *, at_steps
     is no word and not in it. ``asked`` goes to the pipeline (seed, guidance, height, ...).
     Cross-attention maps: arXiv 2210.04885 (DAAM), here for joint attention.
     """
-    places = [token_ids(pipe.prompt_encoder.t5_tokenizer, prompt, [word]) for word in words]
+    places = _places(pipe, prompt, words)
     tokens = sorted({p for word in places for p in word})
     how = {"tokens": tokens, "steps": at_steps, "reduce": ["head-mean", step_mean]}
     out, rec = recorded(pipe, prompt, "*.attn.map", asked=asked, **how)
@@ -38,7 +46,7 @@ def concept_maps(pipe: FluxPipeline, prompt: str, words: Sequence[str], *, at_st
     a softmax over the words. After ConceptAttention (arXiv 2502.04320), which adds concept tokens that the image
     does not see; here the prompt's own words serve, and single-stream blocks are looked at as well.
     """
-    places = [token_ids(pipe.prompt_encoder.t5_tokenizer, prompt, [word]) for word in words]
+    places = _places(pipe, prompt, words)
     length = pipe.prompt_encoder.t5_tokenizer.length
 
     def spoken(value: Value) -> Named:
@@ -47,7 +55,9 @@ def concept_maps(pipe: FluxPipeline, prompt: str, words: Sequence[str], *, at_st
         word = torch.stack([said[:, p].mean(1) for p in places], dim=1)  # [B, words, D]
         return Named(said[:, length:] @ word.transpose(1, 2), ("batch", "image", "word"))
 
-    out, rec = recorded(pipe, prompt, "*.heads", asked=asked, steps=at_steps, reduce=[spoken, step_mean])
+    out, rec = recorded(
+        pipe, prompt, "double.*.heads", "single.*.heads", asked=asked, steps=at_steps, reduce=[spoken, step_mean]
+    )
     maps = by_block(rec, pipe, "heads")
     alike = Named((maps.tensor.transpose(1, 2) / 0.1).softmax(1), ("block", "word", "image"), dict(maps.coords))
     alike.coords["word"] = list(words)
