@@ -22,7 +22,7 @@ WEIGHTS = Path(__file__).parent.parent / "nano" / "weights"
 NANO_SHIFT = (1.0986, 1.0986)
 #: the shipped models: the folder of the transformer, and how they are sampled
 SHIPPED = {
-    "nano": ("transformer", Sampling(20, 3.5, 32, shift=True, shift_ends=NANO_SHIFT)),
+    "nano": ("transformer", Sampling(20, 6.0, 32, shift=True, shift_ends=NANO_SHIFT)),
     "nano-base": ("transformer_base", Sampling(20, 5.0, 32, shift=True, shift_ends=NANO_SHIFT)),
 }
 

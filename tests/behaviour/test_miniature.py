@@ -62,23 +62,23 @@ def test_the_card_says_what_was_measured():
             assert f"{table['rows'][row]['percent']:.1f}" in card, (name, row)
 
 
-def bars():
-    """Every bar; the one that is missed is expected to be, and strictly: met, it fails here until this is taken out."""
-    for row in BARS:
-        missed = pytest.mark.xfail(reason="93.7 and 94.7 of 95: see the card") if row == "relations" else ()
-        yield pytest.param(row, marks=missed)
+#: what is missed is expected to be, and strictly: met, it fails here until it is taken out
+MISSED = {("nano", "relations"): "93.3 of 95", ("nano-base", "shapes of picture"): "squares 90, others 82"}
 
 
-@pytest.mark.parametrize("row", bars())
-@pytest.mark.parametrize("name", MODELS)
+def expected(name, row):
+    missed = MISSED.get((name, row))
+    return pytest.param(name, row, marks=pytest.mark.xfail(reason=f"{missed}: see the card") if missed else ())
+
+
+@pytest.mark.parametrize(("name", "row"), [expected(name, row) for name in MODELS for row in BARS])
 def test_the_bars_are_met(name, row):
     card = json.loads((WEIGHTS / "judge.json").read_text())[name]
     assert card["rows"][row]["percent"] >= BARS[row]
 
 
-@pytest.mark.xfail(reason="93 of the squares are right, 78 and 80 of the others: see the card")
-@pytest.mark.parametrize("name", MODELS)
-def test_every_shape_of_picture_is_drawn_alike(name):
+@pytest.mark.parametrize(("name", "row"), [expected(name, "shapes of picture") for name in MODELS])
+def test_every_shape_of_picture_is_drawn_alike(name, row):
     square, others = shapes_apart(json.loads((WEIGHTS / "judge.json").read_text())[name]["by_size"])
     assert abs(square - others) <= APART
 
