@@ -29,7 +29,7 @@ def run(rounds: int = 15) -> dict:
     """Every figure, as plain values."""
     from fluxedu.nano import configs
 
-    nano, text = configs.FLUX.with_(guidance_embed=True), configs.TEXT_LENGTH
+    nano, text, few = configs.FLUX.with_(guidance_embed=True), configs.TEXT_LENGTH, max(3, rounds // 3)
     return {
         "threads": torch.get_num_threads(),
         "miniature step": speed.step_ratio(nano, 8, text, 4 * rounds),
@@ -37,11 +37,11 @@ def run(rounds: int = 15) -> dict:
         "prompt to image": speed.picture_ratio(rounds),
         "peak memory, wide step": speed.memory_ratio(WIDE, 32, 128),
         "training": speed.training_speed(rounds),
-        "idle sites, miniature step": instruments.idle(nano, 8, text, 16 * rounds),
-        "idle sites, wide step": instruments.idle(WIDE, 32, 128, 2 * rounds),
-        "word maps of every block, wide step": instruments.word_maps(WIDE, 32, 128, rounds),
-        "whole map of one block": instruments.whole_map(WIDE, 32, 128, rounds),
-        "word maps, wide forward": instruments.beside_diffusers(WIDE, 32, 128, max(3, rounds // 3)),
+        "idle sites, miniature step": instruments.idle(nano, 8, text, 10 * rounds),
+        "idle sites, wide step": instruments.idle(WIDE, 32, 128, rounds),
+        "word maps of every block, wide step": instruments.word_maps(WIDE, 32, 128, few),
+        "whole map of one block": instruments.whole_map(WIDE, 32, 128, few),
+        "word maps, wide forward": instruments.beside_diffusers(WIDE, 32, 128, few),
     }
 
 
