@@ -276,6 +276,7 @@ def lab(
     port: int = 8888, folder: Annotated[Path, typer.Option(help="The notebooks to open.")] = Path("notebooks")
 ) -> None:
     """Open the notebooks in JupyterLab."""
+    import os
     import subprocess
     import sys
 
@@ -283,7 +284,8 @@ def lab(
         raise _fail(
             ValueError(f"there is no folder {folder}; run this where the notebooks are, or name them with --folder.")
         )
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", f"--port={port}", str(folder)]))
+    root = ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # as in most containers
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", f"--port={port}", *root, str(folder)]))
 
 
 if __name__ == "__main__":
