@@ -70,14 +70,14 @@ def name_sites(network: nn.Module, prefix: str = "") -> None:
     """
     for path, module in network.named_modules():
         if isinstance(module, Probed):
-            module.site_path = ".".join(part for part in (prefix, short_path(path)) if part)
+            short = short_path(path).removesuffix(".modulation")
+            module.site_path = ".".join(part for part in (prefix, short) if part)
     networks.add(network)
 
 
 def short_path(path: str) -> str:
-    """A module's path in the state dict as sites say it."""
-    short = path.replace("double_blocks.", "double.").replace("single_blocks.", "single.")
-    return short.removesuffix(".modulation")
+    """A module's path in the state dict with the blocks' short names."""
+    return path.replace("double_blocks.", "double.").replace("single_blocks.", "single.")
 
 
 def watch(watcher: Watcher | None) -> Watcher | None:

@@ -23,7 +23,7 @@ from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import Steps, among, checked_steps, record
 from fluxedu.instruments.recording import Recording
 from fluxedu.instruments.watching import Instrument
-from fluxedu.instruments.words import Word, listed, places_now
+from fluxedu.instruments.words import Word, places_now, said
 from fluxedu.models.attention_map import AttentionMap
 from fluxedu.probe import Sited
 from fluxedu.sampling.latents import image_ids, text_ids
@@ -226,8 +226,8 @@ def _mask(value: Tensor, ctx: Context, heads, streams, tokens) -> Tensor:
 
 def _prompted(value: Tensor, ctx: Context, tokens: Sequence[Word] | Word) -> Tensor:
     """Words are the prompt's: of the two passes of classifier-free guidance, only the prompted one says them."""
-    said = any(isinstance(word, str) for word in listed(tokens))
-    both = said and ctx.moment is not None and ctx.moment.asked.guided and ctx.moment.text is None and len(value) == 2
+    guided = ctx.moment is not None and ctx.moment.asked.guided and ctx.moment.text is None
+    both = guided and said(tokens) and len(value) == 2
     mask = torch.ones(len(value) if both else 1, dtype=torch.bool, device=value.device)
     if both:
         mask[0] = False

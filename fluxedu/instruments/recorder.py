@@ -16,10 +16,10 @@ import torch
 from fluxedu.instruments.catalogue import axes_of
 from fluxedu.instruments.errors import BudgetError, InstrumentError
 from fluxedu.instruments.named import Named
-from fluxedu.instruments.recording import FolderRecording, Recording, When
+from fluxedu.instruments.recording import FolderRecording, Recording, When, open_recording
 from fluxedu.instruments.reductions import MapView, Reduction, Value, maker
 from fluxedu.instruments.watching import Instrument
-from fluxedu.instruments.words import Word, listed, places_now, read_at, tokenizer_at
+from fluxedu.instruments.words import Word, listed, places_now, read_at, said, tokenizer_at
 from fluxedu.models.attention_map import AttentionMap
 from fluxedu.probe import Sited
 from fluxedu.sampling.moment import Moment, now
@@ -66,6 +66,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         if self.heads == []:
             raise InstrumentError("heads names no head; leave it out for all of them.")
         self.reductions = maker(reduce)
+        self.over_steps = any(getattr(reduction, "over_steps", False) for reduction in self.reductions())
         self.budget = budget
         if not isinstance(to, (str, Path)):
             raise InstrumentError(f"to is 'memory' or a new folder, not {to!r}.")
@@ -74,6 +75,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         self.made: dict[tuple, list[Reduction]] = {}  # they may remember, so each site and picture has its own
         self.calls: dict[str, int] = {}
         self.expected: dict[str, int] = {}  # bytes by the end of the run, a site
+        self.total = 0  # of them all
 
     # -- what comes in
 
@@ -110,10 +112,13 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
 
     def _reduced(self, owner: Sited, name: str, site: str, value, moment: Moment | None, when: When) -> Named | None:
         chosen = self._chosen(self._named(owner, name, site, value), site, moment)
-        reductions = self.made.setdefault((site, *when.place[:2]), self.reductions())
+        place = (site, *when.place[:2])
+        if place not in self.made:
+            self.made[place] = self.reductions()
+        reductions = self.made[place]
         if isinstance(chosen, MapView) and not reductions:
             b, h, n, m = chosen.shape
-            kept = 1 if self.passes or self._words_asked() else b
+            kept = 1 if self._one_pass() else b
             self._expect(site, (self.dtype or torch.float32).itemsize * kept * h * n * m, moment)  # before it is made
         for reduction in reductions:
             chosen = reduction(chosen)
@@ -164,17 +169,16 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         pieces = tokenizer_at(moment, site).pieces(read_at(moment, self.passes == "negative"))
         return [pieces[i] if 0 <= i < len(pieces) else "<pad>" for i in places]
 
-    def _words_asked(self) -> bool:
-        """Words are words of the prompt, so of two passes only the prompted one can be meant."""
-        return any(isinstance(word, str) for word in self.tokens or [])
+    def _one_pass(self) -> str | None:
+        """The one pass of two that is kept, if not both: words are the prompt's, so they mean the prompted one."""
+        return self.passes or ("prompted" if self.tokens and said(self.tokens) else None)
 
     # -- what is kept
 
     def _keep(self, site: str, when: When, value: Named, moment: Moment | None) -> None:
         value = self._plain(value, moment)
         self._expect(site, value.tensor.nbytes, moment)
-        over_steps = any(getattr(r, "over_steps", False) for r in self.made[(site, *when.place[:2])])
-        self.recording.add(site, when, value, last_only=over_steps)
+        self.recording.add(site, when, value, last_only=self.over_steps)
 
     def _plain(self, value: Named, moment: Moment | None) -> Named:
         """A copy on the CPU without axes of one place that mean nothing, its batch axis said as what it is."""
@@ -182,7 +186,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         guided = moment is not None and moment.asked.guided and "batch" in axes
         if guided and tensor.shape[axes.index("batch")] == 2:
             axes[axes.index("batch")] = "pass"
-            which = self.passes or ("prompted" if self._words_asked() else None)
+            which = self._one_pass()
             if which is not None:
                 tensor = tensor.select(axes.index("pass"), ("negative", "prompted").index(which))
                 axes.remove("pass")
@@ -201,18 +205,19 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         elif moment is None:
             steps, pictures = self.calls[site] + 1, 1
         else:
-            over = any(getattr(r, "over_steps", False) for r in self.reductions())
-            inside = moment.step is not None and not over
+            inside = moment.step is not None and not self.over_steps
             asked = sum(among(self.steps, i, moment.steps) for i in range(moment.steps))
             steps = self._questions(moment) * asked if inside else 1
             pictures = moment.pictures
-        self.expected[site] = nbytes * steps * pictures
-        total = sum(self.expected.values())
-        if total > self.budget:
+        needed = nbytes * steps * pictures
+        self.total += needed - self.expected.get(site, 0)
+        self.expected[site] = needed
+        if self.total > self.budget:
             raise BudgetError(
-                f"recording {len(self.expected)} sites or more needs {total:,} bytes, the budget is {self.budget:,}: "
-                f"name fewer sites, steps or heads, reduce (reduce='head-mean', tokens=[...]), stream to a folder "
-                f"(to=...), or allow more (budget={total})."
+                f"recording {len(self.expected)} sites or more needs {self.total:,} bytes, "
+                f"the budget is {self.budget:,}: name fewer sites, steps or heads, "
+                f"reduce (reduce='head-mean', tokens=[...]), stream to a folder "
+                f"(to=...), or allow more (budget={self.total})."
             )
 
     @staticmethod
@@ -239,8 +244,6 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
 
     def _read(self) -> Recording:
         if isinstance(self.recording, FolderRecording):
-            from fluxedu.instruments.recording import open_recording
-
             written = self.recording.written > 0
             return open_recording(self.recording.folder) if written else Recording()
         return self.recording

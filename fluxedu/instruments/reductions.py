@@ -41,7 +41,9 @@ class MapView:
             wrong = [] if chosen is None or isinstance(chosen, slice) else [i for i in chosen if not 0 <= i < self._all]
             if wrong:
                 raise InstrumentError(f"axis {axis!r} has {self._all} places, so there is no {wrong[0]}.")
-        self.few = lazy if heads is None else _some_heads(lazy, heads, keys is not None)
+        if keys is not None:
+            _ = lazy.lse  # of all heads, since the attention itself comes with it
+        self.few = lazy if heads is None else lazy.heads(heads)
 
     @property
     def _all(self) -> int:
@@ -53,11 +55,11 @@ class MapView:
         rows = len(range(n)[self.queries]) if isinstance(self.queries, slice) else len(self.queries)
         return (b, h, rows, m if self.keys is None else len(self.keys))
 
-    def chosen(self, queries: list[int] | None = None, keys: list[int] | None = None) -> MapView:
-        """The same view of other queries or keys, places of the whole map."""
-        if keys is None:
-            return MapView(self.lazy, self.heads, queries, self.keys, self.labels, self.budget)
-        return MapView(self.lazy, self.heads, self.queries, keys, None, self.budget)
+    def take(self, name: str, index: list[int]) -> MapView:
+        """The same view of other queries or keys, by their places in the whole map."""
+        if name == "query":
+            return MapView(self.lazy, self.heads, index, self.keys, self.labels, self.budget)
+        return MapView(self.lazy, self.heads, self.queries, index, None, self.budget)
 
     def made(self) -> Named:
         """The wanted part as a tensor: by columns when keys are chosen, else by rows."""
@@ -73,24 +75,11 @@ class MapView:
 
     def head_mean(self) -> Named:
         """The mean over the wanted heads, one head at a time, so that no map of all heads is ever there."""
-        total: Tensor | float = 0.0
-        lse = self.few.lse if self.keys is not None else None
-        for h in range(self.few.shape[1]):
-            one = AttentionMap(self.few.q[:, h : h + 1], self.few.k[:, h : h + 1])
-            one._lse = None if lse is None else lse[:, h : h + 1]
-            part = one.rows(self.queries) if self.keys is None else one.columns(self.keys, self.queries)
-            total = total + part[:, 0]
-        return self._named(total / self.few.shape[1], tuple(a for a in MAP_AXES if a != "head"))
+        mean = self.few.head_mean(self.queries, self.keys)
+        return self._named(mean, tuple(a for a in MAP_AXES if a != "head"))
 
     def _named(self, tensor: Tensor, axes: tuple[str, ...]) -> Named:
         return Named(tensor, axes, {} if self.labels is None else {"key": self.labels})
-
-
-def _some_heads(lazy: AttentionMap, heads: list[int], by_columns: bool) -> AttentionMap:
-    few = torch.as_tensor(heads, dtype=torch.long, device=lazy.q.device)
-    some = AttentionMap(lazy.q[:, few], lazy.k[:, few], None if lazy.v is None else lazy.v[:, few], lazy.words)
-    some._lse = lazy.lse[:, few] if by_columns else None
-    return some
 
 
 Value = Named | MapView
@@ -149,24 +138,12 @@ def mean(*names: str) -> Reduction:
 
 def rows(index: Sequence[int]) -> Reduction:
     """What some queries look at, by their places among all tokens, text first."""
-
-    def reduction(value: Value) -> Named:
-        if not isinstance(value, MapView):
-            return value.take("query", list(index))
-        return value.chosen(queries=list(index)).made()
-
-    return reduction
+    return lambda value: made(value.take("query", list(index)))
 
 
 def columns(index: Sequence[int]) -> Reduction:
     """What the queries take from some keys, by their places among all tokens, exact by the log-sum-exp."""
-
-    def reduction(value: Value) -> Named:
-        if not isinstance(value, MapView):
-            return value.take("key", list(index))
-        return value.chosen(keys=list(index)).made()
-
-    return reduction
+    return lambda value: made(value.take("key", list(index)))
 
 
 def top(count: int) -> Reduction:

@@ -120,8 +120,7 @@ def _places(network: nn.Module, glob: str) -> list[tuple[nn.Module, str, nn.Modu
     prefix = getattr(network, "site_path", "")
     found = []
     for path, module in network.named_modules():
-        short = probe.short_path(f"{path}.").removesuffix(".")  # with the dot, so that "modulation" keeps its name
-        whole = ".".join(part for part in (prefix, short) if part)
+        whole = ".".join(part for part in (prefix, probe.short_path(path)) if part)
         if path and fnmatchcase(whole, glob):
             parent, _, name = path.rpartition(".")
             found.append((network.get_submodule(parent), name, module, whole))

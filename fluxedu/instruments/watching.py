@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from fluxedu import probe
+from fluxedu.instruments.catalogue import is_own, names_of
 from fluxedu.instruments.errors import InstrumentError
 from fluxedu.probe import Sited, site
 
@@ -96,8 +97,6 @@ def _remove(instrument: Instrument) -> None:
 
 def known_sites() -> set[str]:
     """The names of all sites of the networks that are alive in this process, and the sampler's."""
-    from fluxedu.instruments.catalogue import names_of
-
     return {name for network in list(probe.networks) for name in names_of(network)} | set(names_of(None))
 
 
@@ -105,8 +104,6 @@ def _refuse_unknown(globs: tuple[str, ...]) -> None:
     """A glob that no site answers to is a typing error, and better found now than after the run."""
     if not len(probe.networks):
         return  # nothing is loaded yet, so nothing is known
-    from fluxedu.instruments.catalogue import is_own
-
     names = known_sites()
     modules = (m for network in list(probe.networks) for m in network.modules() if isinstance(m, probe.Probed))
     own = tuple(f"{m.site_path}." for m in modules if is_own(m))  # a learner's module may have sites of its own

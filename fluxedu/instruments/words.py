@@ -25,16 +25,20 @@ def listed(words: Sequence[Word] | Word) -> list[Word]:
     return found
 
 
+def said(words: Sequence[Word] | Word) -> bool:
+    """Is any of them a word, not a place?"""
+    return any(isinstance(word, str) for word in listed(words))
+
+
 def places_now(moment: Moment | None, site: str, words: Sequence[Word] | Word, negative: bool = False) -> list[int]:
     """Places of ``words`` in what is being read at ``site`` at this moment; numbers are places already."""
-    chosen = listed(words)
-    if not any(isinstance(word, str) for word in chosen):
-        return chosen
+    if not said(words):
+        return listed(words)
     if moment is None:
         raise InstrumentError(
             f"at {site!r}, words can only be found in a pipeline's run; give places of tokens instead."
         )
-    return token_ids(tokenizer_at(moment, site), read_at(moment, negative), chosen)
+    return token_ids(tokenizer_at(moment, site), read_at(moment, negative), listed(words))
 
 
 def tokenizer_at(moment: Moment, site: str) -> Tokenizer:
@@ -66,8 +70,8 @@ def token_ids(tokenizer: Tokenizer, prompt: str, words: Sequence[Word]) -> list[
 
 
 def _places(spans: list[tuple[int, int]], prompt: str, word: str) -> list[int]:
-    said = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)] if word else []
-    places = [i for i, (a, b) in enumerate(spans) if any(a < end and b > start for start, end in said) and b > a]
+    uttered = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)] if word else []
+    places = [i for i, (a, b) in enumerate(spans) if any(a < end and b > start for start, end in uttered) and b > a]
     if not places:
         raise InstrumentError(f"the prompt does not say {word!r}; it is {prompt!r}.")
     return places

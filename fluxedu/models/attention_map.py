@@ -58,7 +58,8 @@ class AttentionMap:
             if fused is not None:
                 self.out, self._lse = fused(self.q, self.k, self.v)
             else:
-                self._lse = torch.cat(list(_chunks(self._scores, self.shape[2], lambda s: s.logsumexp(-1))), dim=2)
+                chunks = (slice(i, i + CHUNK) for i in range(0, self.shape[2], CHUNK))
+                self._lse = torch.cat([self._scores(rows).logsumexp(-1) for rows in chunks], dim=2)
         return self._lse
 
     def rows(self, index: Index) -> Tensor:
@@ -75,12 +76,22 @@ class AttentionMap:
         """The whole map."""
         return self.rows(slice(None))
 
-    def head_mean(self) -> Tensor:
-        """The map averaged over heads, ``[B, N, N]``, one head at a time."""
-        total = 0
+    def heads(self, index: slice | list[int]) -> AttentionMap:
+        """The same map of some heads."""
+        some = AttentionMap(
+            self.q[:, index], self.k[:, index], None if self.v is None else self.v[:, index], self.words
+        )
+        some._lse = None if self._lse is None else self._lse[:, index]
+        return some
+
+    def head_mean(self, rows: Index = slice(None), columns: Index | None = None) -> Tensor:
+        """The map, or a part of it, averaged over heads, ``[B, N, N]``: a head at a time, never all at once."""
+        if columns is not None:
+            _ = self.lse  # of all heads at once
+        total: Tensor | float = 0.0
         for h in range(self.shape[1]):
-            q, k = wide(self.q[:, h]), wide(self.k[:, h])
-            total = total + (q @ k.transpose(-1, -2) * self.scale).softmax(-1)
+            one = self.heads(slice(h, h + 1))
+            total = total + (one.rows(rows) if columns is None else one.columns(columns, rows))[:, 0]
         return total / self.shape[1]
 
     def entropy(self) -> Tensor:
@@ -95,10 +106,6 @@ class AttentionMap:
 
     def _scores(self, rows: slice | list[int] | Tensor) -> Tensor:
         return wide(self.q[:, :, rows]) @ wide(self.k).transpose(-1, -2) * self.scale
-
-
-def _chunks(scores: Callable[[slice], Tensor], rows: int, of: Callable[[Tensor], Tensor]):
-    return (of(scores(slice(i, i + CHUNK))) for i in range(0, rows, CHUNK))
 
 
 # ---------------------------------------------------------------- the kernels that tell their log-sum-exp

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.interventions import intervene
+from fluxedu.instruments.lenses.run import one_prompt
 from fluxedu.instruments.named import Named
 from fluxedu.sampling.latents import pack, unpack
 from fluxedu.sampling.pipeline import FluxPipeline, Output, Trajectory
@@ -42,11 +42,9 @@ def curvature(path: Trajectory) -> Named:
 
 def _run(pipe: FluxPipeline, prompt: str, asked: dict) -> tuple[Output, Callable[[Tensor, float], Tensor]]:
     """A run, and its guided velocity as a function of any latent ``[1, C, h, w]`` at the run's times."""
-    if not isinstance(prompt, str):
-        raise InstrumentError(f"a lens looks at one prompt at a time, not at {prompt!r}.")
     requests: list[Request] = []
     with intervene("sample.noise", lambda x, ctx: requests.append(ctx.moment.asked) or x):
-        out = pipe(prompt, **({"progress": False} | asked | {"trajectory": True}))
+        out = pipe(one_prompt(prompt), **({"progress": False} | asked | {"trajectory": True}))
     (texts,) = pipe.encode(requests[:1])
     field = pipe.velocity_field(out.trajectory.times, texts, requests[0])
     return out, lambda x, t: unpack(field(pack(x), t), *x.shape[-2:])

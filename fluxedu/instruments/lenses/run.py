@@ -20,12 +20,17 @@ def blocks_of(pipe: FluxPipeline) -> list[str]:
     return [f"double.{i}" for i in range(c.depth)] + [f"single.{i}" for i in range(c.depth_single_blocks)]
 
 
-def recorded(pipe: FluxPipeline, prompt: str, *globs: str, asked: dict, **how) -> tuple[Output, record]:
-    """Draw one picture with a recorder on; with classifier-free guidance, the prompted pass is kept."""
+def one_prompt(prompt: str) -> str:
+    """The prompt; raises InstrumentError for several."""
     if not isinstance(prompt, str):
         raise InstrumentError(f"a lens looks at one prompt at a time, not at {prompt!r}.")
+    return prompt
+
+
+def recorded(pipe: FluxPipeline, prompt: str, *globs: str, asked: dict, **how) -> tuple[Output, record]:
+    """Draw one picture with a recorder on; with classifier-free guidance, the prompted pass is kept."""
     with record(*globs, passes="prompted", **how) as rec:
-        out = pipe(prompt, **asked)
+        out = pipe(one_prompt(prompt), **asked)
     if len(out.images) != 1:
         raise InstrumentError("a lens looks at one picture at a time; give one seed.")
     return out, rec
