@@ -27,6 +27,7 @@ _PUBLIC = {
     "nano": None,
     "instruments": None,
     "plots": None,
+    "widgets": None,
     "probe": None,
 }
 __all__ = [*_PUBLIC, "__version__"]

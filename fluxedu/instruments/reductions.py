@@ -124,6 +124,14 @@ def rms(value: Value) -> Named:
     return x.dropped(x.axes[-1], x.tensor.abs().square().mean(-1).sqrt())
 
 
+def summary(value: Value) -> Named:
+    """Four numbers, axis ``number``: mean, spread, least and most; of a map, of how much each key is looked at."""
+    x = value.head_mean().tensor.sum(-2) if isinstance(value, MapView) else made(value).tensor
+    x = (x.abs() if x.is_complex() else x).float()
+    numbers = torch.stack([x.mean(), x.std(correction=0), x.min(), x.max()])
+    return Named(numbers, ("number",), {"number": ["mean", "spread", "least", "most"]})
+
+
 def mean(*names: str) -> Reduction:
     """The mean over the named axes, e.g. ``mean("query")``."""
 
@@ -195,6 +203,7 @@ NAMES: dict[str, Callable[[], Reduction]] = {
     "entropy": lambda: entropy,
     "norm": lambda: norm,
     "rms": lambda: rms,
+    "summary": lambda: summary,
     "cosine": cosine,
     "step-mean": step_mean,
 }

@@ -13,6 +13,8 @@ from fluxedu.instruments.named import Named
 
 HEAT = "magma"  # of maps: dark is little, and it reads in grey as well
 TWO_SIDED = "RdBu_r"
+#: of the kinds of part in the architecture's diagram
+SHADES = {"text": "#9333ea", "time": "#d97706", "flow": "#2563eb", "image": "#059669"}
 
 
 def figure(rows: int, columns: int, cell: tuple[float, float] = (1.5, 1.5), **how) -> tuple[Figure, np.ndarray]:

@@ -10,9 +10,8 @@ from string import Template
 
 from matplotlib.figure import Figure
 
+from fluxedu.plots.canvas import SHADES
 from fluxedu.trace.stages import Stage
-
-SHADES = {"text": "#9333ea", "time": "#d97706", "flow": "#2563eb", "image": "#059669"}
 
 
 def page(title: str, about: str, stages: list[Stage]) -> str:
@@ -27,14 +26,14 @@ def page(title: str, about: str, stages: list[Stage]) -> str:
 
 
 def _id(stage: Stage) -> str:
-    return stage.name.replace(".", "-").replace(" ", "-")
+    return stage.part.name.replace(".", "-").replace(" ", "-")
 
 
 def _button(stage: Stage) -> str:
     beside = ' class="beside"' if stage.beside else ""
     return (
-        f'<li role="presentation"{beside} style="--shade: {SHADES[stage.kind]}"><button role="tab" type="button" '
-        f'aria-controls="panel-{_id(stage)}" id="tab-{_id(stage)}">{escape(stage.title)}</button></li>'
+        f'<li role="presentation"{beside} style="--shade: {SHADES[stage.part.kind]}"><button role="tab" type="button" '
+        f'aria-controls="panel-{_id(stage)}" id="tab-{_id(stage)}">{escape(stage.part.title)}</button></li>'
     )
 
 
@@ -45,7 +44,7 @@ def _panel(stage: Stage) -> str:
     )
     return (
         f'<section role="tabpanel" id="panel-{_id(stage)}" aria-labelledby="tab-{_id(stage)}">'
-        f"<h2>{escape(stage.title)}</h2><p>{escape(stage.text)}</p>{figures}{_table(stage)}</section>"
+        f"<h2>{escape(stage.part.title)}</h2><p>{escape(stage.text)}</p>{figures}{_table(stage)}</section>"
     )
 
 

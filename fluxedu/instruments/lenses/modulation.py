@@ -14,7 +14,6 @@ from fluxedu.sampling.pipeline import FluxPipeline
 KINDS = ("shift", "scale", "gate")
 
 
-@torch.no_grad()
 def modulation(
     pipe: FluxPipeline, prompt: str, *, times: int | Sequence[float] | torch.Tensor = 21, guidance: float | None = None
 ) -> Named:
@@ -24,14 +23,24 @@ def modulation(
     ``double.0.img_mlp``, ``single.3``; kinds are shift, scale and gate. They depend on the time, the guidance and the
     pooled text only, so no picture is drawn. AdaLN: arXiv 2212.09748.
     """
+    table = channels(pipe, prompt, times=times, guidance=guidance)
+    return table.dropped("channel", table.tensor.square().mean(-1).sqrt())
+
+
+@torch.no_grad()
+def channels(
+    pipe: FluxPipeline, prompt: str, *, times: int | Sequence[float] | torch.Tensor = 21, guidance: float | None = None
+) -> Named:
+    """The modulations themselves: axes ``time, layer, kind, channel``; else as :func:`modulation`."""
     flux = pipe.flux
     clock = torch.linspace(1, 0, times) if isinstance(times, int) else torch.as_tensor(times).float()
     strength = pipe.defaults.guidance if guidance is None else guidance
     given = torch.tensor([float(strength)], device=pipe.device) if flux.config.guidance_embed else None
     plan = flux.plan(clock.to(pipe.device)[:, None], given, pipe.prompt_encoder([prompt]).pooled)
     names, rows = _rows(pipe, plan)
-    table = torch.stack([row.unflatten(-1, (3, -1)).float().square().mean(-1).sqrt() for row in rows], dim=1)
-    return Named(table.cpu(), ("time", "layer", "kind"), {"time": clock.tolist(), "layer": names, "kind": list(KINDS)})
+    table = torch.stack([row.unflatten(-1, (3, -1)).float() for row in rows], dim=1).cpu()
+    coords = {"time": clock.tolist(), "layer": names, "kind": list(KINDS)}
+    return Named(table, ("time", "layer", "kind", "channel"), coords)
 
 
 def _rows(pipe: FluxPipeline, plan: Plan) -> tuple[list[str], list[torch.Tensor]]:

@@ -1,0 +1,117 @@
+"""Who looks at whom: point at a patch or a word, and its row or column of the exact map is there.
+
+Queries and keys of the run are kept, not maps: a row or a column is made when it is pointed at, from the log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fluxedu.instruments.lenses.run import blocks_of, grid, recorded
+from fluxedu.models.attention_map import AttentionMap
+from fluxedu.sampling.pipeline import FluxPipeline
+from fluxedu.widgets.controls import Chips, Choice, Slider
+from fluxedu.widgets.explorer import Explorer, View
+from fluxedu.widgets.paint import enlarged, over, picture
+from fluxedu.widgets.panels import Pixels
+
+SIDE = 256  # pixels of a painted picture, about
+
+
+@dataclass
+class Attended:
+    """A run's attention. ``q``, ``k``: block -> ``[S, H, T, d]``, turned by position, text first · ``grid``: rows and
+    columns of patches · ``words``: how many tokens are text.
+    """
+
+    image: Image.Image
+    q: dict[str, torch.Tensor]
+    k: dict[str, torch.Tensor]
+    words: int
+    grid: tuple[int, int]
+    _maps: dict[tuple[str, int], AttentionMap] = field(default_factory=dict, repr=False)
+
+    def map(self, block: str, step: int) -> AttentionMap:
+        """The lazy map of one block at one step; it remembers its log-sum-exp."""
+        if (block, step) not in self._maps:
+            q, k = (x[block][step][None] for x in (self.q, self.k))
+            self._maps[block, step] = AttentionMap(q, k, words=self.words)
+        return self._maps[block, step]
+
+    def rows(self, block: str, step: int, head: int | None, token: int) -> np.ndarray:
+        """What one token looks at, ``[T]``, of one head or averaged over them."""
+        return self._one(self.map(block, step).rows([token])[0, :, 0], head)
+
+    def columns(self, block: str, step: int, head: int | None, token: int) -> np.ndarray:
+        """How much every token looks at one, ``[T]``."""
+        return self._one(self.map(block, step).columns([token])[0, :, :, 0], head)
+
+    @staticmethod
+    def _one(each: torch.Tensor, head: int | None) -> np.ndarray:
+        return (each.mean(0) if head is None else each[head]).numpy()
+
+
+def attention_view(
+    run: Attended, pieces: Sequence[str], block: str, step: int, head: int | None, patch: tuple[int, int], word: int
+) -> View:
+    """The row of a patch over picture and words, and the column of a word over the picture."""
+    rows, columns = run.grid
+    base = enlarged(picture(run.image), SIDE, SIDE)
+    token = run.words + patch[0] * columns + patch[1]
+    row = run.rows(block, step, head, token)
+    column = run.columns(block, step, head, word)[run.words :].reshape(rows, columns)
+    seen, said = row[run.words :].reshape(rows, columns), row[: len(pieces)]
+    strongest = int(said.argmax())
+    peak = np.unravel_index(column.argmax(), column.shape)
+    text = (
+        f"Patch {patch} gives {row[run.words :].sum():.0%} of its attention to the picture and {said.sum():.0%} to the "
+        f"prompt's words, most to “{pieces[strongest]}” ({said[strongest]:.1%}). “{pieces[word]}” is looked at most "
+        f"from patch {tuple(map(int, peak))} ({column.max():.1%})."
+    )
+    panels = [
+        Pixels(
+            "what the patch looks at",
+            over(base, seen),
+            run.grid,
+            patch,
+            ("0", f"{seen.max():.1%} of its attention"),
+            pointer="patch",
+        ),
+        Pixels(
+            f"who looks at “{pieces[word]}”", over(base, column), run.grid, key=("0", f"{column.max():.1%} of theirs")
+        ),
+    ]
+    return View(panels, text, {"word": said / max(float(said.max()), 1e-12)})
+
+
+def attention(pipe: FluxPipeline, prompt: str, *, blocks: str = "*", at_steps=None, **asked) -> Explorer:
+    """Point at a patch or a word of a run of ``prompt``, in any block, step and head.
+
+    blocks: a glob such as ``"double.*"`` · at_steps: which steps to keep, all if not said · ``asked``: as for the
+    pipeline. Queries and keys are kept, ``2 x T x D`` numbers a block and step; raises BudgetError where that is too
+    much, with how to ask for less. The words' shade is what the patch gives them.
+    """
+    sites = (f"{blocks}.attn.q", f"{blocks}.attn.k")
+    out, rec = recorded(pipe, prompt, *sites, asked=asked, steps=at_steps)
+    names = [b for b in blocks_of(pipe) if f"{b}.attn.q" in rec]
+    q, k = ({b: rec[f"{b}.attn.{x}"].tensor for b in names} for x in "qk")
+    tokenizer = pipe.prompt_encoder.t5_tokenizer
+    run = Attended(out.images[0], q, k, tokenizer.length, grid(pipe, out))
+    times, pieces = rec[f"{names[0]}.attn.q"].coords["step"], tokenizer.pieces(prompt)
+    heads = ["mean", *(f"head {i}" for i in range(q[names[0]].shape[1]))]
+    controls = [
+        Choice("block", "block", names, len(names) // 2),
+        Slider("step", "time", [f"t = {t:.2f}" for t in times], len(times) // 2),
+        Choice("head", "head", heads),
+        Chips("word", "word", pieces, min(1, len(pieces) - 1)),
+    ]
+
+    def draw(block: int, step: int, head: int, word: int, patch: tuple[int, int]) -> View:
+        return attention_view(run, pieces, names[block], step, head - 1 if head else None, patch, word)
+
+    return Explorer("Attention", controls, draw, {"patch": (run.grid[0] // 2, run.grid[1] // 4)})

@@ -1,0 +1,63 @@
+"""Numbers to colours: arrays become 8-bit RGB, which a browser paints as it comes.
+
+A matplotlib figure takes 100 ms to draw and encode; looking colours up in a table takes less than one.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import matplotlib
+import numpy as np
+
+from fluxedu.plots.canvas import HEAT, TWO_SIDED, array, pixels
+
+Pixels8 = np.ndarray  # uint8 [height, width, 3]
+
+
+@cache
+def table(name: str) -> np.ndarray:
+    """A colour map as 256 rows of 8-bit RGB."""
+    return (matplotlib.colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+
+
+def stops(name: str) -> list[str]:
+    """Nine colours of a map as CSS writes them, for its key."""
+    return ["#" + bytes(row).hex() for row in table(name)[np.linspace(0, 255, 9).round().astype(int)]]
+
+
+def heat(values, most: float | None = None, name: str = HEAT) -> Pixels8:
+    """``[h, w]`` of numbers from 0 to ``most`` (the largest if not said), a pixel a number."""
+    x = array(values)
+    most = float(x.max()) if most is None else most
+    return table(name)[(np.clip(x / max(most, 1e-12), 0, 1) * 255).astype(np.uint8)]
+
+
+def two_sided(values, most: float | None = None) -> Pixels8:
+    """``[h, w]`` of numbers from ``-most`` (blue) over 0 (white) to ``most`` (red)."""
+    x = array(values)
+    most = float(np.abs(x).max()) if most is None else most
+    return heat(x / max(most, 1e-12) + 1, 2.0, TWO_SIDED)
+
+
+def picture(image) -> Pixels8:
+    """A PIL image or a tensor ``[3, H, W]`` in [-1, 1] as 8-bit RGB."""
+    return (pixels(image) * 255).round().astype(np.uint8)
+
+
+def enlarged(image: Pixels8, height: int, width: int) -> Pixels8:
+    """Every pixel as a block, to about ``height x width``: never smoothed, never fewer."""
+    down, across = max(1, height // image.shape[0]), max(1, width // image.shape[1])
+    return image.repeat(down, 0).repeat(across, 1)
+
+
+def over(image: Pixels8, weights, most: float | None = None) -> Pixels8:
+    """Weights ``[rows, columns]`` laid over a picture turned pale grey: opaque where they are strong."""
+    w = array(weights)
+    share = np.clip(w / max(float(w.max()) if most is None else most, 1e-12), 0, 1)
+    height, width = image.shape[:2]
+    rows, columns = np.arange(height) * w.shape[0] // height, np.arange(width) * w.shape[1] // width
+    alpha = (share**0.7 * 0.9)[rows][:, columns, None]
+    grey = image.mean(-1, keepdims=True) * 0.6 + 255 * 0.2
+    colour = heat(share, 1.0)[rows][:, columns]
+    return (grey * (1 - alpha) + colour * alpha).astype(np.uint8)

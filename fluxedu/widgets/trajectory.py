@@ -1,0 +1,47 @@
+"""A run, step by step: the state, the picture foreseen, the velocity, and where on the schedule one is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fluxedu.instruments.lenses.flow import curvature
+from fluxedu.instruments.lenses.run import one_prompt
+from fluxedu.sampling.pipeline import FluxPipeline, Trajectory
+from fluxedu.widgets.controls import Slider
+from fluxedu.widgets.explorer import Explorer, View
+from fluxedu.widgets.paint import Pixels8, enlarged, heat, picture
+from fluxedu.widgets.panels import Lines, Pixels
+
+
+def trajectory_view(path: Trajectory, states: Sequence[Pixels8], foreseen: Sequence[Pixels8], step: int) -> View:
+    """One step of a run of one picture: ``states`` and ``foreseen`` are its latents and x0 estimates, decoded."""
+    times = path.times[:-1].tolist()
+    speed = path.velocities[step, 0].square().mean(0).sqrt()  # [h, w]
+    turned = curvature(path)
+    here = f"step {step + 1} of {len(times)}, t = {times[step]:.2f}"
+    panels = [
+        Pixels(f"the state, {here}", states[step]),
+        Pixels("the picture foreseen, x - t v", foreseen[step]),
+        Pixels("size of the velocity, cell by cell", enlarged(heat(speed), 256, 256), key=("0", f"{speed.max():.1f}")),
+        Lines(
+            "how fast the velocity turns", turned.coords["step"], {"turn": turned.tensor[:, 0].tolist()},
+            "time (1 is noise)", "degrees per unit of time", min(times[step], turned.coords["step"][0]),
+        ),
+    ]  # fmt: skip
+    text = f"{times[step]:.0%} of the state is noise and {1 - times[step]:.0%} picture; the step goes on to "
+    return View(panels, f"{text}t = {float(path.times[step + 1]):.2f}.")
+
+
+@torch.no_grad()
+def trajectory(pipe: FluxPipeline, prompt: str, **asked) -> Explorer:
+    """Scrub through a run of ``prompt``; ``asked`` as for the pipeline."""
+    out = pipe(one_prompt(prompt), **(asked | {"trajectory": True}))
+    path = out.trajectory
+    states, foreseen = (
+        [picture(pipe.autoencoder.decode(x[:1])[0]) for x in latents] for latents in (path.latents[:-1], path.x0)
+    )
+    labels = [f"t = {t:.2f}" for t in path.times[:-1].tolist()]
+    steps = Slider("step", "time", labels, len(labels) // 3)
+    return Explorer("Trajectory", [steps], lambda step: trajectory_view(path, states, foreseen, step))
