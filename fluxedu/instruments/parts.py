@@ -25,7 +25,8 @@ class Part:
 _BEFORE = (
     Part("clip", "CLIP text encoder", "text", "One vector for the whole prompt: all that modulation hears of it.",
          ("clip.",)),
-    Part("t5", "T5 encoder", "text", "A vector for every piece of the prompt: what the image tokens look at.", ("t5.",)),
+    Part("t5", "T5 encoder", "text", "A vector for every piece of the prompt: what the image tokens look at.",
+         ("t5.",)),
     Part("encoder", "Autoencoder: a picture in", "image",
          "Pixels become a latent; only where a run begins with a picture.", ("ae.encoder.", "ae.latent")),
     Part("noise", "Noise", "image",
