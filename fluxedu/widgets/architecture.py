@@ -86,13 +86,9 @@ def _way(middle, places, a: str, b: str, high: float) -> tuple[float, float, flo
     """A line from a part to the next: down, or across where they stand beside each other."""
     (xa, ya), (xb, yb) = middle[a], middle[b]
     if ya == yb:
-        left = xa < xb
-        return (
-            places[a][0] + places[a][2] * left,
-            ya + high / 2,
-            places[b][0] + places[b][2] * (not left),
-            yb + high / 2,
-        )
+        first, second = (places[name][0] for name in (a, b))
+        ends = (first + places[a][2], second) if xa < xb else (first, second + places[b][2])
+        return (ends[0], ya + high / 2, ends[1], yb + high / 2)
     return (xa, ya + high, xb, yb)
 
 

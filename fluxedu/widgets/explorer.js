@@ -68,9 +68,14 @@ function slider({ name, label, labels }, move) {
     said.textContent = labels[place];
     input.setAttribute("aria-valuetext", labels[place]);
   };
-  input.addEventListener("input", () => {
-    say(input.value);
-    move({ [name]: Number(input.value) });
+  const to = (place) => {
+    say((input.value = place));
+    move({ [name]: Number(place) });
+  };
+  input.addEventListener("input", () => to(input.value));
+  input.addEventListener("keydown", (e) => { // by hand, since notebooks take the arrow keys away
+    const steps = arrow(e);
+    if (steps) to(within(Number(input.value) + steps[1] - steps[0], labels.length));
   });
   const show = (place) => {
     if (document.activeElement !== input || !input.matches(":active")) input.value = place;
@@ -303,6 +308,7 @@ const PANELS = { pixels, lines, points, boxes };
 function render({ model, el }) {
   const root = html("div", { className: "fluxedu" });
   root.setAttribute("role", "group");
+  root.dataset.lmSuppressShortcuts = "true"; // JupyterLab leaves our keys alone
   root.setAttribute("aria-label", model.get("title"));
   const { move, answered } = mover(model, root);
 

@@ -27,7 +27,7 @@ def heads_view(
     cell: tuple[int, int],
     cut: str,
 ) -> View:
-    """Distances ``far [blocks, heads]`` as a table, the picture of one cell, and where it differs from the whole one."""
+    """Distances ``far [blocks, heads]`` as a table, the picture of one cell, and how it differs from the whole."""
     block, head = cell
     changed = without[block][head]
     apart = (changed.astype(float) - whole).mean(-1) / 255

@@ -62,8 +62,8 @@ def latents_view(
         ),
     ]
     where = f"cell {cell}" if reach == 0 else f"3 x 3 cells around {cell}" if reach == 1 else "every cell"
-    return View(panels, f"{amount:+g} in channel {channel}, {where}: {moved:.0%} of the pixels change brightness by 1 % "
-                        "or more.")  # fmt: skip
+    text = f"{amount:+g} in channel {channel}, {where}: {moved:.0%} of the pixels change brightness by 1 % or more."
+    return View(panels, text)
 
 
 @torch.no_grad()

@@ -59,8 +59,8 @@ def velocity_view(
         ),
         Pixels(f"the picture that particle {particle} foresees", foreseen(step, particle)),
     ]  # fmt: skip
-    return View(panels, f"t = {times[step]:.2f}{apart}. An arrow is where the run would be after a fifth of the time that "
-                        "is left, were its velocity to stay as it is.")  # fmt: skip
+    told = "An arrow is where the run would be after a fifth of the time that is left, were its velocity to stay."
+    return View(panels, f"t = {times[step]:.2f}{apart}. {told}")
 
 
 @torch.no_grad()

@@ -5,7 +5,14 @@ Without one these tests are skipped, unless FLUXEDU_BROWSER=required (as in CI):
 
 import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
 
+import nbformat
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -18,6 +25,16 @@ QUIET = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+]
+#: nor by JupyterLab
+ALONE = [
+    "--no-browser",
+    "--allow-root",
+    "--LabApp.expose_app_in_browser=True",
+    "--LabApp.extension_manager=readonly",
+    "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    "--LabApp.news_url=",
+    "--ServerApp.disable_check_xsrf=True",
 ]
 
 
@@ -46,4 +63,71 @@ def tab(browser):
     yield page
     page.close()
     assert complaints == []
-    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:", "http://localhost", "ws:"))] == []
+    here = ("file:", "data:", "blob:", "http://localhost:", "ws://localhost:")
+    assert [url for url in asked if not url.startswith(here)] == []
+
+
+@pytest.fixture(scope="session")
+def lab(browser, tmp_path_factory):
+    """A JupyterLab of our own: (its folder, its address)."""
+    folder = tmp_path_factory.mktemp("lab")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    places = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    places["JUPYTERLAB_SETTINGS_DIR"] = str(folder / "settings")
+    places["JUPYTERLAB_WORKSPACES_DIR"] = str(folder / "workspaces")
+    quiet = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    command = [sys.executable, "-m", "jupyterlab", *ALONE, "--ip=localhost", f"--port={port}",
+               f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=t"]  # fmt: skip
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | places)
+        try:
+            wait_for(f"http://localhost:{port}/api/status?token=t", server, folder / "log")
+            yield folder, f"http://localhost:{port}"
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
+def wait_for(address, server, log):
+    for _ in range(240):
+        try:
+            return urlopen(address).close()
+        except OSError:
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.25)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture
+def run(lab, tab):
+    """``run(*cells)``: a notebook of these cells opened in JupyterLab and run, until the last cell has its number."""
+    folder, address = lab
+
+    def opened(*cells, name="x", wait=90_000):
+        path = folder / f"{name}.ipynb"
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+        notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(notebook, path)
+        return show(path.name, len(cells), wait)
+
+    def show(file, count, wait=90_000, execute=True):
+        tab.goto(f"{address}/lab/workspaces/{Path(file).stem}/tree/{file}?token=t&reset")
+        tab.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=60_000)
+        if execute:
+            tab.wait_for_function("window.jupyterapp?.shell?.currentWidget?.sessionContext?.isReady", timeout=60_000)
+            tab.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
+            prompts = ".jp-CodeCell .jp-InputPrompt"
+            done = f"[...document.querySelectorAll('{prompts}')].filter(p => /\\[\\d+\\]/.test(p.textContent)).length"
+            tab.wait_for_function(f"{done} >= {count}", timeout=wait)
+            failed = tab.locator(
+                ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']"
+            ).all_inner_texts()
+            assert not failed, failed
+        return tab
+
+    opened.show = show
+    return opened

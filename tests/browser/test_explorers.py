@@ -1,0 +1,116 @@
+"""The explorers in JupyterLab in a real browser: a control moves, the picture changes, the console is clean."""
+
+import nbformat
+import pytest
+
+BEGIN = """
+import fluxedu as fe
+from fluxedu import widgets
+pipe, prompt = fe.load(), "a red circle left of a blue square"
+"""
+
+
+def painted(tab):
+    """All that an explorer shows, as one string: canvases as their pixels, drawings and texts as they are."""
+    return tab.evaluate(
+        """() => {
+          const all = (what) => [...document.querySelector(".fluxedu").querySelectorAll(what)];
+          return [...all("canvas").map((c) => c.toDataURL()), ...all("svg, .mark, .said").map((e) => e.outerHTML)].join();
+        }"""
+    )
+
+
+def after(tab, act):
+    """What is shown once the kernel has answered to ``act``."""
+    tab.evaluate(
+        """() => {
+          window.answered = false;
+          const root = document.querySelector(".fluxedu");
+          root.addEventListener("fluxedu:answered", () => (window.answered = true), { once: true });
+        }"""
+    )
+    act()
+    tab.wait_for_function("window.answered", timeout=15_000)
+    return painted(tab)
+
+
+def test_attention(run):
+    tab = run(BEGIN, "widgets.attention(pipe, prompt, progress=False)")
+    canvas = tab.locator(".fluxedu canvas").first
+    canvas.wait_for()
+    seen = [painted(tab)]
+    box = canvas.bounding_box()
+    seen.append(after(tab, lambda: tab.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"])))
+    assert "Patch (0, 7)" in seen[-1]
+    canvas.focus()
+    seen.append(after(tab, lambda: tab.keyboard.press("ArrowDown")))
+    assert "Patch (1, 7)" in seen[-1]
+    word = tab.locator(".fluxedu").get_by_role("radio", name="▁square")
+    seen.append(after(tab, word.hover))
+    assert "“▁square” is looked at" in seen[-1]
+    seen.append(after(tab, lambda: tab.locator(".fluxedu select").first.select_option("double.0")))
+    seen.append(after(tab, lambda: tab.locator(".fluxedu input").first.press("ArrowRight")))
+    assert len(set(seen)) == len(seen)
+    assert tab.locator("img.fluxedu-still").is_hidden()
+
+
+def press(tab, key):
+    """Keys to the control or panel that ``focus`` went to."""
+    return after(tab, lambda: tab.keyboard.press(key))
+
+
+MADE = {
+    "architecture": "widgets.architecture(pipe, prompt, steps=4, progress=False)",
+    "grid": "widgets.grid(pipe, prompt, steps=(1, 4), strengths=(1, 3, 6), progress=False)",
+    "heads": "widgets.heads(pipe, prompt, steps=1)",
+    "latents": "widgets.latents(pipe, prompt, steps=4, progress=False)",
+    "modulation": "widgets.modulation(pipe, [prompt, 'a letter K'])",
+    "trajectory": "widgets.trajectory(pipe, prompt, steps=4, progress=False)",
+    "velocity": "widgets.velocity(pipe, [prompt, 'a letter K'], seeds=3, steps=4, progress=False)",
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_every_control_and_panel_answers_to_the_keyboard(run, name):
+    tab = run(BEGIN, MADE[name], name=name)
+    tab.locator(".fluxedu").wait_for()
+    seen = [painted(tab)]
+    movable = "input, select, canvas[tabindex='0'], .drawing[tabindex='0'], g[tabindex='0']"
+    parts = tab.locator(".fluxedu").locator(movable)
+    for i in range(parts.count()):
+        part = parts.nth(i)
+        if part.evaluate("(e) => e.tagName") == "SELECT":
+            last = part.locator("option").count() - 1
+            seen.append(after(tab, lambda part=part, last=last: part.select_option(index=last)))
+        else:
+            part.focus()
+            seen.append(press(tab, "ArrowRight"))
+    assert parts.count() >= (1 if name == "trajectory" else 2)
+    assert len(set(seen)) == len(seen)
+
+
+def test_the_map_leads_from_a_part_to_its_sites(run):
+    tab = run(BEGIN, MADE["architecture"], name="map")
+    root = tab.locator(".fluxedu")
+    root.wait_for()
+    after(tab, root.get_by_role("button", name="Double 1", exact=True).click)
+    assert "Double-stream block 1: 49 sites" in root.inner_text()
+    after(tab, root.get_by_role("button", name="attn.map", exact=True).click)
+    assert "double.1.attn.map [B, 5, T, T]: who looks at whom" in root.inner_text()
+
+
+def test_without_a_kernel_there_is_a_picture(run, lab):
+    """A saved notebook, opened again by a Lab that has no kernel for it, shows the static figure."""
+    tab = run(BEGIN, MADE["trajectory"], name="still")
+    tab.locator(".fluxedu").wait_for()
+    tab.evaluate("jupyterapp.commands.execute('docmanager:save')")
+    tab.wait_for_function("!document.querySelector('.jp-mod-dirty')")
+    folder, _ = lab
+    path = folder / "still.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.metadata.kernelspec = {"name": "gone", "display_name": "Gone", "language": "python"}
+    nbformat.write(notebook, path)
+    run.show("still.ipynb", 0, execute=False)
+    still = tab.locator("img.fluxedu-still, .jp-RenderedHTMLCommon img").first
+    still.wait_for()
+    assert still.evaluate("(image) => image.naturalWidth") > 300
