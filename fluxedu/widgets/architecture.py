@@ -35,7 +35,7 @@ def as_table(value: Value) -> Named:
     x = x.at(batch=-1) if "batch" in x.axes else x.at(one=0)
     axes, table = x.axes, (x.tensor.angle() if x.tensor.is_complex() else x.tensor).float()
     if table.ndim == 1:
-        axes, table = ("one", *axes), table[None]
+        axes, table = ("vector", *axes), table[None]
     if table.ndim == 3 and axes[0] == "head":
         axes, table = (axes[1], f"{axes[2]}, a head after the other"), torch.cat(list(table), dim=1)
     elif table.ndim == 3:

@@ -62,7 +62,7 @@ def test_a_prompt_is_text_not_markup(made):
 
 def test_the_diagram_is_whole_and_in_order(made, pipe):
     found, _ = made
-    names = [stage.name for stage in found]
+    names = [stage.part.name for stage in found]
     blocks = ["double.0", "double.1", "single.0", "single.1"]
     assert names == ["clip", "t5", "noise", "vec", "in", *blocks, "final", "solver", "image"]
     shown = {row[0] for stage in found for row in stage.rows}

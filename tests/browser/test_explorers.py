@@ -80,8 +80,8 @@ def test_every_control_and_panel_answers_to_the_keyboard(run, name):
     for i in range(parts.count()):
         part = parts.nth(i)
         if part.evaluate("(e) => e.tagName") == "SELECT":
-            last = part.locator("option").count() - 1
-            seen.append(after(tab, lambda part=part, last=last: part.select_option(index=last)))
+            other = part.evaluate("(e) => (e.selectedIndex + 1) % e.options.length")
+            seen.append(after(tab, lambda part=part, other=other: part.select_option(index=other)))
         else:
             part.focus()
             seen.append(press(tab, "ArrowRight"))

@@ -1,0 +1,339 @@
+"""Explorers as pure functions: what they show is what the run says, by another way of saying it."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fluxedu as fe
+from fluxedu import widgets
+from fluxedu.instruments.errors import InstrumentError
+from fluxedu.instruments.lenses.modulation import channels
+from fluxedu.instruments.named import Named
+from fluxedu.instruments.parts import parts
+from fluxedu.sampling.schedule import schedule
+from fluxedu.widgets import paint
+from fluxedu.widgets.architecture import as_table, diagram
+from fluxedu.widgets.controls import Chips, Slider
+from fluxedu.widgets.explorer import Explorer, View
+from fluxedu.widgets.grid import sheet, shifted
+from fluxedu.widgets.latents import edited
+from fluxedu.widgets.panels import Lines, Pixels, Points
+from fluxedu.widgets.velocity import plane
+
+PROMPT = "a red circle left of a blue square"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return fe.load()
+
+
+@pytest.fixture(scope="module")
+def base():
+    return fe.load("nano-base")
+
+
+@pytest.fixture(scope="module")
+def attention(pipe):
+    return widgets.attention(pipe, PROMPT, steps=3, progress=False)
+
+
+def panel(explorer, i):
+    return explorer.now().panels[i]
+
+
+# ---------------------------------------------------------------- colours
+
+
+def test_colours_are_matplotlibs():
+    import matplotlib
+
+    values = torch.linspace(0, 4, 12).view(3, 4)
+    wanted = (matplotlib.colormaps["magma"](values.numpy() / 4)[..., :3] * 255).round()
+    assert np.abs(paint.heat(values).astype(int) - wanted).max() <= 4  # one place of the table
+    white = paint.two_sided(torch.tensor([[-2.0, 0.0, 2.0]]))[0].astype(int)
+    assert white[1].min() > 240 and white[0, 2] > white[0, 0] and white[2, 0] > white[2, 2]  # blue, white, red
+
+
+def test_a_map_over_a_picture_leaves_it_where_there_is_nothing():
+    image = np.full((8, 8, 3), 100, np.uint8)
+    weights = np.zeros((2, 2))
+    weights[1, 0] = 1
+    laid = paint.over(image, weights)
+    assert len({tuple(p) for p in laid[:4].reshape(-1, 3)}) == 1  # the upper half is all alike: pale grey
+    assert tuple(laid[0, 0]) == (111, 111, 111)  # 0.6 x 100 + 51
+    assert (laid[4:, :4].astype(int) - laid[0, 0]).min(-1).max() != 0
+    assert (laid[4:, 4:] == laid[0, 0]).all()
+
+
+# ---------------------------------------------------------------- each explorer against another way
+
+
+def test_attention_shows_the_rows_and_columns_of_the_map(pipe, attention):
+    with fe.record("single.1.attn.map", "double.0.attn.map") as rec:
+        pipe(PROMPT, steps=3, progress=False)
+    words = pipe.prompt_encoder.t5_tokenizer.length
+    for block, step, head in (("single.1", 2, 3), ("double.0", 0, None)):
+        whole = rec[f"{block}.attn.map"].tensor[step]  # [H, T, T]
+        one = whole.mean(0) if head is None else whole[head]
+        attention.set(block=block, step=step, head=0 if head is None else head + 1, patch=(2, 5), word="▁blue")
+        view = attention.now()
+        row = one[words + 2 * 8 + 5]
+        said = row[: len(attention.known["word"].labels)]
+        assert np.allclose(view.shades["word"], said / said.max(), atol=1e-5)
+        column = one[words:, attention.values["word"]]
+        peak = divmod(int(column.argmax()), 8)
+        assert f"from patch {peak}" in view.text
+        assert f"gives {float(row[words:].sum()):.0%} of its attention to the picture" in view.text
+        assert view.panels[0].mark == (2, 5)
+
+
+def test_attention_keeps_the_prompted_pass(base):
+    made = widgets.attention(base, PROMPT, blocks="single.2", steps=2, guidance=3.0, progress=False)
+    with fe.record("single.2.attn.map", passes="prompted", tokens=["red"], reduce="head-mean") as rec:
+        base(PROMPT, steps=2, guidance=3.0, progress=False)
+    view = made.set(step=1, word="▁red").now()
+    column = rec["single.2.attn.map"].tensor[1, :, 0]
+    assert f"({float(column.max()):.1%})" in view.text
+
+
+def test_modulation_shows_what_the_sites_see(pipe):
+    with fe.record("single.4.gate", "double.1.img_mod.scale2", steps=[0, 2]) as rec:
+        out = pipe(PROMPT, steps=3, guidance=4.0, progress=False)
+    times = out.trajectory.times[[0, 2]]
+    table = channels(pipe, PROMPT, times=times, guidance=4.0)
+    layers = table.coords["layer"]
+    gate = table.tensor[:, layers.index("single.4"), 2]
+    scale = table.tensor[:, layers.index("double.1.img_mlp"), 1]
+    assert torch.allclose(gate, rec["single.4.gate"].tensor.view(2, -1), atol=1e-5)
+    assert torch.allclose(scale, rec["double.1.img_mod.scale2"].tensor.view(2, -1), atol=1e-5)
+    made = widgets.modulation(pipe, [PROMPT, "a letter K"], times=5)
+    before = made.now().text
+    assert made.set(guidance="10").now().text != before
+    assert made.set(kind="gate", cell=(3, 4)).now().panels[1].mark == 0.0  # the last of the times
+
+
+def test_trajectory_ends_at_the_picture(pipe):
+    made = widgets.trajectory(pipe, PROMPT, steps=4, progress=False)
+    out = pipe(PROMPT, steps=4, progress=False)
+    made.set(step=3)
+    last = panel(made, 1).image.astype(int)  # from the last step on, x0 is where Euler goes
+    assert np.abs(last - np.asarray(out.images[0], int)).max() <= 1
+    assert "t = 0.00" in made.view["text"]
+
+
+def test_an_edit_is_where_it_was_made(pipe):
+    latent = torch.zeros(3, 5, 6)
+    assert edited(latent, 1, (0, 5), 0, 2.0).nonzero().tolist() == [[1, 0, 5]]
+    assert edited(latent, 1, (0, 5), 1, 2.0)[1].sum() == 2.0 * 4  # a corner has four cells around it
+    assert edited(latent, 2, (3, 3), 2, -1.0)[2].eq(-1).all()
+    made = widgets.latents(pipe, PROMPT, steps=4, progress=False)
+    made.set(amount="+0")
+    assert np.array_equal(panel(made, 1).image, paint.picture(pipe(PROMPT, steps=4, progress=False).images[0]))
+    assert ": 0% of the pixels" in made.view["text"]
+    made.set(amount="+4", cell=(0, 0), channel=2)
+    changed = np.abs(panel(made, 2).image.astype(int) - 247).max(-1) > 2  # 247 is the white of the colour map
+    assert changed[:40, :40].any() and not changed[88:, 88:].any()
+
+
+def test_latents_take_a_picture(pipe):
+    image = pipe(PROMPT, steps=2, progress=False).images[0].convert("L")
+    assert "channel 0" in widgets.latents(pipe, image).view["text"]
+
+
+def test_particles_go_where_their_arrows_point(pipe):
+    made = widgets.velocity(pipe, [PROMPT, "a letter K"], seeds=2, steps=4, progress=False)
+    times = [float(label.split()[-1]) for label in made.known["step"].labels]
+    views = [made.set(step=i).now().panels[0] for i in range(5)]
+    exact = schedule(4, 64, ends=pipe.defaults.shift_ends).tolist()
+    assert np.allclose(times, exact, atol=0.006)
+    for i in range(4):
+        went = views[i + 1].xy - views[i].xy
+        share = (exact[i] - exact[i + 1]) / (0.2 * exact[i])
+        assert np.allclose(went, views[i].arrows * share, atol=2e-3)
+    ends = views[-1].xy[:, 0]
+    assert ends[:2].mean() < ends[2:].mean()  # the first direction leads from the one prompt to the other
+    assert views[0].group == [0, 0, 1, 1]
+    assert np.allclose(views[0].xy[0] - views[0].xy[1], views[0].xy[2] - views[0].xy[3], atol=1e-3)  # the same noises
+    with pytest.raises(InstrumentError, match="there are 4 particles"):
+        made.set(particle=4)
+
+
+def test_a_plane_has_two_directions_at_right_angles():
+    g = torch.Generator().manual_seed(0)
+    for group in ([0] * 6, [0, 0, 0, 1, 1, 1]):
+        _, axes = plane(torch.randn(6, 50, generator=g), group)
+        assert torch.allclose(axes @ axes.T, torch.eye(2), atol=1e-5)
+
+
+def test_the_grid_holds_what_the_pipeline_draws(pipe):
+    made = widgets.grid(pipe, PROMPT, steps=(3, 1), strengths=(2.0, 6.0), shifts=(1.0, 5.0), seed=2, progress=False)
+    made.set(shift="5", cell=(1, 0))
+    other = shifted(pipe, 5.0)
+    out = other(PROMPT, steps=3, guidance=2.0, seed=2, progress=False)
+    assert np.array_equal(panel(made, 1).image, np.asarray(out.images[0]))
+    even = torch.linspace(1, 0, 4)
+    assert torch.allclose(out.trajectory.times, 5 * even / (1 + 4 * even))
+    assert "0% of its length" in made.view["text"]  # from itself
+    assert panel(made, 0).title.startswith("rows: 1, 3 steps")
+    assert pipe.defaults.shift_ends != other.defaults.shift_ends  # ours is as it was
+    rows = [[np.full((4, 4, 3), 10 * i + j, np.uint8) for j in range(3)] for i in range(2)]
+    assert sheet(rows)[::2, ::2, 0].tolist() == [[0, 1, 2], [10, 11, 12]]
+    with pytest.raises(InstrumentError, match="shift must be above 0"):
+        widgets.grid(pipe, PROMPT, shifts=(0.0,))
+
+
+def test_heads_are_cut_as_ablate_cuts(pipe):
+    made = widgets.heads(pipe, PROMPT, steps=2)
+    whole = pipe(PROMPT, steps=2, progress=False)
+    for cut, lost in (("this head", [3]), ("all other heads of its block", [0, 1, 2, 4])):
+        view = made.set(cut=cut, cell=(4, 3)).now()
+        with fe.ablate("single.2.heads", heads=lost):
+            other = pipe(PROMPT, steps=2, progress=False)
+        assert np.array_equal(view.panels[2].image, np.asarray(other.images[0]))
+        far = float((other.latents - whole.latents).norm() / whole.latents.norm())
+        assert f"single.2, head 3, without {cut}: the latent goes {far:.0%}" in view.text
+
+
+# ---------------------------------------------------------------- the map of the model
+
+
+def test_every_site_belongs_to_one_part(pipe):
+    those = parts(pipe)
+    for site in fe.sites(pipe):
+        assert sum(part.has(site.name) for part in those) == 1, site.name
+    boxes, lines, (width, height) = diagram(those)
+    assert len(boxes) == len(those)
+    assert all(0 <= x and x + w <= width and y + h <= height for _, x, y, w, h, _ in boxes)
+
+
+def test_the_diagram_holds_a_large_model(pipe):
+    class Large:
+        flux = type("flux", (), {"config": fe.models.FluxConfig.variant("dev")})
+
+    boxes, _, (width, height) = diagram(parts(Large))
+    assert len(boxes) == 19 + 38 + 9
+    assert all(x + w <= width and y + h <= height for _, x, y, w, h, _ in boxes)
+
+
+def test_the_map_shows_every_site(pipe):
+    made = widgets.architecture(pipe, PROMPT, steps=3, progress=False)
+    those = [part.name for part in parts(pipe)]
+    empty = set()
+    for i, name in enumerate(those):
+        made.set(part=i, site=0)
+        count = len(panel(made, 1).boxes)
+        for j in range(count):
+            view = made.set(site=j).now()
+            if "nothing passed" in view.panels[2].title:
+                empty.add(name)
+            else:
+                assert "Here: mean" in view.text
+    assert empty == {"encoder", "solver"}  # no picture to begin with, and no classifier-free guidance
+
+
+def test_a_value_as_a_table():
+    x = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5).float()
+    table = as_table(Named(x, ("batch", "head", "token", "channel")))
+    assert torch.equal(table.tensor, torch.cat(list(x[1]), dim=1))  # the prompted pass, heads beside each other
+    tiles = as_table(Named(torch.arange(5).view(1, 5, 1, 1).expand(1, 5, 2, 2), ("batch", "channel", "row", "column")))
+    assert tiles.tensor[::2, ::2].tolist() == [[0, 1], [2, 3], [4, 0]]
+    large = as_table(Named(torch.zeros(1, 4608, 3072), ("batch", "token", "channel")))
+    assert large.shape[0] <= 256 and large.shape[1] <= 640
+    assert as_table(Named(torch.zeros(1, 7), ("batch", "channel"))).shape == (1, 7)
+
+
+# ---------------------------------------------------------------- the wiring
+
+
+def drawing(step, word, cell):
+    if cell == (9, 9):
+        raise InstrumentError("there is no such cell.")
+    image = np.full((4, 4, 3), 10 * step + word, np.uint8)
+    return View([Pixels("p", image, (10, 10), cell, pointer="cell")], f"{step} {word} {cell}", {"word": [0, 0.5, 2]})
+
+
+@pytest.fixture
+def small():
+    controls = [Slider("step", "step", ["first", "second"]), Chips("word", "word", ["a", "b", "c"], 1)]
+    return Explorer("Small", controls, drawing, {"cell": (0, 0)})
+
+
+def test_a_move_in_the_page_changes_the_view(small):
+    assert small.view["text"] == "0 1 (0, 0)"
+    small.state = {"step": 1, "word": 2, "cell": [3, 4], "moves": 7}  # as the browser sends it
+    assert small.view["text"] == "1 2 (3, 4)"
+    assert small.view["moves"] == 7
+    assert small.view["panels"][0]["data"] == bytes([12] * 48)
+    assert small.view["shades"] == {"word": [0.0, 0.5, 1.0]}
+
+
+def test_what_cannot_be_drawn_is_said_and_the_page_goes_on(small):
+    data = small.view["panels"]
+    small.state = small.state | {"cell": [9, 9], "moves": 3}
+    assert small.view["text"] == "there is no such cell."
+    assert small.view["panels"] == data and small.view["moves"] == 3
+    small.state = small.state | {"cell": [1, 1], "moves": 4}
+    assert small.view["text"] == "0 1 (1, 1)"
+
+
+@pytest.mark.parametrize(
+    "moves, said",
+    [
+        ({"step": 2}, "step has 2 places (first, second), and none is 2."),
+        ({"step": "third"}, "step has 2 places (first, second), and none is 'third'."),
+        ({"word": 1.5}, "word has 3 places (a, b, c), and none is 1.5."),
+        ({"speed": 1}, "Small has step, word, cell, not 'speed'."),
+        ({"cell": (9, 9)}, "there is no such cell."),
+    ],
+)
+def test_moves_by_hand_are_checked(small, moves, said):
+    before = small.state
+    with pytest.raises(InstrumentError, match=re.escape(said)):
+        small.set(**moves)
+    assert small.state == before
+
+
+def test_moves_by_hand(small):
+    assert small.set(step="second", word=-1).view["text"] == "1 2 (0, 0)"
+    assert repr(small) == "<Small: an explorer>"  # no address, so that outputs can be compared
+
+
+def test_every_explorer_has_a_static_figure(pipe, attention, small):
+    one = widgets.velocity(pipe, PROMPT, seeds=2, steps=2, progress=False)
+    for explorer in (attention, small, one, widgets.modulation(pipe, PROMPT)):
+        figure = explorer.figure()
+        figure.canvas.draw()
+        titles = [" ".join(ax.get_title().split()) for part in figure.subfigs for ax in part.axes]
+        assert all(p.title in titles for p in explorer.now().panels)
+        assert figure.get_supxlabel().replace("\n", " ") == explorer.view["text"]
+
+
+def test_a_cell_shows_a_picture_and_then_the_widget(small, monkeypatch):
+    import IPython.display
+
+    shown = []
+    monkeypatch.setattr(IPython.display, "display", lambda bundle, raw: shown.append(bundle))
+    small._ipython_display_()
+    assert f'class="fluxedu-still {small.still}"' in shown[0]["text/html"]
+    assert 'alt="Small: 0 1 (0, 0)"' in shown[0]["text/html"]
+    assert "application/vnd.jupyter.widget-view+json" in shown[1]
+
+
+def test_panels_are_few_bytes_and_plain(attention):
+    for told in attention.view["panels"]:
+        assert len(told["data"]) == told["width"] * told["height"] * 3 <= 256 * 256 * 3
+    lines = Lines("l", [1.0, 0.0], {"a": [1 / 3, 2.0]}, mark=0.5).message()
+    assert lines["series"] == [{"name": "a", "y": [0.3333, 2.0]}]
+    points = Points("p", np.array([[1.0, 2.0]]), np.zeros((1, 2)), [0], ["g"], (1.0, 1.0)).message()
+    assert points["xy"] == [1.0, 2.0]
+
+
+def test_the_front_end_fetches_nothing():
+    front = Path(widgets.__file__).parent
+    text = (front / "explorer.js").read_text() + (front / "explorer.css").read_text()
+    assert re.findall(r"https?://[^\s\"']+", text) == ["http://www.w3.org/2000/svg"]  # a name, not an address
+    assert not re.search(r"\bimport\b|fetch\(|@import|url\(", text)

@@ -1,0 +1,55 @@
+"""How long an explorer takes from a move to the picture, in a browser: 50 moves each, by the mouse or a key.
+
+A figure for a quiet machine, so it is part of `make bench`; elsewhere it is left out.
+"""
+
+import os
+
+import pytest
+from test_explorers import BEGIN
+
+BAR = 100  # ms, of 95 moves in 100
+
+#: how it is made, what is moved
+MOVED = {
+    "architecture": ("widgets.architecture(pipe, prompt, progress=False)", "g[tabindex='0']"),
+    "attention": ("widgets.attention(pipe, prompt, progress=False)", "canvas[tabindex='0']"),
+    "grid": ("widgets.grid(pipe, prompt, progress=False)", "canvas[tabindex='0']"),
+    "heads": ("widgets.heads(pipe, prompt, steps=2)", "canvas[tabindex='0']"),
+    "latents": ("widgets.latents(pipe, prompt, progress=False)", "canvas[tabindex='0']"),
+    "modulation": ("widgets.modulation(pipe, prompt)", "canvas[tabindex='0']"),
+    "trajectory": ("widgets.trajectory(pipe, prompt, progress=False)", "input"),
+    "velocity": (
+        "widgets.velocity(pipe, [prompt, 'a letter K'], seeds=5, steps=6, progress=False)",
+        ".drawing[tabindex='0']",
+    ),
+}
+
+
+@pytest.mark.skipif("FLUXEDU_LATENCY" not in os.environ, reason="a measurement, for `make bench` on a quiet machine")
+@pytest.mark.parametrize("name", MOVED)
+def test_50_moves(run, name):
+    made, what = MOVED[name]
+    tab = run(BEGIN, made, name=f"latency-{name}")
+    part = tab.locator(".fluxedu").locator(what).first
+    part.wait_for()
+    tab.evaluate(
+        """() => {
+          window.took = [];
+          document.querySelector(".fluxedu").addEventListener("fluxedu:answered",
+            (e) => window.took.push(e.detail.milliseconds));
+        }"""
+    )
+    part.focus()
+    keys = ["ArrowRight"] * 4 + ["ArrowDown"] + ["ArrowLeft"] * 4 + ["ArrowUp"]
+    for i in range(60):  # at an edge some do not move
+        before = tab.evaluate("window.took.length")
+        if before == 50:
+            break
+        tab.keyboard.press(keys[i % len(keys)])
+        tab.wait_for_timeout(250)
+    took = sorted(tab.evaluate("window.took"))
+    assert len(took) >= 40
+    p95 = took[int(0.95 * len(took))]
+    print(f"\n{name}: {len(took)} moves, median {took[len(took) // 2]:.0f} ms, 95 % within {p95:.0f} ms")
+    assert p95 <= BAR
