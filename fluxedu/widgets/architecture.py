@@ -46,7 +46,7 @@ def as_table(value: Value) -> Named:
         rows = [torch.cat(tiles[i : i + across], dim=1) for i in range(0, len(tiles), across)]
         axes, table = ("row", f"column; {min(TILES, x.shape[0])} of {x.shape[0]} channels as tiles"), torch.cat(rows)
     down, along = (-(-n // most) for n, most in zip(table.shape, (ROWS, COLUMNS), strict=True))
-    return Named(table[::down, ::along], axes)
+    return Named(table[::down, ::along], tuple("vector" if a == "one" else a for a in axes))
 
 
 def diagram(those: Sequence[Part]) -> tuple[list[Box], list[tuple[float, float, float, float]], tuple[float, float]]:

@@ -15,7 +15,8 @@ def painted(tab):
     return tab.evaluate(
         """() => {
           const all = (what) => [...document.querySelector(".fluxedu").querySelectorAll(what)];
-          return [...all("canvas").map((c) => c.toDataURL()), ...all("svg, .mark, .said").map((e) => e.outerHTML)].join();
+          const canvases = all("canvas").map((c) => c.toDataURL());
+          return [...canvases, ...all("svg, .mark, .said").map((e) => e.outerHTML)].join();
         }"""
     )
 
