@@ -44,8 +44,9 @@ check: $(STAMP) ## style, format, and which way imports point
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## measure speed and memory on this machine, into bench.json
+bench: $(STAMP) ## measure speed and memory, into bench.json, and how fast the explorers answer in a browser
 	$(BIN)/fluxedu bench --json bench.json
+	FLUXEDU_LATENCY=1 $(BIN)/python -m pytest -q -s tests/browser/test_latency.py
 
 train: $(STAMP) ## train the miniature again from nothing
 	$(BIN)/fluxedu train --all

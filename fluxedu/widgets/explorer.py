@@ -23,6 +23,7 @@ import numpy as np
 import traitlets
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from PIL import Image
 
 from fluxedu.instruments.errors import InstrumentError
 from fluxedu.plots.canvas import quiet
@@ -135,8 +136,9 @@ class Explorer(anywidget.AnyWidget):
         """First the static figure, which the live one hides when it arrives, then the widget."""
         from IPython.display import display
 
-        png = io.BytesIO()
-        self.figure().savefig(png, format="png", dpi=80)
+        drawn, png = io.BytesIO(), io.BytesIO()
+        self.figure().savefig(drawn, format="png", dpi=80)
+        Image.open(drawn).convert("RGB").quantize(128).save(png, "PNG")  # a third of the bytes, and looks the same
         image = base64.b64encode(png.getvalue()).decode()
         alt = escape(f"{self.title}: {self.view['text']}", quote=True)
         still = f'<img class="fluxedu-still {self.still}" alt="{alt}" src="data:image/png;base64,{image}">'
