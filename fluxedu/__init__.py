@@ -21,6 +21,9 @@ _PUBLIC = {
     "ablate": "fluxedu.instruments.interventions",
     "patch": "fluxedu.instruments.interventions",
     "swap": "fluxedu.instruments.swap",
+    "check": "fluxedu.course",
+    "predict": "fluxedu.course",
+    "score": "fluxedu.course",
     "models": None,
     "sampling": None,
     "checkpoints": None,
@@ -28,6 +31,7 @@ _PUBLIC = {
     "instruments": None,
     "plots": None,
     "widgets": None,
+    "course": None,
     "probe": None,
 }
 __all__ = [*_PUBLIC, "__version__"]

@@ -304,10 +304,13 @@ def _recorded(source: record | Recording, ctx: Context) -> Named:
 # ---------------------------------------------------------------- places
 
 
-def positions(edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Context], Tensor]:
-    """A change for ``attn.rope`` sites: tell some blocks that the image tokens are elsewhere.
+def positions(
+    edit: Callable[[Tensor], Tensor], text: Callable[[Tensor], Tensor] | None = None
+) -> Callable[[Tensor, Context], Tensor]:
+    """A change for ``attn.rope`` sites: tell some blocks that the tokens are elsewhere.
 
-    ``edit(ids [N, 3]) -> ids [N, 3]``, the columns being frame, row and column; text stays at (0, 0, 0).
+    ``edit(ids [N, 3]) -> ids [N, 3]`` of the image tokens, the columns being frame, row and column; ``text``, of the
+    same form, of the text tokens, which stay at (0, 0, 0) if it is not said.
 
         flat = positions(lambda ids: ids * torch.tensor([1, 0, 1]))        # every row is row 0
         with fe.intervene("double.*.attn.rope", flat): ...
@@ -316,7 +319,8 @@ def positions(edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Context], T
     def change(table: Tensor, ctx: Context) -> Tensor:
         moment = ctx._moment()
         ids = edit(image_ids(*moment.asked.shape))
-        new = moment.pipe.flux.rope(ids.to(table.device), text_ids(moment.words).to(table.device))
+        words = text_ids(moment.words) if text is None else text(text_ids(moment.words))
+        new = moment.pipe.flux.rope(ids.to(table.device), words.to(table.device))
         return new.view(table.shape) if new.numel() == table.numel() else new
 
     return change

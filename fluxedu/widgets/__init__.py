@@ -14,6 +14,7 @@ from fluxedu.widgets.grid import grid
 from fluxedu.widgets.heads import heads
 from fluxedu.widgets.latents import latents
 from fluxedu.widgets.modulation import modulation
+from fluxedu.widgets.positions import positions
 from fluxedu.widgets.trajectory import trajectory
 from fluxedu.widgets.velocity import velocity
 
@@ -26,6 +27,7 @@ __all__ = [
     "heads",
     "latents",
     "modulation",
+    "positions",
     "trajectory",
     "velocity",
 ]

@@ -1,0 +1,1 @@
+"""The exercises, a file a notebook. Each is told in ``fluxedu.course.exercise``."""
