@@ -16,13 +16,13 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check
 
 # The bound is written once, in pyproject.toml.
 TORCH := $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)".*/\1/p' pyproject.toml)
-NOTEBOOKS = $(wildcard notebooks/*.ipynb)
+NOTEBOOKS = $(wildcard notebooks/*.ipynb notebooks/solved/*.ipynb)
 
 # Two workers on two cores, so one thread each.
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 NBVAL = --nbval --nbval-current-env --nbval-sanitize-with=notebooks/nbval.cfg --nbval-cell-timeout=120
 
-.PHONY: help setup lab test check bench train docs
+.PHONY: help setup lab test check bench notebooks train docs
 .DEFAULT_GOAL := help
 
 help:           ## this list
@@ -30,13 +30,13 @@ help:           ## this list
 
 setup: $(STAMP) ## make .venv with everything the other targets need; once
 
-lab: $(STAMP)   ## open JupyterLab on notebooks/
+lab: $(STAMP)   ## open the course in JupyterLab, on a copy in fluxedu-course/
 	$(BIN)/fluxedu lab
 
 test: $(STAMP)  ## run the tests, then every notebook against its stored output
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests
 ifneq ($(NOTEBOOKS),)
-	$(ONE_THREAD) $(BIN)/python -m pytest $(NBVAL) -n 2 --dist loadfile notebooks
+	$(ONE_THREAD) $(BIN)/python -m pytest $(NBVAL) -n 2 --dist loadfile $(NOTEBOOKS)
 endif
 
 check: $(STAMP) ## style, format, and which way imports point
@@ -47,6 +47,9 @@ check: $(STAMP) ## style, format, and which way imports point
 bench: $(STAMP) ## measure speed and memory, into bench.json, and how fast the explorers answer in a browser
 	$(BIN)/fluxedu bench --json bench.json
 	FLUXEDU_LATENCY=1 $(BIN)/python -m pytest -q -s tests/browser/test_latency.py
+
+notebooks: $(STAMP) ## make and run both editions of every notebook from notebooks/source/
+	$(ONE_THREAD) $(BIN)/python -m fluxedu.course.build notebooks
 
 train: $(STAMP) ## train the miniature again from nothing
 	$(BIN)/fluxedu train --all

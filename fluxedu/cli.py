@@ -1,4 +1,4 @@
-"""The command line: ``fluxedu sample | trace | info | sites | train | judge | convert | bench | lab``."""
+"""The command line: ``fluxedu sample | trace | info | sites | train | judge | convert | bench | lab | grade``."""
 
 from __future__ import annotations
 
@@ -271,21 +271,55 @@ def bench(
     _write_json(as_json, figures)
 
 
-@app.command(epilog="Example: fluxedu lab --port 8899")
+@app.command(epilog="Example: fluxedu lab --folder my-course")
 def lab(
-    port: int = 8888, folder: Annotated[Path, typer.Option(help="The notebooks to open.")] = Path("notebooks")
+    port: int = 8888,
+    folder: Annotated[Path, typer.Option(help="Where to work: notebooks it lacks are copied there.")] = Path(
+        "fluxedu-course"
+    ),
 ) -> None:
-    """Open the notebooks in JupyterLab."""
+    """Open the course in JupyterLab, on a copy of your own; what you have written there is never replaced."""
     import os
     import subprocess
     import sys
 
-    if not folder.is_dir():
-        raise _fail(
-            ValueError(f"there is no folder {folder}; run this where the notebooks are, or name them with --folder.")
-        )
+    from fluxedu.course.errors import CourseError
+    from fluxedu.course.files import copied
+
+    try:
+        new, kept = copied(folder)
+    except CourseError as error:
+        raise _fail(error) from None
+    typer.echo(f"{folder}: {len(new)} notebooks copied, {len(kept)} left as they are")
     root = ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # as in most containers
     raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", f"--port={port}", *root, str(folder)]))
+
+
+@app.command(epilog="Example: fluxedu grade class/*/04-rotary-positions.ipynb --csv marks.csv")
+def grade(
+    notebooks: Annotated[list[Path], typer.Argument(help="Students' notebooks, each in a folder named as its student.")],
+    csv: Annotated[Path | None, typer.Option(help="Also write a line a student and exercise to this file.")] = None,
+    timeout: Annotated[int, typer.Option(help="Seconds that a cell may take.")] = 120,
+) -> None:
+    """Run students' notebooks, each in a process of its own, and mark the exercises. This is no sandbox."""
+    from fluxedu.course.errors import CourseError
+    from fluxedu.course.grade import graded, write_csv
+
+    _can_write(csv)
+    marks = []
+    for path in notebooks:
+        try:
+            marks += (mine := graded(path, timeout))
+        except CourseError as error:
+            typer.secho(f"fluxedu: {error}", fg="red", err=True)
+            continue
+        typer.echo(f"{mine[0].student}: {sum(m.passed for m in mine)} of {len(mine)}  {path.name}")
+        for mark in mine:
+            typer.echo(f"  {'✓' if mark.passed else '✗'} {mark.exercise}: {mark.says}")
+    if csv is not None:
+        write_csv(marks, csv)
+        typer.echo(f"wrote {csv}")
+    raise typer.Exit(0 if marks else 2)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ def executed(notebook: NotebookNode, folder: Path, timeout: int = 120) -> Notebo
 def _without_picture(output: NotebookNode) -> None:
     """The solved edition keeps its texts only: pictures are in the student's."""
     data = output.get("data", {})
-    data.pop("image/png", None)
+    for kind in ("image/png", "image/jpeg"):
+        data.pop(kind, None)
     if "text/html" in data:
         data["text/html"] = re.sub(r"data:image/png;base64,[\w+/=]+", "data:image/png;base64,", data["text/html"])
 

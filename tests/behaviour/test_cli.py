@@ -22,7 +22,7 @@ def refused(*words: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("command", ["sample", "info", "train", "judge", "convert", "bench", "lab"])
+@pytest.mark.parametrize("command", ["sample", "info", "train", "judge", "convert", "bench", "lab", "grade", "trace", "sites"])
 def test_every_command_helps_with_an_example(command):
     result = run(app, [command, "--help"])
     assert result.exit_code == 0
@@ -69,7 +69,8 @@ def test_sample_writes_the_picture_and_nothing_else(tmp_path):
         (["train", "--stage", "bake"], "say --all"),
         (["train", "--stage", ""], "say --all"),
         (["convert", "nowhere.safetensors", "out", "--to", "diffusers"], "nowhere.safetensors"),
-        (["lab", "--folder", "nowhere"], "there is no folder nowhere"),
+        (["lab", "--folder", "/dev/null/course"], "cannot be copied to /dev/null/course"),
+        (["grade", "nowhere.ipynb"], "there is no notebook nowhere.ipynb"),
     ],
 )
 def test_bad_input_is_answered_in_one_sentence(words, says, tmp_path, monkeypatch):

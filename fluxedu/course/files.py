@@ -1,0 +1,40 @@
+"""The course's notebooks as files: where they are, and a copy of them for a reader to work in."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from fluxedu.course.errors import CourseError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def shipped() -> Path:
+    """The folder of the student's notebooks: inside an installed package, or in the repository it is run from."""
+    for folder in (PACKAGE / "course" / "notebooks", PACKAGE.parent / "notebooks"):
+        if any(folder.glob("[0-9][0-9]-*.ipynb")):
+            return folder
+    raise CourseError("the course's notebooks are not installed with this package; clone the repository instead.")
+
+
+def copied(folder: Path) -> tuple[list[str], list[str]]:
+    """Copy the notebooks that ``folder`` has not, and leave those it has as they are: (copied, kept) by name.
+
+    A copy is whole or not there at all. Raises CourseError where nothing can be written.
+    """
+    new, kept = [], []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for notebook in sorted(shipped().glob("[0-9][0-9]-*.ipynb")):
+            target = folder / notebook.name
+            if target.exists():
+                kept.append(notebook.name)
+                continue
+            half = target.with_suffix(".copying")
+            shutil.copyfile(notebook, half)
+            half.rename(target)
+            new.append(notebook.name)
+    except OSError as error:
+        raise CourseError(f"the notebooks cannot be copied to {folder}: {error.strerror or error}.") from None
+    return new, kept

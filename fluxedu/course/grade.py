@@ -1,0 +1,102 @@
+"""Marking: run a student's notebook and check what it defines, exercise by exercise.
+
+The notebook runs in a process of its own with a time limit a cell. That is no sandbox: it may do whatever the
+person who runs it may do, so mark strangers' notebooks in a container.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+from nbformat.v4 import new_code_cell
+
+from fluxedu.course.errors import CourseError
+from fluxedu.course.exercise import Exercise, all_exercises
+from fluxedu.course.files import shipped
+
+LAST = """
+import os
+os.environ["FLUXEDU_VERDICTS"] = {file!r}
+from fluxedu.course.check import check as _check
+for _name, _object in {wanted!r}:
+    _check(_name, globals().get(_object))
+"""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One exercise of one student: ``passed`` and the sentence."""
+
+    student: str
+    exercise: str
+    passed: bool
+    says: str
+
+
+def exercises_in(notebook: nbformat.NotebookNode) -> list[Exercise]:
+    """The exercises whose cells a notebook has, in order."""
+    told = (cell.metadata.get("fluxedu", {}) for cell in notebook.cells)
+    names = [m["exercise"] for m in told if m.get("role") == "answer"]
+    return [all_exercises()[name] for name in dict.fromkeys(names) if name in all_exercises()]
+
+
+def wanted_of(path: Path, notebook: nbformat.NotebookNode) -> list[Exercise]:
+    """What is to be marked: the exercises of the shipped notebook of that name, else those whose cells are left."""
+    original = shipped() / path.name
+    return exercises_in(nbformat.read(original, 4)) if original.exists() else exercises_in(notebook)
+
+
+def graded(path: Path, timeout: int = 120) -> list[Mark]:
+    """Run one notebook and mark it; a cell that fails or takes longer than ``timeout`` seconds does not stop the rest.
+
+    Raises CourseError for what is no notebook or has no exercise.
+    """
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    try:
+        notebook = nbformat.read(path, 4)
+    except FileNotFoundError:
+        raise CourseError(f"there is no notebook {path}.") from None
+    except Exception:  # noqa: BLE001 - whatever is wrong with the file
+        raise CourseError(f"{path} is no notebook that can be read.") from None
+    wanted = wanted_of(path, notebook)
+    if not wanted:
+        raise CourseError(f"{path} has no exercise of this course.")
+    student = str(path.parent.name or path.stem)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "verdicts.jsonl"
+        last = LAST.format(file=str(file), wanted=[(task.name, task.object) for task in wanted])
+        notebook.cells = [c for c in notebook.cells if c.cell_type == "code"] + [new_code_cell(last)]
+        client = NotebookClient(
+            notebook, timeout=timeout, allow_errors=True, interrupt_on_timeout=True,
+            resources={"metadata": {"path": folder}},
+        )  # fmt: skip
+        ended = "it was not reached: the notebook did not run to its end."
+        try:
+            client.execute(env=os.environ | {"MPLBACKEND": "agg"})
+        except (CellTimeoutError, DeadKernelError) as error:
+            ended = f"it was not reached: {type(error).__name__}."
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    said = {line["name"]: line for line in map(json.loads, lines)}
+    missing = {"passed": False, "says": ended}
+    return [Mark(student, t.name, **_told(said.get(t.name, missing))) for t in wanted]
+
+
+def _told(line: dict) -> dict:
+    return {"passed": line["passed"], "says": line["says"]}
+
+
+def write_csv(marks: Iterable[Mark], path: Path) -> None:
+    """A line a student and exercise."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["student", "exercise", "passed", "says"])
+        table.writerows([m.student, m.exercise, int(m.passed), m.says] for m in marks)
