@@ -31,12 +31,12 @@ _BEFORE = (
          "Pixels become a latent; only where a run begins with a picture.", ("ae.encoder.", "ae.latent")),
     Part("noise", "Noise", "image",
          "Where the run begins: a number a channel and cell, drawn on the CPU from the seed.",
-         ("sample.noise", "sample.txt", "sample.pooled")),
+         ("sample.noise",)),
     Part("vec", "Time + guidance + text", "time",
          "Three vectors are added, and every shift, scale and gate of every block is made from the sum. They do not "
-         "depend on the picture, so those of all steps are known before the first.", ("vec",)),
+         "depend on the picture, so those of all steps are known before the first.", ("vec", "sample.pooled")),
     Part("in", "Patches and words", "flow", "Both kinds of token are brought to the transformer's width.",
-         ("img_in", "txt_in")),
+         ("img_in", "txt_in", "sample.txt")),
 )  # fmt: skip
 _AFTER = (
     Part("final", "Last layer: velocity", "flow",

@@ -111,15 +111,14 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         return When(0, 0, self.calls[site], 0, None)
 
     def _reduced(self, owner: Sited, name: str, site: str, value, moment: Moment | None, when: When) -> Named | None:
-        chosen = self._chosen(self._named(owner, name, site, value), site, moment)
+        chosen = self._chosen(self._of_pass(self._named(owner, name, site, value), moment), site, moment)
         place = (site, *when.place[:2])
         if place not in self.made:
             self.made[place] = self.reductions()
         reductions = self.made[place]
         if isinstance(chosen, MapView) and not reductions:
             b, h, n, m = chosen.shape
-            kept = 1 if self._one_pass() else b
-            self._expect(site, (self.dtype or torch.float32).itemsize * kept * h * n * m, moment)  # before it is made
+            self._expect(site, (self.dtype or torch.float32).itemsize * b * h * n * m, moment)  # before it is made
         for reduction in reductions:
             chosen = reduction(chosen)
             if chosen is None:
@@ -133,6 +132,17 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         if axes is None or len(axes) != value.ndim:
             axes = tuple(f"axis{i}" for i in range(value.ndim))
         return Named(value.detach(), axes)
+
+    def _of_pass(self, value: Named | AttentionMap, moment: Moment | None) -> Named | AttentionMap:
+        """Of the two passes of guidance, the one that is wanted, before anything is made of both."""
+        which = self._one_pass() if moment is not None and moment.asked.guided else None
+        if which is None or "batch" not in getattr(value, "axes", ("batch",)):
+            return value
+        size = value.shape[0] if isinstance(value, AttentionMap) else value.sizes["batch"]
+        if size != 2:
+            return value
+        at = ("negative", "prompted").index(which)
+        return value.picture(at) if isinstance(value, AttentionMap) else value.take("batch", [at])
 
     # -- which part of it
 

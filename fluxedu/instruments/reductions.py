@@ -127,7 +127,7 @@ def rms(value: Value) -> Named:
 def summary(value: Value) -> Named:
     """Four numbers, axis ``number``: mean, spread, least and most; of a map, of how much each key is looked at."""
     x = value.head_mean().tensor.sum(-2) if isinstance(value, MapView) else made(value).tensor
-    x = (x.abs() if x.is_complex() else x).float()
+    x = (x.angle() if x.is_complex() else x).float()  # a turn is its angle
     numbers = torch.stack([x.mean(), x.std(correction=0), x.min(), x.max()])
     return Named(numbers, ("number",), {"number": ["mean", "spread", "least", "most"]})
 

@@ -84,6 +84,13 @@ class AttentionMap:
         some._lse = None if self._lse is None else self._lse[:, index]
         return some
 
+    def picture(self, index: int) -> AttentionMap:
+        """The same map of one picture of the batch, which keeps its axis."""
+        q, k, v = (None if x is None else x[index : index + 1] for x in (self.q, self.k, self.v))
+        one = AttentionMap(q, k, v, self.words)
+        one._lse = None if self._lse is None else self._lse[index : index + 1]
+        return one
+
     def head_mean(self, rows: Index = slice(None), columns: Index | None = None) -> Tensor:
         """The map, or a part of it, averaged over heads, ``[B, N, N]``: a head at a time, never all at once."""
         if columns is not None:

@@ -11,13 +11,15 @@ from fluxedu.instruments.catalogue import Site, sites
 from fluxedu.instruments.lenses.run import recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts
-from fluxedu.instruments.recorder import record
+from fluxedu.instruments.errors import InstrumentError
+from fluxedu.instruments.recorder import Steps, record
 from fluxedu.instruments.reductions import MapView, Value, made
 from fluxedu.plots.canvas import SHADES
 from fluxedu.sampling.pipeline import FluxPipeline
+from fluxedu.widgets.asked import checked, some_steps
 from fluxedu.widgets.controls import Slider
 from fluxedu.widgets.explorer import Explorer, View
-from fluxedu.widgets.paint import enlarged, heat, two_sided
+from fluxedu.widgets.paint import heat, stretched, two_sided
 from fluxedu.widgets.panels import Boxes, Pixels
 
 ROWS, COLUMNS, TILES = 256, 640, 16  # how much of a value is kept to be looked at
@@ -46,7 +48,9 @@ def as_table(value: Value) -> Named:
         rows = [torch.cat(tiles[i : i + across], dim=1) for i in range(0, len(tiles), across)]
         axes, table = ("row", f"column; {min(TILES, x.shape[0])} of {x.shape[0]} channels as tiles"), torch.cat(rows)
     down, along = (-(-n // most) for n, most in zip(table.shape, (ROWS, COLUMNS), strict=True))
-    return Named(table[::down, ::along], tuple("vector" if a == "one" else a for a in axes))
+    said = tuple("vector" if a == "one" else a for a in axes)
+    named = (a if by == 1 else f"{a}, one in {by}" for a, by in zip(said, (down, along), strict=True))
+    return Named(table[::down, ::along], tuple(named))
 
 
 def diagram(those: Sequence[Part]) -> tuple[list[Box], list[tuple[float, float, float, float]], tuple[float, float]]:
@@ -97,14 +101,14 @@ def architecture_view(
     known: Mapping[str, Sequence[Site]],
     tables: Mapping[str, Named],
     numbers: Mapping[str, Named],
-    step: int,
+    time: float,
     part: int,
     site: int,
 ) -> View:
-    """The diagram, the sites of one part, and one site's value at one of the kept steps.
+    """The diagram, the sites of one part, and one site's value at ``time``.
 
     ``known``: part -> its sites · ``tables``, ``numbers``: site -> :func:`as_table` and the summary, with an axis
-    ``step`` where there are several.
+    ``step``, labelled by time, where there are several.
     """
     here = known[those[part].name]
     chosen = here[min(site, len(here) - 1)]
@@ -112,56 +116,68 @@ def architecture_view(
     shade = SHADES[those[part].kind]
     grid = [(s.name.removeprefix(f"{those[part].name}."), 2 + i % 3 * 150, 4 + i // 3 * 22, 146, 18,
              shade if s.name in tables else GREY) for i, s in enumerate(here)]  # fmt: skip
-    kind = those[part].title
+    high = 8 + 22 * -(-len(here) // 3)
     panels = [
         Boxes("the model: choose a part", boxes, lines, size, part, pointer="part"),
-        Boxes(f"{kind}: {len(here)} sites", grid, [], (454, 8 + 22 * -(-len(here) // 3)), here.index(chosen),
-              pointer="site"),
-        _value(chosen, tables.get(chosen.name), step),
-    ]  # fmt: skip
-    return View(panels, _said(chosen, numbers.get(chosen.name), step))
+        Boxes(f"{those[part].title}: {len(here)} sites", grid, [], (454, high), here.index(chosen), pointer="site"),
+        _value(chosen, tables.get(chosen.name), time),
+    ]
+    return View(panels, f"{those[part].text} · {_said(chosen, numbers.get(chosen.name), time)}")
 
 
-def _at(value: Named, step: int) -> Named:
-    return value.at(step=min(step, value.sizes["step"] - 1)) if "step" in value.axes else value
+def at_time(value: Named, time: float) -> Named | None:
+    """What passed at ``time``: of several calls the last, of several questions at one time the first; None if nothing
+    did.
+    """
+    value = value.at(call=-1) if "call" in value.axes else value
+    if "step" not in value.axes:
+        return value
+    places = [i for i, t in enumerate(value.coords["step"]) if abs(t - time) < 1e-6]
+    return value.at(step=places[0]) if places else None
 
 
-def _value(site: Site, table: Named | None, step: int) -> Pixels:
-    if table is None:
-        return Pixels(f"{site.name}: nothing passed here in this run", np.full((64, 128, 3), 235, np.uint8))
-    x = _at(table, step)
-    most = float(x.tensor.abs().max())
-    shown, low = (heat(x.tensor, most), 0.0) if float(x.tensor.min()) >= 0 else (two_sided(x.tensor, most), -most)
-    colours = "magma" if low == 0 else "RdBu_r"
-    key = (f"{low:.3g}", f"{most:.3g}")
-    return Pixels(f"rows: {x.axes[0]} · columns: {x.axes[1]}", enlarged(shown, 200, 300), key=key, colours=colours)
+def _value(site: Site, table: Named | None, time: float) -> Pixels:
+    x = None if table is None else at_time(table, time)
+    if x is None:
+        when = "" if table is None else " at this time"
+        return Pixels(f"{site.name}: nothing of the prompt's pass went by{when}", np.full((64, 128, 3), 235, np.uint8))
+    most = float(table.tensor.abs().max())  # one scale for all times
+    positive = float(table.tensor.min()) >= 0
+    shown = heat(x.tensor, most) if positive else two_sided(x.tensor, most)
+    key = ("0" if positive else f"{-most:.3g}", f"{most:.3g}")
+    title = f"{site.name}: rows are {x.axes[0]}, columns {x.axes[1]}"
+    return Pixels(title, stretched(shown, 256, 640), key=key, colours="magma" if positive else "RdBu_r")
 
 
-def _said(site: Site, numbers: Named | None, step: int) -> str:
+def _said(site: Site, numbers: Named | None, time: float) -> str:
     said = f"{site.name} [{', '.join(map(str, site.shape))}]: {site.meaning} ({site.source})."
-    if numbers is None:
+    here = None if numbers is None else at_time(numbers, time)
+    if here is None:
         return said
-    mean, spread, least, most = _at(numbers, step).tensor.tolist()
+    mean, spread, least, most = here.tensor.tolist()
     return f"{said} Here: mean {mean:.3g}, spread {spread:.3g}, from {least:.3g} to {most:.3g}."
 
 
-def architecture(pipe: FluxPipeline, prompt: str, *, at_steps: Sequence[int] | None = None, **asked) -> Explorer:
+def architecture(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None, **asked) -> Explorer:
     """Every site of the model on its diagram, with what passed there while ``prompt`` was drawn.
 
-    at_steps: which steps to keep, six of them if not said · ``asked``: as for the pipeline.
+    at_steps: which steps to keep, six of them if not said · ``asked``: as for the pipeline. With classifier-free
+    guidance, the prompted pass is shown. Colours have one scale over all kept steps.
     """
-    count = asked.get("steps") or pipe.defaults.steps
-    at_steps = sorted({round(i * (count - 1) / 5) for i in range(6)}) if at_steps is None else list(at_steps)
+    at_steps = some_steps(pipe, checked(asked)) if at_steps is None else at_steps
     with record("*", steps=at_steps, reduce="summary", passes="prompted") as summed:
         _, rec = recorded(pipe, prompt, "*", asked=asked, steps=at_steps, reduce=as_table)
     tables, numbers = ({name: r[name] for name in r} for r in (rec, summed))
+    if "sample.x" not in tables:
+        raise InstrumentError("the run has no such step, so there is nothing to look at.")
     those, every = parts(pipe), sites(pipe)
     known = {part.name: [s for s in every if part.has(s.name)] for part in those}
     times = tables["sample.x"].coords["step"]
 
     def draw(step: int, part: int, site: int) -> View:
-        return architecture_view(those, known, tables, numbers, step, part, site)
+        return architecture_view(those, known, tables, numbers, times[step], part, site)
 
     control = Slider("step", "time", [f"t = {t:.2f}" for t in times], len(times) // 2)
-    start = [part.name for part in those].index("single.0")
-    return Explorer("The model", [control], draw, {"part": start, "site": 0}, widths=[4.6, 4.4, 3.2])
+    part = [part.name for part in those].index("single.0")
+    site = [s.name for s in known["single.0"]].index("single.0.attn.map")
+    return Explorer("The model", [control], draw, {"part": part, "site": site}, widths=[4.6, 4.4, 3.2])

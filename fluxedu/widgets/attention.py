@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fluxedu.instruments.lenses.run import blocks_of, grid, recorded
+from fluxedu.instruments.lenses.run import by_block, grid, recorded
 from fluxedu.models.attention_map import AttentionMap
 from fluxedu.sampling.pipeline import FluxPipeline
+from fluxedu.widgets.asked import checked
 from fluxedu.widgets.controls import Chips, Choice, Slider
 from fluxedu.widgets.explorer import Explorer, View
-from fluxedu.widgets.paint import enlarged, over, picture
+from fluxedu.widgets.paint import enlarged, over, over_stops, picture
 from fluxedu.widgets.panels import Pixels
 
 SIDE = 256  # pixels of a painted picture, about
@@ -61,7 +62,7 @@ def attention_view(
 ) -> View:
     """The row of a patch over picture and words, and the column of a word over the picture."""
     rows, columns = run.grid
-    base = enlarged(picture(run.image), SIDE, SIDE)
+    base = enlarged(picture(run.image), SIDE)
     token = run.words + patch[0] * columns + patch[1]
     row = run.rows(block, step, head, token)
     column = run.columns(block, step, head, word)[run.words :].reshape(rows, columns)
@@ -69,24 +70,23 @@ def attention_view(
     strongest = int(said.argmax())
     peak = np.unravel_index(column.argmax(), column.shape)
     text = (
-        f"Patch {patch} gives {row[run.words :].sum():.0%} of its attention to the picture and {said.sum():.0%} to the "
-        f"prompt's words, most to “{pieces[strongest]}” ({said[strongest]:.1%}). “{pieces[word]}” is looked at most "
-        f"from patch {tuple(map(int, peak))} ({column.max():.1%})."
+        f"The patch in row {patch[0]}, column {patch[1]} gives {row[run.words :].sum():.0%} of its attention to the "
+        f"picture, {said.sum():.0%} to the prompt, most to “{pieces[strongest]}” ({said[strongest]:.1%}), and "
+        f"{row[len(pieces) : run.words].sum():.0%} to the padding. “{pieces[word]}” is looked at most from row "
+        f"{int(peak[0])}, column {int(peak[1])} ({column.max():.1%})."
     )
+    key = {"colours": over_stops()}
+    mine, theirs = ("0", f"{seen.max():.1%} of its attention"), ("0", f"{column.max():.1%} of theirs")
     panels = [
-        Pixels(
-            "what the patch looks at",
-            over(base, seen),
-            run.grid,
-            patch,
-            ("0", f"{seen.max():.1%} of its attention"),
-            pointer="patch",
-        ),
-        Pixels(
-            f"who looks at “{pieces[word]}”", over(base, column), run.grid, key=("0", f"{column.max():.1%} of theirs")
-        ),
+        Pixels("what the patch looks at", over(base, seen), run.grid, patch, mine, pointer="patch", **key),
+        Pixels(f"who looks at “{pieces[word]}”", over(base, column), run.grid, key=theirs, **key),
     ]
     return View(panels, text, {"word": said / max(float(said.max()), 1e-12)})
+
+
+def labelled(times: Sequence[float]) -> list[str]:
+    """Times as labels; where a solver asks twice at one time, the second says so."""
+    return [f"t = {t:.2f}" + ", again" * (t in times[:i]) for i, t in enumerate(times)]
 
 
 def attention(pipe: FluxPipeline, prompt: str, *, blocks: str = "*", at_steps=None, **asked) -> Explorer:
@@ -97,17 +97,18 @@ def attention(pipe: FluxPipeline, prompt: str, *, blocks: str = "*", at_steps=No
     much, with how to ask for less. The words' shade is what the patch gives them.
     """
     sites = (f"{blocks}.attn.q", f"{blocks}.attn.k")
-    out, rec = recorded(pipe, prompt, *sites, asked=asked, steps=at_steps)
-    names = [b for b in blocks_of(pipe) if f"{b}.attn.q" in rec]
-    q, k = ({b: rec[f"{b}.attn.{x}"].tensor for b in names} for x in "qk")
+    out, rec = recorded(pipe, prompt, *sites, asked=checked(asked), steps=at_steps)
+    stacked = [by_block(rec, pipe, f"attn.{x}") for x in "qk"]
+    names = stacked[0].coords["block"]
+    q, k = ({b: x.tensor[i] for i, b in enumerate(names)} for x in stacked)
     tokenizer = pipe.prompt_encoder.t5_tokenizer
     run = Attended(out.images[0], q, k, tokenizer.length, grid(pipe, out))
-    times, pieces = rec[f"{names[0]}.attn.q"].coords["step"], tokenizer.pieces(prompt)
-    heads = ["mean", *(f"head {i}" for i in range(q[names[0]].shape[1]))]
+    times, pieces = stacked[0].coords["step"], tokenizer.pieces(prompt)
+    count = q[names[0]].shape[1]
     controls = [
         Choice("block", "block", names, len(names) // 2),
-        Slider("step", "time", [f"t = {t:.2f}" for t in times], len(times) // 2),
-        Choice("head", "head", heads),
+        Slider("step", "time", labelled(times), len(times) // 2),
+        Choice("head", "head", ["mean", *(f"head {i}" for i in range(count))], values=[None, *range(count)]),
         Chips("word", "word", pieces, min(1, len(pieces) - 1)),
     ]
 

@@ -6,18 +6,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from fluxedu.instruments.errors import InstrumentError
 
 
 @dataclass(frozen=True)
 class Control:
-    """``labels``: what its places are called · ``start``: where it stands at first."""
+    """``labels``: what its places are called · ``start``: where it stands at first · ``values``: what the places mean,
+    where that is a number of its own: a number then names a value, not a place.
+    """
 
     name: str
     label: str
     labels: Sequence[str]
     start: int = 0
+    values: Sequence[float | None] | None = None
 
     kind = "slider"
 
@@ -25,15 +29,26 @@ class Control:
         """What the browser is told."""
         return {"kind": self.kind, "name": self.name, "label": self.label, "labels": list(map(str, self.labels))}
 
-    def place(self, value: int | str) -> int:
-        """A place said by number or label; raises InstrumentError for one that is not there."""
+    def place(self, said: int | float | str) -> int:
+        """A place by its label, its value or, if values are no numbers, its number; raises InstrumentError for others."""
         labels = list(map(str, self.labels))
-        if isinstance(value, str) and value in labels:
-            return labels.index(value)
-        if isinstance(value, int) and -len(labels) <= value < len(labels):
-            return value % len(labels)
+        if isinstance(said, str):
+            bare = [label.lstrip("▁") for label in labels]
+            places = [i for i, label in enumerate(labels) if label == said] or [
+                i for i, label in enumerate(bare) if label == said
+            ]
+        elif self.values is not None:
+            places = [i for i, value in enumerate(self.values) if value is not None and value == said]
+        else:
+            places = [said % len(labels)] if _whole(said) and -len(labels) <= said < len(labels) else []
+        if places:
+            return int(places[0])
         shown = ", ".join(labels[:6]) + (", ..." if len(labels) > 6 else "")
-        raise InstrumentError(f"{self.name} has {len(labels)} places ({shown}), and none is {value!r}.")
+        raise InstrumentError(f"{self.name} is one of {len(labels)} ({shown}), not {said!r}.")
+
+
+def _whole(said: object) -> bool:
+    return isinstance(said, Integral) and not isinstance(said, bool)
 
 
 class Slider(Control):

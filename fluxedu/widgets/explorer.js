@@ -27,14 +27,19 @@ function mover(model, root) {
     state.moves = sent = Math.max(sent, state.moves) + 1;
     since = waiting.since;
     waiting = null;
-    patience = setTimeout(() => root.classList.add("silent"), 4000);
+    patience = setTimeout(silent, 4000);
     model.set("state", state);
     model.save_changes();
   };
+  const silent = () => { // say so, and let the next move try again
+    root.classList.add("silent");
+    since = null;
+  };
   const answered = () => {
-    if (since === null || model.get("view").moves < sent) return;
+    if (model.get("view").moves < sent) return;
     clearTimeout(patience);
     root.classList.remove("silent");
+    if (since === null) return;
     const milliseconds = performance.now() - since;
     root.dispatchEvent(new CustomEvent("fluxedu:answered", { detail: { milliseconds } }));
     since = null;
@@ -44,7 +49,9 @@ function mover(model, root) {
     waiting = { changes: { ...waiting?.changes, ...changes }, since: waiting?.since ?? performance.now() };
     go();
   };
-  return { move, answered };
+  /** Where everything stands: as the kernel knows it, and what is on its way there. */
+  const standing = () => ({ ...model.get("state"), ...waiting?.changes });
+  return { move, answered, standing };
 }
 
 /** Arrow keys as steps [down, right]; null for any other key. */
@@ -78,7 +85,7 @@ function slider({ name, label, labels }, move) {
     if (steps) to(within(Number(input.value) + steps[1] - steps[0], labels.length));
   });
   const show = (place) => {
-    if (document.activeElement !== input || !input.matches(":active")) input.value = place;
+    if (!input.matches(":active")) input.value = place;
     say(input.value);
   };
   return { el: html("div", { className: "control" }, html("label", { htmlFor: id, textContent: label }), input, said), show };
@@ -125,11 +132,24 @@ const CONTROLS = { slider, choice, chips };
 
 // ---------------------------------------------------------------- panels: each gives { el, paint(panel, place) }
 
-/** A canvas of cells: pointing at one, or the arrow keys, moves. */
+/** Names beside the rows or above the columns of a table. */
+function names(labels, side) {
+  const each = labels.map((label, i) => {
+    const el = html("span", { textContent: label });
+    el.style[side === "rows" ? "top" : "left"] = `${(100 * (i + 0.5)) / labels.length}%`;
+    return el;
+  });
+  return html("div", { className: `names ${side}` }, ...each);
+}
+
+/** A canvas of cells: pointing at one, or the arrow keys, moves; a click holds it, the next lets go. */
 function pixels(first, move) {
   const canvas = html("canvas"), mark = html("div", { className: "mark" });
   const stage = html("div", { className: "stage" }, canvas, mark), key = html("div", { className: "key" });
-  let panel = first, place = [0, 0];
+  if (first.rows.length) stage.append(names(first.rows, "rows"));
+  if (first.columns.length) stage.append(names(first.columns, "columns"));
+  stage.style.marginLeft = first.rows.length ? `${Math.max(...first.rows.map((r) => r.length)) * 0.5 + 0.8}em` : "";
+  let panel = first, place = [0, 0], held = false;
   const to = (row, column) => {
     const next = [within(row, panel.cells[0]), within(column, panel.cells[1])];
     if (next[0] === place[0] && next[1] === place[1]) return;
@@ -144,8 +164,12 @@ function pixels(first, move) {
       const [rows, columns] = panel.cells;
       to(Math.floor(((e.clientY - box.top) / box.height) * rows), Math.floor(((e.clientX - box.left) / box.width) * columns));
     };
-    canvas.addEventListener("pointermove", at);
-    canvas.addEventListener("pointerdown", at);
+    canvas.addEventListener("pointermove", (e) => held || at(e));
+    canvas.addEventListener("pointerdown", (e) => {
+      held = !held;
+      stage.classList.toggle("held", held);
+      at(e);
+    });
     canvas.addEventListener("keydown", (e) => {
       const steps = arrow(e);
       if (steps) to(place[0] + steps[0], place[1] + steps[1]);
@@ -163,11 +187,12 @@ function pixels(first, move) {
     stage.style.width = `${Math.round(256 * Math.min(1.5, Math.sqrt(width / height)))}px`;
     stage.style.aspectRatio = `${width} / ${height}`;
     canvas.getContext("2d").putImageData(image, 0, 0);
-    canvas.setAttribute("aria-label", now.pointer ? `${now.title}: the arrow keys move` : now.title);
-    mark.hidden = !now.mark;
-    if (now.mark) {
+    canvas.setAttribute("aria-label", now.pointer ? `${now.title}: the arrow keys move, a click holds` : now.title);
+    const spot = now.mark && (now.pointer ? place : now.mark); // where the reader is, the answer being on its way
+    mark.hidden = !spot;
+    if (spot) {
       const [down, across] = [100 / now.cells[0], 100 / now.cells[1]];
-      mark.style.cssText = `top:${now.mark[0] * down}%;left:${now.mark[1] * across}%;height:${down}%;width:${across}%`;
+      mark.style.cssText = `top:${spot[0] * down}%;left:${spot[1] * across}%;height:${down}%;width:${across}%`;
     }
     key.hidden = !now.key;
     if (now.key) {
@@ -230,22 +255,25 @@ function lines() {
 /** Points with arrows: the nearest to the pointer is chosen; the arrow keys go to the next and the last. */
 function points(first, move) {
   const el = html("div", { className: "drawing" });
-  let panel = first, at = [], sheet = null;
-  const to = (i) => i !== panel.mark && move({ [panel.pointer]: (panel.mark = i) });
-  el.addEventListener("pointermove", (e) => {
+  let panel = first, at = [], sheet = null, place = first.mark;
+  const to = (i) => i !== place && move({ [panel.pointer]: (place = i) });
+  const nearest = (e) => {
     if (!sheet || !panel.pointer) return;
     const p = new DOMPoint(e.clientX, e.clientY).matrixTransform(sheet.getScreenCTM().inverse());
     const far = at.map(([x, y]) => (x - p.x) ** 2 + (y - p.y) ** 2), least = Math.min(...far);
     if (least < 400) to(far.indexOf(least));
-  });
+  };
+  el.addEventListener("pointermove", nearest);
+  el.addEventListener("pointerdown", nearest);
   el.tabIndex = 0;
   el.setAttribute("role", "application");
   el.addEventListener("keydown", (e) => {
     const steps = arrow(e);
-    if (steps) to(within(panel.mark + steps[0] + steps[1], at.length));
+    if (steps) to(within(place + steps[0] + steps[1], at.length));
   });
-  const paint = (now) => {
+  const paint = (now, told) => {
     panel = now;
+    place = told ?? now.mark;
     const [a, b] = now.reach, [X, Y, parts] = frame([-a, a], [-b, b], now.across, now.up);
     at = now.group.map((_, i) => [X(now.xy[2 * i]), Y(now.xy[2 * i + 1])]);
     now.group.forEach((g, i) => {
@@ -314,17 +342,17 @@ function render({ model, el }) {
   root.setAttribute("role", "group");
   root.dataset.lmSuppressShortcuts = "true"; // JupyterLab leaves our keys alone
   root.setAttribute("aria-label", model.get("title"));
-  const { move, answered } = mover(model, root);
+  const { move, answered, standing } = mover(model, root);
 
   const controls = model.get("controls").map((c) => [c.name, CONTROLS[c.kind](c, move)]);
   const bar = html("div", { className: "bar" }, ...controls.map(([, c]) => c.el));
   const row = html("div", { className: "row" }), said = html("p", { className: "said" });
   said.setAttribute("aria-live", "polite");
-  const silent = html("p", { className: "no-kernel", textContent: "No kernel answers: this is the last view." });
+  const silent = html("p", { className: "no-kernel", textContent: "No answer for four seconds: the kernel is busy or gone. This is the last view." });
 
   let shown = []; // [kind, panel, title element]
   const show = () => {
-    const { panels = [], text = "", shades = {} } = model.get("view"), state = model.get("state");
+    const { panels = [], text = "", shades = {} } = model.get("view"), state = standing();
     if (panels.map((p) => p.kind).join() !== shown.map(([kind]) => kind).join()) {
       shown = panels.map((p) => [p.kind, PANELS[p.kind](p, move), html("figcaption")]);
       row.replaceChildren(...shown.map(([, p, title]) => html("figure", {}, title, p.el)));

@@ -69,10 +69,11 @@ class Explorer(anywidget.AnyWidget):
         widths: Sequence[float] | None = None,
     ):
         self.draw, self.known, self.widths = draw, {c.name: c for c in controls}, widths
-        self.pointers = dict(pointers or {})
-        start = {c.name: c.place(c.start) for c in controls} | self.pointers
+        self.pointers, self.extents = dict(pointers or {}), {}
+        start = {c.name: c.start for c in controls} | self.pointers
         told, still = [c.message() for c in controls], f"fluxedu-{uuid4().hex[:12]}"
         super().__init__(title=title, controls=told, state=start | {"moves": 0}, still=still)
+        self.now()  # what is wrong with the first view is raised here
         self._redraw()
         self.observe(self._redraw, "state")
 
@@ -85,32 +86,41 @@ class Explorer(anywidget.AnyWidget):
         return {name: tuple(map(int, v)) if isinstance(v, (list, tuple)) else int(v) for name, v in given}
 
     def set(self, **moves) -> Explorer:
-        """Move controls (a place or its label) and pointers; raises InstrumentError for what is not there."""
+        """Move controls (a label, a value or a place) and pointers; raises InstrumentError for what is not there."""
         for name, value in moves.items():
             if name in self.known:
                 moves[name] = self.known[name].place(value)
             elif name not in self.pointers:
                 raise InstrumentError(f"{self.title} has {', '.join([*self.known, *self.pointers])}, not {name!r}.")
-        self.draw(**(self.values | moves))  # what cannot be drawn is refused before anything moves
+        self._drawn(self.values | moves)  # what cannot be drawn is refused before anything moves
         self.state = self.state | moves
         return self
 
     def now(self) -> View:
         """The present view."""
-        return self.draw(**self.values)
+        return self._drawn(self.values)
+
+    def _drawn(self, values: dict) -> View:
+        for name, extent in self.extents.items():
+            _inside(name, values[name], extent)
+        view = self.draw(**values)
+        told = ((p.pointer, p.extent) for p in view.panels if p.pointer and p.extent is not None)
+        self.extents = dict(told)
+        return view
 
     def _redraw(self, _=None) -> None:
+        """Answer a move, whatever comes of it: a page that is not answered asks no more."""
+        moves = self.state.get("moves", 0)
         try:
             view = self.now()
         except InstrumentError as error:
-            self.view = self.view | {"text": str(error), "moves": self.state.get("moves", 0)}
-            return
-        self.view = {
-            "moves": self.state.get("moves", 0),
-            "text": view.text,
-            "panels": [panel.message() for panel in view.panels],
-            "shades": {name: plain(np.clip(row, 0, 1)) for name, row in view.shades.items()},
-        }
+            self.view = self.view | {"text": str(error), "moves": moves}
+        except Exception as error:  # noqa: BLE001 - said on the page, since nobody sees a kernel's log
+            self.view = self.view | {"text": f"This cannot be shown: {type(error).__name__}, {error}.", "moves": moves}
+        else:
+            shades = {name: plain(np.clip(row, 0, 1)) for name, row in view.shades.items()}
+            panels = [panel.message() for panel in view.panels]
+            self.view = {"moves": moves, "text": view.text, "panels": panels, "shades": shades}
 
     # -- without a kernel
 
@@ -119,8 +129,9 @@ class Explorer(anywidget.AnyWidget):
         view = self.now()
         widths = list(self.widths or [3.0] * len(view.panels))
         rows = [name for name in view.shades if name in self.known]
-        fig = Figure(figsize=(sum(widths) + 0.4, max(3.0, min(widths)) + 0.6 + 0.55 * len(rows)), layout="constrained")
-        parts = fig.subfigures(1 + len(rows), 1, height_ratios=[*[0.55] * len(rows), 3.4], squeeze=False)[:, 0]
+        high = [0.3 + 0.25 * len(_lines_of(self.known[name].labels)) for name in rows]
+        fig = Figure(figsize=(sum(widths) + 0.4, max(3.0, min(widths)) + 0.6 + sum(high)), layout="constrained")
+        parts = fig.subfigures(1 + len(rows), 1, height_ratios=[*high, 3.4], squeeze=False)[:, 0]
         for part, name in zip(parts, rows, strict=False):
             _strip(part.subplots(), self.known[name], view.shades[name], self.values[name])
         axes = parts[-1].subplots(1, len(view.panels), squeeze=False, width_ratios=widths)[0]
@@ -149,12 +160,37 @@ class Explorer(anywidget.AnyWidget):
         return f"<{self.title}: an explorer>"
 
 
+def _inside(name: str, place: int | tuple[int, ...], extent: int | tuple[int, int]) -> None:
+    """Raises InstrumentError for a pointer outside its panel."""
+    where, ends = (v if isinstance(v, tuple) else (v,) for v in (place, extent))
+    if len(where) != len(ends) or not all(0 <= i < n for i, n in zip(where, ends, strict=True)):
+        most = " x ".join(map(str, ends))
+        raise InstrumentError(f"{name} is one of {most} places, counted from 0, and none is {place!r}.")
+
+
+def _lines_of(labels: Sequence[str], most: int = 90) -> list[list[int]]:
+    """Places in lines of about ``most`` letters."""
+    lines, length = [[]], 0
+    for i, label in enumerate(labels):
+        if lines[-1] and length + len(label) + 1.5 > most:
+            lines.append([])
+            length = 0
+        lines[-1].append(i)
+        length += len(label) + 1.5
+    return lines
+
+
 def _strip(ax, control: Control, shades: Sequence[float], chosen: int) -> None:
-    """A chips control as a row of shaded words."""
-    lengths = np.array([len(label) + 1.5 for label in control.labels])
-    places = (lengths.cumsum() - lengths / 2) / lengths.sum()
-    quiet(ax).set(xlim=(0, 1), ylim=(0, 1))
+    """A chips control as lines of shaded words."""
+    lines = _lines_of(control.labels)
+    quiet(ax).set(xlim=(0, 1), ylim=(len(lines), 0))
     ax.set_title(control.label, fontsize=8, loc="left")
-    for i, (label, place, shade) in enumerate(zip(control.labels, places, shades, strict=True)):
-        box = {"facecolor": to_rgba(SHADE, float(np.clip(shade, 0, 1))), "edgecolor": "black" if i == chosen else "0.8"}
-        ax.text(place, 0.5, label, ha="center", va="center", fontsize=7, bbox=box | {"boxstyle": "round,pad=0.2"})
+    widest = max(sum(len(control.labels[i]) + 1.5 for i in line) for line in lines)
+    for row, line in enumerate(lines):
+        at = 0.0
+        for i in line:
+            wide = (len(control.labels[i]) + 1.5) / widest
+            shade = to_rgba(SHADE, float(np.clip(shades[i], 0, 1)))
+            box = {"facecolor": shade, "edgecolor": "black" if i == chosen else "0.8", "boxstyle": "round,pad=0.2"}
+            ax.text(at + wide / 2, row + 0.5, control.labels[i], ha="center", va="center", fontsize=7, bbox=box)
+            at += wide

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.lenses.run import one_prompt
 from fluxedu.sampling.pipeline import FluxPipeline, Output
+from fluxedu.widgets.asked import checked, numbers
 from fluxedu.widgets.controls import Choice
 from fluxedu.widgets.explorer import Explorer, View
 from fluxedu.widgets.paint import Pixels8, picture
@@ -42,13 +43,13 @@ def grid_view(
     clock = list(times[row])
     panels = [
         Pixels(
-            f"rows: {', '.join(map(str, steps))} steps; columns: strength {', '.join(f'{s:g}' for s in strengths)}",
-            sheet(pictures), (len(steps), len(strengths)), cell, pointer="cell",
+            "a row a number of steps, a column a strength", sheet(pictures), (len(steps), len(strengths)), cell,
+            rows=[str(n) for n in steps], columns=[f"{s:g}" for s in strengths], pointer="cell",
         ),
         Pixels(f"{steps[row]} steps, strength {strengths[column]:g}", pictures[row][column]),
         Lines(
             "the schedule", np.linspace(0, 1, len(clock)),
-            {"time": clock, "even steps": np.linspace(1, 0, len(clock)).tolist()}, "share of the steps done", "t",
+            {"time": clock, "even steps": np.linspace(clock[0], 0, len(clock)).tolist()}, "share of the steps done", "t",
         ),
     ]  # fmt: skip
     return View(panels, f"The latent is {far[row, column]:.0%} of its length away from the one of {steps[-1]} steps at "
@@ -83,14 +84,15 @@ def grid(
     ``asked`` as for the pipeline.
     """
     one_prompt(prompt)
-    steps, strengths, shifts = sorted(steps), list(strengths), list(shifts)
-    if not steps or not strengths or not shifts:
-        raise InstrumentError("give at least one number of steps, one strength and one shift.")
+    steps, strengths = sorted(numbers("steps", steps, 1)), numbers("strengths", strengths, 0)
+    shifts = numbers("shifts", shifts, 0)
+    checked(asked, "steps", "guidance", "trajectory")
     tables = []
     with tqdm(total=len(shifts) * len(steps) * len(strengths), desc="grid", delay=1, leave=False) as bar:
         for shift in shifts:
             outs = [[_one(shifted(pipe, shift), prompt, n, g, asked, bar) for g in strengths] for n in steps]
             latents = torch.stack([torch.stack([out.latents[0] for out in row]) for row in outs]).flatten(2)
+            latents = latents.float()
             far = (latents - latents[-1]).norm(dim=-1) / latents[-1].norm(dim=-1)
             pictures = [[picture(out.images[0]) for out in row] for row in outs]
             tables.append((pictures, far.numpy(force=True), [row[0].trajectory.times.tolist() for row in outs]))
@@ -99,6 +101,6 @@ def grid(
         return grid_view(*tables[shift], steps, strengths, cell)
 
     start = len(shifts) - 1
-    control = Choice("shift", "time shift", [f"{s:g}" for s in shifts], start)
+    control = Choice("shift", "time shift", [f"{s:g}" for s in shifts], start, shifts)
     return Explorer("Steps and guidance", [control], draw, {"cell": (len(steps) - 1, len(strengths) // 2)},
                     widths=[3.6, 2.6, 3.0])  # fmt: skip

@@ -11,9 +11,10 @@ from tqdm.auto import tqdm
 from fluxedu.instruments.interventions import ablate
 from fluxedu.instruments.lenses.run import blocks_of, one_prompt
 from fluxedu.sampling.pipeline import FluxPipeline
+from fluxedu.widgets.asked import checked, numbers
 from fluxedu.widgets.controls import Choice
 from fluxedu.widgets.explorer import Explorer, View
-from fluxedu.widgets.paint import Pixels8, enlarged, heat, picture, two_sided
+from fluxedu.widgets.paint import Pixels8, heat, picture, stretched, two_sided
 from fluxedu.widgets.panels import Pixels
 
 CUTS = ("this head", "all other heads of its block")
@@ -33,17 +34,18 @@ def heads_view(
     apart = (changed.astype(float) - whole).mean(-1) / 255
     panels = [
         Pixels(
-            f"how far it goes: rows {blocks[0]} to {blocks[-1]}, a column a head",
-            enlarged(heat(far, name="viridis"), 256, 200), far.shape, cell, ("0", f"{far.max():.0%} of its length"),
-            "viridis", pointer="cell",
+            "how far the latent goes: a row a block, a column a head", stretched(heat(far, name="viridis"), 256, 200),
+            far.shape, cell, ("0", f"{far.max():.0%} of its length"), "viridis", blocks, range(far.shape[1]),
+            pointer="cell",
         ),
         Pixels("whole", whole),
         Pixels("cut", changed),
         Pixels("brighter (red) or darker (blue)", two_sided(apart, 1.0), key=("-1", "1"), colours="RdBu_r"),
     ]  # fmt: skip
     others = int((far > far[block, head]).sum())
-    return View(panels, f"{blocks[block]}, head {head}, without {cut}: the latent goes {far[block, head]:.0%} of its "
-                        f"length away; {others} of {far.size} cuts go further.")  # fmt: skip
+    lost = f"head {head} of {blocks[block]}" if cut == CUTS[0] else f"all heads of {blocks[block]} but head {head}"
+    text = f"Without {lost} the latent goes {far[block, head]:.0%} of its length away; {others} of {far.size} cuts go further."
+    return View(panels, text)
 
 
 @torch.no_grad()
@@ -53,7 +55,8 @@ def heads(pipe: FluxPipeline, prompt: str, *, steps: int = 6, **asked) -> Explor
     ``2 x blocks x heads`` runs of a few ``steps`` are drawn at first, seconds on the miniature; ``asked`` as for
     the pipeline. Which heads matter: arXiv 1905.10650, there for translation.
     """
-    asked = asked | {"steps": steps, "trajectory": False, "progress": False}
+    (steps,) = numbers("steps", steps, 1)
+    asked = checked(asked, "trajectory") | {"steps": steps, "trajectory": False, "progress": False}
     blocks, count = blocks_of(pipe), pipe.flux.config.num_heads
     whole = pipe(one_prompt(prompt), **asked)
     tables = []
@@ -68,8 +71,8 @@ def heads(pipe: FluxPipeline, prompt: str, *, steps: int = 6, **asked) -> Explor
                         row.append(pipe(prompt, **asked))
                     bar.update()
                 outs.append(row)
-            latents = torch.stack([torch.stack([out.latents for out in row]) for row in outs])
-            far = (latents - whole.latents).flatten(2).norm(dim=-1) / whole.latents.norm()
+            latents = torch.stack([torch.stack([out.latents for out in row]) for row in outs]).float()
+            far = (latents - whole.latents.float()).flatten(2).norm(dim=-1) / whole.latents.float().norm()
             tables.append(([[picture(out.images[0]) for out in row] for row in outs], far.numpy(force=True)))
     base = picture(whole.images[0])
 

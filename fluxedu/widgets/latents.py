@@ -9,9 +9,10 @@ from torch import Tensor
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.sampling.pictures import Picture, to_tensor
 from fluxedu.sampling.pipeline import FluxPipeline
+from fluxedu.widgets.asked import checked
 from fluxedu.widgets.controls import Choice, Slider
 from fluxedu.widgets.explorer import Explorer, View
-from fluxedu.widgets.paint import enlarged, picture, two_sided
+from fluxedu.widgets.paint import enlarged, heat, picture, two_sided
 from fluxedu.widgets.panels import Pixels
 
 AMOUNTS = tuple(x / 2 for x in range(-8, 9))
@@ -42,43 +43,37 @@ def latents_view(
     """
     changed = edited(latent, channel, cell, reach, amount)
     after = autoencoder.decode(changed[None])[0].float().cpu()
-    apart = (after.clamp(-1, 1) - before.clamp(-1, 1)).mean(0) / 2
-    moved = float((apart.abs() > 0.01).float().mean())
+    apart = (after.clamp(-1, 1) - before.clamp(-1, 1)).abs().amax(0) / 2  # of the colour that moves most
+    moved = float((apart > 0.02).float().mean())
     shown = changed[channel]
     most = float(latent.abs().max())
+    mark = None if reach == 2 else cell
     panels = [
         Pixels(
-            f"channel {channel}",
-            enlarged(two_sided(shown, most), 256, 256),
-            tuple(shown.shape),
-            cell,
-            (f"{-most:.1f}", f"{most:.1f}"),
-            "RdBu_r",
-            pointer="cell",
+            f"channel {channel}, edited", enlarged(two_sided(shown, most), 256), tuple(shown.shape), mark,
+            (f"{-most:.1f}", f"{most:.1f}"), "RdBu_r", pointer="cell",
         ),
-        Pixels("decoded", picture(after)),
-        Pixels(
-            "brighter (red) or darker (blue) than before", two_sided(apart, 0.5), key=("-0.5", "0.5"), colours="RdBu_r"
-        ),
-    ]
-    where = f"cell {cell}" if reach == 0 else f"3 x 3 cells around {cell}" if reach == 1 else "every cell"
-    text = f"{amount:+g} in channel {channel}, {where}: {moved:.0%} of the pixels change brightness by 1 % or more."
-    return View(panels, text)
+        Pixels("decoded before", picture(before)),
+        Pixels("decoded after", picture(after)),
+        Pixels("how far a pixel's colour moves", heat(apart, 0.5), key=("0", "half of the range")),
+    ]  # fmt: skip
+    where = f"cell {cell}" if reach == 0 else f"the 3 x 3 cells around {cell}" if reach == 1 else "every cell"
+    return View(panels, f"{amount:+g} in channel {channel}, {where}: {moved:.0%} of the pixels change visibly.")
 
 
 @torch.no_grad()
 def latents(pipe: FluxPipeline, image: Picture | str, *, seed: int = 0, **asked) -> Explorer:
     """Edit the latent of a picture (PIL, a tensor in [-1, 1] or, drawn from it, a prompt) and see it decoded."""
     if isinstance(image, str):
-        latent = pipe(image, seed=seed, **asked).latents[0]
+        latent = pipe(image, **checked(asked | {"seed": seed})).latents[0]
     else:
         x = to_tensor(image.convert("RGB") if isinstance(image, Image.Image) else image)
         latent = pipe.autoencoder.encode(x.to(pipe.device, pipe.dtype))[0]
     before = pipe.autoencoder.decode(latent[None])[0].float().cpu()
     channels, rows, columns = latent.shape
     controls = [
-        Slider("channel", "channel", [str(i) for i in range(channels)]),
-        Slider("amount", "add", [f"{a:+g}" for a in AMOUNTS], AMOUNTS.index(3.0)),
+        Slider("channel", "channel", [str(i) for i in range(channels)], int(latent.flatten(1).std(1).argmax())),
+        Slider("amount", "add", [f"{a:+g}" for a in AMOUNTS], len(AMOUNTS) - 1, AMOUNTS),
         Choice("reach", "to", REACH, 1),
     ]
 

@@ -7,13 +7,13 @@ from functools import lru_cache
 
 import torch
 
-from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.lenses.modulation import KINDS, channels
 from fluxedu.instruments.named import Named
 from fluxedu.sampling.pipeline import FluxPipeline
+from fluxedu.widgets.asked import numbers, prompts_of
 from fluxedu.widgets.controls import Choice, Slider
 from fluxedu.widgets.explorer import Explorer, View
-from fluxedu.widgets.paint import enlarged, heat, two_sided
+from fluxedu.widgets.paint import heat, stretched, two_sided
 from fluxedu.widgets.panels import Lines, Pixels
 
 STRENGTHS = (1.0, 1.5, 2.0, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 10.0)
@@ -36,17 +36,18 @@ def modulation_view(table: Named, kind: str, cell: tuple[int, int]) -> View:
     panels = [
         Pixels(
             f"size of {kind}: a row a layer, a column a time, noise at the left",
-            enlarged(heat(one, name="viridis"), 240, 260),
+            stretched(heat(one, name="viridis"), 260, 260),
             tuple(one.shape),
             cell,
             ("0", f"{one.max():.2f}, root mean square"),
             "viridis",
+            layers,
             pointer="cell",
         ),
         Lines(f"{layers[layer]} over time", times, series, "time (1 is noise)", "size", times[at]),
         Pixels(
             f"{kind} of {layers[layer]}: a row a channel, by its mean",
-            enlarged(two_sided(values[order], most), 240, 260),
+            stretched(two_sided(values[order], most), 256, 260),
             key=(f"{-most:.1f}", f"{most:.1f}"),
             colours="RdBu_r",
         ),
@@ -60,15 +61,14 @@ def modulation(pipe: FluxPipeline, prompts: str | Sequence[str], *, times: int =
 
     They depend on time, guidance and the pooled text alone, so no picture is drawn: a move plans all times anew.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise InstrumentError("give one prompt or more.")
+    prompts = prompts_of(prompts)
+    (times,) = numbers("times", times, 2)
     embedded = pipe.flux.config.guidance_embed
     controls = [Choice("kind", "kind", KINDS), Choice("prompt", "prompt", prompts)]
     if embedded:
         labels = [f"{s:g}" for s in STRENGTHS]
         usual = min(range(len(labels)), key=lambda i: abs(STRENGTHS[i] - pipe.defaults.guidance))
-        controls.append(Slider("guidance", "guidance", labels, usual))
+        controls.append(Slider("guidance", "guidance", labels, usual, STRENGTHS))
     clock = torch.linspace(1, 0, times)
 
     @lru_cache(maxsize=32)

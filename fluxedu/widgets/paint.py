@@ -45,19 +45,35 @@ def picture(image) -> Pixels8:
     return (pixels(image) * 255).round().astype(np.uint8)
 
 
-def enlarged(image: Pixels8, height: int, width: int) -> Pixels8:
-    """Every pixel as a block, to about ``height x width``: never smoothed, never fewer."""
-    down, across = max(1, height // image.shape[0]), max(1, width // image.shape[1])
-    return image.repeat(down, 0).repeat(across, 1)
+def enlarged(image: Pixels8, side: int) -> Pixels8:
+    """Every pixel as a square block, so that the longer side is about ``side``: never smoothed, never out of shape."""
+    times = max(1, side // max(image.shape[:2]))
+    return image.repeat(times, 0).repeat(times, 1)
+
+
+def stretched(table: Pixels8, height: int, width: int) -> Pixels8:
+    """A table, whose shape means nothing, to about ``height x width``; of a larger one every second, third, ... row."""
+    table = table[:: -(-table.shape[0] // height), :: -(-table.shape[1] // width)]
+    return table.repeat(max(1, height // table.shape[0]), 0).repeat(max(1, width // table.shape[1]), 1)
+
+
+def _blend(below: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Heat of ``share`` in [0, 1] over colours: opaque where it is strong."""
+    alpha = (share**0.7 * 0.9)[..., None]
+    return below * (1 - alpha) + heat(share, 1.0) * alpha
 
 
 def over(image: Pixels8, weights, most: float | None = None) -> Pixels8:
-    """Weights ``[rows, columns]`` laid over a picture turned pale grey: opaque where they are strong."""
+    """Weights ``[rows, columns]`` laid over a picture turned pale."""
     w = array(weights)
     share = np.clip(w / max(float(w.max()) if most is None else most, 1e-12), 0, 1)
     height, width = image.shape[:2]
     rows, columns = np.arange(height) * w.shape[0] // height, np.arange(width) * w.shape[1] // width
-    alpha = (share**0.7 * 0.9)[rows][:, columns, None]
-    grey = image.mean(-1, keepdims=True) * 0.6 + 255 * 0.2
-    colour = heat(share, 1.0)[rows][:, columns]
-    return (grey * (1 - alpha) + colour * alpha).astype(np.uint8)
+    pale = 0.3 * image + 0.2 * image.mean(-1, keepdims=True) + 0.5 * 220
+    return _blend(pale, share[rows][:, columns]).astype(np.uint8)
+
+
+def over_stops() -> list[str]:
+    """The colours of :func:`over`'s key, as they look on a light ground."""
+    row = _blend(np.full((1, 9, 3), 210.0), np.linspace(0, 1, 9)[None])[0].astype(np.uint8)
+    return ["#" + bytes(colour).hex() for colour in row]

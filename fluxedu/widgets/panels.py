@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from fluxedu.plots.canvas import HEAT, quiet
-from fluxedu.widgets.paint import Pixels8, stops, table
+from fluxedu.widgets.paint import Pixels8, stops
 
 #: colours that the colour-blind can tell apart (Okabe and Ito), in the order of use
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -35,6 +35,11 @@ class Panel:
     pointer: str | None = field(default=None, kw_only=True)
     kind: ClassVar[str]
 
+    @property
+    def extent(self) -> int | tuple[int, int] | None:
+        """How many places can be pointed at, where that is the same in every view."""
+        return None
+
     def message(self) -> dict[str, Any]:
         """What the browser is told."""
         return {"kind": self.kind, "title": self.title, "pointer": self.pointer}
@@ -47,15 +52,26 @@ class Panel:
 @dataclass
 class Pixels(Panel):
     """An 8-bit picture. ``cells``: rows and columns of what can be pointed at · ``mark``: the cell pointed at ·
-    ``key``: what the two ends of the colours mean · ``colours``: their map.
+    ``key``: what the two ends of the colours mean · ``colours``: their map, or the colours · ``rows``, ``columns``:
+    names of the cells' rows and columns, for a table.
     """
 
     image: Pixels8
     cells: tuple[int, int] = (1, 1)
     mark: tuple[int, int] | None = None
     key: tuple[str, str] | None = None
-    colours: str = HEAT
+    colours: str | Sequence[str] = HEAT
+    rows: Sequence[str] = ()
+    columns: Sequence[str] = ()
     kind = "pixels"
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        return tuple(self.cells)
+
+    @property
+    def stops(self) -> list[str]:
+        return stops(self.colours) if isinstance(self.colours, str) else list(self.colours)
 
     def message(self) -> dict[str, Any]:
         height, width = self.image.shape[:2]
@@ -66,12 +82,18 @@ class Pixels(Panel):
             "cells": list(self.cells),
             "mark": None if self.mark is None else list(self.mark),
             "key": None if self.key is None else list(self.key),
-            "stops": stops(self.colours) if self.key else [],
+            "stops": self.stops if self.key else [],
+            "rows": list(map(str, self.rows)),
+            "columns": list(map(str, self.columns)),
         }
 
     def paint(self, ax: Axes) -> None:
         height, width = self.image.shape[:2]
         quiet(ax).imshow(self.image, interpolation="nearest")
+        for names, side, axis in ((self.rows, height, ax.yaxis), (self.columns, width, ax.xaxis)):
+            if names:
+                axis.set_ticks([(i + 0.5) * side / len(names) - 0.5 for i in range(len(names))], names, fontsize=6)
+        ax.tick_params(length=0, top=False, labeltop=bool(self.columns), labelbottom=False)
         if self.mark is not None:
             h, w = height / self.cells[0], width / self.cells[1]
             corner = (self.mark[1] * w - 0.5, self.mark[0] * h - 0.5)
@@ -79,7 +101,8 @@ class Pixels(Panel):
                 ax.add_patch(Rectangle(corner, w, h, fill=False, edgecolor=colour, linewidth=wide))
         if self.key is not None:
             strip = ax.inset_axes((0.15, -0.09, 0.7, 0.04))
-            strip.imshow(np.arange(256)[None], cmap=ListedColormap(table(self.colours) / 255), aspect="auto")
+            colours = LinearSegmentedColormap.from_list("key", self.stops)
+            strip.imshow(np.arange(256)[None], cmap=colours, aspect="auto")
             strip.set(yticks=[], xticks=[0, 255], xticklabels=self.key)
             strip.tick_params(labelsize=7, length=0)
 
@@ -108,7 +131,8 @@ class Lines(Panel):
         ax.set_xlabel(self.across, fontsize=8)
         ax.set_ylabel(self.up, fontsize=8)
         ax.tick_params(labelsize=7)
-        ax.set_xlim(self.x[0], self.x[-1])  # as given: time may run from 1 to 0
+        if self.x[0] != self.x[-1]:
+            ax.set_xlim(self.x[0], self.x[-1])  # as given: time may run from 1 to 0
         ax.set_ylim(bottom=min(0.0, *(min(y) for y in self.series.values())))
         ax.legend(fontsize=7)
 
@@ -129,6 +153,10 @@ class Points(Panel):
     up: str = ""
     mark: int | None = None
     kind = "points"
+
+    @property
+    def extent(self) -> int:
+        return len(self.group)
 
     def message(self) -> dict[str, Any]:
         told = {"xy": plain(self.xy), "arrows": plain(self.arrows), "group": list(map(int, self.group))}

@@ -39,12 +39,12 @@ def positions_view(table: Tensor, side: int, query: tuple[int, int], key: tuple[
     ends = (f"{-most:.1f}", f"{most:.1f}")
     panels = [
         Pixels(
-            "the query: its score with a key at each place", enlarged(two_sided(seen, most), 256, 256), (side, side),
+            "the query: its score with a key at each place", enlarged(two_sided(seen, most), 256), (side, side),
             query, ends, "RdBu_r", pointer="query",
         ),
         Pixels(
             "the key: its score with a query at each place",
-            enlarged(two_sided(table[:, at[1]].reshape(side, side), most), 256, 256), (side, side), key, ends, "RdBu_r",
+            enlarged(two_sided(table[:, at[1]].reshape(side, side), most), 256), (side, side), key, ends, "RdBu_r",
             pointer="key",
         ),
         Lines(

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluxedu.instruments.errors import InstrumentError
 from fluxedu.sampling.pipeline import FluxPipeline
+from fluxedu.widgets.asked import checked, numbers, prompts_of
 from fluxedu.widgets.controls import Slider
 from fluxedu.widgets.explorer import Explorer, View
 from fluxedu.widgets.paint import Pixels8, picture
@@ -28,11 +28,20 @@ def plane(ends: Tensor, group: Sequence[int]) -> tuple[Tensor, Tensor]:
     if which.max() > 0:
         between = ends[which == 1].mean(0) - ends[which == 0].mean(0)
         found.append(between / between.norm())
+    any_way = torch.Generator().manual_seed(0)
     while len(found) < 2:
-        for direction in found:
-            rest = rest - (rest @ direction)[:, None] * direction
+        rest = _across(rest, found)
+        if float(rest.norm()) < 1e-3 * float(ends.norm()):  # too few pictures: any other direction will do
+            rest = _across(torch.randn(1, ends.shape[1], generator=any_way).to(ends), found)
         found.append(torch.linalg.svd(rest, full_matrices=False)[2][0])
     return middle, torch.stack(found)
+
+
+def _across(rest: Tensor, found: Sequence[Tensor]) -> Tensor:
+    """What is left of ``rest [P, D]`` at right angles to all that was found."""
+    for direction in found:
+        rest = rest - (rest @ direction)[:, None] * direction
+    return rest
 
 
 def velocity_view(
@@ -54,12 +63,14 @@ def velocity_view(
     apart = f": the prompts' clouds are {max(here) - min(here):.1f} apart across" if len(groups) > 1 else ""
     panels = [
         Points(
-            f"t = {times[step]:.2f}: where each run is, and its velocity's way", xy[step], arrows[step], group, groups,
+            f"t = {times[step]:.2f}: where each run is, and where it is going", xy[step], arrows[step], group, groups,
             reach, across, "second direction", particle, pointer="particle",
         ),
-        Pixels(f"the picture that particle {particle} foresees", foreseen(step, particle)),
+        Pixels(f"foreseen by run {particle % (len(group) // len(groups))} of “{groups[group[particle]]}”",
+               foreseen(step, particle)),
     ]  # fmt: skip
-    told = "An arrow is where the run would be after a fifth of the time that is left, were its velocity to stay."
+    told = "An arrow leads against the velocity (noise minus picture): a fifth of the way, were it to stay as it is."
+    told = told if times[step] > 0 else "Every run is at its picture."
     return View(panels, f"t = {times[step]:.2f}{apart}. {told}")
 
 
@@ -69,10 +80,9 @@ def velocity(pipe: FluxPipeline, prompts: Sequence[str], *, seeds: int = 10, ste
 
     Every point and arrow is of a real run, projected; none is interpolated. ``asked`` as for the pipeline.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts or seeds < 1:
-        raise InstrumentError("give one prompt or more, and one seed or more.")
-    asked = asked | {"seed": list(range(seeds)), "steps": steps, "trajectory": True}
+    prompts = prompts_of(prompts)
+    (seeds,), (steps,) = numbers("seeds", seeds, 1), numbers("steps", steps, 1)
+    asked = checked(asked, "seed", "trajectory") | {"seed": list(range(seeds)), "steps": steps}
     paths = [pipe(prompt, **asked).trajectory for prompt in prompts]
     times = paths[0].times.tolist()
     x = torch.cat([path.latents for path in paths], dim=1)  # [N+1, P, C, h, w]
@@ -91,8 +101,6 @@ def velocity(pipe: FluxPipeline, prompts: Sequence[str], *, seeds: int = 10, ste
         return picture(pipe.autoencoder.decode(x0[None])[0])
 
     def draw(step: int, particle: int) -> View:
-        if not 0 <= particle < len(group):
-            raise InstrumentError(f"there are {len(group)} particles, so none is number {particle}.")
         return velocity_view(xy, arrows, group, prompts, times, step, particle, foreseen)
 
     control = Slider("step", "time", [f"t = {t:.2f}" for t in times], len(times) // 2)
