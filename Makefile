@@ -54,7 +54,9 @@ notebooks: $(STAMP) ## make and run both editions of every notebook from noteboo
 train: $(STAMP) ## train the miniature again from nothing
 	$(BIN)/fluxedu train --all
 
-docs: $(STAMP)  ## run every example in the docstrings
+docs: $(STAMP)  ## build the site into docs/_build/html, offline, and run every example in the docstrings
+	$(PIP) --quiet --editable ".[docs]"
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build/html
 	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules fluxedu
 
 # Linux wheels of torch on PyPI carry gigabytes of CUDA. So: a GPU here, PyPI's build; none, the CPU build

@@ -297,7 +297,9 @@ def lab(
 
 @app.command(epilog="Example: fluxedu grade class/*/04-rotary-positions.ipynb --csv marks.csv")
 def grade(
-    notebooks: Annotated[list[Path], typer.Argument(help="Students' notebooks, each in a folder named as its student.")],
+    notebooks: Annotated[
+        list[Path], typer.Argument(help="Students' notebooks, each in a folder named as its student.")
+    ],
     csv: Annotated[Path | None, typer.Option(help="Also write a line a student and exercise to this file.")] = None,
     timeout: Annotated[int, typer.Option(help="Seconds that a cell may take.")] = 120,
 ) -> None:

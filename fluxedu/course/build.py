@@ -3,9 +3,9 @@
     python -m fluxedu.course.build notebooks            # both editions of every notebook, executed
     python -m fluxedu.course.build notebooks 04 06      # of some
 
-A source is jupytext's percent format. ``# %% exercise="rope.rotate"`` stands for a whole exercise: its head, the stub or
-the solution, the check, the hints. A line that ends in ``# answer`` holds a prediction, which the student's edition
-leaves open.
+A source is jupytext's percent format. ``# %% exercise="rope.rotate"`` stands for a whole exercise: its head, the
+stub or the solution, the check, the hints. A line that ends in ``# answer`` holds a prediction, which the student's
+edition leaves open.
 """
 
 from __future__ import annotations

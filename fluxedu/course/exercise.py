@@ -101,6 +101,8 @@ def exercise(
     """Register what is decorated as the solution of an exercise; difficulty is 1, 2 or 3. See :class:`Exercise`."""
 
     def register(solution: Callable) -> Callable:
+        if isinstance(solution, type) and stub is None:
+            raise ValueError(f"{name}: a class needs a stub, since its body runs before anything is asked of it.")
         _known[name] = Exercise(name, solution, minutes, difficulty, hints, cases, call, against, tolerance, stub)
         return solution
 

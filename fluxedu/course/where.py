@@ -40,7 +40,7 @@ def begin(seed: int = 0) -> torch.device:
 
 
 def where(pipe: FluxPipeline, *names: str) -> Figure:
-    """The model's diagram with the named parts marked: ``where(pipe, "clip", "single.0")``; ``"double"`` is all of them."""
+    """The model's diagram with the named parts marked: ``where(pipe, "clip", "single.0")``; ``"double"`` marks all."""
     those = parts(pipe)
     known = {part.name for part in those} | {"double", "single"}
     unknown = [name for name in names if name not in known]

@@ -161,7 +161,7 @@ def ablate(
 
     A whole block is ``"double.1"`` or ``"single.*"``: it then adds nothing to its stream. heads: only these, at
     sites with heads · streams: only the tokens of ``"txt"`` or ``"img"`` · tokens: only these words or places. At
-    ``attn.map``, tokens are not looked at: their columns go and every row is made whole again.
+    ``attn.map``, tokens are not looked at: their columns go and every row is made whole again::
 
         with fe.ablate("double.1.heads", heads=[2]): ...
         with fe.ablate("*.attn.map", tokens=["red"]): ...

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from fluxedu.instruments.catalogue import Site, sites
+from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.lenses.run import recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts
-from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.recorder import Steps, record
 from fluxedu.instruments.reductions import MapView, Value, made
 from fluxedu.plots.canvas import SHADES

@@ -30,7 +30,7 @@ class Control:
         return {"kind": self.kind, "name": self.name, "label": self.label, "labels": list(map(str, self.labels))}
 
     def place(self, said: int | float | str) -> int:
-        """A place by its label, its value or, if values are no numbers, its number; raises InstrumentError for others."""
+        """A place by its label, its value or, without values, its number; raises InstrumentError for others."""
         labels = list(map(str, self.labels))
         if isinstance(said, str):
             bare = [label.lstrip("▁") for label in labels]

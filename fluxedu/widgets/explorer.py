@@ -149,7 +149,8 @@ class Explorer(anywidget.AnyWidget):
 
         drawn, png = io.BytesIO(), io.BytesIO()
         self.figure().savefig(drawn, format="png", dpi=80)
-        Image.open(drawn).convert("RGB").quantize(128).save(png, "PNG")  # a third of the bytes, and looks the same
+        small = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)  # a third of the bytes
+        small.save(png, "PNG")
         image = base64.b64encode(png.getvalue()).decode()
         alt = escape(f"{self.title}: {self.view['text']}", quote=True)
         still = f'<img class="fluxedu-still {self.still}" alt="{alt}" src="data:image/png;base64,{image}">'

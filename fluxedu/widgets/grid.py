@@ -34,7 +34,7 @@ def grid_view(
     strengths: Sequence[float],
     cell: tuple[int, int],
 ) -> View:
-    """A contact sheet (a row a number of steps, a column a strength), one of its pictures, and its schedule.
+    """A contact sheet (a row a number of steps, a column a strength), one picture of it, and its schedule.
 
     ``far [steps, strengths]``: how far each latent is from the one of most steps at the same strength · ``times``:
     the schedule of each number of steps.
@@ -48,8 +48,9 @@ def grid_view(
         ),
         Pixels(f"{steps[row]} steps, strength {strengths[column]:g}", pictures[row][column]),
         Lines(
-            "the schedule", np.linspace(0, 1, len(clock)),
-            {"time": clock, "even steps": np.linspace(clock[0], 0, len(clock)).tolist()}, "share of the steps done", "t",
+            "the schedule", np.linspace(0, 1, len(clock)).tolist(),
+            {"time": clock, "even steps": np.linspace(clock[0], 0, len(clock)).tolist()}, "share of the steps done",
+            "t",
         ),
     ]  # fmt: skip
     return View(panels, f"The latent is {far[row, column]:.0%} of its length away from the one of {steps[-1]} steps at "

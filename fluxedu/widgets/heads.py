@@ -44,8 +44,8 @@ def heads_view(
     ]  # fmt: skip
     others = int((far > far[block, head]).sum())
     lost = f"head {head} of {blocks[block]}" if cut == CUTS[0] else f"all heads of {blocks[block]} but head {head}"
-    text = f"Without {lost} the latent goes {far[block, head]:.0%} of its length away; {others} of {far.size} cuts go further."
-    return View(panels, text)
+    gone = f"Without {lost} the latent goes {far[block, head]:.0%} of its length away"
+    return View(panels, f"{gone}; {others} of {far.size} cuts go further.")
 
 
 @torch.no_grad()

@@ -25,8 +25,9 @@ def scores(q: Tensor, k: Tensor, table: Tensor) -> Tensor:
 
 
 def positions_view(table: Tensor, side: int, query: tuple[int, int], key: tuple[int, int]) -> View:
-    """``table``: :func:`scores` on a grid of ``side x side`` · the query's row over the grid, the key's score in it, and
-    the score against the distance along a row and along a column.
+    """The query's row over the grid, the key's column, and the score against the distance along a row and a column.
+
+    ``table``: :func:`scores` on a grid of ``side x side``.
     """
     at = [row * side + column for row, column in (query, key)]
     seen = table[at[0]].reshape(side, side)

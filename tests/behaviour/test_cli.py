@@ -22,7 +22,10 @@ def refused(*words: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("command", ["sample", "info", "train", "judge", "convert", "bench", "lab", "grade", "trace", "sites"])
+COMMANDS = ["sample", "trace", "info", "sites", "train", "judge", "convert", "bench", "lab", "grade"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_helps_with_an_example(command):
     result = run(app, [command, "--help"])
     assert result.exit_code == 0

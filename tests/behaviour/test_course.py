@@ -165,7 +165,12 @@ def test_points(answer, actual, got):
 
 @pytest.mark.parametrize(
     "answer, actual, said",
-    [("two", 2, "a number; 'two' is not"), ([1], [1, 2], "2 parts"), ("ab", ["a", "b"], "2 parts"), (True, 1.0, "a number")],
+    [
+        ("two", 2, "a number; 'two' is not"),
+        ([1], [1, 2], "2 parts"),
+        ("ab", ["a", "b"], "2 parts"),
+        (True, 1.0, "a number"),
+    ],
 )
 def test_what_cannot_be_compared_is_said(answer, actual, said):
     with pytest.raises(CourseError, match=said):

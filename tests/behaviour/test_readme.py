@@ -5,18 +5,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_its_code_prints_what_is_printed_below_it(tmp_path):
+@pytest.mark.parametrize("document", ["README.md", "docs/faq.md"])
+def test_its_code_prints_what_is_printed_below_it(document, tmp_path):
     """All blocks one after the other, as a reader would type them."""
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-    promised = "".join(re.findall(r"prints\n\n```\n(.*?)```", README, re.DOTALL))
+    text = (ROOT / document).read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    promised = "".join(re.findall(r"prints\n\n```\n(.*?)```", text, re.DOTALL))
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout == promised
-    assert (tmp_path / "out.png").exists()
+    assert (tmp_path / "out.png").exists() == (document == "README.md")
 
 
 def test_every_link_and_picture_inside_the_project_is_there():

@@ -59,5 +59,5 @@ def test_what_cannot_be_drawn_is_refused(fields, data, more):
 
 
 def test_a_particle_that_is_not_there():
-    with pytest.raises(InstrumentError, match="there are 3 particles"):
+    with pytest.raises(InstrumentError, match="one of 3 places"):
         particles({"a": around}, DATA, count=3, steps=2).set(particle=3)

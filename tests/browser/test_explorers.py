@@ -90,6 +90,40 @@ def test_every_control_and_panel_answers_to_the_keyboard(run, name):
     assert len(set(seen)) == len(seen)
 
 
+def test_quick_keys_all_count(run):
+    """A key that is held repeats every 30 ms, faster than a kernel may answer."""
+    tab = run(BEGIN, MADE["latents"], name="quick")
+    canvas = tab.locator(".fluxedu canvas[tabindex='0']")
+    canvas.wait_for()
+    canvas.focus()
+    for key in ["ArrowLeft"] * 8:
+        tab.keyboard.press(key)
+        tab.wait_for_timeout(30)
+    tab.wait_for_function("document.querySelector('.fluxedu .said').textContent.includes('(8, 0)')", timeout=15_000)
+    slider = tab.locator(".fluxedu input").first
+    slider.focus()
+    for key in ["ArrowLeft"] * 20 + ["ArrowRight"] * 5:
+        tab.keyboard.press(key)
+        tab.wait_for_timeout(30)
+    tab.wait_for_function("document.querySelector('.fluxedu .said').textContent.includes('channel 5')", timeout=15_000)
+
+
+def test_a_click_holds_the_place(run):
+    tab = run(BEGIN, MADE["latents"], name="hold")
+    canvas = tab.locator(".fluxedu canvas[tabindex='0']")
+    canvas.wait_for()
+    box = canvas.bounding_box()
+    to = lambda x, y: tab.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])  # noqa: E731
+    after(tab, lambda: to(0.1, 0.1))
+    tab.mouse.down()
+    tab.mouse.up()
+    to(0.9, 0.9)
+    tab.wait_for_timeout(500)
+    assert "(1, 1)" in tab.locator(".fluxedu .said").inner_text()
+    after(tab, lambda: tab.mouse.down())
+    assert "(14, 14)" in tab.locator(".fluxedu .said").inner_text()
+
+
 def test_the_map_leads_from_a_part_to_its_sites(run):
     tab = run(BEGIN, MADE["architecture"], name="map")
     root = tab.locator(".fluxedu")

@@ -1,0 +1,40 @@
+"""The site: Sphinx and MyST-NB over the executed notebooks, offline. ``make docs`` builds it into docs/_build/html."""
+
+import shutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from made import pages  # noqa: E402 - what is written from the code itself
+
+project = "fluxedu"
+author = "The fluxedu contributors"
+copyright = "The fluxedu contributors, Apache-2.0"
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build", "images/*.py", "made.py"]
+nb_execution_mode = "off"  # `make test` has run them
+nb_render_markdown_format = "myst"
+nb_mime_priority_overrides = [
+    ("html", "application/vnd.jupyter.widget-view+json", None),  # explorers show their static figures here
+]
+nb_merge_streams = True
+suppress_warnings = ["mystnb.unknown_mime_type", "myst.xref_missing", "myst.header"]
+myst_enable_extensions = ["colon_fence", "dollarmath", "deflist"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": False}
+html_theme = "furo"
+html_title = "fluxedu"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_theme_options = {"source_repository": "", "top_of_page_buttons": []}
+
+# The notebooks are copied here, the student's edition, since Sphinx reads only what is below this folder.
+notebooks = HERE / "notebooks"
+shutil.rmtree(notebooks, ignore_errors=True)
+notebooks.mkdir()
+for path in sorted((HERE.parent / "notebooks").glob("[0-9][0-9]-*.ipynb")):
+    shutil.copyfile(path, notebooks / path.name)
+pages(HERE / "_made")

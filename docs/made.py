@@ -1,0 +1,74 @@
+"""Pages that are written from the code, so that they cannot disagree with it: parts and sites, and the official code's
+lines beside ours.
+"""
+
+import inspect
+from importlib import import_module
+from pathlib import Path
+
+import fluxedu as fe
+from fluxedu.instruments.parts import parts
+
+#: lines of black-forest-labs/flux at commit 802fb47 (July 2025), under src/flux/ -> ours
+OFFICIAL = [
+    ("modules/layers.py 11-25", "fluxedu.models.rope:rope_table", "ids to turns; ours keeps them complex"),
+    ("modules/layers.py 28-49", "fluxedu.models.embeddings:timestep_embedding", "cosines first, times 1000"),
+    ("modules/layers.py 52-60", "fluxedu.models.embeddings:MLPEmbedder", ""),
+    ("modules/layers.py 63-72", "fluxedu.models.attention:RMSNorm", "eps 1e-6, float32"),
+    ("modules/layers.py 75-84", "fluxedu.models.attention:QKNorm", ""),
+    ("modules/layers.py 87-103", "fluxedu.models.attention:SelfAttention", "a stream's q, k, v and its way out"),
+    ("modules/layers.py 106-126", "fluxedu.models.modulation:Modulation", "in two steps, so that it can be planned"),
+    ("modules/layers.py 129-191", "fluxedu.models.double_stream:DoubleStreamBlock", "a stream is written once"),
+    ("modules/layers.py 194-239", "fluxedu.models.single_stream:SingleStreamBlock", ""),
+    ("modules/layers.py 242-253", "fluxedu.models.transformer:LastLayer", "shift before scale"),
+    ("math.py 6-12", "fluxedu.models.attention:attend", "with the sites in it"),
+    ("math.py 15-22", "fluxedu.models.rope:rope_table", "angles in float64"),
+    ("math.py 25-30", "fluxedu.models.rope:rotate", "neighbours, not halves"),
+    ("model.py 17-31", "fluxedu.models.config:FluxConfig", "every variant as data"),
+    ("model.py 34-119", "fluxedu.models.transformer:Flux", "plan, then velocity"),
+    ("sampling.py 17-33", "fluxedu.sampling.latents:draw_noise", "on the CPU"),
+    ("sampling.py 36-67", "fluxedu.sampling.latents:image_ids", "and text_ids, pack"),
+    ("sampling.py 277-305", "fluxedu.sampling.schedule:schedule", "mu is not clamped"),
+    ("sampling.py 308-353", "fluxedu.sampling.pipeline:FluxPipeline.integrate", "any solver"),
+    ("sampling.py 356-364", "fluxedu.sampling.latents:unpack", ""),
+    ("modules/conditioner.py 5-37", "fluxedu.sampling.prompts:PromptEncoder", "our own CLIP and T5"),
+    ("modules/autoencoder.py 25-52", "fluxedu.models.autoencoder:AttnBlock", ""),
+    ("modules/autoencoder.py 55-82", "fluxedu.models.autoencoder:ResnetBlock", ""),
+    ("modules/autoencoder.py 109-180", "fluxedu.models.autoencoder:Encoder", ""),
+    ("modules/autoencoder.py 183-264", "fluxedu.models.autoencoder:Decoder", ""),
+    ("modules/autoencoder.py 282-318", "fluxedu.models.autoencoder:AutoEncoder", "encodes to the mean"),
+    ("modules/image_embedders.py 64-99", "fluxedu.models.redux:ReduxHead", "the head, without SigLIP"),
+    ("modules/lora.py 34-94", "fluxedu.checkpoints.lora", "merged into the weights, and out again"),
+]
+
+
+def place(name: str) -> str:
+    """``file:first-last`` of a dotted name."""
+    module, _, inside = name.partition(":")
+    target = import_module(module)
+    for part in filter(None, inside.split(".")):
+        target = getattr(target, part)
+    lines, first = inspect.getsourcelines(target)
+    file = Path(inspect.getsourcefile(target)).relative_to(Path(fe.__file__).parent)
+    return f"`fluxedu/{file}` {max(first, 1)}-{max(first, 1) + len(lines) - 1}"
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    head, *rest = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ("---",) * len(head), *rest]) + "\n"
+
+
+def pages(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    ours = lambda name: f"`{name.partition(':')[2] or name}`"  # noqa: E731
+    rows = [(f"`{theirs}`", ours(name), place(name), said) for theirs, name, said in OFFICIAL]
+    (folder / "official.md").write_text(table(("official lines", "ours", "where", "what differs"), *rows))
+    pipe = fe.load()
+    every, out = fe.sites(pipe), []
+    for part in parts(pipe):
+        mine = [s for s in every if part.has(s.name)]
+        if part.name.partition(".")[2] not in ("", "0"):
+            continue  # blocks are alike
+        lines = [(f"`{s.name}`", ", ".join(map(str, s.shape)), s.meaning, f"`{s.source}`") for s in mine]
+        out.append(f"## {part.title}\n\n{part.text}\n\n" + table(("site", "shape", "what it is", "source"), *lines))
+    (folder / "sites.md").write_text("\n".join(out))

@@ -1,0 +1,149 @@
+"""What each layer adds: attention and MLP apart, in every block, for every token and step."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fluxedu.instruments.lenses.run import blocks_of, recorded
+from fluxedu.instruments.named import Named
+from fluxedu.instruments.recorder import record
+from fluxedu.models.attention import merge_heads
+from fluxedu.models.single_stream import SingleStreamBlock
+from fluxedu.sampling.pipeline import FluxPipeline, Output
+from fluxedu.widgets.asked import checked
+from fluxedu.widgets.controls import Choice
+from fluxedu.widgets.explorer import Explorer, View
+from fluxedu.widgets.paint import Pixels8, heat, over, over_stops, picture, stretched
+from fluxedu.widgets.panels import Lines, Pixels
+
+PARTS = ("attention", "MLP", "together")
+STREAMS = ("image", "text")
+SITES = (
+    "double.*.img", "double.*.txt", "double.*.*_contribution", "single.*.x", "single.*.heads", "single.*.mlp_hidden",
+    "single.*.gate",
+)  # fmt: skip
+
+
+def halves(block: SingleStreamBlock, heads: Tensor, hidden: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """What a single block's attention and its MLP add, ``[..., T, D]`` each: ``linear2``'s first ``D`` columns read the
+    one, the rest the other. The bias, which belongs to neither, goes with the MLP.
+
+    heads ``[..., H, T, d]`` · hidden ``[..., T, M]`` · gate ``[..., 1, D]``.
+    """
+    weight, bias = block.linear2.weight, block.linear2.bias
+    dim = len(weight)
+    heard = merge_heads(heads.flatten(0, -4)).view(*hidden.shape[:-1], dim)
+    return gate * F.linear(heard, weight[:, :dim]), gate * F.linear(hidden, weight[:, dim:], bias)
+
+
+@torch.no_grad()
+def shares(pipe: FluxPipeline, prompt: str, **asked) -> tuple[Named, Named, Output]:
+    """How large each token is as it enters a block, and what it is then given: root mean squares over channels.
+
+    Axes ``block, step, token`` and ``block, part, step, token``, text first; parts are PARTS, the last being the sum of
+    the two as vectors, which is smaller than the sum of their sizes where they work against each other.
+    """
+    out, rec = recorded(pipe, prompt, *SITES, asked=checked(asked))
+    sizes, given = [], []
+    for name in blocks_of(pipe):
+        x, attention, mlp = _double(rec, name) if name.startswith("double") else _single(rec, name, pipe)
+        sizes.append(_rms(x))
+        given.append(torch.stack([_rms(v) for v in (attention, mlp, attention + mlp)]))
+    coords = {"block": blocks_of(pipe), "step": rec["single.0.x"].coords["step"]}
+    return (
+        Named(torch.stack(sizes), ("block", "step", "token"), coords),
+        Named(torch.stack(given), ("block", "part", "step", "token"), coords | {"part": list(PARTS)}),
+        out,
+    )
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.float().square().mean(-1).sqrt()
+
+
+def _double(rec: record, name: str) -> tuple[Tensor, ...]:
+    both = lambda site: torch.cat([rec[f"{name}.{s}{site}"].tensor for s in ("txt", "img")], dim=1)  # noqa: E731
+    return both(""), both("_attn_contribution"), both("_mlp_contribution")
+
+
+def _single(rec: record, name: str, pipe: FluxPipeline) -> tuple[Tensor, ...]:
+    block = pipe.flux.single_blocks[int(name.split(".")[1])]
+    kept = (rec[f"{name}.{site}"].tensor.to(pipe.device) for site in ("heads", "mlp_hidden", "gate"))
+    heads, hidden, gate = kept
+    attention, mlp = halves(block, heads, hidden, gate.view(len(gate), 1, -1))
+    return rec[f"{name}.x"].tensor, attention.cpu(), mlp.cpu()
+
+
+def over_tokens(values: Tensor, tokens: slice) -> Tensor:
+    """The root mean square over some tokens, the last axis."""
+    return values[..., tokens].square().mean(-1).sqrt()
+
+
+def contributions_view(
+    sizes: Named,
+    given: Named,
+    words: int,
+    grid: tuple[int, int],
+    image: Pixels8,
+    part: str,
+    stream: str,
+    cell: tuple[int, int],
+) -> View:
+    """Shares over depth and time, one block's two parts over time, and where in the picture they are.
+
+    ``sizes``, ``given``: from :func:`shares` · ``cell``: block and step · a share is the size of what is added, beside
+    the size of the tokens it is added to.
+    """
+    blocks, times = sizes.coords["block"], sizes.coords["step"]
+    tokens = slice(words, None) if stream == "image" else slice(0, words)
+    share = over_tokens(given.tensor, tokens) / over_tokens(sizes.tensor, tokens)[:, None]  # [block, part, step]
+    block, step = cell
+    table = share[:, PARTS.index(part)]
+    most = min(float(table.max()), 1.0)  # the first block writes on almost empty tokens, many times their size
+    series = {name: share[block, i].tolist() for i, name in enumerate(PARTS)}
+    patches = given.tensor[block, PARTS.index(part), step, words:].view(grid)
+    panels = [
+        Pixels(
+            f"what {part} adds to the {stream}: a row a block, a column a step, noise at the left",
+            stretched(heat(table, most, "viridis"), 240, 260), tuple(table.shape), cell,
+            ("0", f"{most:.0%} of the token or more"), "viridis", blocks,
+            pointer="cell",
+        ),
+        Lines(f"{blocks[block]} over time, {stream} tokens", times, series, "time (1 is noise)",
+              "added, beside the token", times[step]),
+        Pixels(
+            f"where {blocks[block]}'s {part} adds to the picture, at t = {times[step]:.2f}", over(image, patches),
+            key=("0", f"{patches.max():.2f}, root mean square"), colours=over_stops(),
+        ),
+    ]  # fmt: skip
+    a, m, both = share[block, :, step].tolist()
+    text = (
+        f"{blocks[block]} at t = {times[step]:.2f}: beside the {stream} tokens, attention adds {a:.0%} of their size, "
+    )
+    return View(panels, text + f"the MLP {m:.0%}, both together {both:.0%}{_said(a, m, both)}.")
+
+
+def _said(attention: float, mlp: float, both: float) -> str:
+    """How the two point, as their cosine tells."""
+    cosine = (both**2 - attention**2 - mlp**2) / max(2 * attention * mlp, 1e-12)
+    way = "pull the same way" if cosine > 0.2 else "work against each other" if cosine < -0.2 else "go separate ways"
+    return f"; the two {way} (cosine {round(cosine, 1) + 0.0:.1f})"
+
+
+def contributions(pipe: FluxPipeline, prompt: str, **asked) -> Explorer:
+    """What attention and MLP of every block add to the image's and the text's tokens while ``prompt`` is drawn.
+
+    Also in single blocks, where one matrix makes both: it is read in two halves, see :func:`halves`.
+    """
+    sizes, given, out = shares(pipe, prompt, **asked)
+    words, grid = pipe.prompt_encoder.t5_tokenizer.length, tuple(n // 2 for n in out.latents.shape[-2:])
+    image, depth = picture(out.images[0]), pipe.flux.config.depth
+
+    def draw(part: int, stream: int, cell: tuple[int, int]) -> View:
+        return contributions_view(sizes, given, words, grid, image, PARTS[part], STREAMS[stream], cell)
+
+    controls = [Choice("part", "part", PARTS), Choice("stream", "stream", STREAMS)]
+    start = {"cell": (depth, len(sizes.coords["step"]) // 2)}
+    return Explorer("Contributions", controls, draw, start, widths=[3.4, 3.4, 2.8])

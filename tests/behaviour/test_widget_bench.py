@@ -1,0 +1,81 @@
+"""The experiment bench: what it shows is what the same experiment by hand gives."""
+
+import numpy as np
+import pytest
+import torch
+
+import fluxedu as fe
+from fluxedu.instruments.interventions import positions
+from fluxedu.nano.judge import Found, Reading
+from fluxedu.widgets.bench import CHANGES, bench, bench_view, told
+
+PROMPT, OTHER = "a red circle left of a blue square", "a green circle left of a blue square"
+ASKED = {"seed": 4, "steps": 2, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return fe.load()
+
+
+@pytest.fixture(scope="module")
+def explorer(pipe):
+    return bench(pipe, PROMPT, OTHER, **ASKED)
+
+
+def after(explorer, block, change):
+    return explorer.set(block=block, change=change).now().panels[1].image
+
+
+def pixels(out):
+    return np.asarray(out.images[0])
+
+
+def test_cuts_and_places_are_those_of_the_instruments(pipe, explorer):
+    by_hand = {
+        "cut the block": lambda b: fe.ablate(b),
+        "cut its heads": lambda b: fe.ablate(f"{b}.heads"),
+        "put all patches in one place": lambda b: fe.intervene(f"{b}.attn.rope", positions(torch.zeros_like)),
+    }
+    for block in ("double.1", "single.3"):
+        for change, instrument in by_hand.items():
+            with instrument(block):
+                wanted = pixels(pipe(PROMPT, **ASKED))
+            assert np.array_equal(after(explorer, block, change), wanted), (block, change)
+
+
+def test_words_and_picture_together_are_the_other_run_and_apart_they_are_not(pipe, explorer):
+    """All tokens of the other run before a block: the rest of the network has nothing left of the prompt's."""
+    with fe.record("single.2.x") as rec:
+        pipe(OTHER, **ASKED)
+    with fe.patch("single.2.x", rec):
+        both = pipe(PROMPT, **ASKED)
+    theirs = pipe(OTHER, **ASKED)
+    far = float((both.latents - theirs.latents).norm() / theirs.latents.norm())
+    assert far < 0.1  # the pooled vector is still the prompt's own
+    for change in CHANGES[3:]:
+        assert not np.array_equal(after(explorer, "single.2", change), pixels(both))
+    assert not np.array_equal(after(explorer, "double.0", 3), pixels(pipe(PROMPT, **ASKED)))
+
+
+def test_a_block_before_which_the_pictures_tokens_are_replaced_forgets_the_prompt(pipe, explorer):
+    image = after(explorer, "single.5", "put in the other prompt's picture").astype(float)
+    own, theirs = (pixels(pipe(p, **ASKED)).astype(float) for p in (PROMPT, OTHER))
+    assert np.abs(image - theirs).mean() < np.abs(image - own).mean()
+
+
+def test_the_sentence_counts_and_names():
+    blank = np.zeros((4, 4, 3), np.uint8)
+    far = np.array([[0.1, 0.5, 0.2]] * len(CHANGES))
+    view = bench_view((blank,) * 3, far, "a thing", ("a", "b", "c"), ("one", "two"), 2, 4)
+    assert "c, put in the other prompt's picture: the latent goes 20%" in view.text
+    assert "1 of 2 other blocks go further" in view.text
+    assert "a thing" in view.text
+    assert view.panels[2].title == "the other prompt: two"
+    assert "no other block goes further" in bench_view((blank,) * 3, far, "", ("a", "b", "c"), ("", ""), 1, 0).text
+
+
+def test_told_says_what_was_read():
+    thing = Found("circle", "red", "large", 1.0, 2.0, 3.0, 1.0)
+    assert told(Reading("white", (thing, thing), 8, 8)) == "red circle, red circle"
+    assert told(Reading("white", (), 8, 8)) == "nothing"
