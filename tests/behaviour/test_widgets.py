@@ -272,7 +272,7 @@ def test_pictures_keep_their_shape(pipe):
         panel(latent, 2).image,
         panel(trajectory, 2).image,
     ):
-        assert image.shape[0] / image.shape[1] == 96 / 160
+        assert shown.image.shape[0] / shown.image.shape[1] == 96 / 160
     assert panel(attention, 0).cells == (6, 10)
 
 
