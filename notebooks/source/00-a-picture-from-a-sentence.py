@@ -35,7 +35,9 @@ out.images[0].resize((256, 256))
 
 # %%
 numbers = fe.predict("how many numbers describe the picture while FLUX works on it?", 4096)  # answer
-order = fe.predict("shuffle the prompt's tokens before the transformer: does its answer change? yes / no", "no")  # answer
+order = fe.predict(
+    "shuffle the prompt's tokens before the transformer: does its answer change? yes / no", "no"
+)  # answer
 most = fe.predict("which moves the answer more: erase the text or swap rows and columns? text / rows", "text")  # answer
 
 # %%

@@ -36,8 +36,12 @@ course.where(pipe, "double", "single")
 # Three guesses, to be scored below. All are about the same network and the same picture.
 
 # %%
-shifted = fe.predict("all positions grow by 5: what happens to the velocity? nothing / a little / much", "nothing")  # answer
-image_only = fe.predict("the image's positions grow by 5, the text's do not: nothing / a little / much", "much")  # answer
+shifted = fe.predict(
+    "all positions grow by 5: what happens to the velocity? nothing / a little / much", "nothing"
+)  # answer
+image_only = fe.predict(
+    "the image's positions grow by 5, the text's do not: nothing / a little / much", "much"
+)  # answer
 frame = fe.predict("how many of a head's 32 numbers are turned by the frame axis?", 4)  # answer
 
 # %% [markdown]
@@ -140,7 +144,10 @@ outs, moves = [picture], []
 for name, change in breaks.items():
     with fe.intervene("*.attn.rope", change):
         outs.append(pipe(prompt, seed=4, progress=False))
-    with fe.intervene("*.attn.rope", change), fe.intervene("sample.x", lambda x, ctx: picture.trajectory.latents[ctx.step]):
+    with (
+        fe.intervene("*.attn.rope", change),
+        fe.intervene("sample.x", lambda x, ctx: picture.trajectory.latents[ctx.step]),
+    ):
         v = pipe(prompt, seed=4, progress=False).trajectory.velocities[state]
     moves.append(float((v - picture.trajectory.velocities[state]).norm() / v.norm()))
     print(f"{name:18} the velocity moves by {moves[-1]:.0%}")
