@@ -23,7 +23,7 @@ from fluxedu.course.exercise import Exercise, all_exercises
 
 EDITIONS = {"student": Path("."), "solved": Path("solved")}
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-ANSWER = re.compile(r", (\"[^\"]*\"|\[[^\]]*\]|[^,()\[\]\"]+)\)  # answer$", re.MULTILINE)
+ANSWER = re.compile(r",\s+(\"[^\"]*\"|\[[^\]]*\]|[^,()\[\]\"]+?)\s*\)  # answer$", re.MULTILINE)
 
 
 def sources(folder: Path) -> list[Path]:

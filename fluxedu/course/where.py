@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from functools import partialmethod
 
 import torch
 from IPython import get_ipython
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from tqdm.auto import tqdm
 
 from fluxedu.course.errors import CourseError
 from fluxedu.instruments.parts import parts
@@ -30,9 +32,11 @@ LOOK = {
 
 
 def begin(seed: int = 0) -> torch.device:
-    """Set the look of figures and the seed; give back the device to use, a GPU where there is one."""
+    """Set the look of figures and the seed, and silence progress bars; give back the device to use, a GPU where there is one."""
     if (shell := get_ipython()) is not None:
         shell.run_line_magic("matplotlib", "inline")
+    # A progress bar is an output, and outputs are compared: a page must be the same on a slow machine.
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
     rcParams.update(LOOK)
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     torch.manual_seed(seed)

@@ -43,12 +43,8 @@ course.where(pipe, "double", "single")
 
 # %%
 vital = fe.predict("without which block does the picture go furthest? first / middle / last", "first")  # answer
-word = fe.predict(
-    "one vector of the second prompt replaced, the circle turns red: which word's?", "circle"
-)  # answer
-last = fe.predict(
-    "the first prompt's words put in before the last block: the circle is red / green", "green"
-)  # answer
+word = fe.predict("one vector of the second prompt replaced, the circle turns red: which word's?", "circle")  # answer
+last = fe.predict("the first prompt's words put in before the last block: the circle is red / green", "green")  # answer
 pads = fe.predict("does hiding all padding from attention move the picture? hardly / a little / much", "much")  # answer
 
 # %% [markdown]

@@ -165,7 +165,7 @@ drawn = {
 }
 fig, axes = plt.subplots(4, 4, figsize=(6.4, 6.6), layout="constrained")
 for row, (name, images) in zip(axes, drawn.items()):
-    for ax, image, q in zip(row, images, asked):
+    for ax, image, _ in zip(row, images, asked):
         ax.imshow(image)
         ax.set(xticks=[], yticks=[])
     row[0].set_ylabel(name, fontsize=9)
