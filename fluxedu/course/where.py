@@ -32,7 +32,7 @@ LOOK = {
 
 
 def begin(seed: int = 0) -> torch.device:
-    """Set the look of figures and the seed, and silence progress bars; give back the device to use, a GPU where there is one."""
+    """Set the look of figures and the seed, silence progress bars; give back the device, a GPU where there is one."""
     if (shell := get_ipython()) is not None:
         shell.run_line_magic("matplotlib", "inline")
     # A progress bar is an output, and outputs are compared: a page must be the same on a slow machine.

@@ -266,12 +266,7 @@ def test_pictures_keep_their_shape(pipe):
     asked = {"height": 96, "width": 160, "steps": 2, "progress": False}
     attention, latent = widgets.attention(pipe, PROMPT, **asked), widgets.latents(pipe, PROMPT, **asked)
     trajectory = widgets.trajectory(pipe, PROMPT, **asked)
-    for image in (
-        panel(attention, 0).image,
-        panel(latent, 0).image,
-        panel(latent, 2).image,
-        panel(trajectory, 2).image,
-    ):
+    for shown in (panel(attention, 0), panel(latent, 0), panel(latent, 2), panel(trajectory, 2)):
         assert shown.image.shape[0] / shown.image.shape[1] == 96 / 160
     assert panel(attention, 0).cells == (6, 10)
 
