@@ -1,0 +1,40 @@
+"""One explorer of every notebook, in JupyterLab in a real browser, on the student's edition as it stands."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from test_explorers import after, painted
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("[0-9][0-9]-*.ipynb"))
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def until_the_explorer(path):
+    """The code of a notebook's cells up to the first that shows an explorer."""
+    cells = []
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code":
+            cells.append(cell.source)
+            if any(WIDGET in output.get("data", {}) for output in cell.outputs):
+                return cells
+    raise AssertionError(f"{path.name} has no explorer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_its_explorer_answers(run, path):
+    tab = run(*until_the_explorer(path), name=path.stem)
+    tab.locator(".fluxedu").wait_for()
+    before = painted(tab)
+    parts = tab.locator(".fluxedu").locator(
+        "canvas[tabindex='0'], .drawing[tabindex='0'], input, g[tabindex='0'], select"
+    )
+    part = parts.first
+    if part.evaluate("(e) => e.tagName") == "SELECT":
+        other = part.evaluate("(e) => (e.selectedIndex + 1) % e.options.length")
+        assert after(tab, lambda: part.select_option(index=other)) != before
+        return
+    part.focus()
+    at_the_end = part.evaluate("(e) => e.tagName === 'INPUT' && e.value === e.max")
+    assert after(tab, lambda: tab.keyboard.press("ArrowLeft" if at_the_end else "ArrowRight")) != before
