@@ -42,10 +42,10 @@ def test_attention(run):
     seen = [painted(tab)]
     box = canvas.bounding_box()
     seen.append(after(tab, lambda: tab.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"])))
-    assert "Patch (0, 7)" in seen[-1]
+    assert "in row 0, column 7 gives" in seen[-1]
     canvas.focus()
     seen.append(after(tab, lambda: tab.keyboard.press("ArrowDown")))
-    assert "Patch (1, 7)" in seen[-1]
+    assert "in row 1, column 7 gives" in seen[-1]
     word = tab.locator(".fluxedu").get_by_role("radio", name="▁square")
     seen.append(after(tab, word.hover))
     assert "“▁square” is looked at" in seen[-1]
@@ -55,9 +55,14 @@ def test_attention(run):
     assert tab.locator("img.fluxedu-still").is_hidden()
 
 
-def press(tab, key):
-    """Keys to the control or panel that ``focus`` went to."""
-    return after(tab, lambda: tab.keyboard.press(key))
+def moved(tab, part):
+    """What is shown once a control or panel has been moved by the keyboard: to the right, or away from the end."""
+    if part.evaluate("(e) => e.tagName") == "SELECT":
+        other = part.evaluate("(e) => (e.selectedIndex + 1) % e.options.length")
+        return after(tab, lambda: part.select_option(index=other))
+    part.focus()
+    at_the_end = part.evaluate("(e) => e.tagName === 'INPUT' && e.value === e.max")
+    return after(tab, lambda: tab.keyboard.press("ArrowLeft" if at_the_end else "ArrowRight"))
 
 
 MADE = {
@@ -78,14 +83,8 @@ def test_every_control_and_panel_answers_to_the_keyboard(run, name):
     seen = [painted(tab)]
     movable = "input, select, canvas[tabindex='0'], .drawing[tabindex='0'], g[tabindex='0']"
     parts = tab.locator(".fluxedu").locator(movable)
-    for i in range(parts.count()):
-        part = parts.nth(i)
-        if part.evaluate("(e) => e.tagName") == "SELECT":
-            other = part.evaluate("(e) => (e.selectedIndex + 1) % e.options.length")
-            seen.append(after(tab, lambda part=part, other=other: part.select_option(index=other)))
-        else:
-            part.focus()
-            seen.append(press(tab, "ArrowRight"))
+    for i in reversed(range(parts.count())):
+        seen.append(moved(tab, parts.nth(i)))
     assert parts.count() >= (1 if name == "trajectory" else 2)
     assert len(set(seen)) == len(seen)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from test_explorers import after, painted
+from test_explorers import moved, painted
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("[0-9][0-9]-*.ipynb"))
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -30,11 +30,5 @@ def test_its_explorer_answers(run, path):
     parts = tab.locator(".fluxedu").locator(
         "canvas[tabindex='0'], .drawing[tabindex='0'], input, g[tabindex='0'], select"
     )
-    part = parts.first
-    if part.evaluate("(e) => e.tagName") == "SELECT":
-        other = part.evaluate("(e) => (e.selectedIndex + 1) % e.options.length")
-        assert after(tab, lambda: part.select_option(index=other)) != before
-        return
-    part.focus()
-    at_the_end = part.evaluate("(e) => e.tagName === 'INPUT' && e.value === e.max")
-    assert after(tab, lambda: tab.keyboard.press("ArrowLeft" if at_the_end else "ArrowRight")) != before
+    seen = [moved(tab, parts.nth(i)) for i in range(min(parts.count(), 3))]
+    assert any(now != before for now in seen)
