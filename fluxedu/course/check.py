@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,7 @@ def judged(task: Exercise, yours: Any) -> Verdict:
         if said:
             return Verdict(task.name, False, said + _on(case) + ".")
         given.append(listed(got))
-    far = max(distance(a, b) for a, b in zip(given, wanted, strict=True))
-    if far <= task.tolerance:
+    if furthest(given, wanted) <= task.tolerance:
         return Verdict(task.name, True, f"right in {len(cases)} case{'s' * (len(cases) > 1)}.")
     return Verdict(task.name, False, _mistake(task, cases, given) or _values(given, wanted, task.tolerance))
 
@@ -103,6 +102,11 @@ def distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
         error = float((x - y).abs().square().sum().sqrt() / y.abs().square().sum().sqrt().clamp(min=1e-12))
         errors.append(error if error == error else float("inf"))
     return max(errors)
+
+
+def furthest(given: Sequence[list[Tensor]], wanted: Sequence[list[Tensor]]) -> float:
+    """The largest :func:`distance` over the cases."""
+    return max(distance(a, b) for a, b in zip(given, wanted, strict=True))
 
 
 def _form(got: Any, want: list[Tensor]) -> str | None:
@@ -140,14 +144,14 @@ def _mistake(task: Exercise, cases: Sequence[tuple], given: list[list[Tensor]]) 
         except Exception:  # noqa: BLE001 - some wrong answers fail on some cases
             continue
         tolerance = max(task.tolerance, 1e-6)
-        if max(distance(a, b) for a, b in zip(given, same, strict=True)) <= tolerance:
+        if furthest(given, same) <= tolerance:
             return known.says
     return None
 
 
 def _values(given: list[list[Tensor]], wanted: list[list[Tensor]], tolerance: float) -> str:
     wrong = [i for i, (a, b) in enumerate(zip(given, wanted, strict=True)) if distance(a, b) > tolerance]
-    far = max(distance(a, b) for a, b in zip(given, wanted, strict=True))
+    far = furthest(given, wanted)
     which = "all cases" if len(wrong) == len(given) > 1 else f"case {wrong[0] + 1} of {len(given)}"
     size = "values that are no numbers" if far == float("inf") else f"values off by {far:.2g} of their size"
     return f"the shapes are right, the values are not: {size} in {which}."
@@ -160,6 +164,3 @@ def _on(case: tuple) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160].rstrip(".")
-
-
-Call = Callable[..., Any]

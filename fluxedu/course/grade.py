@@ -85,13 +85,9 @@ def graded(path: Path, timeout: int = 120) -> list[Mark]:
         except (CellTimeoutError, DeadKernelError) as error:
             ended = f"it was not reached: {type(error).__name__}."
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    said = {line["name"]: line for line in map(json.loads, lines)}
+    said = {line.pop("name"): line for line in map(json.loads, lines)}
     missing = {"passed": False, "says": ended}
-    return [Mark(student, t.name, **_told(said.get(t.name, missing))) for t in wanted]
-
-
-def _told(line: dict) -> dict:
-    return {"passed": line["passed"], "says": line["says"]}
+    return [Mark(student, task.name, **said.get(task.name, missing)) for task in wanted]
 
 
 def write_csv(marks: Iterable[Mark], path: Path) -> None:

@@ -22,7 +22,7 @@ def parts_of(network: nn.Module, depth: int = 2) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def _split(items: list[tuple[str, float]], x: float, y: float, w: float, h: float):
+def cut_up(items: list[tuple[str, float]], x: float, y: float, w: float, h: float):
     """Cut a rectangle in two along its longer side, as evenly as the items allow, and so on."""
     if len(items) == 1:
         yield items[0][0], x, y, w, h
@@ -33,11 +33,11 @@ def _split(items: list[tuple[str, float]], x: float, y: float, w: float, h: floa
         cut += 1
     share = half / total
     if w >= h:
-        yield from _split(items[:cut], x, y, w * share, h)
-        yield from _split(items[cut:], x + w * share, y, w * (1 - share), h)
+        yield from cut_up(items[:cut], x, y, w * share, h)
+        yield from cut_up(items[cut:], x + w * share, y, w * (1 - share), h)
     else:
-        yield from _split(items[:cut], x, y, w, h * share)
-        yield from _split(items[cut:], x, y + h * share, w, h * (1 - share))
+        yield from cut_up(items[:cut], x, y, w, h * share)
+        yield from cut_up(items[cut:], x, y + h * share, w, h * (1 - share))
 
 
 def treemap(network: nn.Module | Mapping[str, int], depth: int = 2, title: str = "") -> Figure:
@@ -49,7 +49,7 @@ def treemap(network: nn.Module | Mapping[str, int], depth: int = 2, title: str =
     fig, ((ax,),) = figure(1, 1, (7.0, 4.2))
     quiet(ax).set(xlim=(0, 16), ylim=(9, 0))
     groups = sorted({name.split(".")[0] for name in counts})
-    for name, x, y, w, h in _split(list(counts.items()), 0, 0, 16, 9):
+    for name, x, y, w, h in cut_up(list(counts.items()), 0, 0, 16, 9):
         shade = f"C{groups.index(name.split('.')[0]) % 10}"
         ax.add_patch(Rectangle((x, y), w, h, facecolor=shade, alpha=0.55, edgecolor="white", linewidth=2))
         share = counts[name] / total

@@ -17,7 +17,7 @@ from fluxedu.instruments.reductions import MapView, Value, made
 from fluxedu.plots.canvas import SHADES
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.asked import checked, some_steps
-from fluxedu.widgets.controls import Slider
+from fluxedu.widgets.controls import clock
 from fluxedu.widgets.explorer import Explorer, View
 from fluxedu.widgets.paint import heat, stretched, two_sided
 from fluxedu.widgets.panels import Boxes, Pixels
@@ -177,7 +177,7 @@ def architecture(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None, **a
     def draw(step: int, part: int, site: int) -> View:
         return architecture_view(those, known, tables, numbers, times[step], part, site)
 
-    control = Slider("step", "time", [f"t = {t:.2f}" for t in times], len(times) // 2)
+    control = clock(times, len(times) // 2)
     part = [part.name for part in those].index("single.0")
     site = [s.name for s in known["single.0"]].index("single.0.attn.map")
     return Explorer("The model", [control], draw, {"part": part, "site": site}, widths=[4.6, 4.4, 3.2])

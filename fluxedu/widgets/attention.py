@@ -16,7 +16,7 @@ from fluxedu.instruments.lenses.run import by_block, grid, recorded
 from fluxedu.models.attention_map import AttentionMap
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.asked import checked
-from fluxedu.widgets.controls import Chips, Choice, Slider
+from fluxedu.widgets.controls import Chips, Choice, clock
 from fluxedu.widgets.explorer import Explorer, View
 from fluxedu.widgets.paint import enlarged, over, over_stops, picture
 from fluxedu.widgets.panels import Pixels
@@ -84,11 +84,6 @@ def attention_view(
     return View(panels, text, {"word": said / max(float(said.max()), 1e-12)})
 
 
-def labelled(times: Sequence[float]) -> list[str]:
-    """Times as labels; where a solver asks twice at one time, the second says so."""
-    return [f"t = {t:.2f}" + ", again" * (t in times[:i]) for i, t in enumerate(times)]
-
-
 def attention(pipe: FluxPipeline, prompt: str, *, blocks: str = "*", at_steps=None, **asked) -> Explorer:
     """Point at a patch or a word of a run of ``prompt``, in any block, step and head.
 
@@ -107,7 +102,7 @@ def attention(pipe: FluxPipeline, prompt: str, *, blocks: str = "*", at_steps=No
     count = q[names[0]].shape[1]
     controls = [
         Choice("block", "block", names, len(names) // 2),
-        Slider("step", "time", labelled(times), len(times) // 2),
+        clock(times, len(times) // 2),
         Choice("head", "head", ["mean", *(f"head {i}" for i in range(count))], values=[None, *range(count)]),
         Chips("word", "word", pieces, min(1, len(pieces) - 1)),
     ]

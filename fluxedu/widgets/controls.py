@@ -55,6 +55,12 @@ class Slider(Control):
     """Places in an order, such as steps."""
 
 
+def clock(times: Sequence[float], start: int) -> Slider:
+    """The slider of a run's times, ``step``; where a solver asks twice at one time, the second says so."""
+    labels = [f"t = {t:.2f}" + ", again" * (t in times[:i]) for i, t in enumerate(times)]
+    return Slider("step", "time", labels, start)
+
+
 class Choice(Control):
     """Places in no order, in a list that opens."""
 

@@ -10,7 +10,7 @@ from math import prod
 
 from fluxedu.checkpoints.tables import recipes, shapes
 from fluxedu.models.config import VARIANTS, FluxConfig
-from fluxedu.plots.parameters import _split
+from fluxedu.plots.parameters import cut_up
 from fluxedu.widgets.controls import Choice
 from fluxedu.widgets.explorer import Explorer, View
 from fluxedu.widgets.panels import COLOURS, Boxes
@@ -82,7 +82,7 @@ def colour(part: str) -> str:
 def rectangles(sizes: Mapping[str, int], size: tuple[float, float] = SIZE) -> list[tuple]:
     """A box a part, as large as its share."""
     total, boxes = sum(sizes.values()), []
-    for name, x, y, w, h in _split(list(sizes.items()), 0, 0, *size):
+    for name, x, y, w, h in cut_up(list(sizes.items()), 0, 0, *size):
         said = f"{name.split('.')[-1]} {sizes[name] / total:.0%}"
         said = said if 4.6 * len(said) < w else name.split(".")[-1]
         boxes.append((said if 4.6 * len(said) < w else "", x + 1, y + 1, w - 2, h - 2, colour(name)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fluxedu.instruments.errors import InstrumentError
-from fluxedu.widgets.controls import Choice, Slider
+from fluxedu.widgets.controls import Choice, clock
 from fluxedu.widgets.explorer import Explorer, View
 from fluxedu.widgets.panels import Points
 
@@ -80,6 +80,6 @@ def particles(
 
     controls = [
         Choice("field", "field", list(fields)),
-        Slider("step", "time", [f"t = {t:.2f}" for t in times], steps // 2),
+        clock(times, steps // 2),
     ]
     return Explorer("Particles", controls, draw, {"particle": 0}, widths=[3.6, 3.6])

@@ -9,7 +9,7 @@ import torch
 from fluxedu.instruments.named import Named
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.contributions import over_tokens, shares
-from fluxedu.widgets.controls import Chips, Choice, Slider
+from fluxedu.widgets.controls import Chips, Choice, Slider, clock
 from fluxedu.widgets.explorer import Explorer, View
 from fluxedu.widgets.paint import Pixels8, over, over_stops, picture
 from fluxedu.widgets.panels import Lines, Pixels
@@ -79,7 +79,7 @@ def streams(pipe: FluxPipeline, prompt: str, *, block: str = "double.1", **asked
     controls = [
         Choice("shown", "shade", SHOWN),
         Slider("block", "block", blocks, blocks.index(block)),
-        Slider("step", "time", [f"t = {t:.2f}" for t in times], len(times) // 2),
+        clock(times, len(times) // 2),
         Chips("word", "text tokens", pieces, min(1, len(pieces) - 1)),
     ]
     return Explorer("Streams", controls, draw, widths=[3.4, 3.4, 2.8])

@@ -10,7 +10,7 @@ from fluxedu.instruments.lenses.flow import curvature
 from fluxedu.instruments.lenses.run import one_prompt
 from fluxedu.sampling.pipeline import FluxPipeline, Trajectory
 from fluxedu.widgets.asked import checked
-from fluxedu.widgets.controls import Slider
+from fluxedu.widgets.controls import clock
 from fluxedu.widgets.explorer import Explorer, View
 from fluxedu.widgets.paint import Pixels8, enlarged, heat, picture
 from fluxedu.widgets.panels import Lines, Pixels
@@ -46,6 +46,6 @@ def trajectory(pipe: FluxPipeline, prompt: str, **asked) -> Explorer:
     states, foreseen = (
         [picture(pipe.autoencoder.decode(x[:1])[0]) for x in latents] for latents in (path.latents[:-1], path.x0)
     )
-    labels = [f"t = {t:.2f}" for t in path.times[:-1].tolist()]
-    steps = Slider("step", "time", labels, len(labels) // 3)
+    times = path.times[:-1].tolist()
+    steps = clock(times, len(times) // 3)
     return Explorer("Trajectory", [steps], lambda step: trajectory_view(path, states, foreseen, step))

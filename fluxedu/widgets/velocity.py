@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.asked import checked, numbers, prompts_of
-from fluxedu.widgets.controls import Slider
+from fluxedu.widgets.controls import clock
 from fluxedu.widgets.explorer import Explorer, View
 from fluxedu.widgets.paint import Pixels8, picture
 from fluxedu.widgets.panels import Pixels, Points
@@ -103,5 +103,5 @@ def velocity(pipe: FluxPipeline, prompts: Sequence[str], *, seeds: int = 10, ste
     def draw(step: int, particle: int) -> View:
         return velocity_view(xy, arrows, group, prompts, times, step, particle, foreseen)
 
-    control = Slider("step", "time", [f"t = {t:.2f}" for t in times], len(times) // 2)
+    control = clock(times, len(times) // 2)
     return Explorer("Velocity", [control], draw, {"particle": 0}, widths=[4.6, 3.0])
