@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.clip import CLIPLayer, CLIPTextEncoder
+from fluxedu.models.clip import CLIPTextEncoder
+from fluxedu.models.image_tower import ImageTower
 from fluxedu.nano import configs
 from fluxedu.nano.scenes import caption, render, sample_scene
 from fluxedu.nano.tokenizers import clip_tokenizer
@@ -24,28 +25,6 @@ from fluxedu.nano.training.loop import Prefetch, Recipe, Run, use_average
 
 RECIPE = Recipe(steps=800, lr=1.5e-3, batch=64, warmup=100, decay=0.5, ema=0.995)
 SEED = 33
-PATCH = 8
-SIZE = 64  # pixels a side after halving the 128 x 128 scene
-
-
-class ImageTower(nn.Module):
-    """A small vision transformer: ``[B, 3, 128, 128]`` in [-1, 1] -> ``[B, D]``."""
-
-    def __init__(self):
-        super().__init__()
-        dim = configs.CLIP.hidden_size
-        self.patch_embed = nn.Conv2d(3, dim, PATCH, stride=PATCH)
-        self.place_embed = nn.Parameter(0.02 * torch.randn((SIZE // PATCH) ** 2, dim))
-        self.layers = nn.ModuleList(CLIPLayer(configs.CLIP, causal=False) for _ in range(3))
-        self.norm = nn.LayerNorm(dim)
-        self.projection = nn.Linear(2 * dim, dim, bias=False)
-
-    def forward(self, image: Tensor) -> Tensor:
-        x = self.patch_embed(F.avg_pool2d(image, 2)).flatten(2).transpose(1, 2) + self.place_embed
-        for layer in self.layers:
-            x = layer(x)
-        x = self.norm(x)
-        return self.projection(torch.cat([x.mean(1), x.amax(1)], dim=-1))
 
 
 class CLIP(nn.Module):
@@ -54,7 +33,7 @@ class CLIP(nn.Module):
     def __init__(self):
         super().__init__()
         self.text = CLIPTextEncoder(configs.CLIP)
-        self.image = ImageTower()
+        self.image = ImageTower(configs.CLIP)
         self.text_projection_head = nn.Linear(configs.CLIP.hidden_size, configs.CLIP.hidden_size, bias=False)
         self.temperature_head = nn.Parameter(torch.tensor(2.3))
         for name, p in self.text.named_parameters():
