@@ -9,22 +9,27 @@ fe.checkpoints.merge(flux, fe.checkpoints.read("lora.safetensors"), scale=0.85).
 from fluxedu.checkpoints.configs import from_diffusers_config, to_diffusers_config
 from fluxedu.checkpoints.errors import CheckpointError
 from fluxedu.checkpoints.layouts import convert, converted, infer_config
-from fluxedu.checkpoints.load import config_of, load_into, load_model, read
+from fluxedu.checkpoints.load import config_of, load_into, load_model, outline, read
 from fluxedu.checkpoints.lora import Merged, merge, widen_input
+from fluxedu.checkpoints.official import OFFICIAL, Official, find
 from fluxedu.checkpoints.save import convert_file, save_file, save_folder
 
 __all__ = [
+    "OFFICIAL",
     "CheckpointError",
     "Merged",
+    "Official",
     "config_of",
     "convert",
     "convert_file",
     "converted",
     "from_diffusers_config",
+    "find",
     "infer_config",
     "load_into",
     "load_model",
     "merge",
+    "outline",
     "read",
     "save_file",
     "save_folder",

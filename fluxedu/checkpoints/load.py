@@ -15,7 +15,7 @@ import json
 import math
 import mmap
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxedu.checkpoints.aside import WEIGHTS
+from fluxedu.checkpoints.carry import carried
 from fluxedu.checkpoints.configs import from_diffusers_config
 from fluxedu.checkpoints.errors import CheckpointError, naming
 from fluxedu.checkpoints.layouts import check, converted, infer_config, plain, plain_names, require
@@ -112,14 +113,21 @@ class TensorFile(Mapping):
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """The rows ``start:stop``, read into fresh memory (what is mapped would count as used)."""
         entry = self.entries[name]
-        row = entry.dtype.itemsize * math.prod(entry.shape[1:])
-        data = bytearray((stop - start) * row)
-        with entry.path.open("rb") as file:
-            file.seek(entry.offset + start * row)
-            if file.readinto(data) != len(data):
-                raise CheckpointError(f"{entry.path.name} has become shorter while it was read.")
-        flat = torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0, dtype=entry.dtype)
-        return flat.reshape(stop - start, *entry.shape[1:])
+        rows = torch.empty((stop - start, *entry.shape[1:]), dtype=entry.dtype)
+        self.read_into(rows, name, start)
+        return rows
+
+    def read_into(self, rows: Tensor, name: str, start: int) -> None:
+        """Fill ``rows`` (on the CPU, contiguous) from the file, beginning with the tensor's row ``start``."""
+        entry = self.entries[name]
+        memory = rows.reshape(-1).view(torch.uint8).numpy()
+        with entry.path.open("rb", buffering=0) as file:
+            file.seek(entry.offset + start * entry.dtype.itemsize * math.prod(entry.shape[1:]))
+            while len(memory):  # a system reads at most 2 GiB at once
+                count = file.readinto(memory)
+                if not count:
+                    raise CheckpointError(f"{entry.path.name} has become shorter while it was read.")
+                memory = memory[count:]
 
 
 def read(path: str | Path) -> TensorFile:
@@ -263,12 +271,14 @@ def load_into(
     module: nn.Module,
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str | Callable[[str], torch.device | str] | None = None,
 ) -> nn.Module:
     """Give ``module`` these weights, strictly, and return it.
 
     The tensors become the weights, without a second copy: ``module`` may have been built on the meta
-    device, and the weights of a file stay in the file until they are used. ``dtype=None`` keeps the file's.
+    device, and the weights of a file stay in the file until they are used. ``dtype=None`` keeps the file's;
+    ``device`` may also be a function of the name. What goes elsewhere or is cast passes through a few
+    megabytes of memory (:mod:`fluxedu.checkpoints.carry`).
     Raises CheckpointError, before anything is changed, for a missing or unexpected key or a wrong shape.
     """
     tensors = plain(tensors)
@@ -278,9 +288,19 @@ def load_into(
         require(found, config, "bfl", label)
     else:
         check(found, {name: tuple(t.shape) for name, t in module.state_dict().items()}, label)
-    weights = {name: tensors[name].to(device=device, dtype=dtype) for name in found}
+    where = device if callable(device) else lambda name: device
+    weights = carried(tensors, dtype, where)
     module.load_state_dict(weights, strict=True, assign=True)
     return module
+
+
+def outline(path: str | Path, config: Config | None = None) -> tuple[nn.Module, Mapping[str, Tensor]]:
+    """The network stored at ``path`` without its numbers, and the tensors that :func:`load_into` gives it."""
+    tensors = read(path)
+    config = config or config_of(tensors)
+    with hollow():
+        module = MODELS[type(config)](config)
+    return module.eval(), converted(tensors, "bfl", config)
 
 
 def load_model(
@@ -290,8 +310,5 @@ def load_model(
     device: torch.device | str | None = None,
 ) -> nn.Module:
     """The network stored at ``path``, in either layout: a Flux, AutoEncoder, CLIPTextEncoder or T5Encoder."""
-    tensors = read(path)
-    config = config or config_of(tensors)
-    with hollow():
-        module = MODELS[type(config)](config)
-    return load_into(module, converted(tensors, "bfl", config), dtype, device).eval()
+    module, tensors = outline(path, config)
+    return load_into(module, tensors, dtype, device)
