@@ -27,6 +27,7 @@ _PUBLIC = {
     "models": None,
     "sampling": None,
     "checkpoints": None,
+    "memory": None,
     "nano": None,
     "instruments": None,
     "plots": None,

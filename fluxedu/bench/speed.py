@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fluxedu.checkpoints import convert, to_diffusers_config
+from fluxedu.memory.peak import PeakBytes
 from fluxedu.models import Flux, FluxConfig
 from fluxedu.sampling.latents import image_ids, text_ids
 
@@ -105,34 +103,6 @@ def picture_ratio(rounds: int) -> dict:
         rounds,
     )
     return {"ours_s": ours, "diffusers_s": theirs, "ratio": ours / theirs}
-
-
-class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside and alive at once, as torch.cuda.max_memory_allocated does."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.known | given:
-                self._made(x.untyped_storage())
-        return out
-
-    def _made(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self.known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 @torch.no_grad()

@@ -76,14 +76,16 @@ def find(where: str | Path, transformer: str = "transformer") -> Official:
         cached = snapshot(repository.id if repository else str(where))
         if cached is None and repository is None:
             raise CheckpointError(
-                f"there is no file, folder or cached repository {str(where)!r}; "
-                f"the variants are {', '.join(OFFICIAL)}."
+                f"there is no model {str(where)!r} on this machine, neither file nor folder nor in the Hugging Face "
+                f"cache; say nano, {', '.join(OFFICIAL)} or a path."
             )
         parts, folders = {}, [cached] if cached else []
     missing = []
     for part in (p for p in PARTS if p not in parts):
         shared = _snapshots() if variant and part != "transformer" else ()
-        found, lacking = _first_whole(part, transformer if part == "transformer" else part, variant, [*folders, *shared])
+        found, lacking = _first_whole(
+            part, transformer if part == "transformer" else part, variant, [*folders, *shared]
+        )
         parts |= {part: found} if found else {}
         missing += lacking
     if missing:

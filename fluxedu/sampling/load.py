@@ -1,18 +1,21 @@
-"""Opening a model: the shipped miniature by name, or any folder in the official layout.
+"""Opening a model: the shipped miniature by name, the official weights, or any folder in their layout.
 
-load()             the miniature with guidance built in, as FLUX.1-dev
+load()             the miniature with guidance built in, as FLUX.1-dev; or what FLUXEDU_MODEL names
 load("nano-base")  the miniature before distillation, for classifier-free guidance
+load("dev")        the official weights from the Hugging Face cache; also schnell, krea, fill, canny, depth, kontext
 load("path/to/FLUX.1-dev")  a folder as on the hub: transformer, vae, two encoders, two tokenizers
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
-from fluxedu.checkpoints import load_model
-from fluxedu.models import VARIANTS, Sampling
+from fluxedu.checkpoints import find
+from fluxedu.memory import open_networks
+from fluxedu.models import VARIANTS, FluxConfig, Sampling
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.prompts import PromptEncoder, Tokenizer
 from fluxedu.sampling.request import RequestError, checked_device, checked_dtype
@@ -28,37 +31,51 @@ SHIPPED = {
 
 
 def load(
-    name: str | Path = "nano",
+    name: str | Path | None = None,
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     transformer: str = "transformer",
+    memory: str = "auto",
 ) -> FluxPipeline:
-    """Open a pipeline: ``nano``, ``nano-base``, or a folder in the official repositories' layout.
+    """Open a pipeline: a shipped model, a variant of the official weights, a folder or a transformer's file.
 
-    ``transformer`` names the folder of the transformer inside. Raises RequestError for a model, device
-    or dtype that is not there, CheckpointError for files that do not fit.
+    name: what the environment variable FLUXEDU_MODEL says if not given, else ``nano`` · device, dtype: the CPU and
+    float32 if not given; of the official weights a GPU where there is one, and bfloat16 · transformer: the folder
+    of the transformer inside · memory: auto, full, no-modulations or stream (:mod:`fluxedu.memory`).
+
+    Raises RequestError for a device or dtype that is not there, CheckpointError for files that are missing or do
+    not fit, with the command that gets them.
     """
-    device, dtype = checked_device(device), checked_dtype(dtype)
+    name = name or os.environ.get("FLUXEDU_MODEL") or "nano"
     if isinstance(name, str) and name in SHIPPED:
         if transformer not in ("transformer", SHIPPED[name][0]):
             raise RequestError(f"{name!r} has its own transformer; of transformer={transformer!r} load the folder.")
-        folder, (transformer, sampling) = WEIGHTS, SHIPPED[name]
-        size = 128
+        transformer, sampling = SHIPPED[name]
+        files, size = find(WEIGHTS, transformer), 128
     else:
-        folder, sampling, size = Path(name), None, 1024
-        if not folder.is_dir():
-            raise RequestError(f"there is no model {str(name)!r}: say {', '.join(SHIPPED)}, or the path of a folder.")
+        files, sampling, size = find(name, transformer), None, 1024
+    if files.variant is not None:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or "bfloat16"
+    device, dtype = checked_device(device or "cpu"), checked_dtype(dtype)
 
-    part = lambda name: load_model(folder / name, dtype=dtype, device=device).requires_grad_(False)  # noqa: E731
-    clip, t5, flux, vae = (part(name) for name in ("text_encoder", "text_encoder_2", transformer, "vae"))
-    sampling = sampling or VARIANTS["dev" if flux.config.guidance_embed else "schnell"].sampling
+    networks = open_networks(files.parts, device, dtype, memory)
+    clip, t5, flux, vae = (networks[name] for name in ("clip", "t5", "flux", "ae"))
+    sampling = sampling or VARIANTS[files.variant or _like(flux.config)].sampling
     places = clip.config.max_position_embeddings
     prompts = PromptEncoder(
-        Tokenizer(folder / "tokenizer", "<|endoftext|>", "<|endoftext|>", places, cut=True),
+        Tokenizer(files.parts["tokenizer"], "<|endoftext|>", "<|endoftext|>", places, cut=True),
         clip,
-        Tokenizer(folder / "tokenizer_2", "<pad>", "</s>", sampling.text_length, cut=False),
+        Tokenizer(files.parts["tokenizer_2"], "<pad>", "</s>", sampling.text_length, cut=False),
         t5,
     )
     vae = vae.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
     return FluxPipeline(prompts, flux, vae, sampling, size)
+
+
+def _like(config: FluxConfig) -> str:
+    """The variant whose way of sampling fits a transformer that has no name."""
+    if not config.guidance_embed:
+        return "schnell"
+    return {384: "fill", 128: "depth"}.get(config.in_channels, "dev")

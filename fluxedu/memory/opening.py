@@ -1,0 +1,49 @@
+"""The four networks from their files, each weight to where its placement wants it."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fluxedu.checkpoints import load_into, outline
+from fluxedu.memory.placement import Networks, Placement, choose, free_bytes, said
+from fluxedu.memory.tiles import decode_tiled
+from fluxedu.memory.visits import Visits
+
+#: the parts of a folder, by our names
+FOLDERS = {"flux": "transformer", "ae": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
+
+
+def open_networks(
+    parts: dict[str, Path], device: torch.device, dtype: torch.dtype, memory: str = "auto", words: int = 512
+) -> dict[str, nn.Module]:
+    """``flux``, ``ae``, ``clip`` and ``t5`` of ``parts`` (folder or file by the official folders' names).
+
+    What was chosen for ``memory="auto"`` is said in one line on stderr, unless everything stays.
+    """
+    outlines = {name: outline(parts[folder]) for name, folder in FOLDERS.items()}
+    networks = {name: network for name, (network, _) in outlines.items()}
+    hollow_ones = Networks(**networks, dtype=dtype)
+    free = free_bytes(device)
+    placement = Placement() if memory == "auto" and free == float("inf") else choose(hollow_ones, memory, free)
+    if memory == "auto" and device.type != "cpu":
+        need = hollow_ones.need(placement, 1024, 1024, words)
+        print(said(placement, need, free, device), file=sys.stderr)
+    for network, tensors in outlines.values():
+        _fill(network, tensors, placement, device, dtype)
+    if placement.tiled:
+        networks["ae"].decode = partial(decode_tiled, networks["ae"])
+    return networks
+
+
+def _fill(network: nn.Module, tensors, placement: Placement, device: torch.device, dtype: torch.dtype) -> None:
+    """The weights to where they belong; then the visitors are told to visit."""
+    away, visitors = placement.away(network), placement.visitors(network)
+    load_into(network, tensors, dtype, lambda name: "cpu" if name in away else device)
+    network.requires_grad_(False)
+    for group in visitors:
+        Visits(group, device, apart=(module for group in visitors for module in group))
