@@ -1,4 +1,4 @@
-"""The command line: ``fluxedu sample | trace | info | sites | train | judge | convert | bench | lab | grade``."""
+"""The command line: ``fluxedu sample | trace | info | sites | train | judge | convert | sweep | bench | lab | …``."""
 
 from __future__ import annotations
 
@@ -252,6 +252,29 @@ def convert(
     except (CheckpointError, ValueError, OSError) as error:
         raise _fail(error) from None
     typer.echo(f"wrote {target}")
+
+
+@app.command(epilog="Example: fluxedu sweep gates.yaml --workers 4")
+def sweep(
+    config: Annotated[
+        Path, typer.Argument(help="A YAML file: prompts, seeds, interventions; see fluxedu/sweep/config.py.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="The folder of the results; the config's name if not given.")] = None,
+    workers: Annotated[int, typer.Option(help="How many processes.")] = 1,
+    on: Annotated[str | None, typer.Option(help="ray or dask, if the processes are to run there.")] = None,
+) -> None:
+    """Draw prompts x seeds x interventions into one folder. Killed at any time, the same command goes on."""
+    from fluxedu.sweep.command import sweep
+
+    try:
+        asked, folder = sweep(config, out, workers, on)
+    except (ValueError, OSError) as error:
+        raise _fail(error) from None
+    except ModuleNotFoundError as error:
+        raise _missing(error) from None
+    except KeyboardInterrupt:
+        raise _fail(ValueError("stopped; the same command goes on from here.")) from None
+    typer.echo(f"wrote {folder} ({len(asked):,} cells)")
 
 
 @app.command(epilog="Example: fluxedu bench --json bench.json")

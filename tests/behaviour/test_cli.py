@@ -22,7 +22,7 @@ def refused(*words: str) -> str:
     return line
 
 
-COMMANDS = ["sample", "trace", "info", "sites", "train", "judge", "convert", "bench", "lab", "grade"]
+COMMANDS = ["sample", "trace", "info", "sites", "train", "judge", "convert", "sweep", "bench", "lab", "grade"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -73,6 +73,7 @@ def test_sample_writes_the_picture_and_nothing_else(tmp_path):
         (["train", "--stage", ""], "say --all"),
         (["convert", "nowhere.safetensors", "out", "--to", "diffusers"], "nowhere.safetensors"),
         (["lab", "--folder", "/dev/null/course"], "cannot be copied to /dev/null/course"),
+        (["sweep", "nowhere.yaml"], "nowhere.yaml: it cannot be read"),
         (["grade", "nowhere.ipynb"], "there is no notebook nowhere.ipynb"),
     ],
 )
