@@ -32,6 +32,7 @@ _PUBLIC = {
     "instruments": None,
     "plots": None,
     "widgets": None,
+    "arena": None,
     "course": None,
     "probe": None,
 }

@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from fluxedu.arena.cli import app as arena
+
 app = typer.Typer(help="FLUX.1 in code that reads like its diagram.", no_args_is_help=True, add_completion=False)
+app.add_typer(arena, name="arena")
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 Model = Annotated[

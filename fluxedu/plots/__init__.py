@@ -5,6 +5,7 @@
 
 from fluxedu.plots.attention import head_gallery, overlay, word_maps
 from fluxedu.plots.blocks import contributions, modulation
+from fluxedu.plots.elo import elo, elo_axes
 from fluxedu.plots.images import film_strip, side_by_side
 from fluxedu.plots.parameters import treemap
 from fluxedu.plots.spectra import spectrum
@@ -12,6 +13,8 @@ from fluxedu.plots.velocity import quiver
 
 __all__ = [
     "contributions",
+    "elo",
+    "elo_axes",
     "film_strip",
     "head_gallery",
     "modulation",

@@ -1,0 +1,102 @@
+"""Who draws: a name and a function ``(prompt, seed, height, width) -> picture``.
+
+    contestant("nano@4")                               # what fluxedu.load opens, here in 4 steps
+    Contestant("my model", lambda prompt, seed, height, width: ...)
+
+Whatever draws can take part. Pictures are kept, in memory or in a folder, so that none is drawn twice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+from PIL import Image
+
+from fluxedu.arena.errors import ArenaError
+from fluxedu.checkpoints.aside import aside
+from fluxedu.sampling.load import SHIPPED, WEIGHTS, load
+from fluxedu.sampling.pipeline import FluxPipeline
+
+Draw = Callable[[str, int, int, int], Image.Image]  # prompt, seed, height, width
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """``stamp`` says which weights these are: kept pictures of other weights under the same name are not used."""
+
+    name: str
+    draw: Draw
+    stamp: str = ""
+
+
+_opened = cache(load)  # nano and nano@4 are one model
+
+
+def contestant(spec: str) -> Contestant:
+    """``nano``, ``nano-base`` or a folder; ``@4`` after it asks for 4 steps instead of the model's own number."""
+    model, _, steps = spec.partition("@")
+    if steps and (not steps.isdecimal() or not 1 <= int(steps) <= 1000):
+        raise ArenaError(f"after the @ comes a number of steps from 1 to 1000, as in nano@4, not {spec!r}.")
+    if model not in SHIPPED and not Path(model).is_dir():
+        raise ArenaError(f"there is no contestant {model!r}: say {', '.join(SHIPPED)}, or the path of a folder.")
+
+    def draw(prompt: str, seed: int, height: int, width: int) -> Image.Image:
+        return pictured(_opened(model), prompt, seed, height, width, int(steps) if steps else None)
+
+    return Contestant(spec, draw, _stamp(WEIGHTS if model in SHIPPED else Path(model)))
+
+
+def pictured(pipe: FluxPipeline, prompt: str, seed: int, height: int, width: int, steps: int | None) -> Image.Image:
+    """One picture, with the model's own guidance."""
+    asked = {"seed": seed, "height": height, "width": width, "steps": steps}
+    return pipe(prompt, **asked, trajectory=False, progress=False).images[0]
+
+
+def _stamp(folder: Path) -> str:
+    """Changes when a file of weights does: names, sizes and times, since reading 24 GB takes minutes."""
+    files = [(p, p.stat()) for p in sorted(folder.rglob("*.safetensors"))]
+    return repr([(str(p.relative_to(folder)), stat.st_size, stat.st_mtime_ns) for p, stat in files])
+
+
+class Gallery:
+    """The contestants' pictures, drawn when first asked for and kept; in ``folder``, if one is given, for the next time.
+
+    One picture is drawn at a time, however many threads ask.
+    """
+
+    def __init__(self, contestants: Sequence[Contestant], folder: Path | str | None = None):
+        self.contestants = {c.name: c for c in contestants}
+        if len(self.contestants) < max(len(contestants), 2):
+            said = ", ".join(c.name for c in contestants) or "none"
+            raise ArenaError(f"an arena needs two contestants or more with different names, not {said}.")
+        self.folder, self.kept, self.lock = None if folder is None else Path(folder), {}, threading.Lock()
+
+    def picture(self, name: str, prompt: str, seed: int, height: int, width: int) -> Image.Image:
+        """The picture of contestant ``name``."""
+        if name not in self.contestants:
+            raise ArenaError(f"{name!r} takes no part here; {', '.join(self.contestants)} do.")
+        asked = (prompt, seed, height, width)
+        key = sha256(repr((name, self.contestants[name].stamp, *asked)).encode()).hexdigest()
+        with self.lock:
+            if key not in self.kept:
+                self.kept[key] = self._found(key) or self._drawn(key, name, asked)
+            return self.kept[key]
+
+    def _found(self, key: str) -> Image.Image | None:
+        path = self.folder and self.folder / f"{key}.png"
+        if path is None or not path.is_file():
+            return None
+        with Image.open(path) as image:
+            return image.convert("RGB")
+
+    def _drawn(self, key: str, name: str, asked: tuple[str, int, int, int]) -> Image.Image:
+        image = self.contestants[name].draw(*asked).convert("RGB")
+        if self.folder is not None:
+            with aside(self.folder / f"{key}.png", overwrite=True) as part:
+                image.save(part, format="PNG")
+        return image
