@@ -19,6 +19,7 @@ from safetensors.torch import save_file as their_save_file
 import fluxedu as fe
 from fluxedu.checkpoints import OFFICIAL, CheckpointError, convert, find, load_model, outline, save_folder
 from fluxedu.checkpoints import carry as carrying
+from fluxedu.checkpoints.load import TensorFile
 from fluxedu.models import (
     VARIANTS,
     AutoEncoder,
@@ -283,3 +284,13 @@ def test_carried_values_are_the_files(tmp_path, monkeypatch, buffer, layout):
         ours = load_model(tmp_path / "flux.safetensors", flux.config, dtype=dtype).state_dict()
         for name, tensor in flux.state_dict().items():
             assert torch.equal(ours[name], tensor.to(dtype or torch.bfloat16))
+
+
+def test_what_goes_to_a_device_is_read_and_not_mapped(tmp_path, monkeypatch):
+    flux = flux_of("dev")
+    their_save_file(flux.state_dict(), tmp_path / "flux.safetensors")
+    monkeypatch.setattr(TensorFile, "_mapped", None)
+    moved = load_model(tmp_path / "flux.safetensors", flux.config, device="meta").state_dict()
+    assert all(tensor.is_meta and tensor.shape == flux.state_dict()[name].shape for name, tensor in moved.items())
+    with pytest.raises(TypeError):
+        load_model(tmp_path / "flux.safetensors", flux.config)
