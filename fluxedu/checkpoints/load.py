@@ -11,12 +11,10 @@ Format: https://huggingface.co/docs/safetensors/index#format.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -27,39 +25,15 @@ from fluxedu.checkpoints.aside import WEIGHTS
 from fluxedu.checkpoints.carry import carried
 from fluxedu.checkpoints.configs import from_diffusers_config
 from fluxedu.checkpoints.errors import CheckpointError, naming
+from fluxedu.checkpoints.header import PICKLES, Entry, pickle_error, read_header, read_json
 from fluxedu.checkpoints.layouts import check, converted, infer_config, plain, plain_names, require
 from fluxedu.checkpoints.tables import MODELS, Shape, label_of, shapes_of
 from fluxedu.models import AutoEncoderConfig, CLIPTextConfig, FluxConfig, T5Config
 from fluxedu.models.config import Config
 from fluxedu.models.hollow import hollow
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _WINDOW = 1 << 30  # bytes of a file mapped at once
-_PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 _KINDS = {kind.__name__: kind for kind in (FluxConfig, AutoEncoderConfig, CLIPTextConfig, T5Config)}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor lies: ``offset`` bytes into ``path``."""
-
-    path: Path
-    dtype: torch.dtype
-    shape: Shape
-    offset: int
 
 
 class TensorFile(Mapping):
@@ -142,7 +116,7 @@ def read(path: str | Path) -> TensorFile:
     files = _files_of(path) if path.is_dir() else {path: None}
     entries, metadata = {}, {}
     for file, promised in files.items():
-        found, metadata = _read_header(file)
+        found, metadata = read_header(file)
         _compare_with_index(file.name, found, promised)
         entries |= found
     if not entries:
@@ -165,9 +139,9 @@ def _files_of(folder: Path) -> dict[Path, set[str] | None]:
             f"{folder.name} has no index but {len(files)} .safetensors files; "
             f"name one of {', '.join(f.name for f in files)}."
         )
-    pickles = sorted(file for file in folder.iterdir() if file.suffix in _PICKLES)
+    pickles = sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
     if pickles:
-        raise _pickle_error(pickles[0])
+        raise pickle_error(pickles[0])
     parts = sorted(d.name for d in folder.iterdir() if d.is_dir() and any(d.glob("*.safetensors")))
     hint = f"; its parts {', '.join(parts)} do" if parts else ""
     raise CheckpointError(f"{folder} holds no .safetensors file{hint}.")
@@ -175,7 +149,7 @@ def _files_of(folder: Path) -> dict[Path, set[str] | None]:
 
 def _read_index(index: Path) -> dict[Path, set[str]]:
     try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        weight_map = dict(read_json(index.read_bytes())["weight_map"])
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{index.name} is not an index of shards (JSON with a weight_map).") from None
     files: dict[Path, set[str]] = {}
@@ -198,54 +172,6 @@ def _compare_with_index(label: str, found: dict[str, Entry], promised: set[str] 
         raise CheckpointError(f"{label} has the key {naming(extra)}, which the index does not name.")
 
 
-def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """What a safetensors file says of itself: 8 bytes of length, that much JSON, then the data."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        first = file.read(9)
-        if len(first) < 9 or first[8:] != b"{":
-            raise _not_safetensors(path, first)
-        length = int.from_bytes(first[:8], "little")
-        text = b"{" + file.read(min(length, size) - 1)
-    if size < 8 + length:
-        raise CheckpointError(f"{path.name} is cut short: it has {size:,} bytes, its header alone {8 + length:,}.")
-    try:
-        header = json.loads(text)
-        metadata = header.pop("__metadata__", {})
-        entries = {name: _entry(path, name, values, 8 + length) for name, values in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path.name} has a damaged header and is no safetensors file.") from None
-    end = 8 + length + max((values["data_offsets"][1] for values in header.values()), default=0)
-    if size != end:
-        fault = "is cut short" if size < end else "is too long"
-        raise CheckpointError(f"{path.name} {fault}: it has {size:,} bytes, its header promises {end:,}.")
-    return entries, metadata
-
-
-def _entry(path: Path, name: str, values: dict, data: int) -> Entry:
-    if values["dtype"] not in DTYPES:
-        raise CheckpointError(f"{path.name} has {name!r} in dtype {values['dtype']}, not one of {', '.join(DTYPES)}.")
-    entry = Entry(path, DTYPES[values["dtype"]], tuple(values["shape"]), data + values["data_offsets"][0])
-    begin, end = values["data_offsets"]
-    if end - begin != entry.dtype.itemsize * math.prod(entry.shape):
-        raise CheckpointError(f"{path.name} has {name!r} in {end - begin:,} bytes, which is not {list(entry.shape)}.")
-    return entry
-
-
-def _not_safetensors(path: Path, first: bytes) -> CheckpointError:
-    if path.suffix in _PICKLES or first[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        return _pickle_error(path)
-    if len(first) < 9:
-        return CheckpointError(f"{path.name} is cut short: it has only {len(first)} bytes.")
-    return CheckpointError(f"{path.name} is no safetensors file (it begins with {first[:8]!r}).")
-
-
-def _pickle_error(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path.name} is a pickle, which can run code when opened; fluxedu reads .safetensors only.")
-
-
 def config_of(tensors: TensorFile) -> Config:
     """The configuration of a file or folder: as written in it, in its config.json, or told by its shapes.
 
@@ -256,10 +182,10 @@ def config_of(tensors: TensorFile) -> Config:
     beside = (path.parent if re.fullmatch(WEIGHTS, path.name) else path) / "config.json"
     try:
         if told:
-            kind, fields = json.loads(told)
+            kind, fields = read_json(told)
             return _KINDS[kind].from_dict(fields)
         if beside.is_file():
-            return from_diffusers_config(json.loads(beside.read_text(encoding="utf-8")))
+            return from_diffusers_config(read_json(beside.read_bytes()))
     except CheckpointError as error:
         raise CheckpointError(f"{tensors.label}: {error}") from None
     except (ValueError, KeyError, TypeError):

@@ -11,12 +11,12 @@ repository of the family, so those of any one will do.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fluxedu.checkpoints.errors import CheckpointError
+from fluxedu.checkpoints.header import read_json
 
 NON_COMMERCIAL = "FLUX.1 [dev] Non-Commercial License"
 
@@ -146,10 +146,10 @@ def _absent(folder: Path, tokenizer: bool) -> list[str] | None:
         return [] if whole else None
     for index in folder.glob("*.safetensors.index.json"):
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            shards = sorted(set(read_json(index.read_bytes())["weight_map"].values()))
+            return [name for name in shards if not (folder / name).is_file()]
+        except (ValueError, LookupError, TypeError, AttributeError):
             return []  # the reader says what is wrong with it
-        return [name for name in shards if not (folder / name).is_file()]
     return [] if any(file.is_file() for file in folder.glob("*.safetensors")) else None
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from fluxedu.checkpoints.aside import aside
 from fluxedu.checkpoints.configs import to_diffusers_config
 from fluxedu.checkpoints.errors import CheckpointError
+from fluxedu.checkpoints.header import DTYPES
 from fluxedu.checkpoints.layouts import converted
-from fluxedu.checkpoints.load import DTYPES, TensorFile, config_of, read
+from fluxedu.checkpoints.load import TensorFile, config_of, read
 from fluxedu.checkpoints.tables import Converted, Piece, Shape, dtypes_of, shapes_of
 from fluxedu.models import CLIPTextConfig, T5Config
 from fluxedu.models.config import Config

@@ -6,7 +6,14 @@ black-forest-labs/flux (util.py), the text encoders' follow their ``config.json`
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
+from reprlib import repr as said
+
+LARGEST = 1 << 24  # no number of a network is larger, or it is a mistake
+DEEPEST = 1000  # layers, blocks, levels
+_COUNTS = ("depth", "depth_single_blocks", "num_layers", "num_hidden_layers", "num_res_blocks")
 
 
 class ConfigError(ValueError):
@@ -21,13 +28,16 @@ class Config:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
+                object.__setattr__(self, field.name, value := tuple(value))
+            _check(field.name, field.type, value)
 
     @classmethod
     def from_dict(cls, values: dict) -> Config:
         """Build from a mapping; a key that is not a field is an error that names it."""
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
+        if not isinstance(values, dict):
+            raise ConfigError(f"{cls.__name__} is made of a dictionary, not of {said(values)}.")
+        unknown = [name for name in values if name not in known]
         if unknown:
             raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}.")
         return cls(**values)
@@ -39,6 +49,30 @@ class Config:
     def with_(self, **changes) -> Config:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+
+def _check(name: str, kind: str, value) -> None:
+    """A field is what its annotation says, and of a size that makes sense; raises ConfigError."""
+    if kind.startswith("tuple"):
+        if not isinstance(value, tuple) or len(value) > DEEPEST:
+            raise ConfigError(f"{name} must be a list of whole numbers, not {said(value)}.")
+        for one in value:
+            _check(f"every number in {name}", "int", one)
+    elif kind == "bool":
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be True or False, not {said(value)}.")
+    elif kind == "int":
+        most = DEEPEST if name in _COUNTS else LARGEST
+        if isinstance(value, bool) or not isinstance(value, Integral) or value > most:
+            raise ConfigError(f"{name} must be a whole number of at most {most:,}, not {said(value)}.")
+    elif isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or abs(value) > LARGEST:
+        raise ConfigError(f"{name} must be a number of at most {LARGEST:,}, not {said(value)}.")
+
+
+def _positive(config: Config, *names: str, least: int = 1) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ConfigError(f"{name} must be at least {least}, not {getattr(config, name)}.")
 
 
 @dataclass(frozen=True)
@@ -61,10 +95,11 @@ class FluxConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        sizes = ("in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        _positive(
+            self, "in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads", "theta"
+        )
+        if self.mlp_hidden < 1:
+            raise ConfigError(f"mlp_ratio must make an MLP at least 1 wide, which {self.mlp_ratio} does not.")
         if self.depth < 0 or self.depth_single_blocks < 0:
             raise ConfigError("depth and depth_single_blocks must not be negative.")
         if self.hidden_size % self.num_heads:
@@ -119,8 +154,9 @@ class AutoEncoderConfig(Config):
         super().__post_init__()
         if self.norm_groups < 1 or self.ch < 1 or self.ch % self.norm_groups:
             raise ConfigError(f"ch must be a multiple of norm_groups = {self.norm_groups}, not {self.ch}.")
-        if not self.ch_mult:
-            raise ConfigError("ch_mult needs at least one level.")
+        if not 1 <= len(self.ch_mult) <= 12 or min(self.ch_mult) < 1:
+            raise ConfigError(f"ch_mult needs 1 to 12 levels, each at least 1, not {said(self.ch_mult)}.")
+        _positive(self, "in_channels", "out_ch", "num_res_blocks", "z_channels")
 
     @property
     def downscale(self) -> int:
@@ -143,6 +179,9 @@ class CLIPTextConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
+        _positive(self, *sizes)
+        _positive(self, "num_hidden_layers", "eos_token_id", least=0)
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} does not divide into num_attention_heads "
@@ -163,6 +202,12 @@ class T5Config(Config):
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
+
+    def __post_init__(self):
+        super().__post_init__()
+        _positive(self, "vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "relative_attention_max_distance")
+        _positive(self, "num_layers", least=0)
+        _positive(self, "relative_attention_num_buckets", least=4)
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,18 @@ class Tokenizer:
         self.fast = self._read(Path(folder))
         self.length, self.cut = length, cut
         self.pad_id, self.end_id = self.fast.token_to_id(pad), self.fast.token_to_id(end)
+        if self.pad_id is None or self.end_id is None:
+            raise RequestError(f"the tokenizer in {folder} does not know {pad if self.pad_id is None else end}.")
         self.fast.no_padding()
         self.fast.no_truncation()
 
     @staticmethod
     def _read(folder: Path) -> FastTokenizer:
         if (folder / "tokenizer.json").exists():
-            return FastTokenizer.from_file(str(folder / "tokenizer.json"))
+            try:
+                return FastTokenizer.from_file(str(folder / "tokenizer.json"))
+            except Exception as error:  # tokenizers has no error of its own
+                raise RequestError(f"{folder / 'tokenizer.json'} is no tokenizer: {error}.") from None
         if not folder.is_dir():
             raise RequestError(f"there is no tokenizer at {folder}.")
         from transformers import AutoTokenizer

@@ -187,17 +187,25 @@ work(read_config({str(whole[0])!r}), {str(tmp_path / "out")!r})
     "launcher",
     [
         ["torch.distributed.run", "--nproc-per-node", "2"],
-        ["accelerate.commands.launch", "--cpu", "--num_processes", "2"],
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
     ],
     ids=["torchrun", "accelerate"],
 )
 def test_under_a_launcher(whole, tmp_path, launcher):
+    """Both processes take part, and the folder is the same. (Only by this flag accelerate starts several, GPU or not.)"""
     module, *options = launcher
-    words = ["-m", "fluxedu.cli", "sweep", str(whole[0]), "--out", str(tmp_path / "out")]
+    script = tmp_path / "sweep.py"
+    script.write_text(
+        "import os, pathlib, fluxedu.cli\n"
+        '(pathlib.Path(__file__).parent / f\'{os.environ["RANK"]} of {os.environ["WORLD_SIZE"]}\').touch()\n'
+        "fluxedu.cli.app()\n"
+    )
+    words = [str(script), "sweep", str(whole[0]), "--out", str(tmp_path / "out")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", module, *options, *words], capture_output=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert hashes(tmp_path / "out") == hashes(whole[1])
+    assert sorted(p.name for p in tmp_path.glob("* of *")) == ["0 of 2", "1 of 2"]
 
 
 def test_a_claim_ends_with_its_holder(tmp_path):
