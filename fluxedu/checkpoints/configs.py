@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 import re
 from functools import partial
-from reprlib import repr as said
 
 from fluxedu.checkpoints.errors import CheckpointError
 from fluxedu.checkpoints.tables import Shape
 from fluxedu.models import VARIANTS, AutoEncoderConfig, CLIPTextConfig, ConfigError, FluxConfig, T5Config
-from fluxedu.models.config import LARGEST, Config
+from fluxedu.models.config import LARGEST, Config, said
 
 #: our field -> the name in the other config.json, and the value that code takes when it is not there
 _FLUX = {

@@ -208,7 +208,7 @@ def _networks(pipe) -> list[nn.Module]:
         raise InstrumentError(f"sites are listed of a whole network, such as pipe.flux, not of {type(pipe).__name__}.")
     if hasattr(pipe, "networks"):
         return list(pipe.networks().values())
-    if pipe is None or pipe == "nano":
+    if pipe is None or (isinstance(pipe, str) and pipe == "nano"):
         from fluxedu.sampling.load import load
 
         return list(load().networks().values())

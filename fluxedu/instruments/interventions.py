@@ -20,11 +20,12 @@ from torch import Tensor
 from fluxedu.instruments.catalogue import axes_of
 from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.named import Named
-from fluxedu.instruments.recorder import Steps, among, checked_steps, record
+from fluxedu.instruments.recorder import Steps, among, checked_heads, checked_steps, record
 from fluxedu.instruments.recording import Recording
 from fluxedu.instruments.watching import Instrument
-from fluxedu.instruments.words import Word, places_now, said
+from fluxedu.instruments.words import Word, listed, names_words, places_now
 from fluxedu.models.attention_map import AttentionMap
+from fluxedu.models.config import said
 from fluxedu.probe import Sited
 from fluxedu.sampling.latents import image_ids, text_ids
 from fluxedu.sampling.moment import Moment, now
@@ -55,7 +56,7 @@ class Context:
     def places(self, stream: str) -> slice:
         """Of the joint tokens, those of ``"txt"`` or ``"img"``."""
         if stream not in ("txt", "img"):
-            raise InstrumentError(f"a stream is 'txt' or 'img', not {stream!r}.")
+            raise InstrumentError(f"a stream is 'txt' or 'img', not {said(stream)}.")
         words = self._moment().words
         return slice(0, words) if stream == "txt" else slice(words, None)
 
@@ -83,10 +84,9 @@ class intervene(Instrument):  # noqa: N801 - used like a function
     ):
         *globs, change = globs_and_change or (None,)
         if not callable(change):
-            raise InstrumentError(f"the last argument must be a function (value, ctx) -> value, not {change!r}.")
+            raise InstrumentError(f"the last argument must be a function (value, ctx) -> value, not {said(change)}.")
         super().__init__(*globs)
-        checked_steps(steps)
-        self.change, self.steps, self.times = change, steps, _checked(times)
+        self.change, self.steps, self.times = change, checked_steps(steps), _checked(times)
         self.acted = self.early = False
 
     def see(self, owner: Sited, name: str, whole: str, value: Any) -> Any:
@@ -119,7 +119,7 @@ def _checked(times: Times | None) -> Times | None:
     try:
         low, high = sorted(float(t) for t in times)
     except (TypeError, ValueError):
-        raise InstrumentError(f"times is a pair (from, to) in [0, 1], not {times!r}.") from None
+        raise InstrumentError(f"times is a pair (from, to) in [0, 1], not {said(times)}.") from None
     return low, high
 
 
@@ -166,10 +166,12 @@ def ablate(
         with fe.ablate("double.1.heads", heads=[2]): ...
         with fe.ablate("*.attn.map", tokens=["red"]): ...
     """
-    heads = [heads] if isinstance(heads, int) else heads
+    heads, tokens = checked_heads(heads), None if tokens is None else listed(tokens)
     named = [streams] if isinstance(streams, str) else streams
-    if any(stream not in _STREAMS for stream in named or ()):
-        raise InstrumentError(f"a stream is 'txt' or 'img', not {streams!r}.")
+    if named is not None and (not isinstance(named, (list, tuple)) or any(s not in _STREAMS for s in named)):
+        raise InstrumentError(f"a stream is 'txt' or 'img', not {said(streams)}.")
+    if to != "mean" if isinstance(to, str) else isinstance(to, bool) or not isinstance(to, (int, float)):
+        raise InstrumentError(f"to= is a number or 'mean', not {said(to)}.")
     sites = [site for glob in globs for site in _sites_of(glob, named)]
 
     def change(value: Tensor | AttentionMap, ctx: Context) -> Tensor | AttentionMap:
@@ -203,8 +205,6 @@ def _instead(value: Tensor, ctx: Context, to: str | float) -> Tensor:
         if not axes:
             raise InstrumentError(f"{ctx.site!r} has no tokens to take the mean over (its axes are {ctx.axes}).")
         return value.mean(dim=axes, keepdim=True)
-    if isinstance(to, bool) or not isinstance(to, (int, float)):
-        raise InstrumentError(f"to= is a number or 'mean', not {to!r}.")
     return torch.full((), float(to), dtype=value.dtype, device=value.device)
 
 
@@ -227,7 +227,7 @@ def _mask(value: Tensor, ctx: Context, heads, streams, tokens) -> Tensor:
 def _prompted(value: Tensor, ctx: Context, tokens: Sequence[Word] | Word) -> Tensor:
     """Words are the prompt's: of the two passes of classifier-free guidance, only the prompted one says them."""
     guided = ctx.moment is not None and ctx.moment.asked.guided and ctx.moment.text is None
-    both = guided and said(tokens) and len(value) == 2
+    both = guided and names_words(tokens) and len(value) == 2
     mask = torch.ones(len(value) if both else 1, dtype=torch.bool, device=value.device)
     if both:
         mask[0] = False

@@ -56,7 +56,7 @@ class Named:
         wrong = [i for i in index if not -self.shape[axis] <= i < self.shape[axis]]
         if wrong:
             raise InstrumentError(f"axis {name!r} has {self.shape[axis]} places, so there is no {wrong[0]}.")
-        places = torch.as_tensor(index, dtype=torch.long, device=self.tensor.device)
+        places = torch.as_tensor([i % self.shape[axis] for i in index], dtype=torch.long, device=self.tensor.device)
         coords = self.coords | ({name: [self.coords[name][i] for i in index]} if name in self.coords else {})
         return Named(self.tensor.index_select(axis, places), self.axes, coords)
 

@@ -7,6 +7,7 @@ rec["double.2.attn.map"]        # axes (step, query, key)
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from fluxedu.instruments.named import Named
 from fluxedu.instruments.recording import FolderRecording, Recording, When, open_recording
 from fluxedu.instruments.reductions import MapView, Reduction, Value, maker
 from fluxedu.instruments.watching import Instrument
-from fluxedu.instruments.words import Word, listed, places_now, read_at, said, tokenizer_at
+from fluxedu.instruments.words import Word, listed, names_words, places_now, read_at, tokenizer_at
 from fluxedu.models.attention_map import AttentionMap
+from fluxedu.models.config import said
 from fluxedu.probe import Sited
 from fluxedu.sampling.moment import Moment, now
 from fluxedu.sampling.solvers import times_asked
@@ -57,19 +59,20 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         dtype: torch.dtype | None = None,
     ):
         super().__init__(*globs)
-        if passes not in (None, "prompted", "negative"):
-            raise InstrumentError(f"passes is 'prompted', 'negative' or None for both, not {passes!r}.")
-        checked_steps(steps)
-        self.steps, self.passes, self.dtype = steps, passes, dtype
+        if not isinstance(passes, (str, type(None))) or passes not in (None, "prompted", "negative"):
+            raise InstrumentError(f"passes is 'prompted', 'negative' or None for both, not {said(passes)}.")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InstrumentError(f"dtype is one for real numbers, such as torch.float16, not {said(dtype)}.")
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget >= 0:
+            raise InstrumentError(f"budget is a number of bytes, not {said(budget)}.")
+        self.steps, self.passes, self.dtype = checked_steps(steps), passes, dtype
         self.tokens = None if tokens is None else listed(tokens)
-        self.heads = [heads] if isinstance(heads, int) else None if heads is None else list(heads)
-        if self.heads == []:
-            raise InstrumentError("heads names no head; leave it out for all of them.")
+        self.heads = checked_heads(heads)
         self.reductions = maker(reduce)
         self.over_steps = any(getattr(reduction, "over_steps", False) for reduction in self.reductions())
         self.budget = budget
         if not isinstance(to, (str, Path)):
-            raise InstrumentError(f"to is 'memory' or a new folder, not {to!r}.")
+            raise InstrumentError(f"to is 'memory' or a new folder, not {said(to)}.")
         self.recording = Recording() if to == "memory" else FolderRecording(to)
         self.used = False
         self.made: dict[tuple, list[Reduction]] = {}  # they may remember, so each site and picture has its own
@@ -181,7 +184,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
 
     def _one_pass(self) -> str | None:
         """The one pass of two that is kept, if not both: words are the prompt's, so they mean the prompted one."""
-        return self.passes or ("prompted" if self.tokens and said(self.tokens) else None)
+        return self.passes or ("prompted" if self.tokens and names_words(self.tokens) else None)
 
     # -- what is kept
 
@@ -284,11 +287,33 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         return self.recording.nbytes
 
 
-def checked_steps(steps: Steps) -> None:
-    """Raises InstrumentError for what cannot name steps."""
-    good = steps is None or isinstance(steps, (int, slice))
-    if not good and not (hasattr(steps, "__iter__") and all(isinstance(step, int) for step in steps)):
-        raise InstrumentError(f"steps is a number, a list of numbers or a slice, not {steps!r}.")
+def checked_steps(steps: Steps) -> int | list[int] | slice | None:
+    """``steps`` as it is, another sequence than a list as one; raises InstrumentError for what cannot name steps."""
+    ends = [steps.start, steps.stop, steps.step] if isinstance(steps, slice) else []
+    if steps is None or (ends and all(end is None or isinstance(end, int) for end in ends) and steps.step != 0):
+        return steps
+    try:
+        return whole(steps)
+    except TypeError:
+        raise InstrumentError(f"steps is a number, a list of numbers or a slice, not {said(steps)}.") from None
+
+
+def checked_heads(heads: Sequence[int] | int | None) -> list[int] | None:
+    """Heads by number as a list; raises InstrumentError for what names none."""
+    try:
+        found = None if heads is None else whole(heads)
+    except TypeError:
+        raise InstrumentError(f"heads is a number or a list of numbers, not {said(heads)}.") from None
+    if found == []:
+        raise InstrumentError("heads names no head; leave it out for all of them.")
+    return [found] if isinstance(found, int) else found
+
+
+def whole(given) -> int | list[int]:
+    """A whole number, or a list of them from whatever holds them; raises TypeError."""
+    if isinstance(given, (str, bytes, bool)):
+        raise TypeError
+    return operator.index(given) if hasattr(given, "__index__") else [operator.index(one) for one in given]
 
 
 def among(steps: Steps, step: int | None, count: int | None) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fluxedu.instruments.errors import BudgetError, InstrumentError
 from fluxedu.instruments.named import Named
 from fluxedu.models.attention_map import AttentionMap, wide
+from fluxedu.models.config import said
 
 MAP_AXES = ("batch", "head", "query", "key")
 
@@ -223,9 +224,9 @@ def _one(step) -> Callable[[], Reduction]:
         head, _, number = step.partition("-")
         if head == "top" and number.isdigit() and int(number):
             return lambda: top(int(number))
-        raise InstrumentError(f"reduce must be one of {', '.join(NAMES)}, top-8 or a function, not {step!r}.")
-    if step in (cosine, step_mean):
+        raise InstrumentError(f"reduce must be one of {', '.join(NAMES)}, top-8 or a function, not {said(step)}.")
+    if step is cosine or step is step_mean:
         return step
     if callable(step):
         return lambda: step
-    raise InstrumentError(f"reduce must be a name, a function or a list of them, not {step!r}.")
+    raise InstrumentError(f"reduce must be a name, a function or a list of them, not {said(step)}.")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fluxedu import probe
 from fluxedu.instruments.errors import InstrumentError
 from fluxedu.models.attention import QKNorm, RMSNorm, SelfAttention
+from fluxedu.models.config import said
 from fluxedu.models.double_stream import MLP
 from fluxedu.models.embeddings import MLPEmbedder
 from fluxedu.models.modulation import Modulation
@@ -50,7 +51,11 @@ class swap:  # noqa: N801 - used like a function
     def __init__(self, glob: str, new: type[nn.Module] | Callable[[nn.Module], nn.Module] | nn.Module, pipe=None):
         self.glob, self.new, self.pipe = glob, new, pipe
         if not (isinstance(new, nn.Module) or callable(new)):
-            raise InstrumentError(f"what is swapped in is a module, a class or a function, not {new!r}.")
+            raise InstrumentError(f"what is swapped in is a module, a class or a function, not {said(new)}.")
+        if not isinstance(glob, str):
+            raise InstrumentError(f"a place is a path such as 'double.*.img_attn', not {said(glob)}.")
+        if not (pipe is None or isinstance(pipe, nn.Module) or callable(getattr(pipe, "networks", None))):
+            raise InstrumentError(f"pipe is a pipeline or a network, not {said(pipe)}.")
         self.swapped: list[list] = []  # (parent, name, old, new)
 
     def __enter__(self) -> swap:
@@ -82,7 +87,7 @@ class swap:  # noqa: N801 - used like a function
     def _made(self, old: nn.Module, path: str) -> nn.Module:
         module = self.new if isinstance(self.new, nn.Module) else self._new(old, path)
         if not isinstance(module, nn.Module):
-            raise InstrumentError(f"what is swapped in at {path!r} must be a torch.nn.Module, not {module!r}.")
+            raise InstrumentError(f"what is swapped in at {path!r} must be a torch.nn.Module, not {said(module)}.")
         if module is not self.new:
             _give_weights(module, old, path)
         _same_arguments(module, old, path)

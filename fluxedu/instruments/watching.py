@@ -18,6 +18,7 @@ from typing import Any
 from fluxedu import probe
 from fluxedu.instruments.catalogue import is_own, names_of
 from fluxedu.instruments.errors import InstrumentError
+from fluxedu.models.config import said
 from fluxedu.probe import Sited, site
 
 
@@ -28,7 +29,7 @@ class Instrument:
 
     def __init__(self, *globs: str):
         if not globs or not all(isinstance(g, str) and g for g in globs):
-            raise InstrumentError(f"name one site or more, such as 'double.*.attn.map', not {globs!r}.")
+            raise InstrumentError(f"name one site or more, such as 'double.*.attn.map', not {said(globs)}.")
         self.globs = globs
         self.thread: int | None = None
         self.matches = lru_cache(maxsize=None)(lambda name: any(fnmatchcase(name, g) for g in globs))

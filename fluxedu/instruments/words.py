@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from fluxedu.instruments.errors import InstrumentError
+from fluxedu.models.config import said
 from fluxedu.sampling.moment import Moment
 from fluxedu.sampling.prompts import Tokenizer
 
@@ -21,18 +22,18 @@ def listed(words: Sequence[Word] | Word) -> list[Word]:
     except TypeError:
         found = []
     if not found:
-        raise InstrumentError(f"tokens are words or places, one or several, not {words!r}.")
+        raise InstrumentError(f"tokens are words or places, one or several, not {said(words)}.")
     return found
 
 
-def said(words: Sequence[Word] | Word) -> bool:
+def names_words(words: Sequence[Word] | Word) -> bool:
     """Is any of them a word, not a place?"""
     return any(isinstance(word, str) for word in listed(words))
 
 
 def places_now(moment: Moment | None, site: str, words: Sequence[Word] | Word, negative: bool = False) -> list[int]:
     """Places of ``words`` in what is being read at ``site`` at this moment; numbers are places already."""
-    if not said(words):
+    if not names_words(words):
         return listed(words)
     if moment is None:
         raise InstrumentError(
@@ -61,7 +62,7 @@ def token_ids(tokenizer: Tokenizer, prompt: str, words: Sequence[Word]) -> list[
     that the prompt does not say.
     """
     if not isinstance(prompt, str):
-        raise InstrumentError(f"words are looked for in one prompt, not in {prompt!r}.")
+        raise InstrumentError(f"words are looked for in one prompt, not in {said(prompt)}.")
     spans = tokenizer.fast.encode(prompt).offsets
     found: list[int] = []
     for word in listed(words):
@@ -73,7 +74,7 @@ def _places(spans: list[tuple[int, int]], prompt: str, word: str) -> list[int]:
     uttered = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)] if word else []
     places = [i for i, (a, b) in enumerate(spans) if any(a < end and b > start for start, end in uttered) and b > a]
     if not places:
-        raise InstrumentError(f"the prompt does not say {word!r}; it is {prompt!r}.")
+        raise InstrumentError(f"the prompt does not say {said(word)}; it is {said(prompt)}.")
     return places
 
 

@@ -9,11 +9,19 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
-from reprlib import repr as said
+from reprlib import repr as cut
 
 LARGEST = 1 << 24  # no number of a network is larger, or it is a mistake
 DEEPEST = 1000  # layers, blocks, levels
 _COUNTS = ("depth", "depth_single_blocks", "num_layers", "num_hidden_layers", "num_res_blocks")
+
+
+def said(value) -> str:
+    """A value as it may stand in a sentence: on one line, and not long."""
+    try:
+        return " ".join(cut(value).split())
+    except Exception:  # whatever was given, the sentence about it has to come out
+        return f"a {type(value).__name__}"
 
 
 class ConfigError(ValueError):
@@ -39,7 +47,9 @@ class Config:
             raise ConfigError(f"{cls.__name__} is made of a dictionary, not of {said(values)}.")
         unknown = [name for name in values if name not in known]
         if unknown:
-            raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}.")
+            raise ConfigError(
+                f"{cls.__name__} has no field {said(unknown[0])}; its fields are {', '.join(sorted(known))}."
+            )
         return cls(**values)
 
     def to_dict(self) -> dict:
@@ -127,8 +137,8 @@ class FluxConfig(Config):
     @classmethod
     def variant(cls, name: str) -> FluxConfig:
         """A published variant by name: one of :data:`VARIANTS`."""
-        if name not in VARIANTS:
-            raise ConfigError(f"there is no FLUX.1 variant called {name!r}; there are {', '.join(VARIANTS)}.")
+        if not isinstance(name, str) or name not in VARIANTS:
+            raise ConfigError(f"there is no FLUX.1 variant called {said(name)}; there are {', '.join(VARIANTS)}.")
         return VARIANTS[name].flux
 
 

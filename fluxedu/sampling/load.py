@@ -47,7 +47,7 @@ def load(
     Raises RequestError for a device or dtype that is not there, CheckpointError for files that are missing or do
     not fit, with the command that gets them.
     """
-    name = name or os.environ.get("FLUXEDU_MODEL") or "nano"
+    name = (os.environ.get("FLUXEDU_MODEL") or "nano") if name is None else name
     if isinstance(name, str) and name in SHIPPED:
         if transformer not in ("transformer", SHIPPED[name][0]):
             raise RequestError(f"{name!r} has its own transformer; of transformer={transformer!r} load the folder.")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral, Real
-from reprlib import repr as said  # cut to a length that fits a sentence
 
 import torch
 from torch import Tensor
 
+from fluxedu.models.config import said
 from fluxedu.sampling.latents import latent_size
 from fluxedu.sampling.solvers import SOLVERS
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from reprlib import repr as said
 
 from fluxedu.instruments.interventions import ablate, intervene, patch
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.recording import Recording
 from fluxedu.instruments.reductions import maker
+from fluxedu.models.config import said
 from fluxedu.sweep.errors import SweepError
 from fluxedu.sweep.strict import number, numbers, only, text, texts, whole
 

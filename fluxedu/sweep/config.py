@@ -21,9 +21,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from reprlib import repr as said
 
 from fluxedu.instruments.errors import InstrumentError
+from fluxedu.models.config import said
 from fluxedu.sweep.changes import checked_changes, checked_record
 from fluxedu.sweep.errors import SweepError
 from fluxedu.sweep.strict import numbers, only, text, texts, whole

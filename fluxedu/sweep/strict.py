@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from reprlib import repr as said
 
+from fluxedu.models.config import said
 from fluxedu.sweep.errors import SweepError
 
 
