@@ -64,7 +64,7 @@ def _stamp(folder: Path) -> str:
 
 
 class Gallery:
-    """The contestants' pictures, drawn when first asked for and kept; in ``folder``, if one is given, for the next time.
+    """The contestants' pictures, drawn when first asked for and kept: in memory, and in ``folder`` for the next time.
 
     One picture is drawn at a time, however many threads ask.
     """

@@ -79,7 +79,7 @@ class Arena:
                 least = min(shown.get(key, (0, 0))[0] for key in fresh)
                 key = fresh[rng.choice([n for n, key in enumerate(fresh) if shown.get(key, (0, 0))[0] == least])]
                 return self.votes.issue(axis, left, right, *key, questions[key].size, voter)
-        raise ArenaError(f"{voter} has judged every pair of pictures there is on {axis}; more prompts make more.")
+        raise ArenaError(f"voter {voter} has judged every pair there is on {axis}; more prompts make more.")
 
     def vote(self, ballot: str, choice: str, voter: str) -> bool:
         """Give a vote: left, right or tie; False when it had been given already."""
@@ -103,8 +103,8 @@ class Arena:
             for shot in shots(axis, q.seed, q.size)
             for name in self.names
         )
-        for asked in tqdm(wanted, desc="draw", delay=1):
-            self.gallery.picture(*asked)
+        for picture in tqdm(wanted, desc="draw", delay=1):
+            self.gallery.picture(*picture)
         return len(wanted)
 
     # -- counting

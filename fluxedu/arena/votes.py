@@ -134,7 +134,7 @@ class Votes:
         return ballot
 
     def vote(self, ballot: str, choice: str, voter: str) -> bool:
-        """Store a vote: left, right or tie. False when the very same one is there already, as after a repeated click."""
+        """Store a vote: left, right or tie. False when the very same one is there, as after a repeated click."""
         if not isinstance(choice, str) or choice not in CHOICES:
             raise ArenaError(f"a vote is left, right or tie, not {choice!r:.60}.")
         issued = self.ballot(ballot)

@@ -33,7 +33,7 @@ def _dots(ax: Axes, rows: Rows, names: Sequence[str], ends: tuple[float, float])
         shade = _shade(name, names)
         ax.plot([low, high], [y, y], color=shade, linewidth=2, solid_capstyle="butt")
         for end, true, mark in ((low, row["low"], "<"), (high, row["high"], ">")):
-            ax.plot(end, y, mark if end != true else "|", color=shade, markersize=6)
+            ax.plot(end, y, mark if end != true else "|", color=shade, markersize=6, clip_on=False)
         ax.plot(min(max(row["elo"], ends[0]), ends[1]), y, "o", color=shade, markersize=6)
     ax.axvline(1000, color="0.8", linewidth=1, zorder=0)
     ax.set(xlim=ends, ylim=(len(rows) - 0.5, -0.5))

@@ -71,3 +71,12 @@ class Chips(Control):
     """Places side by side, such as the words of a prompt: one is chosen by pointing at it. A view may shade them."""
 
     kind = "chips"
+
+
+class Vote(Control):
+    """Left, the same or right, by button or by the keys left, down and right: the first place is no answer yet.
+
+    Its state is (which question, the answer), so that a key pressed twice answers one question, not two.
+    """
+
+    kind = "vote"

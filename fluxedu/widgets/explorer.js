@@ -128,7 +128,34 @@ function chips({ name, label, labels }, move) {
   return { el: html("div", { className: "control wide" }, html("span", { textContent: label }), group), show };
 }
 
-const CONTROLS = { slider, choice, chips };
+/** Left, the same, right, by button or arrow key. The state is [which question, the answer]: one answer a question. */
+function vote({ name, label, labels }, move) {
+  let question = 0, given = true;
+  const to = (answer) => {
+    if (given) return;
+    given = true;
+    move({ [name]: [question, answer] });
+  };
+  const buttons = labels.slice(1).map((text, i) => {
+    const button = html("button", { type: "button", textContent: `${text} ${"←↓→"[i]}` });
+    button.addEventListener("click", () => to(i + 1));
+    return button;
+  });
+  const group = html("div", { className: "chips" }, ...buttons);
+  group.setAttribute("role", "group");
+  group.setAttribute("aria-label", label);
+  group.addEventListener("keydown", (e) => {
+    const steps = arrow(e);
+    if (steps && steps[0] >= 0 && !e.repeat) to(2 + steps[1]);
+  });
+  const show = ([asked]) => {
+    question = asked;
+    given = false;
+  };
+  return { el: html("div", { className: "control wide" }, html("span", { textContent: label }), group), show };
+}
+
+const CONTROLS = { slider, choice, chips, vote };
 
 // ---------------------------------------------------------------- panels: each gives { el, paint(panel, place) }
 

@@ -22,7 +22,7 @@ def refused(*words: str) -> str:
     return line
 
 
-COMMANDS = ["sample", "trace", "info", "sites", "train", "judge", "convert", "sweep", "bench", "lab", "grade"]
+COMMANDS = ["sample", "trace", "info", "sites", "train", "judge", "convert", "sweep", "bench", "lab", "grade", "arena"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

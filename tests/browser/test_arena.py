@@ -1,0 +1,55 @@
+"""The arena in a real browser: the page for a class, and the booth in a notebook, by keyboard."""
+
+import threading
+
+import pytest
+from PIL import Image
+
+from fluxedu.arena import Arena, Contestant, serving
+
+BOOTH = """
+from PIL import Image
+from fluxedu.arena import Arena, Contestant, booth
+flat = lambda name, colour: Contestant(name, lambda prompt, seed, h, w: Image.new("RGB", (w, h), colour))
+a = Arena([flat("alpha", "red"), flat("beta", "blue")], "arena.sqlite", prompts=6)
+b = booth(a)
+b
+"""
+
+
+@pytest.fixture
+def server(tmp_path):
+    flat = lambda name, colour: Contestant(name, lambda p, s, h, w: Image.new("RGB", (w, h), colour))  # noqa: E731
+    arena = Arena([flat("alpha", "red"), flat("beta", "blue")], tmp_path / "v.sqlite", prompts=6)
+    with serving(arena, "localhost", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_a_visitor_votes_with_three_keys(server, tab):
+    tab.goto(f"http://localhost:{server.server_address[1]}/")
+    for count, (key, choice) in enumerate([("ArrowLeft", "left"), ("ArrowRight", "right"), ("ArrowDown", "tie")], 1):
+        tab.locator("#tie:enabled").wait_for()
+        tab.keyboard.press(key)
+        tab.locator("#count", has_text=f"{count} votes").wait_for()
+        assert server.arena.votes.rows()[-1]["choice"] == choice
+    tab.locator("#tie:enabled").wait_for()
+    tab.click("#left")
+    tab.locator("#count", has_text="4 votes").wait_for()
+    assert len(server.arena.votes.rows()) == 4 and len({r["voter"] for r in server.arena.votes.rows()}) == 1
+    assert "alpha" not in tab.content() and "beta" not in tab.content()
+    tab.click("summary")
+    tab.locator("#standing td", has_text="alpha").wait_for()
+    tab.select_option("#axis", "diversity")
+    tab.locator("#ask", has_text="four pictures").wait_for()
+
+
+def test_a_booth_in_a_notebook_takes_the_keys(run):
+    page = run(BOOTH, name="arena")
+    live = page.locator(".fluxedu").first
+    live.locator(".chips button").first.focus()
+    for count, key in enumerate(["ArrowLeft", "ArrowDown", "ArrowRight"], 1):
+        page.keyboard.press(key)
+        live.locator(".said", has_text=f"Votes so far: {count}.").wait_for()
+    assert "alpha" not in live.inner_text() and "beta" not in live.inner_text()
