@@ -1,0 +1,225 @@
+"""The family, each member from the miniature that is there: ``fluxedu train --variant NAME``.
+
+fill, canny, depth   more channels going in, at first unread: the new columns of ``img_in`` begin at zero
+kontext              the reference's tokens behind the picture's own
+redux                the head alone learns; the flow stays as it is
+schnell              four steps learn to go where twenty-odd of the teacher's went (arXiv 2202.00512)
+
+Fill, canny and depth keep their guidance input: half of a batch learns the plain velocity at strength 1,
+the other half that velocity moved by ``(g - 1)`` times what the words change in the miniature without guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fluxedu.models.redux import ReduxHead
+from fluxedu.models.transformer import Flux
+from fluxedu.nano import configs
+from fluxedu.nano.scenes import ASPECTS
+from fluxedu.nano.training.flow import NOISY, Texts, compiled
+from fluxedu.nano.training.loop import Recipe, Run, fingerprint, mixed_precision, use_average
+from fluxedu.nano.training.members import Examples, Shelf, examples
+from fluxedu.sampling.conditions import reference_ids
+from fluxedu.sampling.latents import image_ids, text_ids
+
+CHANNELS = {"fill": 64 + 64 + 256, "canny": 64 + 64, "depth": 64 + 64}
+STRENGTHS = (1.0, 5.0)
+#: schnell's own times, and how many of the teacher's steps lie between two of them
+LADDER = {1.0: 4, 0.75: 3, 0.5: 2, 0.25: 2}
+RECIPES = {
+    "fill": Recipe(steps=1500, lr=1e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
+    "canny": Recipe(steps=800, lr=1e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
+    "depth": Recipe(steps=800, lr=1e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
+    "kontext": Recipe(steps=2400, lr=1.5e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
+    "redux": Recipe(steps=1200, lr=2e-3, batch=32, warmup=50, decay=0.5, ema=0.99),
+    "schnell": Recipe(steps=1500, lr=7e-4, batch=32, warmup=50, decay=0.6, ema=0.99, muon=True),
+}
+EACH = {"fill": 2400, "canny": 1600, "depth": 1600, "kontext": 3200, "redux": 1600, "schnell": 1280}
+SEED = 66
+
+
+def widened(flux: Flux, in_channels: int) -> Flux:
+    """The same network with more channels going in, the new ones unread."""
+    wide = Flux(flux.config.with_(in_channels=in_channels))
+    tensors = dict(flux.state_dict())
+    more = in_channels - flux.config.in_channels
+    tensors["img_in.weight"] = F.pad(tensors["img_in.weight"], (0, more))
+    wide.load_state_dict(tensors)
+    return wide
+
+
+@torch.no_grad()
+def without_guidance(flux: Flux, strength: float) -> Flux:
+    """The same network with its guidance fixed: what the strength adds to ``vec`` goes into the time's bias. Exact."""
+    fixed = Flux(flux.config.with_(guidance_embed=False))
+    tensors = {k: v.clone() for k, v in flux.state_dict().items() if not k.startswith("guidance_in")}
+    y = torch.zeros(1, flux.config.vec_in_dim)
+    said = flux.plan(torch.zeros(1), torch.tensor([strength]), y).parts["guidance"][0]
+    tensors["time_in.out_layer.bias"] += said
+    fixed.load_state_dict(tensors)
+    return fixed
+
+
+def _noisy(x0: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    t = torch.sigmoid(NOISY[0] + NOISY[1] * torch.randn(len(x0), generator=g))
+    noise = torch.randn(x0.shape, generator=g)
+    return (1 - t[:, None, None]) * x0 + t[:, None, None] * noise, t, noise - x0
+
+
+def _ids(size: tuple[int, int], words: int = configs.TEXT_LENGTH) -> tuple[Tensor, Tensor]:
+    return image_ids(size[0] // 8, size[1] // 8), text_ids(words)
+
+
+def channel_loss(model: Flux, base: Flux, batch: Examples, texts: Texts, g: torch.Generator) -> Tensor:
+    """Fill, canny, depth: what is given stands in more channels of each token."""
+    x_t, t, target = _noisy(batch.latents, g)
+    img_ids, txt_ids = _ids(batch.size)
+    half = len(t) // 2
+    strength = torch.ones(len(t))
+    strength[:half] = STRENGTHS[0] + (STRENGTHS[1] - STRENGTHS[0]) * torch.rand(half, generator=g)
+    with mixed_precision():
+        txt, pooled = texts(batch.t5, batch.clip)
+        empty = [x.expand(half, *x.shape[1:]) for x in texts(texts.empty_t5, texts.empty_clip)]
+        with torch.no_grad():
+            twice = [torch.cat([no, said[:half]]) for no, said in zip(empty, (txt, pooled), strict=True)]
+            both = base(x_t[:half].repeat(2, 1, 1), img_ids, twice[0], txt_ids, t[:half].repeat(2), twice[1])
+        no, yes = both.float().chunk(2)
+        target[:half] += (strength[:half, None, None] - 1) * (yes - no)
+        velocity = model(torch.cat([x_t, batch.given], -1), img_ids, txt, txt_ids, t, pooled, strength)
+    return F.mse_loss(velocity.float(), target)
+
+
+def reference_loss(model: Flux, base: Flux, batch: Examples, texts: Texts, g: torch.Generator) -> Tensor:
+    """Kontext: what is given stands behind the picture's tokens, in another frame."""
+    x_t, t, target = _noisy(batch.latents, g)
+    img_ids, txt_ids = _ids(batch.size)
+    ids = torch.cat([img_ids, reference_ids(batch.size[0] // 8, batch.size[1] // 8)])
+    strength = STRENGTHS[0] + (STRENGTHS[1] - STRENGTHS[0]) * torch.rand(len(t), generator=g)
+    with mixed_precision():
+        txt, pooled = texts(batch.t5, batch.clip)
+        velocity = model(torch.cat([x_t, batch.given], 1), ids, txt, txt_ids, t, pooled, strength)
+    return F.mse_loss(velocity[:, : x_t.shape[1]].float(), target)
+
+
+class Redux(nn.Module):
+    """The head that learns, and what it is judged through: the tower before it and the flow behind, both frozen."""
+
+    def __init__(self, tower: nn.Module, flux: Flux):
+        super().__init__()
+        self.head = ReduxHead(configs.CLIP.hidden_size, configs.T5.d_model)
+        self.__dict__.update(tower=tower, flux=flux)  # not parameters of this module: they do not learn
+
+
+def redux_loss(model: Redux, base: Flux, batch: Examples, texts: Texts, g: torch.Generator) -> Tensor:
+    """The picture's tokens, behind those of the empty prompt, shall do what its caption would have done."""
+    x_t, t, plain = _noisy(batch.latents, g)
+    img_ids, txt_ids = _ids(batch.size)
+    strength = STRENGTHS[0] + (STRENGTHS[1] - STRENGTHS[0]) * torch.rand(len(t), generator=g)
+    with mixed_precision():
+        with torch.no_grad():
+            txt, pooled = texts(batch.t5, batch.clip)
+            target = model.flux(x_t, img_ids, txt, txt_ids, t, pooled, strength).float()
+            empty, nothing = (x.expand(len(t), *x.shape[1:]) for x in texts(texts.empty_t5, texts.empty_clip))
+            features = model.tower.tokens(batch.given)
+        seen = torch.cat([empty, model.head(features)], dim=1)
+        velocity = model.flux(x_t, img_ids, seen, text_ids(seen.shape[1]), t, nothing, strength)
+    return F.mse_loss(velocity.float(), target)
+
+
+@torch.no_grad()
+def ladders(teacher: Flux, strength: float, of: Examples, texts: Texts, g: torch.Generator) -> Tensor:
+    """The teacher's way from noise to picture, kept at schnell's times: f16 ``[5, S, N, 64]``."""
+    x = torch.randn(of.latents.shape, generator=g)
+    kept, ids = [x.half()], _ids(of.size)
+    strengths = torch.full((len(x),), strength)
+    clock = [*LADDER, 0.0]
+    with mixed_precision():
+        txt, pooled = texts(of.t5, of.clip)
+        for (start, steps), end in zip(LADDER.items(), clock[1:], strict=True):
+            dt = (start - end) / steps
+            for i in range(steps):
+                t = torch.full((len(x),), start - i * dt)
+                x = x - dt * teacher(x, ids[0], txt, ids[1], t, pooled, strengths).float()
+            kept.append(x.half())
+    return torch.stack(kept)
+
+
+def ladder_loss(model: Flux, rungs: Tensor, batch: Examples, texts: Texts, g: torch.Generator) -> Tensor:
+    """One step of schnell against where the teacher was at schnell's next time."""
+    clock = torch.tensor([*LADDER, 0.0])
+    which = torch.randint(len(LADDER), (rungs.shape[1],), generator=g)
+    rows = torch.arange(rungs.shape[1])
+    here, there = rungs[which, rows].float(), rungs[which + 1, rows].float()
+    t = clock[which]
+    target = (here - there) / (t - clock[which + 1])[:, None, None]
+    img_ids, txt_ids = _ids(batch.size)
+    with mixed_precision():
+        txt, pooled = texts(batch.t5, batch.clip)
+        velocity = model(here, img_ids, txt, txt_ids, t, pooled)
+    return F.mse_loss(velocity.float(), target)
+
+
+LOSSES: dict[str, Callable] = dict.fromkeys(CHANNELS, channel_loss) | {
+    "kontext": reference_loss, "redux": redux_loss,
+}  # fmt: skip
+
+
+def train(name: str, folder: Path, pipe, base: Flux, tower: nn.Module, resume: bool = True) -> nn.Module:
+    """Train (or take the finished) member ``name``.
+
+    pipe: the miniature with guidance · base: its flow without · tower: the image tower, for redux.
+    """
+    torch.manual_seed(SEED)
+    recipe, texts = RECIPES[name], Texts(pipe.prompt_encoder.t5, pipe.prompt_encoder.clip)
+    model = _start(name, pipe, tower).train()
+    inner = model.flux if name == "redux" else model
+    (model.head if name == "redux" else model).requires_grad_(True)
+    run = Run(name, model, recipe, folder, resume, fingerprint(pipe.flux, pipe.autoencoder))
+    if run.step < recipe.steps:
+        loss = _loss(name, folder, model, pipe, base, texts, recipe)
+        compiled(inner)
+        run.train(loss)
+    return use_average(_start(name, pipe, tower), run.average)
+
+
+def _start(name: str, pipe, tower: nn.Module) -> nn.Module:
+    if name == "redux":
+        return Redux(tower, pipe.flux)
+    if name == "schnell":
+        return without_guidance(pipe.flux, pipe.defaults.guidance)
+    return widened(pipe.flux, CHANNELS.get(name, pipe.flux.config.in_channels))
+
+
+def _loss(name: str, folder: Path, model, pipe, base: Flux, texts: Texts, recipe: Recipe):
+    if name == "schnell":
+        return _ladder_loss(model, pipe, texts, recipe)
+    shelf = Shelf(name, SEED, EACH[name], pipe.autoencoder)
+
+    def loss(step: int):
+        value = LOSSES[name](model, base, shelf.batch(step, recipe.batch), texts, torch.Generator().manual_seed(step))
+        return value, {}
+
+    return loss
+
+
+def _ladder_loss(model: Flux, pipe, texts: Texts, recipe: Recipe):
+    g = torch.Generator().manual_seed(SEED)
+    shelves = []
+    for size in ASPECTS:
+        of = examples("schnell", SEED, size, EACH["schnell"], pipe.autoencoder)
+        chunks = [of.take(rows) for rows in torch.arange(len(of.latents)).split(64)]
+        shelves.append((of, torch.cat([ladders(pipe.flux, pipe.defaults.guidance, c, texts, g) for c in chunks], 1)))
+
+    def loss(step: int):
+        g = torch.Generator().manual_seed(step)
+        of, rungs = shelves[int(torch.randint(len(shelves), (1,), generator=g))]
+        rows = torch.randint(rungs.shape[1], (recipe.batch,), generator=g)
+        return ladder_loss(model, rungs[:, rows], of.take(rows), texts, g), {}
+
+    return loss
