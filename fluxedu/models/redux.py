@@ -19,3 +19,17 @@ class ReduxHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.redux_down(F.silu(self.redux_up(features)))
+
+
+class Redux(nn.Module):
+    """An eye and the head behind it: a picture ``[1, 3, H, W]`` in [-1, 1] to ``tokens`` text-like tokens.
+
+    ``eye`` takes the picture to features ``[1, tokens, redux_dim]``: the miniature's image tower, or SigLIP.
+    """
+
+    def __init__(self, eye: nn.Module, head: ReduxHead, tokens: int):
+        super().__init__()
+        self.eye, self.head, self.tokens = eye, head, tokens
+
+    def forward(self, picture: Tensor) -> Tensor:
+        return self.head(self.eye(picture))

@@ -10,9 +10,17 @@ Source: black-forest-labs/flux, sampling.py (prepare_fill, prepare_control, prep
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fluxedu.models.config import FluxConfig
 from fluxedu.sampling.latents import image_ids, pack
+from fluxedu.sampling.pictures import fitted
+from fluxedu.sampling.request import Request, RequestError
 
 
 def fold_mask(mask: Tensor, downscale: int = 8) -> Tensor:
@@ -37,3 +45,73 @@ def reference_ids(height: int, width: int) -> Tensor:
     ids = image_ids(height, width)
     ids[:, 0] = 1
     return ids
+
+
+# ---------------------------------------------------------------- what a request brings, ready for every step
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the pictures of a request are to the transformer, the same in every step."""
+
+    channels: Tensor | None = None  # [1, N, C], after each token's own
+    tokens: Tensor | None = None  # [1, M, 64], behind the picture's own
+    ids: Tensor | None = None  # [M, 3], where those are
+
+    def around(self, x: Tensor) -> Tensor:
+        """The state ``[B, N, 64]`` with what is given beside and behind its tokens."""
+        if self.channels is not None:
+            x = torch.cat([x, self.channels.expand(len(x), -1, -1)], dim=-1)
+        if self.tokens is not None:
+            x = torch.cat([x, self.tokens.expand(len(x), -1, -1)], dim=1)
+        return x
+
+    def places(self, ids: Tensor) -> Tensor:
+        """The ids of the state's tokens, and of those behind them."""
+        return ids if self.ids is None else torch.cat([ids, self.ids.to(ids)])
+
+
+def read(asked: Request, encode: Callable[[Tensor], Tensor], downscale: int) -> Given:
+    """Encode the pictures of a request; ``encode`` takes ``[1, 3, H, W]`` in [-1, 1] to a latent."""
+    if asked.mask is not None:
+        size = [side * downscale for side in asked.shape]
+        mask = F.interpolate(asked.mask, size, mode="nearest")
+        picture = fitted(asked.image, asked.shape, downscale)
+        seen = pack(encode(hidden(picture, mask)))
+        return Given(channels=torch.cat([seen, fold_mask(mask, downscale).to(seen)], dim=-1))
+    if asked.control is not None:
+        return Given(channels=pack(encode(fitted(asked.control, asked.shape, downscale))))
+    if asked.reference is not None:
+        cells = [2 * max(1, round(side / (2 * downscale))) for side in asked.reference.shape[-2:]]
+        latent = encode(fitted(asked.reference, tuple(cells), downscale))
+        return Given(tokens=pack(latent), ids=reference_ids(*cells))
+    return Given()
+
+
+def reads(config: FluxConfig, downscale: int) -> str:
+    """What a transformer's channels are for: ``text`` (no more than noise), ``mask`` or ``control``."""
+    more = config.in_channels - config.out_channels
+    kinds = {0: "text", config.out_channels: "control", config.out_channels + 4 * downscale**2: "mask"}
+    return kinds.get(more, "unknown")
+
+
+def check_fits(config: FluxConfig, downscale: int, has_redux: bool, **pictures) -> None:
+    """Refuse pictures the model cannot read, and the lack of one that it must have: RequestError."""
+    kind = reads(config, downscale)
+    brought = {name for name, picture in pictures.items() if picture is not None}
+    if kind == "mask" and not {"image", "mask"} <= brought:
+        raise RequestError("this model fills holes: give it image= and mask=, the mask white where it is to paint.")
+    if kind == "control" and "control" not in brought:
+        raise RequestError("this model follows a control picture: give it control=, edges or depths as it was trained.")
+    if "mask" in brought and kind != "mask":
+        raise RequestError("mask= needs a model that fills holes, such as nano-fill; this one does not read a mask.")
+    if "control" in brought and kind != "control":
+        raise RequestError(
+            "control= needs a model such as nano-canny; this one does not read a control picture."
+        )
+    if "reference" in brought and kind != "text":
+        raise RequestError("reference= needs a model such as nano-kontext; this one reads another kind of picture.")
+    if "image_prompt" in brought and not has_redux:
+        raise RequestError("image_prompt= needs a Redux head, as nano-redux has; this model reads words only.")
+    if {"image", "reference"} <= brought:
+        raise RequestError("give image= (to begin from) or reference= (to be edited), not both.")

@@ -30,6 +30,19 @@ def to_tensor(image: Picture) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].contiguous().float() / 127.5 - 1
 
 
+def to_mask(mask: Picture) -> Tensor:
+    """A mask as ``[B, 1, H, W]``, 1 where to paint: PIL (white), an array or tensor ``[H, W]`` (above half)."""
+    if isinstance(mask, Image.Image):
+        mask = np.asarray(mask.convert("L"))
+    values = torch.from_numpy(mask.copy()) if isinstance(mask, np.ndarray) else mask
+    if not isinstance(values, Tensor) or not 2 <= values.ndim <= 4 or (values.ndim == 4 and values.shape[1] != 1):
+        raise RequestError("a mask must be a PIL image, or an array or tensor [H, W], white or 1 where to paint.")
+    levels = values.float() / (255 if values.dtype == torch.uint8 and values.max() > 1 else 1)
+    if not ((levels >= 0) & (levels <= 1)).all():  # nor NaN
+        raise RequestError("a mask must have numbers from 0 (keep) to 1 (paint).")
+    return (levels >= 0.5).float().reshape(-1, 1, *levels.shape[-2:])
+
+
 def fitted(picture: Tensor, shape: tuple[int, int], downscale: int) -> Tensor:
     """The picture resampled to the pixels of a latent ``shape``."""
     size = [side * downscale for side in shape]

@@ -18,10 +18,11 @@ from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
 from fluxedu.models.transformer import Flux, Plan
 from fluxedu.probe import Sited, watched
+from fluxedu.sampling.conditions import Given, check_fits, read
 from fluxedu.sampling.guidance import active, doubled, guide
 from fluxedu.sampling.latents import draw_noise, image_ids, pack, text_ids, unpack
 from fluxedu.sampling.moment import Moment, ask, at
-from fluxedu.sampling.pictures import Picture, fitted, to_images, to_tensor
+from fluxedu.sampling.pictures import Picture, fitted, to_images, to_mask, to_tensor
 from fluxedu.sampling.prompts import Conditioning, PromptEncoder
 from fluxedu.sampling.request import Request, checked_device, requests_of
 from fluxedu.sampling.schedule import from_strength, schedule
@@ -64,10 +65,12 @@ class Output:
 class FluxPipeline(Sited):
     """The whole of FLUX.1: ``pipe("a red circle", seed=0).images[0]``.
 
-    Attributes: ``prompt_encoder``, ``flux``, ``autoencoder`` and the ``defaults`` of its variant.
+    Attributes: ``prompt_encoder``, ``flux``, ``autoencoder``, the ``defaults`` of its variant, and ``redux``
+    (a :class:`fluxedu.models.redux.Redux`, or None), which turns a picture into tokens beside the words.
     """
 
     site_path = "sample"
+    redux: torch.nn.Module | None = None
 
     def __init__(
         self, prompt_encoder: PromptEncoder, flux: Flux, autoencoder: AutoEncoder, defaults: Sampling, size: int
@@ -84,16 +87,17 @@ class FluxPipeline(Sited):
         return self.flux.img_in.weight.dtype
 
     def networks(self) -> dict[str, torch.nn.Module]:
-        """The four networks by name."""
-        return {
+        """The four networks by name, and Redux where there is one."""
+        four = {
             "clip": self.prompt_encoder.clip,
             "t5": self.prompt_encoder.t5,
             "flux": self.flux,
             "ae": self.autoencoder,
         }
+        return four if self.redux is None else {**four, "redux": self.redux}
 
     def to(self, *args, **kwargs) -> FluxPipeline:
-        """Move or cast all four networks, as ``nn.Module.to``; raises RequestError for a device that is not there."""
+        """Move or cast all networks, as ``nn.Module.to``; raises RequestError for a device that is not there."""
         for place in (*args, *kwargs.values()):
             if isinstance(place, (str, torch.device)):
                 checked_device(place)
@@ -117,6 +121,10 @@ class FluxPipeline(Sited):
         solver: str = "euler",
         image: Picture | None = None,
         strength: float = 0.6,
+        mask: Picture | None = None,
+        control: Picture | None = None,
+        reference: Picture | None = None,
+        image_prompt: Picture | None = None,
         trajectory: bool = True,
         progress: bool = True,
         rounding: str = "up",
@@ -130,10 +138,18 @@ class FluxPipeline(Sited):
         guidance_interval: times between which classifier-free guidance is on · solver: euler, midpoint or
         heun · image, strength: begin from a picture instead of from noise · rounding: see ``latent_size``.
 
+        Pictures that members of the family read: image and mask (fill), the mask white where to paint ·
+        control (canny, depth) · reference (kontext): the picture that the prompt edits · image_prompt (redux).
+
         Raises RequestError, one sentence that says what would be right.
         """
-        picture = None if image is None else to_tensor(image)
-        own_size = (self.size, self.size) if picture is None else picture.shape[-2:]
+        given = {"image": image, "control": control, "reference": reference, "image_prompt": image_prompt}
+        pictures = {name: None if of is None else to_tensor(of) for name, of in given.items()}
+        pictures["mask"] = None if mask is None else to_mask(mask)
+        downscale = self.autoencoder.config.downscale
+        check_fits(self.flux.config, downscale, self.redux is not None, **pictures)
+        sized = next((pictures[n] for n in ("image", "control", "reference") if pictures[n] is not None), None)
+        own_size = (self.size, self.size) if sized is None else sized.shape[-2:]
         asked = requests_of(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -146,13 +162,14 @@ class FluxPipeline(Sited):
             width=own_size[1] if width is None else width,
             rounding=rounding,
             solver=solver,
-            image=picture,
             strength=strength,
             embedded=self.flux.config.guidance_embed,
-            downscale=self.autoencoder.config.downscale,
+            downscale=downscale,
+            **pictures,
         )
         times = self.times(asked[0])
         words = self.prompt_encoder.t5_tokenizer.length
+        words += 0 if image_prompt is None else self.redux.tokens
         here = Moment(self, asked[0], next(_RUNS), words, 0, len(asked), len(times) - 1)
         with at(here):
             texts = self.encode(asked)
@@ -171,7 +188,19 @@ class FluxPipeline(Sited):
         """Prompts to vectors, each different one once; with classifier-free guidance the negative comes first."""
         said = [[one.negative, one.prompt] if one.guided else [one.prompt] for one in asked]
         texts = self.prompt_encoder([prompt for row in said for prompt in row])
-        return texts.split(len(said[0]))
+        return [self.with_image_prompt(*one) for one in zip(asked, texts.split(len(said[0])), strict=True)]
+
+    def with_image_prompt(self, asked: Request, texts: Conditioning) -> Conditioning:
+        """Redux: what is seen in a picture, as tokens behind T5's."""
+        if asked.image_prompt is None:
+            return texts
+        seen = self.redux(asked.image_prompt.to(self.device, self.dtype))  # [1, M, D]
+        return Conditioning(torch.cat([texts.txt, seen.expand(len(texts.txt), -1, -1)], dim=1), texts.pooled)
+
+    def given(self, asked: Request) -> Given:
+        """What the request's pictures are to the transformer."""
+        encode = lambda picture: self.autoencoder.encode(picture.to(self.device, self.dtype))  # noqa: E731
+        return read(asked, encode, self.autoencoder.config.downscale)
 
     def draw(self, asked: Request, texts: Conditioning, times: Tensor, bar: tqdm) -> tuple[Image.Image, Trajectory]:
         """One picture: noise, steps, decoding."""
@@ -187,12 +216,12 @@ class FluxPipeline(Sited):
         """The schedule; of it only the end where a picture is begun from."""
         rows, columns = asked.shape
         times = schedule(asked.steps, rows * columns // 4, self.defaults.shift, self.defaults.shift_ends)
-        return times if asked.image is None else from_strength(times, asked.strength)
+        return from_strength(times, asked.strength) if asked.begins_from_image else times
 
     def start(self, asked: Request, t: Tensor) -> Tensor:
         """The latent at the first time ``t``: noise, or a picture with noise on it."""
         noise = draw_noise(asked.seed, self.autoencoder.config.z_channels, *asked.shape).to(self.device, self.dtype)
-        if asked.image is None:
+        if not asked.begins_from_image:
             return noise
         picture = fitted(asked.image, asked.shape, self.autoencoder.config.downscale).to(self.device, self.dtype)
         return (1 - t) * self.autoencoder.encode(picture) + t * noise
@@ -215,7 +244,8 @@ class FluxPipeline(Sited):
 
     def velocity_field(self, times: Tensor, texts: Conditioning, asked: Request) -> Velocity:
         """``velocity(x, t)``, guided; all that depends on the time and the pooled text is planned here, once."""
-        ids = image_ids(*asked.shape), text_ids(texts.txt.shape[1])
+        given = self.given(asked)
+        ids = given.places(image_ids(*asked.shape)), text_ids(texts.txt.shape[1])
         rope = self.flux.rope(*(i.to(self.device) for i in ids))
         clock = list(dict.fromkeys(times_asked(asked.solver, times.tolist())))
         strength = torch.tensor([asked.guidance], device=self.device) if self.flux.config.guidance_embed else None
@@ -227,10 +257,13 @@ class FluxPipeline(Sited):
         prompted = texts.split(1)[-1]
         alone, both = planned(prompted), planned(texts) if asked.guided else {}
 
+        def asks(x: Tensor, said: Conditioning, plan: Plan) -> Tensor:
+            return self.flux.velocity(given.around(x), said.txt, rope, plan)[:, : x.shape[1]]
+
         def velocity(x: Tensor, t: float) -> Tensor:
             if not (asked.guided and active(t, asked.interval)):
-                return self.flux.velocity(x, prompted.txt, rope, alone[t])
-            negative, positive = self.flux.velocity(doubled(x), texts.txt, rope, both[t]).chunk(2)
+                return asks(x, prompted, alone[t])
+            negative, positive = asks(doubled(x), texts, both[t]).chunk(2)
             negative, positive = self.probe("negative", negative), self.probe("prompted", positive)
             return guide(negative, positive, asked.true_cfg_scale)
 

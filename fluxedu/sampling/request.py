@@ -84,6 +84,15 @@ class Request:
     solver: str
     image: Tensor | None
     strength: float
+    mask: Tensor | None = None  # [1, 1, H, W], 1 where to paint
+    control: Tensor | None = None  # these as image
+    reference: Tensor | None = None
+    image_prompt: Tensor | None = None
+
+    @property
+    def begins_from_image(self) -> bool:
+        """Image to image; with a mask the image is looked at instead."""
+        return self.image is not None and self.mask is None
 
     @property
     def guided(self) -> bool:
@@ -104,23 +113,25 @@ def requests_of(
     width,
     rounding,
     solver,
-    image: Tensor | None,
     strength,
     embedded: bool,
     downscale: int,
+    **pictures: Tensor | None,
 ) -> list[Request]:
     """Check everything and pair prompts with seeds: a Request a picture. Raises RequestError, one sentence.
 
     ``embedded``: has the model a guidance input? If not, ``guidance`` is classifier-free guidance's scale.
+    ``pictures``: image, mask, control, reference and image_prompt, each a batch of tensors or None.
     """
     prompts = prompts_of(prompt)
-    pictures = max(len(prompts), len(seed) if isinstance(seed, (list, tuple)) else 1)
+    count = max(len(prompts), len(seed) if isinstance(seed, (list, tuple)) else 1)
     negatives = [""] if negative_prompt is None else prompts_of(negative_prompt, "negative_prompt")
-    images = [None] if image is None else [image[i : i + 1] for i in range(len(image))]
-    given = {"prompt": prompts, "negative_prompt": negatives, "seed": seeds_of(seed, pictures), "image": images}
+    given = {"prompt": prompts, "negative": negatives, "seed": seeds_of(seed, count)}
+    given |= {name: [None] if of is None else [of[i : i + 1] for i in range(len(of))] for name, of in pictures.items()}
     for name, items in given.items():
-        if len(items) not in (1, pictures):
-            raise RequestError(f"there are {len(items)} of {name} for {pictures} pictures; give 1 or {pictures}.")
+        if len(items) not in (1, count):
+            said_name = "negative_prompt" if name == "negative" else name
+            raise RequestError(f"there are {len(items)} of {said_name} for {count} pictures; give 1 or {count}.")
     if not isinstance(solver, str) or solver not in SOLVERS:
         raise RequestError(f"solver must be one of {', '.join(SOLVERS)}, not {said(solver)}.")
     guidance = _number("guidance", guidance, 0, 100, "3.5 is usual")
@@ -133,8 +144,8 @@ def requests_of(
         "solver": solver,
         "strength": _number("strength", strength, 0.001, 1, "1 keeps nothing of the image, small numbers keep much"),
     }
-    rows = zip(*(items * pictures if len(items) == 1 else items for items in given.values()), strict=True)
-    return [Request(prompt=p, negative=n, seed=s, image=i, **common) for p, n, s, i in rows]
+    rows = zip(*(items * count if len(items) == 1 else items for items in given.values()), strict=True)
+    return [Request(**dict(zip(given, row, strict=True)), **common) for row in rows]
 
 
 def _cfg_scale(scale, guidance: float, embedded: bool, negative: bool) -> float:
