@@ -73,6 +73,11 @@ def sample(
     solver: Annotated[str, typer.Option(help="euler, midpoint or heun.")] = "euler",
     image: Annotated[Path | None, typer.Option(help="Begin from this picture instead of from noise.")] = None,
     strength: Annotated[float, typer.Option(help="How much of --image to change, above 0 up to 1.")] = 0.6,
+    variant: Annotated[str | None, typer.Option(help="A member of the miniature's family: fill, canny, …")] = None,
+    mask: Annotated[Path | None, typer.Option(help="fill: white where --image is to be painted.")] = None,
+    control: Annotated[Path | None, typer.Option(help="canny, depth: the picture to follow.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="kontext: the picture to edit.")] = None,
+    image_prompt: Annotated[Path | None, typer.Option(help="redux: a picture instead of, or beside, words.")] = None,
     device: str = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float64.")] = None,
 ) -> None:
@@ -85,12 +90,13 @@ def sample(
     if kind not in Image.SAVE:
         raise _fail(ValueError(f"{output.name} does not end like a picture; call it something.png."))
     _can_write(output)
-    pipe = _load(model, device, dtype)
+    pipe = _load(f"nano-{variant}" if variant else model, device, dtype)
+    given = {"image": image, "mask": mask, "control": control, "reference": reference, "image_prompt": image_prompt}
     try:
-        start = Image.open(image) if image else None
+        pictures = {name: Image.open(path) for name, path in given.items() if path}
         drawn = pipe(
             prompt, seed=seed, steps=steps, guidance=guidance, negative_prompt=negative, true_cfg_scale=cfg,
-            height=height, width=width, solver=solver, image=start, strength=strength, trajectory=False,
+            height=height, width=width, solver=solver, strength=strength, trajectory=False, **pictures,
         )  # fmt: skip
         picture = drawn.images[0]
         with aside(output, overwrite=True) as part:
@@ -345,7 +351,10 @@ def grade(
         for mark in mine:
             typer.echo(f"  {'✓' if mark.passed else '✗'} {mark.exercise}: {mark.says}")
     if csv is not None:
-        write_csv(marks, csv)
+        try:
+            write_csv(marks, csv)
+        except (ValueError, OSError) as error:
+            raise _fail(error) from None
         typer.echo(f"wrote {csv}")
     raise typer.Exit(0 if marks else 2)
 

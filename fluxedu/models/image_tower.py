@@ -39,3 +39,14 @@ class ImageTower(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = self.tokens(image)
         return self.projection(torch.cat([x.mean(1), x.amax(1)], dim=-1))
+
+
+class Places(nn.Module):
+    """The tower as Redux's eye: a picture of any size, drawn small, to what is seen in each place, ``[B, 64, D]``."""
+
+    def __init__(self, tower: ImageTower):
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, picture: Tensor) -> Tensor:
+        return self.tower.tokens(F.interpolate(picture, (2 * SIZE, 2 * SIZE), mode="area"))

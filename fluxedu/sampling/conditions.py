@@ -106,9 +106,7 @@ def check_fits(config: FluxConfig, downscale: int, has_redux: bool, **pictures) 
     if "mask" in brought and kind != "mask":
         raise RequestError("mask= needs a model that fills holes, such as nano-fill; this one does not read a mask.")
     if "control" in brought and kind != "control":
-        raise RequestError(
-            "control= needs a model such as nano-canny; this one does not read a control picture."
-        )
+        raise RequestError("control= needs a model such as nano-canny; this one does not read a control picture.")
     if "reference" in brought and kind != "text":
         raise RequestError("reference= needs a model such as nano-kontext; this one reads another kind of picture.")
     if "image_prompt" in brought and not has_redux:

@@ -2,6 +2,7 @@
 
 load()             the miniature with guidance built in, as FLUX.1-dev; or what FLUXEDU_MODEL names
 load("nano-base")  the miniature before distillation, for classifier-free guidance
+load("nano-fill")  and nano-schnell, -canny, -depth, -kontext, -redux: the family in miniature
 load("dev")        the official weights from the Hugging Face cache; also schnell, krea, fill, canny, depth, kontext
 load("path/to/FLUX.1-dev")  a folder as on the hub: transformer, vae, two encoders, two tokenizers
 """
@@ -12,10 +13,14 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from fluxedu.checkpoints import find
 from fluxedu.memory import open_networks
 from fluxedu.models import VARIANTS, FluxConfig, Sampling
+from fluxedu.models.config import CLIPTextConfig
+from fluxedu.models.image_tower import PATCH, SIZE, ImageTower, Places
+from fluxedu.models.redux import Redux, ReduxHead
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.prompts import PromptEncoder, Tokenizer
 from fluxedu.sampling.request import RequestError, checked_device, checked_dtype
@@ -28,6 +33,16 @@ SHIPPED = {
     "nano": ("transformer", Sampling(20, 6.0, 32, shift=True, shift_ends=NANO_SHIFT)),
     "nano-base": ("transformer_base", Sampling(20, 5.0, 32, shift=True, shift_ends=NANO_SHIFT)),
 }
+#: the rest of the family in miniature, the same; ``fluxedu train --variant NAME`` makes them
+FAMILY = {
+    "nano-schnell": ("transformer_schnell", Sampling(4, 0.0, 32, shift=False)),
+    "nano-fill": ("transformer_fill", Sampling(20, 3.0, 32, shift=True, shift_ends=NANO_SHIFT)),
+    "nano-canny": ("transformer_canny", Sampling(20, 3.0, 32, shift=True, shift_ends=NANO_SHIFT)),
+    "nano-depth": ("transformer_depth", Sampling(20, 3.0, 32, shift=True, shift_ends=NANO_SHIFT)),
+    "nano-kontext": ("transformer_kontext", Sampling(20, 2.5, 32, shift=True, shift_ends=NANO_SHIFT)),
+    "nano-redux": ("transformer", Sampling(20, 3.0, 32, shift=True, shift_ends=NANO_SHIFT)),
+}
+OURS = SHIPPED | FAMILY
 
 
 def load(
@@ -47,11 +62,12 @@ def load(
     Raises RequestError for a device or dtype that is not there, CheckpointError for files that are missing or do
     not fit, with the command that gets them.
     """
-    name = (os.environ.get("FLUXEDU_MODEL") or "nano") if name is None else name
-    if isinstance(name, str) and name in SHIPPED:
-        if transformer not in ("transformer", SHIPPED[name][0]):
+    if name is None or (isinstance(name, str) and not name):
+        name = os.environ.get("FLUXEDU_MODEL") or "nano"
+    if isinstance(name, str) and name in OURS:
+        if transformer not in ("transformer", OURS[name][0]):
             raise RequestError(f"{name!r} has its own transformer; of transformer={transformer!r} load the folder.")
-        transformer, sampling = SHIPPED[name]
+        transformer, sampling = OURS[name]
         files, size = find(WEIGHTS, transformer), 128
     else:
         files, sampling, size = find(name, transformer), None, 1024
@@ -71,7 +87,28 @@ def load(
         t5,
     )
     vae = vae.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
-    return FluxPipeline(prompts, flux, vae, sampling, size)
+    pipe = FluxPipeline(prompts, flux, vae, sampling, size)
+    if name == "nano-redux":
+        pipe.redux = nano_redux(clip.config).to(device, dtype)
+    return pipe
+
+
+def nano_redux(config: CLIPTextConfig, weights: Path = WEIGHTS) -> Redux:
+    """The miniature's image tower and the Redux head behind it."""
+    tower = image_tower(config, weights)
+    tensors = load_file(weights / "redux" / "model.safetensors")
+    txt_dim, hidden = tensors["redux_down.weight"].shape
+    head = ReduxHead(tensors["redux_up.weight"].shape[1], txt_dim)
+    head.load_state_dict(tensors)
+    return Redux(Places(tower), head, tokens=(SIZE // PATCH) ** 2).eval().requires_grad_(False)
+
+
+def image_tower(config: CLIPTextConfig, weights: Path = WEIGHTS) -> ImageTower:
+    """The tower of the shipped CLIP that looks at pictures."""
+    tower = ImageTower(config)
+    tensors = load_file(weights / "image_tower" / "model.safetensors")
+    tower.load_state_dict({k.removeprefix("image."): v for k, v in tensors.items() if k.startswith("image.")})
+    return tower.eval().requires_grad_(False)
 
 
 def _like(config: FluxConfig) -> str:
