@@ -7,6 +7,7 @@ person who runs it may do, so mark strangers' notebooks in a container.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 import nbformat
 from nbformat.v4 import new_code_cell
 
+from fluxedu.checkpoints.save import write_text
 from fluxedu.course.errors import CourseError
 from fluxedu.course.exercise import Exercise, all_exercises
 from fluxedu.course.files import shipped
@@ -92,7 +94,8 @@ def graded(path: Path, timeout: int = 120) -> list[Mark]:
 
 def write_csv(marks: Iterable[Mark], path: Path) -> None:
     """A line a student and exercise."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["student", "exercise", "passed", "says"])
-        table.writerows([m.student, m.exercise, int(m.passed), m.says] for m in marks)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["student", "exercise", "passed", "says"])
+    table.writerows([m.student, m.exercise, int(m.passed), m.says] for m in marks)
+    write_text(path, text.getvalue())

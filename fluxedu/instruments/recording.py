@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from fluxedu.checkpoints.aside import aside
 from fluxedu.instruments.errors import InstrumentError
@@ -169,7 +169,7 @@ class FolderRecording(Recording):
                 tensors[f"{name}#{i}"] = value.tensor.contiguous()
                 told[f"{name}#{i}"] = [*vars(when).values(), value.axes, value.coords]
         with aside(self.folder / f"{self.written:06d}-{called}.safetensors", overwrite=True) as part:
-            save_file(tensors, part, {"told": json.dumps(told), "pictures": str(self.pictures)})
+            part.write_bytes(save(tensors, {"told": json.dumps(told), "pictures": str(self.pictures)}))
         self.written += 1
 
     def forget(self) -> None:

@@ -90,7 +90,8 @@ def _ray(asked: Sweep, folder: Path, workers: int) -> None:
 def _dask(asked: Sweep, folder: Path, workers: int) -> None:
     from distributed import Client
 
-    with Client() as client:  # DASK_SCHEDULER_ADDRESS names a cluster; without it, processes here
+    # DASK_SCHEDULER_ADDRESS names a cluster; without it, processes here, of one thread as instruments want it
+    with Client(threads_per_worker=1) as client:
         client.gather([client.submit(work, asked, folder, rank, workers, pure=False) for rank in range(workers)])
 
 
