@@ -116,6 +116,7 @@ def test_axes_share_a_scale_and_an_order():
     assert panels[0].get_xlim() == panels[1].get_xlim()
     dots = [[line.get_color() for line in ax.lines if line.get_marker() == "o"] for ax in panels]
     assert dots[0] == dots[1], "a model has one place and one colour"
+    assert [t.get_text() for t in panels[0].get_yticklabels()] == ["b", "a"], "the strongest over all axes first"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_every_command_helps_with_an_example(command):
     [
         (["run", "nano"], "two contestants or more"),
         (["run", "nano", "nano@0"], "a number of steps from 1 to 1000"),
-        (["run", "nano", "sdxl"], "there is no contestant 'sdxl'"),
+        (["run", "nano", "sdxl"], "there is no model 'sdxl'"),
         (["run", "nano", "nano@2", "--axis", "beauty"], "an axis is one of overall"),
         (["run", "nano", "nano@2", "--votes", "no/folder.sqlite"], "no/folder.sqlite cannot be used"),
         (["serve", "nano@1", "nano@2", "--host", "256.1.1.1"], "256.1.1.1:8765 cannot be served"),

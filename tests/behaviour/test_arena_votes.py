@@ -187,15 +187,22 @@ def test_pictures_are_drawn_once_and_kept_for_the_next_time(tmp_path):
     [
         (lambda: contestant("nano@x"), "a number of steps from 1 to 1000"),
         (lambda: contestant("nano@0"), "a number of steps from 1 to 1000"),
-        (lambda: contestant("sdxl"), "there is no contestant 'sdxl': say nano"),
+        (lambda: contestant("sdxl"), "there is no model 'sdxl'"),
         (lambda: Gallery([flat("x", "red")]), "two contestants or more"),
         (lambda: Gallery([flat("x", "red"), flat("x", "blue")]), "different names, not x, x"),
         (lambda: Gallery([flat("x", "red"), flat("y", "red")]).picture("z", "p", 0, 8, 8), "'z' takes no part here"),
     ],
 )
 def test_wrong_contestants_are_refused(wrong, says):
-    with pytest.raises(ArenaError, match=says):
+    with pytest.raises(ValueError, match=says):
         wrong()
+
+
+def test_steps_are_asked_for_after_the_name():
+    one, two, again = (contestant(name) for name in ("nano@1", "nano@2", "nano@1"))
+    pictures = [c.draw("a red circle", 0, 64, 96) for c in (one, two, again)]
+    assert pictures[0].size == (96, 64) and pictures[0].tobytes() == pictures[2].tobytes() != pictures[1].tobytes()
+    assert one.stamp == two.stamp != contestant("nano-base").stamp
 
 
 def test_a_side_shows_what_its_axis_is_about():

@@ -192,7 +192,7 @@ work(read_config({str(whole[0])!r}), {str(tmp_path / "out")!r})
     ids=["torchrun", "accelerate"],
 )
 def test_under_a_launcher(whole, tmp_path, launcher):
-    """Both processes take part, and the folder is the same. (Only by this flag accelerate starts several, GPU or not.)"""
+    """Both processes take part, and the folder is the same. (Accelerate starts several by this flag only.)"""
     module, *options = launcher
     script = tmp_path / "sweep.py"
     script.write_text(

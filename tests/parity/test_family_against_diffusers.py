@@ -90,18 +90,16 @@ class Eye(torch.nn.Module):
 def test_redux_stands_behind_the_words(make_pipe, tokenizer_folder):
     torch.manual_seed(0)
     pipe = random_pipe(make_pipe)
-    eye = SiglipVisionModel(
-        SiglipVisionConfig(
-            hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
-        )
-    ).eval()
+    sizes = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2)
+    eye = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=32, patch_size=8)).eval()
     width = pipe.flux.config.context_in_dim
     theirs_head = randomise(ReduxImageEncoder(24, width), 5).eval()
     head = ReduxHead(24, width)
     head.load_state_dict(theirs_head.state_dict())  # the official names are diffusers' here
     pipe.redux = Redux(Eye(eye), head, tokens=16)
     looked_at = torch.from_numpy(np.asarray(picture(32, 32, 4)).copy()).permute(2, 0, 1)[None] / 127.5 - 1
-    out = pipe(PROMPT, image_prompt=looked_at, seed=7, steps=4, height=HEIGHT, width=WIDTH, guidance=3.5, progress=False)
+    asked = {"seed": 7, "steps": 4, "height": HEIGHT, "width": WIDTH, "guidance": 3.5, "progress": False}
+    out = pipe(PROMPT, image_prompt=looked_at, **asked)
 
     theirs = their_pipe(pipe, FluxPipeline, tokenizer_folder)
     with torch.no_grad():
@@ -112,5 +110,5 @@ def test_redux_stands_behind_the_words(make_pipe, tokenizer_folder):
         prompt_embeds=torch.cat([txt, seen], dim=1), pooled_prompt_embeds=pooled,
     )  # fmt: skip
     assert max(relative(a, b) for a, b in zip(out.trajectory.latents[1:], latents, strict=True)) <= LATENTS
-    without = pipe(PROMPT, seed=7, steps=4, height=HEIGHT, width=WIDTH, guidance=3.5, progress=False)
+    without = pipe(PROMPT, **asked)
     assert relative(without.latents, out.latents) > 1e-3

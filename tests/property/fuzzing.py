@@ -4,6 +4,7 @@ FLUXEDU_FUZZ=10000 makes that many cases in all (a few hundred if not said). A c
 its number, and always the same; a failure names it.
 """
 
+import copy
 import json
 import math
 import os
@@ -147,11 +148,12 @@ def plain_changed(chance: random.Random, value, pool=PLAIN):
         path = chance.choice(list(places(value)))
         if not path:
             if chance.random() < 0.05:
-                return chance.choice(pool)
+                return copy.deepcopy(chance.choice(pool))
             continue
         owner = value
         for key in path[:-1]:
             owner = owner[key]
+        other = copy.deepcopy(chance.choice(pool))
         what = chance.randrange(5)
         if what == 0:
             del owner[path[-1]]
@@ -162,7 +164,7 @@ def plain_changed(chance: random.Random, value, pool=PLAIN):
         elif what == 2:
             owner[path[-1]] = _near(chance, owner[path[-1]])
         else:
-            owner[path[-1]] = chance.choice(pool)
+            owner[path[-1]] = other
     return value
 
 

@@ -1,0 +1,161 @@
+"""The family's exam: is what each member was given, and told, in the picture?
+
+    fill     what is outside the mask is kept (dB), what is inside is as said
+    canny, depth   every thing stands where the control picture has it, within 4 pixels
+    kontext  the edit is done, the rest is kept (dB)
+    redux    colours and forms of the picture given come back
+    schnell  the exam of :mod:`fluxedu.nano.exam`, in four steps
+
+Scenes are held out: training never sees a thing of that colour, form and background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fluxedu.nano.judge import Found, read
+from fluxedu.nano.report import examine
+from fluxedu.nano.scenes import ASPECTS, Scene, Thing, caption, render, sample_scene
+from fluxedu.nano.training.edits import Edit, sample_edit
+from fluxedu.nano.training.members import depths, hole, outlines
+from fluxedu.sampling.pipeline import FluxPipeline
+
+SEED = 909
+NEAR = 4.0  # pixels
+#: what each member shall reach: percent, but for the decibels
+BARS = {
+    "fill": {"outside_db": 35, "inside": 85},
+    "canny": {"placed": 90},
+    "depth": {"placed": 90},
+    "kontext": {"done": 85, "kept_db": 28},
+    "redux": {"colours": 80, "shapes": 80},
+    "schnell": {"everything": None},  # within 5 points of dev at 20 steps
+}
+
+
+def decibels(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
+    """Peak signal to noise, in dB, of the pixels ``where``."""
+    wrong = np.square(a.astype(float) - b.astype(float))[where]
+    return float(10 * np.log10(255**2 / max(wrong.mean(), 1e-9))) if wrong.size else float("nan")
+
+
+def found_at(thing: Thing, things: tuple[Found, ...] | list[Found], within: float) -> Found | None:
+    """What is nearest to where ``thing`` should be, if it is near enough."""
+    near = [(np.hypot(f.x - thing.x, f.y - thing.y), i) for i, f in enumerate(things)]
+    if not near or min(near)[0] > within:
+        return None
+    return things[min(near)[1]]
+
+
+def is_like(thing: Thing, found: Found | None) -> bool:
+    return found is not None and (found.form, found.color) == (thing.form, thing.color)
+
+
+def _scenes(count: int, seed: int) -> Iterator[tuple[Scene, str, np.random.Generator]]:
+    rng = np.random.default_rng([SEED, seed])
+    for i in range(count):
+        scene = sample_scene(rng, size=ASPECTS[i % len(ASPECTS)], held_out=True)
+        yield scene, caption(scene, rng)[0], rng
+
+
+def fill(pipe: FluxPipeline, count: int, **asked) -> dict[str, float]:
+    """Of things that the mask covers (nine tenths of them): are they there, near their place, as said?"""
+    inside, outside = [], []
+    for i, (scene, words, rng) in enumerate(_scenes(count, 1)):
+        picture, mask = render(scene), hole(scene, rng)
+        drawn = np.asarray(pipe(words, image=picture, mask=mask[0], seed=i, progress=False, **asked).images[0])
+        seen = read(drawn)
+        outside.append(decibels(drawn, picture, mask[0] < 0.5))
+        inside += [_covered(t, mask[0], seen.things) for t in scene.things if _share(t, mask[0]) > 0.9]
+    return {"outside_db": float(np.nanmean(outside)), "inside": 100 * float(np.mean(inside)), "n": len(inside)}
+
+
+def _share(thing: Thing, mask: np.ndarray) -> float:
+    y, x = np.mgrid[: mask.shape[0], : mask.shape[1]] + 0.5
+    disc = np.hypot(x - thing.x, y - thing.y) < thing.radius
+    return float(mask[disc].mean())
+
+
+def _covered(thing: Thing, mask: np.ndarray, things) -> bool:
+    """Is one like ``thing`` inside the mask, wherever it is?"""
+    inside = lambda f: mask[int(np.clip(f.y, 0, mask.shape[0] - 1)), int(np.clip(f.x, 0, mask.shape[1] - 1))] > 0.5  # noqa: E731
+    return any(is_like(thing, f) and inside(f) for f in things)
+
+
+def control(pipe: FluxPipeline, count: int, drawn_as, seed: int, **asked) -> dict[str, float]:
+    placed, right = [], []
+    for i, (scene, words, _) in enumerate(_scenes(count, seed)):
+        drawn = pipe(words, control=drawn_as(scene), seed=i, progress=False, **asked).images[0]
+        seen = read(drawn)
+        for thing in scene.things:
+            found = found_at(thing, seen.things, NEAR)
+            placed.append(found is not None and found.form == thing.form)
+            right.append(is_like(thing, found))
+    return {"placed": 100 * float(np.mean(placed)), "as_said": 100 * float(np.mean(right)), "n": len(placed)}
+
+
+def kontext(pipe: FluxPipeline, count: int, **asked) -> dict:
+    rng = np.random.default_rng([SEED, 4])
+    done, kept, by_kind = [], [], {}
+    for i in range(count):
+        edit = sample_edit(rng, size=ASPECTS[i % len(ASPECTS)], held_out=True)
+        before, after = render(edit.before), render(edit.after)
+        drawn = np.asarray(pipe(edit.words, reference=before, seed=i, progress=False, **asked).images[0])
+        done.append(_done(edit, read(drawn)))
+        by_kind.setdefault(edit.kind, []).append(done[-1])
+        kept.append(_kept(edit, before, after, drawn))
+    kinds = {kind: 100 * float(np.mean(of)) for kind, of in sorted(by_kind.items())}
+    return {"done": 100 * float(np.mean(done)), "kept_db": float(np.nanmean(kept)), "by_kind": kinds, "n": count}
+
+
+def _done(edit: Edit, seen) -> bool:
+    """The picture shows the scene afterwards: its ground, its things (a moved one within 8 pixels), and no more."""
+    things = all(is_like(t, found_at(t, seen.things, 8)) for t in edit.after.things)
+    return things and seen.background == edit.after.background and len(seen.things) == len(edit.after.things)
+
+
+def _kept(edit: Edit, before: np.ndarray, after: np.ndarray, drawn: np.ndarray) -> float:
+    """dB where the edit changes nothing: away from the thing, where it was and where it is now."""
+    if edit.index is None:
+        return float("nan")
+    h, w = before.shape[:2]
+    y, x = np.mgrid[:h, :w] + 0.5
+    same = np.ones((h, w), bool)
+    for scene in (edit.before, edit.after):
+        if edit.index < len(scene.things) and (scene is edit.before or edit.kind != "remove"):
+            thing = scene.things[edit.index]
+            same &= np.hypot(x - thing.x, y - thing.y) > thing.radius + 4
+    return decibels(drawn, before, same)
+
+
+def redux(pipe: FluxPipeline, count: int, **asked) -> dict[str, float]:
+    """Things of the picture given whose colour (and whose form) come back."""
+    colours, shapes, both = [], [], []
+    for i, (scene, _, _) in enumerate(_scenes(count, 5)):
+        size = {"height": scene.height, "width": scene.width}
+        seen = read(pipe("", image_prompt=render(scene), seed=i, progress=False, **size, **asked).images[0])
+        colours += [any(f.color == t.color for f in seen.things) for t in scene.things]
+        shapes += [any(f.form == t.form for f in seen.things) for t in scene.things]
+        both += [any(is_like(t, f) for f in seen.things) for t in scene.things]
+    return {name: 100 * float(np.mean(of)) for name, of in (("colours", colours), ("shapes", shapes), ("both", both))}
+
+
+def sit(name: str, pipe: FluxPipeline, count: int = 200, **asked) -> dict:
+    """The member ``name`` through its exam."""
+    match name:
+        case "fill":
+            return fill(pipe, count, **asked)
+        case "canny":
+            return control(pipe, count, outlines, 2, **asked)
+        case "depth":
+            return control(pipe, count, depths, 3, **asked)
+        case "kontext":
+            return kontext(pipe, count, **asked)
+        case "redux":
+            return redux(pipe, count, **asked)
+        case "schnell":
+            figures = examine(pipe, "nano-schnell", prompts=count, **({"steps": 4} | asked))
+            return {"everything": figures["rows"]["everything"]["percent"], "n": count}
+    raise ValueError(f"there is no member {name!r}; there are {', '.join(BARS)}.")
