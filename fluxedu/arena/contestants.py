@@ -9,7 +9,7 @@ Whatever draws can take part. Pictures are kept, in memory or in a folder, so th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -18,8 +18,9 @@ from pathlib import Path
 from PIL import Image
 
 from fluxedu.arena.errors import ArenaError
+from fluxedu.checkpoints import find
 from fluxedu.checkpoints.aside import aside
-from fluxedu.sampling.load import SHIPPED, WEIGHTS, load
+from fluxedu.sampling.load import OURS, WEIGHTS, load
 from fluxedu.sampling.pipeline import FluxPipeline
 
 Draw = Callable[[str, int, int, int], Image.Image]  # prompt, seed, height, width
@@ -38,17 +39,19 @@ _opened = cache(load)  # nano and nano@4 are one model
 
 
 def contestant(spec: str) -> Contestant:
-    """``nano``, ``nano-base`` or a folder; ``@4`` after it asks for 4 steps instead of the model's own number."""
+    """What :func:`fluxedu.load` opens; ``@4`` after it asks for 4 steps instead of the model's own number.
+
+    The weights are looked for now, and opened when the first picture is asked for.
+    """
     model, _, steps = spec.partition("@")
     if steps and (not steps.isdecimal() or not 1 <= int(steps) <= 1000):
         raise ArenaError(f"after the @ comes a number of steps from 1 to 1000, as in nano@4, not {spec!r}.")
-    if model not in SHIPPED and not Path(model).is_dir():
-        raise ArenaError(f"there is no contestant {model!r}: say {', '.join(SHIPPED)}, or the path of a folder.")
+    files = find(WEIGHTS, OURS[model][0]) if model in OURS else find(model)
 
     def draw(prompt: str, seed: int, height: int, width: int) -> Image.Image:
         return pictured(_opened(model), prompt, seed, height, width, int(steps) if steps else None)
 
-    return Contestant(spec, draw, _stamp(WEIGHTS if model in SHIPPED else Path(model)))
+    return Contestant(spec, draw, _stamp(files.parts.values()))
 
 
 def pictured(pipe: FluxPipeline, prompt: str, seed: int, height: int, width: int, steps: int | None) -> Image.Image:
@@ -57,10 +60,10 @@ def pictured(pipe: FluxPipeline, prompt: str, seed: int, height: int, width: int
     return pipe(prompt, **asked, trajectory=False, progress=False).images[0]
 
 
-def _stamp(folder: Path) -> str:
+def _stamp(parts: Iterable[Path]) -> str:
     """Changes when a file of weights does: names, sizes and times, since reading 24 GB takes minutes."""
-    files = [(p, p.stat()) for p in sorted(folder.rglob("*.safetensors"))]
-    return repr([(str(p.relative_to(folder)), stat.st_size, stat.st_mtime_ns) for p, stat in files])
+    files = [path for part in parts for path in ([part] if part.is_file() else sorted(part.glob("*.safetensors")))]
+    return repr([(path.parent.name, path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
 
 class Gallery:
