@@ -20,7 +20,7 @@ Model = Annotated[
 
 
 def _fail(error: Exception) -> typer.Exit:
-    typer.secho(f"fluxedu: {error}", fg="red", err=True)
+    typer.secho(f"fluxedu: {' '.join(str(error).split())}", fg="red", err=True)
     return typer.Exit(2)
 
 

@@ -90,7 +90,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def _entry(path: Path, name: str, values: dict, data: int) -> Entry:
     if (code := values["dtype"]) not in DTYPES:
-        code = code if isinstance(code, str) and len(code) < 20 else said(code)
+        code = code if isinstance(code, str) and code.isalnum() and len(code) < 20 else said(code)
         raise CheckpointError(f"{path.name} has {said(name)} in dtype {code}, not one of {', '.join(DTYPES)}.")
     (begin, end), shape = values["data_offsets"], values["shape"]
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in (begin, end, *shape)):

@@ -170,6 +170,11 @@ def _check_first_output(module: nn.Module, old: nn.Module, path: str) -> None:
         try:
             with torch.no_grad():
                 theirs = _shapes(old(*given))
+        except Exception as error:
+            raise InstrumentError(
+                f"what {type(module).__name__} is given at {path!r}, the module there could not take ({said(error)}); "
+                f"a module in several places must fit them all."
+            ) from None
         finally:
             probe.watch(watcher)
         mine = _shapes(out)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
 from fluxedu.models.clip import CLIPTextEncoder
+from fluxedu.models.config import said
 from fluxedu.models.t5 import T5Encoder
 from fluxedu.sampling.moment import at
 from fluxedu.sampling.request import RequestError
@@ -41,7 +42,7 @@ class Tokenizer:
             try:
                 return FastTokenizer.from_file(str(folder / "tokenizer.json"))
             except Exception as error:  # tokenizers has no error of its own
-                raise RequestError(f"{folder / 'tokenizer.json'} is no tokenizer: {error}.") from None
+                raise RequestError(f"{folder / 'tokenizer.json'} is no tokenizer: {said(error)}.") from None
         if not folder.is_dir():
             raise RequestError(f"there is no tokenizer at {folder}.")
         from transformers import AutoTokenizer

@@ -56,9 +56,17 @@ def checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
 def prompts_of(prompt, name: str = "prompt") -> list[str]:
     """One prompt or a list of them, as a list. The empty prompt is a prompt like any other."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, (list, tuple)) else None
-    if not prompts or not all(isinstance(p, str) for p in prompts):
+    if not prompts or not all(isinstance(p, str) and _in_utf8(p) for p in prompts):
         raise RequestError(f"{name} must be a string or a list of strings (not empty), not {said(prompt)}.")
     return prompts
+
+
+def _in_utf8(text: str) -> bool:
+    """Half a character (a lone surrogate) is none that a tokenizer can read."""
+    try:
+        return bool(text.encode()) or not text
+    except UnicodeEncodeError:
+        return False
 
 
 def seeds_of(seed, pictures: int) -> list[int]:
