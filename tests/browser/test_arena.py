@@ -32,7 +32,7 @@ def test_a_visitor_votes_with_three_keys(server, tab):
     for count, (key, choice) in enumerate([("ArrowLeft", "left"), ("ArrowRight", "right"), ("ArrowDown", "tie")], 1):
         tab.locator("#tie:enabled").wait_for()
         tab.keyboard.press(key)
-        tab.locator("#count", has_text=f"{count} votes").wait_for()
+        tab.locator("#count", has_text=f"{count} vote").wait_for()
         assert server.arena.votes.rows()[-1]["choice"] == choice
     tab.locator("#tie:enabled").wait_for()
     tab.click("#left")
