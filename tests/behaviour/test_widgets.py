@@ -134,8 +134,10 @@ def test_an_edit_is_where_it_was_made(pipe):
     assert edited(latent, 2, (3, 3), 2, -1.0)[2].eq(-1).all()
     made = widgets.latents(pipe, PROMPT, steps=4, progress=False)
     made.set(amount="+0")
-    drawn = paint.picture(pipe(PROMPT, steps=4, progress=False).images[0])
-    assert np.array_equal(panel(made, 1).image, drawn) and np.array_equal(panel(made, 2).image, drawn)
+    drawn = paint.picture(pipe(PROMPT, steps=4, progress=False).images[0]).astype(int)
+    assert np.array_equal(panel(made, 1).image, panel(made, 2).image)
+    # decoded beside others, where a sum may round the other way: a level of 255
+    assert np.abs(panel(made, 1).image - drawn).max() <= 1
     assert ": 0% of the pixels" in made.view["text"]
     made.set(amount=4.0, cell=(0, 0), channel=2)
     changed = panel(made, 3).image.astype(int).max(-1) > 12  # more than the darkest few of the colours
