@@ -191,6 +191,9 @@ def sites(
 def train(
     all_stages: Annotated[bool, typer.Option("--all", help="Every stage, in order.")] = False,
     stage: Annotated[str | None, typer.Option(help="autoencoder, t5, clip, latents, flow, dev, ship or card.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="A member of the family: schnell, fill, canny, depth, kontext or redux.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where the runs keep their state.")] = Path("runs"),
     resume: Annotated[bool, typer.Option(help="Go on from what is there, or begin anew.")] = True,
     ship_to: Annotated[
@@ -201,13 +204,17 @@ def train(
     try:
         import transformers  # noqa: F401  (for the tokenizers; better missed now than in an hour)
 
+        from fluxedu.nano.training.family import train_variant
         from fluxedu.nano.training.stages import STAGES, run_stages
     except ModuleNotFoundError as error:
         raise _missing(error) from None
 
-    if all_stages == (stage is not None) or (stage is not None and stage not in STAGES):
-        raise _fail(ValueError(f"say --all, or --stage with one of {', '.join(STAGES)}."))
+    if all_stages + (stage is not None) + (variant is not None) != 1 or (stage is not None and stage not in STAGES):
+        raise _fail(ValueError(f"say --all, --variant, or --stage with one of {', '.join(STAGES)}."))
     try:
+        if variant is not None:
+            train_variant(variant, out, resume, ship_to or out / "weights")
+            return
         run_stages(list(STAGES) if all_stages else [stage], out, resume, ship_to or out / "weights")
     except (ValueError, OSError, FloatingPointError) as error:
         raise _fail(error) from None

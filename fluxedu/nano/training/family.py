@@ -18,29 +18,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fluxedu.checkpoints.save import save_file, save_folder
 from fluxedu.models.redux import ReduxHead
 from fluxedu.models.transformer import Flux
 from fluxedu.nano import configs
 from fluxedu.nano.scenes import ASPECTS
 from fluxedu.nano.training.flow import NOISY, Texts, compiled
-from fluxedu.nano.training.loop import Recipe, Run, fingerprint, mixed_precision, use_average
+from fluxedu.nano.training.loop import Loss, Recipe, Run, fingerprint, mixed_precision, use_average
 from fluxedu.nano.training.members import Examples, Shelf, examples
 from fluxedu.sampling.conditions import reference_ids
 from fluxedu.sampling.latents import image_ids, text_ids
+from fluxedu.sampling.load import image_tower, load
+from fluxedu.sampling.pipeline import FluxPipeline
 
 CHANNELS = {"fill": 64 + 64 + 256, "canny": 64 + 64, "depth": 64 + 64}
 STRENGTHS = (1.0, 5.0)
 #: schnell's own times, and how many of the teacher's steps lie between two of them
 LADDER = {1.0: 4, 0.75: 3, 0.5: 2, 0.25: 2}
 RECIPES = {
-    "fill": Recipe(steps=1500, lr=1e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
+    "fill": Recipe(steps=900, lr=1e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
     "canny": Recipe(steps=800, lr=1e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
-    "depth": Recipe(steps=800, lr=1e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
+    "depth": Recipe(steps=500, lr=1e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
     "kontext": Recipe(steps=2400, lr=1.5e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
-    "redux": Recipe(steps=1200, lr=2e-3, batch=32, warmup=50, decay=0.5, ema=0.99),
-    "schnell": Recipe(steps=1500, lr=7e-4, batch=32, warmup=50, decay=0.6, ema=0.99, muon=True),
+    "redux": Recipe(steps=500, lr=2e-3, batch=32, warmup=50, decay=0.5, ema=0.99),
+    "schnell": Recipe(steps=800, lr=7e-4, batch=32, warmup=50, decay=0.6, ema=0.99, muon=True),
 }
-EACH = {"fill": 2400, "canny": 1600, "depth": 1600, "kontext": 3200, "redux": 1600, "schnell": 1280}
+EACH = {"fill": 640, "canny": 1600, "depth": 448, "kontext": 3200, "redux": 320, "schnell": 448}
 SEED = 66
 
 
@@ -170,7 +173,28 @@ LOSSES: dict[str, Callable] = dict.fromkeys(CHANNELS, channel_loss) | {
 }  # fmt: skip
 
 
-def train(name: str, folder: Path, pipe, base: Flux, tower: nn.Module, resume: bool = True) -> nn.Module:
+def train_variant(name: str, folder: Path, resume: bool, ship_to: Path) -> Path:
+    """Train the member ``name`` from the shipped miniature and write it, in bfloat16, into ``ship_to``."""
+    if name not in RECIPES:
+        raise ValueError(f"there is no member {name!r} to train; there are {', '.join(RECIPES)}.")
+    pipe = load("nano")
+    tower = image_tower(pipe.prompt_encoder.clip.config)
+    return ship(name, train(name, folder, pipe, load("nano-base").flux, tower, resume), ship_to)
+
+
+def ship(name: str, member: nn.Module, to: Path) -> Path:
+    """Write a member where ``load`` looks for it: a transformer's folder, or Redux's head."""
+    if name == "redux":
+        path = Path(to) / "redux" / "model.safetensors"
+        save_file(member.head.state_dict(), path, dtype=torch.bfloat16, overwrite=True)
+    else:
+        path = Path(to) / f"transformer_{name}"
+        save_folder(member.state_dict(), path, member.config, dtype=torch.bfloat16, overwrite=True)
+    print(f"wrote {path}")
+    return path
+
+
+def train(name: str, folder: Path, pipe: FluxPipeline, base: Flux, tower: nn.Module, resume: bool = True) -> nn.Module:
     """Train (or take the finished) member ``name``.
 
     pipe: the miniature with guidance · base: its flow without · tower: the image tower, for redux.
@@ -182,13 +206,13 @@ def train(name: str, folder: Path, pipe, base: Flux, tower: nn.Module, resume: b
     (model.head if name == "redux" else model).requires_grad_(True)
     run = Run(name, model, recipe, folder, resume, fingerprint(pipe.flux, pipe.autoencoder))
     if run.step < recipe.steps:
-        loss = _loss(name, folder, model, pipe, base, texts, recipe)
+        loss = _loss(name, model, pipe, base, texts, recipe)
         compiled(inner)
         run.train(loss)
     return use_average(_start(name, pipe, tower), run.average)
 
 
-def _start(name: str, pipe, tower: nn.Module) -> nn.Module:
+def _start(name: str, pipe: FluxPipeline, tower: nn.Module) -> nn.Module:
     if name == "redux":
         return Redux(tower, pipe.flux)
     if name == "schnell":
@@ -196,7 +220,7 @@ def _start(name: str, pipe, tower: nn.Module) -> nn.Module:
     return widened(pipe.flux, CHANNELS.get(name, pipe.flux.config.in_channels))
 
 
-def _loss(name: str, folder: Path, model, pipe, base: Flux, texts: Texts, recipe: Recipe):
+def _loss(name: str, model: nn.Module, pipe: FluxPipeline, base: Flux, texts: Texts, recipe: Recipe) -> Loss:
     if name == "schnell":
         return _ladder_loss(model, pipe, texts, recipe)
     shelf = Shelf(name, SEED, EACH[name], pipe.autoencoder)
@@ -208,7 +232,7 @@ def _loss(name: str, folder: Path, model, pipe, base: Flux, texts: Texts, recipe
     return loss
 
 
-def _ladder_loss(model: Flux, pipe, texts: Texts, recipe: Recipe):
+def _ladder_loss(model: Flux, pipe: FluxPipeline, texts: Texts, recipe: Recipe) -> Loss:
     g = torch.Generator().manual_seed(SEED)
     shelves = []
     for size in ASPECTS:
