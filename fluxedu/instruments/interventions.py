@@ -205,7 +205,10 @@ def _instead(value: Tensor, ctx: Context, to: str | float) -> Tensor:
         if not axes:
             raise InstrumentError(f"{ctx.site!r} has no tokens to take the mean over (its axes are {ctx.axes}).")
         return value.mean(dim=axes, keepdim=True)
-    return torch.full((), float(to), dtype=value.dtype, device=value.device)
+    try:
+        return torch.full((), float(to), dtype=value.dtype, device=value.device)
+    except (RuntimeError, OverflowError):
+        raise InstrumentError(f"to={said(to)} is more than {value.dtype} at {ctx.site!r} can hold.") from None
 
 
 def _mask(value: Tensor, ctx: Context, heads, streams, tokens) -> Tensor:

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from fluxedu.models.config import said
+
 PATCH = 2  # latent cells along one side of a token
 
 
@@ -57,8 +59,8 @@ def latent_size(height: int, width: int, downscale: int = 8, rounding: str = "up
     ``rounding="up"`` is the official code's, ``2 * ceil(pixels / 16)`` (1000 px -> 126 cells);
     ``rounding="down"`` is diffusers', ``2 * floor(pixels / 16)`` (1000 px -> 124 cells).
     """
-    if rounding not in ("up", "down"):
-        raise ValueError(f"rounding is 'up' (the official code's) or 'down' (diffusers'), not {rounding!r}.")
+    if not isinstance(rounding, str) or rounding not in ("up", "down"):
+        raise ValueError(f"rounding is 'up' (the official code's) or 'down' (diffusers'), not {said(rounding)}.")
     whole = math.ceil if rounding == "up" else math.floor
     return tuple(2 * whole(pixels / (PATCH * downscale)) for pixels in (height, width))
 

@@ -220,6 +220,37 @@ def test_headers_that_lie(tmp_path):
     says("f.safetensors has a damaged header and is no safetensors file.", read, path)
     handmade(path, {})
     says("f.safetensors holds no tensors.", read, path)
+    one, two = ({"dtype": "U8", "shape": [2], "data_offsets": ends} for ends in ([0, 2], [1, 3]))
+    handmade(path, {"a": one, "b": two}, bytes(3))
+    says("f.safetensors has 'b' where another tensor or none should be.", read, path)
+    handmade(path, {"a": one, "b": {**one, "data_offsets": [3, 5]}}, bytes(5))
+    says("f.safetensors has 'b' where another tensor or none should be.", read, path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}},
+        {"a": {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": "08"}},
+        {"a": {"dtype": "F32", "shape": [True, 2], "data_offsets": [0, 8]}},
+        {"a": [], "__metadata__": {}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": {"x": 1}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": []},
+    ],
+)
+def test_headers_of_other_kinds_of_values(header, tmp_path):
+    handmade(tmp_path / "f.safetensors", header, bytes(8))
+    says("f.safetensors has a damaged header and is no safetensors file.", read, tmp_path / "f.safetensors")
+
+
+def test_a_key_that_comes_twice(tmp_path):
+    """JSON allows it, and the last one wins in silence: two readers could see two networks."""
+    path, entry = tmp_path / "f.safetensors", '{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
+    text = f'{{"a":{entry},"a":{entry}}}'.encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(2))
+    says("f.safetensors has a damaged header and is no safetensors file.", read, path)
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.bin", "model.safetensors"])

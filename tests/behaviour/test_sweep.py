@@ -231,6 +231,29 @@ with claimed(Path({str(tmp_path)!r}), "00000") as ours:
         assert ours
 
 
+def test_what_another_is_drawing_is_waited_for_and_taken_over(whole, tmp_path):
+    """A claim held by a process that never draws, and dies at last."""
+    code = f"""
+import time
+from pathlib import Path
+from fluxedu.sweep.claims import claimed
+with claimed(Path({str(tmp_path / "out")!r}), "00002") as ours:
+    print(ours, flush=True)
+    time.sleep(60)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "True\n"
+    worker = start(whole[0], tmp_path / "out")
+    sweep = read_config(whole[0])
+    until(lambda: (tmp_path / "out").is_dir() and missing(sweep, tmp_path / "out") == [2])
+    time.sleep(0.5)
+    assert worker.poll() is None and missing(sweep, tmp_path / "out") == [2]
+    holder.kill()
+    holder.wait()
+    assert worker.wait(60) == 0
+    assert hashes(tmp_path / "out") == hashes(whole[1])
+
+
 # ---------------------------------------------------------------- refusals
 
 

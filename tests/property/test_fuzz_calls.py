@@ -185,7 +185,7 @@ def test_swapping(pipe, tmp_path):
     def case(chance):
         glob = chance.choice(globs if chance.random() < 0.9 else ODD)
         with fe.swap(
-            glob, chance.choice(new if chance.random() < 0.9 else ODD), **some(chance, {"pipe": [pipe]}, rate=0.2)
+            glob, chance.choice(new if chance.random() < 0.9 else THINGS), **some(chance, {"pipe": [pipe]}, rate=0.2)
         ):
             pipe("a red circle", steps=1, height=16, width=16, progress=False)
 

@@ -8,6 +8,7 @@ import yaml
 from fuzzing import PLAIN, bytes_changed, fuzz, plain_changed
 from typer.testing import CliRunner
 
+import fluxedu as fe
 from fluxedu import cli
 from fluxedu.course.errors import CourseError
 from fluxedu.sweep import from_dict, read_config
@@ -64,9 +65,9 @@ ALONE = ("--overwrite",)
 def quick(pipe, tmp_path, monkeypatch):
     """A folder to be in, a small model for the shipped one, and nothing that takes minutes."""
     monkeypatch.chdir(tmp_path)
-    real = cli._load
-    monkeypatch.setattr(cli, "_load", lambda model, *rest: pipe if model == "nano" else real(model, *rest))
-    monkeypatch.setattr("fluxedu.load", lambda *_, **__: pipe, raising=False)
+    real = fe.load
+    small = lambda model="nano", **options: pipe if model == "nano" else real(model, **options)  # noqa: E731
+    monkeypatch.setattr("fluxedu.load", small, raising=False)
     monkeypatch.setattr("fluxedu.nano.training.stages.run_stages", refusing(ValueError("not now.")))
     monkeypatch.setattr("fluxedu.nano.report.examine", refusing(ValueError("not now.")))
     monkeypatch.setattr("fluxedu.bench.run", refusing(ModuleNotFoundError(name="diffusers")))
