@@ -36,9 +36,9 @@ SHIPPED = {
 #: the rest of the family in miniature, the same; ``fluxedu train --variant NAME`` makes them
 FAMILY = {
     "nano-schnell": ("transformer_schnell", Sampling(4, 0.0, 32, shift=False)),
-    "nano-fill": ("transformer_fill", Sampling(20, 3.0, 32, shift=True, shift_ends=NANO_SHIFT)),
-    "nano-canny": ("transformer_canny", Sampling(20, 3.0, 32, shift=True, shift_ends=NANO_SHIFT)),
-    "nano-depth": ("transformer_depth", Sampling(20, 3.0, 32, shift=True, shift_ends=NANO_SHIFT)),
+    "nano-fill": ("transformer_fill", Sampling(20, 1.0, 32, shift=True, shift_ends=NANO_SHIFT)),
+    "nano-canny": ("transformer_canny", Sampling(20, 1.0, 32, shift=True, shift_ends=NANO_SHIFT)),
+    "nano-depth": ("transformer_depth", Sampling(20, 1.0, 32, shift=True, shift_ends=NANO_SHIFT)),
     "nano-kontext": ("transformer_kontext", Sampling(20, 2.5, 32, shift=True, shift_ends=NANO_SHIFT)),
     "nano-redux": ("transformer", Sampling(20, 3.0, 32, shift=True, shift_ends=NANO_SHIFT)),
 }
@@ -68,6 +68,10 @@ def load(
         if transformer not in ("transformer", OURS[name][0]):
             raise RequestError(f"{name!r} has its own transformer; of transformer={transformer!r} load the folder.")
         transformer, sampling = OURS[name]
+        needs = WEIGHTS / ("redux" if name == "nano-redux" else transformer)
+        if not needs.is_dir():
+            variant = name.removeprefix("nano-")
+            raise RequestError(f"{name} does not ship yet; `fluxedu train --variant {variant} --ship-to {WEIGHTS}`.")
         files, size = find(WEIGHTS, transformer), 128
     else:
         files, sampling, size = find(name, transformer), None, 1024

@@ -1,10 +1,13 @@
 """The family: what does not fit is refused, what members begin from is exact, and their exam knows the truth."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import fluxedu as fe
 from fluxedu.nano import family
 from fluxedu.nano.judge import read
 from fluxedu.nano.scenes import ASPECTS, render, sample_scene
@@ -12,6 +15,7 @@ from fluxedu.nano.training.edits import EDITS, sample_edit
 from fluxedu.nano.training.family import widened, without_guidance
 from fluxedu.nano.training.members import depths, hole, outlines
 from fluxedu.sampling.conditions import reads
+from fluxedu.sampling.load import FAMILY, WEIGHTS
 from fluxedu.sampling.request import RequestError
 
 PICTURE = Image.new("RGB", (32, 32), "red")
@@ -148,3 +152,31 @@ def test_the_exam_knows_the_truth(name, seed):
         assert true[row] >= max(bar, 95 if row != "outside_db" else 90)
     blank = family.sit(name, Truth([np.full((s.height, s.width, 3), 243, np.uint8) for s in scenes]), 12)
     assert all(blank[row] < bar for row, bar in family.BARS[name].items())
+
+
+CARD = json.loads((WEIGHTS / "family.json").read_text())
+
+
+@pytest.mark.parametrize("name", CARD)
+def test_a_shipped_member_draws_as_its_card_says(name):
+    """A few scenes of its exam again: no share may be further off than chance allows."""
+    of = CARD[name]
+    assert of["guidance"] == FAMILY[f"nano-{name}"][1].guidance
+    again = family.sit(name, fe.load(f"nano-{name}"), 20)
+    for row in (row for row in of["bars"] if not row.endswith("_db")):
+        share = of["figures"][row] / 100
+        allowed = 100 * (4 * (share * (1 - share) / again["n"]) ** 0.5 + 1 / again["n"])
+        assert abs(again[row] - 100 * share) <= allowed, (row, again)
+
+
+@pytest.mark.parametrize(("name", "row"), [(name, row) for name, of in CARD.items() for row in of["bars"]])
+def test_a_member_that_ships_meets_its_bars(name, row):
+    assert CARD[name]["figures"][row] >= CARD[name]["bars"][row] == family.BARS[name][row]
+    assert f"{CARD[name]['figures'][row]:.1f}" in (WEIGHTS / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(FAMILY))
+def test_a_member_that_does_not_ship_says_so(name):
+    if name.removeprefix("nano-") not in CARD:
+        with pytest.raises(RequestError, match="does not ship"):
+            fe.load(name)

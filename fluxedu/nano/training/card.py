@@ -72,7 +72,7 @@ Everything right by picture shape, height x width, about {by_each} prompts each:
 
 {by_size}
 
-## Known failures
+{family}## Known failures
 
 {failures}
 """
@@ -136,6 +136,28 @@ def failures(figures: dict[str, dict]) -> str:
     return "\n".join([*said, "Words outside its world mean nothing to either."])
 
 
+def family_table(weights: Path) -> str:
+    """The members that ship beside, from ``family.json``: figures, bars, cost. Empty where there are none."""
+    path = Path(weights) / "family.json"
+    if not path.is_file():
+        return ""
+    lines = [
+        "## The family",
+        "",
+        "`fluxedu train --variant NAME` from the miniature; the exam is `fluxedu/nano/family.py`, on held-out scenes.",
+        "",
+        "| member | figures (bar) | guidance | scenes judged | steps x batch | minutes |",
+        "|---|---|---|---|---|---|",
+    ]
+    members = json.loads(path.read_text())
+    for name, of in members.items():
+        said = [f"{row} {of['figures'][row]:.1f} ({bar})" for row, bar in of["bars"].items()]
+        cells = [", ".join(said), of["guidance"], of["scenes"], f"{of['steps']} x {of['batch']}", of["minutes"]]
+        lines.append(f"| `nano-{name}` | {' | '.join(map(str, cells))} |")
+    lines += [""] + [f"`nano-{name}`: {of['history']}" for name, of in members.items() if "history" in of]
+    return "\n".join([*lines, "", ""])
+
+
 def judged(weights: Path, say: Callable[[str], None] = print) -> dict[str, dict]:
     """Both models through the exam."""
     figures = {}
@@ -164,7 +186,7 @@ def write_card(
         dropout=100 * flow.DROPOUT, low=flow.GUIDANCE[0], high=flow.GUIDANCE[1], prompts=first["prompts"],
         steps=first["steps"], guidance=strengths, table=rows_table(figures), psnr=first["autoencoder_psnr"],
         retrieval=100 * retrieval, failures=failures(figures), by_size=sizes_table(figures),
-        by_each=first["prompts"] // len(ASPECTS),
+        by_each=first["prompts"] // len(ASPECTS), family=family_table(weights),
     )  # fmt: skip
     write_text(weights / "judge.json", json.dumps(figures, indent=2) + "\n")
     write_text(weights / "README.md", text)
