@@ -1,6 +1,6 @@
 """The family's exam: is what each member was given, and told, in the picture?
 
-    fill     what is outside the mask is kept (dB), what is inside is as said
+    fill     what is outside the mask is kept (dB; also before it is pasted back), what is inside is as said
     canny, depth   every thing stands where the control picture has it, within 4 pixels
     kontext  the edit is done, the rest is kept (dB)
     redux    colours and forms of the picture given come back
@@ -20,6 +20,7 @@ from fluxedu.nano.report import examine
 from fluxedu.nano.scenes import ASPECTS, Scene, Thing, caption, render, sample_scene
 from fluxedu.nano.training.edits import Edit, sample_edit
 from fluxedu.nano.training.members import depths, hole, outlines
+from fluxedu.sampling.pictures import to_images
 from fluxedu.sampling.pipeline import FluxPipeline
 
 SEED = 909
@@ -62,14 +63,17 @@ def _scenes(count: int, seed: int) -> Iterator[tuple[Scene, str, np.random.Gener
 
 def fill(pipe: FluxPipeline, count: int, **asked) -> dict[str, float]:
     """Of things that the mask covers (nine tenths of them): are they there, near their place, as said?"""
-    inside, outside = [], []
+    inside, outside, unpasted = [], [], []
     for i, (scene, words, rng) in enumerate(_scenes(count, 1)):
         picture, mask = render(scene), hole(scene, rng)
-        drawn = np.asarray(pipe(words, image=picture, mask=mask[0], seed=i, progress=False, **asked).images[0])
+        out = pipe(words, image=picture, mask=mask[0], seed=i, progress=False, **asked)
+        drawn, raw = np.asarray(out.images[0]), np.asarray(to_images(pipe.autoencoder.decode(out.latents))[0])
         seen = read(drawn)
         outside.append(decibels(drawn, picture, mask[0] < 0.5))
+        unpasted.append(decibels(raw, picture, mask[0] < 0.5))
         inside += [_covered(t, mask[0], seen.things) for t in scene.things if _share(t, mask[0]) > 0.9]
-    return {"outside_db": float(np.nanmean(outside)), "inside": 100 * float(np.mean(inside)), "n": len(inside)}
+    kept = {"outside_db": float(np.nanmean(outside)), "outside_unpasted_db": float(np.nanmean(unpasted))}
+    return {**kept, "inside": 100 * float(np.mean(inside)), "n": len(inside)}
 
 
 def _share(thing: Thing, mask: np.ndarray) -> float:

@@ -88,6 +88,12 @@ def read(asked: Request, encode: Callable[[Tensor], Tensor], downscale: int) -> 
     return Given()
 
 
+def pasted(drawn: Tensor, asked: Request, downscale: int) -> Tensor:
+    """What was drawn inside the mask, and the request's own pixels outside it, which the autoencoder would soften."""
+    mask = F.interpolate(asked.mask, drawn.shape[-2:], mode="nearest").to(drawn)
+    return torch.where(mask > 0.5, drawn, fitted(asked.image, asked.shape, downscale).to(drawn))
+
+
 def reads(config: FluxConfig, downscale: int) -> str:
     """What a transformer's channels are for: ``text`` (no more than noise), ``mask`` or ``control``."""
     more = config.in_channels - config.out_channels

@@ -18,7 +18,7 @@ from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
 from fluxedu.models.transformer import Flux, Plan
 from fluxedu.probe import Sited, watched
-from fluxedu.sampling.conditions import Given, check_fits, read
+from fluxedu.sampling.conditions import Given, check_fits, pasted, read
 from fluxedu.sampling.guidance import active, doubled, guide
 from fluxedu.sampling.latents import draw_noise, image_ids, pack, text_ids, unpack
 from fluxedu.sampling.moment import Moment, ask, at
@@ -122,6 +122,7 @@ class FluxPipeline(Sited):
         image: Picture | None = None,
         strength: float = 0.6,
         mask: Picture | None = None,
+        paste: bool = True,
         control: Picture | None = None,
         reference: Picture | None = None,
         image_prompt: Picture | None = None,
@@ -138,8 +139,9 @@ class FluxPipeline(Sited):
         guidance_interval: times between which classifier-free guidance is on · solver: euler, midpoint or
         heun · image, strength: begin from a picture instead of from noise · rounding: see ``latent_size``.
 
-        Pictures that members of the family read: image and mask (fill), the mask white where to paint ·
-        control (canny, depth) · reference (kontext): the picture that the prompt edits · image_prompt (redux).
+        Pictures that members of the family read: image and mask (fill), the mask white where to paint · paste: put the
+        image's own pixels back outside the mask, in ``images`` only · control (canny, depth) · reference (kontext): the
+        picture that the prompt edits · image_prompt (redux).
 
         Raises RequestError, one sentence that says what would be right.
         """
@@ -165,6 +167,7 @@ class FluxPipeline(Sited):
             strength=strength,
             embedded=self.flux.config.guidance_embed,
             downscale=downscale,
+            paste=paste,
             **pictures,
         )
         times = self.times(asked[0])
@@ -208,8 +211,10 @@ class FluxPipeline(Sited):
         x = self.probe("noise", self.start(asked, times[0]))
         xs, vs = self.integrate(pack(x), times, texts, asked, bar)
         latents, velocities = (torch.stack([unpack(v, *asked.shape) for v in kept]) for kept in (xs, vs))
-        picture = self.autoencoder.decode(self.probe("latent", latents[-1]))
-        (image,) = to_images(self.probe("image", picture))
+        picture = self.probe("image", self.autoencoder.decode(self.probe("latent", latents[-1])))
+        if asked.mask is not None and asked.paste:
+            picture = pasted(picture, asked, self.autoencoder.config.downscale)
+        (image,) = to_images(picture)
         return image, Trajectory(times, latents, velocities)
 
     def times(self, asked: Request) -> Tensor:

@@ -93,6 +93,7 @@ class Request:
     image: Tensor | None
     strength: float
     mask: Tensor | None = None  # [1, 1, H, W], 1 where to paint
+    paste: bool = True
     control: Tensor | None = None  # these as image
     reference: Tensor | None = None
     image_prompt: Tensor | None = None
@@ -124,6 +125,7 @@ def requests_of(
     strength,
     embedded: bool,
     downscale: int,
+    paste: bool = True,
     **pictures: Tensor | None,
 ) -> list[Request]:
     """Check everything and pair prompts with seeds: a Request a picture. Raises RequestError, one sentence.
@@ -150,6 +152,7 @@ def requests_of(
         "interval": _interval(guidance_interval),
         "shape": _shape(height, width, downscale, rounding),
         "solver": solver,
+        "paste": bool(paste),
         "strength": _number("strength", strength, 0.001, 1, "1 keeps nothing of the image, small numbers keep much"),
     }
     rows = zip(*(items * count if len(items) == 1 else items for items in given.values()), strict=True)

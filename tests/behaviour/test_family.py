@@ -69,6 +69,16 @@ def test_what_is_under_the_mask_is_not_seen(by_channels):
     assert not torch.equal(one.latents, three.latents)
 
 
+def test_outside_the_mask_the_picture_is_its_own(by_channels):
+    mask, noise = MASK.copy(), np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    mask[:, 8:24] = 255
+    asked = {"image": noise, "mask": mask, "steps": 2, "progress": False}
+    drawn = np.asarray(by_channels[384]("a star", **asked).images[0])
+    raw = np.asarray(by_channels[384]("a star", paste=False, **asked).images[0])
+    assert np.array_equal(drawn[mask == 0], noise[mask == 0]) and not np.array_equal(raw[mask == 0], noise[mask == 0])
+    assert np.array_equal(drawn[mask == 255], raw[mask == 255])
+
+
 @pytest.mark.parametrize("extra", [{"true_cfg_scale": 3.0}, {"solver": "heun"}, {"seed": [1, 2]}])
 def test_conditions_go_with_everything_else(by_channels, extra):
     asked = {"steps": 2, "progress": False, "height": 32, "width": 48}
@@ -133,10 +143,15 @@ class Truth:
     """A pipeline that cannot be wrong: it draws the scene it is asked about."""
 
     def __init__(self, pictures):
-        self.pictures = iter(pictures)
+        self.pictures, self.autoencoder = iter(pictures), self
 
     def __call__(self, *args, **asked):
-        return type("Drawn", (), {"images": [Image.fromarray(next(self.pictures))]})
+        picture = next(self.pictures)
+        latents = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
+        return type("Drawn", (), {"images": [Image.fromarray(picture)], "latents": latents})
+
+    def decode(self, latents):
+        return latents
 
 
 @pytest.mark.parametrize(("name", "seed"), [("fill", 1), ("canny", 2), ("redux", 5)])

@@ -37,7 +37,7 @@ STRENGTHS = (1.0, 5.0)
 #: schnell's own times, and how many of the teacher's steps lie between two of them
 LADDER = {1.0: 4, 0.75: 3, 0.5: 2, 0.25: 2}
 RECIPES = {
-    "fill": Recipe(steps=900, lr=1e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
+    "fill": Recipe(steps=1420, lr=1e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
     "canny": Recipe(steps=1500, lr=1e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
     "depth": Recipe(steps=500, lr=1e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
     "kontext": Recipe(steps=2400, lr=1.5e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
