@@ -23,10 +23,8 @@ MASK = np.zeros((32, 32), np.uint8)
 
 
 @pytest.fixture(scope="module")
-def by_channels(make_pipe):
-    from conftest import TINY
-
-    clip, t5, flux, ae = TINY
+def by_channels(make_pipe, tiny):
+    clip, t5, flux, ae = tiny
     return {n: make_pipe(sizes=(clip, t5, flux.with_(in_channels=n), ae)) for n in (64, 128, 384)}
 
 

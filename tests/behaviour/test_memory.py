@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import TINY
+from sizes import TINY
 
 import fluxedu as fe
 from fluxedu.checkpoints import merge

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_CLIP, TINY_T5
 from huggingface_hub import constants
 from safetensors.torch import save_file as their_save_file
+from sizes import TINY_CLIP, TINY_T5
 
 import fluxedu as fe
 from fluxedu.checkpoints import OFFICIAL, CheckpointError, convert, find, load_model, outline, save_folder

@@ -6,10 +6,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import NANO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sizes import NANO
 
 from fluxedu.sampling.guidance import active, guide
 from fluxedu.sampling.latents import draw_noise, image_ids, latent_size, pack, text_ids, unpack

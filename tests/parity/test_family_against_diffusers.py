@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from diffusers import FluxControlPipeline, FluxFillPipeline, FluxKontextPipeline, FluxPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
@@ -49,8 +48,8 @@ CASES = {
 }  # fmt: skip
 
 
-def random_pipe(make_pipe, channels=64):
-    clip, t5, flux, ae = TINY
+def random_pipe(make_pipe, tiny, channels=64):
+    clip, t5, flux, ae = tiny
     pipe = make_pipe(sizes=(clip, t5, flux.with_(in_channels=channels), ae))
     for i, network in enumerate(pipe.networks().values()):
         randomise(network, i).eval()
@@ -59,9 +58,9 @@ def random_pipe(make_pipe, channels=64):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("prompt", [PROMPT, LONG])
-def test_a_picture_beside_the_words(case, prompt, make_pipe, tokenizer_folder, monkeypatch):
+def test_a_picture_beside_the_words(case, prompt, make_pipe, tiny, tokenizer_folder, monkeypatch):
     channels, kind, asked, asked_of_them = CASES[case]
-    pipe = random_pipe(make_pipe, channels)
+    pipe = random_pipe(make_pipe, tiny, channels)
     size = {"height": HEIGHT, "width": WIDTH}
     out = pipe(prompt, seed=7, steps=4, progress=False, **size, **asked)
 
@@ -87,9 +86,9 @@ class Eye(torch.nn.Module):
         return self.siglip(image).last_hidden_state
 
 
-def test_redux_stands_behind_the_words(make_pipe, tokenizer_folder):
+def test_redux_stands_behind_the_words(make_pipe, tiny, tokenizer_folder):
     torch.manual_seed(0)
-    pipe = random_pipe(make_pipe)
+    pipe = random_pipe(make_pipe, tiny)
     sizes = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2)
     eye = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=32, patch_size=8)).eval()
     width = pipe.flux.config.context_in_dim

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import TINY
 from fuzzing import ODD, fuzz, guarded, is_a_sentence
+from sizes import TINY
 from torch import nn
 
 import fluxedu as fe

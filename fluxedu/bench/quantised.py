@@ -1,0 +1,32 @@
+"""What 8-bit weights cost each block of the miniature, by our recorder: ``python -m fluxedu.bench.quantised``."""
+
+from __future__ import annotations
+
+import json
+
+import fluxedu as fe
+from fluxedu.memory.quantised import CONFIGS, quantise
+
+SITES = ("double.*.img_out", "double.*.txt_out", "single.*.out", "velocity")
+PROMPT = "a red circle left of a blue square"
+
+
+def errors(to: str, model: str = "nano", seed: int = 1) -> dict[str, float]:
+    """``|quantised - exact| / |exact|`` after each block in the first step, and of the picture's latent at the end.
+
+    A block's error has that of all blocks before it in it.
+    """
+    recorded, latents = [], []
+    for pipe in (fe.load(model, memory="full"), fe.load(model, memory="full")):
+        if recorded:
+            quantise(pipe.flux, to)
+        with fe.record(*SITES, steps=[0]) as rec:
+            latents.append(pipe(PROMPT, seed=seed, progress=False).latents)
+        recorded.append({name: rec[name].tensor for name in rec})
+    exact, changed = recorded
+    found = {name: float((changed[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
+    return {**found, "latent": float((latents[1] - latents[0]).norm() / latents[0].norm())}
+
+
+if __name__ == "__main__":
+    print(json.dumps({to: errors(to) for to in CONFIGS}, indent=2))
