@@ -28,6 +28,6 @@ def test_its_explorer_answers(run, path):
     tab.locator(".fluxedu").wait_for()
     before = painted(tab)
     parts = tab.locator(".fluxedu").locator(
-        "canvas[tabindex='0'], .drawing[tabindex='0'], input, g[tabindex='0'], select"
+        "canvas[tabindex='0'], .drawing[tabindex='0'], input, g[tabindex='0'], select, .chips[role='group'] > button"
     )
     assert any(moved(tab, parts.nth(i)) != before for i in range(min(parts.count(), 3)))  # the first that changes it
