@@ -115,6 +115,8 @@ else:
 # The reference picture's tokens come after the target's, with 1 in the frame coordinate that is 0 everywhere else
 # (notebook 04). The network answers for all; the answers for the reference are dropped.
 
+# %% exercise="family.reference"
+
 # %%
 things = Thing("circle", "red", "large", 40, 45, 24), Thing("square", "blue", "large", 90, 85, 23)
 scene = Scene("white", things, 128, 128, 3)
@@ -144,6 +146,34 @@ for frame in (0, 1):
 # The code takes it without a change, but the miniature was never trained on two frames: what it does with the second
 # one is an accident, not editing. That is the point. For kontext the architecture needed nothing new; the skill is
 # all in the training.
+#
+# ## More tokens: redux
+#
+# A picture can also come in as text. An eye (SigLIP) makes 729 features of it, a head of two layers gives them the
+# width of T5's tokens, and from there on they are words.
+
+# %% exercise="family.redux"
+
+# %%
+if passed:
+    other = pipe.prompt_encoder(["a yellow star above a purple ring"]).txt  # in the place of a picture's tokens
+
+    def heard(seen):
+        """The miniature's velocity for the words and what is beside them."""
+        tokens, ids = with_seen(said.txt, seen)
+        with torch.no_grad():
+            return pipe.flux(noise, target, tokens, ids, torch.ones(1), said.pooled, torch.tensor([6.0]))
+
+    moved = float((heard(other) - alone).norm() / alone.norm())
+    shuffled = other[:, torch.randperm(32, generator=torch.Generator().manual_seed(0))]
+    print("32 tokens more move the velocity by a tenth or more:", moved >= 0.1)
+    print("their order does not move it:", bool(torch.allclose(heard(shuffled), heard(other), atol=1e-4)))
+else:
+    print("solve the exercise above first; then run this cell again")
+
+# %% [markdown]
+# All stand at (0, 0, 0), so that no token is before another: what was left and right in the picture must be said by the
+# tokens themselves.
 #
 # ## Few steps
 #
@@ -474,8 +504,8 @@ else:
 # 4. A LoRA is an addition of low rank; merged it costs nothing, unmerged nothing is left of it.
 # 5. A rating is a statement about pairs, a judge and an order. Ask for all three.
 #
-# The rest of the family comes to this notebook later: trained variants of the miniature that fill, follow edges and
-# keep a reference.
+# In miniature, three of the family are trained: `fe.load("nano-fill")`, `"nano-canny"` and `"nano-depth"`.
+# Which of several models draws better, and how sure one can be, is the next notebook's question.
 #
 # **People ask**: *does it use guidance or CFG?* (flux 63, 159). dev has the strength as an input and asks once a
 # step; schnell has neither; CFG with a negative prompt can be put on top of dev (notebook 12). *How was it trained?*
