@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 15 · The arena
 #
-# **Which model is better, and how sure are we?** Every model is announced with a bar chart in which it comes first. The
+# **Which model is better, and how sure are we?** Models are announced with bar charts in which they come first. The
 # bars are made of votes: somebody sees two pictures of one prompt and says which is better. You will build what
 # stands between the votes and the bars, with the intervals that the bars usually lack.
 #
@@ -84,7 +84,7 @@ lopsided = sum(trials[k] for k in range(101) if abs(k - 50) >= 10)
 luck.against(round(100 * lopsided))
 
 # %% [markdown]
-# So a chart that shows 60 to 40 after 100 votes shows, one time in eighteen, nothing at all.
+# Between equals, then, 60 to 40 or more comes one time in eighteen. A single such chart is a hint.
 #
 # ## From votes to strengths
 #
@@ -280,7 +280,8 @@ print("overall, those of nano and nano@2 do not:", bool(low[0] > high[3]))
 #
 # Read the intervals before the points. With 24 votes on an axis they are hundreds of points wide, and two whose
 # intervals overlap have not been told apart. And with six axes
-# and six pairs you look at 36 differences: one or two of them are false at 95 %.
+# and six pairs you look at 36 differences: were all contestants equal, about two
+# would look real at 95 %.
 #
 # ## You vote
 #
@@ -362,7 +363,7 @@ circle.against(round(float(np.ptp(round_trip.elo))))
 
 
 def surprise(names, votes):
-    """The largest difference of a pair's share of wins and what the strengths say, with how many votes that pair had."""
+    """The largest difference, over all pairs, of the share of wins that was seen and the one the strengths say."""
     wins = wins_of(cells_of(names, votes), len(names))
     games = wins + wins.T
     p = chances(fit(with_prior(wins)))[: len(names), : len(names)]
