@@ -45,5 +45,6 @@ def _fill(network: nn.Module, tensors, placement: Placement, device: torch.devic
     away, visitors = placement.away(network), placement.visitors(network)
     load_into(network, tensors, dtype, lambda name: "cpu" if name in away else device)
     network.requires_grad_(False)
+    network.visited = bool(visitors)
     for group in visitors:
         Visits(group, device, apart=(module for group in visitors for module in group))

@@ -24,7 +24,7 @@ from fluxedu.sampling.latents import draw_noise, image_ids, pack, text_ids, unpa
 from fluxedu.sampling.moment import Moment, ask, at
 from fluxedu.sampling.pictures import Picture, fitted, to_images, to_mask, to_tensor
 from fluxedu.sampling.prompts import Conditioning, PromptEncoder
-from fluxedu.sampling.request import Request, checked_device, requests_of
+from fluxedu.sampling.request import Request, RequestError, checked_device, requests_of
 from fluxedu.sampling.schedule import from_strength, schedule
 from fluxedu.sampling.solvers import SOLVERS, Velocity, times_asked
 
@@ -101,6 +101,8 @@ class FluxPipeline(Sited):
         for place in (*args, *kwargs.values()):
             if isinstance(place, (str, torch.device)):
                 checked_device(place)
+        if any(getattr(network, "visited", False) for network in self.networks().values()):
+            raise RequestError("weights that visit a device cannot be moved; load again with another device or memory.")
         for network in self.networks().values():
             network.to(*args, **kwargs)
         return self

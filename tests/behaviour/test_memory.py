@@ -66,6 +66,12 @@ def test_an_intervention_on_the_modulation_is_the_same(make_pipe):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_what_visits_cannot_be_moved():
+    with pytest.raises(ValueError, match="load again with another device or memory"):
+        fe.load("nano", memory="stream").to(torch.bfloat16)
+    assert fe.load("nano").to(torch.bfloat16).dtype == torch.bfloat16
+
+
 # ---------------------------------------------------------------- visiting
 
 
@@ -271,9 +277,9 @@ def test_tiles_of_the_miniature_are_close(seed):
 # ---------------------------------------------------------------- eight bits
 
 
-@pytest.mark.parametrize(("to", "most"), [("int8", 0.03), ("fp8", 0.2)])
+@pytest.mark.parametrize(("to", "most"), [("int8", 0.01), ("fp8", 0.03)])
 def test_what_eight_bits_cost_a_block(to, most):
-    """Measured on the miniature: up to 1.5 % a block in int8, 11 % in fp8; nothing is exact."""
+    """Measured on the miniature, first step: up to 0.7 % after a block in int8, 1.7 % in fp8."""
     pytest.importorskip("torchao")
     from fluxedu.bench.quantised import errors
 
