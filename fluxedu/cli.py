@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fluxedu.arena.cli import app as arena
+from fluxedu.terminal import can_write, fail, resumable, sentences, write_json
 
 app = typer.Typer(help="FLUX.1 in code that reads like its diagram.", no_args_is_help=True, add_completion=False)
 app.add_typer(arena, name="arena")
@@ -19,43 +20,11 @@ Model = Annotated[
 ]
 
 
-def _fail(error: Exception) -> typer.Exit:
-    typer.secho(f"fluxedu: {' '.join(str(error).split())}", fg="red", err=True)
-    return typer.Exit(2)
-
-
-def _missing(error: ModuleNotFoundError) -> typer.Exit:
-    return _fail(ValueError(f"this needs {error.name}: pip install {error.name}, or all of it, 'fluxedu[test]'."))
-
-
 def _load(model: str, device: str = "cpu", dtype: str | None = None):
     import fluxedu as fe
 
-    try:
+    with sentences():
         return fe.load(model, device=device, dtype=dtype)
-    except (ValueError, OSError) as error:
-        raise _fail(error) from None
-    except ModuleNotFoundError as error:
-        raise _missing(error) from None
-
-
-def _can_write(path: Path | None) -> None:
-    """Refuse a file that cannot be written before the work that fills it, not after."""
-    if path is not None and path.is_dir():
-        raise _fail(ValueError(f"{path} is a folder, and a file is to be written there."))
-    if path is not None and not path.parent.is_dir():
-        raise _fail(ValueError(f"there is no folder {path.parent} to write {path.name} into."))
-
-
-def _write_json(path: Path | None, figures: dict) -> None:
-    if path is not None:
-        from fluxedu.checkpoints.save import write_text
-
-        try:
-            write_text(path, json.dumps(figures, indent=2) + "\n")
-        except (ValueError, OSError) as error:
-            raise _fail(error) from None
-        typer.echo(f"wrote {path}")
 
 
 @app.command(epilog='Example: fluxedu sample "a red circle left of a blue square" -o out.png')
@@ -88,11 +57,11 @@ def sample(
 
     kind = Image.registered_extensions().get(output.suffix.lower())
     if kind not in Image.SAVE:
-        raise _fail(ValueError(f"{output.name} does not end like a picture; call it something.png."))
-    _can_write(output)
+        raise fail(f"{output.name} does not end like a picture; call it something.png.")
+    can_write(output)
     pipe = _load(f"nano-{variant}" if variant else model, device, dtype)
     given = {"image": image, "mask": mask, "control": control, "reference": reference, "image_prompt": image_prompt}
-    try:
+    with sentences():
         pictures = {name: Image.open(path) for name, path in given.items() if path}
         drawn = pipe(
             prompt, seed=seed, steps=steps, guidance=guidance, negative_prompt=negative, true_cfg_scale=cfg,
@@ -101,8 +70,6 @@ def sample(
         picture = drawn.images[0]
         with aside(output, overwrite=True) as part:
             picture.save(part, format=kind)
-    except (ValueError, OSError) as error:
-        raise _fail(error) from None
     typer.echo(f"wrote {output} ({picture.width} x {picture.height})")
 
 
@@ -121,15 +88,13 @@ def trace(
     from fluxedu.checkpoints.save import write_text
     from fluxedu.trace import page, stages
 
-    _can_write(html)
+    can_write(html)
     pipe = _load(model)
-    try:
+    with sentences():
         asked = {"seed": seed, "steps": steps, "guidance": guidance, "height": height, "width": width}
         out, found = stages(pipe, prompt, **asked)
         about = f"{model}, seed {seed}, {len(out.trajectory.times) - 1} steps. Click a stage; arrow keys move."
         write_text(html, page(prompt or "the empty prompt", about, found))
-    except (ValueError, OSError) as error:
-        raise _fail(error) from None
     typer.echo(f"wrote {html} ({html.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -139,19 +104,17 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Every variant of FLUX.1: its numbers, and how many parameters they make."""
-    from fluxedu.models import VARIANTS, ConfigError, Flux, FluxConfig
+    from fluxedu.models import VARIANTS, Flux, FluxConfig
     from fluxedu.models.hollow import hollow
 
     rows = {}
-    try:
+    with sentences():
         for name in [variant] if variant else VARIANTS:
             config = FluxConfig.variant(name)
             with hollow():
                 flux = Flux(config)
             count = sum(p.numel() for p in flux.parameters())
             rows[name] = {"parameters": count, "tensors": len(flux.state_dict()), **config.to_dict()}
-    except ConfigError as error:
-        raise _fail(error) from None
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
@@ -174,10 +137,8 @@ def sites(
     from fluxedu.instruments.catalogue import LEGEND, sites
     from fluxedu.models import VARIANTS
 
-    try:
+    with sentences():
         found = [s for s in sites(model if model in VARIANTS else _load(model)) if containing in s.name]
-    except ValueError as error:
-        raise _fail(error) from None
     if as_json:
         typer.echo(json.dumps([asdict(s) for s in found], indent=2))
         return
@@ -201,25 +162,19 @@ def train(
     ] = None,
 ) -> None:
     """Train the miniature from nothing. It can be stopped at any time and goes on where it was."""
-    try:
+    with sentences():
         import transformers  # noqa: F401  (for the tokenizers; better missed now than in an hour)
 
         from fluxedu.nano.training.family import train_variant
         from fluxedu.nano.training.stages import STAGES, run_stages
-    except ModuleNotFoundError as error:
-        raise _missing(error) from None
 
     if all_stages + (stage is not None) + (variant is not None) != 1 or (stage is not None and stage not in STAGES):
-        raise _fail(ValueError(f"say --all, --variant, or --stage with one of {', '.join(STAGES)}."))
-    try:
+        raise fail(f"say --all, --variant, or --stage with one of {', '.join(STAGES)}.")
+    with resumable():
         if variant is not None:
             train_variant(variant, out, resume, ship_to or out / "weights")
             return
         run_stages(list(STAGES) if all_stages else [stage], out, resume, ship_to or out / "weights")
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise _fail(error) from None
-    except KeyboardInterrupt:
-        raise _fail(ValueError("stopped; the same command goes on from here.")) from None
 
 
 @app.command(epilog="Example: fluxedu judge --model nano --prompts 500 --json judge.json")
@@ -233,13 +188,11 @@ def judge(
     """Draw held-out prompts, let the judge read them, print the table."""
     from fluxedu.nano.report import examine, table
 
-    _can_write(as_json)
-    try:
+    can_write(as_json)
+    with sentences():
         figures = examine(_load(model), model, prompts, steps, guidance)
-    except ValueError as error:
-        raise _fail(error) from None
     typer.echo(table(figures))
-    _write_json(as_json, figures)
+    write_json(as_json, figures)
 
 
 @app.command(epilog="Example: fluxedu convert flux1-dev.safetensors transformer/ --to diffusers")
@@ -255,9 +208,9 @@ def convert(
     """Carry a transformer or an autoencoder between the official layout and diffusers', both ways."""
     from tqdm.auto import tqdm
 
-    from fluxedu.checkpoints import CheckpointError, convert_file
+    from fluxedu.checkpoints import convert_file
 
-    try:
+    with sentences():
         with tqdm(unit="B", unit_scale=True, desc="convert", delay=1) as bar:
 
             def progress(done: int, total: int) -> None:
@@ -265,8 +218,6 @@ def convert(
                 bar.update(done - bar.n)
 
             convert_file(source, target, to=to, shard_bytes=int(shard_gb * 1e9), overwrite=overwrite, progress=progress)
-    except (CheckpointError, ValueError, OSError) as error:
-        raise _fail(error) from None
     typer.echo(f"wrote {target}")
 
 
@@ -282,14 +233,8 @@ def sweep(
     """Draw prompts x seeds x interventions into one folder. Killed at any time, the same command goes on."""
     from fluxedu.sweep.command import sweep
 
-    try:
+    with resumable():
         asked, folder = sweep(config, out, workers, on)
-    except (ValueError, OSError) as error:
-        raise _fail(error) from None
-    except ModuleNotFoundError as error:
-        raise _missing(error) from None
-    except KeyboardInterrupt:
-        raise _fail(ValueError("stopped; the same command goes on from here.")) from None
     typer.echo(f"wrote {folder} ({len(asked):,} cells)")
 
 
@@ -301,13 +246,11 @@ def bench(
     """Time the models beside diffusers', as ratios in one run."""
     from fluxedu.bench import run, table
 
-    _can_write(as_json)
-    try:
+    can_write(as_json)
+    with sentences():
         figures = run(rounds=5 if quick else 15)
-    except ModuleNotFoundError as error:
-        raise _missing(error) from None
     typer.echo(table(figures))
-    _write_json(as_json, figures)
+    write_json(as_json, figures)
 
 
 @app.command(epilog="Example: fluxedu lab --folder my-course")
@@ -322,13 +265,10 @@ def lab(
     import subprocess
     import sys
 
-    from fluxedu.course.errors import CourseError
     from fluxedu.course.files import copied
 
-    try:
+    with sentences():
         new, kept = copied(folder)
-    except CourseError as error:
-        raise _fail(error) from None
     typer.echo(f"{folder}: {len(new)} notebooks copied, {len(kept)} left as they are")
     root = ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # as in most containers
     raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", f"--port={port}", *root, str(folder)]))
@@ -346,7 +286,7 @@ def grade(
     from fluxedu.course.errors import CourseError
     from fluxedu.course.grade import graded, write_csv
 
-    _can_write(csv)
+    can_write(csv)
     marks = []
     for path in notebooks:
         try:
@@ -358,10 +298,8 @@ def grade(
         for mark in mine:
             typer.echo(f"  {'✓' if mark.passed else '✗'} {mark.exercise}: {mark.says}")
     if csv is not None:
-        try:
+        with sentences():
             write_csv(marks, csv)
-        except (ValueError, OSError) as error:
-            raise _fail(error) from None
         typer.echo(f"wrote {csv}")
     raise typer.Exit(0 if marks else 2)
 

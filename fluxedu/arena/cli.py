@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fluxedu.terminal import sentences, write_json
 
 app = typer.Typer(
     help="Which model draws better: votes on pairs of pictures, and ratings with intervals.",
@@ -28,16 +27,6 @@ Axes = Annotated[
 Who = Annotated[str, typer.Option(help="Whose votes count: judge, people or all.")]
 
 
-@contextmanager
-def _sentences() -> Iterator[None]:
-    """What is wrong, in one sentence on the screen."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        typer.secho(f"fluxedu: {error}", fg="red", err=True)
-        raise typer.Exit(2) from None
-
-
 def _there(votes: Path):
     from fluxedu.arena.errors import ArenaError
     from fluxedu.arena.votes import Votes
@@ -53,6 +42,14 @@ def _axes(axes: list[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(map(checked_axis, axes or AXES)))
 
 
+def _opened(models: list[str], votes: Path, axis: list[str] | None, prompts: int, pictures: Path | None, seed: int):
+    """The axes asked for, and the arena."""
+    from fluxedu.arena.match import Arena
+
+    axes = _axes(axis)
+    return axes, Arena(models, votes, prompts=prompts, folder=pictures, seed=seed)
+
+
 @app.command(epilog="Example: fluxedu arena run nano nano@4 nano-base --count 150")
 def run(
     models: Models,
@@ -65,11 +62,9 @@ def run(
 ) -> None:
     """Let the judge of the scene world vote, and print its ratings."""
     from fluxedu.arena.judges import judged
-    from fluxedu.arena.match import Arena
 
-    with _sentences():
-        axes = _axes(axis)
-        arena = Arena(models, votes, prompts=prompts, folder=pictures, seed=seed)
+    with sentences():
+        axes, arena = _opened(models, votes, axis, prompts, pictures, seed)
         given = judged(arena, count, axes)
         typer.echo(f"{given} votes given" + (": every pair has been judged" if given < count else ""))
         for name in axes:
@@ -88,12 +83,10 @@ def serve(
     seed: int = 0,
 ) -> None:
     """Let a class vote in the browser. All pictures are drawn first; Ctrl-C ends it, and no vote is lost."""
-    from fluxedu.arena.match import Arena
     from fluxedu.arena.server import serving
 
-    with _sentences():
-        axes = _axes(axis)
-        arena = Arena(models, votes, prompts=prompts, folder=pictures, seed=seed)
+    with sentences():
+        axes, arena = _opened(models, votes, axis, prompts, pictures, seed)
         with serving(arena, host, port, axes) as server:  # the port is taken before the minutes of drawing
             arena.prepare(axes)
             typer.echo(f"voting at {server.url}")
@@ -114,10 +107,10 @@ def table(
     """Print the ratings of everyone in a file of votes."""
     from fluxedu.arena.axes import AXES
     from fluxedu.arena.rating import rated
-    from fluxedu.checkpoints.save import write_text
 
-    with _sentences():
-        found = {name: outcomes for name in _axes(axis) if (outcomes := _there(votes).outcomes(name, who))}
+    with sentences():
+        axes, there = _axes(axis), _there(votes)
+        found = {name: outcomes for name in axes if (outcomes := there.outcomes(name, who))}
         names = sorted({name for outcomes in found.values() for vote in outcomes for name in vote[:2]})
         ratings = {axis: rated(names, outcomes) for axis, outcomes in found.items()}
         for name, result in ratings.items():
@@ -125,9 +118,7 @@ def table(
         if not ratings:
             typer.echo("no votes yet")
         rows = {name: result.rows() for name, result in ratings.items()}
-        if as_json is not None:
-            write_text(as_json, json.dumps(rows, indent=2) + "\n")
-            typer.echo(f"wrote {as_json}")
+        write_json(as_json, rows)
         if figures is not None and rows:
             _draw({AXES[name].title: table for name, table in rows.items()}, figures)
 
@@ -149,5 +140,5 @@ def export(
     votes: File = Path("votes.sqlite"),
 ) -> None:
     """Write every vote with its ballot to a file that other programs read."""
-    with _sentences():
+    with sentences():
         typer.echo(f"wrote {target} ({_there(votes).export(target)} votes)")

@@ -46,7 +46,7 @@ def contestant(spec: str) -> Contestant:
     model, _, steps = spec.partition("@")
     if steps and (not steps.isdecimal() or not 1 <= int(steps) <= 1000):
         raise ArenaError(f"after the @ comes a number of steps from 1 to 1000, as in nano@4, not {spec!r}.")
-    files = find(WEIGHTS, OURS[model][0]) if model in OURS else find(model)
+    files = find(WEIGHTS, OURS[model].transformer) if model in OURS else find(model)
 
     def draw(prompt: str, seed: int, height: int, width: int) -> Image.Image:
         return pictured(_opened(model), prompt, seed, height, width, int(steps) if steps else None)

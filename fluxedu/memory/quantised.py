@@ -20,7 +20,7 @@ def quantise(flux: Flux, to: str = "int8") -> Flux:
     """Make the linear layers of every block 8-bit, in place; raises PlacementError for another word or no torchao."""
     if to not in CONFIGS:
         raise PlacementError(f"weights are quantised to one of {', '.join(CONFIGS)}, not {to!r}.")
-    if any(module._forward_pre_hooks for module in flux.modules()):
+    if getattr(flux, "visited", False):
         raise PlacementError('weights that visit cannot be quantised; load with memory="full".')
     try:
         from torchao import quantization

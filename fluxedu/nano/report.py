@@ -9,7 +9,7 @@ import torch
 
 from fluxedu.nano.exam import sit, truth
 from fluxedu.nano.scenes import render, sample_scene
-from fluxedu.sampling.pictures import to_tensor
+from fluxedu.sampling.pictures import to_images, to_tensor
 from fluxedu.sampling.pipeline import FluxPipeline
 
 ROWS = ("background", "colours", "shapes", "letter", "sizes", "relations", "everything")
@@ -35,18 +35,20 @@ def drawer(pipe: FluxPipeline, steps: int, guidance: float | None):
     return draw
 
 
+def decibels(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> float:
+    """Peak signal to noise, in dB, of 8-bit pictures ``[H, W, 3]``, of the pixels ``where``; NaN of none."""
+    wrong = np.square(a.astype(float) - b.astype(float))[... if where is None else where]
+    return float(10 * np.log10(255**2 / max(wrong.mean(), 1e-9))) if wrong.size else float("nan")
+
+
 @torch.no_grad()
 def reconstruction(pipe: FluxPipeline, count: int = 64) -> float:
     """PSNR in dB of held-out scenes through the autoencoder and back, mean over pictures, 8 bits."""
     rng = np.random.default_rng(12)
     scenes = [render(sample_scene(rng, size=(128, 128), held_out=True)) for _ in range(count)]
-    ratios = []
-    for scene in scenes:
-        image = to_tensor(scene).to(pipe.device, pipe.dtype)
-        seen = pipe.autoencoder.decode(pipe.autoencoder.encode(image)).float().clamp(-1, 1)
-        levels = ((seen + 1) * 127.5).round()[0].permute(1, 2, 0).cpu().numpy()
-        ratios.append(10 * np.log10(255**2 / np.mean((levels - scene) ** 2)))
-    return float(np.mean(ratios))
+    again = lambda image: pipe.autoencoder.decode(pipe.autoencoder.encode(image))  # noqa: E731
+    seen = [to_images(again(to_tensor(scene).to(pipe.device, pipe.dtype)))[0] for scene in scenes]
+    return float(np.mean([decibels(np.asarray(image), scene) for image, scene in zip(seen, scenes, strict=True)]))
 
 
 def examine(pipe: FluxPipeline, name: str, prompts: int = 500, steps: int = 20, guidance: float | None = None) -> dict:

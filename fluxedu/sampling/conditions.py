@@ -22,6 +22,8 @@ from fluxedu.sampling.latents import image_ids, pack
 from fluxedu.sampling.pictures import fitted
 from fluxedu.sampling.request import Request, RequestError
 
+Encode = Callable[[Tensor], Tensor]  # pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]
+
 
 def fold_mask(mask: Tensor, downscale: int = 8) -> Tensor:
     """A mask of pixels, ``[B, 1, H, W]``, 1 where to paint, as tokens ``[B, N, 4 * downscale**2]``.
@@ -38,6 +40,12 @@ def fold_mask(mask: Tensor, downscale: int = 8) -> Tensor:
 def hidden(picture: Tensor, mask: Tensor) -> Tensor:
     """The picture ``[B, 3, H, W]`` in [-1, 1] with grey, 0, where the mask is 1."""
     return picture * (1 - mask)
+
+
+def fill_channels(picture: Tensor, mask: Tensor, encode: Encode, downscale: int = 8) -> Tensor:
+    """What fill reads beside the noise, ``[B, N, 64 + 256]``: the picture with its hole, and the hole's mask."""
+    seen = pack(encode(hidden(picture, mask)))
+    return torch.cat([seen, fold_mask(mask, downscale).to(seen)], dim=-1)
 
 
 def reference_ids(height: int, width: int) -> Tensor:
@@ -71,14 +79,16 @@ class Given:
         return ids if self.ids is None else torch.cat([ids, self.ids.to(ids)])
 
 
-def read(asked: Request, encode: Callable[[Tensor], Tensor], downscale: int) -> Given:
-    """Encode the pictures of a request; ``encode`` takes ``[1, 3, H, W]`` in [-1, 1] to a latent."""
+def picture_and_mask(asked: Request, downscale: int) -> tuple[Tensor, Tensor]:
+    """A request's image and mask, in the size that is drawn: ``[1, 3, H, W]`` and ``[1, 1, H, W]``."""
+    picture = fitted(asked.image, asked.shape, downscale)
+    return picture, F.interpolate(asked.mask, picture.shape[-2:], mode="nearest")
+
+
+def read(asked: Request, encode: Encode, downscale: int) -> Given:
+    """Encode the pictures of a request."""
     if asked.mask is not None:
-        size = [side * downscale for side in asked.shape]
-        mask = F.interpolate(asked.mask, size, mode="nearest")
-        picture = fitted(asked.image, asked.shape, downscale)
-        seen = pack(encode(hidden(picture, mask)))
-        return Given(channels=torch.cat([seen, fold_mask(mask, downscale).to(seen)], dim=-1))
+        return Given(channels=fill_channels(*picture_and_mask(asked, downscale), encode, downscale))
     if asked.control is not None:
         return Given(channels=pack(encode(fitted(asked.control, asked.shape, downscale))))
     if asked.reference is not None:
@@ -90,8 +100,8 @@ def read(asked: Request, encode: Callable[[Tensor], Tensor], downscale: int) -> 
 
 def pasted(drawn: Tensor, asked: Request, downscale: int) -> Tensor:
     """What was drawn inside the mask, and the request's own pixels outside it, which the autoencoder would soften."""
-    mask = F.interpolate(asked.mask, drawn.shape[-2:], mode="nearest").to(drawn)
-    return torch.where(mask > 0.5, drawn, fitted(asked.image, asked.shape, downscale).to(drawn))
+    picture, mask = (of.to(drawn) for of in picture_and_mask(asked, downscale))
+    return torch.where(mask > 0.5, drawn, picture)
 
 
 def reads(config: FluxConfig, downscale: int) -> str:

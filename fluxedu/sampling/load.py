@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -28,19 +29,33 @@ from fluxedu.sampling.request import RequestError, checked_device, checked_dtype
 WEIGHTS = Path(__file__).parent.parent / "nano" / "weights"
 #: mu of the miniature, ln 3 at any size: chosen, as the guidance is, on prompts that are not the exam's
 NANO_SHIFT = (1.0986, 1.0986)
-#: the shipped models: the folder of the transformer, and how they are sampled
-SHIPPED = {
-    "nano": ("transformer", Sampling(20, 6.0, 32, shift=True, shift_ends=NANO_SHIFT)),
-    "nano-base": ("transformer_base", Sampling(20, 5.0, 32, shift=True, shift_ends=NANO_SHIFT)),
-}
-#: the rest of the family in miniature, the same; ``fluxedu train --variant NAME`` makes them
+
+
+class Ours(NamedTuple):
+    """One of our own: the transformer's folder among the weights, how it is sampled, and a head's folder."""
+
+    transformer: str
+    sampling: Sampling
+    head: str | None = None
+
+    def folder(self, weights: Path) -> Path:
+        """What is this model's alone."""
+        return Path(weights) / (self.head or self.transformer)
+
+
+def _as_dev(guidance: float) -> Sampling:
+    return Sampling(20, guidance, 32, shift=True, shift_ends=NANO_SHIFT)
+
+
+SHIPPED = {"nano": Ours("transformer", _as_dev(6.0)), "nano-base": Ours("transformer_base", _as_dev(5.0))}
+#: the rest of the family; ``fluxedu train --variant NAME`` makes them
 FAMILY = {
-    "nano-schnell": ("transformer_schnell", Sampling(4, 0.0, 32, shift=False)),
-    "nano-fill": ("transformer_fill", Sampling(20, 1.0, 32, shift=True, shift_ends=NANO_SHIFT)),
-    "nano-canny": ("transformer_canny", Sampling(20, 1.0, 32, shift=True, shift_ends=NANO_SHIFT)),
-    "nano-depth": ("transformer_depth", Sampling(20, 1.0, 32, shift=True, shift_ends=NANO_SHIFT)),
-    "nano-kontext": ("transformer_kontext", Sampling(20, 2.5, 32, shift=True, shift_ends=NANO_SHIFT)),
-    "nano-redux": ("transformer", Sampling(20, 3.0, 32, shift=True, shift_ends=NANO_SHIFT)),
+    "nano-schnell": Ours("transformer_schnell", Sampling(4, 0.0, 32, shift=False)),
+    "nano-fill": Ours("transformer_fill", _as_dev(1.0)),
+    "nano-canny": Ours("transformer_canny", _as_dev(1.0)),
+    "nano-depth": Ours("transformer_depth", _as_dev(1.0)),
+    "nano-kontext": Ours("transformer_kontext", _as_dev(2.5)),
+    "nano-redux": Ours("transformer", _as_dev(3.0), head="redux"),
 }
 OURS = SHIPPED | FAMILY
 
@@ -65,16 +80,15 @@ def load(
     if name is None or (isinstance(name, str) and not name):
         name = os.environ.get("FLUXEDU_MODEL") or "nano"
     if isinstance(name, str) and name in OURS:
-        if transformer not in ("transformer", OURS[name][0]):
+        ours = OURS[name]
+        if transformer not in ("transformer", ours.transformer):
             raise RequestError(f"{name!r} has its own transformer; of transformer={transformer!r} load the folder.")
-        transformer, sampling = OURS[name]
-        needs = WEIGHTS / ("redux" if name == "nano-redux" else transformer)
-        if not needs.is_dir():
+        if not ours.folder(WEIGHTS).is_dir():
             variant = name.removeprefix("nano-")
             raise RequestError(f"{name} does not ship yet; `fluxedu train --variant {variant} --ship-to {WEIGHTS}`.")
-        files, size = find(WEIGHTS, transformer), 128
+        files, sampling, size, head = find(WEIGHTS, ours.transformer), ours.sampling, 128, ours.head
     else:
-        files, sampling, size = find(name, transformer), None, 1024
+        files, sampling, size, head = find(name, transformer), None, 1024, None
     if files.variant is not None:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or "bfloat16"
@@ -92,18 +106,15 @@ def load(
     )
     vae = vae.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
     pipe = FluxPipeline(prompts, flux, vae, sampling, size)
-    if name == "nano-redux":
-        pipe.redux = nano_redux(clip.config).to(device, dtype)
+    if head is not None:
+        behind = ReduxHead(clip.config.hidden_size, flux.config.context_in_dim)
+        behind.load_state_dict(load_file(WEIGHTS / head / "model.safetensors"))
+        pipe.redux = nano_redux(image_tower(clip.config), behind).to(device, dtype)
     return pipe
 
 
-def nano_redux(config: CLIPTextConfig, weights: Path = WEIGHTS) -> Redux:
-    """The miniature's image tower and the Redux head behind it."""
-    tower = image_tower(config, weights)
-    tensors = load_file(weights / "redux" / "model.safetensors")
-    txt_dim, hidden = tensors["redux_down.weight"].shape
-    head = ReduxHead(tensors["redux_up.weight"].shape[1], txt_dim)
-    head.load_state_dict(tensors)
+def nano_redux(tower: ImageTower, head: ReduxHead) -> Redux:
+    """The miniature's image tower and a Redux head behind it."""
     return Redux(Places(tower), head, tokens=(SIZE // PATCH) ** 2).eval().requires_grad_(False)
 
 

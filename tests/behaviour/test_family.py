@@ -1,6 +1,7 @@
 """The family: what does not fit is refused, what members begin from is exact, and their exam knows the truth."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import fluxedu as fe
 from fluxedu.nano import family
 from fluxedu.nano.judge import read
 from fluxedu.nano.scenes import ASPECTS, render, sample_scene
+from fluxedu.nano.training import family as training
 from fluxedu.nano.training.edits import EDITS, sample_edit
 from fluxedu.nano.training.family import widened, without_guidance
 from fluxedu.nano.training.members import depths, hole, outlines
@@ -174,7 +176,7 @@ CARD = json.loads((WEIGHTS / "family.json").read_text())
 def test_a_shipped_member_draws_as_its_card_says(name):
     """A few scenes of its exam again: no share may be further off than chance allows."""
     of = CARD[name]
-    assert of["guidance"] == FAMILY[f"nano-{name}"][1].guidance
+    assert of["guidance"] == FAMILY[f"nano-{name}"].sampling.guidance
     again = family.sit(name, fe.load(f"nano-{name}"), 20)
     for row in (row for row in of["bars"] if not row.endswith("_db")):
         share = of["figures"][row] / 100
@@ -193,3 +195,24 @@ def test_a_member_that_does_not_ship_says_so(name):
     if name.removeprefix("nano-") not in CARD:
         with pytest.raises(RequestError, match="does not ship"):
             fe.load(name)
+
+
+@pytest.mark.parametrize("name", ["fill", "kontext", "redux", "schnell"])
+def test_a_member_is_trained_written_judged_and_noted(name, tmp_path, monkeypatch):
+    """A step or two of everything that ``fluxedu train --variant`` does; what is written opens again."""
+    monkeypatch.setattr(training, "compiled", lambda flux: None)
+    monkeypatch.setitem(training.EACH, name, 2)
+    monkeypatch.setitem(training.RECIPES, name, replace(training.RECIPES[name], steps=2, batch=2, warmup=1))
+    (tmp_path / "README.md").write_text("# card\n\n## Known failures\n\nnone\n")
+    training.train_variant(name, tmp_path / "run", True, tmp_path, scenes=2)
+    noted = json.loads((tmp_path / "family.json").read_text())[name]
+    assert noted["steps"] == 2 and set(noted["bars"]) <= set(noted["figures"])
+    card = (tmp_path / "README.md").read_text()
+    assert f"`nano-{name}`" in card and card.endswith("## Known failures\n\nnone\n") and card.startswith("# card\n")
+    training.train_variant(name, tmp_path / "run", True, tmp_path, scenes=2)  # finished: judged and noted again
+    assert (tmp_path / "README.md").read_text().count(f"`nano-{name}`") == 1
+    for part in WEIGHTS.iterdir():
+        if part.is_dir() and not (tmp_path / part.name).exists():
+            (tmp_path / part.name).symlink_to(part)
+    monkeypatch.setattr("fluxedu.sampling.load.WEIGHTS", tmp_path)
+    assert fe.load(f"nano-{name}").defaults.guidance == noted["guidance"]

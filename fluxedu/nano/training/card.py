@@ -72,11 +72,12 @@ Everything right by picture shape, height x width, about {by_each} prompts each:
 
 {by_size}
 
-{family}## Known failures
+{family}{last}
 
 {failures}
 """
 
+FAMILY_TITLE, LAST_TITLE = "## The family", "## Known failures"
 APART = 5  # points between square pictures and others, at most
 AGAIN = "`fluxedu train --all` does all of it again."
 
@@ -85,12 +86,13 @@ def hours(folder: Path) -> str:
     """The table of runs: steps, batch, seed, minutes, from the recipes and the runs' own clocks."""
     lines = ["| run | steps | batch | of | seed | minutes |", "|---|---|---|---|---|---|"]
     for name, (recipe, seed, of) in RUNS.items():
-        steps, minutes = _clock(folder, name, recipe)
+        steps, minutes = clock(folder, name, recipe)
         lines.append(f"| {name} | {steps} | {recipe.batch} | {of} | {seed} | {minutes:.0f} |")
     return "\n".join(lines)
 
 
-def _clock(folder: Path, name: str, recipe: Recipe) -> tuple[int, float]:
+def clock(folder: Path, name: str, recipe: Recipe) -> tuple[int, float]:
+    """Steps and minutes of a run, by its own clock."""
     told = told_by(Path(folder) / name / "state.safetensors")
     return min(int(told["step"]), recipe.steps), float(told["seconds"]) / 60
 
@@ -142,7 +144,7 @@ def family_table(weights: Path) -> str:
     if not path.is_file():
         return ""
     lines = [
-        "## The family",
+        FAMILY_TITLE,
         "",
         "`fluxedu train --variant NAME` from the miniature; the exam is `fluxedu/nano/family.py`, on held-out scenes.",
         "",
@@ -158,13 +160,25 @@ def family_table(weights: Path) -> str:
     return "\n".join([*lines, "", ""])
 
 
+def write_member(weights: Path, name: str, entry: dict) -> None:
+    """Note a member of the family in ``family.json``, and in the model card where there is one."""
+    weights, card = Path(weights), Path(weights) / "README.md"
+    path = weights / "family.json"
+    members = json.loads(path.read_text()) if path.is_file() else {}
+    write_text(path, json.dumps(dict(sorted({**members, name: entry}.items())), indent=2) + "\n")
+    if card.is_file():
+        text = card.read_text()
+        before, end = text.split(FAMILY_TITLE)[0].split(LAST_TITLE)[0], text[text.index(LAST_TITLE) :]
+        write_text(card, before + family_table(weights) + end)
+
+
 def judged(weights: Path, say: Callable[[str], None] = print) -> dict[str, dict]:
     """Both models through the exam."""
     figures = {}
-    for name, (transformer, sampling) in SHIPPED.items():
-        pipe = load(Path(weights).resolve(), transformer=transformer)
-        pipe.defaults, pipe.size = sampling, 128
-        pipe.prompt_encoder.t5_tokenizer.length = sampling.text_length
+    for name, ours in SHIPPED.items():
+        pipe = load(Path(weights).resolve(), transformer=ours.transformer)
+        pipe.defaults, pipe.size = ours.sampling, 128
+        pipe.prompt_encoder.t5_tokenizer.length = ours.sampling.text_length
         figures[name] = examine(pipe, name)
         say(table(figures[name]))
     return figures
@@ -186,7 +200,7 @@ def write_card(
         dropout=100 * flow.DROPOUT, low=flow.GUIDANCE[0], high=flow.GUIDANCE[1], prompts=first["prompts"],
         steps=first["steps"], guidance=strengths, table=rows_table(figures), psnr=first["autoencoder_psnr"],
         retrieval=100 * retrieval, failures=failures(figures), by_size=sizes_table(figures),
-        by_each=first["prompts"] // len(ASPECTS), family=family_table(weights),
+        by_each=first["prompts"] // len(ASPECTS), family=family_table(weights), last=LAST_TITLE,
     )  # fmt: skip
     write_text(weights / "judge.json", json.dumps(figures, indent=2) + "\n")
     write_text(weights / "README.md", text)

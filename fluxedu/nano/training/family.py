@@ -23,13 +23,15 @@ from fluxedu.checkpoints.save import save_file, save_folder
 from fluxedu.models.redux import ReduxHead
 from fluxedu.models.transformer import Flux
 from fluxedu.nano import configs
+from fluxedu.nano.family import BARS, sit
 from fluxedu.nano.scenes import ASPECTS
-from fluxedu.nano.training.flow import NOISY, Texts, compiled
+from fluxedu.nano.training.card import clock, write_member
+from fluxedu.nano.training.flow import Texts, compiled, noisy, places, strengths
 from fluxedu.nano.training.loop import Loss, Recipe, Run, fingerprint, mixed_precision, use_average
 from fluxedu.nano.training.members import Examples, Shelf, examples
 from fluxedu.sampling.conditions import reference_ids
-from fluxedu.sampling.latents import image_ids, text_ids
-from fluxedu.sampling.load import image_tower, load
+from fluxedu.sampling.latents import text_ids
+from fluxedu.sampling.load import FAMILY, image_tower, load, nano_redux
 from fluxedu.sampling.pipeline import FluxPipeline
 
 CHANNELS = {"fill": 64 + 64 + 256, "canny": 64 + 64, "depth": 64 + 64}
@@ -70,44 +72,31 @@ def without_guidance(flux: Flux, strength: float) -> Flux:
     return fixed
 
 
-def _noisy(x0: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    t = torch.sigmoid(NOISY[0] + NOISY[1] * torch.randn(len(x0), generator=g))
-    noise = torch.randn(x0.shape, generator=g)
-    return (1 - t[:, None, None]) * x0 + t[:, None, None] * noise, t, noise - x0
-
-
-def _strengths(count: int, g: torch.Generator) -> Tensor:
-    return STRENGTHS[0] + (STRENGTHS[1] - STRENGTHS[0]) * torch.rand(count, generator=g)
-
-
-def _ids(size: tuple[int, int], words: int = configs.TEXT_LENGTH) -> tuple[Tensor, Tensor]:
-    return image_ids(size[0] // 8, size[1] // 8), text_ids(words)
-
-
 def channel_loss(model: Flux, batch: Examples, texts: Texts, g: torch.Generator) -> Tensor:
     """Fill, canny, depth: what is given stands in more channels of each token."""
-    x_t, t, target = _noisy(batch.latents, g)
-    img_ids, txt_ids = _ids(batch.size)
+    x_t, t, target = noisy(batch.latents, g)
+    img_ids, txt_ids = places(*batch.cells)
+    strength = strengths(len(t), STRENGTHS, g)
     with mixed_precision():
         txt, pooled = texts(batch.t5, batch.clip)
-        velocity = model(torch.cat([x_t, batch.given], -1), img_ids, txt, txt_ids, t, pooled, _strengths(len(t), g))
+        velocity = model(torch.cat([x_t, batch.given], -1), img_ids, txt, txt_ids, t, pooled, strength)
     return F.mse_loss(velocity.float(), target)
 
 
 def reference_loss(model: Flux, batch: Examples, texts: Texts, g: torch.Generator) -> Tensor:
     """Kontext: what is given stands behind the picture's tokens, in another frame."""
-    x_t, t, target = _noisy(batch.latents, g)
-    img_ids, txt_ids = _ids(batch.size)
-    ids = torch.cat([img_ids, reference_ids(batch.size[0] // 8, batch.size[1] // 8)])
-    strength = _strengths(len(t), g)
+    x_t, t, target = noisy(batch.latents, g)
+    img_ids, txt_ids = places(*batch.cells)
+    ids = torch.cat([img_ids, reference_ids(*batch.cells)])
+    strength = strengths(len(t), STRENGTHS, g)
     with mixed_precision():
         txt, pooled = texts(batch.t5, batch.clip)
         velocity = model(torch.cat([x_t, batch.given], 1), ids, txt, txt_ids, t, pooled, strength)
     return F.mse_loss(velocity[:, : x_t.shape[1]].float(), target)
 
 
-class Redux(nn.Module):
-    """The head that learns, and what it is judged through: the tower before it and the flow behind, both frozen."""
+class HeadAtWork(nn.Module):
+    """Redux's head that learns, and what it is judged through: the tower before it and the flow behind, both frozen."""
 
     def __init__(self, tower: nn.Module, flux: Flux):
         super().__init__()
@@ -115,11 +104,11 @@ class Redux(nn.Module):
         self.__dict__.update(tower=tower, flux=flux)  # not parameters of this module: they do not learn
 
 
-def redux_loss(model: Redux, batch: Examples, texts: Texts, g: torch.Generator) -> Tensor:
+def redux_loss(model: HeadAtWork, batch: Examples, texts: Texts, g: torch.Generator) -> Tensor:
     """The picture's tokens, behind those of the empty prompt, shall do what its caption would have done."""
-    x_t, t, plain = _noisy(batch.latents, g)
-    img_ids, txt_ids = _ids(batch.size)
-    strength = _strengths(len(t), g)
+    x_t, t, _ = noisy(batch.latents, g)
+    img_ids, txt_ids = places(*batch.cells)
+    strength = strengths(len(t), STRENGTHS, g)
     with mixed_precision():
         with torch.no_grad():
             txt, pooled = texts(batch.t5, batch.clip)
@@ -135,7 +124,7 @@ def redux_loss(model: Redux, batch: Examples, texts: Texts, g: torch.Generator) 
 def ladders(teacher: Flux, strength: float, of: Examples, texts: Texts, g: torch.Generator) -> Tensor:
     """The teacher's way from noise to picture, kept at schnell's times: f16 ``[5, S, N, 64]``."""
     x = torch.randn(of.latents.shape, generator=g)
-    kept, ids = [x.half()], _ids(of.size)
+    kept, ids = [x.half()], places(*of.cells)
     strengths = torch.full((len(x),), strength)
     clock = [*LADDER, 0.0]
     with mixed_precision():
@@ -157,47 +146,66 @@ def ladder_loss(model: Flux, rungs: Tensor, batch: Examples, texts: Texts, g: to
     here, there = rungs[which, rows].float(), rungs[which + 1, rows].float()
     t = clock[which]
     target = (here - there) / (t - clock[which + 1])[:, None, None]
-    img_ids, txt_ids = _ids(batch.size)
+    img_ids, txt_ids = places(*batch.cells)
     with mixed_precision():
         txt, pooled = texts(batch.t5, batch.clip)
         velocity = model(here, img_ids, txt, txt_ids, t, pooled)
     return F.mse_loss(velocity.float(), target)
 
 
-LOSSES: dict[str, Callable] = dict.fromkeys(CHANNELS, channel_loss) | {
-    "kontext": reference_loss, "redux": redux_loss,
-}  # fmt: skip
+LOSSES: dict[str, Callable] = {
+    "fill": channel_loss,
+    "canny": channel_loss,
+    "depth": channel_loss,
+    "kontext": reference_loss,
+    "redux": redux_loss,
+}
 
 
-def train_variant(name: str, folder: Path, resume: bool, ship_to: Path) -> Path:
-    """Train the member ``name`` from the shipped miniature and write it, in bfloat16, into ``ship_to``."""
+def train_variant(name: str, folder: Path, resume: bool, ship_to: Path, scenes: int = 200) -> Path:
+    """Train the member ``name`` from the shipped miniature, write it in bfloat16 into ``ship_to``, and judge that.
+
+    The figures go into ``family.json`` and, where there is one, the model card beside it.
+    """
     if name not in RECIPES:
         raise ValueError(f"there is no member {name!r} to train; there are {', '.join(RECIPES)}.")
     pipe = load("nano")
-    tower = image_tower(pipe.prompt_encoder.clip.config)
-    return ship(name, train(name, folder, pipe, tower, resume), ship_to)
+    member = train(name, folder, pipe, resume)
+    path = ship(name, member, ship_to)
+    figures = sit(name, seated(name, member, pipe), scenes)
+    steps, minutes = clock(folder, name, RECIPES[name])
+    cost = {"steps": steps, "batch": RECIPES[name].batch, "minutes": round(minutes)}
+    about = {"guidance": pipe.defaults.guidance, "scenes": scenes, **cost}
+    write_member(ship_to, name, {"figures": figures, "bars": BARS[name], **about})
+    return path
+
+
+def seated(name: str, member: nn.Module, pipe: FluxPipeline) -> FluxPipeline:
+    """The miniature with the member in its place, rounded as it ships and sampled as ``load`` will."""
+    member, pipe.defaults = member.to(torch.bfloat16).float().eval(), FAMILY[f"nano-{name}"].sampling
+    if name == "redux":
+        pipe.redux = nano_redux(member.tower, member.head)
+    else:
+        pipe.flux = member
+    return pipe
 
 
 def ship(name: str, member: nn.Module, to: Path) -> Path:
     """Write a member where ``load`` looks for it: a transformer's folder, or Redux's head."""
+    path = FAMILY[f"nano-{name}"].folder(to)
     if name == "redux":
-        path = Path(to) / "redux" / "model.safetensors"
-        save_file(member.head.state_dict(), path, dtype=torch.bfloat16, overwrite=True)
+        save_file(member.head.state_dict(), path / "model.safetensors", dtype=torch.bfloat16, overwrite=True)
     else:
-        path = Path(to) / f"transformer_{name}"
         save_folder(member.state_dict(), path, member.config, dtype=torch.bfloat16, overwrite=True)
     print(f"wrote {path}")
     return path
 
 
-def train(name: str, folder: Path, pipe: FluxPipeline, tower: nn.Module, resume: bool = True) -> nn.Module:
-    """Train (or take the finished) member ``name``.
-
-    pipe: the miniature with guidance · tower: the image tower, for redux.
-    """
+def train(name: str, folder: Path, pipe: FluxPipeline, resume: bool = True) -> nn.Module:
+    """Train (or take the finished) member ``name``; ``pipe`` is the miniature with guidance."""
     torch.manual_seed(SEED)
     recipe, texts = RECIPES[name], Texts(pipe.prompt_encoder.t5, pipe.prompt_encoder.clip)
-    model = _start(name, pipe, tower).train()
+    model = _start(name, pipe).train()
     inner = model.flux if name == "redux" else model
     (model.head if name == "redux" else model).requires_grad_(True)
     run = Run(name, model, recipe, folder, resume, fingerprint(pipe.flux, pipe.autoencoder))
@@ -205,12 +213,12 @@ def train(name: str, folder: Path, pipe: FluxPipeline, tower: nn.Module, resume:
         loss = _loss(name, model, pipe, texts, recipe)
         compiled(inner)
         run.train(loss)
-    return use_average(_start(name, pipe, tower), run.average)
+    return use_average(_start(name, pipe), run.average)
 
 
-def _start(name: str, pipe: FluxPipeline, tower: nn.Module) -> nn.Module:
+def _start(name: str, pipe: FluxPipeline) -> nn.Module:
     if name == "redux":
-        return Redux(tower, pipe.flux)
+        return HeadAtWork(image_tower(pipe.prompt_encoder.clip.config), pipe.flux)
     if name == "schnell":
         return without_guidance(pipe.flux, pipe.defaults.guidance)
     return widened(pipe.flux, CHANNELS.get(name, pipe.flux.config.in_channels))

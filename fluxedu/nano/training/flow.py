@@ -94,19 +94,28 @@ class Texts:
         return self(torch.where(drop, self.empty_t5, batch["t5"]), torch.where(drop, self.empty_clip, batch["clip"]))
 
 
-def noisy(batch: dict[str, Tensor], g: torch.Generator) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """A random time for each picture (logit-normal): ``x_t``, ``t``, the true velocity, and the ids."""
-    x0 = pack(batch["latents"])
-    ids = image_ids(*batch["latents"].shape[-2:]), text_ids(configs.TEXT_LENGTH)
+def noisy(x0: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A random time for each picture ``[B, N, 64]`` (logit-normal): ``x_t``, ``t``, the true velocity."""
     t = torch.sigmoid(NOISY[0] + NOISY[1] * torch.randn(len(x0), generator=g))
     noise = torch.randn(x0.shape, generator=g)
     x_t = (1 - t[:, None, None]) * x0 + t[:, None, None] * noise
-    return x_t, t, noise - x0, ids
+    return x_t, t, noise - x0
+
+
+def places(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Ids of a latent's tokens, and of the words beside them."""
+    return image_ids(rows, columns), text_ids(configs.TEXT_LENGTH)
+
+
+def strengths(count: int, between: tuple[float, float], g: torch.Generator) -> Tensor:
+    """A strength of guidance for each picture, any between two as likely as another."""
+    return between[0] + (between[1] - between[0]) * torch.rand(count, generator=g)
 
 
 def flow_loss(model: WithAlignment, batch: dict[str, Tensor], texts: Texts, g: torch.Generator, align: float = ALIGN):
     """The rectified-flow loss and the alignment, in bfloat16 where it is safe and fast."""
-    x_t, t, target, (img_ids, txt_ids) = noisy(batch, g)
+    x_t, t, target = noisy(pack(batch["latents"]), g)
+    img_ids, txt_ids = places(*batch["latents"].shape[-2:])
     with mixed_precision():
         txt, pooled = texts.dropped(batch, DROPOUT, g)
         velocity, read = model(x_t, img_ids, txt.float(), txt_ids, t, pooled.float())
@@ -159,22 +168,17 @@ def student_of(teacher: Flux) -> Flux:
 
 def distillation_loss(student: Flux, teacher: Flux, batch: dict[str, Tensor], texts: Texts, g: torch.Generator):
     """How far one guided pass of the student is from two passes of the teacher."""
-    x_t, t, _, (img_ids, txt_ids) = noisy(batch, g)
-    strength = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(len(t), generator=g)
+    x_t, t, _ = noisy(pack(batch["latents"]), g)
+    img_ids, txt_ids = places(*batch["latents"].shape[-2:])
+    strength = strengths(len(t), GUIDANCE, g)
     with mixed_precision():
         txt, pooled = texts(batch["t5"], batch["clip"])
         no_txt, no_pooled = (x.expand(len(t), *x.shape[1:]) for x in texts(texts.empty_t5, texts.empty_clip))
         with torch.no_grad():
-            both = teacher(
-                torch.cat([x_t, x_t]),
-                img_ids,
-                torch.cat([no_txt, txt]),
-                txt_ids,
-                t.repeat(2),
-                torch.cat([no_pooled, pooled]),
-            )
-        empty, said = both.float().chunk(2)
-        target = empty + strength[:, None, None] * (said - empty)
+            said = torch.cat([no_txt, txt]), torch.cat([no_pooled, pooled])
+            both = teacher(x_t.repeat(2, 1, 1), img_ids, said[0], txt_ids, t.repeat(2), said[1])
+        empty, prompted = both.float().chunk(2)
+        target = empty + strength[:, None, None] * (prompted - empty)
         velocity = student(x_t, img_ids, txt, txt_ids, t, pooled, strength)
     value = F.mse_loss(velocity.float(), target)
     return value, {"relative": float(value.detach().sqrt() / target.square().mean().sqrt())}

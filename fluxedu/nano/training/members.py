@@ -18,7 +18,7 @@ from fluxedu.nano.scenes import ASPECTS, SIZES, Scene, caption, coverage, render
 from fluxedu.nano.training.autoencoder import to_tensor
 from fluxedu.nano.training.edits import sample_edit
 from fluxedu.nano.training.latents import Tokens
-from fluxedu.sampling.conditions import fold_mask, hidden
+from fluxedu.sampling.conditions import fill_channels
 from fluxedu.sampling.latents import pack
 
 FULLER = (0.2, 0.45, 0.35)  # how often a scene has one, two, three things
@@ -69,6 +69,11 @@ class Examples:
     clip: Tensor
     given: Tensor | None = None  # fill, canny, depth: [S, N, C]; kontext: [S, N, 64]; redux: [S, 3, 128, 128]
 
+    @property
+    def cells(self) -> tuple[int, int]:
+        """The latent's rows and columns."""
+        return self.size[0] // 8, self.size[1] // 8
+
     def take(self, rows: Tensor) -> Examples:
         given = None if self.given is None else self.given[rows].float()
         return Examples(self.size, self.latents[rows].float(), self.t5[rows], self.clip[rows], given)
@@ -80,7 +85,7 @@ def examples(name: str, seed: int, size: tuple[int, int], count: int, vae: AutoE
     rng = np.random.default_rng([seed, *size])
     tokens, made = Tokens(), []
     while sum(len(part.latents) for part in made) < count:
-        made.append(_batch(name, rng, size, 32, vae, tokens, held_out))
+        made.append(_batch(name, rng, size, min(count, 32), vae, tokens, held_out))
     join = lambda key: torch.cat([getattr(part, key) for part in made])[:count]  # noqa: E731
     given = None if made[0].given is None else join("given")
     return Examples(size, join("latents"), join("t5"), join("clip"), given)
@@ -100,7 +105,7 @@ def _batch(name, rng, size, count: int, vae: AutoEncoder, tokens: Tokens, held_o
     given = None
     if name == "fill":
         masks = torch.from_numpy(np.stack([hole(s, rng) for s in scenes]))
-        given = torch.cat([encode(hidden(pictures, masks)), fold_mask(masks).half()], dim=-1)
+        given = fill_channels(pictures, masks, vae.encode).half()
     elif name in ("canny", "depth"):
         control = outlines if name == "canny" else depths
         given = encode(painted([control(s) for s in scenes]))
