@@ -15,8 +15,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from fluxedu.nano import exam
 from fluxedu.nano.judge import Found, read
-from fluxedu.nano.report import decibels, examine
+from fluxedu.nano.report import ROWS, decibels, drawer
 from fluxedu.nano.scenes import ASPECTS, Scene, Thing, caption, render, sample_scene
 from fluxedu.nano.training.edits import Edit, sample_edit
 from fluxedu.nano.training.members import depths, hole, outlines
@@ -153,6 +154,6 @@ def sit(name: str, pipe: FluxPipeline, count: int = 200, **asked) -> dict:
         case "redux":
             return redux(pipe, count, **asked)
         case "schnell":
-            figures = examine(pipe, "nano-schnell", prompts=count, **({"steps": 4} | asked))
-            return {"everything": figures["rows"]["everything"]["percent"], "n": count}
+            rows = exam.sit(drawer(pipe, **({"steps": 4, "guidance": None} | asked)), count)["rows"]
+            return {row: rows[row]["percent"] for row in ROWS} | {"n": count}
     raise ValueError(f"there is no member {name!r}; there are {', '.join(BARS)}.")

@@ -54,7 +54,7 @@ FAMILY = {
     "nano-fill": Ours("transformer_fill", _as_dev(1.0)),
     "nano-canny": Ours("transformer_canny", _as_dev(1.0)),
     "nano-depth": Ours("transformer_depth", _as_dev(1.0)),
-    "nano-kontext": Ours("transformer_kontext", _as_dev(2.5)),
+    "nano-kontext": Ours("transformer_kontext", _as_dev(1.0)),
     "nano-redux": Ours("transformer", _as_dev(3.0), head="redux"),
 }
 OURS = SHIPPED | FAMILY

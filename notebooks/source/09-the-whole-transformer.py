@@ -160,7 +160,9 @@ steering.against(round(100 * kind["modulation"] / total["dev"]))
 
 tokens = 4096 + 512  # of a picture of 1024 x 1024 and its text
 once, often = 2 * kind["modulation"], 2 * tokens * (sizes["single_blocks.linear1"] + sizes["single_blocks.linear2"])
-print(f"operations of a step: modulations {once / 1e12:.3f} T, linear1 and linear2 {often / 1e12:.0f} T")
+print(
+    f"operations of a step: modulations {once / 1e12:.3f} T, the single blocks' linear1 and linear2 {often / 1e12:.0f} T"
+)
 
 short = {"img": "image", "txt": "text", "modulation": "single"}
 areas: dict[str, int] = {}

@@ -91,8 +91,9 @@ EDITS: dict[str, Callable] = {"color": recolor, "form": reform, "ground": regrou
 def sample_edit(rng: np.random.Generator, *, size: tuple[int, int] | None = None, held_out: bool = False) -> Edit:
     """Draw a scene and something to do to it. The scene afterwards is held out exactly when asked for."""
     while True:
-        before = sample_scene(rng, size=size)
-        kind, index = str(rng.choice(list(EDITS))), int(rng.integers(len(before.things)))
+        kind = str(rng.choice(list(EDITS)))
+        before = sample_scene(rng, size=size, held_out=held_out and kind in ("move", "remove"))
+        index = int(rng.integers(len(before.things)))
         found = EDITS[kind](before, index, rng)
         if found and found[0].held_out == held_out:
             return Edit(before, *found, kind, None if kind == "ground" else index)
