@@ -101,7 +101,8 @@ plt.show()
 widgets.positions(pipe)
 
 # %% [markdown]
-# With all ones the score is a hill: near tokens match, far ones less so. With a trained query and key the hill
+# With a query and a key of ones only (what the explorer begins with) the score is highest where the two are in one
+# place, and falls off in ripples, one for each turn of the fast pair. With a trained query and key the hill
 # may be anywhere: a head can look for "the patch to my left".
 #
 # ## Put yours into the trained model
@@ -126,7 +127,7 @@ else:
 # %% [markdown]
 # ## Break it
 #
-# Four changes of the positions, each measured by how far the network's velocity moves at one state of a run,
+# Five changes of the positions, of which the first should break nothing, each measured by how far the network's velocity moves at one state of a run,
 # and by the picture.
 
 # %%
@@ -167,6 +168,9 @@ plt.show()
 # %% [markdown]
 # A shift of **everything** is invisible. Shift the image alone and its distance to the text changes, and that the
 # network does notice. Compare the pictures without rows and without columns with the prompt, and say why.
+#
+# <details><summary>Answer</summary>Without rows, all patches of a column have the same position, so what is drawn repeats
+# down the picture; without columns it repeats along a row.</details>
 #
 # ## In five lines
 #

@@ -8,7 +8,7 @@
 # Afterwards you can say what a time looks like inside, write AdaLN from memory, and tell what the pooled text
 # decides and what it does not.
 #
-# 50 minutes · needs notebook 00
+# 65 minutes · needs notebook 00
 
 # %%
 import matplotlib.pyplot as plt
@@ -122,10 +122,9 @@ print("single block:          ", flux.single_blocks[0].modulation.lin.out_featur
 print("read in a single block:", list(flux.single_blocks[0].linear1.weight.shape), "= [3 D for q k v + 4 D, D]")
 
 # %% [markdown]
-# **Where the seed text and the code differ.** The caption of its figure 3 says that a single-stream block computes no
-# modulation for its MLP. There is no *second* one. The three vectors that are there act on both: one
+# **A common mistake.** Some descriptions of FLUX say that a single-stream block computes no modulation for its MLP. There is no *second* one. The three vectors that are there act on both: one
 # shifted and scaled token goes into `linear1`, whose output feeds attention and MLP, and one gate multiplies what
-# both add. The caption also says that the parameters come from the input tensor. They come from `vec`. Two different
+# both add. Some also say that the parameters come from the input tensor. They come from `vec`. Two different
 # noises give the same knobs, to the last bit:
 
 # %%
@@ -263,10 +262,12 @@ for ax, (name, change) in zip(axes, clocks.items()):
     ax.imshow(out.images[0])
     ax.set_title(name, fontsize=9)
     ax.axis("off")
-fig.suptitle("The same noise and prompt, told another time: another picture")
+fig.suptitle("Told a time 0.1 off, nearly the same picture; told one fixed time, a wrong one")
 plt.show()
 
 # %% [markdown]
+# So it believes what it is told. An error of 0.1 it survives; a clock that stands still it does not.
+#
 # ## Break it: the knobs
 #
 # One state of the run, step 8. First one kind of knob at a time.
@@ -343,8 +344,8 @@ plt.show()
 colour.against(drawn[0, 1])
 
 # %% [markdown]
-# In the miniature the pooled vector is a nudge. It does count where the words leave something open; try prompts
-# without a background. What it does in the large model has been studied in arXiv 2602.09268.
+# In the miniature the pooled vector is a nudge, even where the words leave something open. Try `a red circle` with CLIP
+# reading “… on a white background”: the picture may shift, but it does not obey. What it does in the large model has been studied in arXiv 2602.09268.
 #
 # ## In five lines
 #

@@ -8,7 +8,7 @@
 # Afterwards you can say what each axis of q, k and v is, why no score of FLUX explodes, and what the padding is good
 # for.
 #
-# 55 minutes · needs notebook 04
+# 65 minutes · needs notebook 04
 
 # %%
 from collections.abc import Callable
@@ -41,7 +41,9 @@ course.where(pipe, "double", "single")
 pads = fe.predict("which percent of the patches' attention goes to padding, 23 of the 96 tokens?", 8)  # answer
 spread = fe.predict("queries and keys times 10: what does attention do? nothing / sharpen / widen", "nothing")  # answer
 without = fe.predict("and if the QKNorm does not divide them? nothing / sharpen / widen", "sharpen")  # answer
-hidden = fe.predict("nobody may look at padding: the velocity moves by nothing / a little / much", "much")  # answer
+hidden = fe.predict(
+    "nobody may look at padding: the final latent moves by nothing / a little (below 10 %) / much", "much"
+)  # answer
 
 # %% [markdown]
 # ## Build it
@@ -150,7 +152,7 @@ print("every row sums to 1:", bool((whole.sum(-1) - 1).abs().max() < 1e-5))
 words = ["red", "circle", "blue", "square"]
 maps = lenses.word_maps(pipe, prompt, words, seed=4, progress=False)
 fig = fe.plots.word_maps(maps, picture.images[0])
-fig.suptitle("A word is looked at from where its thing is")
+fig.suptitle("In the middle blocks a word is looked at from near its thing")
 fig
 
 # %% [markdown]
@@ -309,11 +311,12 @@ fig.suptitle("One word hidden, the scene stays: T5 has told the other tokens of 
 plt.show()
 
 # %% [markdown]
-# Look at the red thing without “circle”, and at how little “left” is missed. With all words hidden the padding is still
+# Without “circle” the red thing is still a circle, only smaller. Without “left” it still lies left, but the background, of
+# which the prompt says nothing, is another: that is most of the distance. With all words hidden the padding is still
 # there, and it is not enough for a picture.
 #
 # So what is padding good for? It is no empty place: T5 let it read the prompt as well, and the transformer was trained
-# with it. Hidden, the picture is still right, but it is another picture. When you draw maps of words, leave padding
+# with it. Hidden, the picture is still right, but its things have moved. When you draw maps of words, leave padding
 # out, or its share will be taken for meaning (arXiv 2501.06751).
 #
 # ## In five lines

@@ -254,15 +254,19 @@ plt.show()
 
 # %% [markdown]
 # Sharing everything is worse than cutting a stream out: weights that were made for other numbers do harm. And look at
-# the last picture. When the image hears no text in these blocks, something red and something blue come
-# nevertheless, since the single blocks that follow look at the text as well. That is for the next notebook.
+# the last picture. When the image hears no text in these blocks, the whole scene comes nevertheless, only shifted: the
+# single blocks that follow look at the text as well. That is for the next notebook.
+#
+# The distance is mostly background. With the text still it is larger than with the image still, and yet a red and a
+# purple thing are drawn in the one, and neither thing in the other. Look at the pictures as well.
 #
 # ## In five lines
 #
 # 1. A double block is one stream's code used twice: enter, one attention in common, leave.
 # 2. Streams share no weights, and they meet in the attention alone.
 # 3. Two sets of weights double the memory and leave the work as it was.
-# 4. In the miniature the text's tokens are the larger ones and are fed by their MLP, the image's by attention first.
+# 4. In the miniature the text's tokens are the larger ones and are fed mostly by their MLP; the image's are fed by
+#    attention in the first block, and by both alike in the second.
 # 5. A residual step is x + gate · f(x), attention first, then the MLP on the new x.
 #
 # **People ask**: *where does FLUX say why?* It does not: there is no report (flux issue 68). The design is MMDiT's,

@@ -8,7 +8,7 @@
 # Afterwards you can measure whether a map of attention points at the right thing, run a patching experiment and say
 # what it does and does not show, and write your own reduction for the recorder.
 #
-# 60 minutes · needs notebooks 06 to 08
+# 80 minutes · needs notebooks 06 to 08, 10 and 11
 
 # %%
 import matplotlib.pyplot as plt
@@ -180,7 +180,7 @@ ax.bar(x - 0.2, 100 * np.array(gone), 0.4, color="#0072B2", label="without the b
 ax.bar(x + 0.2, 100 * np.array(moved), 0.4, color="#E69F00", label="all patches in one place")
 ax.set_xticks(x, blocks, fontsize=8)
 ax.set(xlabel="block", ylabel="distance / length of\nthe latent, percent")
-ax.set_title("Every block matters, and the last one matters more than its places do")
+ax.set_title("Every block matters, and so do the places in each")
 ax.legend(fontsize=8)
 plt.show()
 furthest = int(np.argmax(gone))
@@ -287,8 +287,8 @@ if passed:
     ax.axhline(0, color="0.7", lw=1)
     ax.set_xticks(range(len(blocks)), blocks, fontsize=8)
     ax.set(xlabel="put in as they come into this block", ylabel="percent of the way")
-    crossing = next((b for b, w, p in zip(blocks, *shares_of.values()) if p > w), "no block")
-    ax.set_title(f"Up to a point the words decide, from {crossing} on it is in the picture's tokens")
+    crossing = next((b for b, c in zip(blocks, colours["picture"]) if c == "red"), "no block")
+    ax.set_title(f"The words decide the colour; from {crossing} on it is in the picture's tokens")
     ax.legend(fontsize=8)
     plt.show()
     last.against("red" if colours["words"][-1] == "red" else "green")
@@ -296,7 +296,7 @@ else:
     print("solve the exercise above first; then run this cell again")
 
 # %% [markdown]
-# At each step the words are read in the earlier blocks and then hardly any more: what they say has been handed over
+# At each step the words are read in the blocks before the colour turns, and then hardly any more: what they say has been handed over
 # to the picture's tokens, and the first prompt's words come too late. The next step begins anew with the words as
 # they were.
 #
@@ -325,10 +325,11 @@ ax.semilogy(size, "o-", color="#D55E00", label="the largest number")
 ax.semilogy(usual, "s-", color="0.5", label="the median size")
 ax.set_xticks(range(len(blocks)), blocks, fontsize=8)
 ax.set(xlabel="after this block", ylabel="size")
-ax.set_title("One number is far larger than the rest, and hardly changes from block to block")
+ax.set_title("One number is far larger than the median, and stays so in the single blocks")
 ax.legend(fontsize=8, loc="center right")
 plt.show()
-where = [*pieces, *["<pad>"] * (words - len(pieces)), *["a patch"] * 64][int(token[-1])]
+said = pipe.prompt_encoder.t5_tokenizer.pieces(prompt)
+where = [*said, *["<pad>"] * (words - len(said)), *["a patch"] * 64][int(token[-1])]
 print("more than 50 times the median:", bool(size[-1] > 50 * usual[-1]))
 print("the same token and channel in all single blocks:", len(set(zip(token[2:].tolist(), channel[2:].tolist()))) == 1)
 print("what kind of token it is:", where)
@@ -368,17 +369,17 @@ for name, cut in cuts.items():
 pads.against("hardly" if far["all padding"] < 0.02 else "a little" if far["all padding"] < 0.2 else "much")
 
 # %% [markdown]
-# The most conspicuous number of the whole network can go, and hardly a pixel notices. Padding, which says nothing,
-# cannot: hide it and another picture comes, though one of the same prompt. And without *red* the circle stays red,
-# which you now know why. What is large is not what matters; that is what cutting is for.
+# Cut the most conspicuous number and the background, of which the prompt says nothing, turns from grey to black, while the
+# circle and the square stay; with other seeds hardly a pixel notices. Padding moves as much, and says nothing. And
+# without *red* the circle stays red, which you now know why. Distance alone is not importance: look at the pictures.
 #
 # ## In five lines
 #
 # 1. Recording shows what passes, cutting what is needed, patching what suffices: three questions, three instruments.
 # 2. A map of attention is a claim about a place, so hold it against the place: pointing and overlap, block by block.
-# 3. Words are read in the early blocks; after that the patches carry what they said.
+# 3. Words are read in the earlier blocks, here up to `single.2`; after that the patches carry what they said.
 # 4. T5 mixes words, so the colour of the circle is in the vector of *circle*.
-# 5. A large number need not matter, and padding may.
+# 5. A large number may matter for one seed and not for another, and padding does.
 #
 # **People ask**: *how do I get the attention maps?* (ComfyUI 5379; EraseAnything 2: no `output_attentions`). From
 # queries, keys and the log-sum-exp of the fused kernel, exactly and only where you ask: `fe.record("*.attn.map",

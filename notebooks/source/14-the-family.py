@@ -8,7 +8,7 @@
 # Afterwards you can read a variant off its config, turn a picture back into noise and edit it, merge a LoRA that you
 # have fitted yourself, and compare models blind, with ratings that you can compute and doubt.
 #
-# 60 minutes · needs notebooks 04, 11 and 12
+# 85 minutes · needs notebooks 04, 11 and 12
 
 # %%
 from collections.abc import Callable
@@ -199,7 +199,7 @@ for row, (name, images) in zip(axes, drawn.items()):
         ax.imshow(image)
         ax.set(xticks=[], yticks=[])
     row[0].set_ylabel(name, fontsize=9)
-fig.suptitle("Eight steps make a picture, four a poor one, two none")
+fig.suptitle("Eight steps mostly make a picture, four a poor one or none, two none")
 plt.show()
 
 # %% [markdown]
@@ -289,7 +289,7 @@ stays = thing_map(scene) != 0  # bool [128, 128]: everything but the circle shou
 
 
 def psnr(image, where):
-    """How like the photo an image is at some pixels, in decibels; about 33 is what the autoencoder alone keeps."""
+    """How like the photo an image is at some pixels, in decibels; about 34 is what the autoencoder alone keeps."""
     off = (np.asarray(image, float) - photo)[where]
     return 10 * np.log10(255**2 / np.square(off).mean())
 
@@ -374,7 +374,7 @@ if passed:
         ax.imshow(image)
         ax.set_title(name, fontsize=9)
         ax.axis("off")
-    fig.suptitle("Inverted without guidance, only the circle changes; with it, the edit goes astray")
+    fig.suptitle("Inverted, only the circle changes; with guidance a little less exactly")
     plt.show()
     good = [psnr(image, stays) + 20 * ("green circle" in seen(image)) for image in edits.values()]
     strong.against("better" if good[1] > good[0] else "worse")
@@ -383,8 +383,8 @@ else:
 
 # %% [markdown]
 # Nothing was trained for this. The whole run was drawn anew from t = 1, where image-to-image would have kept
-# nothing, and outside the circle the picture is as good as the autoencoder allows. It hangs on small errors staying
-# small: with strong guidance the velocity turns sharply, and a step undone at the wrong place lands elsewhere. Does
+# nothing, and outside the circle the picture is nearly as good as the autoencoder allows. It hangs on small errors staying
+# small: with strong guidance the way back misses by more, and the edit is a decibel worse. Does
 # going back *more exactly* help, then?
 
 # %%
@@ -402,7 +402,7 @@ else:
     print("solve the exercise above first; then run this cell again")
 
 # %% [markdown]
-# The round trip gets better and the edit gets *worse*. A small round-trip error says that you can return, not that
+# The round trip gets better and the edit gets 2 dB *worse*. A small round-trip error says that you can return, not that
 # you have found a good place to edit from. (And the noise found is no ordinary noise: its spread is far from 1.)
 # Whoever reports only the first number has not measured editing.
 #

@@ -8,7 +8,7 @@
 # Afterwards you can turn votes into strengths, say how far to trust them, choose the comparison that tells most, run
 # an arena of your own, and name three questions that its numbers do not answer.
 #
-# 60 minutes · needs notebook 14
+# 80 minutes · needs notebook 14
 
 # %%
 import math
@@ -116,6 +116,7 @@ else:
 # One hill, whatever the votes: the logarithm is concave. Its slope along `s_i` is *the wins of i, less the wins to be
 # expected*, and Elo's rule is one small step along it for each vote. With all votes in hand one can do better. Newton's
 # method fits a parabola to the hill and jumps to the parabola's top.
+# How sharply the hill bends is called the *information*; it is a table, because a vote on i and j is about both.
 
 # %% exercise="arena.newton"
 
@@ -278,10 +279,9 @@ print("overall, those of nano and nano@2 do not:", bool(low[0] > high[3]))
 # different places: diversity does not ask whether the prompt was followed. Ask what an axis can be won with, before
 # you quote it.
 #
-# Read the intervals before the points. With 24 votes on an axis they are hundreds of points wide, and two whose
-# intervals overlap have not been told apart. And with six axes
-# and six pairs you look at 36 differences: were all contestants equal, about two
-# would look real at 95 %.
+# Read the intervals before the points. With 24 votes on an axis they are hundreds of points wide, and where two intervals
+# overlap, these votes alone do not decide: look at the interval of the difference. And with six axes and six pairs you
+# look at 36 differences: were all contestants equal, about two would look real at 95 %.
 #
 # ## You vote
 #
