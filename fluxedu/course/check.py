@@ -118,12 +118,16 @@ def _form(got: Any, want: list[Tensor]) -> str | None:
     except TypeError:
         return f"it returns a {type(got).__name__}, and a tensor is wanted"
     if len(have) != len(want):
-        return f"it returns {len(have)} tensor{'s' * (len(have) != 1)}, and {len(want)} are wanted"
+        wanted = "1 is" if len(want) == 1 else f"{len(want)} are"
+        return f"it returns {len(have)} tensor{'s' * (len(have) != 1)}, and {wanted} wanted"
     for x, y in zip(have, want, strict=True):
         if x.shape != y.shape:
             return f"the shape is {list(x.shape)}, and should be {list(y.shape)}"
         if x.is_complex() != y.is_complex():
             return f"the numbers are {'complex' if x.is_complex() else 'real'}, and should not be"
+        if y.dtype in (torch.bfloat16, torch.float16) and x.dtype != y.dtype:
+            kinds = [str(v.dtype).removeprefix("torch.") for v in (x, y)]
+            return f"the numbers are {kinds[0]}, and should be {kinds[1]} as what came in: `.type_as(...)`"
     return None
 
 

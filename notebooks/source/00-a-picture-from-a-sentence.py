@@ -63,7 +63,7 @@ print("ids :", tuple(t5_ids.shape), "for T5,", tuple(clip_ids.shape), "for CLIP"
 # %% [markdown]
 # ## 2 · Pieces become vectors
 #
-# CLIP makes **one** vector of the whole prompt; it will steer every block. T5 makes a vector **per token**;
+# CLIP makes **one** vector of the whole prompt; it will steer every block (layer) of the transformer. T5 makes a vector **per token**;
 # they will sit beside the image's tokens and be looked at. In FLUX.1 the same two come from CLIP-L
 # (768 numbers) and T5-XXL (4,096 per token).
 
@@ -84,8 +84,8 @@ ax.set_title("red and circle are alike, blue and square are alike")
 _ = fig.colorbar(shown, label="cosine similarity", shrink=0.8)
 
 # %% [markdown]
-# Look at the two blocks: *red* and *circle* are alike, *blue* and *square* are alike, and the three *a*
-# are three vectors. T5 has read the whole sentence before FLUX sees a single token. It must: FLUX gives
+# Look at two pairs beside the diagonal: *red* and *circle*, *blue* and *square* are alike; *red* and *square* are not.
+# Little words resemble each other too, and yet the three *a* are three vectors. T5 has read the whole sentence before FLUX sees a single token. It must: FLUX gives
 # every text token the same position, so the order of words reaches it only
 # through T5's vectors and CLIP's.
 
@@ -112,8 +112,8 @@ print("positions of all text tokens:", txt_ids.unique(dim=0).int().tolist())
 # ## 4 · The clock
 #
 # Time runs from **1 (noise) to 0 (picture)**. The steps are not even: they are shifted towards the noise,
-# where the layout is decided. The strength of the shift is called `mu`, and 0 is none. FLUX.1
-# takes more of it the larger the picture; the miniature has one strength for all its sizes, because it draws best
+# where the layout is decided. The strength of the shift is called `mu`, and 0 is none. FLUX.1-dev
+# takes more of it the larger the picture (schnell takes none); the miniature has one strength for all its sizes, because it draws best
 # with it.
 
 # %%
@@ -121,7 +121,11 @@ from fluxedu.sampling.schedule import schedule, shift_amount
 
 times = out.trajectory.times
 print("FLUX.1's mu for 256 tokens:", round(shift_amount(256), 3), "· for 4096 tokens:", round(shift_amount(4096), 3))
-print("the miniature's at any size:", pipe.defaults.shift_ends[0], "(the logarithm of 3)")
+print(
+    "the miniature's at any size:",
+    pipe.defaults.shift_ends[0],
+    "(the logarithm of 3: it makes the odds t : 1 - t three times as large)",
+)
 fig, ax = plt.subplots(figsize=(5.6, 3))
 ax.plot(schedule(20, 64, shift=False), "o-", ms=3, color="0.6", label="even")
 ax.plot(schedule(20, 256), "o-", ms=3, color="#0072B2", label="FLUX.1, 256 tokens (256 × 256)")
@@ -166,8 +170,8 @@ show(x, axes[0], "pure noise, decoded")
 show(x - 1.0 * v, axes[1], "foreseen by one answer")
 
 # %% [markdown]
-# From pure noise the network can only foresee an average of all pictures that fit the prompt: blurred, but
-# with the background and the rough places of the colours. So we take a small step against the velocity, and
+# From pure noise the network can only foresee an average of all pictures that fit the prompt: blurred and
+# pale, but with the background and two spots where the things will be. So we take a small step against the velocity, and
 # ask again.
 
 # %% [markdown]
@@ -261,9 +265,10 @@ most.against("text" if moved["erase T5's vectors"] > moved["swap rows and column
 # ## In five lines
 #
 # 1. A prompt becomes one vector (CLIP) and a vector per token (T5).
-# 2. A picture is worked on as a latent: 64 tokens of 64 numbers here, 4,096 of them at 1024 × 1024.
+# 2. A picture is worked on as a latent: 64 tokens of 64 numbers here; at 1024 × 1024, 4,096 tokens.
 # 3. The network predicts a velocity, `noise − picture`; any answer implies a guess of the final picture.
-# 4. Sampling is walking against the velocity from t = 1 to t = 0, on a schedule shifted towards the noise.
+# 4. Sampling is walking against the velocity from t = 1 to t = 0, on a schedule that FLUX.1-dev and the
+#    miniature shift towards the noise.
 # 5. The autoencoder turns the last latent into pixels.
 #
 # **People ask:** *Why are all text positions zero?* The usual explanation: T5 has already used

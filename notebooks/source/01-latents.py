@@ -42,8 +42,8 @@ course.where(pipe, "encoder", "image")
 #
 # ## Predict
 #
-# Attention compares every token with every token. The judge, which reads pictures by geometry, will decide the
-# third question: it reads a red star of any of these sizes without a mistake as long as nobody encodes it.
+# Attention compares every token with every token. The judge is a small program of this course that finds shapes and colours in a
+# picture by geometry, without a network. It will decide the third question: it reads a red star of any of these sizes without a mistake as long as nobody encodes it.
 
 # %%
 pairs = fe.predict("a token a pixel, 128 x 128 of them: how many times the pairs of 64 tokens?", 65536)  # answer
@@ -88,8 +88,9 @@ for name in [f"ae.encoder.level.{i}" for i in range(4)] + ["ae.encoder.moments",
 halved = passed
 
 # %% [markdown]
-# At the bottom there are 32 channels: 16 means and 16 variances, because the autoencoder is a variational one. It was
-# trained to bear a little noise on its latent, so that the flow's small errors stay small in the picture.
+# At the bottom there are 32 channels: 16 means and 16 logarithms of variances, because the autoencoder is a variational one. It was
+# trained to bear a little noise on its latent, so that small errors of the *flow* (the transformer, which learns to turn noise into
+# latents) stay small in the picture.
 
 # %% exercise="latents.standardise"
 
@@ -109,7 +110,8 @@ if standardised:
 
 # %% [markdown]
 # So that is what `scale` and `shift` are for. Noise has spread 1 and mean 0, and the flow mixes it with the latent,
-# `(1 − t)·latent + t·noise`. Both must be of one size, or "half noise" would not mean half. FLUX.1's two numbers,
+# `(1 − t)·latent + t·noise`. Both must be of one size, or "half noise" would not mean half. (Over many pictures the latent's spread is 1.0; the
+# few above happen to be calm ones.) FLUX.1's two numbers,
 # 0.3611 and 0.1159, do the same for its own autoencoder: a scale of 0.3611 undoes a spread of 1 / 0.3611.
 #
 # Now from the grid to tokens.
@@ -184,7 +186,8 @@ print("six directions, 1,536 numbers, beat a thumbnail of 3,072 numbers:", quali
 # Earlier latent diffusion models had 4 channels, FLUX has 16: with 8 × 8 pixels a cell, detail has
 # nowhere else to go.
 #
-# What is lost, then? Compare the picture and its copy, stripe width by stripe width.
+# What is lost, then? A Fourier transform splits a picture into stripes of every width; compare the picture and its copy,
+# width by width. (The grey line: half is lost.)
 
 # %%
 copy = autoencoder.decode(latent)
@@ -227,12 +230,12 @@ print("of the change, in the cell's own 8 x 8 pixels: more than two thirds:", ow
 print("in those and the eight cells around them: more than nine tenths:", around > 0.9)
 
 # %% [markdown]
-# Now by hand. Add to one cell of one channel and see what it does; try the same channel over the whole picture.
+# Now by hand. Add to a few cells of one channel and see what it does; one cell alone is hardly seen.
 # (Tab to the left picture and use the arrow keys, or the mouse.) Does any channel stand for one thing, a colour say?
 # Nothing in training asks for that.
 
 # %%
-widgets.latents(pipe, picture.images[0]).set(channel=14, cell=(4, 7))
+widgets.latents(pipe, picture.images[0]).set(channel=14, cell=(5, 11))
 
 # %% [markdown]
 # ## Put yours into the trained model

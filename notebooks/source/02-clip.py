@@ -45,9 +45,10 @@ course.where(pipe, "clip", "vec")
 earlier = fe.predict("the last word of a prompt changes: how many of the tokens before it change in CLIP?", 0)  # answer
 found = fe.predict("of 64 pictures, how many find their caption among 64 by CLIP? chance finds 1", 60)  # answer
 tells = fe.predict(
-    "CLIP notices another: colour / ground / order of colours / side? yes or no", ["yes", "yes", "no", "no"]
+    'CLIP notices another colour / background / colours exchanged / sides exchanged? ["yes", "no", ...]',
+    ["yes", "yes", "no", "no"],
 )  # answer
-drawn_from = fe.predict("T5 and CLIP read different prompts: whose is drawn? T5's / CLIP's / neither", "T5's")  # answer
+drawn_from = fe.predict("T5 and CLIP read different prompts: whose is drawn? T5 / CLIP / neither", "T5")  # answer
 
 # %% [markdown]
 # ## Build it
@@ -372,7 +373,7 @@ drawn_from.against(next((who for who, what in wanted.items() if sees == what), "
 # 1. CLIP's text encoder is causal; the end token is the only one that has read the whole prompt.
 # 2. FLUX takes that token's state after the last LayerNorm, without CLIP's projection: one vector.
 # 3. The vector was trained to find captions, and it does.
-# 4. It holds what was needed for that: what is in the picture rather than how it is arranged.
+# 4. It holds what was needed for that: here colours and background, little of the shapes, nothing of whose or which side.
 # 5. It steers modulation, the same for every patch; the arrangement must come from T5, the next notebook.
 #
 # **People ask**: *Is CLIP's output pooled?* (flux issue 64) Yes, at the first end token; the vectors of the other

@@ -46,7 +46,7 @@ course.where(pipe, "t5", "in")
 
 # %%
 alone = fe.predict("colours read off shapes' tokens before any block: 12 (chance) / 50 / 100 percent", 12)  # answer
-sides = fe.predict("what does T5 put into a shape's token first: its colour / its side", "its colour")  # answer
+sides = fe.predict("what does T5 put into a shape's token first: colour / side", "colour")  # answer
 mirrored = fe.predict("without the position bias: do 'A left of B' and 'B left of A' differ? yes / no", "no")  # answer
 pads = fe.predict("without padding the words' vectors: stay / move a little / move a lot", "move a lot")  # answer
 
@@ -197,7 +197,7 @@ def first(values: list[float]) -> int:
     return next(i for i, value in enumerate(values) if value > 0.95)
 
 
-sides.against("its colour" if first(colour) < first(side) else "its side")
+sides.against("colour" if first(colour) < first(side) else "side")
 print("blocks until 95% are right: colour", first(colour), "· side", first(side))
 
 # %% [markdown]
@@ -399,7 +399,7 @@ things = [{(t.color, t.form) for t in read(o.images[0]).things} for o in (pictur
 print("with the words' vectors of the unpadded prompt the same things are drawn:", things[0] == things[1])
 
 # %% [markdown]
-# The vectors move by more than a tenth, and the picture hardly minds. But a model that was trained with padding has
+# The vectors move by a quarter, because each of the 13 words also attended to 19 paddings, and the picture hardly minds. But a model that was trained with padding has
 # never seen it gone, in the text encoder or in its own attention; adding a mask is no free improvement.
 #
 # ## In five lines
@@ -410,7 +410,7 @@ print("with the words' vectors of the unpadded prompt the same things are drawn:
 # 4. The vector of a shape's word holds its colour after one block, its side after a few.
 # 5. FLUX needs that: it cannot see the order of the tokens itself.
 #
-# **People ask**: *Is there a padding mask?* (flux issues 507, 511, 512) No, neither in T5 nor in FLUX: padding takes
+# **People ask**: *Is there a padding mask?* (flux pull requests 507, 511 and 512 propose one) No, neither in T5 nor in FLUX: padding takes
 # part like words. *How long may a prompt be?* 256 tokens for schnell, 512 for dev, 128 for fill, padded to exactly
 # that. *Why two encoders?* One says what kind of picture it is and the other which thing is where; notebook 02
 # measured how little the first knows of that.

@@ -112,7 +112,7 @@ def in_place(x):
         (lambda x: x + x * (1 + 1e-7), "right in 2 cases."),
         (lambda x: None, "it returns nothing; is there a return? (tried on [2, 3])."),
         (lambda x: {"a": x}, "it returns a dict, and a tensor is wanted (tried on [2, 3])."),
-        (lambda x: (x, x), "it returns 2 tensors, and 1 are wanted (tried on [2, 3])."),
+        (lambda x: (x, x), "it returns 2 tensors, and 1 is wanted (tried on [2, 3])."),
         (lambda x: 2 * x.T, "the shape is [3, 2], and should be [2, 3] (tried on [2, 3])."),
         (lambda x: 2 * x + 0j, "the numbers are complex, and should not be (tried on [2, 3])."),
         (in_place, "it changes its argument in place; make a new tensor instead (tried on [2, 3])."),

@@ -101,8 +101,7 @@ def _in_float32(q: Tensor, k: Tensor, weights: dict[str, Tensor]) -> list[Tensor
 def _normed(answer, q: Tensor, k: Tensor, made_with: tuple, weights: dict[str, Tensor]):
     if answer is _in_float32:
         return answer(q, k, weights)
-    out = _built(answer, made_with, weights)(q, k)
-    return None if out is None else [x.type_as(q) for x in out]
+    return _built(answer, made_with, weights)(q, k)
 
 
 @exercise(
@@ -162,6 +161,12 @@ class QKNorm(nn.Module):
 class _Unit(QKNorm):
     def one(self, x, scale):
         return (F.normalize(x.float(), dim=-1) * scale).type_as(x)
+
+
+@wrong("attention.qknorm", "it stays in float32; bring it back to the type of x.")
+class _Wide(QKNorm):
+    def one(self, x, scale):
+        return super().one(x.float(), scale)
 
 
 @wrong("attention.qknorm", "the mean is taken off first, as in LayerNorm; RMSNorm takes off nothing.")

@@ -69,11 +69,19 @@ def _one_by_one(ask: Callable, x: Tensor, empty: Tensor, said: Tensor, scale: fl
     return torch.cat([library.guide(ask(a, e), ask(a, s), scale) for a, e, s in rows])
 
 
+def _counted(answer: Callable, ask: Callable, *given) -> tuple[Tensor, int]:
+    """The answer, and how often the network was asked; of the reference, which asks a picture at a time, once."""
+    asked = []
+    said = answer(lambda *x: asked.append(1) or ask(*x), *given)
+    return said, 1 if answer is _one_by_one else len(asked)
+
+
 @exercise(
     "guidance.two",
     minutes=10,
     difficulty=2,
     cases=_networks,
+    call=_counted,
     against=_one_by_one,
     hints=(
         "The same state twice, once with each text: the rows of a batch know nothing of each other.",
@@ -104,6 +112,11 @@ def _both_said(ask, x, empty, said, scale):
     return ask(x, said)
 
 
+@wrong("guidance.two", "the network is asked twice; one call with twice the rows does it.")
+def _two_calls(ask, x, empty, said, scale):
+    return library.guide(ask(x, empty), ask(x, said), scale)
+
+
 @wrong("guidance.two", "the texts are mixed before the network is asked; its answers are what is to be mixed.")
 def _mixed_texts(ask, x, empty, said, scale):
     return ask(x, empty + scale * (said - empty))
@@ -111,7 +124,7 @@ def _mixed_texts(ask, x, empty, said, scale):
 
 @wrong("guidance.two", "it begins at the prompted velocity, so that the scale is one too many.")
 def _one_more(ask, x, empty, said, scale):
-    return _one_by_one(ask, x, empty, said, scale + 1)
+    return two(ask, x, empty, said, scale + 1)
 
 
 def _intervals() -> list[tuple]:
@@ -167,11 +180,17 @@ def _by_projection(negative: Tensor, prompted: Tensor, scale: float) -> Tensor:
     return torch.stack(rows)
 
 
+def _pictures() -> list[tuple]:
+    g = torch.Generator().manual_seed(14)
+    shapes = ((2, 3, 4), 4.0), ((1, 5, 4), 0.3), ((3, 2, 6), 7.0)
+    return [(*(torch.randn(shape, generator=g) + 0.5 for _ in range(2)), scale) for shape, scale in shapes]
+
+
 @exercise(
     "guidance.fitted",
     minutes=12,
     difficulty=3,
-    cases=lambda: [*_velocities(), tuple(x * 3 + 1 if isinstance(x, Tensor) else x for x in _velocities()[0])],
+    cases=_pictures,
     against=_by_projection,
     hints=(
         "Which multiple of one vector is nearest to another? The foot of the perpendicular: dot product over square.",
@@ -183,7 +202,7 @@ def _by_projection(negative: Tensor, prompted: Tensor, scale: float) -> Tensor:
 def fitted(negative: Tensor, prompted: Tensor, scale: float) -> Tensor:
     """Guidance from a rescaled start (CFG-Zero*): `negative` times the number that brings it nearest to `prompted`.
 
-    One number for each picture of the batch, by least squares. From there, guide as before.
+    One number for each picture of the batch `[B, N, D]`, by least squares. From there, guide as before.
     """
     inner = (prompted * negative).flatten(1).sum(1)  # [B]
     share = inner / negative.flatten(1).square().sum(1)  # [B]

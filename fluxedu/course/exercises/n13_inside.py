@@ -160,6 +160,8 @@ def _named(answer, weights: Tensor) -> Tensor:
     given = answer(Named(weights, ("batch", "head", "query", "key")))
     if isinstance(given, Named) and given.axes != ("batch", "head", "query"):
         raise ValueError(f"the axes left are {', '.join(given.axes)}; they should be batch, head, query")
+    if isinstance(given, Tensor):
+        raise TypeError('a recording needs a Named; `p.dropped("key", numbers)` makes one')
     return given.tensor if isinstance(given, Named) else given
 
 

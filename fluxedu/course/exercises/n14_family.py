@@ -242,7 +242,13 @@ def _no_alpha(weight, A, B, alpha, scale):
 
 
 def _games() -> list[tuple]:
-    return [(1000.0, 1000.0, 1.0), (1200.0, 900.0, 0.0), (1200.0, 900.0, 1.0), (850.0, 1100.0, 0.5)]
+    return [
+        (1000.0, 1000.0, 1.0),
+        (1200.0, 900.0, 0.0),
+        (1200.0, 900.0, 1.0),
+        (850.0, 1100.0, 0.5),
+        (900.0, 950.0, 1.0, 16.0),
+    ]
 
 
 def _by_strengths(a: float, b: float, score: float, k: float = 32.0) -> tuple[float, float]:
@@ -292,6 +298,11 @@ def _natural(a, b, score, k=32.0):
 def _both(a, b, score, k=32.0):
     gain = k * (score - 1 / (1 + 10 ** ((b - a) / 400)))
     return a + gain, b + gain
+
+
+@wrong("family.elo", "k is 32 whatever is asked for; use the argument.")
+def _own_k(a, b, score, k=32.0):
+    return elo(a, b, score)
 
 
 @wrong("family.elo", "every win counts the same whoever wins; a surprise should move ratings more.")
