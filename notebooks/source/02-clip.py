@@ -45,8 +45,7 @@ course.where(pipe, "clip", "vec")
 earlier = fe.predict("the last word of a prompt changes: how many of the tokens before it change in CLIP?", 0)  # answer
 found = fe.predict("of 64 pictures, how many find their caption among 64 by CLIP? chance finds 1", 60)  # answer
 tells = fe.predict(
-    'CLIP notices another colour / background / colours exchanged / sides exchanged? ["yes", "no", ...]',
-    ["yes", "yes", "no", "no"],
+    "does CLIP notice another: [colour, background, order of colours, side]? yes or no each", ["yes", "yes", "no", "no"]
 )  # answer
 drawn_from = fe.predict("T5 and CLIP read different prompts: whose is drawn? T5 / CLIP / neither", "T5")  # answer
 
