@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/faq.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/faq.md", "docs/recipes.md"])
 def test_its_code_prints_what_is_printed_below_it(document, tmp_path):
     """All blocks one after the other, as a reader would type them."""
     text = (ROOT / document).read_text(encoding="utf-8")
