@@ -89,9 +89,12 @@ EDITS: dict[str, Callable] = {"color": recolor, "form": reform, "ground": regrou
 
 
 def sample_edit(rng: np.random.Generator, *, size: tuple[int, int] | None = None, held_out: bool = False) -> Edit:
-    """Draw a scene and something to do to it. The scene afterwards is held out exactly when asked for."""
+    """Draw something to do, each kind as likely as another, and a scene that it can be done to.
+
+    The scene afterwards is held out exactly when asked for.
+    """
+    kind = str(rng.choice(list(EDITS)))
     while True:
-        kind = str(rng.choice(list(EDITS)))
         before = sample_scene(rng, size=size, held_out=held_out and kind in ("move", "remove"))
         index = int(rng.integers(len(before.things)))
         found = EDITS[kind](before, index, rng)
