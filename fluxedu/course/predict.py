@@ -9,6 +9,7 @@ fe.score()
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,9 @@ def points(answer: Any, actual: Any, within: float) -> float:
     if isinstance(actual, bool):
         return float(answer is actual)
     if isinstance(actual, Sequence):
-        if isinstance(answer, str) or not isinstance(answer, Sequence) or len(answer) != len(actual):
+        if isinstance(answer, str):  # "yes, no, no" for ["yes", "no", "no"]
+            answer = re.split(r"[\s,/]+", answer.strip())
+        if not isinstance(answer, Sequence) or len(answer) != len(actual):
             raise CourseError(f"the answer has {len(actual)} parts; {answer!r} has not.")
         return sum(points(a, b, within) for a, b in zip(answer, actual, strict=True)) / len(actual)
     if isinstance(answer, bool) or not isinstance(answer, (int, float)):

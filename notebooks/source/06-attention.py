@@ -171,15 +171,18 @@ gallery = lenses.head_gallery(pipe, prompt, (5, 5), at_step=8, seed=4, progress=
 fig, axes = plt.subplots(2, 5, figsize=(8.4, 3.7), layout="constrained")
 for line, block in zip(axes, ("double.0", "single.2")):
     for head, ax in enumerate(line):
-        ax.imshow(gallery.tensor[gallery.coords["block"].index(block), head], cmap="magma", vmin=0)
+        looked = gallery.tensor[gallery.coords["block"].index(block), head]
+        ax.imshow(looked, cmap="magma", vmin=0)
         ax.plot(5, 5, "s", markersize=13, markerfacecolor="none", markeredgecolor="#56B4E9", markeredgewidth=2)
         ax.set(xticks=[], yticks=[])
-        ax.set_title(f"head {head}", fontsize=9)
+        ax.set_title(f"head {head}: {float(looked.sum()):.0%}", fontsize=9)
     line[0].set_ylabel(block)
 fig.suptitle("One patch asks (blue frame), and every head looks elsewhere")
 plt.show()
 
 # %% [markdown]
+# Each map has its own brightness; the percentage is what the head gives to the picture, the rest goes to the text.
+#
 # Now point yourself. Left: what a patch looks at, and in the shade of the words what it takes from each. Right: who
 # looks at the chosen word. Change block, time and head. Every row and column is computed when you ask for it, from q, k
 # and the log-sum-exp.

@@ -139,6 +139,20 @@ def test_a_known_mistake_comes_before_the_numbers():
     assert "values off" in judged(task, lambda x: 4 * x).says
 
 
+def test_a_wider_type_than_what_came_in_is_told():
+    class Wide(all_exercises()["attention.qknorm"].solution):
+        def one(self, x, scale):
+            return super().one(x.float(), scale)
+
+    said = judged(all_exercises()["attention.qknorm"], Wide).says
+    assert said.startswith("the numbers are float32, and should be bfloat16")
+
+
+def test_a_recording_needs_names():
+    said = judged(all_exercises()["inside.spread"], lambda p: torch.special.entr(p.tensor).sum(-1).exp()).says
+    assert "a recording needs a Named" in said
+
+
 def test_a_check_is_a_truth_value_and_has_been_said(capsys):
     passed = fe.check("rope.ids", all_exercises()["rope.ids"].solution)
     assert passed
@@ -156,7 +170,7 @@ def test_a_check_is_a_truth_value_and_has_been_said(capsys):
     [
         (100, 105, 1.0), (100, 180, 0.5), (100, 210, 0.0), (-1, 1, 0.0), (0, 0, 1.0), (0.0, 0.3, 0.0),
         ("Much ", "much", 1.0), ("little", "much", 0.0), (["a", "b", "c", "d"], ["a", "c", "b", "d"], 0.5),
-        ([1, 2], [1, 4], 0.75), (True, True, 1.0), (1, True, 0.0),
+        ("a, b", ["a", "c"], 0.5), ("a/b", ["a", "b"], 1.0), ([1, 2], [1, 4], 0.75), (True, True, 1.0), (1, True, 0.0),
     ],
 )  # fmt: skip
 def test_points(answer, actual, got):

@@ -163,12 +163,6 @@ class _Unit(QKNorm):
         return (F.normalize(x.float(), dim=-1) * scale).type_as(x)
 
 
-@wrong("attention.qknorm", "it stays in float32; bring it back to the type of x.")
-class _Wide(QKNorm):
-    def one(self, x, scale):
-        return super().one(x.float(), scale)
-
-
 @wrong("attention.qknorm", "the mean is taken off first, as in LayerNorm; RMSNorm takes off nothing.")
 class _Centred(QKNorm):
     def one(self, x, scale):
