@@ -9,9 +9,9 @@ The guidance input of those that read a picture hears every strength and learns 
 what the words change in the miniature (``(g - 1) * (v_text - v_empty)``) was tried, and put things elsewhere than the
 control picture has them (at g = 3 55 % in place, at g = 1 86 %).
 
-Three do not meet their bars yet. schnell: 71 % everything right in four steps; the teacher itself, on this ladder of 11 even
-steps, has 77 %, on one of 20 83 %. kontext: colours, grounds and removals are done in nine of ten cases, forms and moves in
-six. redux: colours come back, forms do not; with the words' own vectors in place of the head's they would.
+Three do not meet their bars yet. schnell: 71 % everything right in four steps; the teacher itself, on this ladder of
+11 even steps, has 77 %, on one of 20 83 %. kontext: colours, grounds and removals are done in nine of ten cases, forms
+and moves in six. redux: colours come back, forms do not; with the words' own vectors for the head's they would.
 """
 
 from __future__ import annotations
