@@ -156,7 +156,7 @@ def _said(site: Site, numbers: Named | None, time: float) -> str:
         return said
     mean, spread, least, most = here.tensor.tolist()
     if site.name.endswith(".map"):  # of a map the table is summed over queries
-        return f"{said} How much a token is looked at, 1 being an equal share: from {least:.3g} to {most:.3g}."
+        return f"{said} Here: a token is looked at, 1 being an equal share, {least:.3g} to {most:.3g}."
     return f"{said} Here: mean {mean:.3g}, spread {spread:.3g}, from {least:.3g} to {most:.3g}."
 
 
