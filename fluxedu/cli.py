@@ -292,7 +292,7 @@ def grade(
         try:
             marks += (mine := graded(path, timeout))
         except CourseError as error:
-            typer.secho(f"fluxedu: {error}", fg="red", err=True)
+            fail(error)  # said, and on to the next
             continue
         typer.echo(f"{mine[0].student}: {sum(m.passed for m in mine)} of {len(mine)}  {path.name}")
         for mark in mine:
