@@ -132,11 +132,11 @@ def matmul_peak(dtype: torch.dtype, size: int = 1536, rounds: int = 8) -> float:
 def training_speed(rounds: int) -> dict:
     """Training samples and steps a second of the flow, and the share of the matmul peak they make."""
     from fluxedu.nano import configs
-    from fluxedu.nano.training.flow import RECIPE, WithAlignment
+    from fluxedu.nano.training.flow import RECIPE, WithAlignment, initialise
     from fluxedu.nano.training.loop import mixed_precision, product_dtype
 
     torch.manual_seed(0)
-    model, side, batch = WithAlignment(configs.FLUX), 8, RECIPE.batch
+    model, side, batch = WithAlignment(initialise(Flux(configs.FLUX))), 8, RECIPE.batch
     x = inputs_of(configs.FLUX, side, configs.TEXT_LENGTH)
     x = {k: v if "ids" in k else v.expand(batch, *v.shape[1:]).contiguous() for k, v in x.items()}
 

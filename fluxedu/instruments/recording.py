@@ -146,6 +146,11 @@ class FolderRecording(Recording):
         self.place = when.place
         super().add(name, when, value)
 
+    @property
+    def place_of_step(self) -> tuple[int, int] | None:
+        """(picture, step) of what is at hand."""
+        return self.place and self.place[1:]
+
     def flush(self) -> None:
         """Write the step at hand: it is whole."""
         if self.kept and self.place is not None:

@@ -41,12 +41,30 @@ class ImageTower(nn.Module):
         return self.projection(torch.cat([x.mean(1), x.amax(1)], dim=-1))
 
 
-class Places(nn.Module):
-    """The tower as Redux's eye: a picture of any size, drawn small, to what is seen in each place, ``[B, 64, D]``."""
+class Eye(nn.Module):
+    """Redux's eye: a picture of any size ``[B, 3, H, W]`` -> what is seen in each of 8 x 8 places, ``[B, 64, D]``.
 
-    def __init__(self, tower: ImageTower):
+    It sees finer than the tower, which knows colours but hardly forms: all 128 pixels a side, through a few small
+    convolutions in place of one coarse cut into patches (arXiv 2106.14881).
+    """
+
+    TOKENS = 64
+
+    def __init__(self, config: CLIPTextConfig):
         super().__init__()
-        self.tower = tower
+        dim = config.hidden_size
+        widths = (3, dim // 4, dim // 2, dim, dim)
+        pairs = zip(widths[:-1], widths[1:], strict=True)
+        self.stem = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.SiLU()) for i, o in pairs)
+        )
+        self.place_embed = nn.Parameter(0.02 * torch.randn(self.TOKENS, dim))
+        self.layers = nn.ModuleList(CLIPLayer(config, causal=False) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
 
     def forward(self, picture: Tensor) -> Tensor:
-        return self.tower.tokens(F.interpolate(picture, (2 * SIZE, 2 * SIZE), mode="area"))
+        small = F.interpolate(picture, (2 * SIZE, 2 * SIZE), mode="area")
+        x = self.stem(small).flatten(2).transpose(1, 2) + self.place_embed
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)

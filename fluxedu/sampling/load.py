@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 from fluxedu.checkpoints import find
 from fluxedu.memory import open_networks
 from fluxedu.models import VARIANTS, FluxConfig, Sampling
-from fluxedu.models.config import CLIPTextConfig
-from fluxedu.models.image_tower import PATCH, SIZE, ImageTower, Places
+from fluxedu.models.image_tower import Eye
 from fluxedu.models.redux import Redux, ReduxHead
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.prompts import PromptEncoder, Tokenizer
@@ -107,23 +106,16 @@ def load(
     vae = vae.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
     pipe = FluxPipeline(prompts, flux, vae, sampling, size)
     if head is not None:
-        behind = ReduxHead(clip.config.hidden_size, flux.config.context_in_dim)
+        eye, behind = Eye(clip.config), ReduxHead(clip.config.hidden_size, flux.config.context_in_dim)
+        eye.load_state_dict(load_file(WEIGHTS / head / "eye.safetensors"))
         behind.load_state_dict(load_file(WEIGHTS / head / "model.safetensors"))
-        pipe.redux = nano_redux(image_tower(clip.config), behind).to(device, dtype)
+        pipe.redux = nano_redux(eye, behind).to(device, dtype)
     return pipe
 
 
-def nano_redux(tower: ImageTower, head: ReduxHead) -> Redux:
-    """The miniature's image tower and a Redux head behind it."""
-    return Redux(Places(tower), head, tokens=(SIZE // PATCH) ** 2).eval().requires_grad_(False)
-
-
-def image_tower(config: CLIPTextConfig, weights: Path = WEIGHTS) -> ImageTower:
-    """The tower of the shipped CLIP that looks at pictures."""
-    tower = ImageTower(config)
-    tensors = load_file(weights / "image_tower" / "model.safetensors")
-    tower.load_state_dict({k.removeprefix("image."): v for k, v in tensors.items() if k.startswith("image.")})
-    return tower.eval().requires_grad_(False)
+def nano_redux(eye: Eye, head: ReduxHead) -> Redux:
+    """The miniature's eye and a Redux head behind it."""
+    return Redux(eye, head, tokens=Eye.TOKENS).eval().requires_grad_(False)
 
 
 def _like(config: FluxConfig) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ class Moment:
     run: the how-manieth call of a pipeline in this process · words: how many tokens are text · picture: the
     how-manieth of ``pictures`` asked for · step: of ``steps``, None before the first one · time: in [0, 1], 1 being
     noise · part: the how-manieth question to the network within the step (midpoint and heun ask twice), counted from
-    0 · text: the prompt that is being encoded, None afterwards.
+    0 · text: the prompt that is being encoded, None afterwards · ended: (picture, step) of every step of the run that came
+    to its end, shared by all its moments.
     """
 
     pipe: FluxPipeline
@@ -37,6 +38,7 @@ class Moment:
     time: float | None = None
     part: int = -1
     text: str | None = None
+    ended: set[tuple[int, int]] = field(default_factory=set)
 
 
 def now() -> Moment | None:
@@ -48,9 +50,11 @@ def now() -> Moment | None:
 def at(moment: Moment | None = None, **changes) -> Iterator[None]:
     """Be at ``moment``, or at the present one with ``changes``, for a while."""
     before = now()
-    _thread.moment = moment or (before and replace(before, **changes))
+    here = _thread.moment = moment or (before and replace(before, **changes))
     try:
         yield
+        if here is not None and "step" in changes:
+            here.ended.add((here.picture, here.step))
     finally:
         _thread.moment = before
 

@@ -275,6 +275,22 @@ def test_a_broken_step_is_not_kept(pipe, tmp_path):
     assert [when.step for when, _ in open_recording(tmp_path / "run").entries("vec")] == [0, 1]
 
 
+def test_what_fails_after_a_whole_step_does_not_lose_it(pipe, tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="after the run"):
+        with fe.record("vec", to=tmp_path / "after"):
+            draw(pipe)
+            raise RuntimeError("after the run")
+    assert [when.step for when, _ in open_recording(tmp_path / "after").entries("vec")] == [0, 1, 2]
+
+    def fail(latent):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(pipe.autoencoder, "decode", fail)
+    with pytest.raises(RuntimeError, match="no picture"), fe.record("vec", to=tmp_path / "decoding"):
+        draw(pipe)
+    assert [when.step for when, _ in open_recording(tmp_path / "decoding").entries("vec")] == [0, 1, 2]
+
+
 def test_a_killed_run_leaves_whole_steps(tmp_path):
     script = f"""
         import os, signal, sys

@@ -88,12 +88,23 @@ def remove(scene: Scene, index: int, rng: np.random.Generator) -> tuple[Scene, s
 EDITS: dict[str, Callable] = {"color": recolor, "form": reform, "ground": reground, "move": move, "remove": remove}
 
 
-def sample_edit(rng: np.random.Generator, *, size: tuple[int, int] | None = None, held_out: bool = False) -> Edit:
-    """Draw something to do, each kind as likely as another, and a scene that it can be done to.
+#: how often each kind is practised: a new form and a new place take longest to learn
+PRACTISED = {"color": 1, "form": 3, "ground": 1, "move": 3, "remove": 1}
+
+
+def sample_edit(
+    rng: np.random.Generator,
+    *,
+    size: tuple[int, int] | None = None,
+    held_out: bool = False,
+    weights: dict[str, float] | None = None,
+) -> Edit:
+    """Draw something to do, each kind as likely as another or by ``weights``, and a scene that it can be done to.
 
     The scene afterwards is held out exactly when asked for.
     """
-    kind = str(rng.choice(list(EDITS)))
+    kinds = weights or dict.fromkeys(EDITS, 1)
+    kind = str(rng.choice(list(kinds), p=np.array(list(kinds.values())) / sum(kinds.values())))
     while True:
         before = sample_scene(rng, size=size, held_out=held_out and kind in ("move", "remove"))
         index = int(rng.integers(len(before.things)))

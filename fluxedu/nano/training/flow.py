@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.models.clip import CLIPTextEncoder
-from fluxedu.models.config import FluxConfig
 from fluxedu.models.t5 import T5Encoder
 from fluxedu.models.transformer import Flux
 from fluxedu.nano import configs
@@ -54,9 +53,9 @@ def initialise(flux: Flux) -> Flux:
 class WithAlignment(nn.Module):
     """The flow, and the head that reads the image tokens half way up the single-stream blocks."""
 
-    def __init__(self, config: FluxConfig):
+    def __init__(self, flux: Flux):
         super().__init__()
-        self.flux = initialise(Flux(config))
+        self.flux, config = flux, flux.config
         self.read_head = nn.Linear(config.hidden_size, len(COLORS) + 1 + len(FORMS) + 1)
         half = self.flux.single_blocks[config.depth_single_blocks // 2 - 1]
         half.register_forward_hook(lambda module, given, out: setattr(self, "half", out))
@@ -112,6 +111,12 @@ def strengths(count: int, between: tuple[float, float], g: torch.Generator) -> T
     return between[0] + (between[1] - between[0]) * torch.rand(count, generator=g)
 
 
+def misnamed(read: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of colour and form of each patch: ``read [B, N, C]`` against ``labels [B, 2, N]``."""
+    color, form = read.float().split([len(COLORS) + 1, len(FORMS) + 1], dim=-1)
+    return F.cross_entropy(color.transpose(1, 2), labels[:, 0]) + F.cross_entropy(form.transpose(1, 2), labels[:, 1])
+
+
 def flow_loss(model: WithAlignment, batch: dict[str, Tensor], texts: Texts, g: torch.Generator, align: float = ALIGN):
     """The rectified-flow loss and the alignment, in bfloat16 where it is safe and fast."""
     x_t, t, target = noisy(pack(batch["latents"]), g)
@@ -120,9 +125,7 @@ def flow_loss(model: WithAlignment, batch: dict[str, Tensor], texts: Texts, g: t
         txt, pooled = texts.dropped(batch, DROPOUT, g)
         velocity, read = model(x_t, img_ids, txt.float(), txt_ids, t, pooled.float())
     flow = F.mse_loss(velocity.float(), target)
-    color, form = read.float().split([len(COLORS) + 1, len(FORMS) + 1], dim=-1)
-    labels = batch["labels"].flatten(2)  # [B, 2, N]
-    named = F.cross_entropy(color.transpose(1, 2), labels[:, 0]) + F.cross_entropy(form.transpose(1, 2), labels[:, 1])
+    named = misnamed(read, batch["labels"].flatten(2))
     return flow + align * named, {"flow": float(flow.detach()), "named": float(named.detach())}
 
 
@@ -134,7 +137,8 @@ def train(
 ) -> Flux:
     """Train (or take the finished) flow on the latents in ``folder``; ``report(flux, step)`` now and then."""
     torch.manual_seed(SEED)
-    model, texts, data = WithAlignment(configs.FLUX), Texts(t5, clip), Latents(folder)
+    model = WithAlignment(initialise(Flux(configs.FLUX)))
+    texts, data = Texts(t5, clip), Latents(folder)
     run = Run("flow", model, RECIPE, folder, resume, f"{made_from}, {len(data.shards)} shards")
     compiled(model.flux)
 

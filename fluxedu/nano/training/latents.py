@@ -39,10 +39,15 @@ def draw_scene(rng: np.random.Generator, index: int) -> Scene:
     return sample_scene(rng, size=ASPECTS[1:][index % 6], count=int(rng.choice([1, 2, 3], p=FULLER)))
 
 
-def patch_labels(scene: Scene) -> np.ndarray:
-    """What lies in each 16 x 16 patch: uint8 ``[2, H/16, W/16]``, colour and form, 0 for the ground."""
+def patch_labels(scene: Scene, cells: tuple[int, int] | None = None) -> np.ndarray:
+    """What lies in each patch: uint8 ``[2, rows, columns]``, colour and form, 0 for the ground.
+
+    Patches of 16 x 16 pixels; or as many as ``cells`` says, of the picture drawn at 16 pixels for each.
+    """
     owner = thing_map(scene)
-    rows, cols = scene.height // 16, scene.width // 16
+    rows, cols = cells or (scene.height // 16, scene.width // 16)
+    y, x = (np.arange(16 * n) * (length / (16 * n)) for n, length in ((rows, scene.height), (cols, scene.width)))
+    owner = owner[y.astype(int)][:, x.astype(int)]
     blocks = owner.reshape(rows, 16, cols, 16)
     shares = np.stack([(blocks == i).mean(axis=(1, 3)) for i in range(len(scene.things))])
     most, covered = shares.argmax(0), shares.max(0) > 0.06

@@ -16,8 +16,8 @@ from torch import Tensor
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.nano.scenes import ASPECTS, SIZES, Scene, caption, coverage, render, sample_scene, thing_map
 from fluxedu.nano.training.autoencoder import to_tensor
-from fluxedu.nano.training.edits import sample_edit
-from fluxedu.nano.training.latents import Tokens
+from fluxedu.nano.training.edits import PRACTISED, sample_edit
+from fluxedu.nano.training.latents import Tokens, patch_labels
 from fluxedu.sampling.conditions import fill_channels
 from fluxedu.sampling.latents import pack
 
@@ -68,6 +68,7 @@ class Examples:
     t5: Tensor
     clip: Tensor
     given: Tensor | None = None  # fill, canny, depth: [S, N, C]; kontext: [S, N, 64]; redux: [S, 3, 128, 128]
+    labels: Tensor | None = None  # what lies in each patch (kontext: of the picture to draw), u8 [S, 2, N]
 
     @property
     def cells(self) -> tuple[int, int]:
@@ -76,7 +77,8 @@ class Examples:
 
     def take(self, rows: Tensor) -> Examples:
         given = None if self.given is None else self.given[rows].float()
-        return Examples(self.size, self.latents[rows].float(), self.t5[rows], self.clip[rows], given)
+        labels = None if self.labels is None else self.labels[rows].long()
+        return Examples(self.size, self.latents[rows].float(), self.t5[rows], self.clip[rows], given, labels)
 
 
 @torch.no_grad()
@@ -87,22 +89,23 @@ def examples(name: str, seed: int, size: tuple[int, int], count: int, vae: AutoE
     while sum(len(part.latents) for part in made) < count:
         made.append(_batch(name, rng, size, min(count, 32), vae, tokens, held_out))
     join = lambda key: torch.cat([getattr(part, key) for part in made])[:count]  # noqa: E731
-    given = None if made[0].given is None else join("given")
-    return Examples(size, join("latents"), join("t5"), join("clip"), given)
+    given, labels = (None if getattr(made[0], key) is None else join(key) for key in ("given", "labels"))
+    return Examples(size, join("latents"), join("t5"), join("clip"), given, labels)
 
 
 def _batch(name, rng, size, count: int, vae: AutoEncoder, tokens: Tokens, held_out: bool) -> Examples:
     encode = lambda pictures: pack(vae.encode(pictures)).half()  # noqa: E731
     painted = lambda of: to_tensor(np.stack(of))  # noqa: E731
     if name == "kontext":
-        edits = [sample_edit(rng, size=size, held_out=held_out) for _ in range(count)]
+        edits = [sample_edit(rng, size=size, held_out=held_out, weights=PRACTISED) for _ in range(count)]
         after, before = (painted([render(getattr(e, which)) for e in edits]) for which in ("after", "before"))
-        return Examples(size, encode(after), *tokens([e.words for e in edits]), encode(before))
+        labels = torch.from_numpy(np.stack([patch_labels(e.after) for e in edits])).flatten(2)
+        return Examples(size, encode(after), *tokens([e.words for e in edits]), encode(before), labels)
     counts = [int(rng.choice([1, 2, 3], p=FULLER)) for _ in range(count)]
     scenes = [sample_scene(rng, size=size, count=things, held_out=held_out) for things in counts]
     pictures = painted([render(s) for s in scenes])
     t5, clip = tokens([caption(s, rng)[0] for s in scenes])
-    given = None
+    given = labels = None
     if name == "fill":
         masks = torch.from_numpy(np.stack([hole(s, rng) for s in scenes]))
         given = fill_channels(pictures, masks, vae.encode).half()
@@ -111,7 +114,8 @@ def _batch(name, rng, size, count: int, vae: AutoEncoder, tokens: Tokens, held_o
         given = encode(painted([control(s) for s in scenes]))
     elif name == "redux":
         given = torch.nn.functional.interpolate(pictures, (128, 128), mode="area").half()
-    return Examples(size, encode(pictures), t5, clip, given)
+        labels = torch.from_numpy(np.stack([patch_labels(s, (8, 8)) for s in scenes])).flatten(2)
+    return Examples(size, encode(pictures), t5, clip, given, labels)
 
 
 class Shelf:
