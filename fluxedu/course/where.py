@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 
 from fluxedu.course.errors import CourseError
 from fluxedu.instruments.parts import parts
-from fluxedu.plots.canvas import quiet
+from fluxedu.plots.canvas import arrows, quiet
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.widgets.architecture import diagram
+from fluxedu.widgets.diagram import diagram
 
 #: Okabe and Ito's colours, which the colour-blind can tell apart
 LOOK = {
@@ -54,8 +54,7 @@ def where(pipe: FluxPipeline, *names: str) -> Figure:
     fig = Figure(figsize=(6.4, 6.4 * height / width))
     ax = quiet(fig.add_axes((0, 0, 1, 1)))
     ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
-    for x0, y0, x1, y1 in lines:
-        ax.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": "0.6", "linewidth": 0.8})
+    arrows(ax, lines, "0.6")
     for part, (label, x, y, w, h, colour) in zip(those, boxes, strict=True):
         here = part.name in names or part.name.split(".")[0] in names
         ax.add_patch(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -30,6 +32,15 @@ def quiet(ax: Axes) -> Axes:
     for spine in ax.spines.values():
         spine.set_visible(False)
     return ax
+
+
+def arrows(ax: Axes, ways: Iterable[Sequence[float]], color: str) -> None:
+    """Thin arrows ``(x, y, x, y, ...)``: with corners where there are more than two places, the head at the last."""
+    for way in ways:
+        *corners, last_but_one, last = zip(way[::2], way[1::2], strict=True)
+        ax.plot(*zip(*corners, last_but_one, strict=True), color=color, linewidth=0.8, solid_joinstyle="round")
+        arrow = {"arrowstyle": "->", "color": color, "linewidth": 0.8, "shrinkA": 0}
+        ax.annotate("", last, last_but_one, arrowprops=arrow)
 
 
 def array(value) -> np.ndarray:

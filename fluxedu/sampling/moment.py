@@ -23,8 +23,8 @@ class Moment:
     run: the how-manieth call of a pipeline in this process · words: how many tokens are text · picture: the
     how-manieth of ``pictures`` asked for · step: of ``steps``, None before the first one · time: in [0, 1], 1 being
     noise · part: the how-manieth question to the network within the step (midpoint and heun ask twice), counted from
-    0 · text: the prompt that is being encoded, None afterwards · ended: (picture, step) of every step of the run that came
-    to its end, shared by all its moments.
+    0 · text: the prompt that is being encoded, None afterwards · ended: (picture, step) of every step of the run that
+    came to its end, shared by all its moments.
     """
 
     pipe: FluxPipeline

@@ -18,12 +18,12 @@ from fluxedu.plots.canvas import SHADES
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.asked import checked, some_steps
 from fluxedu.widgets.controls import clock
+from fluxedu.widgets.diagram import diagram
 from fluxedu.widgets.explorer import Explorer, View
 from fluxedu.widgets.paint import heat, stretched, two_sided
 from fluxedu.widgets.panels import Boxes, Pixels
 
 ROWS, COLUMNS, TILES = 256, 640, 16  # how much of a value is kept to be looked at
-Box = tuple[str, float, float, float, float, str]
 GREY = "#888888"
 
 
@@ -51,49 +51,6 @@ def as_table(value: Value) -> Named:
     said = tuple("vector" if a == "one" else a for a in axes)
     named = (a if by == 1 else f"{a}, one in {by}" for a, by in zip(said, (down, along), strict=True))
     return Named(table[::down, ::along], tuple(named))
-
-
-def diagram(those: Sequence[Part]) -> tuple[list[Box], list[tuple[float, float, float, float]], tuple[float, float]]:
-    """Boxes, lines and size of the model's diagram; blocks in rows of at most nineteen."""
-    wide, high, gap, width = 104.0, 24.0, 22.0, 476.0
-    places: dict[str, tuple[float, float, float]] = {}  # x, y, width
-    for i, name in enumerate(("t5", "noise", "encoder", "clip")):
-        places[name] = (i * (wide + 20), 4, wide)
-    places["in"], places["vec"] = (0, 4 + high + gap, 2 * wide + 20), (3 * (wide + 20), 4 + high + gap, wide)
-    y = 4 + 2 * (high + gap)
-    for kind in ("double", "single"):
-        names = [part.name for part in those if part.name.startswith(f"{kind}.")]
-        for first in range(0, len(names), 19):
-            row = names[first : first + 19]
-            each = min(wide, (width - 4 * (len(row) - 1)) / len(row))
-            for i, name in enumerate(row):
-                places[name] = (i * (each + 4), y, each)
-            y += high + gap
-    for i, name in enumerate(("final", "solver", "image")):
-        places[name] = (i * (wide + 20), y, wide)
-    boxes = [_box(part, *places[part.name], high) for part in those]
-    middle = {name: (x + w / 2, top) for name, (x, top, w) in places.items()}
-    order = [part.name for part in those if "." in part.name]
-    ways = [("t5", "in"), ("noise", "in"), ("encoder", "noise"), ("clip", "vec"), ("in", order[0]),
-            ("vec", order[0]), *zip(order, order[1:], strict=False), (order[-1], "final"), ("final", "solver"),
-            ("solver", "image")]  # fmt: skip
-    return boxes, [_way(middle, places, a, b, high) for a, b in ways], (width + 2, y + high + 4)
-
-
-def _box(part: Part, x: float, y: float, w: float, h: float) -> Box:
-    short = part.title.removeprefix("Autoencoder: ").replace("-stream block", "").replace(" text encoder", "")
-    label = short if w > 40 else part.name.split(".")[1]
-    return (label, x + 1, y, w, h, SHADES[part.kind])
-
-
-def _way(middle, places, a: str, b: str, high: float) -> tuple[float, float, float, float]:
-    """A line from a part to the next: down, or across where they stand beside each other."""
-    (xa, ya), (xb, yb) = middle[a], middle[b]
-    if ya == yb:
-        first, second = (places[name][0] for name in (a, b))
-        ends = (first + places[a][2], second) if xa < xb else (first, second + places[b][2])
-        return (ends[0], ya + high / 2, ends[1], yb + high / 2)
-    return (xa, ya + high, xb, yb)
 
 
 def architecture_view(

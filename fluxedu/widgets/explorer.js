@@ -343,7 +343,7 @@ function boxes(first, move) {
     const id = `fluxedu-${count++}`, tip = drawn("path", { d: "M0 0L6 3L0 6Z", class: "tip" });
     const head = drawn("marker", { id, markerWidth: 6, markerHeight: 6, refX: 6, refY: 3, orient: "auto" }, tip);
     const ends = { class: "flow", "marker-end": `url(#${id})` };
-    const lines = panel.lines.map(([x1, y1, x2, y2]) => drawn("line", { x1, y1, x2, y2, ...ends }));
+    const lines = panel.lines.map((places) => drawn("polyline", { points: places.join(" "), fill: "none", ...ends }));
     const sheet = { viewBox: `0 0 ${width} ${height}` };
     el.replaceChildren(drawn("svg", sheet, drawn("defs", {}, head), ...lines, ...buttons));
   };

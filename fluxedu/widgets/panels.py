@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from fluxedu.plots.canvas import HEAT, quiet
+from fluxedu.plots.canvas import HEAT, arrows, quiet
 from fluxedu.widgets.paint import Pixels8, stops
 
 #: colours that the colour-blind can tell apart (Okabe and Ito), in the order of use
@@ -180,10 +180,12 @@ class Points(Panel):
 
 @dataclass
 class Boxes(Panel):
-    """A diagram: ``boxes`` (label, x, y, width, height, colour) on a sheet of ``size``; ``lines`` between places."""
+    """A diagram: ``boxes`` (label, x, y, width, height, colour) on a sheet of ``size``; ``lines`` are arrows
+    ``(x, y, x, y, ...)``, with corners where there are more than two places.
+    """
 
     boxes: Sequence[tuple[str, float, float, float, float, str]]
-    lines: Sequence[tuple[float, float, float, float]]
+    lines: Sequence[tuple[float, ...]]
     size: tuple[float, float]
     mark: int = 0
     kind = "boxes"
@@ -194,8 +196,7 @@ class Boxes(Panel):
 
     def paint(self, ax: Axes) -> None:
         quiet(ax).set(xlim=(0, self.size[0]), ylim=(self.size[1], 0), aspect="equal")
-        for x0, y0, x1, y1 in self.lines:
-            ax.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "->", "color": "0.5", "linewidth": 0.8})
+        arrows(ax, self.lines, "0.5")
         for i, (label, x, y, w, h, colour) in enumerate(self.boxes):
             edge = {"edgecolor": "black", "linewidth": 2} if i == self.mark else {"edgecolor": colour, "linewidth": 1}
             ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0,rounding_size=3", facecolor=f"{colour}33",

@@ -15,8 +15,9 @@ from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import parts
 from fluxedu.sampling.schedule import schedule
 from fluxedu.widgets import paint
-from fluxedu.widgets.architecture import as_table, diagram
+from fluxedu.widgets.architecture import as_table
 from fluxedu.widgets.controls import Chips, Slider
+from fluxedu.widgets.diagram import diagram
 from fluxedu.widgets.explorer import Explorer, View
 from fluxedu.widgets.grid import sheet, shifted
 from fluxedu.widgets.latents import edited
