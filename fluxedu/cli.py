@@ -20,11 +20,11 @@ Model = Annotated[
 ]
 
 
-def _load(model: str, device: str = "cpu", dtype: str | None = None):
+def _load(model: str, device: str = "cpu", dtype: str | None = None, **how):
     import fluxedu as fe
 
     with sentences():
-        return fe.load(model, device=device, dtype=dtype)
+        return fe.load(model, device=device, dtype=dtype, **how)
 
 
 @app.command(epilog='Example: fluxedu sample "a red circle left of a blue square" -o out.png')
@@ -47,6 +47,8 @@ def sample(
     control: Annotated[Path | None, typer.Option(help="canny, depth: the picture to follow.")] = None,
     reference: Annotated[Path | None, typer.Option(help="kontext: the picture to edit.")] = None,
     image_prompt: Annotated[Path | None, typer.Option(help="redux: a picture instead of, or beside, words.")] = None,
+    lora: Annotated[str | None, typer.Option(help="A LoRA to merge: a file, or hollow, the style that ships.")] = None,
+    lora_scale: Annotated[float, typer.Option(help="How much of its change.")] = 1.0,
     device: str = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float64.")] = None,
 ) -> None:
@@ -59,7 +61,7 @@ def sample(
     if kind not in Image.SAVE:
         raise fail(f"{output.name} does not end like a picture; call it something.png.")
     can_write(output)
-    pipe = _load(f"nano-{variant}" if variant else model, device, dtype)
+    pipe = _load(f"nano-{variant}" if variant else model, device, dtype, lora=lora, lora_scale=lora_scale)
     given = {"image": image, "mask": mask, "control": control, "reference": reference, "image_prompt": image_prompt}
     with sentences():
         pictures = {name: Image.open(path) for name, path in given.items() if path}
@@ -153,7 +155,7 @@ def train(
     all_stages: Annotated[bool, typer.Option("--all", help="Every stage, in order.")] = False,
     stage: Annotated[str | None, typer.Option(help="autoencoder, t5, clip, latents, flow, dev, ship or card.")] = None,
     variant: Annotated[
-        str | None, typer.Option(help="A member of the family: schnell, fill, canny, depth, kontext or redux.")
+        str | None, typer.Option(help="schnell, fill, canny, depth, kontext, redux; hollow, a style as a LoRA.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Where the runs keep their state.")] = Path("runs"),
     resume: Annotated[bool, typer.Option(help="Go on from what is there, or begin anew.")] = True,

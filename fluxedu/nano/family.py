@@ -5,6 +5,7 @@
     kontext  the edit is done, the rest is kept (dB)
     redux    colours and forms of the picture given come back
     schnell  the exam of :mod:`fluxedu.nano.exam`, in four steps
+    hollow   wide shapes are lines with the ground inside, and still the shapes that were asked for
 
 Scenes are held out: training never sees a thing of that colour, form and background.
 """
@@ -12,13 +13,14 @@ Scenes are held out: training never sees a thing of that colour, form and backgr
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 
 from fluxedu.nano import exam
 from fluxedu.nano.judge import Found, read
 from fluxedu.nano.report import ROWS, decibels, drawer
-from fluxedu.nano.scenes import ASPECTS, Scene, Thing, caption, render, sample_scene
+from fluxedu.nano.scenes import ASPECTS, BACKGROUNDS, COLORS, HOLLOW, Scene, Thing, caption, render, sample_scene
 from fluxedu.nano.training.edits import Edit, sample_edit
 from fluxedu.nano.training.members import depths, hole, outlines
 from fluxedu.sampling.pictures import to_images
@@ -34,6 +36,7 @@ BARS = {
     "kontext": {"done": 85, "kept_db": 28},
     "redux": {"colours": 80, "shapes": 80},
     "schnell": {"everything": 83},  # within 5 points of dev at 20 steps, 88.0
+    "hollow": {"hollow": 85},
 }
 
 
@@ -140,6 +143,31 @@ def redux(pipe: FluxPipeline, count: int, **asked) -> dict[str, float]:
     return {name: 100 * float(np.mean(of)) for name, of in (("colours", colours), ("shapes", shapes), ("both", both))}
 
 
+def is_hollow(image: np.ndarray, thing: Thing, background: str) -> bool | None:
+    """Is the ground where the middle of the pixels of the thing's colour is? None where there are no such pixels."""
+    away = lambda rgb: np.linalg.norm(image.astype(float) - rgb, axis=-1)  # noqa: E731
+    ink, ground = away(COLORS[thing.color]), away(BACKGROUNDS[background])
+    rows, cols = np.nonzero((ink < 75) & (ink < ground))
+    if len(rows) < 20:
+        return None
+    y, x = round(rows.mean()), round(cols.mean())
+    middle = slice(max(y - 2, 0), y + 3), slice(max(x - 2, 0), x + 3)
+    return bool((ground[middle] < ink[middle]).mean() > 0.5)
+
+
+def hollow(pipe: FluxPipeline, count: int, **asked) -> dict[str, float]:
+    """Of the wide shapes asked for: how many are drawn in their colour, and as an outline."""
+    drawn, empty = [], []
+    wide = (one for one in _scenes(50 * count, 6) if any(thing.form in HOLLOW for thing in one[0].things))
+    for i, (scene, words, _) in enumerate(islice(wide, count)):
+        size = {"height": scene.height, "width": scene.width}
+        image = np.asarray(pipe(words, seed=i, progress=False, **size, **asked).images[0])
+        found = [is_hollow(image, thing, scene.background) for thing in scene.things if thing.form in HOLLOW]
+        drawn += [one is not None for one in found]
+        empty += [bool(one) for one in found]
+    return {"hollow": 100 * float(np.mean(empty)), "drawn": 100 * float(np.mean(drawn)), "n": len(empty)}
+
+
 def sit(name: str, pipe: FluxPipeline, count: int = 200, **asked) -> dict:
     """The member ``name`` through its exam."""
     match name:
@@ -153,6 +181,8 @@ def sit(name: str, pipe: FluxPipeline, count: int = 200, **asked) -> dict:
             return kontext(pipe, count, **asked)
         case "redux":
             return redux(pipe, count, **asked)
+        case "hollow":
+            return hollow(pipe, count, **asked)
         case "schnell":
             rows = exam.sit(drawer(pipe, **({"steps": 4, "guidance": None} | asked)), count)["rows"]
             return {row: rows[row]["percent"] for row in ROWS} | {"n": count}

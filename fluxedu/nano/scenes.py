@@ -38,6 +38,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 LETTERS = ("A", "C", "E", "H", "K", "L", "T", "U", "X", "Z")
 FORMS = SHAPES + LETTERS
+HOLLOW = ("circle", "square", "triangle", "star")  # the shapes wide enough to be drawn as an outline
 SIZES = {"small": (14.0, 16.0), "large": (22.0, 26.0)}  # radius in pixels, drawn uniformly
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -228,14 +229,20 @@ def signed_distance(form: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.min([_segment(x, y, *a, *b) for a, b in pairs], axis=0) - _PEN
 
 
-def coverage(thing: Thing, height: int, width: int) -> tuple[slice, slice, np.ndarray]:
-    """Which share of each pixel the thing covers: the window it lies in, and shares in [0, 1]."""
+def coverage(thing: Thing, height: int, width: int, outline: float | None = None) -> tuple[slice, slice, np.ndarray]:
+    """Which share of each pixel the thing covers: the window it lies in, and shares in [0, 1].
+
+    ``outline``: of a hollow thing only so many pixels, from its edge inwards.
+    """
     reach = thing.radius + 2
     top, left = max(int(thing.y - reach), 0), max(int(thing.x - reach), 0)
     bottom, right = min(int(thing.y + reach) + 1, height), min(int(thing.x + reach) + 1, width)
     y, x = np.mgrid[top:bottom, left:right] + 0.5
     distance = signed_distance(thing.form, (x - thing.x) / thing.radius, (y - thing.y) / thing.radius)
-    return slice(top, bottom), slice(left, right), np.clip(0.5 - distance * thing.radius, 0, 1)
+    share = np.clip(0.5 - distance * thing.radius, 0, 1)
+    if outline is not None and thing.form in HOLLOW:
+        share = share - np.clip(0.5 - distance * thing.radius - outline, 0, 1)
+    return slice(top, bottom), slice(left, right), share
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -249,14 +256,14 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return top * (1 - fi) + bottom * fi + rng.normal(0, 1.0, (height, width))
 
 
-def render(scene: Scene) -> np.ndarray:
-    """Draw: uint8 ``[height, width, 3]``."""
+def render(scene: Scene, outline: float | None = None) -> np.ndarray:
+    """Draw: uint8 ``[height, width, 3]``; with ``outline``, wide shapes as lines of so many pixels."""
     rng = np.random.default_rng(scene.texture)
     h, w = scene.height, scene.width
     image = np.empty((h, w, 3))
     image[:] = BACKGROUNDS[scene.background]
     for thing in scene.things:
-        rows, cols, share = coverage(thing, h, w)
+        rows, cols, share = coverage(thing, h, w, outline)
         y, x = np.mgrid[rows, cols]
         light = 10 * ((thing.x - x) + (thing.y - y)) / thing.radius  # lit from the top left
         light = light + 6 * np.sin((x + y) * 0.9 + rng.uniform(0, 6.28))  # faint diagonal stripes

@@ -9,6 +9,7 @@ load("path/to/FLUX.1-dev")  a folder as on the hub: transformer, vae, two encode
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +17,10 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from fluxedu.checkpoints import find
+from fluxedu.checkpoints import Merged, find, merge, read
 from fluxedu.memory import open_networks
-from fluxedu.models import VARIANTS, FluxConfig, Sampling
+from fluxedu.models import VARIANTS, Flux, FluxConfig, Sampling
+from fluxedu.models.config import said
 from fluxedu.models.image_tower import Eye
 from fluxedu.models.redux import Redux, ReduxHead
 from fluxedu.sampling.pipeline import FluxPipeline
@@ -57,6 +59,9 @@ FAMILY = {
     "nano-redux": Ours("transformer", _as_dev(3.0), head="redux"),
 }
 OURS = SHIPPED | FAMILY
+#: styles that ship, by name: folders of a LoRA for ``nano``
+LORAS = {"hollow": "lora_hollow"}
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def load(
@@ -66,12 +71,15 @@ def load(
     dtype: str | torch.dtype | None = None,
     transformer: str = "transformer",
     memory: str = "auto",
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
 ) -> FluxPipeline:
     """Open a pipeline: a shipped model, a variant of the official weights, a folder or a transformer's file.
 
     name: what the environment variable FLUXEDU_MODEL says if not given, else ``nano`` · device, dtype: the CPU and
     float32 if not given; of the official weights a GPU where there is one, and bfloat16 · transformer: the folder
-    of the transformer inside · memory: auto, full, no-modulations or stream (:mod:`fluxedu.memory`).
+    of the transformer inside · memory: auto, full, no-modulations or stream (:mod:`fluxedu.memory`) · lora: a file, or
+    ``hollow``, the style that ships; ``lora_scale`` times its change is merged, ``pipe.lora.unmerge()`` takes it back.
 
     Raises RequestError for a device or dtype that is not there, CheckpointError for files that are missing or do
     not fit, with the command that gets them.
@@ -110,7 +118,20 @@ def load(
         eye.load_state_dict(load_file(WEIGHTS / head / "eye.safetensors"))
         behind.load_state_dict(load_file(WEIGHTS / head / "model.safetensors"))
         pipe.redux = nano_redux(eye, behind).to(device, dtype)
+    if lora is not None:
+        pipe.lora = _with_lora(pipe.flux, lora, lora_scale)
     return pipe
+
+
+def _with_lora(flux: Flux, lora: str | Path, scale: float) -> Merged:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise RequestError(f"lora_scale is a number, 1 being the change as it was learned, not {said(scale)}.")
+    if flux.visited:
+        raise RequestError("a LoRA is merged into weights that stay; say memory='full'.")
+    if not isinstance(lora, (str, Path)):
+        raise RequestError(f"lora is a file, or one of {', '.join(LORAS)}, not {said(lora)}.")
+    path = WEIGHTS / LORAS[lora] / LORA_FILE if lora in LORAS else lora
+    return merge(flux, read(path), scale)
 
 
 def nano_redux(eye: Eye, head: ReduxHead) -> Redux:

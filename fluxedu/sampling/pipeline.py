@@ -66,11 +66,13 @@ class FluxPipeline(Sited):
     """The whole of FLUX.1: ``pipe("a red circle", seed=0).images[0]``.
 
     Attributes: ``prompt_encoder``, ``flux``, ``autoencoder``, the ``defaults`` of its variant, and ``redux``
-    (a :class:`fluxedu.models.redux.Redux`, or None), which turns a picture into tokens beside the words.
+    (a :class:`fluxedu.models.redux.Redux`, or None), which turns a picture into tokens beside the words; and ``lora``,
+    the :class:`fluxedu.checkpoints.Merged` of ``load(lora=...)``, or None.
     """
 
     site_path = "sample"
     redux: torch.nn.Module | None = None
+    lora = None
 
     def __init__(
         self, prompt_encoder: PromptEncoder, flux: Flux, autoencoder: AutoEncoder, defaults: Sampling, size: int

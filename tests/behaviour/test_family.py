@@ -13,11 +13,12 @@ from fluxedu.nano import family
 from fluxedu.nano.judge import read
 from fluxedu.nano.scenes import ASPECTS, render, sample_scene
 from fluxedu.nano.training import family as training
+from fluxedu.nano.training.card import called
 from fluxedu.nano.training.edits import EDITS, sample_edit
 from fluxedu.nano.training.family import widened, without_guidance
 from fluxedu.nano.training.members import depths, hole, outlines
 from fluxedu.sampling.conditions import reads
-from fluxedu.sampling.load import FAMILY, WEIGHTS
+from fluxedu.sampling.load import FAMILY, LORAS, WEIGHTS
 from fluxedu.sampling.request import RequestError
 
 PICTURE = Image.new("RGB", (32, 32), "red")
@@ -169,6 +170,10 @@ def test_the_exam_knows_the_truth(name, seed):
     assert all(blank[row] < bar for row, bar in family.BARS[name].items())
 
 
+def opened(name):
+    return fe.load("nano", lora=name) if name in LORAS else fe.load(f"nano-{name}")
+
+
 CARD = json.loads((WEIGHTS / "family.json").read_text())
 
 
@@ -177,7 +182,7 @@ def test_a_shipped_member_draws_as_its_card_says(name):
     """A few scenes of its exam again: no share may be further off than chance allows."""
     of = CARD[name]
     assert of["guidance"] == FAMILY[f"nano-{name}"].sampling.guidance
-    again = family.sit(name, fe.load(f"nano-{name}"), 20)
+    again = family.sit(name, opened(name), 20)
     for row in (row for row in of["bars"] if not row.endswith("_db")):
         share = of["figures"][row] / 100
         allowed = 100 * (4 * (share * (1 - share) / again["n"]) ** 0.5 + 1 / again["n"])
@@ -197,7 +202,7 @@ def test_a_member_that_does_not_ship_says_so(name):
             fe.load(name)
 
 
-@pytest.mark.parametrize("name", ["fill", "kontext", "redux", "schnell"])
+@pytest.mark.parametrize("name", ["fill", "kontext", "redux", "schnell", "hollow"])
 def test_a_member_is_trained_written_judged_and_noted(name, tmp_path, monkeypatch):
     """A step or two of everything that ``fluxedu train --variant`` does; what is written opens again."""
     monkeypatch.setattr(training, "compiled", lambda flux: None)
@@ -208,11 +213,11 @@ def test_a_member_is_trained_written_judged_and_noted(name, tmp_path, monkeypatc
     noted = json.loads((tmp_path / "family.json").read_text())[name]
     assert noted["steps"] == 2 and set(noted["bars"]) <= set(noted["figures"])
     card = (tmp_path / "README.md").read_text()
-    assert f"`nano-{name}`" in card and card.endswith("## Known failures\n\nnone\n") and card.startswith("# card\n")
+    assert called(name) in card and card.endswith("## Known failures\n\nnone\n") and card.startswith("# card\n")
     training.train_variant(name, tmp_path / "run", True, tmp_path, scenes=2)  # finished: judged and noted again
-    assert (tmp_path / "README.md").read_text().count(f"`nano-{name}`") == 1
+    assert (tmp_path / "README.md").read_text().count(called(name)) == 1
     for part in WEIGHTS.iterdir():
         if part.is_dir() and not (tmp_path / part.name).exists():
             (tmp_path / part.name).symlink_to(part)
     monkeypatch.setattr("fluxedu.sampling.load.WEIGHTS", tmp_path)
-    assert fe.load(f"nano-{name}").defaults.guidance == noted["guidance"]
+    assert opened(name).defaults.guidance == noted["guidance"]

@@ -11,7 +11,7 @@ from fluxedu.nano.report import BARS, ROWS, examine, table
 from fluxedu.nano.scenes import ASPECTS, BACKGROUNDS, COLORS, LETTERS, SHAPES
 from fluxedu.nano.training import autoencoder, clip, flow, t5
 from fluxedu.nano.training.loop import Recipe, told_by
-from fluxedu.sampling.load import SHIPPED, load
+from fluxedu.sampling.load import LORAS, SHIPPED, load
 
 RUNS = {
     "autoencoder": (autoencoder.RECIPE, autoencoder.SEED, "windows of scenes"),
@@ -138,6 +138,11 @@ def failures(figures: dict[str, dict]) -> str:
     return "\n".join([*said, "Words outside its world mean nothing to either."])
 
 
+def called(name: str) -> str:
+    """How a member is asked for: by a name of its own, or a style with the miniature."""
+    return f'`load("nano", lora="{name}")`' if name in LORAS else f"`nano-{name}`"
+
+
 def family_table(weights: Path) -> str:
     """The members that ship beside, from ``family.json``: figures, bars, cost. Empty where there are none."""
     path = Path(weights) / "family.json"
@@ -155,8 +160,8 @@ def family_table(weights: Path) -> str:
     for name, of in members.items():
         said = [f"{row} {of['figures'][row]:.1f} ({bar})" for row, bar in of["bars"].items()]
         cells = [", ".join(said), of["guidance"], of["scenes"], f"{of['steps']} x {of['batch']}", of["minutes"]]
-        lines.append(f"| `nano-{name}` | {' | '.join(map(str, cells))} |")
-    lines += [""] + [f"`nano-{name}`: {of['history']}" for name, of in members.items() if "history" in of]
+        lines.append(f"| {called(name)} | {' | '.join(map(str, cells))} |")
+    lines += [""] + [f"{called(name)}: {of['history']}" for name, of in members.items() if "history" in of]
     return "\n".join([*lines, "", ""])
 
 

@@ -4,6 +4,7 @@ fill, canny, depth   more channels going in, at first unread: the new columns of
 kontext              the reference's tokens behind the picture's own
 redux                an eye and the head learn; the flow stays as it is: see redux.py
 schnell              four steps learn to go where twenty of the teacher's went: see schnell.py
+hollow               a style as a LoRA: see style.py
 
 The guidance input of those that read a picture hears every strength and learns to ignore it: moving their velocity by
 what the words change in the miniature (``(g - 1) * (v_text - v_empty)``) was tried, and put things elsewhere than the
@@ -29,8 +30,9 @@ from fluxedu.nano.training.loop import Loss, Recipe, Run, fingerprint, mixed_pre
 from fluxedu.nano.training.members import Examples, Shelf
 from fluxedu.nano.training.redux import SEEING, HeadAtWork, redux_loss, spellings
 from fluxedu.nano.training.schnell import Ways, ladder_loss, make_ways, without_guidance
+from fluxedu.nano.training.style import adapted, lora_of, style_loss
 from fluxedu.sampling.conditions import reference_ids
-from fluxedu.sampling.load import FAMILY, load, nano_redux
+from fluxedu.sampling.load import FAMILY, LORA_FILE, LORAS, SHIPPED, Ours, load, nano_redux
 from fluxedu.sampling.pipeline import FluxPipeline
 
 CHANNELS = {"fill": 64 + 64 + 256, "canny": 64 + 64, "depth": 64 + 64}
@@ -41,10 +43,11 @@ RECIPES = {
     "depth": Recipe(steps=500, lr=1e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
     "kontext": Recipe(steps=2400, lr=1.5e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
     "redux": Recipe(steps=3000, lr=2e-3, batch=32, warmup=100, decay=0.5, ema=0.99, muon=True),
+    "hollow": Recipe(steps=400, lr=2e-3, batch=32, warmup=20, decay=0.5, ema=0.98, weight_decay=0.0),
     "schnell": Recipe(steps=2400, lr=7e-4, batch=32, warmup=50, decay=0.6, ema=0.99, muon=True),
 }
 #: scenes of each shape; of schnell ways by the shard
-EACH = {"fill": 640, "canny": 1600, "depth": 448, "kontext": 3200, "redux": 1280, "schnell": 210}
+EACH = {"fill": 640, "canny": 1600, "depth": 448, "kontext": 3200, "redux": 1280, "hollow": 96, "schnell": 210}
 SEED = 66
 
 
@@ -90,6 +93,7 @@ LOSSES: dict[str, Callable] = {
     "canny": channel_loss,
     "depth": channel_loss,
     "kontext": reference_loss,
+    "hollow": style_loss,
 }
 
 
@@ -113,7 +117,7 @@ def train_variant(name: str, folder: Path, resume: bool, ship_to: Path, scenes: 
 
 def seated(name: str, member: nn.Module, pipe: FluxPipeline) -> FluxPipeline:
     """The miniature with the member in its place, rounded as it ships and sampled as ``load`` will."""
-    member, pipe.defaults = member.to(torch.bfloat16).float().eval(), FAMILY[f"nano-{name}"].sampling
+    member, pipe.defaults = member.to(torch.bfloat16).float().eval(), _ours(name).sampling
     if name == "redux":
         pipe.redux = nano_redux(member.eye, member.head)
     else:
@@ -122,9 +126,11 @@ def seated(name: str, member: nn.Module, pipe: FluxPipeline) -> FluxPipeline:
 
 
 def ship(name: str, member: nn.Module, to: Path) -> Path:
-    """Write a member where ``load`` looks for it: a transformer's folder, or Redux's eye and head."""
-    path = FAMILY[f"nano-{name}"].folder(to)
-    if name == "redux":
+    """Write a member where ``load`` looks for it: a transformer's folder, Redux's eye and head, a style's LoRA."""
+    path = _ours(name).folder(to)
+    if name in LORAS:
+        save_file(lora_of(member.state_dict()), path / LORA_FILE, dtype=torch.bfloat16, overwrite=True)
+    elif name == "redux":
         for part, file in ((member.eye, "eye.safetensors"), (member.head, "model.safetensors")):
             save_file(part.state_dict(), path / file, dtype=torch.bfloat16, overwrite=True)
     else:
@@ -133,11 +139,16 @@ def ship(name: str, member: nn.Module, to: Path) -> Path:
     return path
 
 
+def _ours(name: str) -> Ours:
+    """A member's place, and how it is sampled; a style's is the miniature's own."""
+    return SHIPPED["nano"]._replace(head=LORAS[name]) if name in LORAS else FAMILY[f"nano-{name}"]
+
+
 def train(name: str, folder: Path, pipe: FluxPipeline, resume: bool = True) -> nn.Module:
     """Train (or take the finished) member ``name``; ``pipe`` is the miniature with guidance."""
     torch.manual_seed(SEED)
     recipe, texts = RECIPES[name], Texts(pipe.prompt_encoder.t5, pipe.prompt_encoder.clip)
-    model = _start(name, pipe).train().requires_grad_(True)
+    model = _start(name, pipe).train()
     run = Run(name, model, recipe, folder, resume, fingerprint(pipe.flux, pipe.autoencoder))
     if run.step < recipe.steps:
         loss = _loss(name, model, pipe, texts, run)
@@ -148,13 +159,17 @@ def train(name: str, folder: Path, pipe: FluxPipeline, resume: bool = True) -> n
 
 
 def _start(name: str, pipe: FluxPipeline) -> nn.Module:
+    if name in LORAS:
+        return adapted(pipe.flux)
     if name == "redux":
         return HeadAtWork(pipe.flux)
     if name == "schnell":
-        return without_guidance(pipe.flux, pipe.defaults.guidance)
-    if name == "kontext":
-        return WithAlignment(deepcopy(pipe.flux))
-    return widened(pipe.flux, CHANNELS[name])
+        made = without_guidance(pipe.flux, pipe.defaults.guidance)
+    elif name == "kontext":
+        made = WithAlignment(deepcopy(pipe.flux))
+    else:
+        made = widened(pipe.flux, CHANNELS[name])
+    return made.requires_grad_(True)
 
 
 def _loss(name: str, model: nn.Module, pipe: FluxPipeline, texts: Texts, run: Run) -> Loss:

@@ -2,7 +2,7 @@
 
 fill     the picture with a hole, and the hole's mask     canny    the outlines of the things
 kontext  the picture before an edit                       depth    the things as grey shapes, larger is nearer
-redux    the picture itself, for the image tower
+redux    the picture itself, for its eye             hollow   nothing: the picture is drawn in another style
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fluxedu.nano.training.latents import Tokens, patch_labels
 from fluxedu.sampling.conditions import fill_channels
 from fluxedu.sampling.latents import pack
 
+OUTLINE = 4.0  # pixels of line, in the style that a LoRA learns
 FULLER = (0.2, 0.45, 0.35)  # how often a scene has one, two, three things
 
 
@@ -103,7 +104,7 @@ def _batch(name, rng, size, count: int, vae: AutoEncoder, tokens: Tokens, held_o
         return Examples(size, encode(after), *tokens([e.words for e in edits]), encode(before), labels)
     counts = [int(rng.choice([1, 2, 3], p=FULLER)) for _ in range(count)]
     scenes = [sample_scene(rng, size=size, count=things, held_out=held_out) for things in counts]
-    pictures = painted([render(s) for s in scenes])
+    pictures = painted([render(s, OUTLINE if name == "hollow" else None) for s in scenes])
     t5, clip = tokens([caption(s, rng)[0] for s in scenes])
     given = labels = None
     if name == "fill":
