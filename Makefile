@@ -22,7 +22,7 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb notebooks/solved/*.ipynb)
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 NBVAL = --nbval --nbval-current-env --nbval-sanitize-with=notebooks/nbval.cfg --nbval-cell-timeout=120
 
-.PHONY: help setup lab test check bench notebooks train docs
+.PHONY: help setup lab test check bench notebooks oldest newest train docs
 .DEFAULT_GOAL := help
 
 help:           ## this list
@@ -51,12 +51,25 @@ bench: $(STAMP) ## measure speed and memory, into bench.json, and how fast the e
 notebooks: $(STAMP) ## make and run both editions of every notebook from notebooks/source/
 	$(ONE_THREAD) $(BIN)/python -m fluxedu.course.build notebooks
 
+# What a fresh environment gets is the newest of everything within the bounds; this is the other end of them. Needs uv,
+# which can resolve that way, and is installed into the environment itself.
+oldest:         ## the tests with the lowest versions the bounds allow, in an environment of its own, .venv-oldest
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check --quiet uv
+	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct $(UV_OPTIONS) -e ".[test]"
+	$(ONE_THREAD) .venv-oldest/bin/python -m pytest -n 2 tests
+
+newest:         ## the tests with the newest versions the bounds allow, in a fresh environment, .venv-newest
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest
+
 train: $(STAMP) ## train the miniature again from nothing
 	$(BIN)/fluxedu train --all
 
-docs: $(STAMP)  ## build the site into docs/_build/html, offline, and run every example in the docstrings
+docs: $(STAMP)  ## build the site into docs/_build/html, offline; check its links; run every example in the docstrings
 	$(PIP) --quiet --editable ".[docs]"
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build/html
+	$(BIN)/linkchecker --config docs/linkcheckerrc --no-status --quiet docs/_build/html/index.html
 	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules fluxedu
 
 # Linux wheels of torch on PyPI carry gigabytes of CUDA. So: a GPU here, PyPI's build; none, the CPU build

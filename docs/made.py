@@ -3,11 +3,13 @@ lines beside ours.
 """
 
 import inspect
+from html import escape
 from importlib import import_module
 from pathlib import Path
 
 import fluxedu as fe
-from fluxedu.instruments.parts import parts
+from fluxedu.instruments.parts import Part, parts
+from fluxedu.widgets.diagram import diagram
 
 #: lines of black-forest-labs/flux at commit 802fb47 (July 2025), under src/flux/ -> ours
 OFFICIAL = [
@@ -58,17 +60,58 @@ def table(*rows: tuple[str, ...]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ("---",) * len(head), *rest]) + "\n"
 
 
+def source(at: str) -> str:
+    """``models/attention.py:103`` as a link to that file on this site."""
+    page = at.partition(":")[0].removesuffix(".py")
+    return f'<a href="_modules/fluxedu/{page}.html"><code>{at}</code></a>'
+
+
+def shown(those: list[Part]) -> dict[str, str]:
+    """Part -> the part that its section is about: blocks are alike, so the first of each kind has the section."""
+    first = {"double": "double.0", "single": "single.0"}
+    return {part.name: first.get(part.name.partition(".")[0], part.name) for part in those}
+
+
+def anchor(name: str) -> str:
+    return f"part-{name.replace('.', '-')}"
+
+
+def picture(those: list[Part]) -> str:
+    """The diagram as SVG, every part a link to its section below."""
+    boxes, ways, (width, height) = diagram(those)
+    about = shown(those)
+    lines = [f'<polyline points="{" ".join(f"{v:g}" for v in way)}" marker-end="url(#tip)"/>' for way in ways]
+    links = []
+    for part, (label, x, y, w, h, colour) in zip(those, boxes, strict=True):
+        links.append(
+            f'<a href="#{anchor(about[part.name])}"><title>{escape(part.text)}</title>'
+            f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="3" fill="{colour}33" stroke="{colour}"/>'
+            f'<text x="{x + w / 2:g}" y="{y + h / 2:g}">{escape(label)}</text></a>'
+        )
+    tip = '<marker id="tip" markerWidth="6" markerHeight="6" refX="6" refY="3" orient="auto"><path d="M0 0L6 3L0 6Z"/>'
+    return (
+        f'<svg class="fluxedu-map" viewBox="0 0 {width:g} {height:g}" role="group" aria-label="The parts of FLUX">'
+        f"<defs>{tip}</marker></defs>{''.join(lines)}{''.join(links)}</svg>"
+    )
+
+
 def pages(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     ours = lambda name: f"`{name.partition(':')[2] or name}`"  # noqa: E731
     rows = [(f"`{theirs}`", ours(name), place(name), said) for theirs, name, said in OFFICIAL]
     (folder / "official.md").write_text(table(("official lines", "ours", "where", "what differs"), *rows))
     pipe = fe.load()
-    every, out = fe.sites(pipe), []
-    for part in parts(pipe):
-        mine = [s for s in every if part.has(s.name)]
-        if part.name.partition(".")[2] not in ("", "0"):
-            continue  # blocks are alike
-        lines = [(f"`{s.name}`", ", ".join(map(str, s.shape)), s.meaning, f"`{s.source}`") for s in mine]
-        out.append(f"## {part.title}\n\n{part.text}\n\n" + table(("site", "shape", "what it is", "source"), *lines))
+    every, those, out = fe.sites(pipe), parts(pipe), []
+    about = shown(those)
+    for part in those:
+        if about[part.name] != part.name:
+            continue
+        lines = [
+            (f"`{s.name}`", ", ".join(map(str, s.shape)), s.meaning, source(s.source))
+            for s in every
+            if part.has(s.name)
+        ]
+        head = f"({anchor(part.name)})=\n## {part.title}\n\n{part.text}\n\n"
+        out.append(head + table(("site", "shape", "what it is", "source"), *lines))
     (folder / "sites.md").write_text("\n".join(out))
+    (folder / "map.md").write_text(f"```{{raw}} html\n{picture(those)}\n```\n")

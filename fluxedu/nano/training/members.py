@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.nano.scenes import ASPECTS, SIZES, Scene, caption, coverage, render, sample_scene, thing_map
 from fluxedu.nano.training.autoencoder import to_tensor
 from fluxedu.nano.training.edits import PRACTISED, sample_edit
 from fluxedu.nano.training.latents import Tokens, patch_labels
+from fluxedu.nano.training.loop import mixed_precision
 from fluxedu.sampling.conditions import fill_channels
 from fluxedu.sampling.latents import pack
 
@@ -95,7 +97,10 @@ def examples(name: str, seed: int, size: tuple[int, int], count: int, vae: AutoE
 
 
 def _batch(name, rng, size, count: int, vae: AutoEncoder, tokens: Tokens, held_out: bool) -> Examples:
-    encode = lambda pictures: pack(vae.encode(pictures)).half()  # noqa: E731
+    def encode(pictures: Tensor) -> Tensor:
+        with mixed_precision():
+            return pack(vae.encode(pictures)).half()
+
     painted = lambda of: to_tensor(np.stack(of))  # noqa: E731
     if name == "kontext":
         edits = [sample_edit(rng, size=size, held_out=held_out, weights=PRACTISED) for _ in range(count)]
@@ -123,7 +128,7 @@ class Shelf:
     """Examples of every shape, made once; ``batch(step, size)`` takes one shape at a time."""
 
     def __init__(self, name: str, seed: int, each: int, vae: AutoEncoder):
-        self.of = [examples(name, seed, size, each, vae) for size in ASPECTS]
+        self.of = [examples(name, seed, size, each, vae) for size in tqdm(ASPECTS, desc="scenes")]
         self.seed = seed
 
     def batch(self, step: int, size: int) -> Examples:
