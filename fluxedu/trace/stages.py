@@ -12,6 +12,10 @@ from fluxedu import plots
 from fluxedu.instruments import lenses
 from fluxedu.instruments.catalogue import sites
 from fluxedu.instruments.errors import InstrumentError
+from fluxedu.instruments.lenses.attention import look_at_heads
+from fluxedu.instruments.lenses.layers import look_at_contributions
+from fluxedu.instruments.lenses.run import together
+from fluxedu.instruments.lenses.words import look_at_words
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts
 from fluxedu.instruments.recorder import record
@@ -49,16 +53,15 @@ def stages(pipe: FluxPipeline, prompt: str, **asked) -> tuple[Output, list[Stage
     """Draw ``prompt`` and say what happened at every stage; ``asked`` as for the pipeline."""
     if not isinstance(prompt, str):
         raise InstrumentError(f"a trace is of one prompt, not of {prompt!r}.")
+    words, looks = _words(pipe, prompt), [look_at_contributions(pipe)]
+    if words:
+        looks += [look_at_words(pipe, prompt, words), look_at_heads(pipe, prompt, words[-1])]
     with record("*", reduce="summary") as rec:
-        out = pipe(prompt, **asked)
-    asked = asked | {"progress": False}
-    words = _words(pipe, prompt)
-    maps = lenses.word_maps(pipe, prompt, words, **asked) if words else None
-    heads = lenses.head_gallery(pipe, prompt, words[-1], **asked) if words else None
+        out, (added, *maps) = together(pipe, prompt, looks, asked)
     shown = [
         *_before(pipe, prompt, asked.get("guidance")),
-        *_blocks(out, maps, heads, words),
-        *_after(pipe, prompt, out, asked),
+        *_blocks(out, *(maps or (None, None)), words),
+        *_after(pipe, prompt, out, added),
     ]
     found = [Stage(part) for part in parts(pipe) if part.name != "encoder" or "image" in asked]
     for stage in found:
@@ -111,18 +114,17 @@ def _blocks(out: Output, maps: Named | None, heads: Named | None, words: list[st
 
 
 @torch.no_grad()
-def _after(pipe: FluxPipeline, prompt: str, out: Output, asked: dict) -> list[Shown]:
+def _after(pipe: FluxPipeline, prompt: str, out: Output, added: Named) -> list[Shown]:
     """From the last block to the picture."""
     path = out.trajectory
     decoded = lambda latents: [pipe.autoencoder.decode(x)[0].float().cpu() for x in latents]  # noqa: E731
     strip = plots.film_strip({"state": decoded(path.latents[:-1]), "foreseen": decoded(path.x0)}, path.times[:-1])
     places = (0, len(path.times) // 2, len(path.times) - 1)
     spectrum = plots.spectrum({f"t = {float(path.times[i]):.2f}": path.latents[i] for i in places})
-    added = plots.contributions(lenses.contributions(pipe, prompt, **asked))
     picture, ((ax,),) = figure(1, 1, (3.2, 3.2))
     quiet(ax).imshow(out.images[0])
     return [
-        ("final", "How much each block added to the image, beside what was there.", added),
+        ("final", "How much each block added to the image, beside what was there.", plots.contributions(added)),
         ("solver", "The state, and the picture foreseen: x - t v.", strip),
         ("solver", "Noise is flat.", spectrum),
         ("image", prompt, picture),

@@ -8,6 +8,10 @@ import torch
 import fluxedu as fe
 from fluxedu.instruments import lenses
 from fluxedu.instruments.errors import InstrumentError
+from fluxedu.instruments.lenses.attention import look_at_heads
+from fluxedu.instruments.lenses.layers import look_at_contributions
+from fluxedu.instruments.lenses.run import together
+from fluxedu.instruments.lenses.words import look_at_words
 from fluxedu.models.modulation import Modulation
 from fluxedu.sampling.latents import pack
 
@@ -217,3 +221,16 @@ def test_errors_are_one_sentence(pipe, wrong, says):
     with pytest.raises(InstrumentError, match=says) as error:
         wrong(pipe)
     assert "\n" not in str(error.value)
+
+
+def test_lenses_look_at_one_run_together_and_find_the_same(pipe):
+    prompt, asked = "a red circle left of a blue square", {"steps": 3, "progress": False}
+    looks = [look_at_contributions(pipe), look_at_words(pipe, prompt, ["circle"]), look_at_heads(pipe, prompt, "red")]
+    _, found = together(pipe, prompt, looks, asked)
+    apart = [
+        lenses.contributions(pipe, prompt, **asked),
+        lenses.word_maps(pipe, prompt, ["circle"], **asked),
+        lenses.head_gallery(pipe, prompt, "red", **asked),
+    ]
+    for both, one in zip(found, apart, strict=True):
+        assert both.axes == one.axes and both.coords == one.coords and torch.equal(both.tensor, one.tensor)

@@ -94,3 +94,10 @@ def test_the_command_line(tmp_path):
     assert "there is no folder" in wrong.output
     empty = CliRunner().invoke(app, ["trace", "", "--steps", "1", "--html", str(out)])
     assert empty.exit_code == 0, empty.output
+
+
+def test_a_run_is_drawn_once(pipe, monkeypatch):
+    drawn, draw = [], type(pipe).draw
+    monkeypatch.setattr(type(pipe), "draw", lambda self, *given: drawn.append(1) or draw(self, *given))
+    stages(pipe, PROMPT, steps=2, progress=False)
+    assert len(drawn) == 1

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from fluxedu.instruments.errors import InstrumentError
-from fluxedu.instruments.lenses.run import as_picture, by_block, grid, recorded
+from fluxedu.instruments.lenses.run import Look, alone, as_picture, by_block, grid, recorded
 from fluxedu.instruments.named import Named
+from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import MapView, Value, made, rows
 from fluxedu.instruments.words import real_tokens, token_ids
 from fluxedu.sampling.moment import Moment, now
@@ -17,6 +18,11 @@ def head_gallery(pipe: FluxPipeline, prompt: str, query: str | tuple[int, int], 
     query: a word of the prompt (the mean over its pieces), or a patch (row, column). Rows of the exact map at
     ``at_step``. Heads that specialise: arXiv 2411.15034 (HeadRouter).
     """
+    return alone(pipe, prompt, look_at_heads(pipe, prompt, query, at_step), asked)
+
+
+def look_at_heads(pipe: FluxPipeline, prompt: str, query: str | tuple[int, int], at_step: int = -1) -> Look:
+    """:func:`head_gallery` in two halves."""
     words = pipe.prompt_encoder.t5_tokenizer.length
     if isinstance(query, str):
         look = rows(token_ids(pipe.prompt_encoder.t5_tokenizer, prompt, [query]))
@@ -25,7 +31,8 @@ def head_gallery(pipe: FluxPipeline, prompt: str, query: str | tuple[int, int], 
         def look(value: Value) -> Named:
             return rows([words + _patch(now(), query)])(value)
 
-    out, rec = recorded(pipe, prompt, "*.attn.map", asked=asked, steps=at_step, reduce=look)
+    rec = record("*.attn.map", passes="prompted", steps=at_step, reduce=look)
+    out = yield rec
     maps = by_block(rec, pipe, "attn.map").at(step=0).mean("query")  # [block, head, key]
     image = Named(maps.tensor[..., words:], ("block", "head", "image"), maps.coords)
     return as_picture(image, "image", *grid(pipe, out))

@@ -10,8 +10,9 @@ from tqdm.auto import tqdm
 
 from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.interventions import ablate, intervene, positions
-from fluxedu.instruments.lenses.run import blocks_of, recorded
+from fluxedu.instruments.lenses.run import Look, alone, blocks_of, recorded
 from fluxedu.instruments.named import Named
+from fluxedu.instruments.recorder import record
 from fluxedu.instruments.watching import Instrument
 from fluxedu.sampling.latents import unpack
 from fluxedu.sampling.pipeline import FluxPipeline
@@ -22,8 +23,14 @@ def contributions(pipe: FluxPipeline, prompt: str, **asked) -> Named:
 
     ``|block(x) - x| / |x|``, the norms over all image tokens. 0 is a block that does nothing.
     """
+    return alone(pipe, prompt, look_at_contributions(pipe), asked)
+
+
+def look_at_contributions(pipe: FluxPipeline) -> Look:
+    """:func:`contributions` in two halves."""
     words = pipe.prompt_encoder.t5_tokenizer.length
-    _, rec = recorded(pipe, prompt, "double.*.img", "double.*.img_out", "single.*.x", "single.*.out", asked=asked)
+    rec = record("double.*.img", "double.*.img_out", "single.*.x", "single.*.out", passes="prompted")
+    yield rec
     names, rows = blocks_of(pipe), []
     for name in names:
         double = name.startswith("double")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 
 import torch
 
@@ -11,6 +13,8 @@ from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.sampling.pipeline import FluxPipeline, Output
 
+#: a lens in two halves: it yields the recorder it needs, is sent the run when that is over, and returns what it found
+Look = Generator[record, Output, Named]
 BLOCK = re.compile(r"(double|single)\.(\d+)")
 
 
@@ -31,9 +35,35 @@ def recorded(pipe: FluxPipeline, prompt: str, *globs: str, asked: dict, **how) -
     """Draw one picture with a recorder on; with classifier-free guidance, the prompted pass is kept."""
     with record(*globs, passes="prompted", **how) as rec:
         out = pipe(one_prompt(prompt), **asked)
+    one_picture(out)
+    return out, rec
+
+
+def together(pipe: FluxPipeline, prompt: str, looks: Sequence[Look], asked: dict) -> tuple[Output, list[Named]]:
+    """Draw one picture for several lenses at once, and what each of them found."""
+    with ExitStack() as watching:
+        for look in looks:
+            watching.enter_context(next(look))
+        out = pipe(one_prompt(prompt), **asked)
+    one_picture(out)
+    found = []
+    for look in looks:
+        try:
+            look.send(out)
+        except StopIteration as end:
+            found.append(end.value)
+    return out, found
+
+
+def alone(pipe: FluxPipeline, prompt: str, look: Look, asked: dict) -> Named:
+    """Draw one picture for one lens."""
+    return together(pipe, prompt, [look], asked)[1][0]
+
+
+def one_picture(out: Output) -> None:
+    """Raises InstrumentError for several."""
     if len(out.images) != 1:
         raise InstrumentError("a lens looks at one picture at a time; give one seed.")
-    return out, rec
 
 
 def by_block(rec: record, pipe: FluxPipeline, site: str) -> Named:

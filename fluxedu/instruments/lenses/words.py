@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from fluxedu.instruments.errors import InstrumentError
-from fluxedu.instruments.lenses.run import as_picture, by_block, grid, recorded
+from fluxedu.instruments.lenses.run import Look, alone, as_picture, by_block, grid, recorded
 from fluxedu.instruments.named import Named
+from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import Value, made, step_mean
 from fluxedu.instruments.words import token_ids
 from fluxedu.sampling.pipeline import FluxPipeline
@@ -28,10 +29,16 @@ def word_maps(pipe: FluxPipeline, prompt: str, words: Sequence[str], *, at_steps
     is no word and not in it. ``asked`` goes to the pipeline (seed, guidance, height, ...).
     Cross-attention maps: arXiv 2210.04885 (DAAM), here for joint attention.
     """
+    return alone(pipe, prompt, look_at_words(pipe, prompt, words, at_steps), asked)
+
+
+def look_at_words(pipe: FluxPipeline, prompt: str, words: Sequence[str], at_steps=None) -> Look:
+    """:func:`word_maps` in two halves."""
     places = _places(pipe, prompt, words)
     tokens = sorted({p for word in places for p in word})
     how = {"tokens": tokens, "steps": at_steps, "reduce": ["head-mean", step_mean]}
-    out, rec = recorded(pipe, prompt, "*.attn.map", asked=asked, **how)
+    rec = record("*.attn.map", passes="prompted", **how)
+    out = yield rec
     maps = by_block(rec, pipe, "attn.map")  # [block, image, token]
     per_word = [maps.tensor[..., [tokens.index(p) for p in word]].sum(-1) for word in places]
     named = Named(torch.stack(per_word, dim=1), ("block", "word", "query"), {"block": maps.coords["block"]})
