@@ -140,7 +140,8 @@ def redux(pipe: FluxPipeline, count: int, **asked) -> dict[str, float]:
         colours += [any(f.color == t.color for f in seen.things) for t in scene.things]
         shapes += [any(f.form == t.form for f in seen.things) for t in scene.things]
         both += [any(is_like(t, f) for f in seen.things) for t in scene.things]
-    return {name: 100 * float(np.mean(of)) for name, of in (("colours", colours), ("shapes", shapes), ("both", both))}
+    shares = {"colours": colours, "shapes": shapes, "both": both}
+    return {name: 100 * float(np.mean(of)) for name, of in shares.items()} | {"n": len(both)}
 
 
 def is_hollow(image: np.ndarray, thing: Thing, background: str) -> bool | None:

@@ -181,7 +181,7 @@ CARD = json.loads((WEIGHTS / "family.json").read_text())
 def test_a_shipped_member_draws_as_its_card_says(name):
     """A few scenes of its exam again: no share may be further off than chance allows."""
     of = CARD[name]
-    assert of["guidance"] == FAMILY[f"nano-{name}"].sampling.guidance
+    assert of["guidance"] == opened(name).defaults.guidance
     again = family.sit(name, opened(name), 20)
     for row in (row for row in of["bars"] if not row.endswith("_db")):
         share = of["figures"][row] / 100
