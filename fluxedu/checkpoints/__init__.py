@@ -10,7 +10,7 @@ from fluxedu.checkpoints.configs import from_diffusers_config, to_diffusers_conf
 from fluxedu.checkpoints.errors import CheckpointError
 from fluxedu.checkpoints.layouts import convert, converted, infer_config
 from fluxedu.checkpoints.load import config_of, load_into, load_model, outline, read
-from fluxedu.checkpoints.lora import Merged, merge, widen_input
+from fluxedu.checkpoints.lora import Merged, extract, inputs_of, merge, widen_input
 from fluxedu.checkpoints.official import OFFICIAL, Official, find
 from fluxedu.checkpoints.save import convert_file, save_file, save_folder
 
@@ -23,9 +23,11 @@ __all__ = [
     "convert",
     "convert_file",
     "converted",
-    "from_diffusers_config",
+    "extract",
     "find",
+    "from_diffusers_config",
     "infer_config",
+    "inputs_of",
     "load_into",
     "load_model",
     "merge",

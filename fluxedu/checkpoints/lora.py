@@ -233,3 +233,35 @@ def widen_input(tensors: Mapping[str, Tensor], in_channels: int) -> dict[str, Te
     wide = weight.new_zeros(weight.shape[0], in_channels)
     wide[:, : weight.shape[1]] = weight
     return {**tensors, "img_in.weight": wide}
+
+
+def inputs_of(lora: Mapping[str, Tensor]) -> int | None:
+    """How many numbers a token the LoRA's first layer reads; None if it leaves that layer alone."""
+    for stem, factors in _layers(lora).items():
+        if stem.replace(".", "_") in ("img_in", "x_embedder") and factors.A is not None:
+            return factors.A.shape[-1]
+    return None
+
+
+def extract(after: Mapping[str, Tensor], before: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The LoRA that leads from one transformer's tensors to another's, under the official names.
+
+    Of the change of each matrix the ``rank`` largest singular values are kept, the nearest that a matrix of that rank
+    can come (Eckart and Young 1936); biases and norm scales as they are. What ``after`` reads more, ``before`` reads
+    not at all: see :func:`widen_input`.
+    """
+    before = widen_input(before, after["img_in.weight"].shape[1])
+    found: dict[str, Tensor] = {}
+    for name, value in after.items():
+        layer, _, leaf = name.rpartition(".")
+        change = value.float() - before[name].float()
+        if leaf == "scale":
+            found[name] = value
+        elif leaf == "bias":
+            found[f"{layer}.lora_B.bias"] = change
+        else:
+            left, size, right = torch.linalg.svd(change, full_matrices=False)
+            share = size[:rank].sqrt()
+            found[f"{layer}.lora_A.weight"] = share[:, None] * right[:rank]
+            found[f"{layer}.lora_B.weight"] = left[:, :rank] * share
+    return found

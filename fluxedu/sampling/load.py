@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from fluxedu.checkpoints import Merged, find, merge, read
+from fluxedu.checkpoints import Merged, find, inputs_of, load_into, merge, read, widen_input
 from fluxedu.memory import open_networks
 from fluxedu.models import VARIANTS, Flux, FluxConfig, Sampling
 from fluxedu.models.config import said
@@ -33,15 +33,16 @@ NANO_SHIFT = (1.0986, 1.0986)
 
 
 class Ours(NamedTuple):
-    """One of our own: the transformer's folder among the weights, how it is sampled, and a head's folder."""
+    """One of our own: the transformer's folder among the weights, how it is sampled, a head's folder, a LoRA's."""
 
     transformer: str
     sampling: Sampling
     head: str | None = None
+    lora: str | None = None
 
     def folder(self, weights: Path) -> Path:
         """What is this model's alone."""
-        return Path(weights) / (self.head or self.transformer)
+        return Path(weights) / (self.head or self.lora or self.transformer)
 
 
 def _as_dev(guidance: float) -> Sampling:
@@ -53,8 +54,8 @@ SHIPPED = {"nano": Ours("transformer", _as_dev(6.0)), "nano-base": Ours("transfo
 FAMILY = {
     "nano-schnell": Ours("transformer_schnell", Sampling(4, 0.0, 32, shift=False)),
     "nano-fill": Ours("transformer_fill", _as_dev(1.0)),
-    "nano-canny": Ours("transformer_canny", _as_dev(1.0)),
-    "nano-depth": Ours("transformer_depth", _as_dev(1.0)),
+    "nano-canny": Ours("transformer", _as_dev(1.0), lora="lora_canny"),
+    "nano-depth": Ours("transformer", _as_dev(1.0), lora="lora_depth"),
     "nano-kontext": Ours("transformer_kontext", _as_dev(1.0)),
     "nano-redux": Ours("transformer", _as_dev(3.0), head="redux"),
 }
@@ -86,8 +87,8 @@ def load(
     """
     if name is None or (isinstance(name, str) and not name):
         name = os.environ.get("FLUXEDU_MODEL") or "nano"
-    if isinstance(name, str) and name in OURS:
-        ours = OURS[name]
+    ours = OURS.get(name) if isinstance(name, str) else None
+    if ours is not None:
         if transformer not in ("transformer", ours.transformer):
             raise RequestError(f"{name!r} has its own transformer; of transformer={transformer!r} load the folder.")
         if not ours.folder(WEIGHTS).is_dir():
@@ -118,20 +119,32 @@ def load(
         eye.load_state_dict(load_file(WEIGHTS / head / "eye.safetensors"))
         behind.load_state_dict(load_file(WEIGHTS / head / "model.safetensors"))
         pipe.redux = nano_redux(eye, behind).to(device, dtype)
+    if ours is not None and ours.lora:
+        pipe.flux, _ = with_lora(pipe.flux, ours.folder(WEIGHTS) / LORA_FILE)
     if lora is not None:
-        pipe.lora = _with_lora(pipe.flux, lora, lora_scale)
+        pipe.flux, pipe.lora = with_lora(pipe.flux, lora, lora_scale)
     return pipe
 
 
-def _with_lora(flux: Flux, lora: str | Path, scale: float) -> Merged:
+def with_lora(flux: Flux, lora: str | Path, scale: float = 1.0) -> tuple[Flux, Merged]:
+    """``flux`` with a LoRA merged, first widened where the LoRA is for more inputs, as those of canny and depth are."""
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise RequestError(f"lora_scale is a number, 1 being the change as it was learned, not {said(scale)}.")
-    if flux.visited:
-        raise RequestError("a LoRA is merged into weights that stay; say memory='full'.")
     if not isinstance(lora, (str, Path)):
         raise RequestError(f"lora is a file, or one of {', '.join(LORAS)}, not {said(lora)}.")
-    path = WEIGHTS / LORAS[lora] / LORA_FILE if lora in LORAS else lora
-    return merge(flux, read(path), scale)
+    if flux.visited:
+        raise RequestError("a LoRA is merged into weights that stay; say memory='full'.")
+    tensors = read(WEIGHTS / LORAS[lora] / LORA_FILE if lora in LORAS else lora)
+    wanted = inputs_of(tensors) or 0
+    if wanted > flux.config.in_channels:
+        weight, flux = flux.img_in.weight, widened(flux, wanted)
+        flux = flux.to(weight.device, weight.dtype).requires_grad_(weight.requires_grad)
+    return flux, merge(flux, tensors, scale)
+
+
+def widened(flux: Flux, in_channels: int) -> Flux:
+    """The same network with more channels going in, the new ones unread."""
+    return load_into(Flux(flux.config.with_(in_channels=in_channels)), widen_input(flux.state_dict(), in_channels))
 
 
 def nano_redux(eye: Eye, head: ReduxHead) -> Redux:

@@ -5,7 +5,16 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from fluxedu.checkpoints import CheckpointError, convert, load_into, merge, to_diffusers_config, widen_input
+from fluxedu.checkpoints import (
+    CheckpointError,
+    convert,
+    extract,
+    inputs_of,
+    load_into,
+    merge,
+    to_diffusers_config,
+    widen_input,
+)
 from fluxedu.models import Flux, FluxConfig
 
 CONFIG = FluxConfig(
@@ -136,6 +145,22 @@ def test_kohyas_names_and_alpha():
     lora = {f"{kohya}.lora_down.weight": A, f"{kohya}.lora_up.weight": B, f"{kohya}.alpha": torch.tensor(2.0)}
     merge(again, lora, scale=1.0)  # alpha / rank = 0.5
     assert all(torch.equal(flux.state_dict()[n], t) for n, t in again.state_dict().items())
+
+
+def test_what_is_extracted_leads_from_one_network_to_the_other():
+    before, after = model(dtype=torch.float32), model(CONFIG.with_(in_channels=14), torch.float32)
+    wide = lambda: load_into(Flux(CONFIG.with_(in_channels=14)), widen_input(before.state_dict(), 14))  # noqa: E731
+    whole = extract(after.state_dict(), before.state_dict(), rank=10_000)
+    assert inputs_of(whole) == 14 and inputs_of({"x.lora_A.weight": draw(2, 3), "x.lora_B.weight": draw(3, 2)}) is None
+    there = wide()
+    merge(there, whole)
+    for name, tensor in after.state_dict().items():
+        torch.testing.assert_close(there.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    name, near = "single_blocks.0.linear1.weight", wide()
+    merge(near, extract(after.state_dict(), before.state_dict(), rank=3))
+    left = torch.linalg.svdvals((near.state_dict()[name] - after.state_dict()[name]).double())
+    change = torch.linalg.svdvals((wide().state_dict()[name] - after.state_dict()[name]).double())
+    torch.testing.assert_close(left.norm(), change[3:].norm(), rtol=1e-3, atol=1e-5)  # no rank 3 leaves less
 
 
 def test_widened_by_zeros_is_the_same_network():

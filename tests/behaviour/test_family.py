@@ -1,6 +1,7 @@
 """The family: what does not fit is refused, what members begin from is exact, and their exam knows the truth."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,14 +12,14 @@ from PIL import Image
 import fluxedu as fe
 from fluxedu.nano import family
 from fluxedu.nano.judge import read
-from fluxedu.nano.scenes import ASPECTS, render, sample_scene
+from fluxedu.nano.scenes import ASPECTS, HOLLOW, render, sample_scene
 from fluxedu.nano.training import family as training
 from fluxedu.nano.training.card import called
 from fluxedu.nano.training.edits import EDITS, sample_edit
-from fluxedu.nano.training.family import widened, without_guidance
 from fluxedu.nano.training.members import depths, hole, outlines
+from fluxedu.nano.training.schnell import without_guidance
 from fluxedu.sampling.conditions import reads
-from fluxedu.sampling.load import FAMILY, LORAS, WEIGHTS
+from fluxedu.sampling.load import FAMILY, LORAS, WEIGHTS, widened
 from fluxedu.sampling.request import RequestError
 
 PICTURE = Image.new("RGB", (32, 32), "red")
@@ -202,7 +203,7 @@ def test_a_member_that_does_not_ship_says_so(name):
             fe.load(name)
 
 
-@pytest.mark.parametrize("name", ["fill", "kontext", "redux", "schnell", "hollow"])
+@pytest.mark.parametrize("name", ["fill", "canny", "kontext", "redux", "schnell", "hollow"])
 def test_a_member_is_trained_written_judged_and_noted(name, tmp_path, monkeypatch):
     """A step or two of everything that ``fluxedu train --variant`` does; what is written opens again."""
     monkeypatch.setattr(training, "compiled", lambda flux: None)
@@ -221,3 +222,41 @@ def test_a_member_is_trained_written_judged_and_noted(name, tmp_path, monkeypatc
             (tmp_path / part.name).symlink_to(part)
     monkeypatch.setattr("fluxedu.sampling.load.WEIGHTS", tmp_path)
     assert opened(name).defaults.guidance == noted["guidance"]
+
+
+def test_a_style_is_a_dial():
+    """At scale 0 the miniature as it was, to the last bit; half way less is hollow; unmerged nothing is left."""
+    plain = fe.load("nano")("a red circle", seed=1, steps=4, progress=False).latents
+    pipe = fe.load("nano", lora="hollow", lora_scale=0.0)
+    assert torch.equal(pipe("a red circle", seed=1, steps=4, progress=False).latents, plain)
+    pipe = fe.load("nano", lora="hollow")
+    assert not torch.allclose(pipe("a red circle", seed=1, steps=4, progress=False).latents, plain, atol=0.1)
+    pipe.lora.unmerge()
+    assert torch.equal(pipe("a red circle", seed=1, steps=4, progress=False).latents, plain)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"lora": 3}, "lora is a file, or one of hollow, not 3."),
+        ({"lora": "nothing.safetensors"}, "there is no file or folder nothing.safetensors."),
+        (
+            {"lora": "hollow", "lora_scale": float("nan")},
+            "lora_scale is a number, 1 being the change as it was",
+        ),
+        ({"lora": "hollow", "lora_scale": "much"}, "lora_scale is a number, 1 being the change as it was"),
+        ({"lora": "hollow", "memory": "no-modulations"}, "a LoRA is merged into weights that stay; say memory='full'."),
+    ],
+)
+def test_a_lora_that_does_not_fit_is_refused(asked, sentence):
+    with pytest.raises((RequestError, fe.checkpoints.CheckpointError), match=re.escape(sentence)):
+        fe.load("nano", **asked)
+
+
+def test_the_middle_of_an_outline_is_empty_and_of_a_shape_full():
+    found = {4.0: [], None: []}
+    for scene, _, _ in family._scenes(40, 6):
+        for outline, of in found.items():
+            picture = render(scene, outline)
+            of += [family.is_hollow(picture, t, scene.background) for t in scene.things if t.form in HOLLOW]
+    assert len(found[None]) > 20 and all(found[4.0]) and not any(found[None])

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.checkpoints.save import save_file, save_folder
+from fluxedu.checkpoints import extract, save_file, save_folder
 from fluxedu.models.transformer import Flux
 from fluxedu.nano.family import BARS, sit
 from fluxedu.nano.training.card import clock, write_member
@@ -32,7 +32,7 @@ from fluxedu.nano.training.redux import SEEING, HeadAtWork, redux_loss, spelling
 from fluxedu.nano.training.schnell import Ways, ladder_loss, make_ways, without_guidance
 from fluxedu.nano.training.style import adapted, lora_of, style_loss
 from fluxedu.sampling.conditions import reference_ids
-from fluxedu.sampling.load import FAMILY, LORA_FILE, LORAS, SHIPPED, Ours, load, nano_redux
+from fluxedu.sampling.load import FAMILY, LORA_FILE, LORAS, SHIPPED, Ours, load, nano_redux, widened, with_lora
 from fluxedu.sampling.pipeline import FluxPipeline
 
 CHANNELS = {"fill": 64 + 64 + 256, "canny": 64 + 64, "depth": 64 + 64}
@@ -43,22 +43,14 @@ RECIPES = {
     "depth": Recipe(steps=500, lr=1e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
     "kontext": Recipe(steps=2400, lr=1.5e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
     "redux": Recipe(steps=3000, lr=2e-3, batch=32, warmup=100, decay=0.5, ema=0.99, muon=True),
-    "hollow": Recipe(steps=400, lr=2e-3, batch=32, warmup=20, decay=0.5, ema=0.98, weight_decay=0.0),
+    "hollow": Recipe(steps=1000, lr=2e-3, batch=32, warmup=20, decay=0.5, ema=0.98, weight_decay=0.0),
     "schnell": Recipe(steps=2400, lr=7e-4, batch=32, warmup=50, decay=0.6, ema=0.99, muon=True),
 }
 #: scenes of each shape; of schnell ways by the shard
-EACH = {"fill": 640, "canny": 1600, "depth": 448, "kontext": 3200, "redux": 1280, "hollow": 96, "schnell": 210}
+EACH = {"fill": 640, "canny": 1600, "depth": 448, "kontext": 3200, "redux": 1280, "hollow": 256, "schnell": 140}
+#: members that ship as the LoRA which leads to them, of this rank, as the official canny and depth do too
+EXTRACTED = {"canny": 48, "depth": 48}
 SEED = 66
-
-
-def widened(flux: Flux, in_channels: int) -> Flux:
-    """The same network with more channels going in, the new ones unread."""
-    wide = Flux(flux.config.with_(in_channels=in_channels))
-    tensors = dict(flux.state_dict())
-    more = in_channels - flux.config.in_channels
-    tensors["img_in.weight"] = F.pad(tensors["img_in.weight"], (0, more))
-    wide.load_state_dict(tensors)
-    return wide
 
 
 def channel_loss(model: Flux, batch: Examples, texts: Texts, g: torch.Generator) -> Tensor:
@@ -106,8 +98,8 @@ def train_variant(name: str, folder: Path, resume: bool, ship_to: Path, scenes: 
         raise ValueError(f"there is no member {name!r} to train; there are {', '.join(RECIPES)}.")
     pipe = load("nano")
     member = train(name, folder, pipe, resume)
-    path = ship(name, member, ship_to)
-    figures = sit(name, seated(name, member, pipe), scenes)
+    path = ship(name, member, ship_to, pipe.flux)
+    figures = sit(name, seated(name, member, pipe, path), scenes)
     steps, minutes = clock(folder, name, RECIPES[name])
     cost = {"steps": steps, "batch": RECIPES[name].batch, "minutes": round(minutes)}
     about = {"guidance": pipe.defaults.guidance, "scenes": scenes, **cost}
@@ -115,21 +107,14 @@ def train_variant(name: str, folder: Path, resume: bool, ship_to: Path, scenes: 
     return path
 
 
-def seated(name: str, member: nn.Module, pipe: FluxPipeline) -> FluxPipeline:
-    """The miniature with the member in its place, rounded as it ships and sampled as ``load`` will."""
-    member, pipe.defaults = member.to(torch.bfloat16).float().eval(), _ours(name).sampling
-    if name == "redux":
-        pipe.redux = nano_redux(member.eye, member.head)
-    else:
-        pipe.flux = member
-    return pipe
-
-
-def ship(name: str, member: nn.Module, to: Path) -> Path:
-    """Write a member where ``load`` looks for it: a transformer's folder, Redux's eye and head, a style's LoRA."""
+def ship(name: str, member: nn.Module, to: Path, base: Flux) -> Path:
+    """Write a member where ``load`` looks for it: a transformer, Redux's eye and head, a LoRA for ``base``."""
     path = _ours(name).folder(to)
     if name in LORAS:
         save_file(lora_of(member.state_dict()), path / LORA_FILE, dtype=torch.bfloat16, overwrite=True)
+    elif name in EXTRACTED:
+        change = extract(member.state_dict(), base.state_dict(), EXTRACTED[name])
+        save_file(change, path / LORA_FILE, dtype=torch.bfloat16, overwrite=True)
     elif name == "redux":
         for part, file in ((member.eye, "eye.safetensors"), (member.head, "model.safetensors")):
             save_file(part.state_dict(), path / file, dtype=torch.bfloat16, overwrite=True)
@@ -137,6 +122,18 @@ def ship(name: str, member: nn.Module, to: Path) -> Path:
         save_folder(member.state_dict(), path, member.config, dtype=torch.bfloat16, overwrite=True)
     print(f"wrote {path}")
     return path
+
+
+def seated(name: str, member: nn.Module, pipe: FluxPipeline, path: Path) -> FluxPipeline:
+    """The miniature with the member in its place, rounded as it ships and sampled as ``load`` will."""
+    member, pipe.defaults = member.to(torch.bfloat16).float().eval(), _ours(name).sampling
+    if name == "redux":
+        pipe.redux = nano_redux(member.eye, member.head)
+    elif name in EXTRACTED or name in LORAS:
+        pipe.flux, _ = with_lora(pipe.flux, path / LORA_FILE)
+    else:
+        pipe.flux = member
+    return pipe
 
 
 def _ours(name: str) -> Ours:

@@ -19,7 +19,7 @@ from fluxedu.nano.training.flow import Texts, noisy, places
 from fluxedu.nano.training.loop import mixed_precision
 from fluxedu.nano.training.members import Examples
 
-RANK = 8
+RANK = 16
 
 
 class Beside(nn.Module):
