@@ -33,12 +33,12 @@ STEPS, GUIDANCE = 20, 5.0
 UNET = {
     "in_channels": configs.AUTOENCODER.z_channels,
     "out_channels": configs.AUTOENCODER.z_channels,
-    "block_out_channels": (96, 160),
-    "layers_per_block": 2,
+    "block_out_channels": (64, 128),  # 4.3 million parameters, as the miniature FLUX has 4.4
+    "layers_per_block": 1,
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     "cross_attention_dim": configs.CLIP.hidden_size,
-    "attention_head_dim": (3, 5),  # diffusers' name for how many heads; 32 channels each
+    "attention_head_dim": (2, 4),  # diffusers' name for how many heads; 32 channels each
     "norm_num_groups": 16,
 }
 SCHEDULE = {

@@ -20,8 +20,8 @@ from fluxedu.nano.training.latents import Latents, make_shards
 from fluxedu.nano.training.loop import Recipe, Run, fingerprint, mixed_precision, use_average
 from fluxedu.sampling.pipeline import FluxPipeline
 
-RECIPE = Recipe(steps=17500, lr=1e-3, batch=64, warmup=200, decay=0.35, ema=0.998)
-SHARDS = 35
+RECIPE = Recipe(steps=2500, lr=1e-3, batch=64, warmup=100, decay=0.35, ema=0.995)
+SHARDS = 14
 SEED = 88
 
 
