@@ -375,7 +375,7 @@ print("lost from the first to the tenth trip: more than 5 dB:", decibel[0] - dec
 # **People ask**: *Does encoding draw a random sample?* The official code takes the mean when it is so configured,
 # diffusers samples; the noise is a few percent of the spread, as you saw above. *Why does my 1000-pixel picture come
 # out with another size?* A side must be whole tokens, 16 pixels each; the official code rounds up, to 126 cells,
-# diffusers down, to 124. *Why does memory run out at large sizes?* (flux issues 7 and 185) The tokens grow with
+# diffusers down, to 124. *Why does memory run out at large sizes?* The tokens grow with
 # the area and their pairs with its square: twice the side, 16 times the pairs.
 #
 # **Read**: Latent Diffusion, arXiv 2112.10752 · Scaling Rectified Flow Transformers, arXiv 2403.03206 (why 16

@@ -330,12 +330,12 @@ plt.show()
 # 4. q and k are turned by their positions, v is not.
 # 5. With the log-sum-exp any part of the map is exact and cheap.
 #
-# **People ask**: *why is there no padding mask?* (flux issues 507, 511, 512) The model was trained without one; above
+# **People ask**: *why is there no padding mask?* (flux pull requests 507, 511 and 512 propose one.) The model was trained without one; above
 # you saw what a mask does to a model that does not expect it. *How do I get attention maps; there is no
-# `output_attentions`?* (EraseAnything issue 2, ComfyUI issue 5379)
+# `output_attentions`?* (EraseAnything issue 2)
 # `fe.record("*.attn.map", tokens=["red"], reduce="head-mean")`: it takes what it needs from the log-sum-exp, in
-# single-stream blocks too, which tools have left out (attention-map-diffusers issues 15, 18, 23, 27, 28). *Must
-# the picture be square?* (ConceptAttention issues 6, 8, 9, 21) Not here. *And in bfloat16?* Take q and k to float32
+# single-stream blocks too, which tools have left out (attention-map-diffusers issues 15 and 21). *Must
+# the picture be square?* (attention-map-diffusers issues 23 and 26) Not here. *And in bfloat16?* Take q and k to float32
 # before you multiply them: the map is then exact to 4 in 10 million, else off by as much as 0.12.
 #
 # **Read**: Attention Is All You Need, arXiv 1706.03762 · QKNorm at scale, arXiv 2302.05442 · text against image in one

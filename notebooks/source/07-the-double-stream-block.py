@@ -269,12 +269,13 @@ plt.show()
 #    attention in the first block, and by both alike in the second.
 # 5. A residual step is x + gate · f(x), attention first, then the MLP on the new x.
 #
-# **People ask**: *where does FLUX say why?* It does not: there is no report (flux issue 68). The design is MMDiT's,
+# **People ask**: *where does FLUX say why?* It hardly does: it came without a report (flux issue 68), and the later one on Kontext (arXiv
+# 2506.15742) has a section on the architecture, not its reasons. The design is MMDiT's,
 # from *Scaling Rectified Flow Transformers* (arXiv 2403.03206), which compares it with one set of weights for both.
 # *How do
-# I get an attention map out?* (ComfyUI 5379). Not with a forward hook: the softmax is inside the fused kernel.
+# I get an attention map out?* (attention-map-diffusers 11). Not with a forward hook: the softmax is inside the fused kernel.
 # `fe.record("double.1.attn.map")` computes it exactly from q, k and the kernel's log-sum-exp. *Is the padding
-# masked?* (flux issues 507, 511, 512). No: it is in the attention like any word, and the text sizes above include it.
+# masked?* (flux pull requests 507, 511, 512.) No: it is in the attention like any word, and the text sizes above include it.
 #
 # **Read**: *Scaling Rectified Flow Transformers*, arXiv 2403.03206, section 4 · `black-forest-labs/flux`,
 # `modules/layers.py`, `DoubleStreamBlock` · ours: `fluxedu/models/double_stream.py`, 78 lines.

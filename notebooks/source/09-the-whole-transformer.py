@@ -278,7 +278,8 @@ except fe.checkpoints.CheckpointError as error:
 # 4. 27 % of all weights are modulations: much memory, hardly any work, computable ahead of the run.
 # 5. Layouts fuse and order rows differently, and a wrong order loads as well as the right one.
 #
-# **People ask**: *is there a report?* (flux issue 68) No, so counts like these are read off the code and the files.
+# **People ask**: *is there a report?* (flux issue 68) Not of its own; the one on Kontext (arXiv 2506.15742) has a
+# section, without numbers. So counts like these are read off the code and the files.
 # *Why do I run out of memory?* (flux issues 7, 185) 23.8 GB of bfloat16 weights are the transformer alone; T5-XXL adds
 # 4.8 B parameters. *How do I get from diffusers back to the official names?* (diffusers issue 11165) As above, or for
 # files `fluxedu convert IN OUT --to bfl`. *Guidance embedding or CFG?* (flux issues 63, 159) dev has the input you

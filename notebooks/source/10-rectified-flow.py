@@ -387,9 +387,10 @@ plt.show()
 # 4. Training on the flow's own pairs straightens the paths, and then few steps do.
 # 5. For a finite set of pictures the exact optimum is known, and it draws only them.
 #
-# **People ask**: *which sign has the velocity?* (minRF issue 5). With t = 1 as noise, `noise - x0`, and the sampler
+# **People ask**: *which sign has the velocity?* (friendly-stable-audio-tools issue 9). With t = 1 as noise, `noise - x0`, and the sampler
 # steps by `t_next - t`, which is negative; a code whose time grows towards the picture has both turned. *How was FLUX
-# trained?* (flux issue 68 asks for a report.) Likely as a rectified flow; data, times and settings are not published.
+# trained?* (flux issue 68 asks for a report.) As a rectified flow, its model cards say; data, times and settings are not
+# published.
 # What the official sampler shows is the sign, the schedule and the kind of prediction, and those are as here.
 #
 # **Read**: Flow Straight and Fast, arXiv 2209.03003 (the second training is its *reflow*) · Scaling Rectified Flow

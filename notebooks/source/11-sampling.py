@@ -202,7 +202,7 @@ else:
 # ## Break it
 #
 # **The shift twice.** diffusers' scheduler, given a fixed shift, keeps its limits after the shift and shifts them once
-# more (issue 13243; pull request 13706 mends it). To set a shift in two places does the same. Nothing fails. The times
+# more (issue 13243; pull request 13706 proposes to mend it). To set a shift in two places does the same. Nothing fails. The times
 # just crowd near the noise.
 
 

@@ -156,7 +156,8 @@ else:
 #
 # The second instrument cuts. Take away what one block adds, draw again, and see how far the picture goes; then leave
 # the block in, but tell it that all patches are in one place. Stable Flow calls the blocks of the first experiment
-# *vital* (arXiv 2411.14430); FreeFlux did the second (arXiv 2503.16153). `lenses.vital_layers` and
+# *vital* (arXiv 2411.14430); FreeFlux did the like of the second, by shifting the places (arXiv
+# 2503.16153). `lenses.vital_layers` and
 # `lenses.position_dependence` do the same over several seeds.
 
 
@@ -381,12 +382,11 @@ pads.against("hardly" if far["all padding"] < 0.02 else "a little" if far["all p
 # 4. T5 mixes words, so the colour of the circle is in the vector of *circle*.
 # 5. A large number may matter for one seed and not for another, and padding does.
 #
-# **People ask**: *how do I get the attention maps?* (ComfyUI 5379; EraseAnything 2: no `output_attentions`). From
+# **People ask**: *how do I get the attention maps?* (EraseAnything 2: no `output_attentions`). From
 # queries, keys and the log-sum-exp of the fused kernel, exactly and only where you ask: `fe.record("*.attn.map",
-# ...)`. *Why are mine black, or gone after an update, or without the single blocks?* (attention-map-diffusers 15,
-# 18, 23, 27, 28). Those tools replace another library's attention; here every block has its own site. *Hooks and
-# `torch.compile`?* (TransformerLens 413). A module hook added afterwards is silently ignored; a site is not, because
-# recording switches compiled code off for as long as it lasts. *Is padding masked?* (flux 507, 511, 512). No, see
+# ...)`. *Why are mine black, or without the single blocks?* (attention-map-diffusers 27; 15, 21). Those tools replace another library's attention; here every block has its own site. *Hooks and
+# `torch.compile`?* (pytorch 117758). A module hook added afterwards is silently ignored; a site is not, because
+# recording switches compiled code off for as long as it lasts. *Is padding masked?* (flux pull requests 507, 511, 512.) No, see
 # above; arXiv 2501.06751 measures it in the large models.
 #
 # **Read**: Stable Flow, arXiv 2411.14430 · FreeFlux, arXiv 2503.16153 · activation patching, arXiv 2202.05262 ·
