@@ -1,6 +1,7 @@
 # On a fresh clone `make lab` or `make test` is the only step: each sets up .venv first, once.
 #
 #   make lab PYTHON=python3.12        another Python than python3
+#   make oldest UV_OPTIONS="--torch-backend cpu"   uv's own options, here for torch without CUDA
 #   make lab TORCH_INDEX=URL          torch from that package index, e.g. for another CUDA version
 #
 # An environment of your own works as well: pip install -e ".[test]", then VENV= on the command line
@@ -11,6 +12,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/fluxedu-is-set-up
 TORCH_INDEX ?=
+UV_OPTIONS ?=
 CPU_INDEX = https://download.pytorch.org/whl/cpu
 PIP = $(BIN)/python -m pip install --disable-pip-version-check
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fluxedu.checkpoints.errors import CheckpointError, naming
 from fluxedu.checkpoints.tables import TABLES, Piece, label_of, recipes
+from fluxedu.models.config import said
 
 _ROLES = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B"}
 _FACTOR = re.compile(r"(?P<stem>.+)\.(?P<role>lora_A|lora_B|lora_down|lora_up)(\.default)?\.(?P<leaf>weight|bias)")
@@ -250,7 +251,16 @@ def extract(after: Mapping[str, Tensor], before: Mapping[str, Tensor], rank: int
     can come (Eckart and Young 1936); biases and norm scales as they are. What ``after`` reads more, ``before`` reads
     not at all: see :func:`widen_input`.
     """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise CheckpointError(f"a rank is a whole number from 1 on, not {said(rank)}.")
+    if set(after) != set(before) or "img_in.weight" not in after:
+        apart = sorted(set(after) ^ set(before)) or ["img_in.weight"]
+        raise CheckpointError(f"a LoRA is of two transformers of one kind; only one of these has {naming(apart)}.")
     before = widen_input(before, after["img_in.weight"].shape[1])
+    for name, value in after.items():
+        if value.shape != before[name].shape:
+            both = f"{list(before[name].shape)} and {list(value.shape)}"
+            raise CheckpointError(f"{name!r} has other shapes in the two transformers: {both}.")
     found: dict[str, Tensor] = {}
     for name, value in after.items():
         layer, _, leaf = name.rpartition(".")

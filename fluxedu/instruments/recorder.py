@@ -75,7 +75,6 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
             raise InstrumentError(f"to is 'memory' or a new folder, not {said(to)}.")
         self.recording = Recording() if to == "memory" else FolderRecording(to)
         self.used = False
-        self.moment: Moment | None = None  # the last one seen
         self.made: dict[tuple, list[Reduction]] = {}  # they may remember, so each site and picture has its own
         self.calls: dict[str, int] = {}
         self.expected: dict[str, int] = {}  # bytes by the end of the run, a site
@@ -109,7 +108,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
 
     def _when(self, site: str, moment: Moment | None) -> When:
         if moment is not None:
-            self.recording.pictures, self.moment = moment.pictures, moment
+            self.recording.pictures, self.recording.ended[moment.run] = moment.pictures, moment.ended
             return When(moment.run, moment.picture, moment.step, max(moment.part, 0), moment.time)
         self.calls[site] = self.calls.get(site, -1) + 1
         return When(0, 0, self.calls[site], 0, None)
@@ -252,13 +251,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         super().__exit__(kind, *rest)
         self.made.clear()
         if isinstance(self.recording, FolderRecording):
-            if kind is None:
-                self.recording.close()
-            elif self.moment is not None and self.recording.place_of_step in self.moment.ended:
-                self.recording.flush()  # what failed came after this step
-            else:
-                self.recording.forget()
-            self.moment = None
+            self.recording.close() if kind is None else self.recording.settle(failed=True)
 
     # -- what was recorded: the recording's own face
 

@@ -43,6 +43,7 @@ class Recording:
 
     pictures: int = 1
     kept: dict[str, list[tuple[When, Named]]] = field(default_factory=dict)
+    ended: dict[int, set[tuple[int, int]]] = field(default_factory=dict)  # run -> (picture, step) that came to an end
 
     def add(self, name: str, when: When, value: Named, last_only: bool = False) -> None:
         """Keep a value; ``last_only``: in place of the picture's earlier one, not of one step."""
@@ -141,26 +142,28 @@ class FolderRecording(Recording):
         if last_only:  # its last value is known at the end only
             self.last[name, when.run, when.picture] = (When(when.run, when.picture, None, 0, None), value)
             return
-        if self.place is not None and when.place != self.place:
-            self.flush()
+        if when.place != self.place:
+            self.settle()
         self.place = when.place
         super().add(name, when, value)
 
-    @property
-    def place_of_step(self) -> tuple[int, int] | None:
-        """(picture, step) of what is at hand."""
-        return self.place and self.place[1:]
+    def settle(self, failed: bool = False) -> None:
+        """Write the step at hand if it came to its end, drop it if not.
 
-    def flush(self) -> None:
-        """Write the step at hand: it is whole."""
-        if self.kept and self.place is not None:
-            _, picture, step = self.place
-            self._write(self.kept, f"picture-{picture:04d}-step-{'none' if step < 0 else f'{step:04d}'}")
-        self.forget()
+        A run's steps say themselves whether they did. What stands outside of them, or is of a network that was called
+        by hand, counts as whole unless something ``failed`` now.
+        """
+        if self.place is not None:
+            run, picture, step = self.place
+            ended = self.ended.get(run)
+            if not failed if step < 0 or ended is None else (picture, step) in ended:
+                self._write(self.kept, f"picture-{picture:04d}-step-{'none' if step < 0 else f'{step:04d}'}")
+        self.kept.clear()
+        self.place = None
 
     def close(self) -> None:
         """Write what is left; the run is over."""
-        self.flush()
+        self.settle()
         if self.last:
             whole: dict[str, list[tuple[When, Named]]] = {}
             for (name, *_), entry in self.last.items():
@@ -176,11 +179,6 @@ class FolderRecording(Recording):
         with aside(self.folder / f"{self.written:06d}-{called}.safetensors", overwrite=True) as part:
             part.write_bytes(save(tensors, {"told": json.dumps(told), "pictures": str(self.pictures)}))
         self.written += 1
-
-    def forget(self) -> None:
-        """Drop what is not whole."""
-        self.kept.clear()
-        self.place = None
 
 
 def open_recording(folder: str | Path) -> Recording:

@@ -1,6 +1,5 @@
-"""The miniature's eye: CLIP's image tower, and what stands in for SigLIP in front of the Redux head.
+"""CLIP's other half: the tower that looks at pictures. FLUX.1 does not use it; the lesson on retrieval does.
 
-It is ours in size, not FLUX.1's: the official Redux looks through SigLIP (google/siglip-so400m-patch14-384).
 Source: arXiv 2103.00020 (CLIP), 2010.11929 (vision transformer).
 """
 
@@ -30,7 +29,7 @@ class ImageTower(nn.Module):
         self.projection = nn.Linear(2 * dim, dim, bias=False)
 
     def tokens(self, image: Tensor) -> Tensor:
-        """What is seen in each of 8 x 8 places: ``[B, 64, D]``, which Redux makes its tokens of."""
+        """What is seen in each of 8 x 8 places: ``[B, 64, D]``."""
         x = self.patch_embed(F.avg_pool2d(image, 2)).flatten(2).transpose(1, 2) + self.place_embed
         for layer in self.layers:
             x = layer(x)
@@ -39,32 +38,3 @@ class ImageTower(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = self.tokens(image)
         return self.projection(torch.cat([x.mean(1), x.amax(1)], dim=-1))
-
-
-class Eye(nn.Module):
-    """Redux's eye: a picture of any size ``[B, 3, H, W]`` -> what is seen in each of 8 x 8 places, ``[B, 64, D]``.
-
-    It sees finer than the tower, which knows colours but hardly forms: all 128 pixels a side, through a few small
-    convolutions in place of one coarse cut into patches (arXiv 2106.14881).
-    """
-
-    TOKENS = 64
-
-    def __init__(self, config: CLIPTextConfig):
-        super().__init__()
-        dim = config.hidden_size
-        widths = (3, dim // 4, dim // 2, dim, dim)
-        pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.stem = nn.Sequential(
-            *(nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.SiLU()) for i, o in pairs)
-        )
-        self.place_embed = nn.Parameter(0.02 * torch.randn(self.TOKENS, dim))
-        self.layers = nn.ModuleList(CLIPLayer(config, causal=False) for _ in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
-
-    def forward(self, picture: Tensor) -> Tensor:
-        small = F.interpolate(picture, (2 * SIZE, 2 * SIZE), mode="area")
-        x = self.stem(small).flatten(2).transpose(1, 2) + self.place_embed
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)

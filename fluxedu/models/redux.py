@@ -24,7 +24,7 @@ class ReduxHead(nn.Module):
 class Redux(nn.Module):
     """An eye and the head behind it: a picture ``[1, 3, H, W]`` in [-1, 1] to ``tokens`` text-like tokens.
 
-    ``eye`` takes the picture to features ``[1, tokens, redux_dim]``: the miniature's image tower, or SigLIP.
+    ``eye`` takes the picture to features ``[1, tokens, redux_dim]``: the miniature's ``Eye``, or SigLIP.
     """
 
     def __init__(self, eye: nn.Module, head: ReduxHead, tokens: int):

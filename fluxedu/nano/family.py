@@ -5,17 +5,18 @@
     kontext  the edit is done, the rest is kept (dB)
     redux    colours and forms of the picture given come back
     schnell  the exam of :mod:`fluxedu.nano.exam`, in four steps
-    hollow   wide shapes are lines with the ground inside, and still the shapes that were asked for
+    hollow   wide shapes are lines with the ground inside; filled in, the judge reads the shapes that were asked for
 
 Scenes are held out: training never sees a thing of that colour, form and background.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import numpy as np
+from scipy import ndimage
 
 from fluxedu.nano import exam
 from fluxedu.nano.judge import Found, read
@@ -144,11 +145,30 @@ def redux(pipe: FluxPipeline, count: int, **asked) -> dict[str, float]:
     return {name: 100 * float(np.mean(of)) for name, of in shares.items()} | {"n": len(both)}
 
 
+def _away(image: np.ndarray, rgb: tuple[int, int, int]) -> np.ndarray:
+    """How far each pixel is from a colour."""
+    return np.linalg.norm(image.astype(float) - rgb, axis=-1)
+
+
+def _inked(image: np.ndarray, thing: Thing, background: str) -> np.ndarray:
+    """The pixels of a thing's colour."""
+    ink = _away(image, COLORS[thing.color])
+    return (ink < 75) & (ink < _away(image, BACKGROUNDS[background]))
+
+
+def filled_in(image: np.ndarray, things: Iterable[Thing], background: str) -> np.ndarray:
+    """The picture with what each thing's outline encloses painted in its colour; small gaps do not matter."""
+    painted = image.copy()
+    for thing in things:
+        closed = ndimage.binary_closing(np.pad(_inked(image, thing, background), 4), iterations=3)
+        painted[ndimage.binary_fill_holes(closed)[4:-4, 4:-4]] = COLORS[thing.color]
+    return painted
+
+
 def is_hollow(image: np.ndarray, thing: Thing, background: str) -> bool | None:
     """Is the ground where the middle of the pixels of the thing's colour is? None where there are no such pixels."""
-    away = lambda rgb: np.linalg.norm(image.astype(float) - rgb, axis=-1)  # noqa: E731
-    ink, ground = away(COLORS[thing.color]), away(BACKGROUNDS[background])
-    rows, cols = np.nonzero((ink < 75) & (ink < ground))
+    ink, ground = (_away(image, rgb) for rgb in (COLORS[thing.color], BACKGROUNDS[background]))
+    rows, cols = np.nonzero(_inked(image, thing, background))
     if len(rows) < 20:
         return None
     y, x = round(rows.mean()), round(cols.mean())
@@ -157,16 +177,20 @@ def is_hollow(image: np.ndarray, thing: Thing, background: str) -> bool | None:
 
 
 def hollow(pipe: FluxPipeline, count: int, **asked) -> dict[str, float]:
-    """Of the wide shapes asked for: how many are drawn in their colour, and as an outline."""
-    drawn, empty = [], []
+    """Of the wide shapes asked for: how many are in their colour, are outlines, and, filled in, that shape."""
+    drawn, empty, shapes = [], [], []
     wide = (one for one in _scenes(50 * count, 6) if any(thing.form in HOLLOW for thing in one[0].things))
     for i, (scene, words, _) in enumerate(islice(wide, count)):
         size = {"height": scene.height, "width": scene.width}
         image = np.asarray(pipe(words, seed=i, progress=False, **size, **asked).images[0])
-        found = [is_hollow(image, thing, scene.background) for thing in scene.things if thing.form in HOLLOW]
+        asked_for = [thing for thing in scene.things if thing.form in HOLLOW]
+        found = [is_hollow(image, thing, scene.background) for thing in asked_for]
+        seen = read(filled_in(image, asked_for, scene.background)).things
+        shapes += [any(is_like(thing, f) for f in seen) for thing in asked_for]
         drawn += [one is not None for one in found]
         empty += [bool(one) for one in found]
-    return {"hollow": 100 * float(np.mean(empty)), "drawn": 100 * float(np.mean(drawn)), "n": len(empty)}
+    shares = {"hollow": empty, "drawn": drawn, "shapes": shapes}
+    return {name: 100 * float(np.mean(of)) for name, of in shares.items()} | {"n": len(empty)}
 
 
 def sit(name: str, pipe: FluxPipeline, count: int = 200, **asked) -> dict:

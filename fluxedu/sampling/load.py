@@ -9,7 +9,6 @@ load("path/to/FLUX.1-dev")  a folder as on the hub: transformer, vae, two encode
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,8 @@ from fluxedu.checkpoints import Merged, find, inputs_of, load_into, merge, read,
 from fluxedu.memory import open_networks
 from fluxedu.models import VARIANTS, Flux, FluxConfig, Sampling
 from fluxedu.models.config import said
-from fluxedu.models.image_tower import Eye
+from fluxedu.models.eye import Eye
+from fluxedu.models.hollow import hollow
 from fluxedu.models.redux import Redux, ReduxHead
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.prompts import PromptEncoder, Tokenizer
@@ -80,7 +80,8 @@ def load(
     name: what the environment variable FLUXEDU_MODEL says if not given, else ``nano`` · device, dtype: the CPU and
     float32 if not given; of the official weights a GPU where there is one, and bfloat16 · transformer: the folder
     of the transformer inside · memory: auto, full, no-modulations or stream (:mod:`fluxedu.memory`) · lora: a file, or
-    ``hollow``, the style that ships; ``lora_scale`` times its change is merged, ``pipe.lora.unmerge()`` takes it back.
+    ``hollow``, the style that ships; ``lora_scale`` times its change is merged. ``pipe.lora.unmerge()``
+    takes it back, but not the inputs that a LoRA such as canny's adds.
 
     Raises RequestError for a device or dtype that is not there, CheckpointError for files that are missing or do
     not fit, with the command that gets them.
@@ -115,36 +116,40 @@ def load(
     vae = vae.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
     pipe = FluxPipeline(prompts, flux, vae, sampling, size)
     if head is not None:
-        eye, behind = Eye(clip.config), ReduxHead(clip.config.hidden_size, flux.config.context_in_dim)
-        eye.load_state_dict(load_file(WEIGHTS / head / "eye.safetensors"))
-        behind.load_state_dict(load_file(WEIGHTS / head / "model.safetensors"))
+        with hollow():
+            eye, behind = Eye(clip.config), ReduxHead(clip.config.hidden_size, flux.config.context_in_dim)
+        for part, file in ((eye, "eye.safetensors"), (behind, "model.safetensors")):
+            part.load_state_dict(load_file(WEIGHTS / head / file), assign=True)
         pipe.redux = nano_redux(eye, behind).to(device, dtype)
     if ours is not None and ours.lora:
-        pipe.flux, _ = with_lora(pipe.flux, ours.folder(WEIGHTS) / LORA_FILE)
+        pipe.flux, _ = with_lora(pipe.flux, ours.folder(WEIGHTS) / LORA_FILE, called=name)
     if lora is not None:
         pipe.flux, pipe.lora = with_lora(pipe.flux, lora, lora_scale)
+    elif lora_scale != 1.0:
+        raise RequestError("lora_scale is how much of a LoRA's change is merged; say lora= as well.")
     return pipe
 
 
-def with_lora(flux: Flux, lora: str | Path, scale: float = 1.0) -> tuple[Flux, Merged]:
+def with_lora(flux: Flux, lora: str | Path, scale: float = 1.0, called: str = "a LoRA") -> tuple[Flux, Merged]:
     """``flux`` with a LoRA merged, first widened where the LoRA is for more inputs, as those of canny and depth are."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < 1e6:
         raise RequestError(f"lora_scale is a number, 1 being the change as it was learned, not {said(scale)}.")
     if not isinstance(lora, (str, Path)):
         raise RequestError(f"lora is a file, or one of {', '.join(LORAS)}, not {said(lora)}.")
-    if flux.visited:
-        raise RequestError("a LoRA is merged into weights that stay; say memory='full'.")
+    if getattr(flux, "visited", False):
+        raise RequestError(f"{called} is merged into weights that stay; say memory='full'.")
     tensors = read(WEIGHTS / LORAS[lora] / LORA_FILE if lora in LORAS else lora)
     wanted = inputs_of(tensors) or 0
-    if wanted > flux.config.in_channels:
-        weight, flux = flux.img_in.weight, widened(flux, wanted)
-        flux = flux.to(weight.device, weight.dtype).requires_grad_(weight.requires_grad)
+    flux = widened(flux, wanted) if wanted > flux.config.in_channels else flux
     return flux, merge(flux, tensors, scale)
 
 
 def widened(flux: Flux, in_channels: int) -> Flux:
-    """The same network with more channels going in, the new ones unread."""
-    return load_into(Flux(flux.config.with_(in_channels=in_channels)), widen_input(flux.state_dict(), in_channels))
+    """The same network with more channels going in, the new ones unread; all other weights are those of ``flux``."""
+    with hollow():
+        wide = Flux(flux.config.with_(in_channels=in_channels))
+    load_into(wide, widen_input(flux.state_dict(), in_channels))
+    return wide.train(flux.training).requires_grad_(flux.img_in.weight.requires_grad)
 
 
 def nano_redux(eye: Eye, head: ReduxHead) -> Redux:

@@ -53,6 +53,7 @@ def stages(pipe: FluxPipeline, prompt: str, **asked) -> tuple[Output, list[Stage
     """Draw ``prompt`` and say what happened at every stage; ``asked`` as for the pipeline."""
     if not isinstance(prompt, str):
         raise InstrumentError(f"a trace is of one prompt, not of {prompt!r}.")
+    asked = asked | {"trajectory": True}
     words, looks = _words(pipe, prompt), [look_at_contributions(pipe)]
     if words:
         looks += [look_at_words(pipe, prompt, words), look_at_heads(pipe, prompt, words[-1])]

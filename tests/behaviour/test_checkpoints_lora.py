@@ -161,6 +161,11 @@ def test_what_is_extracted_leads_from_one_network_to_the_other():
     left = torch.linalg.svdvals((near.state_dict()[name] - after.state_dict()[name]).double())
     change = torch.linalg.svdvals((wide().state_dict()[name] - after.state_dict()[name]).double())
     torch.testing.assert_close(left.norm(), change[3:].norm(), rtol=1e-3, atol=1e-5)  # no rank 3 leaves less
+    for rank in (0, True, "3"):
+        with pytest.raises(CheckpointError, match="a rank is a whole number from 1 on"):
+            extract(after.state_dict(), before.state_dict(), rank)
+    with pytest.raises(CheckpointError, match="only one of these has"):
+        extract({**after.state_dict(), "more": draw(1)}, before.state_dict(), 3)
 
 
 def test_widened_by_zeros_is_the_same_network():

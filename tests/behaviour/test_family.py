@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import fluxedu as fe
 from fluxedu.nano import family
@@ -212,6 +213,9 @@ def test_a_member_is_trained_written_judged_and_noted(name, tmp_path, monkeypatc
     (tmp_path / "README.md").write_text("# card\n\n## Known failures\n\nnone\n")
     training.train_variant(name, tmp_path / "run", True, tmp_path, scenes=2)
     noted = json.loads((tmp_path / "family.json").read_text())[name]
+    for file in tmp_path.glob("lora_*/*.safetensors"):  # it holds what was learned, not a difference of nothing
+        tensors = load_file(file)
+        assert all(value.any() for name, value in tensors.items() if name.endswith("lora_B.weight"))
     assert noted["steps"] == 2 and set(noted["bars"]) <= set(noted["figures"])
     card = (tmp_path / "README.md").read_text()
     assert called(name) in card and card.endswith("## Known failures\n\nnone\n") and card.startswith("# card\n")
@@ -245,7 +249,9 @@ def test_a_style_is_a_dial():
             "lora_scale is a number, 1 being the change as it was",
         ),
         ({"lora": "hollow", "lora_scale": "much"}, "lora_scale is a number, 1 being the change as it was"),
-        ({"lora": "hollow", "memory": "no-modulations"}, "a LoRA is merged into weights that stay; say memory='full'."),
+        ({"lora_scale": 0.5}, "lora_scale is how much of a LoRA's change is merged; say lora= as well."),
+        ({"lora": "hollow", "lora_scale": 10**400}, "lora_scale is a number, 1 being the change as it was"),
+        ({"lora": "hollow", "memory": "no-modulations"}, "a LoRA is merged into weights that stay; say memory='full'"),
     ],
 )
 def test_a_lora_that_does_not_fit_is_refused(asked, sentence):
@@ -260,3 +266,12 @@ def test_the_middle_of_an_outline_is_empty_and_of_a_shape_full():
             picture = render(scene, outline)
             of += [family.is_hollow(picture, t, scene.background) for t in scene.things if t.form in HOLLOW]
     assert len(found[None]) > 20 and all(found[4.0]) and not any(found[None])
+
+
+def test_a_member_that_is_a_lora_takes_another_and_says_what_it_needs():
+    state = torch.random.get_rng_state()
+    pipe = fe.load("nano-canny", lora="hollow")
+    assert not pipe.flux.training and torch.equal(state, torch.random.get_rng_state())
+    pipe("a red circle", control=Image.new("RGB", (128, 128)), steps=1, progress=False)
+    with pytest.raises(RequestError, match="nano-canny is merged into weights that stay; say memory='full'."):
+        fe.load("nano-canny", memory="stream")

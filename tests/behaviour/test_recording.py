@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 
 import pytest
 import torch
@@ -289,6 +290,39 @@ def test_what_fails_after_a_whole_step_does_not_lose_it(pipe, tmp_path, monkeypa
     with pytest.raises(RuntimeError, match="no picture"), fe.record("vec", to=tmp_path / "decoding"):
         draw(pipe)
     assert [when.step for when, _ in open_recording(tmp_path / "decoding").entries("vec")] == [0, 1, 2]
+
+
+def test_a_failure_that_is_caught_while_recording_leaves_whole_steps_only(pipe, tmp_path):
+    def stop(x, ctx):
+        if ctx.step == 1:
+            raise RuntimeError("enough")
+        return x
+
+    with fe.record("double.0.img", "single.1.x", to=tmp_path / "run"):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="enough"), fe.intervene("single.0.x", stop):
+                draw(pipe)
+    rec = open_recording(tmp_path / "run")
+    for site in ("double.0.img", "single.1.x"):
+        assert [when.step for when, _ in rec.entries(site)] == [0, 0]
+
+
+def test_a_second_run_that_fails_at_once_does_not_lose_the_first(pipe, tmp_path):
+    with pytest.raises(InstrumentError):
+        with fe.record("double.0.attn.map", tokens=["red"], reduce="head-mean", to=tmp_path / "run"):
+            draw(pipe, "a red circle")
+            draw(pipe, "a green star")
+    assert [when.step for when, _ in open_recording(tmp_path / "run").entries("double.0.attn.map")] == [0, 1, 2]
+
+
+def test_a_recorder_that_is_done_lets_the_pipeline_go():
+    pipe = fe.load()
+    with fe.record("vec") as rec:
+        draw(pipe)
+    gone = weakref.ref(pipe.flux)
+    del pipe
+    gc.collect()
+    assert gone() is None and len(rec) == 1
 
 
 def test_a_killed_run_leaves_whole_steps(tmp_path):

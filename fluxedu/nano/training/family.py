@@ -25,7 +25,17 @@ from fluxedu.checkpoints import extract, save_file, save_folder
 from fluxedu.models.transformer import Flux
 from fluxedu.nano.family import BARS, sit
 from fluxedu.nano.training.card import clock, write_member
-from fluxedu.nano.training.flow import ALIGN, Texts, WithAlignment, compiled, misnamed, noisy, places, strengths
+from fluxedu.nano.training.flow import (
+    ALIGN,
+    Texts,
+    WithAlignment,
+    compiled,
+    flow_of,
+    misnamed,
+    noisy,
+    places,
+    strengths,
+)
 from fluxedu.nano.training.loop import Loss, Recipe, Run, fingerprint, mixed_precision, use_average
 from fluxedu.nano.training.members import Examples, Shelf
 from fluxedu.nano.training.redux import SEEING, HeadAtWork, redux_loss, spellings
@@ -41,7 +51,7 @@ RECIPES = {
     "fill": Recipe(steps=1420, lr=1e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
     "canny": Recipe(steps=1500, lr=1e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
     "depth": Recipe(steps=500, lr=1e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
-    "kontext": Recipe(steps=2400, lr=1.5e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
+    "kontext": Recipe(steps=3000, lr=1.5e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
     "redux": Recipe(steps=3000, lr=2e-3, batch=32, warmup=100, decay=0.5, ema=0.99, muon=True),
     "hollow": Recipe(steps=1000, lr=2e-3, batch=32, warmup=20, decay=0.5, ema=0.98, weight_decay=0.0),
     "schnell": Recipe(steps=2400, lr=7e-4, batch=32, warmup=50, decay=0.6, ema=0.99, muon=True),
@@ -138,7 +148,7 @@ def seated(name: str, member: nn.Module, pipe: FluxPipeline, path: Path) -> Flux
 
 def _ours(name: str) -> Ours:
     """A member's place, and how it is sampled; a style's is the miniature's own."""
-    return SHIPPED["nano"]._replace(head=LORAS[name]) if name in LORAS else FAMILY[f"nano-{name}"]
+    return SHIPPED["nano"]._replace(lora=LORAS[name]) if name in LORAS else FAMILY[f"nano-{name}"]
 
 
 def train(name: str, folder: Path, pipe: FluxPipeline, resume: bool = True) -> nn.Module:
@@ -146,13 +156,14 @@ def train(name: str, folder: Path, pipe: FluxPipeline, resume: bool = True) -> n
     torch.manual_seed(SEED)
     recipe, texts = RECIPES[name], Texts(pipe.prompt_encoder.t5, pipe.prompt_encoder.clip)
     model = _start(name, pipe).train()
-    run = Run(name, model, recipe, folder, resume, fingerprint(pipe.flux, pipe.autoencoder))
+    made_from = f"{fingerprint(pipe.flux, pipe.autoencoder)}, {EACH[name]} scenes"
+    run = Run(name, model, recipe, folder, resume, made_from)
     if run.step < recipe.steps:
         loss = _loss(name, model, pipe, texts, run)
         compiled(getattr(model, "flux", model))
         run.train(loss)
     trained = use_average(_start(name, pipe), run.average)
-    return trained.flux if name == "kontext" else trained
+    return flow_of(run) if name == "kontext" else trained
 
 
 def _start(name: str, pipe: FluxPipeline) -> nn.Module:
@@ -165,7 +176,7 @@ def _start(name: str, pipe: FluxPipeline) -> nn.Module:
     elif name == "kontext":
         made = WithAlignment(deepcopy(pipe.flux))
     else:
-        made = widened(pipe.flux, CHANNELS[name])
+        made = widened(deepcopy(pipe.flux), CHANNELS[name])
     return made.requires_grad_(True)
 
 

@@ -24,7 +24,7 @@ from fluxedu.sampling.conditions import fill_channels
 from fluxedu.sampling.latents import pack
 
 OUTLINE = 4.0  # pixels of line, in the style that a LoRA learns
-FULLER = (0.2, 0.45, 0.35)  # how often a scene has one, two, three things
+THINGS = (0.2, 0.45, 0.35)  # how often a scene has one, two, three things
 
 
 def outlines(scene: Scene) -> np.ndarray:
@@ -107,7 +107,7 @@ def _batch(name, rng, size, count: int, vae: AutoEncoder, tokens: Tokens, held_o
         after, before = (painted([render(getattr(e, which)) for e in edits]) for which in ("after", "before"))
         labels = torch.from_numpy(np.stack([patch_labels(e.after) for e in edits])).flatten(2)
         return Examples(size, encode(after), *tokens([e.words for e in edits]), encode(before), labels)
-    counts = [int(rng.choice([1, 2, 3], p=FULLER)) for _ in range(count)]
+    counts = [int(rng.choice([1, 2, 3], p=THINGS)) for _ in range(count)]
     scenes = [sample_scene(rng, size=size, count=things, held_out=held_out) for things in counts]
     pictures = painted([render(s, OUTLINE if name == "hollow" else None) for s in scenes])
     t5, clip = tokens([caption(s, rng)[0] for s in scenes])

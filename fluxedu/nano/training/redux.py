@@ -4,17 +4,20 @@
     spelled   the head's token of a place shall be the vector that T5 gives the word for it
     flow      the picture's tokens, behind those of the empty prompt, shall move the flow as its caption would have
 
-The first two alone for a while, since they need no pass through the flow; then all three. The official head was trained
-on a SigLIP that could see already; ours has to learn to see first.
+The first two for the first half of the run, since they need no pass through the flow; then the first and the last: by
+then the head knows the words, and the flow may ask for others. The official head was trained on a SigLIP that could see
+already; ours has to learn to see first.
 """
 
 from __future__ import annotations
+
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.image_tower import Eye
+from fluxedu.models.eye import Eye
 from fluxedu.models.redux import ReduxHead
 from fluxedu.models.transformer import Flux
 from fluxedu.nano import configs
@@ -37,7 +40,7 @@ class HeadAtWork(nn.Module):
         self.eye = Eye(configs.CLIP)
         self.head = ReduxHead(configs.CLIP.hidden_size, configs.T5.d_model)
         self.read_head = nn.Linear(configs.CLIP.hidden_size, len(COLORS) + 1 + len(FORMS) + 1)
-        self.__dict__.update(flux=flux)  # not a parameter of this module: it does not learn
+        self.__dict__.update(flux=deepcopy(flux))  # not a parameter of this module: it does not learn
 
 
 @torch.no_grad()
@@ -78,7 +81,7 @@ def flow_term(model: HeadAtWork, said: Tensor, batch: Examples, texts: Texts, be
 def redux_loss(
     model: HeadAtWork, batch: Examples, texts: Texts, words: Tensor, flowing: bool, between, g: torch.Generator
 ) -> tuple[Tensor, dict[str, float]]:
-    """All three terms, or without the flow."""
+    """Named and spelled, or, when it is ``flowing``, named and flow."""
     with mixed_precision():
         seen = model.eye(batch.given)
         said = model.head(seen)

@@ -33,7 +33,7 @@ SHARD = 64  # ways that are walked at once; of one shape
 STEPS = 20
 RUNGS = (0, 10, 15, 18, 20)  # after how many of the teacher's steps
 CLOCK = (1.0, 0.75, 0.5, 0.25, 0.0)  # schnell's times, the teacher's there
-FULLER = (0.2, 0.4, 0.4)  # how often a scene has one, two, three things
+THINGS = (0.2, 0.4, 0.4)  # how often a scene has one, two, three
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def walk(teacher: Flux, noise: Tensor, cells: tuple[int, int], txt: Tensor, pool
 def ways(index: int, teacher: Flux, pipe: FluxPipeline, texts: Texts, tokens: Tokens) -> dict[str, Tensor]:
     """Shard ``index``: ways whose pictures are right, f16 ``[S, 5, N, 64]``, and the ids of their captions."""
     rng, size = np.random.default_rng([SEED, index]), ASPECTS[index % len(ASPECTS)]
-    counts = rng.choice([1, 2, 3], p=FULLER, size=SHARD)
+    counts = rng.choice([1, 2, 3], p=THINGS, size=SHARD)
     said, claims = zip(*(caption(sample_scene(rng, size=size, count=int(n)), rng) for n in counts), strict=True)
     t5, clip = tokens(list(said))
     cells = size[0] // 8, size[1] // 8
@@ -83,7 +83,8 @@ def ways(index: int, teacher: Flux, pipe: FluxPipeline, texts: Texts, tokens: To
 def make_ways(count: int, folder: Path, pipe: FluxPipeline, texts: Texts) -> list[Path]:
     """Walk what is missing of the first ``count`` shards, each written when it is whole."""
     teacher = without_guidance(pipe.flux, pipe.defaults.guidance).eval()
-    made_from, tokens = fingerprint(pipe.flux, pipe.autoencoder), Tokens()
+    made_from = f"{fingerprint(pipe.flux, pipe.autoencoder)}, guidance {pipe.defaults.guidance:g}"
+    tokens = Tokens()
     paths = [Path(folder) / "ways" / f"{i:04d}.safetensors" for i in range(count)]
     missing = [i for i, p in enumerate(paths) if not (p.exists() and told_by(p).get("made_from") == made_from)]
     for index in tqdm(missing, desc="ways", disable=not missing):
