@@ -16,8 +16,12 @@ WORDS = "a large yellow star above a small red ring on a gray background"
 OTHER = "a large cyan star above a small orange ring on a navy background"
 
 
-def drawn(name, words, **given):
-    return fe.load(name)(words, seed=3, progress=False, **given).images[0]
+EDIT = "make the ring green"
+STYLE = "a large red square above a blue circle"
+
+
+def drawn(name, words, lora=None, seed=5, **given):
+    return fe.load(name, lora=lora)(words, seed=seed, progress=False, **given).images[0]
 
 
 if __name__ == "__main__":
@@ -25,18 +29,20 @@ if __name__ == "__main__":
     mask[66:112, 68:116] = 255
     holed = np.where(mask[..., None] > 0, 255, picture)
     filled = "a large yellow star above a small green square on a gray background"
-    shown = [
-        ("canny: edges", outlines(SCENE)),
-        (WORDS, drawn("nano-canny", WORDS, control=outlines(SCENE))),
-        ("depth: grey, brighter is nearer", depths(SCENE)),
-        (OTHER, drawn("nano-depth", OTHER, control=depths(SCENE))),
-        ("fill: a picture and a hole", holed),
-        (filled, drawn("nano-fill", filled, image=picture, mask=mask)),
-    ]
-    fig, axes = plt.subplots(1, 6, figsize=(12, 2.55), layout="constrained")
-    for ax, (said, image) in zip(axes, shown, strict=True):
-        ax.imshow(image)
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-        ax.set_xlabel(textwrap.fill(said, 26), fontsize=9, color="#444", labelpad=6)
+    shown = {  # member: what it was given, the words, what it drew
+        "canny": (outlines(SCENE), WORDS, drawn("nano-canny", WORDS, control=outlines(SCENE))),
+        "depth": (depths(SCENE), OTHER, drawn("nano-depth", OTHER, control=depths(SCENE))),
+        "fill": (holed, filled, drawn("nano-fill", filled, image=picture, mask=mask)),
+        "kontext": (picture, EDIT, drawn("nano-kontext", EDIT, reference=picture)),
+        "redux": (picture, "(no words)", drawn("nano-redux", "", image_prompt=picture)),
+        "a LoRA: off and on": (drawn("nano", STYLE, seed=3), STYLE, drawn("nano", STYLE, "hollow", seed=3)),
+    }
+    fig, axes = plt.subplots(2, 6, figsize=(12, 4.9), layout="constrained")
+    for (above, below), (name, (given, words, image)) in zip(axes.T, shown.items(), strict=True):
+        for ax, pixels in ((above, given), (below, image)):
+            ax.imshow(pixels)
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        above.set_title(name, fontsize=11, color="#222")
+        below.set_xlabel(textwrap.fill(words, 26), fontsize=9, color="#444", labelpad=6)
     fig.savefig(Path(__file__).parent / "family.png", dpi=90, facecolor="white")

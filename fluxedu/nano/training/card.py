@@ -40,6 +40,10 @@ opens it, and so does diffusers' `FluxPipeline.from_pretrained`.
 | `text_encoder`, `text_encoder_2`, `tokenizer`, `tokenizer_2` | CLIP and T5 |
 | `image_tower` | CLIP's other half, for retrieval; FLUX does not use it |
 | `vae` | the autoencoder |
+| `transformer_fill`, `transformer_kontext` | members with a flow of their own: `fluxedu.load("nano-fill")` |
+| `lora_canny`, `lora_depth` | members that are a LoRA on `transformer`: `fluxedu.load("nano-canny")` |
+| `redux` | the eye and the head that say a picture in T5's words: `fluxedu.load("nano-redux")` |
+| `lora_hollow` | a style: `fluxedu.load("nano", lora="hollow")` |
 
 ## Data
 
