@@ -68,11 +68,16 @@ def name_sites(network: nn.Module, prefix: str = "") -> None:
     ``nn.Module.double``, so the modules cannot carry the short name themselves); a single block's one
     modulation is the block's own, ``single.2.gate``.
     """
-    for path, module in network.named_modules():
-        if isinstance(module, Probed):
-            short = short_path(path).removesuffix(".modulation")
-            module.site_path = ".".join(part for part in (prefix, short) if part)
+    name_parts(network, prefix)
     networks.add(network)
+
+
+def name_parts(module: nn.Module, prefix: str) -> None:
+    """The same for the parts of a module that stands at ``prefix`` in a network."""
+    for path, part in module.named_modules():
+        if isinstance(part, Probed):
+            whole = ".".join(name for name in (prefix, short_path(path)) if name)
+            part.site_path = whole.removesuffix(".modulation")
 
 
 def short_path(path: str) -> str:

@@ -282,7 +282,7 @@ def axes_of(owner: Sited, name: str) -> tuple[str, ...] | None:
 
 def _sizes(network: nn.Module) -> dict[str, int]:
     """The letters that a network's config settles."""
-    c = network.config
+    c = getattr(network, "config", None)
     if isinstance(network, Flux):
         head, sizes = c.head_dim, {"H": c.num_heads, "D": c.hidden_size, "M": c.mlp_hidden, "O": c.out_channels}
         return sizes | {"1": 1, "d": head, "d/2": head // 2}

@@ -134,7 +134,7 @@ def _fitting(changed: Any, value: Any, site: str) -> Any:
             f"the change at {site!r} gave a tensor {list(changed.shape)}; it must be {list(value.shape)}."
         )
     if isinstance(value, AttentionMap):
-        return changed
+        return value if torch.equal(changed, value.weights().to(changed)) else changed
     if changed.dtype != value.dtype or changed.device != value.device:
         raise InstrumentError(
             f"the change at {site!r} gave {changed.dtype} on {changed.device}; "

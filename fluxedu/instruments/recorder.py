@@ -77,7 +77,8 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         self.used = False
         self.made: dict[tuple, list[Reduction]] = {}  # they may remember, so each site and picture has its own
         self.calls: dict[str, int] = {}
-        self.expected: dict[str, int] = {}  # bytes by the end of the run, a site
+        self.expected: dict[tuple, int] = {}  # (site, run) -> bytes by the end of that run
+        self.words = 0  # how many tokens of the run last seen are text
         self.total = 0  # of them all
 
     # -- what comes in
@@ -109,6 +110,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
     def _when(self, site: str, moment: Moment | None) -> When:
         if moment is not None:
             self.recording.pictures, self.recording.ended[moment.run] = moment.pictures, moment.ended
+            self.words = moment.words
             return When(moment.run, moment.picture, moment.step, max(moment.part, 0), moment.time)
         self.calls[site] = self.calls.get(site, -1) + 1
         return When(0, 0, self.calls[site], 0, None)
@@ -117,6 +119,8 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         chosen = self._chosen(self._of_pass(self._named(owner, name, site, value), moment), site, moment)
         place = (site, *when.place[:2])
         if place not in self.made:
+            for done in [known for known in self.made if known[0] == site]:
+                del self.made[done]  # of an earlier picture: what it remembered is not needed any more
             self.made[place] = self.reductions()
         reductions = self.made[place]
         if isinstance(chosen, MapView) and not reductions:
@@ -222,12 +226,14 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
             asked = sum(among(self.steps, i, moment.steps) for i in range(moment.steps))
             steps = self._questions(moment) * asked if inside else 1
             pictures = moment.pictures
-        needed = nbytes * steps * pictures
-        self.total += needed - self.expected.get(site, 0)
-        self.expected[site] = needed
+        needed, which = nbytes * steps * pictures, (site, None if moment is None else moment.run)
+        if isinstance(self.recording, FolderRecording):
+            which = (site, None)  # what was before is written
+        self.total += needed - self.expected.get(which, 0)
+        self.expected[which] = needed
         if self.total > self.budget:
             raise BudgetError(
-                f"recording {len(self.expected)} sites or more needs {self.total:,} bytes, "
+                f"recording {len({s for s, _ in self.expected})} sites or more needs {self.total:,} bytes or more, "
                 f"the budget is {self.budget:,}: name fewer sites, steps or heads, "
                 f"reduce (reduce='head-mean', tokens=[...]), stream to a folder "
                 f"(to=...), or allow more (budget={self.total})."
@@ -251,7 +257,8 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         super().__exit__(kind, *rest)
         self.made.clear()
         if isinstance(self.recording, FolderRecording):
-            self.recording.close() if kind is None else self.recording.settle(failed=True)
+            over = kind is None or issubclass(kind, GeneratorExit)  # a generator that is closed has not failed
+            self.recording.close() if over else self.recording.settle(failed=True)
 
     # -- what was recorded: the recording's own face
 

@@ -57,12 +57,18 @@ class swap:  # noqa: N801 - used like a function
         if not (pipe is None or isinstance(pipe, nn.Module) or callable(getattr(pipe, "networks", None))):
             raise InstrumentError(f"pipe is a pipeline or a network, not {said(pipe)}.")
         self.swapped: list[list] = []  # (parent, name, old, new)
+        self.checks: list = []  # hooks that wait for a first call
+        self.before: list[tuple] = []  # (module, was it training, its site path) of what is swapped in
 
     def __enter__(self) -> swap:
         found = [place for network in self._networks() for place in _places(network, self.glob)]
         if not found:
             raise InstrumentError(f"no module of a loaded model is called {self.glob!r}; try 'double.*.img_attn'.")
-        new = [(parent, name, old, self._made(old, path)) for parent, name, old, path in found]  # all or none
+        try:
+            new = [(parent, name, old, self._made(old, path)) for parent, name, old, path in found]  # all or none
+        except BaseException:
+            self._let_go()
+            raise
         for parent, name, old, module in new:
             self.swapped.append([parent, name, old, module])
             parent._modules[name] = module
@@ -78,6 +84,17 @@ class swap:  # noqa: N801 - used like a function
             for later in (place for other in _active for place in other.swapped):
                 if later[2] is new:  # swapped over ours, and left later: it then gives back what was before ours
                     later[2] = old
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """What was swapped in is as it came: no hook, its own mode and site paths."""
+        for check in self.checks:
+            check.remove()
+        for module, training, path in reversed(self.before):
+            module.training = training
+            if path is not None:
+                module.site_path = path
+        self.checks, self.before = [], []
 
     def _networks(self) -> list[nn.Module]:
         if self.pipe is None:
@@ -86,6 +103,8 @@ class swap:  # noqa: N801 - used like a function
 
     def _made(self, old: nn.Module, path: str) -> nn.Module:
         module = self.new if isinstance(self.new, nn.Module) else self._new(old, path)
+        if isinstance(module, nn.Module):
+            self.before += [(part, part.training, getattr(part, "site_path", None)) for part in module.modules()]
         if not isinstance(module, nn.Module):
             raise InstrumentError(f"what is swapped in at {path!r} must be a torch.nn.Module, not {said(module)}.")
         if module is not self.new:
@@ -96,11 +115,8 @@ class swap:  # noqa: N801 - used like a function
             module.train(old.training) if first is None else module.to(first.device, first.dtype).train(old.training)
         )
         if isinstance(module, probe.Probed):
-            module.site_path = getattr(old, "site_path", path)
-            for inner, part in module.named_modules():
-                if isinstance(part, probe.Probed) and inner:
-                    part.site_path = f"{module.site_path}.{inner}"
-        _check_first_output(module, old, path)
+            probe.name_parts(module, getattr(old, "site_path", path))
+        self.checks.append(_check_first_output(module, old, path))
         return module
 
     def _new(self, old: nn.Module, path: str) -> nn.Module:
@@ -161,7 +177,7 @@ def _same_arguments(module: nn.Module, old: nn.Module, path: str) -> None:
         ) from None
 
 
-def _check_first_output(module: nn.Module, old: nn.Module, path: str) -> None:
+def _check_first_output(module: nn.Module, old: nn.Module, path: str):
     """At the first call, the shapes that come out are compared with the old module's."""
 
     def check(_, given, out):
@@ -182,6 +198,7 @@ def _check_first_output(module: nn.Module, old: nn.Module, path: str) -> None:
             raise InstrumentError(f"{type(module).__name__} gives {mine} at {path!r}; it must give {theirs}.")
 
     handle = module.register_forward_hook(check)
+    return handle
 
 
 def _shapes(out) -> list:

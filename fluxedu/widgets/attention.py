@@ -65,12 +65,13 @@ def attention_view(
     base = enlarged(picture(run.image), SIDE)
     token = run.words + patch[0] * columns + patch[1]
     row = run.rows(block, step, head, token)
-    column = run.columns(block, step, head, word)[run.words :].reshape(rows, columns)
-    seen, said = row[run.words :].reshape(rows, columns), row[: len(pieces)]
+    image = slice(run.words, run.words + rows * columns)  # behind it are a reference picture's tokens, if any
+    column = run.columns(block, step, head, word)[image].reshape(rows, columns)
+    seen, said = row[image].reshape(rows, columns), row[: len(pieces)]
     strongest = int(said.argmax())
     peak = np.unravel_index(column.argmax(), column.shape)
     text = (
-        f"The patch in row {patch[0]}, column {patch[1]} gives {row[run.words :].sum():.0%} of its attention to the "
+        f"The patch in row {patch[0]}, column {patch[1]} gives {row[image].sum():.0%} of its attention to the "
         f"picture, {said.sum():.0%} to the prompt, most to “{pieces[strongest]}” ({said[strongest]:.1%}), and "
         f"{row[len(pieces) : run.words].sum():.0%} to the padding. “{pieces[word]}” is looked at most from row "
         f"{int(peak[0])}, column {int(peak[1])} ({column.max():.1%})."
@@ -97,7 +98,7 @@ def attention(pipe: FluxPipeline, prompt: str, *, blocks: str = "*", at_steps=No
     names = stacked[0].coords["block"]
     q, k = ({b: x.tensor[i] for i, b in enumerate(names)} for x in stacked)
     tokenizer = pipe.prompt_encoder.t5_tokenizer
-    run = Attended(out.images[0], q, k, tokenizer.length, grid(pipe, out))
+    run = Attended(out.images[0], q, k, rec.words, grid(pipe, out))
     times, pieces = stacked[0].coords["step"], tokenizer.pieces(prompt)
     count = q[names[0]].shape[1]
     controls = [

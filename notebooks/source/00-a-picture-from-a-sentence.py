@@ -1,11 +1,12 @@
 # %% [markdown]
 # # 00 · A picture from a sentence
 #
-# **What happens between a prompt and a picture?** You will run FLUX's whole path once, then open every
-# stage and look at the tensor it hands on. At the end you will have written the sampling loop yourself and
+# **What happens between a prompt and a picture?** FLUX.1 came from Black Forest Labs in August 2024, with code and weights
+# and without a paper. You will run its whole path once, then open every
+# stage and look at the tensor it hands on. At the end you will have run the sampling loop line by line and
 # got the same picture, to within one grey level of 255.
 #
-# 30 minutes · everything runs on a laptop's CPU · the model is the miniature that ships with fluxedu: the
+# 40 minutes · everything runs on a laptop's CPU · the model is the miniature that ships with fluxedu: the
 # same code as the 12-billion-parameter FLUX.1, with smaller numbers in its config, trained on pictures of
 # coloured shapes.
 #

@@ -8,7 +8,7 @@
 # Afterwards you can say how many tokens a picture costs, cut a latent into tokens and back, explain the two numbers
 # 0.3611 and 0.1159, and predict which details survive.
 #
-# 40 minutes · needs notebook 00
+# 50 minutes · needs notebook 00
 
 # %%
 import matplotlib.pyplot as plt

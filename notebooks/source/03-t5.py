@@ -9,7 +9,7 @@
 # Afterwards you can say how T5 differs from CLIP and from FLUX's own blocks, read a relative position bias, and probe
 # a vector for a fact.
 #
-# 50 minutes · needs notebook 00, and 02 helps
+# 60 minutes · needs notebook 00, and 02 helps
 
 # %%
 import math
@@ -25,7 +25,8 @@ from fluxedu import course
 from fluxedu.models.t5 import distance_buckets
 from fluxedu.nano.judge import read
 from fluxedu.nano.scenes import COLORS, FORMS, caption, sample_scene
-from fluxedu.nano.training.t5 import TAGS, tags_of
+from fluxedu.nano.tokenizers import t5_tokenizer
+from fluxedu.nano.training.t5 import TAGS, corrupt, tags_of
 from fluxedu.widgets.tokens import by_layer, tokens
 
 device = course.begin()
@@ -208,8 +209,17 @@ print("blocks until 95% are right: colour", first(colour), "· side", first(side
 #
 # The miniature's T5 was trained with this in mind: beside filling in missing words it had to name the colour, size and
 # sides of every thing, which `fluxedu/nano/training/t5.py` explains. FLUX.1's T5-XXL learned from missing words in a
-# great deal of text (arXiv 1910.10683).
-#
+# great deal of text (arXiv 1910.10683). This is what such a lesson looks like: spans go, a numbered mark stands for each,
+# and the answer lists what went. No picture is in it anywhere, where CLIP was taught by nothing else.
+
+# %%
+words = t5_tokenizer()
+marks = [words.convert_tokens_to_ids(f"<extra_id_{i}>") for i in range(4)]
+corrupted, wanted = corrupt(words(prompt).input_ids, np.random.default_rng(6), marks)
+print("read: ", *words.convert_ids_to_tokens(corrupted))
+print("write:", *words.convert_ids_to_tokens(wanted))
+
+# %% [markdown]
 # Which words come together, and when? Choose a layer and two tokens; each row is shaded by what is like the other
 # row's choice.
 

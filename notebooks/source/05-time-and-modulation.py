@@ -104,7 +104,8 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# FLUX.1-schnell has no guidance input: the summand is missing, and its `vec` is time plus text.
+# FLUX.1-schnell has no guidance input: the summand is missing, and its `vec` is time plus text. Note what is *not* in
+# it: no token of the picture, and no image embedding.
 #
 # ## Three knobs
 #
@@ -122,6 +123,27 @@ print("single block:          ", flux.single_blocks[0].modulation.lin.out_featur
 print("read in a single block:", list(flux.single_blocks[0].linear1.weight.shape), "= [3 D for q k v + 4 D, D]")
 
 # %% [markdown]
+# Why *adaptive*? An ordinary LayerNorm learns one scale and one shift for every channel, and they are fixed for good. The
+# LayerNorm inside a FLUX block has none of its own; what takes their place is computed anew for every prompt and time.
+
+# %%
+ordinary = sum(p.numel() for p in torch.nn.LayerNorm(dim).parameters())
+learned = sorted({name.split(".")[0] for name, _ in flux.single_blocks[0].named_parameters()})
+print("an ordinary LayerNorm learns", ordinary, "numbers, for all prompts and times")
+print("what is learned in a single block:", *learned, "(norm is that of q and k)")
+scales = {}
+with torch.no_grad():
+    for said in (prompt, other):
+        knobs = flux.plan(times[:, None], strength, text[said].pooled).single[0]  # [20, 1, 3 D]: shift, scale, gate
+        scales[said] = knobs[:, 0, dim : 2 * dim]  # [20, D]
+at_first, at_last = scales[prompt][0], scales[prompt][-1]
+print("its scale is another at another time:", bool((at_first - at_last).norm() > 0.1 * at_first.norm()))
+print("                and for another prompt:", not torch.equal(scales[prompt], scales[other]))
+
+# %% [markdown]
+# The idea is older than FLUX and has many names (conditional normalisation in GLIDE, arXiv 2112.10741, and StyleGAN-T,
+# arXiv 2301.09515); FLUX's form, with a gate, is DiT's AdaLN-Zero (arXiv 2212.09748).
+#
 # **A common mistake.** Some descriptions of FLUX say that a single-stream block computes no modulation for its MLP. There is no *second* one. The three vectors that are there act on both: one
 # shifted and scaled token goes into `linear1`, whose output feeds attention and MLP, and one gate multiplies what
 # both add. Some also say that the parameters come from the input tensor. They come from `vec`. Two different

@@ -7,7 +7,7 @@
 # Afterwards you can read the official code from top to bottom, say what the weights are spent on, and carry a
 # checkpoint from one layout to the other without the mistakes that give no error.
 #
-# 60 minutes · needs notebooks 07 and 08
+# 65 minutes · needs notebooks 07 and 08
 
 # %%
 import copy

@@ -8,7 +8,7 @@
 # Afterwards you can say which sign the velocity has and why, what a network that learns without limits would
 # draw, and why paths bend although every line they were taught is straight.
 #
-# 50 minutes · needs notebook 00
+# 60 minutes · needs notebook 00
 
 # %%
 from collections.abc import Callable

@@ -8,7 +8,7 @@
 # Afterwards you can write classifier-free guidance for a network that has none, say what FLUX.1-dev does instead and
 # why it needs only one pass, and read from a picture that the strength was too high.
 #
-# 45 minutes · needs notebook 11
+# 50 minutes · needs notebook 11
 
 # %%
 from collections.abc import Callable

@@ -42,7 +42,7 @@ course.where(pipe, "double", "single")
 # Two of these are about the pair of prompts above, which differ in one word. Both pictures begin with the same noise.
 
 # %%
-vital = fe.predict("without which block does the picture go furthest? first / middle / last", "first")  # answer
+vital = fe.predict("without which block does the picture go furthest? first / middle / last", "middle")  # answer
 word = fe.predict("one vector of the second prompt replaced, the circle turns red: which word's?", "circle")  # answer
 last = fe.predict("the first prompt's words put in before the last block: the circle is red / green", "green")  # answer
 pads = fe.predict("does hiding all padding from attention move the picture? hardly / a little / much", "much")  # answer

@@ -47,7 +47,7 @@ course.where(pipe, "in", "vec", "solver")
 inputs = fe.predict("numbers per image token that fill reads (noise, masked picture, mask)", 384)  # answer
 lora = fe.predict("canny as a LoRA of rank 128: its parameters, in percent of the model's", 5.2)  # answer
 strong = fe.predict("invert and edit with guidance 6 instead of 1: the edit is better / worse", "worse")  # answer
-steps = fe.predict("the judge prefers 8 steps to 4 in how many percent of the pairs?", 100)  # answer
+steps = fe.predict("the judge prefers 8 steps to 4 in how many percent of the pairs?", 88)  # answer
 
 # %% [markdown]
 # ## The table

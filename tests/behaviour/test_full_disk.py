@@ -92,7 +92,7 @@ def test_a_sweep_goes_on_when_there_is_room_again(tmp_path):
 
 
 def test_a_command_says_it_in_a_sentence(tmp_path, pipe, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda *_: pipe)
+    monkeypatch.setattr(cli, "_load", lambda *_, **__: pipe)
     with room_for(500):
         result = CliRunner().invoke(cli.app, ["sample", "a red circle", "-o", str(tmp_path / "out.png")])
     assert result.exit_code == 2 and result.output == "fluxedu: [Errno 27] File too large\n"

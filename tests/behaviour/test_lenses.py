@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 import fluxedu as fe
 from fluxedu.instruments import lenses
@@ -234,3 +235,24 @@ def test_lenses_look_at_one_run_together_and_find_the_same(pipe):
     ]
     for both, one in zip(found, apart, strict=True):
         assert both.axes == one.axes and both.coords == one.coords and torch.equal(both.tensor, one.tensor)
+
+
+@pytest.mark.parametrize(("member", "given"), [("nano-kontext", "reference"), ("nano-redux", "image_prompt")])
+def test_lenses_know_which_tokens_are_the_pictures_own(member, given):
+    """A reference's tokens stand behind the picture's, Redux's behind the words."""
+    pipe, prompt = fe.load(member), "a red circle"
+    asked = {given: Image.new("RGB", (128, 128), "red"), "steps": 2, "progress": False}
+    for lens in (lenses.word_maps, lenses.concept_maps):
+        assert lens(pipe, prompt, ["circle"], **asked).sizes["row"] == 8
+    assert lenses.head_gallery(pipe, prompt, "circle", **asked).sizes["column"] == 8
+    sites = ("single.0.x", "single.0.out", "sample.x0")
+    with fe.record(*sites) as rec:
+        pipe(prompt, **asked)
+    words = 32 + (64 if member == "nano-redux" else 0)
+    x, out = (rec[site].tensor[:, words : words + 64] for site in sites[:2])
+    wanted = (out - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
+    found = lenses.contributions(pipe, prompt, **asked)
+    torch.testing.assert_close(found.tensor[found.coords["block"].index("single.0")], wanted)
+    foreseen = lenses.x0_by_block(pipe, prompt, **asked).tensor[-1]
+    torch.testing.assert_close(foreseen, rec["sample.x0"].tensor, atol=1e-4, rtol=1e-4)
+    assert fe.sites(pipe)

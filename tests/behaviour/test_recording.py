@@ -570,3 +570,29 @@ def test_more_errors_of_one_sentence(pipe, wrong, says):
     with pytest.raises(InstrumentError, match=says):
         with wrong():
             draw(pipe)
+
+
+def test_the_budget_is_for_all_runs_of_a_recorder(pipe):
+    with fe.record("vec") as rec:
+        draw(pipe)
+    with fe.record("vec", budget=2 * rec.nbytes) as twice:
+        draw(pipe)
+        draw(pipe)
+        with pytest.raises(BudgetError):
+            draw(pipe)
+    assert twice.nbytes <= 2 * rec.nbytes
+
+
+def test_a_generator_that_is_closed_keeps_what_it_recorded(tmp_path):
+    flux = fe.load().flux
+    x = torch.zeros(1, 4, flux.config.hidden_size)
+
+    def watching():
+        with fe.record("final_layer.*", to=tmp_path / "run"):
+            yield
+
+    suspended = watching()
+    next(suspended)
+    flux.final_layer(x, flux.final_layer.plan(torch.zeros(1, flux.config.hidden_size)))
+    suspended.close()
+    assert len(open_recording(tmp_path / "run"))

@@ -23,18 +23,17 @@ def head_gallery(pipe: FluxPipeline, prompt: str, query: str | tuple[int, int], 
 
 def look_at_heads(pipe: FluxPipeline, prompt: str, query: str | tuple[int, int], at_step: int = -1) -> Look:
     """:func:`head_gallery` in two halves."""
-    words = pipe.prompt_encoder.t5_tokenizer.length
     if isinstance(query, str):
         look = rows(token_ids(pipe.prompt_encoder.t5_tokenizer, prompt, [query]))
     else:
 
         def look(value: Value) -> Named:
-            return rows([words + _patch(now(), query)])(value)
+            return rows([now().words + _patch(now(), query)])(value)
 
     rec = record("*.attn.map", passes="prompted", steps=at_step, reduce=look)
     out = yield rec
     maps = by_block(rec, pipe, "attn.map").at(step=0).mean("query")  # [block, head, key]
-    image = Named(maps.tensor[..., words:], ("block", "head", "image"), maps.coords)
+    image = Named(maps.tensor[..., rec.words :], ("block", "head", "image"), maps.coords)
     return as_picture(image, "image", *grid(pipe, out))
 
 

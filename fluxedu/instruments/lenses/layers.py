@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.interventions import ablate, intervene, positions
-from fluxedu.instruments.lenses.run import Look, alone, blocks_of, recorded
+from fluxedu.instruments.lenses.run import Look, alone, blocks_of, grid, recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.watching import Instrument
@@ -28,16 +28,16 @@ def contributions(pipe: FluxPipeline, prompt: str, **asked) -> Named:
 
 def look_at_contributions(pipe: FluxPipeline) -> Look:
     """:func:`contributions` in two halves."""
-    words = pipe.prompt_encoder.t5_tokenizer.length
     rec = record("double.*.img", "double.*.img_out", "single.*.x", "single.*.out", passes="prompted")
-    yield rec
-    names, rows = blocks_of(pipe), []
+    drawn = yield rec
+    height, width = grid(pipe, drawn)
+    names, added = blocks_of(pipe), []
     for name in names:
         double = name.startswith("double")
         x, out = (rec[f"{name}.{s}"].tensor for s in (("img", "img_out") if double else ("x", "out")))
-        x, out = (v if double else v[:, words:] for v in (x, out))
-        rows.append((out - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1))
-    return Named(torch.stack(rows), ("block", "step"), {"block": names, "step": rec["single.0.x"].coords["step"]})
+        x, out = ((v if double else v[:, rec.words :])[:, : height * width] for v in (x, out))
+        added.append((out - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1))
+    return Named(torch.stack(added), ("block", "step"), {"block": names, "step": rec["single.0.x"].coords["step"]})
 
 
 def x0_by_block(pipe: FluxPipeline, prompt: str, *, at_steps=None, decoded: bool = False, **asked) -> Named:
@@ -50,17 +50,16 @@ def x0_by_block(pipe: FluxPipeline, prompt: str, *, at_steps=None, decoded: bool
     """
     if asked.get("solver", "euler") != "euler":
         raise InstrumentError(f"x0_by_block is for solver='euler', which asks once a step, not {asked['solver']!r}.")
-    words = pipe.prompt_encoder.t5_tokenizer.length
     globs = ("double.*.img_out", "single.*.out", "vec", "sample.x")
     out, rec = recorded(pipe, prompt, *globs, asked=asked, steps=at_steps)
     x, vec, names = rec["sample.x"], rec["vec"].tensor.to(pipe.device), blocks_of(pipe)
     times = torch.tensor(x.coords["step"]).view(-1, 1, 1, 1).to(x.tensor)
-    last, found = pipe.flux.final_layer, []
+    last, found, (rows, columns) = pipe.flux.final_layer, [], grid(pipe, out)
     with torch.no_grad():
         for name in tqdm(names, desc="blocks", delay=1, leave=False):
             double = name.startswith("double")
             tokens = rec[f"{name}.{'img_out' if double else 'out'}"].tensor.to(pipe.device)
-            v = last(tokens if double else tokens[:, words:], last.plan(vec))
+            v = last((tokens if double else tokens[:, rec.words :])[:, : rows * columns], last.plan(vec))
             x0 = x.tensor - times * unpack(v, *out.latents.shape[-2:]).to(x.tensor)
             found.append(pipe.autoencoder.decode(x0.to(pipe.device, pipe.dtype)).to(x0) if decoded else x0)
     return Named(torch.stack(found), ("block", *x.axes), x.coords | {"block": names})

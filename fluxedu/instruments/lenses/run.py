@@ -84,7 +84,7 @@ def grid(pipe: FluxPipeline, out: Output) -> tuple[int, int]:
 
 
 def as_picture(value: Named, axis: str, rows: int, columns: int) -> Named:
-    """Unfold the axis of image tokens into ``row`` and ``column``."""
+    """Unfold the axis of image tokens into ``row`` and ``column``; what a reference adds is left."""
     at = value.axis(axis)
     axes = (*value.axes[:at], "row", "column", *value.axes[at + 1 :])
-    return Named(value.tensor.unflatten(at, (rows, columns)), axes, value.coords)
+    return Named(value.tensor.narrow(at, 0, rows * columns).unflatten(at, (rows, columns)), axes, value.coords)

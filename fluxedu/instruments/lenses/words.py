@@ -12,6 +12,7 @@ from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import Value, made, step_mean
 from fluxedu.instruments.words import token_ids
+from fluxedu.sampling.moment import now
 from fluxedu.sampling.pipeline import FluxPipeline
 
 
@@ -54,13 +55,12 @@ def concept_maps(pipe: FluxPipeline, prompt: str, words: Sequence[str], *, at_st
     does not see; here the prompt's own words serve, and single-stream blocks are looked at as well.
     """
     places = _places(pipe, prompt, words)
-    length = pipe.prompt_encoder.t5_tokenizer.length
 
     def spoken(value: Value) -> Named:
         heads = made(value)  # [B, H, T, d]
         said = torch.nn.functional.normalize(heads.tensor.transpose(1, 2).flatten(2).float(), dim=-1)  # [B, T, D]
         word = torch.stack([said[:, p].mean(1) for p in places], dim=1)  # [B, words, D]
-        return Named(said[:, length:] @ word.transpose(1, 2), ("batch", "image", "word"))
+        return Named(said[:, now().words :] @ word.transpose(1, 2), ("batch", "image", "word"))
 
     out, rec = recorded(
         pipe, prompt, "double.*.heads", "single.*.heads", asked=asked, steps=at_steps, reduce=[spoken, step_mean]
