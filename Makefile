@@ -69,7 +69,7 @@ train: $(STAMP) ## train the miniature again from nothing
 	$(BIN)/fluxedu train --all
 
 docs: $(STAMP)  ## build the site into docs/_build/html, offline; check its links; run every example in the docstrings
-	$(PIP) --quiet --editable ".[docs]"
+	@$(BIN)/python -c 'import furo, linkcheck, myst_nb, sphinx' 2>/dev/null || $(PIP) --quiet --editable ".[docs]"
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build/html
 	$(BIN)/linkchecker --config docs/linkcheckerrc --no-status --quiet docs/_build/html/index.html
 	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules fluxedu

@@ -41,6 +41,20 @@ OFFICIAL = [
     ("modules/autoencoder.py 282-318", "fluxedu.models.autoencoder:AutoEncoder", "encodes to the mean"),
     ("modules/image_embedders.py 64-99", "fluxedu.models.redux:ReduxHead", "the head, without SigLIP"),
     ("modules/lora.py 34-94", "fluxedu.checkpoints.lora", "merged into the weights, and out again"),
+    ("modules/lora.py 5-31, model.py 122-143", "fluxedu.checkpoints.lora:merge", "no wrapper: one matrix again"),
+    ("sampling.py 70-104", "fluxedu.sampling.conditions:read", "control: a second latent beside the first"),
+    ("sampling.py 107-157", "fluxedu.sampling.conditions:fill_channels", "fill: the mask folded, pixel by pixel"),
+    ("sampling.py 160-207", "fluxedu.sampling.pipeline:FluxPipeline.with_image_prompt", "redux"),
+    ("sampling.py 210-274", "fluxedu.sampling.conditions:reference_ids", "kontext: frame 1"),
+    ("modules/autoencoder.py 8-22", "fluxedu.models.config:AutoEncoderConfig", ""),
+    ("modules/autoencoder.py 85-106", "fluxedu.models.autoencoder:Downsample", "and Upsample"),
+    ("modules/autoencoder.py 267-279", "fluxedu.models.autoencoder:AutoEncoder.moments", "the mean, not a sample"),
+    (
+        "modules/image_embedders.py 13-61",
+        "fluxedu.nano.training.members:outlines",
+        "ours draws its own edges",
+    ),
+    ("util.py 287-730", "fluxedu.checkpoints.official:find", "finding and opening files"),
 ]
 
 

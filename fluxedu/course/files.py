@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from pathlib import Path
 
 from fluxedu.course.errors import CourseError
@@ -16,6 +16,15 @@ def shipped() -> Path:
         if any(folder.glob("[0-9][0-9]-*.ipynb")):
             return folder
     raise CourseError("the course's notebooks are not installed with this package; clone the repository instead.")
+
+
+def unrun(notebook: str) -> str:
+    """A notebook without its outputs: what is measured is not to be seen before it is foretold."""
+    told = json.loads(notebook)
+    for cell in told["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"], cell["execution_count"] = [], None
+    return json.dumps(told, indent=1, ensure_ascii=False) + "\n"
 
 
 def copied(folder: Path) -> tuple[list[str], list[str]]:
@@ -32,7 +41,7 @@ def copied(folder: Path) -> tuple[list[str], list[str]]:
                 kept.append(notebook.name)
                 continue
             half = target.with_suffix(".copying")
-            shutil.copyfile(notebook, half)
+            half.write_text(unrun(notebook.read_text("utf-8")), "utf-8")
             half.rename(target)
             new.append(notebook.name)
     except OSError as error:

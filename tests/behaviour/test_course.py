@@ -303,3 +303,15 @@ def test_what_is_no_notebook_is_said(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(), tmp_path / "y.ipynb")
     with pytest.raises(CourseError, match="has no exercise of this course"):
         graded(tmp_path / "y.ipynb")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks" / "solved").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_the_solved_edition_foretells_what_is_measured(path):
+    printed = [out.get("text", "") for cell in nbformat.read(path, 4).cells for out in cell.get("outputs", [])]
+    assert not [text for text in printed if "not so ·" in text or "partly right" in text]
+
+
+def test_a_copy_shows_nothing_that_was_measured(tmp_path):
+    for name in copied(tmp_path / "mine")[0]:
+        copy = nbformat.read(tmp_path / "mine" / name, 4)
+        assert copy.cells and not any(cell.get("outputs") for cell in copy.cells)

@@ -39,7 +39,7 @@ from fluxedu.nano.training.flow import (
 from fluxedu.nano.training.loop import Loss, Recipe, Run, fingerprint, mixed_precision, use_average
 from fluxedu.nano.training.members import Examples, Shelf
 from fluxedu.nano.training.redux import SEEING, HeadAtWork, redux_loss, spellings
-from fluxedu.nano.training.schnell import ALONE, Ways, ladder_loss, make_ways, without_guidance
+from fluxedu.nano.training.schnell import Ways, ladder_loss, make_ways, without_guidance
 from fluxedu.nano.training.style import adapted, lora_of, style_loss
 from fluxedu.sampling.conditions import reference_ids
 from fluxedu.sampling.load import FAMILY, LORA_FILE, LORAS, SHIPPED, Ours, load, nano_redux, widened, with_lora
@@ -54,7 +54,7 @@ RECIPES = {
     "kontext": Recipe(steps=3000, lr=1.5e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
     "redux": Recipe(steps=3000, lr=2e-3, batch=32, warmup=100, decay=0.5, ema=0.99, muon=True),
     "hollow": Recipe(steps=1000, lr=2e-3, batch=32, warmup=20, decay=0.5, ema=0.98, weight_decay=0.0),
-    "schnell": Recipe(steps=4000, lr=7e-4, batch=32, warmup=50, decay=0.6, ema=0.99, muon=True),
+    "schnell": Recipe(steps=2400, lr=7e-4, batch=32, warmup=50, decay=0.6, ema=0.99, muon=True),
 }
 #: scenes of each shape; of schnell ways by the shard
 EACH = {"fill": 640, "canny": 1600, "depth": 448, "kontext": 3200, "redux": 1280, "hollow": 256, "schnell": 140}
@@ -184,8 +184,7 @@ def _loss(name: str, model: nn.Module, pipe: FluxPipeline, texts: Texts, run: Ru
     batch, draw = run.recipe.batch, lambda step: torch.Generator().manual_seed(step)
     if name == "schnell":
         all_ways = Ways(make_ways(EACH[name], run.folder, pipe, texts))
-        alone = ALONE * run.recipe.steps
-        return lambda step: ladder_loss(model, *all_ways.batch(step, batch), texts, step >= alone, draw(step))
+        return lambda step: ladder_loss(model, *all_ways.batch(step, batch), texts, draw(step))
     shelf = Shelf(name, SEED, EACH[name], pipe.autoencoder)
     if name == "redux":
         words, seeing = spellings(texts), SEEING * run.recipe.steps

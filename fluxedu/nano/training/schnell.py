@@ -5,13 +5,12 @@ are the ones it reaches after 0, 10, 15 and 18 steps. So its way from noise to p
 times, and each of schnell's steps learns the straight line from one to the next. Only ways are kept that end in a
 picture of which the judge finds everything right: schnell need not learn its teacher's mistakes.
 
-Later in the run a step begins where schnell's own steps have led from the way's noise, and its line leads to where the
-teacher was next: so it learns to come back, from places that no teacher passes (arXiv 1011.0686, DAgger).
+It does not meet its bar yet: 77 % of pictures wholly right in four steps after 2,400 of training, the bar being 83. To
+begin steps at states that schnell itself has come to was tried for 1,000 steps more, and made it 72 %.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,6 @@ from fluxedu.sampling.pipeline import FluxPipeline
 SEED = 66
 SHARD = 64  # ways that are walked at once; of one shape
 STEPS = 20
-ALONE = 0.6  # from this share of the run on, a step begins at a state of its own
 RUNGS = (0, 10, 15, 18, 20)  # after how many of the teacher's steps
 CLOCK = (1.0, 0.75, 0.5, 0.25, 0.0)  # schnell's times, the teacher's there
 THINGS = (0.2, 0.4, 0.4)  # how often a scene has one, two, three
@@ -116,28 +114,16 @@ class Ways:
 
 
 def ladder_loss(
-    model: Flux, cells: tuple[int, int], batch: dict[str, Tensor], texts: Texts, own: bool, g: torch.Generator
+    model: Flux, cells: tuple[int, int], batch: dict[str, Tensor], texts: Texts, g: torch.Generator
 ) -> tuple[Tensor, dict[str, float]]:
-    """One step of schnell, from any of its four times, against where the teacher was at the next.
-
-    ``own``: it begins where schnell has come to by itself, not where the teacher was.
-    """
+    """One step of schnell, from any of its four times, against where the teacher was at the next."""
     clock, rows = torch.tensor(CLOCK), torch.arange(len(batch["t5"]))
     which = torch.randint(len(CLOCK) - 1, (len(rows),), generator=g)
-    ways, ids = batch["ways"].float(), places(*cells)
+    here, there = batch["ways"][rows, which].float(), batch["ways"][rows, which + 1].float()
+    t, after = clock[which], clock[which + 1]
+    target = (here - there) / (t - after)[:, None, None]
+    img_ids, txt_ids = places(*cells)
     with mixed_precision():
         txt, pooled = texts(batch["t5"], batch["clip"])
-        asks = lambda x, t: model(x, ids[0], txt, ids[1], t, pooled).float()  # noqa: E731
-        here, there = (walked(asks, ways[:, 0]) if own else ways)[rows, which], ways[rows, which + 1]
-        target = (here - there) / (clock[which] - clock[which + 1])[:, None, None]
-        return F.mse_loss(asks(here, clock[which]), target), {}
-
-
-@torch.no_grad()
-def walked(asks: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-    """Where schnell's steps lead from noise ``[B, N, 64]``: its states at its four times, ``[B, 4, N, 64]``."""
-    states = [x]
-    for t, after in zip(CLOCK[:-2], CLOCK[1:-1], strict=True):
-        x = x - (t - after) * asks(x, torch.full((len(x),), t))
-        states.append(x)
-    return torch.stack(states, dim=1)
+        velocity = model(here, img_ids, txt, txt_ids, t, pooled)
+    return F.mse_loss(velocity.float(), target), {}
