@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fluxedu.instruments.catalogue import axes_of
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.instruments.errors import AbsentError, InstrumentError
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import Steps, among, checked_heads, checked_steps, record
 from fluxedu.instruments.recording import Recording
@@ -88,13 +88,20 @@ class intervene(Instrument):  # noqa: N801 - used like a function
         super().__init__(*globs)
         self.change, self.steps, self.times = change, checked_steps(steps), _checked(times)
         self.acted = self.early = False
+        self.absent: AbsentError | None = None
 
     def see(self, owner: Sited, name: str, whole: str, value: Any) -> Any:
         moment = now()
         if not self._now(moment):
             return value
+        try:
+            changed = self.change(value, Context(whole, axes_of(owner, name), moment))
+        except AbsentError as error:
+            if moment is None or moment.text is None:
+                raise
+            self.absent = error  # another of the prompts that are encoded may say it
+            return value
         self.acted = True
-        changed = self.change(value, Context(whole, axes_of(owner, name), moment))
         return _fitting(changed, value, whole)
 
     def _now(self, moment: Moment | None) -> bool:
@@ -106,6 +113,8 @@ class intervene(Instrument):  # noqa: N801 - used like a function
 
     def __exit__(self, kind, *rest) -> None:
         super().__exit__(kind, *rest)
+        if kind is None and self.absent is not None and not self.acted:
+            raise self.absent
         if kind is None and self.early and not self.acted:
             raise InstrumentError(
                 f"{' and '.join(self.globs)} passed outside of the steps of a run only, where steps= and times= never "
@@ -172,7 +181,7 @@ def ablate(
         raise InstrumentError(f"a stream is 'txt' or 'img', not {said(streams)}.")
     if to != "mean" if isinstance(to, str) else isinstance(to, bool) or not isinstance(to, (int, float)):
         raise InstrumentError(f"to= is a number or 'mean', not {said(to)}.")
-    sites = [site for glob in globs for site in _sites_of(glob, named)]
+    sites = [site for glob in globs for site in _sites_of(glob, named, tokens)]
 
     def change(value: Tensor | AttentionMap, ctx: Context) -> Tensor | AttentionMap:
         if (ctx.axes or ())[-1:] == ("key",):
@@ -190,13 +199,13 @@ def ablate(
 _STREAMS = ("txt", "img")
 
 
-def _sites_of(glob: str, streams: Sequence[str] | None) -> list[str]:
+def _sites_of(glob: str, streams: Sequence[str] | None, tokens) -> list[str]:
     """A block's name as the sites of what it adds; any other glob as it is."""
     if not isinstance(glob, str) or not _BLOCK.fullmatch(glob):
         return [glob]
     if glob.startswith("single"):
         return [f"{glob}.contribution"]
-    return [f"{glob}.{stream}_*_contribution" for stream in streams or _STREAMS]
+    return [f"{glob}.{stream}_*_contribution" for stream in streams or (_STREAMS if tokens is None else ("txt",))]
 
 
 def _instead(value: Tensor, ctx: Context, to: str | float) -> Tensor:
@@ -261,8 +270,10 @@ def _unseen(value: AttentionMap | Tensor, ctx: Context, heads, tokens) -> Tensor
     hidden = _along(weights, keys, ("token",), keys.tokens(tokens)) & _prompted(weights, ctx, tokens)
     if heads is not None:
         hidden = hidden & _along(weights, ctx, ("head",), heads)
+    if hidden.all(-1).any():
+        raise InstrumentError(f"at {ctx.site!r} every token would be hidden, and a row needs something to look at.")
     kept = weights.masked_fill(hidden, 0)
-    return kept / kept.sum(-1, keepdim=True)
+    return torch.where(hidden.any(-1, keepdim=True), kept / kept.sum(-1, keepdim=True), weights)
 
 
 # ---------------------------------------------------------------- values from elsewhere

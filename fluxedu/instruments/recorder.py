@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fluxedu.instruments.catalogue import axes_of
-from fluxedu.instruments.errors import BudgetError, InstrumentError
+from fluxedu.instruments.errors import AbsentError, BudgetError, InstrumentError
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recording import FolderRecording, Recording, When, open_recording
 from fluxedu.instruments.reductions import MapView, Reduction, Value, maker
@@ -78,6 +78,8 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         self.made: dict[tuple, list[Reduction]] = {}  # they may remember, so each site and picture has its own
         self.calls: dict[str, int] = {}
         self.expected: dict[tuple, int] = {}  # (site, run) -> bytes by the end of that run
+        self.absent: dict[str, AbsentError] = {}  # sites of encoders, at a prompt that does not say the word
+        self.seen: set[str] = set()
         self.words = 0  # how many tokens of the run last seen are text
         self.total = 0  # of them all
 
@@ -92,8 +94,15 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         when = self._when(site, moment)
         if moment is None and not among(self.steps, when.step, None):
             return value
-        with torch.no_grad():
-            kept = self._reduced(owner, name, site, value, moment, when)
+        try:
+            with torch.no_grad():
+                kept = self._reduced(owner, name, site, value, moment, when)
+        except AbsentError as error:
+            if moment is None or moment.text is None:
+                raise
+            self.absent.setdefault(site, error)  # another of the prompts that are encoded may say it
+            return value
+        self.seen.add(site)
         if kept is not None:
             self._keep(site, when, kept, moment)
         return value
@@ -259,6 +268,9 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         if isinstance(self.recording, FolderRecording):
             over = kind is None or issubclass(kind, GeneratorExit)  # a generator that is closed has not failed
             self.recording.close() if over else self.recording.settle(failed=True)
+        never = [error for site, error in self.absent.items() if site not in self.seen]
+        if kind is None and never:
+            raise never[0]
 
     # -- what was recorded: the recording's own face
 
@@ -320,7 +332,10 @@ def whole(given) -> int | list[int]:
     """A whole number, or a list of them from whatever holds them; raises TypeError."""
     if isinstance(given, (str, bytes, bool)):
         raise TypeError
-    return operator.index(given) if hasattr(given, "__index__") else [operator.index(one) for one in given]
+    try:
+        return operator.index(given)
+    except TypeError:  # several; an array of them has __index__ too
+        return [operator.index(one) for one in given]
 
 
 def among(steps: Steps, step: int | None, count: int | None) -> bool:

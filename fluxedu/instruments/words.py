@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Sequence
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.instruments.errors import AbsentError, InstrumentError
 from fluxedu.models.config import said
 from fluxedu.sampling.moment import Moment
 from fluxedu.sampling.prompts import Tokenizer
@@ -74,7 +74,7 @@ def _places(spans: list[tuple[int, int]], prompt: str, word: str) -> list[int]:
     uttered = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)] if word else []
     places = [i for i, (a, b) in enumerate(spans) if any(a < end and b > start for start, end in uttered) and b > a]
     if not places:
-        raise InstrumentError(f"the prompt does not say {said(word)}; it is {said(prompt)}.")
+        raise AbsentError(f"the prompt does not say {said(word)}; it is {said(prompt)}.")
     return places
 
 

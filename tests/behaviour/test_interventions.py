@@ -419,3 +419,14 @@ def test_what_was_swapped_in_comes_back_as_it_was(pipe):
     with fe.swap("single.0", mine, pipe=pipe):
         assert mine.training == there and mine.site_path == "single.0"
     assert mine.training != there and mine.site_path == "my own" and not mine._forward_hooks
+
+
+def test_a_block_without_some_words(pipe):
+    plain = draw(pipe)
+    with fe.ablate("double.0", tokens=["red"]):
+        assert not torch.equal(draw(pipe), plain)
+    with fe.record("single.0.attn.map") as rec:
+        draw(pipe)
+    every = list(range(rec["single.0.attn.map"].sizes["key"]))
+    with pytest.raises(InstrumentError), fe.ablate("single.0.attn.map", tokens=every):
+        draw(pipe)

@@ -8,6 +8,7 @@ import textwrap
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
@@ -596,3 +597,18 @@ def test_a_generator_that_is_closed_keeps_what_it_recorded(tmp_path):
     flux.final_layer(x, flux.final_layer.plan(torch.zeros(1, flux.config.hidden_size)))
     suspended.close()
     assert len(open_recording(tmp_path / "run"))
+
+
+def test_a_word_that_one_of_several_prompts_says(pipe):
+    """While prompts are encoded, one after the other, only some of them may say it."""
+    with fe.record("t5.states", tokens=["star"]) as rec:
+        pipe(["a red circle", "a green star"], steps=1, progress=False)
+    assert rec["t5.states"].sizes["text"] == 1
+    with pytest.raises(InstrumentError, match="does not say 'ring'"), fe.record("t5.states", tokens=["ring"]):
+        pipe(["a red circle", "a green star"], steps=1, progress=False)
+
+
+def test_heads_and_steps_from_arrays(pipe):
+    with fe.record("double.0.heads", heads=torch.tensor([0, 1]), steps=np.arange(2)) as rec:
+        draw(pipe)
+    assert rec["double.0.heads"].sizes["head"] == rec["double.0.heads"].sizes["step"] == 2
