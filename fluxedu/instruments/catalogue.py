@@ -297,11 +297,17 @@ def _sizes(network: nn.Module) -> dict[str, int]:
 def _source(kind: type, name: str) -> str:
     """``file:line`` of the call of a site: where its name, or the constant end of it, stands as a string."""
     ends = [f'"{name}"', f'}}_{name.partition("_")[2]}"', f'"{name.partition(".")[0]}.{{']
-    for place in (kind, inspect.getmodule(kind), attention):
-        lines, first = inspect.getsourcelines(place)
-        for number, line in ((n, line) for end in ends for n, line in enumerate(lines) if end in line):
-            if "def " not in line:
-                return f"{_short(place)}:{max(first, 1) + number}"
+    for places in ((kind, inspect.getmodule(kind)), (attention,)):
+        others = []  # a name may stand elsewhere too; best is where it is said to a probe
+        for place in places:
+            lines, first = inspect.getsourcelines(place)
+            for number, line in ((n, line) for end in ends for n, line in enumerate(lines) if end in line):
+                at = f"{_short(place)}:{max(first, 1) + number}"
+                if "probe(" in line or "seen(" in line:
+                    return at
+                others += [] if "def " in line else [at]
+        if others:
+            return others[0]
     return _short(kind)
 
 
