@@ -169,6 +169,7 @@ print("velocity:", tuple(v.shape))
 fig, axes = plt.subplots(1, 2, figsize=(6, 3))
 show(x, axes[0], "pure noise, decoded")
 show(x - 1.0 * v, axes[1], "foreseen by one answer")
+fig.suptitle("One answer to pure noise already holds a first idea of the picture", fontsize=10)
 
 # %% [markdown]
 # From pure noise the network can only foresee an average of all pictures that fit the prompt: blurred and

@@ -319,6 +319,7 @@ for ax, image, name in zip(axes, pictures, names):
     ax.imshow(image)
     ax.set_title(name, fontsize=9)
     ax.axis("off")
+fig.suptitle("Order, padding, scale: each mistake loads without a word, and shows in the picture", fontsize=10)
 plt.show()
 
 # %% [markdown]

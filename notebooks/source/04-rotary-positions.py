@@ -114,7 +114,9 @@ widgets.positions(pipe)
 # %%
 dim = config.axes_dim[2]
 q, k = torch.randn(2, dim, generator=torch.Generator().manual_seed(0)).double()
-wave = lambda place: torch.polar(torch.ones_like(angle_of[place]), angle_of[place])  # cosines and sines, as complex numbers
+wave = lambda place: torch.polar(
+    torch.ones_like(angle_of[place]), angle_of[place]
+)  # cosines and sines, as complex numbers
 angle_of = rope_table(torch.tensor([[0.0, 0.0, c] for c in range(64)]), config.axes_dim)[0, :, -dim // 2 :].angle()
 added, turned = [], []
 for place in range(0, 60, 4):  # query and key always three apart
@@ -202,6 +204,7 @@ for ax, out, name in zip(axes, outs, ["as it is", *breaks]):
     ax.imshow(out.images[0])
     ax.set_title(name, fontsize=9)
     ax.axis("off")
+fig.suptitle("The same words and noise: only what was said of the places is wrong", fontsize=10)
 plt.show()
 
 # %% [markdown]
