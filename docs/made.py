@@ -64,6 +64,7 @@ def place(name: str) -> str:
     target = import_module(module)
     for part in filter(None, inside.split(".")):
         target = getattr(target, part)
+    target = inspect.unwrap(target) if callable(target) else target  # from under torch.no_grad()
     lines, first = inspect.getsourcelines(target)
     file = Path(inspect.getsourcefile(target)).relative_to(Path(fe.__file__).parent)
     return f"`fluxedu/{file}` {max(first, 1)}-{max(first, 1) + len(lines) - 1}"
