@@ -372,7 +372,7 @@ for ax, out, name in zip(axes, outs, ["as it is", *breaks]):
     ax.imshow(out.images[0])
     ax.set_title(name, fontsize=9)
     ax.axis("off")
-fig.suptitle("Three mistakes that raise no error, and three kinds of ruin", fontsize=10)
+fig.suptitle("Three mistakes that raise no error: noise, a ghost, and a clean picture that is another", fontsize=10)
 plt.show()
 
 # %% [markdown]
