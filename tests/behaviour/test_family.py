@@ -15,7 +15,7 @@ from fluxedu.nano import family
 from fluxedu.nano.judge import read
 from fluxedu.nano.scenes import ASPECTS, HOLLOW, render, sample_scene
 from fluxedu.nano.training import family as training
-from fluxedu.nano.training.card import called
+from fluxedu.nano.training.card import called, write_member
 from fluxedu.nano.training.edits import EDITS, sample_edit
 from fluxedu.nano.training.members import depths, hole, outlines
 from fluxedu.nano.training.schnell import without_guidance
@@ -275,3 +275,17 @@ def test_a_member_that_is_a_lora_takes_another_and_says_what_it_needs():
     pipe("a red circle", control=Image.new("RGB", (128, 128)), steps=1, progress=False)
     with pytest.raises(RequestError, match="nano-canny is merged into weights that stay; say memory='full'."):
         fe.load("nano-canny", memory="stream")
+
+
+def test_the_card_keeps_its_sections_apart(tmp_path):
+    (tmp_path / "README.md").write_text("# card\n\n## Known failures\n\nnone\n")
+    rated = {
+        name: {"elo": elo, "low": elo - 50, "high": elo + 50, "votes": 4} for name, elo in (("a", 1050), ("b", 950))
+    }
+    (tmp_path / "arena.json").write_text(json.dumps({"overall": rated, "prompt": {"a": rated["a"]}}))
+    for _ in range(2):
+        write_member(tmp_path, "fill", CARD["fill"])
+    card = (tmp_path / "README.md").read_text()
+    titles = [line for line in card.splitlines() if line.startswith("## ")]
+    assert titles == ["## The family", "## In the arena", "## Known failures"]
+    assert "| a | 1050 (1000 to 1100) | 1050 (1000 to 1100) |" in card and "| b | 950 (900 to 1000) |  |" in card

@@ -81,7 +81,7 @@ Everything right by picture shape, height x width, about {by_each} prompts each:
 {failures}
 """
 
-FAMILY_TITLE, LAST_TITLE = "## The family", "## Known failures"
+FAMILY_TITLE, ARENA_TITLE, LAST_TITLE = "## The family", "## In the arena", "## Known failures"
 APART = 5  # points between square pictures and others, at most
 AGAIN = "`fluxedu train --all` does all of it again."
 
@@ -176,9 +176,38 @@ def write_member(weights: Path, name: str, entry: dict) -> None:
     members = json.loads(path.read_text()) if path.is_file() else {}
     write_text(path, json.dumps(dict(sorted({**members, name: entry}.items())), indent=2) + "\n")
     if card.is_file():
-        text = card.read_text()
-        before, end = text.split(FAMILY_TITLE)[0].split(LAST_TITLE)[0], text[text.index(LAST_TITLE) :]
-        write_text(card, before + family_table(weights) + end)
+        refresh(card)
+
+
+def refresh(card: Path) -> None:
+    """Write the card's sections on the family and the arena again, from the figures beside it."""
+    text, weights = card.read_text(), card.parent
+    before, end = text.split(FAMILY_TITLE)[0].split(ARENA_TITLE)[0].split(LAST_TITLE)[0], text[text.index(LAST_TITLE) :]
+    write_text(card, before + family_table(weights) + arena_table(weights) + end)
+
+
+def arena_table(weights: Path) -> str:
+    """The ratings in ``arena.json``, as ``fluxedu arena table --json`` writes them. Empty where there are none."""
+    path = Path(weights) / "arena.json"
+    if not path.is_file():
+        return ""
+    axes = json.loads(path.read_text())
+    first = next(iter(axes.values()))
+    votes = sum(row["votes"] for table in axes.values() for row in table.values()) // 2
+    lines = [
+        ARENA_TITLE,
+        "",
+        f"Elo and its 95 % interval, {votes} votes of the judge on pairs of pictures: `fluxedu arena run "
+        f"{' '.join(sorted(first))} --count {votes}`. Intervals that overlap say that the votes do not tell two apart.",
+        "",
+        f"| | {' | '.join(axes)} |",
+        "|---" * (1 + len(axes)) + "|",
+    ]
+    for name in first:
+        rated = [table.get(name) for table in axes.values()]
+        cells = [f"{r['elo']:.0f} ({r['low']:.0f} to {r['high']:.0f})" if r else "" for r in rated]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", ""])
 
 
 def judged(weights: Path, say: Callable[[str], None] = print) -> dict[str, dict]:
@@ -209,7 +238,8 @@ def write_card(
         dropout=100 * flow.DROPOUT, low=flow.GUIDANCE[0], high=flow.GUIDANCE[1], prompts=first["prompts"],
         steps=first["steps"], guidance=strengths, table=rows_table(figures), psnr=first["autoencoder_psnr"],
         retrieval=100 * retrieval, failures=failures(figures), by_size=sizes_table(figures),
-        by_each=first["prompts"] // len(ASPECTS), family=family_table(weights), last=LAST_TITLE,
+        by_each=first["prompts"] // len(ASPECTS), family=family_table(weights) + arena_table(weights),
+        last=LAST_TITLE,
     )  # fmt: skip
     write_text(weights / "judge.json", json.dumps(figures, indent=2) + "\n")
     write_text(weights / "README.md", text)
