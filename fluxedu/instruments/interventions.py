@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fluxedu.instruments.catalogue import axes_of
-from fluxedu.instruments.errors import AbsentError, InstrumentError
+from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import Steps, among, checked_heads, checked_steps, record
 from fluxedu.instruments.recording import Recording
@@ -88,19 +88,12 @@ class intervene(Instrument):  # noqa: N801 - used like a function
         super().__init__(*globs)
         self.change, self.steps, self.times = change, checked_steps(steps), _checked(times)
         self.acted = self.early = False
-        self.absent: AbsentError | None = None
 
     def see(self, owner: Sited, name: str, whole: str, value: Any) -> Any:
         moment = now()
         if not self._now(moment):
             return value
-        try:
-            changed = self.change(value, Context(whole, axes_of(owner, name), moment))
-        except AbsentError as error:
-            if moment is None or moment.text is None:
-                raise
-            self.absent = error  # another of the prompts that are encoded may say it
-            return value
+        changed = self.change(value, Context(whole, axes_of(owner, name), moment))
         self.acted = True
         return _fitting(changed, value, whole)
 
@@ -113,8 +106,8 @@ class intervene(Instrument):  # noqa: N801 - used like a function
 
     def __exit__(self, kind, *rest) -> None:
         super().__exit__(kind, *rest)
-        if kind is None and self.absent is not None and not self.acted:
-            raise self.absent
+        if kind is None and self.absent and not self.acted:
+            raise next(iter(self.absent.values()))
         if kind is None and self.early and not self.acted:
             raise InstrumentError(
                 f"{' and '.join(self.globs)} passed outside of the steps of a run only, where steps= and times= never "

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fluxedu.instruments.catalogue import axes_of
-from fluxedu.instruments.errors import AbsentError, BudgetError, InstrumentError
+from fluxedu.instruments.errors import BudgetError, InstrumentError
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recording import FolderRecording, Recording, When, open_recording
 from fluxedu.instruments.reductions import MapView, Reduction, Value, maker
@@ -75,10 +75,9 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
             raise InstrumentError(f"to is 'memory' or a new folder, not {said(to)}.")
         self.recording = Recording() if to == "memory" else FolderRecording(to)
         self.used = False
-        self.made: dict[tuple, list[Reduction]] = {}  # they may remember, so each site and picture has its own
+        self.made: dict[str, tuple[tuple, list[Reduction]]] = {}  # they may remember: a site's, of the picture at hand
         self.calls: dict[str, int] = {}
         self.expected: dict[tuple, int] = {}  # (site, run) -> bytes by the end of that run
-        self.absent: dict[str, AbsentError] = {}  # sites of encoders, at a prompt that does not say the word
         self.seen: set[str] = set()
         self.words = 0  # how many tokens of the run last seen are text
         self.total = 0  # of them all
@@ -94,14 +93,8 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         when = self._when(site, moment)
         if moment is None and not among(self.steps, when.step, None):
             return value
-        try:
-            with torch.no_grad():
-                kept = self._reduced(owner, name, site, value, moment, when)
-        except AbsentError as error:
-            if moment is None or moment.text is None:
-                raise
-            self.absent.setdefault(site, error)  # another of the prompts that are encoded may say it
-            return value
+        with torch.no_grad():
+            kept = self._reduced(owner, name, site, value, moment, when)
         self.seen.add(site)
         if kept is not None:
             self._keep(site, when, kept, moment)
@@ -126,12 +119,10 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
 
     def _reduced(self, owner: Sited, name: str, site: str, value, moment: Moment | None, when: When) -> Named | None:
         chosen = self._chosen(self._of_pass(self._named(owner, name, site, value), moment), site, moment)
-        place = (site, *when.place[:2])
-        if place not in self.made:
-            for done in [known for known in self.made if known[0] == site]:
-                del self.made[done]  # of an earlier picture: what it remembered is not needed any more
-            self.made[place] = self.reductions()
-        reductions = self.made[place]
+        picture = when.place[:2]
+        if site not in self.made or self.made[site][0] != picture:
+            self.made[site] = picture, self.reductions()
+        _, reductions = self.made[site]
         if isinstance(chosen, MapView) and not reductions:
             b, h, n, m = chosen.shape
             self._expect(site, (self.dtype or torch.float32).itemsize * b * h * n * m, moment)  # before it is made

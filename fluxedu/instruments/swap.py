@@ -103,10 +103,9 @@ class swap:  # noqa: N801 - used like a function
 
     def _made(self, old: nn.Module, path: str) -> nn.Module:
         module = self.new if isinstance(self.new, nn.Module) else self._new(old, path)
-        if isinstance(module, nn.Module):
-            self.before += [(part, part.training, getattr(part, "site_path", None)) for part in module.modules()]
         if not isinstance(module, nn.Module):
             raise InstrumentError(f"what is swapped in at {path!r} must be a torch.nn.Module, not {said(module)}.")
+        self.before += [(part, part.training, getattr(part, "site_path", None)) for part in module.modules()]
         if module is not self.new:
             _give_weights(module, old, path)
         _same_arguments(module, old, path)

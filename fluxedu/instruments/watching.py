@@ -17,9 +17,10 @@ from typing import Any
 
 from fluxedu import probe
 from fluxedu.instruments.catalogue import is_own, names_of
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.instruments.errors import AbsentError, InstrumentError
 from fluxedu.models.config import said
 from fluxedu.probe import Sited, site
+from fluxedu.sampling.moment import now
 
 
 class Instrument:
@@ -32,6 +33,7 @@ class Instrument:
             raise InstrumentError(f"name one site or more, such as 'double.*.attn.map', not {said(globs)}.")
         self.globs = globs
         self.thread: int | None = None
+        self.absent: dict[str, AbsentError] = {}  # sites of encoders, at a prompt that does not say the word
         self.matches = lru_cache(maxsize=None)(lambda name: any(fnmatchcase(name, g) for g in globs))
 
     def wants(self, name: str) -> bool:
@@ -68,7 +70,18 @@ class Chain:
         whole = site(owner, name)
         for instrument in self.instruments:
             if instrument.wants(whole):
-                value = instrument.see(owner, name, whole, value)
+                value = _shown(instrument, owner, name, whole, value)
+        return value
+
+
+def _shown(instrument: Instrument, owner: Sited, name: str, whole: str, value: Any) -> Any:
+    """Let it see the value. While prompts are encoded, one that lacks a word is no error: another may say it."""
+    try:
+        return instrument.see(owner, name, whole, value)
+    except AbsentError as error:
+        if getattr(now(), "text", None) is None:
+            raise
+        instrument.absent[whole] = error
         return value
 
 

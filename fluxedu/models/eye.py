@@ -6,6 +6,8 @@ Source: arXiv 2010.11929 (vision transformer).
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,9 +29,8 @@ class Eye(nn.Module):
         super().__init__()
         dim = config.hidden_size
         widths = (3, dim // 4, dim // 2, dim, dim)
-        pairs = zip(widths[:-1], widths[1:], strict=True)
         self.stem = nn.Sequential(
-            *(nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.SiLU()) for i, o in pairs)
+            *(nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.SiLU()) for i, o in pairwise(widths))
         )
         self.place_embed = nn.Parameter(0.02 * torch.randn(self.TOKENS, dim))
         self.layers = nn.ModuleList(CLIPLayer(config, causal=False) for _ in range(config.num_hidden_layers))

@@ -28,13 +28,9 @@ class ImageTower(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(2 * dim, dim, bias=False)
 
-    def tokens(self, image: Tensor) -> Tensor:
-        """What is seen in each of 8 x 8 places: ``[B, 64, D]``."""
+    def forward(self, image: Tensor) -> Tensor:
         x = self.patch_embed(F.avg_pool2d(image, 2)).flatten(2).transpose(1, 2) + self.place_embed
         for layer in self.layers:
             x = layer(x)
-        return self.norm(x)
-
-    def forward(self, image: Tensor) -> Tensor:
-        x = self.tokens(image)
+        x = self.norm(x)
         return self.projection(torch.cat([x.mean(1), x.amax(1)], dim=-1))

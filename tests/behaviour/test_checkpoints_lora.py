@@ -149,7 +149,10 @@ def test_kohyas_names_and_alpha():
 
 def test_what_is_extracted_leads_from_one_network_to_the_other():
     before, after = model(dtype=torch.float32), model(CONFIG.with_(in_channels=14), torch.float32)
-    wide = lambda: load_into(Flux(CONFIG.with_(in_channels=14)), widen_input(before.state_dict(), 14))  # noqa: E731
+
+    def wide():
+        return load_into(Flux(CONFIG.with_(in_channels=14)), widen_input(before.state_dict(), 14))
+
     whole = extract(after.state_dict(), before.state_dict(), rank=10_000)
     assert inputs_of(whole) == 14 and inputs_of({"x.lora_A.weight": draw(2, 3), "x.lora_B.weight": draw(3, 2)}) is None
     there = wide()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from fluxedu.nano.training.loop import Loss, Recipe, Run, fingerprint, mixed_pre
 from fluxedu.nano.training.members import Examples, Shelf
 from fluxedu.nano.training.redux import SEEING, HeadAtWork, redux_loss, spellings
 from fluxedu.nano.training.schnell import Ways, ladder_loss, make_ways, without_guidance
-from fluxedu.nano.training.style import adapted, lora_of, style_loss
+from fluxedu.nano.training.style import adapted, lora_of
 from fluxedu.sampling.conditions import reference_ids
 from fluxedu.sampling.load import FAMILY, LORA_FILE, LORAS, SHIPPED, Ours, load, nano_redux, widened, with_lora
 from fluxedu.sampling.pipeline import FluxPipeline
@@ -63,14 +64,15 @@ EXTRACTED = {"canny": 48, "depth": 48}
 SEED = 66
 
 
-def channel_loss(model: Flux, batch: Examples, texts: Texts, g: torch.Generator) -> Tensor:
-    """Fill, canny, depth: what is given stands in more channels of each token."""
+def channel_loss(model: Flux, batch: Examples, texts: Texts, g: torch.Generator, between=STRENGTHS) -> Tensor:
+    """Fill, canny, depth: what is given, if anything, stands in more channels of each token."""
     x_t, t, target = noisy(batch.latents, g)
     img_ids, txt_ids = places(*batch.cells)
-    strength = strengths(len(t), STRENGTHS, g)
+    strength = strengths(len(t), between, g)
+    reads = x_t if batch.given is None else torch.cat([x_t, batch.given], -1)
     with mixed_precision():
         txt, pooled = texts(batch.t5, batch.clip)
-        velocity = model(torch.cat([x_t, batch.given], -1), img_ids, txt, txt_ids, t, pooled, strength)
+        velocity = model(reads, img_ids, txt, txt_ids, t, pooled, strength)
     return F.mse_loss(velocity.float(), target)
 
 
@@ -95,7 +97,7 @@ LOSSES: dict[str, Callable] = {
     "canny": channel_loss,
     "depth": channel_loss,
     "kontext": reference_loss,
-    "hollow": style_loss,
+    "hollow": partial(channel_loss, between=(1.0, 1.0)),  # guidance 1, as LoRAs of FLUX.1 [dev] are trained
 }
 
 
@@ -139,7 +141,7 @@ def seated(name: str, member: nn.Module, pipe: FluxPipeline, path: Path) -> Flux
     member, pipe.defaults = member.to(torch.bfloat16).float().eval(), _ours(name).sampling
     if name == "redux":
         pipe.redux = nano_redux(member.eye, member.head)
-    elif name in EXTRACTED or name in LORAS:
+    elif _ours(name).lora:
         pipe.flux, _ = with_lora(pipe.flux, path / LORA_FILE)
     else:
         pipe.flux = member
@@ -162,8 +164,7 @@ def train(name: str, folder: Path, pipe: FluxPipeline, resume: bool = True) -> n
         loss = _loss(name, model, pipe, texts, run)
         compiled(getattr(model, "flux", model))
         run.train(loss)
-    trained = use_average(_start(name, pipe), run.average)
-    return flow_of(run) if name == "kontext" else trained
+    return flow_of(run) if name == "kontext" else use_average(_start(name, pipe), run.average)
 
 
 def _start(name: str, pipe: FluxPipeline) -> nn.Module:

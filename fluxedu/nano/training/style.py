@@ -10,14 +10,10 @@ from __future__ import annotations
 from copy import deepcopy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fluxedu.models.transformer import Flux
-from fluxedu.nano.training.flow import Texts, noisy, places
-from fluxedu.nano.training.loop import mixed_precision
-from fluxedu.nano.training.members import Examples
 
 RANK = 16
 
@@ -52,13 +48,3 @@ def lora_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if factor:
             found[f"{layer}.lora_{factor}.weight"] = value.contiguous()
     return found
-
-
-def style_loss(model: Flux, batch: Examples, texts: Texts, g: torch.Generator) -> Tensor:
-    """The rectified-flow loss on pictures of the style."""
-    x_t, t, target = noisy(batch.latents, g)
-    img_ids, txt_ids = places(*batch.cells)
-    with mixed_precision():
-        txt, pooled = texts(batch.t5, batch.clip)
-        velocity = model(x_t, img_ids, txt, txt_ids, t, pooled, torch.ones(len(t)))
-    return F.mse_loss(velocity.float(), target)
