@@ -185,6 +185,9 @@ def judge(
     prompts: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 500,
     steps: Annotated[int, typer.Option(min=1)] = 20,
     guidance: Annotated[float | None, typer.Option(help="The model's own strength if not given.")] = None,
+    for_shapes: Annotated[
+        int, typer.Option(min=0, help="Compare shapes of picture over so many prompts, if more than --prompts.")
+    ] = 0,
     as_json: Json = None,
 ) -> None:
     """Draw held-out prompts, let the judge read them, print the table."""
@@ -192,7 +195,7 @@ def judge(
 
     can_write(as_json)
     with sentences():
-        figures = examine(_load(model), model, prompts, steps, guidance)
+        figures = examine(_load(model), model, prompts, steps, guidance, for_shapes)
     typer.echo(table(figures))
     write_json(as_json, figures)
 

@@ -21,7 +21,7 @@ from fluxedu.models.clip import CLIPTextEncoder
 from fluxedu.models.config import ConfigError, FluxConfig
 from fluxedu.models.hollow import hollow
 from fluxedu.models.modulation import Modulation
-from fluxedu.models.t5 import T5Encoder
+from fluxedu.models.t5 import T5Attention, T5Encoder
 from fluxedu.models.transformer import Flux
 from fluxedu.probe import Probed, Sited, networks, site
 from fluxedu.sampling.pipeline import FluxPipeline
@@ -40,18 +40,19 @@ LEGEND = {
     "C": "channels",
     "h": "rows of cells",
     "w": "columns of cells",
+    "G": "cells, rows x columns of them",
 }
 
 AXES = {
     "B": "batch", "L": "text", "N": "image", "T": "token", "H": "head", "d": "channel", "D": "channel",
-    "M": "channel", "O": "channel", "C": "channel", "h": "row", "w": "column",
+    "M": "channel", "O": "channel", "C": "channel", "h": "row", "w": "column", "G": "cell",
 }  # fmt: skip
 
 
 def _rows(text: str) -> dict[str, tuple[str, str]]:
     """Lines ``name | shape | meaning``; names with a bar between them share a line."""
     table = {}
-    for line in text.strip().splitlines():
+    for line in filter(None, text.splitlines()):
         names, shape, meaning = (part.strip() for part in line.split(" : "))
         table |= {name: (shape, meaning) for name in names.split()}
     return table
@@ -78,6 +79,11 @@ attn.q : B H T d : queries, turned by position
 attn.k : B H T d : keys, turned by position
 attn.map : B H T T : who looks at whom: a lazy AttentionMap, a row a query, rows sum to 1
 heads : B H T d : each head's output, before the heads are merged; cut a head here"""
+
+_TEXT = """
+q k v : B H L d : queries, keys, values
+map : B H L L : which word piece looks at which: a lazy AttentionMap, a row a query, rows sum to 1
+heads : B H L d : each head's output"""
 
 #: a line for each site of each class of module
 TABLE: dict[str, dict[str, tuple[str, str]]] = {
@@ -125,19 +131,25 @@ modulated : B N D : shifted and scaled: the last thing before the velocity"""),
 embedded : B L D : a vector a word piece, without places
 states : B L D : what the transformer reads of the prompt, a vector a word piece"""),
     "T5Block": _rows("""
+norm1 norm2 : B L D : each of root mean square 1 times a learned scale: what attention, and MLP, read
 attn_out : B L D : what the attention adds
 mlp_out : B L D : what the gated MLP adds
 out : B L D : the tokens as they leave the block"""),
-    "T5Attention": _rows("q k v : B H L d : queries, keys, values\nheads : B H L d : each head's output"),
+    "T5Attention": _rows("""
+bias : 1 H L L : added to the scores by distance, the same for every prompt; the first block's serves all
+""" + _TEXT),
+    "T5GatedMLP": _rows("hidden : B L M : inside the gated MLP, the one half times the GELU of the other"),
     "CLIPTextEncoder": _rows("""
 states : B L D : a vector a word piece, normalised; each has read only what stands before it
 pooled : B D : the one at the end of the text: all that modulation hears of the prompt"""),
     "CLIPTextTransformer": _rows("embedded : B L D : a vector a word piece plus a vector a place"),
     "CLIPLayer": _rows("""
+norm1 norm2 : B L D : layer-normalised: what attention, and MLP, read
 attn_out : B L D : what the attention adds
 mlp_out : B L D : what the MLP adds
 out : B L D : the tokens as they leave the layer"""),
-    "CLIPAttention": _rows("q k v : B H L d : queries, keys, values\nheads : B H L d : each head's output"),
+    "CLIPAttention": _rows(_TEXT),
+    "CLIPMLP": _rows("hidden : B L M : inside the MLP, after the quick GELU"),
     "AutoEncoder": _rows("latent : B C h w : the picture as the flow sees it, of variance about 1"),
     "Encoder": _rows("""
 level.* : B C h w : after a level of the pyramid, the picture halved
@@ -147,8 +159,15 @@ moments : B C h w : mean and log-variance of the raw latent, stacked"""),
 mid : B C h w : at the bottom, every cell having looked at every other
 level.* : B C h w : after a level of the pyramid, the picture doubled
 image : B C h w : the picture, about -1 to 1, h and w being pixels"""),
-    "ResnetBlock": _rows("residual : B C h w : what the block adds\nout : B C h w : what leaves it"),
-    "AttnBlock": _rows("out : B C h w : the cells, having looked at each other"),
+    "ResnetBlock": _rows("""
+norm1 norm2 : B C h w : group-normalised: what either convolution reads, through a SiLU
+residual : B C h w : what the block adds
+out : B C h w : what leaves it"""),
+    "AttnBlock": _rows("""
+norm : B C h w : group-normalised: what the attention reads
+q k v : B 1 G C : queries, keys, values of the cells, row by row
+map : B 1 G G : which cell looks at which: a lazy AttentionMap of one head
+out : B C h w : the cells, having looked at each other"""),
 }  # fmt: skip
 
 SAMPLER = _rows("""
@@ -231,6 +250,8 @@ def _names(module: Probed) -> list[str]:
         return [n for n in names if n[-1].isdigit() == (module.layers == 2)]
     if isinstance(module, Flux) and not module.config.guidance_embed:
         names.remove("vec.guidance")
+    if isinstance(module, T5Attention) and not hasattr(module, "relative_attention_bias"):
+        names.remove("bias")
     levels = len(getattr(module, "down", getattr(module, "up", ())))
     return [f"level.{i}" for i in range(levels) if "level.*" in names] + [n for n in names if n != "level.*"]
 
@@ -266,7 +287,7 @@ def _of_stream(shape: str, module: Probed) -> str:
 
 def _axes(shape: str) -> tuple[str, ...]:
     letters = shape.split()
-    if letters[-2:] == ["T", "T"]:
+    if len(letters) == 4 and letters[-2] == letters[-1]:
         return ("batch", "head", "query", "key")
     if letters == ["1", "T", "d/2"]:
         return ("one", "token", "pair")
@@ -287,9 +308,9 @@ def _sizes(network: nn.Module) -> dict[str, int]:
         head, sizes = c.head_dim, {"H": c.num_heads, "D": c.hidden_size, "M": c.mlp_hidden, "O": c.out_channels}
         return sizes | {"1": 1, "d": head, "d/2": head // 2}
     if isinstance(network, T5Encoder):
-        return {"H": c.num_heads, "D": c.d_model, "d": c.d_kv}
+        return {"H": c.num_heads, "D": c.d_model, "d": c.d_kv, "M": c.d_ff}
     if isinstance(network, CLIPTextEncoder):
-        return {"H": c.num_attention_heads, "D": c.hidden_size, "d": c.hidden_size // c.num_attention_heads}
+        return {"H": c.num_attention_heads, "D": c.hidden_size, "d": c.hidden_size // c.num_attention_heads, "M": c.intermediate_size}
     return {}
 
 

@@ -10,6 +10,7 @@ changes nothing leaves the picture the same to the last bit.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,7 @@ class intervene(Instrument):  # noqa: N801 - used like a function
 
     steps: which steps (a number, a list, a slice) · times: from, to, in [0, 1], 1 being noise. The change must keep
     shape and dtype; of ``attn.map`` it gets the lazy map and may give a tensor ``[B, H, N, N]``. Raises
-    InstrumentError for a site that is not there or a change that does not fit.
+    InstrumentError for a site that is not there or a change that does not fit; warns when no step of a run was meant.
     """
 
     changes = True
@@ -88,6 +89,7 @@ class intervene(Instrument):  # noqa: N801 - used like a function
         super().__init__(*globs)
         self.change, self.steps, self.times = change, checked_steps(steps), _checked(times)
         self.acted = self.early = False
+        self.missed: Moment | None = None  # a step that passed outside of steps= and times=
 
     def see(self, owner: Sited, name: str, whole: str, value: Any) -> Any:
         moment = now()
@@ -102,7 +104,9 @@ class intervene(Instrument):  # noqa: N801 - used like a function
             self.early = self.early or not (self.times is None and self.steps is None)
             return self.times is None and self.steps is None
         low, high = self.times or (-1.0, 2.0)
-        return among(self.steps, moment.step, moment.steps) and low <= moment.time <= high
+        meant = among(self.steps, moment.step, moment.steps) and low <= moment.time <= high
+        self.missed = self.missed if meant else moment
+        return meant
 
     def __exit__(self, kind, *rest) -> None:
         super().__exit__(kind, *rest)
@@ -113,6 +117,14 @@ class intervene(Instrument):  # noqa: N801 - used like a function
                 f"{' and '.join(self.globs)} passed outside of the steps of a run only, where steps= and times= never "
                 f"let it be changed; leave them out."
             )
+        if kind is None and self.missed is not None and not self.acted:
+            warnings.warn(f"nothing was changed at {' and '.join(self.globs)}: {self._never()}.", stacklevel=2)
+
+    def _never(self) -> str:
+        if self.times is None:
+            return f"the run has {self.missed.steps} steps, and none of them is in steps={said(self.steps)}"
+        steps = "" if self.steps is None else f" in steps={said(self.steps)}"
+        return f"no step{steps} of the run's {self.missed.steps} begins between t = {self.times[0]:g} and {self.times[1]:g}"
 
 
 def _checked(times: Times | None) -> Times | None:
@@ -120,6 +132,8 @@ def _checked(times: Times | None) -> Times | None:
         return None
     try:
         low, high = sorted(float(t) for t in times)
+        if not (0 <= low and high <= 1):  # false for nan too
+            raise ValueError
     except (TypeError, ValueError):
         raise InstrumentError(f"times is a pair (from, to) in [0, 1], not {said(times)}.") from None
     return low, high

@@ -81,6 +81,8 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         self.seen: set[str] = set()
         self.words = 0  # how many tokens of the run last seen are text
         self.total = 0  # of them all
+        self.over: tuple[int, int, int] | None = None  # the step in which that passed the budget
+        self.refused = False
 
     # -- what comes in
 
@@ -93,6 +95,8 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         when = self._when(site, moment)
         if moment is None and not among(self.steps, when.step, None):
             return value
+        if self.over is not None and self.over != when.place:  # a step has gone by, so what it needs is known
+            raise self._refusal()
         with torch.no_grad():
             kept = self._reduced(owner, name, site, value, moment, when)
         self.seen.add(site)
@@ -125,11 +129,18 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         _, reductions = self.made[site]
         if isinstance(chosen, MapView) and not reductions:
             b, h, n, m = chosen.shape
-            self._expect(site, (self.dtype or torch.float32).itemsize * b * h * n * m, moment)  # before it is made
+            self._expect(site, (self.dtype or torch.float32).itemsize * b * h * n * m, moment, when)
+            if self.over is not None:
+                return None  # before it is made
         for reduction in reductions:
+            if hasattr(reduction, "question"):
+                reduction.question = when.part
             chosen = reduction(chosen)
             if chosen is None:
-                return None
+                break
+        self._claim((f"{site}, remembered", None), sum(getattr(r, "nbytes", 0) for r in reductions), when)
+        if chosen is None:
+            return None
         return chosen.made() if isinstance(chosen, MapView) else chosen
 
     def _named(self, owner: Sited, name: str, site: str, value) -> Named | AttentionMap:
@@ -158,12 +169,13 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         labels = None if places is None or moment is None else self._labels(places, site, moment)
         if isinstance(value, AttentionMap):
             self._check(site, places, value.words, value.shape[1])
-            queries = slice(None) if places is None else slice(value.words, None)
+            queries = slice(None) if places is None else self._readers(value.words, value.shape[2])
             return MapView(value, self.heads, queries, places, labels, self.budget)
         if places is not None and value.axes[-1] == "key":  # a map that was changed
-            words = moment.words if moment is not None else value.shape[-1]
+            words = value.shape[-1] if moment is None or moment.text is not None else moment.words
             self._check(site, places, words, value.shape[1])
-            value = value.take("query", list(range(words, value.sizes["query"]))).take("key", places)
+            readers = range(value.sizes["query"])[self._readers(words, value.sizes["query"])]
+            value = value.take("query", list(readers)).take("key", places)
             value = Named(value.tensor, value.axes, {} if labels is None else {"key": labels})
         elif places is not None:
             axis = next((a for a in ("text", "token") if a in value.axes), None)
@@ -173,6 +185,11 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
             self._check(site, places, words, None)
             value = value.take(axis, places)
         return value if self.heads is None else value.take("head", self.heads)
+
+    @staticmethod
+    def _readers(words: int, queries: int) -> slice:
+        """Which queries are asked how much they take from words: the image's; of a text encoder, all there are."""
+        return slice(words if words < queries else 0, None)
 
     def _check(self, site: str, places: list[int] | None, words: int, heads: int | None) -> None:
         wrong = [i for i in places or [] if not 0 <= i < words]
@@ -194,8 +211,9 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
 
     def _keep(self, site: str, when: When, value: Named, moment: Moment | None) -> None:
         value = self._plain(value, moment)
-        self._expect(site, value.tensor.nbytes, moment)
-        self.recording.add(site, when, value, last_only=self.over_steps)
+        self._expect(site, value.tensor.nbytes, moment, when)
+        if self.over is None:
+            self.recording.add(site, when, value, last_only=self.over_steps)
 
     def _plain(self, value: Named, moment: Moment | None) -> Named:
         """A copy on the CPU without axes of one place that mean nothing, its batch axis said as what it is."""
@@ -215,29 +233,35 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         tensor = tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
         return Named(tensor, tuple(axes), value.coords)
 
-    def _expect(self, site: str, nbytes: int, moment: Moment | None) -> None:
-        """Refuse what would pass the budget by the end of the run, as soon as that can be known."""
-        if isinstance(self.recording, FolderRecording):
-            steps, pictures = self._questions(moment), 1  # only a step at a time is held
+    def _expect(self, site: str, nbytes: int, moment: Moment | None, when: When) -> None:
+        """Claim what a site will hold by the end of the run, as soon as that can be known."""
+        run, folder = None if moment is None else moment.run, isinstance(self.recording, FolderRecording)
+        if folder and not self.over_steps:
+            steps, pictures, run = self._questions(moment), 1, None  # a step at a time is held; the rest is written
         elif moment is None:
-            steps, pictures = self.calls[site] + 1, 1
+            steps, pictures = 1 if self.over_steps else self.calls[site] + 1, 1
         else:
             inside = moment.step is not None and not self.over_steps
             asked = sum(among(self.steps, i, moment.steps) for i in range(moment.steps))
             steps = self._questions(moment) * asked if inside else 1
             pictures = moment.pictures
-        needed, which = nbytes * steps * pictures, (site, None if moment is None else moment.run)
-        if isinstance(self.recording, FolderRecording):
-            which = (site, None)  # what was before is written
-        self.total += needed - self.expected.get(which, 0)
-        self.expected[which] = needed
-        if self.total > self.budget:
-            raise BudgetError(
-                f"recording {len({s for s, _ in self.expected})} sites or more needs {self.total:,} bytes or more, "
-                f"the budget is {self.budget:,}: name fewer sites, steps or heads, "
-                f"reduce (reduce='head-mean', tokens=[...]), stream to a folder "
-                f"(to=...), or allow more (budget={self.total})."
-            )
+        self._claim((site, run), nbytes * steps * pictures, when)
+
+    def _claim(self, what: tuple[str, int | None], nbytes: int, when: When) -> None:
+        """So many bytes will be held for ``what``; past the budget nothing more is kept, and it is refused soon."""
+        self.total += nbytes - self.expected.get(what, 0)
+        self.expected[what] = nbytes
+        if self.total > self.budget and self.over is None:
+            self.over = when.place
+
+    def _refusal(self) -> BudgetError:
+        self.refused = True
+        return BudgetError(
+            f"recording {len({s for s, _ in self.expected if not s.endswith(', remembered')})} sites"
+            f" or more needs {self.total:,} bytes or more, the budget is {self.budget:,}: "
+            f"name fewer sites, steps or heads, reduce (reduce='head-mean', tokens=[...]), stream to a folder "
+            f"(to=...), or allow more (budget={self.total})."
+        )
 
     @staticmethod
     def _questions(moment: Moment | None) -> int:
@@ -259,6 +283,8 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         if isinstance(self.recording, FolderRecording):
             over = kind is None or issubclass(kind, GeneratorExit)  # a generator that is closed has not failed
             self.recording.close() if over else self.recording.settle(failed=True)
+        if kind is None and self.over is not None and not self.refused:
+            raise self._refusal()
         never = [error for site, error in self.absent.items() if site not in self.seen]
         if kind is None and never:
             raise never[0]

@@ -1,7 +1,8 @@
 """Reductions: what is kept of a value instead of all of it, computed where the value is.
 
-Each is a function ``Named -> Named``, made anew for every site, so it may remember earlier steps; None means that
-there is nothing to keep yet. An attention map arrives as a :class:`MapView` and is never made whole unless asked.
+Each is a function ``Named -> Named``, made anew for every site, so it may remember earlier steps (it then says how much
+in ``nbytes``, for the budget); None means that there is nothing to keep yet. An attention map arrives as a
+:class:`MapView` and is never made whole unless asked.
 """
 
 from __future__ import annotations
@@ -170,17 +171,26 @@ def top(count: int) -> Reduction:
 
 
 class cosine:  # noqa: N801 - a function with a memory
-    """How alike the vectors along the last axis are to those of the step before; nothing for the first step."""
+    """How alike the vectors along the last axis are to those of the step before; nothing for the first step.
+
+    Of a solver that asks twice a step (midpoint, heun), each question is compared with the same one before.
+    """
+
+    question = 0  # which one of the step, told by the recorder
 
     def __init__(self):
-        self.before: Named | None = None
+        self.before: dict[int, Named] = {}
 
     def __call__(self, value: Value) -> Named | None:
-        x, before = real(value), self.before
-        self.before = x
+        x, before = real(value), self.before.get(self.question)
+        self.before[self.question] = x
         if before is None or before.shape != x.shape:
             return None
         return x.dropped(x.axes[-1], torch.cosine_similarity(before.tensor, x.tensor, dim=-1))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.tensor.nbytes for x in self.before.values())
 
 
 class step_mean:  # noqa: N801 - a function with a memory
@@ -196,6 +206,10 @@ class step_mean:  # noqa: N801 - a function with a memory
         self.count += 1
         self.total = x.tensor.double() + (0 if self.total is None else self.total)
         return Named((self.total / self.count).to(x.tensor.dtype), x.axes, x.coords)
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.total is None else self.total.nbytes
 
 
 #: by name; each entry makes a fresh one

@@ -44,8 +44,10 @@ class swap:  # noqa: N801 - used like a function
     ``old -> module``; or a module · pipe: only in this pipeline or network, in all that are alive if not said. Paths
     are those of sites: ``double.0.img_attn``, ``single.2``, ``final_layer``.
 
+    The network itself is changed, so unlike other instruments it acts in every thread that draws with it.
+
     Raises InstrumentError, in one sentence, for a path that is not there, weights that do not fit by name or
-    shape, a ``forward`` that takes other arguments, or, at the first call, gives other shapes.
+    shape, a ``forward`` that takes other arguments, or, at the first call, gives other shapes or another dtype.
     """
 
     def __init__(self, glob: str, new: type[nn.Module] | Callable[[nn.Module], nn.Module] | nn.Module, pipe=None):
@@ -177,14 +179,14 @@ def _same_arguments(module: nn.Module, old: nn.Module, path: str) -> None:
 
 
 def _check_first_output(module: nn.Module, old: nn.Module, path: str):
-    """At the first call, the shapes that come out are compared with the old module's."""
+    """At the first call, shapes and dtypes of what comes out are compared with the old module's."""
 
     def check(_, given, out):
         handle.remove()
         watcher = probe.watch(None)  # the old one is only asked for its shapes: nobody is to see it
         try:
             with torch.no_grad():
-                theirs = _shapes(old(*given))
+                theirs = old(*given)
         except Exception as error:
             raise InstrumentError(
                 f"what {type(module).__name__} is given at {path!r}, the module there could not take ({said(error)}); "
@@ -192,15 +194,24 @@ def _check_first_output(module: nn.Module, old: nn.Module, path: str):
             ) from None
         finally:
             probe.watch(watcher)
-        mine = _shapes(out)
-        if mine != theirs:
-            raise InstrumentError(f"{type(module).__name__} gives {mine} at {path!r}; it must give {theirs}.")
+        for of in (_shapes, _dtypes):
+            mine, wanted = of(out), of(theirs)
+            if mine != wanted:
+                raise InstrumentError(f"{type(module).__name__} gives {mine} at {path!r}; it must give {wanted}.")
 
     handle = module.register_forward_hook(check)
     return handle
 
 
-def _shapes(out) -> list:
+def _shapes(out) -> list | str:
+    return _each(out, lambda tensor: list(tensor.shape))
+
+
+def _dtypes(out) -> list | str:
+    return _each(out, lambda tensor: str(tensor.dtype).removeprefix("torch."))
+
+
+def _each(out, of: Callable[[Tensor], list | str]) -> list | str:
     if isinstance(out, Tensor):
-        return list(out.shape)
-    return [_shapes(o) for o in out] if isinstance(out, (tuple, list)) else type(out).__name__
+        return of(out)
+    return [_each(o, of) for o in out] if isinstance(out, (tuple, list)) else type(out).__name__

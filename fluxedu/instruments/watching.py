@@ -67,11 +67,17 @@ class Chain:
         return any(i.wants(whole) for i in self.instruments)
 
     def __call__(self, owner: Sited, name: str, value: Any) -> Any:
+        if not _eager.entered:
+            _eager.enter()  # the compiler came after the instrument
         whole = site(owner, name)
         for instrument in self.instruments:
             if instrument.wants(whole):
                 value = _shown(instrument, owner, name, whole, value)
         return value
+
+
+#: what torch.compiler.disable would say, which imports the compiler: not to be compiled, but called
+Chain.__call__._torchdynamo_disable = Chain.wants._torchdynamo_disable = True
 
 
 def _shown(instrument: Instrument, owner: Sited, name: str, whole: str, value: Any) -> Any:
@@ -85,17 +91,32 @@ def _shown(instrument: Instrument, owner: Sited, name: str, whole: str, value: A
         return value
 
 
+class Eager:
+    """While an instrument is in use, what is compiled runs as it is written; does nothing where nothing is compiled."""
+
+    def __init__(self):
+        self.stack, self.entered = ExitStack(), False
+
+    def enter(self) -> None:
+        if "torch._dynamo" in sys.modules and not self.entered:
+            import torch
+
+            self.entered = True
+            self.stack.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def leave(self) -> None:
+        self.stack.close()
+        self.entered = False
+
+
 _lock = threading.RLock()
 _active: list[Instrument] = []
-_eager = ExitStack()
+_eager = Eager()
 
 
 def _add(instrument: Instrument) -> None:
     with _lock:
-        if not _active and "torch._dynamo" in sys.modules:  # something may be compiled: run it as it is written
-            import torch
-
-            _eager.enter_context(torch.compiler.set_stance("force_eager"))
+        _eager.enter()
         _active.append(instrument)
         probe.watch(Chain(tuple(_active)))
 
@@ -106,7 +127,7 @@ def _remove(instrument: Instrument) -> None:
             _active.remove(instrument)
         probe.watch(Chain(tuple(_active)) if _active else None)
         if not _active:
-            _eager.close()
+            _eager.leave()
 
 
 def known_sites() -> set[str]:

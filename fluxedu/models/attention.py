@@ -100,12 +100,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, words: int, block: Pro
     """
     rope = block.probe("attn.rope", rope)
     q, k = block.probe("attn.q", rotate(q, rope)), block.probe("attn.k", rotate(k, rope))
-    if not block.wanted("attn.map"):
-        return merge_heads(block.probe("heads", mix(q, k, v)))
-    promised = AttentionMap(q, k, v, words)
-    weights = block.probe("attn.map", promised)
-    if isinstance(weights, Tensor):
-        heads = weights.to(v.dtype) @ v
-    else:  # asked for its log-sum-exp, the map has attended already
-        heads = mix(q, k, v) if promised.out is None else promised.out
+    heads = looked_at(block, "attn.map", lambda: AttentionMap(q, k, v, words), lambda: mix(q, k, v))
     return merge_heads(block.probe("heads", heads))
+
+
+def looked_at(
+    block: Probed, site: str, promised: Callable[[], AttentionMap], attended: Callable[[], Tensor]
+) -> Tensor:
+    """What attention gives, ``[B, H, N, d]``; its map is promised only if somebody looks at it or puts another there."""
+    if not block.wanted(site):
+        return attended()
+    lazy = promised()
+    weights = block.probe(site, lazy)
+    if isinstance(weights, Tensor):
+        return weights.to(lazy.v.dtype) @ lazy.v
+    return attended() if lazy.out is None else lazy.out  # asked for its log-sum-exp, the map has attended already

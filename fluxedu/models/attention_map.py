@@ -34,13 +34,22 @@ class AttentionMap:
     """``softmax(q k^T / sqrt(d))`` of one block, ``[B, H, N, N]``, of which any part is made when asked for.
 
     Attributes: ``q``, ``k``, ``v`` ``[B, H, N, d]``, turned by position · ``words``, how many of the N tokens
-    are text; they come first. All parts are
+    are text; they come first · ``bias``, broadcastable to the map, added to the scores: T5's distances, or minus
+    infinity where CLIP must not look · ``scale`` of the scores, ``1 / sqrt(d)`` if not said. All parts are
     float32, or float64 if q is.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor | None = None, words: int = 0):
-        self.q, self.k, self.v, self.words = q, k, v, words
-        self.scale = q.shape[-1] ** -0.5
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None = None,
+        words: int = 0,
+        bias: Tensor | None = None,
+        scale: float | None = None,
+    ):
+        self.q, self.k, self.v, self.words, self.bias = q, k, v, words, bias
+        self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.out: Tensor | None = None  # attention's result, if the log-sum-exp was asked for and gave it as well
         self._lse: Tensor | None = None
 
@@ -54,7 +63,8 @@ class AttentionMap:
         """The log-sum-exp of every row, ``[B, H, N]``."""
         if self._lse is None:
             training = any(x is not None and x.requires_grad for x in (self.q, self.k, self.v))
-            fused = None if training or self.v is None else _fused(self.q.device.type, self.q.dtype)
+            plain = self.v is not None and self.bias is None and self.scale == self.q.shape[-1] ** -0.5
+            fused = _fused(self.q.device.type, self.q.dtype) if plain and not training else None
             if fused is not None:
                 self.out, self._lse = fused(self.q, self.k, self.v)
             else:
@@ -69,8 +79,7 @@ class AttentionMap:
     def columns(self, index: Index, rows: Index = slice(None)) -> Tensor:
         """How much the queries (all, or those at ``rows``) take from the keys at ``index``: ``[B, H, N, how many]``."""
         rows, index = _listed(rows), _listed(index)
-        scores = wide(self.q[:, :, rows]) @ wide(self.k[:, :, index]).transpose(-1, -2) * self.scale
-        return (scores - self.lse[:, :, rows, None]).exp()
+        return (self._scores(rows, index) - self.lse[:, :, rows, None]).exp()
 
     def weights(self) -> Tensor:
         """The whole map."""
@@ -78,18 +87,19 @@ class AttentionMap:
 
     def heads(self, index: slice | list[int]) -> AttentionMap:
         """The same map of some heads."""
-        some = AttentionMap(
-            self.q[:, index], self.k[:, index], None if self.v is None else self.v[:, index], self.words
-        )
-        some._lse = None if self._lse is None else self._lse[:, index]
-        return some
+        return self._part(lambda x: x[:, index])
 
     def picture(self, index: int) -> AttentionMap:
         """The same map of one picture of the batch, which keeps its axis."""
-        q, k, v = (None if x is None else x[index : index + 1] for x in (self.q, self.k, self.v))
-        one = AttentionMap(q, k, v, self.words)
-        one._lse = None if self._lse is None else self._lse[index : index + 1]
-        return one
+        return self._part(lambda x: x[index : index + 1])
+
+    def _part(self, of: Callable[[Tensor], Tensor]) -> AttentionMap:
+        """The same map of some pictures or heads."""
+        q, k, v = (None if x is None else of(x) for x in (self.q, self.k, self.v))
+        bias = None if self.bias is None else of(self.bias.expand(self.shape))
+        part = AttentionMap(q, k, v, self.words, bias, self.scale)
+        part._lse = None if self._lse is None else of(self._lse)
+        return part
 
     def head_mean(self, rows: Index = slice(None), columns: Index | None = None) -> Tensor:
         """The map, or a part of it, averaged over heads, ``[B, N, N]``: a head at a time, never all at once."""
@@ -107,12 +117,15 @@ class AttentionMap:
         ``H_i = lse_i - sum_j P_ij s_ij``, and the sum is attention once more with the keys as values:
         ``q_i . sum_j P_ij k_j / sqrt(d)``.
         """
+        if self.bias is not None:
+            return torch.special.entr(self.weights()).sum(-1)
         q, k = wide(self.q), wide(self.k)
-        meant = torch.nn.functional.scaled_dot_product_attention(q, k, k)
+        meant = torch.nn.functional.scaled_dot_product_attention(q, k, k, scale=self.scale)
         return (self.lse - self.scale * (q * meant).sum(-1)).clamp(min=0)
 
-    def _scores(self, rows: slice | list[int] | Tensor) -> Tensor:
-        return wide(self.q[:, :, rows]) @ wide(self.k).transpose(-1, -2) * self.scale
+    def _scores(self, rows: slice | list[int] | Tensor, columns: slice | list[int] | Tensor = slice(None)) -> Tensor:
+        scores = wide(self.q[:, :, rows]) @ wide(self.k[:, :, columns]).transpose(-1, -2) * self.scale
+        return scores if self.bias is None else scores + wide(self.bias.expand(self.shape)[:, :, rows][..., columns])
 
 
 # ---------------------------------------------------------------- the kernels that tell their log-sum-exp

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fluxedu.models.attention import looked_at
+from fluxedu.models.attention_map import AttentionMap
 from fluxedu.models.config import AutoEncoderConfig
 from fluxedu.probe import Probed, name_sites
 
@@ -35,8 +37,8 @@ class ResnetBlock(Probed):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, C', h, w]
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(F.silu(self.probe("norm1", self.norm1(x))))
+        h = self.conv2(F.silu(self.probe("norm2", self.norm2(h))))
         h = self.probe("residual", h)
         if hasattr(self, "nin_shortcut"):
             x = self.nin_shortcut(x)
@@ -55,11 +57,13 @@ class AttnBlock(Probed):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
-        normed = self.norm(x)
+        normed = self.probe("norm", self.norm(x))
         q, k, v = (  # each [B, 1, h*w, C]: the cells are the tokens, the channels their features
-            conv(normed).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v)
+            self.probe(name, conv(normed).flatten(2).transpose(1, 2).unsqueeze(1))
+            for name, conv in (("q", self.q), ("k", self.k), ("v", self.v))
         )
-        h = F.scaled_dot_product_attention(q, k, v)
+        attended = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
+        h = looked_at(self, "map", lambda: AttentionMap(q, k, v), attended)
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # [B, C, h, w]
         return self.probe("out", x + self.proj_out(h))
 

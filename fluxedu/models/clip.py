@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.attention import merge_heads
+from fluxedu.models.attention import looked_at, merge_heads
+from fluxedu.models.attention_map import AttentionMap
 from fluxedu.models.config import CLIPTextConfig
 from fluxedu.probe import Probed, name_sites
 
@@ -36,11 +37,22 @@ class CLIPAttention(Probed):
             self.probe(name, proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
             for name, proj in (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj))
         )
-        heads = self.probe("heads", F.scaled_dot_product_attention(q, k, v, is_causal=self.causal))
-        return self.out_proj(merge_heads(heads))
+        heads = looked_at(
+            self,
+            "map",
+            lambda: AttentionMap(q, k, v, x.shape[1], only_back(x) if self.causal else None),
+            lambda: F.scaled_dot_product_attention(q, k, v, is_causal=self.causal),
+        )
+        return self.out_proj(merge_heads(self.probe("heads", heads)))
 
 
-class CLIPMLP(nn.Module):
+def only_back(x: Tensor) -> Tensor:
+    """Minus infinity on the scores of what comes later, 0 elsewhere: ``[1, 1, L, L]`` for ``x [B, L, D]``."""
+    later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+    return torch.zeros(later.shape, device=x.device).masked_fill(later, -torch.inf)[None, None]
+
+
+class CLIPMLP(Probed):
     """Widen, bend, narrow."""
 
     def __init__(self, dim: int, hidden: int):
@@ -49,7 +61,7 @@ class CLIPMLP(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(quick_gelu(self.fc1(x)))
+        return self.fc2(self.probe("hidden", quick_gelu(self.fc1(x))))
 
 
 class CLIPLayer(Probed):
@@ -64,8 +76,8 @@ class CLIPLayer(Probed):
         self.layer_norm2 = nn.LayerNorm(dim, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.probe("attn_out", self.self_attn(self.layer_norm1(x)))
-        x = x + self.probe("mlp_out", self.mlp(self.layer_norm2(x)))
+        x = x + self.probe("attn_out", self.self_attn(self.probe("norm1", self.layer_norm1(x))))
+        x = x + self.probe("mlp_out", self.mlp(self.probe("norm2", self.layer_norm2(x))))
         return self.probe("out", x)
 
 

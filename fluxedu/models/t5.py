@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.attention import merge_heads
+from fluxedu.models.attention import looked_at, merge_heads
+from fluxedu.models.attention_map import AttentionMap
 from fluxedu.models.config import T5Config
 from fluxedu.probe import Probed, name_sites
 
@@ -65,18 +66,24 @@ class T5Attention(Probed):
     def bias(self, length: int) -> Tensor:
         """What each head adds to the scores: ``[1, H, L, L]``."""
         table = self.relative_attention_bias
-        return table(distance_buckets(length, self.config, table.weight.device)).permute(2, 0, 1).unsqueeze(0)
+        bias = table(distance_buckets(length, self.config, table.weight.device)).permute(2, 0, 1).unsqueeze(0)
+        return self.probe("bias", bias)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # [B, L, D]
         q, k, v = (  # [B, H, L, d]
             self.probe(name, proj(x).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2))
             for name, proj in (("q", self.q), ("k", self.k), ("v", self.v))
         )
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
+        heads = looked_at(
+            self,
+            "map",
+            lambda: AttentionMap(q, k, v, x.shape[1], bias, scale=1.0),
+            lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0),
+        )
         return self.o(merge_heads(self.probe("heads", heads)))
 
 
-class T5GatedMLP(nn.Module):
+class T5GatedMLP(Probed):
     """``wo(gelu(wi_0 x) * wi_1 x)``, GELU in its tanh approximation."""
 
     def __init__(self, config: T5Config):
@@ -86,7 +93,7 @@ class T5GatedMLP(nn.Module):
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+        return self.wo(self.probe("hidden", F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)))
 
 
 class T5Sublayer(nn.Module):
@@ -116,8 +123,8 @@ class T5Block(Probed):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         attn, mlp = self.layer
-        x = x + self.probe("attn_out", attn.SelfAttention(attn.layer_norm(x), bias))
-        x = x + self.probe("mlp_out", mlp.DenseReluDense(mlp.layer_norm(x)))
+        x = x + self.probe("attn_out", attn.SelfAttention(self.probe("norm1", attn.layer_norm(x)), bias))
+        x = x + self.probe("mlp_out", mlp.DenseReluDense(self.probe("norm2", mlp.layer_norm(x))))
         return self.probe("out", x)
 
 

@@ -51,10 +51,17 @@ def reconstruction(pipe: FluxPipeline, count: int = 64) -> float:
     return float(np.mean([decibels(np.asarray(image), scene) for image, scene in zip(seen, scenes, strict=True)]))
 
 
-def examine(pipe: FluxPipeline, name: str, prompts: int = 500, steps: int = 20, guidance: float | None = None) -> dict:
-    """Sit the exam; everything as plain values."""
+def examine(
+    pipe: FluxPipeline,
+    name: str,
+    prompts: int = 500,
+    steps: int = 20,
+    guidance: float | None = None,
+    for_shapes: int = 0,
+) -> dict:
+    """Sit the exam; everything as plain values. ``for_shapes``: see :func:`fluxedu.nano.exam.sit`."""
     started = time.monotonic()
-    figures = sit(drawer(pipe, steps, guidance), prompts)
+    figures = sit(drawer(pipe, steps, guidance), prompts, for_shapes=for_shapes)
     return {
         "model": name,
         "steps": steps,
@@ -76,10 +83,17 @@ def table(figures: dict) -> str:
         own, true = figures["rows"][row], figures["ground_truth"][row]
         percent = lambda cell: "-" if cell["percent"] is None else f"{cell['percent']:.1f}"  # noqa: E731
         lines.append(f"{row:<12} {percent(own):>7} {percent(true):>7} {BARS.get(row, ''):>5} {own['n']:>6}")
-    sizes = " · ".join(f"{s} {c['percent']:.0f}" for s, c in figures["by_size"].items() if c["percent"] is not None)
     lines += [
-        f"everything right by size (height x width): {sizes}",
+        f"everything right by size (height x width), about {next(iter(cells.values()))['n']} each: {_sizes(cells)}"
+        for cells in (figures["by_size"], figures.get("more_by_size"))
+        if cells
+    ]
+    lines += [
         f"quality {figures['quality']:.3f} · diversity {figures['diversity']:.3f} · "
         f"autoencoder {figures['autoencoder_psnr']:.1f} dB · {figures['seconds']:.0f} s",
     ]
     return "\n".join(lines)
+
+
+def _sizes(cells: dict[str, dict]) -> str:
+    return " · ".join(f"{s} {c['percent']:.0f}" for s, c in cells.items() if c["percent"] is not None)

@@ -162,7 +162,8 @@ def test_only_at_some_times_or_steps(pipe):
     by_time = under(pipe, fe.intervene("single.0.gate", shut, times=(times[2], times[1])), steps=4)
     assert torch.equal(by_step, by_time)
     assert not torch.equal(by_step, draw(pipe, steps=4))
-    never = under(pipe, fe.intervene("single.0.gate", shut, times=(0.001, 0.002)), steps=4)
+    with pytest.warns(UserWarning, match="nothing was changed"):
+        never = under(pipe, fe.intervene("single.0.gate", shut, times=(0.001, 0.002)), steps=4)
     assert torch.equal(never, draw(pipe, steps=4))
 
 
@@ -432,3 +433,22 @@ def test_a_block_without_some_words(pipe):
     every = list(range(rec["single.0.attn.map"].sizes["key"]))
     with pytest.raises(InstrumentError), fe.ablate("single.0.attn.map", tokens=every):
         draw(pipe)
+
+
+@pytest.mark.parametrize(
+    ("when", "says"),
+    [
+        ({"steps": [30]}, r"the run has 3 steps, and none of them is in steps=\[30\]"),
+        ({"times": (0.01, 0.02)}, "no step of the run's 3 begins between t = 0.01 and 0.02"),
+        ({"times": (0.9, 1.0), "steps": 2}, "no step in steps=2 of the run's 3 begins between"),
+    ],
+)
+def test_a_change_that_never_comes_to_pass_says_so(pipe, when, says):
+    with pytest.warns(UserWarning, match=says), fe.intervene("vec", lambda x, ctx: 2 * x, **when):
+        pipe(PROMPT, steps=3, progress=False)
+
+
+@pytest.mark.parametrize("times", [(0, float("nan")), (-0.5, 0.5), (0, 1.5), (float("inf"), 0)])
+def test_times_are_between_0_and_1(times):
+    with pytest.raises(InstrumentError, match=r"times is a pair \(from, to\) in \[0, 1\]"):
+        fe.intervene("vec", lambda x, ctx: x, times=times)

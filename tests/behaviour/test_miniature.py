@@ -62,27 +62,19 @@ def test_the_card_says_what_was_measured():
             assert f"{table['rows'][row]['percent']:.1f}" in card, (name, row)
 
 
-#: what is missed is expected to be, and strictly: met, it fails here until it is taken out
-MISSED = {
-    ("nano", "shapes of picture"): "squares 94, others 87",
-    ("nano-base", "shapes of picture"): "squares 97, others 88",
-}
-
-
-def expected(name, row):
-    missed = MISSED.get((name, row))
-    return pytest.param(name, row, marks=pytest.mark.xfail(reason=f"{missed}: see the card") if missed else ())
-
-
-@pytest.mark.parametrize(("name", "row"), [expected(name, row) for name in MODELS for row in BARS])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("row", BARS)
 def test_the_bars_are_met(name, row):
     card = json.loads((WEIGHTS / "judge.json").read_text())[name]
     assert card["rows"][row]["percent"] >= BARS[row]
 
 
-@pytest.mark.parametrize(("name", "row"), [expected(name, "shapes of picture") for name in MODELS])
-def test_every_shape_of_picture_is_drawn_alike(name, row):
-    square, others = shapes_apart(json.loads((WEIGHTS / "judge.json").read_text())[name]["by_size"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_shape_of_picture_is_drawn_alike(name):
+    """Over 300 prompts a shape: over the exam's 500 in all the difference is known to about 4 points only."""
+    cells = json.loads((WEIGHTS / "judge.json").read_text())[name]["more_by_size"]
+    assert len(cells) == len(ASPECTS) and all(cell["n"] >= 300 for cell in cells.values())
+    square, others = shapes_apart(cells)
     assert abs(square - others) <= APART
 
 

@@ -612,3 +612,67 @@ def test_heads_and_steps_from_arrays(pipe):
     with fe.record("double.0.heads", heads=torch.tensor([0, 1]), steps=np.arange(2)) as rec:
         draw(pipe)
     assert rec["double.0.heads"].sizes["head"] == rec["double.0.heads"].sizes["step"] == 2
+
+
+def test_the_refusal_knows_what_a_whole_step_needs(pipe):
+    """It comes when the first step has gone by, names what the run would have held, and that would do."""
+    asked = {"passes": None, "reduce": None}
+    globs = ("double.*.attn.map", "single.*.out", "vec")
+    with pytest.raises(BudgetError) as refused, fe.record(*globs, budget=1000, **asked) as rec:
+        draw(pipe)
+    with fe.record(*globs) as whole:
+        draw(pipe)
+    assert f"recording {len(whole)} sites or more needs {whole.nbytes:,} bytes or more" in str(refused.value)
+    assert rec.nbytes <= 1000
+
+
+def test_what_reductions_remember_is_counted(pipe, tmp_path):
+    """A mean over steps is summed in float64: in memory and streaming alike, that and the mean are held."""
+    held = 48 * (4 + 8)  # vec: 48 numbers
+    for n, to in enumerate(("memory", tmp_path / "a", "memory", tmp_path / "b")):
+        recorder = fe.record("vec", reduce="step-mean", to=to, budget=held - (n > 1))
+        if n > 1:
+            with pytest.raises(BudgetError, match=f"{held:,} bytes"), recorder:
+                draw(pipe)
+        else:
+            with recorder:
+                draw(pipe)
+    with pytest.raises(BudgetError, match="bytes"), fe.record("sample.x", reduce="cosine", budget=1000):
+        draw(pipe)
+
+
+def test_cosine_compares_the_same_question_of_two_steps(pipe):
+    """Heun asks twice a step; worked out from the values themselves."""
+    with fe.record("sample.velocity") as whole, fe.record("sample.velocity", reduce="cosine") as rec:
+        draw(pipe, solver="heun")
+    values = [v.tensor for _, v in whole.entries("sample.velocity")]
+    got = [v.tensor for _, v in rec.entries("sample.velocity")]
+    want = [torch.cosine_similarity(values[i], values[i + 2], dim=-1) for i in range(len(values) - 2)]
+    assert len(values) == 6 and len(got) == 4
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_compiler_that_comes_later_does_not_matter():
+    """torch.compile, first used inside a recorder: the values are those of the code as it is written."""
+    code = """
+import sys, torch
+import fluxedu as fe
+from fluxedu.sampling.latents import image_ids, text_ids
+flux = fe.load().flux
+c, g = flux.config, torch.Generator().manual_seed(0)
+given = (torch.randn(1, 16, 64, generator=g), image_ids(8, 8), torch.randn(1, 5, c.context_in_dim, generator=g),
+         text_ids(5), torch.tensor([0.5]), torch.randn(1, c.vec_in_dim, generator=g), torch.tensor([3.0]))
+with torch.no_grad():
+    with fe.record("double.*.attn.map", "vec") as want:
+        plain = flux(*given)
+    assert "torch._dynamo" not in sys.modules
+    with fe.record("double.*.attn.map", "vec") as rec:
+        for block in flux.double_blocks:
+            block.compile(backend="eager")
+        assert torch.equal(flux(*given), plain)
+assert "torch._dynamo" in sys.modules
+assert all(torch.equal(rec[name].tensor, want[name].tensor) for name in want) and len(rec) == len(want) == 3
+print("same")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "same" in done.stdout, done.stderr[-2000:]
