@@ -310,7 +310,12 @@ def _sizes(network: nn.Module) -> dict[str, int]:
     if isinstance(network, T5Encoder):
         return {"H": c.num_heads, "D": c.d_model, "d": c.d_kv, "M": c.d_ff}
     if isinstance(network, CLIPTextEncoder):
-        return {"H": c.num_attention_heads, "D": c.hidden_size, "d": c.hidden_size // c.num_attention_heads, "M": c.intermediate_size}
+        return {
+            "H": c.num_attention_heads,
+            "D": c.hidden_size,
+            "d": c.hidden_size // c.num_attention_heads,
+            "M": c.intermediate_size,
+        }
     return {}
 
 

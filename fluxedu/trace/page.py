@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from html import escape
 from importlib import resources
 from string import Template
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from fluxedu.plots.canvas import SHADES
 from fluxedu.trace.stages import Stage
+from fluxedu.trace.values import as_png
+
+MOST = 4_500_000  # bytes of a page; of a large model the figures are drawn smaller
+SHARP, BLURRED = 80, 24  # dots an inch of the figures, at most and at least
+_HOW_TO_READ = (
+    '<p class="how">The small pictures are the values themselves at the end of the run: tokens or rows downwards, '
+    "channels, heads or keys across, neighbours averaged where there are too many; red above zero, blue below, or from "
+    "dark to bright where nothing is below.</p>"
+)
 
 
 def page(title: str, about: str, stages: list[Stage]) -> str:
-    """The whole page as a string."""
+    """The whole page as a string, of at most 4.5 MB as long as the figures can be drawn smaller."""
+    dpi, html = SHARP, _page(title, about, stages, SHARP)
+    while len(html) > MOST and dpi > BLURRED:
+        figures = sum(len(address) for address in re.findall(r'<figure><img [^>]*src="([^"]*)', html))
+        room = max(MOST - (len(html) - figures), 1)
+        dpi = max(BLURRED, int(0.95 * dpi * min(1, room / figures)))  # bytes fall a little slower than dots
+        html = _page(title, about, stages, dpi)
+    return html
+
+
+def _page(title: str, about: str, stages: list[Stage], dpi: int) -> str:
     template = Template(resources.files("fluxedu.trace").joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(title),
         about=escape(about),
         buttons="\n".join(_button(stage) for stage in stages),
-        panels="\n".join(_panel(stage) for stage in stages),
+        panels="\n".join(_panel(stage, dpi) for stage in stages),
     )
 
 
@@ -37,9 +58,9 @@ def _button(stage: Stage) -> str:
     )
 
 
-def _panel(stage: Stage) -> str:
+def _panel(stage: Stage, dpi: int) -> str:
     figures = "".join(
-        f'<figure><img alt="{escape(caption)}" src="{_png(figure)}"><figcaption>{escape(caption)}</figcaption></figure>'
+        f'<figure><img alt="{escape(caption)}" src="{_png(figure, dpi)}"><figcaption>{escape(caption)}</figcaption></figure>'
         for caption, figure in stage.figures
     )
     return (
@@ -51,17 +72,25 @@ def _panel(stage: Stage) -> str:
 def _table(stage: Stage) -> str:
     if not stage.rows:
         return ""
-    head = "".join(f"<th>{name}</th>" for name in ("site", "shape", "mean", "spread", "least", "most", "what it is"))
+    names = ("site", "shape", "at the end", "mean", "spread", "least", "most", "what it is")
+    head = "".join(f"<th>{name}</th>" for name in names)
     lines = []
-    for site, shape, numbers, meaning in stage.rows:
+    for site, shape, numbers, meaning, value in stage.rows:
+        said = f"the value of {site} at the end, {shape}"
+        look = f'<td><img class="value" alt="{escape(said)}" title="{escape(said)}" src="{as_png(value)}"></td>'
         cells = "".join(f'<td class="n">{n:.3g}</td>' for n in numbers)
         lines.append(
-            f"<tr><td><code>{escape(site)}</code></td><td>{escape(shape)}</td>{cells}<td>{escape(meaning)}</td></tr>"
+            f"<tr><td><code>{escape(site)}</code></td><td>{escape(shape)}</td>{look}{cells}<td>{escape(meaning)}</td></tr>"
         )
-    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return (
+        _HOW_TO_READ
+        + f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
 
 
-def _png(figure: Figure) -> str:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=80)
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+def _png(figure: Figure, dpi: int) -> str:
+    """A figure as a PNG of 256 colours, which is a third of the bytes."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(small.getvalue()).decode()

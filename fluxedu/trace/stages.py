@@ -22,8 +22,10 @@ from fluxedu.instruments.recorder import record
 from fluxedu.instruments.words import real_tokens
 from fluxedu.plots.canvas import figure, quiet
 from fluxedu.sampling.pipeline import FluxPipeline, Output
+from fluxedu.trace.values import glance
 
-Row = tuple[str, str, tuple[float, float, float, float], str]
+#: a site's name and shape, its mean, spread, least and most over the run, its meaning, its last value at a glance
+Row = tuple[str, str, tuple[float, float, float, float], str, torch.Tensor]
 Shown = tuple[str, str, Figure | None]  # a part's name, a figure and what it shows; without one, more of its text
 
 
@@ -57,7 +59,7 @@ def stages(pipe: FluxPipeline, prompt: str, **asked) -> tuple[Output, list[Stage
     words, looks = _words(pipe, prompt), [look_at_contributions(pipe)]
     if words:
         looks += [look_at_words(pipe, prompt, words), look_at_heads(pipe, prompt, words[-1])]
-    with record("*", reduce="summary") as rec:
+    with record("*", reduce="summary") as rec, record("*", steps=-1, reduce=glance) as last:
         out, (added, *maps) = together(pipe, prompt, looks, asked)
     shown = [
         *_before(pipe, prompt, asked.get("guidance")),
@@ -66,7 +68,7 @@ def stages(pipe: FluxPipeline, prompt: str, **asked) -> tuple[Output, list[Stage
     ]
     found = [Stage(part) for part in parts(pipe) if part.name != "encoder" or "image" in asked]
     for stage in found:
-        stage.rows = _rows(pipe, rec, stage.part)
+        stage.rows = _rows(pipe, rec, last, stage.part)
         mine = [said for name, *said in shown if name == stage.part.name]
         stage.figures = [(caption, figure) for caption, figure in mine if figure is not None]
         stage.more = " ".join(caption for caption, figure in mine if figure is None)
@@ -79,15 +81,16 @@ def _words(pipe: FluxPipeline, prompt: str) -> list[str]:
     return said[-4:] if real_tokens(pipe.prompt_encoder.t5_tokenizer, prompt) else []
 
 
-def _rows(pipe: FluxPipeline, rec: record, part: Part) -> list[Row]:
-    """Every site of a part with its numbers over the whole run."""
+def _rows(pipe: FluxPipeline, rec: record, last: record, part: Part) -> list[Row]:
+    """Every site of a part with its numbers over the whole run, and its last value."""
     rows = []
     for site in sites(pipe):
         if site.name in rec and part.has(site.name):
             numbers = torch.stack([value.tensor for _, value in rec.entries(site.name)])
             mean, spread, least, most = numbers.unbind(-1)
             told = (float(mean.mean()), float(spread.mean()), float(least.min()), float(most.max()))
-            rows.append((site.name, "×".join(map(str, site.shape)), told, site.meaning))
+            value = last.entries(site.name)[-1][1].tensor
+            rows.append((site.name, "×".join(map(str, site.shape)), told, site.meaning, value))
     return rows
 
 

@@ -15,7 +15,7 @@ import fluxedu as fe
 from fluxedu.nano.exam import questions, sit, truth
 from fluxedu.nano.judge import judge
 from fluxedu.nano.report import BARS, drawer, reconstruction
-from fluxedu.nano.scenes import BACKGROUNDS, COLORS, FORMS, Claim, held_out_triple, sample_scene
+from fluxedu.nano.scenes import ASPECTS, BACKGROUNDS, COLORS, FORMS, Claim, held_out_triple, sample_scene
 from fluxedu.nano.training.card import APART, shapes_apart
 from fluxedu.sampling.load import SHIPPED, WEIGHTS
 

@@ -1,15 +1,21 @@
 """The page of a run: whole, self-contained, small, and true."""
 
+import base64
+import io
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sizes import TINY
 from typer.testing import CliRunner
 
 import fluxedu as fe
 from fluxedu.cli import app
 from fluxedu.trace import page, stages
+from fluxedu.trace.values import as_png
 
 PROMPT = 'a red circle left of a <b>blue</b> & "green" square'
 
@@ -101,3 +107,40 @@ def test_a_run_is_drawn_once(pipe, monkeypatch):
     monkeypatch.setattr(type(pipe), "draw", lambda self, *given: drawn.append(1) or draw(self, *given))
     stages(pipe, PROMPT, steps=2, progress=False)
     assert len(drawn) == 1
+
+
+def test_every_value_can_be_seen(made, pipe):
+    """Behind a site stands its last value, averaged over neighbours where it is larger than the picture."""
+    found, html = made
+    values = {row[0]: row[4] for stage in found for row in stage.rows}
+    with fe.record("single.1.attn.map", "double.0.img_attn.q", "sample.noise", "vec", steps=-1) as rec:
+        pipe(PROMPT, steps=3, progress=False)
+    whole = rec["single.1.attn.map"].tensor[0].mean(0)
+    assert values["single.1.attn.map"].shape == (16, 36)  # of 36 x 36
+    assert torch.allclose(values["single.1.attn.map"][0], whole[:3].mean(0), atol=1e-6)
+    q = rec["double.0.img_attn.q"].tensor[0]  # [head, image, channel]
+    assert torch.allclose(values["double.0.img_attn.q"], q.transpose(0, 1).flatten(1), atol=1e-6)
+    assert torch.allclose(values["sample.noise"], rec["sample.noise"].tensor.mean(0), atol=1e-6)
+    assert torch.allclose(values["vec"][0], rec["vec"].tensor[0], atol=1e-6)
+    assert html.count('class="value"') == len(values)
+
+
+def test_the_colours_say_what_the_numbers_are():
+    """Red above zero, blue below, white for nothing; with nothing below, from dark to bright."""
+    image = lambda numbers: np.asarray(  # noqa: E731
+        Image.open(io.BytesIO(base64.b64decode(as_png(torch.tensor(numbers)).partition(",")[2]))).convert("RGB"), int
+    )
+    ((least, nothing, most),) = image([[-2.0, 0.0, 2.0]])
+    assert least[2] > least[0] + 50 and most[0] > most[2] + 50 and nothing.min() > 240
+    ((dark, bright),) = image([[0.0, 1.0]])
+    assert dark.sum() < 50 and bright.sum() > 600
+
+
+def test_a_model_as_deep_as_the_official_one_fits_too(make_pipe):
+    """19 double blocks, 38 single ones: the figures are drawn smaller until the page is under 5 MB."""
+    clip, t5, flux, ae = TINY
+    deep = flux.with_(hidden_size=6 * 8, num_heads=6, axes_dim=(2, 2, 4), depth=19, depth_single_blocks=38)
+    words = "a red circle left of a blue square"
+    _, found = stages(make_pipe(sizes=(clip, t5, deep, ae)), words, steps=1, progress=False)
+    assert sum(len(stage.rows) for stage in found) > 1800
+    assert len(page("", "", found)) < 5e6
