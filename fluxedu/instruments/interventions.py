@@ -124,7 +124,8 @@ class intervene(Instrument):  # noqa: N801 - used like a function
         if self.times is None:
             return f"the run has {self.missed.steps} steps, and none of them is in steps={said(self.steps)}"
         steps = "" if self.steps is None else f" in steps={said(self.steps)}"
-        return f"no step{steps} of the run's {self.missed.steps} begins between t = {self.times[0]:g} and {self.times[1]:g}"
+        between = "between t = {:g} and {:g}".format(*self.times)
+        return f"no step{steps} of the run's {self.missed.steps} begins {between}"
 
 
 def _checked(times: Times | None) -> Times | None:

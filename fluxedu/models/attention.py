@@ -105,7 +105,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, words: int, block: Pro
 
 
 def looked_at(block: Probed, site: str, promised: Callable[[], AttentionMap], attended: Callable[[], Tensor]) -> Tensor:
-    """What attention gives, ``[B, H, N, d]``; its map is promised only if somebody looks at it or puts another there."""
+    """What attention gives, ``[B, H, N, d]``; its map is promised only if somebody looks at it or changes it."""
     if not block.wanted(site):
         return attended()
     lazy = promised()

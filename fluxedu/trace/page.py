@@ -60,7 +60,8 @@ def _button(stage: Stage) -> str:
 
 def _panel(stage: Stage, dpi: int) -> str:
     figures = "".join(
-        f'<figure><img alt="{escape(caption)}" src="{_png(figure, dpi)}"><figcaption>{escape(caption)}</figcaption></figure>'
+        f'<figure><img alt="{escape(caption)}" src="{_png(figure, dpi)}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
         for caption, figure in stage.figures
     )
     return (
@@ -79,9 +80,8 @@ def _table(stage: Stage) -> str:
         said = f"the value of {site} at the end, {shape}"
         look = f'<td><img class="value" alt="{escape(said)}" title="{escape(said)}" src="{as_png(value)}"></td>'
         cells = "".join(f'<td class="n">{n:.3g}</td>' for n in numbers)
-        lines.append(
-            f"<tr><td><code>{escape(site)}</code></td><td>{escape(shape)}</td>{look}{cells}<td>{escape(meaning)}</td></tr>"
-        )
+        named = f"<td><code>{escape(site)}</code></td><td>{escape(shape)}</td>"
+        lines.append(f"<tr>{named}{look}{cells}<td>{escape(meaning)}</td></tr>")
     return (
         _HOW_TO_READ
         + f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
