@@ -46,9 +46,10 @@ check: $(STAMP) ## style, format, and which way imports point
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## measure speed and memory, into bench.json, and how fast the explorers answer in a browser
+bench: $(STAMP) ## measure speed and memory, into bench.json; how fast explorers answer, into figures.json
 	$(BIN)/fluxedu bench --json bench.json
-	FLUXEDU_LATENCY=1 $(BIN)/python -m pytest -q -s tests/browser/test_latency.py
+	FLUXEDU_LATENCY=1 FLUXEDU_FIGURES=figures.json $(BIN)/python -m pytest -q -s tests/browser/test_latency.py \
+		tests/behaviour/test_word_maps_on_the_miniature.py
 
 notebooks: $(STAMP) ## make and run both editions of every notebook from notebooks/source/
 	$(ONE_THREAD) $(BIN)/python -m fluxedu.course.build notebooks

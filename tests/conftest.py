@@ -1,5 +1,9 @@
 """Pipelines small enough to run in milliseconds: the real classes, the real tokenizers, random weights."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from sizes import TINY
@@ -18,6 +22,19 @@ def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizers")
     save_tokenizers(folder)
     return folder
+
+
+@pytest.fixture
+def noted():
+    """``noted(name, figures)``: what a test measured, kept in the JSON file that FLUXEDU_FIGURES names, if it does."""
+
+    def note(name, figures):
+        if "FLUXEDU_FIGURES" in os.environ:
+            path = Path(os.environ["FLUXEDU_FIGURES"])
+            known = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps(known | {name: figures}, indent=2) + "\n")
+
+    return note
 
 
 @pytest.fixture(scope="session")

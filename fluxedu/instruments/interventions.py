@@ -28,6 +28,7 @@ from fluxedu.instruments.words import Word, listed, names_words, places_now
 from fluxedu.models.attention_map import AttentionMap
 from fluxedu.models.config import said
 from fluxedu.probe import Sited
+from fluxedu.sampling.conditions import reference_cells, reference_ids
 from fluxedu.sampling.latents import image_ids, text_ids
 from fluxedu.sampling.moment import Moment, now
 
@@ -332,7 +333,8 @@ def positions(
     """A change for ``attn.rope`` sites: tell some blocks that the tokens are elsewhere.
 
     ``edit(ids [N, 3]) -> ids [N, 3]`` of the image tokens, the columns being frame, row and column; ``text``, of the
-    same form, of the text tokens, which stay at (0, 0, 0) if it is not said.
+    same form, of the text tokens, which stay at (0, 0, 0) if it is not said. A reference picture's tokens (kontext)
+    are image tokens too: they come last, in frame 1.
 
         flat = positions(lambda ids: ids * torch.tensor([1, 0, 1]))        # every row is row 0
         with fe.intervene("double.*.attn.rope", flat): ...
@@ -340,7 +342,11 @@ def positions(
 
     def change(table: Tensor, ctx: Context) -> Tensor:
         moment = ctx._moment()
-        ids = edit(image_ids(*moment.asked.shape))
+        ids = image_ids(*moment.asked.shape)
+        if moment.asked.reference is not None:
+            cells = reference_cells(moment.asked, moment.pipe.autoencoder.config.downscale)
+            ids = torch.cat([ids, reference_ids(*cells)])
+        ids = edit(ids)
         words = text_ids(moment.words) if text is None else text(text_ids(moment.words))
         new = moment.pipe.flux.rope(ids.to(table.device), words.to(table.device))
         return new.view(table.shape) if new.numel() == table.numel() else new

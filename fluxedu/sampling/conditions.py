@@ -55,6 +55,12 @@ def reference_ids(height: int, width: int) -> Tensor:
     return ids
 
 
+def reference_cells(asked: Request, downscale: int) -> tuple[int, int]:
+    """Rows and columns of a reference picture's latent: its own size, in whole patches."""
+    height, width = (2 * max(1, round(side / (2 * downscale))) for side in asked.reference.shape[-2:])
+    return height, width
+
+
 # ---------------------------------------------------------------- what a request brings, ready for every step
 
 
@@ -92,8 +98,8 @@ def read(asked: Request, encode: Encode, downscale: int) -> Given:
     if asked.control is not None:
         return Given(channels=pack(encode(fitted(asked.control, asked.shape, downscale))))
     if asked.reference is not None:
-        cells = [2 * max(1, round(side / (2 * downscale))) for side in asked.reference.shape[-2:]]
-        latent = encode(fitted(asked.reference, tuple(cells), downscale))
+        cells = reference_cells(asked, downscale)
+        latent = encode(fitted(asked.reference, cells, downscale))
         return Given(tokens=pack(latent), ids=reference_ids(*cells))
     return Given()
 

@@ -452,3 +452,24 @@ def test_a_change_that_never_comes_to_pass_says_so(pipe, when, says):
 def test_times_are_between_0_and_1(times):
     with pytest.raises(InstrumentError, match=r"times is a pair \(from, to\) in \[0, 1\]"):
         fe.intervene("vec", lambda x, ctx: x, times=times)
+
+
+def test_places_of_a_reference_pictures_tokens():
+    """Kontext: they are among the tokens that are edited, in frame 1; unchanged, not a bit of the run changes."""
+    kontext, seen = fe.load("nano-kontext"), []
+    asked = {"reference": torch.rand(3, 64, 96) * 2 - 1, "steps": 1, "progress": False, "height": 64, "width": 64}
+
+    def edit(ids):
+        seen.append(ids)
+        return ids
+
+    whole = kontext("make the circle red", **asked).latents
+    with fe.intervene("double.0.attn.rope", positions(edit)):
+        same = kontext("make the circle red", **asked).latents
+    assert torch.equal(whole, same)
+    (ids,) = seen
+    assert ids.shape == (4 * 4 + 4 * 6, 3) and ids[:16, 0].eq(0).all() and ids[16:, 0].eq(1).all()
+    into_one = positions(lambda ids: ids * torch.tensor([0, 1, 1]))  # the reference where the picture is
+    with fe.intervene("*.attn.rope", into_one):
+        other = kontext("make the circle red", **asked).latents
+    assert relative(other, whole) > 0.05

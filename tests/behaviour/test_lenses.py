@@ -256,3 +256,8 @@ def test_lenses_know_which_tokens_are_the_pictures_own(member, given):
     foreseen = lenses.x0_by_block(pipe, prompt, **asked).tensor[-1]
     torch.testing.assert_close(foreseen, rec["sample.x0"].tensor, atol=1e-4, rtol=1e-4)
     assert fe.sites(pipe)
+
+
+@pytest.mark.parametrize("name", lenses.__all__)
+def test_every_lens_says_whose_question_it_is(name):
+    assert "arXiv" in getattr(lenses, name).__doc__

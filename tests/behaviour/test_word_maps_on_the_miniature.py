@@ -27,7 +27,7 @@ def overlap(weights, share):
 
 
 @pytest.mark.slow
-def test_words_point_at_their_things():
+def test_words_point_at_their_things(noted):
     """Of the best block: at least 85 % of the words have their brightest patch on the thing; IoU is above a half."""
     pipe, scores = fe.load(), {}
     for q in questions(SCENES):
@@ -46,6 +46,8 @@ def test_words_point_at_their_things():
     mean = {block: np.mean(rows, axis=0) for block, rows in scores.items()}
     best = max(mean, key=lambda block: mean[block].sum())
     pointing, iou = mean[best]
+    each = {block: {"pointing": 100 * float(hit), "iou": float(over)} for block, (hit, over) in mean.items()}
+    noted("word maps", {"scenes": SCENES, "words": len(scores[best]), "best": best, "by_block": each})
     print(f"\n{len(scores[best])} words: {best} points at {100 * pointing:.1f} %, mean IoU {iou:.2f}")
     assert len(scores[best]) > SCENES
     assert pointing >= 0.85

@@ -1,4 +1,4 @@
-"""The maps, norms and hidden values of the text encoders and the autoencoder's attention are what the others compute."""
+"""Maps, norms and hidden values of the text encoders, and the autoencoder's attention, are what others compute."""
 
 import pytest
 import torch

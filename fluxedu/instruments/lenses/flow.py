@@ -77,6 +77,7 @@ def velocity_field(
     The plane goes through the run's state at ``at_step``, the picture it ends at (across) and another seed's state
     (up), made orthogonal; one unit is the way to the picture. Arrows are ``-t v``, the way the sampler would walk in
     all the time that is left, so at the run's own point (0, 0) the arrow is (1, 0) when the path ahead is straight.
+    The plane is our own choice; what a velocity field is to a flow: arXiv 2210.02747.
     """
     out, field = _run(pipe, prompt, {"seed": [seed, seed + 1]} | asked)
     path, t = out.trajectory, out.trajectory.times.tolist()[:-1][at_step]

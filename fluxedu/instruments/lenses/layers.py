@@ -21,7 +21,8 @@ from fluxedu.sampling.pipeline import FluxPipeline
 def contributions(pipe: FluxPipeline, prompt: str, **asked) -> Named:
     """How much each block adds to the image tokens, beside what was there: axes ``block, step``.
 
-    ``|block(x) - x| / |x|``, the norms over all image tokens. 0 is a block that does nothing.
+    ``|block(x) - x| / |x|``, the norms over all image tokens. 0 is a block that does nothing. The measure is our own;
+    that blocks of a residual network refine what is there, little by little: arXiv 1612.07771.
     """
     return alone(pipe, prompt, look_at_contributions(pipe), asked)
 
@@ -44,7 +45,7 @@ def x0_by_block(pipe: FluxPipeline, prompt: str, *, at_steps=None, decoded: bool
     """The picture foreseen after each block: axes ``block, step, channel, row, column``, a latent or (decoded) pixels.
 
     The image tokens as a block leaves them, through the last layer as if it came next: ``x0 = x - t v``. This is our
-    own adaptation of the logit lens to a flow; the last layer was trained to read the last block only, so
+    own adaptation of the logit lens (see arXiv 2303.08112) to a flow; the last layer was trained to read the last block only, so
     early blocks are a guess at best. At the last block it is the run's own ``sample.x0``, or, with classifier-free
     guidance, what the prompted pass alone foresees. Only for solver="euler", which asks once a step.
     """
