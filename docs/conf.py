@@ -1,12 +1,11 @@
 """The site: Sphinx and MyST-NB over the executed notebooks, offline. ``make docs`` builds it into docs/_build/html."""
 
-import shutil
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-from made import pages  # noqa: E402 - what is written from the code itself
+from made import course, pages  # noqa: E402 - what is written from the code itself
 
 project = "fluxedu"
 author = "The fluxedu contributors"
@@ -31,10 +30,6 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_theme_options = {"source_repository": "", "top_of_page_buttons": []}
 
-# The notebooks are copied here, the student's edition, since Sphinx reads only what is below this folder.
-notebooks = HERE / "notebooks"
-shutil.rmtree(notebooks, ignore_errors=True)
-notebooks.mkdir()
-for path in sorted((HERE.parent / "notebooks").glob("[0-9][0-9]-*.ipynb")):
-    shutil.copyfile(path, notebooks / path.name)
+# The notebooks are written here, since Sphinx reads only what is below this folder.
+course(HERE.parent / "notebooks", HERE / "notebooks")
 pages(HERE / "_made")

@@ -3,11 +3,15 @@ lines beside ours.
 """
 
 import inspect
+import shutil
 from html import escape
 from importlib import import_module
 from pathlib import Path
 
+import nbformat
+
 import fluxedu as fe
+from fluxedu.course.build import behind_exercise
 from fluxedu.instruments.parts import Part, parts
 from fluxedu.widgets.diagram import diagram
 
@@ -108,6 +112,19 @@ def picture(those: list[Part]) -> str:
         f'<svg class="fluxedu-map" viewBox="0 0 {width:g} {height:g}" role="group" aria-label="The parts of FLUX">'
         f"<defs>{tip}</marker></defs>{''.join(lines)}{''.join(links)}</svg>"
     )
+
+
+def course(notebooks: Path, folder: Path) -> None:
+    """The student's edition of every notebook; what shows only once an exercise is solved is folded, from the other."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for path in sorted(notebooks.glob("[0-9][0-9]-*.ipynb")):
+        mine, solved = (nbformat.read(p, 4) for p in (path, notebooks / "solved" / path.name))
+        outputs = {cell.source: cell.outputs for cell in solved.cells if behind_exercise(cell)}
+        for cell in filter(behind_exercise, mine.cells):
+            cell.outputs = outputs[cell.source]
+            cell.metadata |= {"tags": ["hide-output"], "mystnb": {"code_prompt_show": "What it shows once solved"}}
+        nbformat.write(mine, folder / path.name)
 
 
 def pages(folder: Path) -> None:

@@ -285,13 +285,18 @@ def grade(
         list[Path], typer.Argument(help="Students' notebooks, each in a folder named as its student.")
     ],
     csv: Annotated[Path | None, typer.Option(help="Also write a line a student and exercise to this file.")] = None,
+    by_student: Annotated[
+        Path | None, typer.Option("--table", help="Also write a row a student, an exercise a column, to this CSV file.")
+    ] = None,
     timeout: Annotated[int, typer.Option(help="Seconds that a cell may take.")] = 120,
 ) -> None:
     """Run students' notebooks, each in a process of its own, and mark the exercises. This is no sandbox."""
+    from fluxedu.checkpoints.save import write_text
     from fluxedu.course.errors import CourseError
-    from fluxedu.course.grade import graded, write_csv
+    from fluxedu.course.grade import as_csv, graded, table, write_csv
 
     can_write(csv)
+    can_write(by_student)
     marks = []
     for path in notebooks:
         try:
@@ -302,10 +307,18 @@ def grade(
         typer.echo(f"{mine[0].student}: {sum(m.passed for m in mine)} of {len(mine)}  {path.name}")
         for mark in mine:
             typer.echo(f"  {'✓' if mark.passed else '✗'} {mark.exercise}: {mark.says}")
-    if csv is not None:
-        with sentences():
-            write_csv(marks, csv)
-        typer.echo(f"wrote {csv}")
+    rows = table(marks)
+    if len(rows) > 2:  # of one student all is said already
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        typer.echo("\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows))
+    for path, write in (
+        (csv, lambda: write_csv(marks, csv)),
+        (by_student, lambda: write_text(by_student, as_csv(rows))),
+    ):
+        if path is not None:
+            with sentences():
+                write()
+            typer.echo(f"wrote {path}")
     raise typer.Exit(0 if marks else 2)
 
 

@@ -87,12 +87,18 @@ def executed(notebook: NotebookNode, folder: Path, timeout: int = 120) -> Notebo
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         for output in cell.get("outputs", []) if notebook.metadata["fluxedu"]["edition"] == "solved" else []:
-            _without_picture(output)
+            if not behind_exercise(cell):
+                _without_picture(output)
     return notebook
 
 
+def behind_exercise(cell: NotebookNode) -> bool:
+    """Does it show something only once an exercise is solved?"""
+    return cell.cell_type == "code" and re.search(r"^\s*if passed:", cell.source, re.MULTILINE) is not None
+
+
 def _without_picture(output: NotebookNode) -> None:
-    """The solved edition keeps its texts only: pictures are in the student's."""
+    """The solved edition keeps its texts, and pictures where the student's has none yet."""
     data = output.get("data", {})
     for kind in ("image/png", "image/jpeg"):
         data.pop(kind, None)

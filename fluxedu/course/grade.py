@@ -34,9 +34,10 @@ for _name, _object in {wanted!r}:
 
 @dataclass(frozen=True)
 class Mark:
-    """One exercise of one student: ``passed`` and the sentence."""
+    """One exercise of one student, of the ``notebook`` by its file's name: ``passed`` and the sentence."""
 
     student: str
+    notebook: str
     exercise: str
     passed: bool
     says: str
@@ -89,13 +90,26 @@ def graded(path: Path, timeout: int = 120) -> list[Mark]:
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     said = {line.pop("name"): line for line in map(json.loads, lines)}
     missing = {"passed": False, "says": ended}
-    return [Mark(student, task.name, **said.get(task.name, missing)) for task in wanted]
+    return [Mark(student, path.name, task.name, **said.get(task.name, missing)) for task in wanted]
+
+
+def table(marks: Iterable[Mark]) -> list[list[str]]:
+    """A row a student, after a row of heads: 1 or 0 an exercise (empty: not handed in), and how many passed."""
+    of: dict[str, dict[str, int]] = {}
+    for mark in marks:
+        of.setdefault(mark.student, {})[mark.exercise] = int(mark.passed)
+    exercises = list(dict.fromkeys(exercise for each in of.values() for exercise in each))
+    rows = [[name, *(str(each.get(e, "")) for e in exercises), str(sum(each.values()))] for name, each in of.items()]
+    return [["student", *exercises, "passed"], *sorted(rows)]
 
 
 def write_csv(marks: Iterable[Mark], path: Path) -> None:
     """A line a student and exercise."""
+    rows = [[m.student, m.notebook, m.exercise, int(m.passed), m.says] for m in marks]
+    write_text(path, as_csv([["student", "notebook", "exercise", "passed", "says"], *rows]))
+
+
+def as_csv(rows: Iterable[list]) -> str:
     text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["student", "exercise", "passed", "says"])
-    table.writerows([m.student, m.exercise, int(m.passed), m.says] for m in marks)
-    write_text(path, text.getvalue())
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

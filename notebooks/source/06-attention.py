@@ -123,7 +123,7 @@ if passed:
 # ## The map, exactly
 #
 # The fused kernel behind `F.scaled_dot_product_attention` never writes the table of weights down: a block of
-# FLUX.1-dev has 24 heads of 4,608 × 4,608 numbers, 1 GB in bfloat16. Some tools that draw attention maps compute it
+# FLUX.1-dev has 24 heads of 4,608 × 4,608 numbers of 2 bytes, 1.02 GB. Some tools that draw attention maps compute it
 # all a second time. There is no need. The kernel knows of every query one number, the **log-sum-exp** of its scores,
 # and with it any single entry can be had alone:
 #

@@ -170,8 +170,8 @@ for strength, bound in ((1.0, 0.04), (6.0, 0.08)):
     print(f"guidance {strength:g}: longer than straight by less than {bound:.0%}: {bool((extra < bound).all())}")
 
 # %% [markdown]
-# Almost straight in length, and yet two steps do not do: length hardly notices a bend. A path of two straight legs that
-# is 8 % longer than the straight way turns by 44 degrees in the middle.
+# Almost straight in length, and yet two steps do not do: length hardly notices a bend. A path of two equal legs that
+# turns by 44 degrees in the middle is 1 / cos 22° = 1.08 times as long as the straight way, no more.
 #
 # ## Put yours into the trained model
 #
@@ -256,6 +256,18 @@ alone = [shifted(pipe, s)(prompt, seed=4, steps=1, progress=False) for s in (1.0
 one.against("yes" if away(alone[0], alone[1]) > 0.01 else "no")
 
 # %% [markdown]
+# **Two more that nobody sees.** diffusers' pipeline, not told any sigmas, would end its even steps at 1/1000 in place of
+# 1/N; and a time that is kept in bfloat16 is another time:
+
+# %%
+ours, theirs = library_schedule(4, 4096)[:4], torch.linspace(1, 1 / 1000, 4)
+theirs = 1 / (1 + (1 / theirs - 1) / math.exp(shift_amount(4096)))
+print("4 steps, 4,096 tokens, from 1 to 1/4:   ", [round(t, 3) for t in ours.tolist()])
+print("4 steps, 4,096 tokens, from 1 to 1/1000:", [round(t, 3) for t in theirs.tolist()])
+print("apart by up to", round(float((ours - theirs).abs().max()), 2))
+print("0.90453 × 1000 in bfloat16:", float(torch.tensor(0.90453).bfloat16() * 1000))
+
+# %% [markdown]
 # ## In five lines
 #
 # 1. The price of a picture is questions to the network; euler asks once a step, midpoint and heun twice.
@@ -265,10 +277,10 @@ one.against("yes" if away(alone[0], alone[1]) > 0.01 else "no")
 # 5. Steps are negative. A wrong sign walks away from the picture; a shift applied twice just draws another picture.
 #
 # **People ask**: *why does my picture differ from the official code's?* Often the times: diffusers wants sigmas from
-# 1 to 1/N in N even steps, and its own default differs by up to 0.51 at 4 steps. *Is the shift in the scheduler or in
+# 1 to 1/N in N even steps, and its own default is what you just saw. *Is the shift in the scheduler or in
 # the pipeline?* In one of the two: print the times and compare with the formula. *Why are my
 # bfloat16 times off?* The network multiplies t by 1000, and bfloat16 keeps less than three digits: the official code
-# embeds 908 for 904.53; ours stays in float32.
+# embeds the 908 above for 904.53; ours stays in float32.
 #
 # **Read**: Scaling Rectified Flow Transformers, arXiv 2403.03206, section 5.3.2 · straightness, arXiv 2410.14949 ·
 # `black-forest-labs/flux`, `sampling.py` (`get_schedule`, `denoise`) · ours: `fluxedu/sampling/schedule.py` and

@@ -124,7 +124,7 @@ else:
 #
 # ## A reduction of your own
 #
-# A whole map is 96 × 96 numbers a head here, and about a gigabyte a block in FLUX.1. So the recorder reduces where
+# A whole map is 96 × 96 numbers a head here; in FLUX.1 24 × 4,608 × 4,608 of 2 bytes, a gigabyte a block. So the recorder reduces where
 # the value is. You have used `"head-mean"`; the next one you write. The question: do heads look at one token or at
 # many?
 

@@ -147,8 +147,8 @@ for frame in (0, 1):
 # %% [markdown]
 # The code takes it without a change, but this network was never trained on two frames: what it does with the second
 # one is an accident, not editing. That is the point. For kontext the architecture needed nothing new; the skill is
-# all in the training. `nano-kontext` is this very network after 3,000 steps on pairs of pictures, before and after an
-# edit; it comes below.
+# all in the training. `nano-kontext` is this very network, trained on pairs of pictures, before and after an edit (how
+# long, its model card says); it comes below.
 #
 # ## More tokens: redux
 #

@@ -281,7 +281,7 @@ print("overall, those of nano and nano@2 do not:", bool(low[0] > high[3]))
 #
 # Read the intervals before the points. With 24 votes on an axis they are hundreds of points wide, and where two intervals
 # overlap, these votes alone do not decide: look at the interval of the difference. And with six axes and six pairs you
-# look at 36 differences: were all contestants equal, about two would look real at 95 %.
+# look at 36 differences: were all contestants equal, 36 × 5 % = 1.8 would look real at 95 %.
 #
 # ## You vote
 #
@@ -388,7 +388,7 @@ print("strengths in a line: off by less than 3:", bool(surprise("ABC", straight)
 # 4. Intervals cover other votes, not other prompts and not another judge.
 # 5. A rating is one number; check the pairs before you believe that one number is enough.
 #
-# **People ask**: *is 20 Elo a lot?* It is preferred in 53 of 100 pairs; look whether the intervals overlap. *Can I
+# **People ask**: *is 20 Elo a lot?* It is preferred in 1 / (1 + 10^(-20/400)) = 53 % of pairs; look whether the intervals overlap. *Can I
 # compare ratings of two arenas?* No: the mean is fixed at 1000 in each, and each has its own field, prompts and
 # voters. *Why is a tie half a win?* Because it moves nothing between equals; Davidson (1970) gives ties a parameter
 # of their own. *Which contestants may I enter?* Whatever draws:

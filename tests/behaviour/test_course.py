@@ -15,7 +15,7 @@ from fluxedu.course.build import EDITIONS, edition, sources
 from fluxedu.course.check import judged
 from fluxedu.course.exercise import Exercise, Wrong
 from fluxedu.course.files import copied
-from fluxedu.course.grade import graded
+from fluxedu.course.grade import Mark, graded, table
 from fluxedu.course.predict import points
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -279,14 +279,17 @@ def test_marks(tmp_path):
     (tmp_path / "ada").mkdir()
     path = tmp_path / "ada" / "04-rotary-positions.ipynb"
     nbformat.write(notebook, path)
-    ran = CliRunner().invoke(app, ["grade", str(path), str(tmp_path / "none.ipynb"), "--csv", str(tmp_path / "m.csv")])
+    ran = CliRunner().invoke(app, ["grade", str(path), str(tmp_path / "none.ipynb"), "--csv", str(tmp_path / "m.csv"),
+                                    "--table", str(tmp_path / "t.csv")])  # fmt: skip
     assert "ada: 1 of 3" in ran.output
     assert "✓ rope.ids: right in 3 cases." in ran.output
     assert "✗ rope.angles: not written yet." in ran.output
     assert "✗ rope.rotate: your pairs are halves" in ran.output
     assert "there is no notebook" in ran.output
     rows = (tmp_path / "m.csv").read_text().splitlines()
-    assert rows[0] == "student,exercise,passed,says" and rows[1].startswith("ada,rope.ids,1,")
+    assert rows[0] == "student,notebook,exercise,passed,says"
+    assert rows[1].startswith("ada,04-rotary-positions.ipynb,rope.ids,1,")
+    assert (tmp_path / "t.csv").read_text() == "student,rope.ids,rope.angles,rope.rotate,passed\nada,1,0,0,1\n"
 
 
 HALVES = """
@@ -315,3 +318,19 @@ def test_a_copy_shows_nothing_that_was_measured(tmp_path):
     for name in copied(tmp_path / "mine")[0]:
         copy = nbformat.read(tmp_path / "mine" / name, 4)
         assert copy.cells and not any(cell.get("outputs") for cell in copy.cells)
+
+
+def test_a_table_of_the_class():
+    """A row a student, a column an exercise; what was not handed in is neither right nor wrong."""
+    marks = [
+        Mark("eve", "04.ipynb", "rope.rotate", True, ""),
+        Mark("eve", "04.ipynb", "rope.table", False, "wrong"),
+        Mark("ada", "04.ipynb", "rope.rotate", True, ""),
+        Mark("ada", "04.ipynb", "rope.table", True, ""),
+        Mark("ada", "06.ipynb", "attention.map", True, ""),
+    ]
+    assert table(marks) == [
+        ["student", "rope.rotate", "rope.table", "attention.map", "passed"],
+        ["ada", "1", "1", "1", "3"],
+        ["eve", "1", "0", "", "1"],
+    ]

@@ -60,7 +60,10 @@ WRITERS = {
         lambda here, _: convert_file(here.parent / "source.safetensors", here / "target", "diffusers", overwrite=True),
     ),
     "text": ("target.json", lambda here, _: write_text(here / "target.json", "x" * 20_000)),
-    "marks": ("target.csv", lambda here, _: write_csv([Mark("a", "b", True, "c" * 99)] * 200, here / "target.csv")),
+    "marks": (
+        "target.csv",
+        lambda here, _: write_csv([Mark("a", "n", "b", True, "c" * 99)] * 200, here / "target.csv"),
+    ),
     "a recording": (None, record),
 }
 

@@ -45,9 +45,9 @@ def x0_by_block(pipe: FluxPipeline, prompt: str, *, at_steps=None, decoded: bool
     """The picture foreseen after each block: axes ``block, step, channel, row, column``, a latent or (decoded) pixels.
 
     The image tokens as a block leaves them, through the last layer as if it came next: ``x0 = x - t v``. This is our
-    own adaptation of the logit lens (see arXiv 2303.08112) to a flow; the last layer was trained to read the last block only, so
-    early blocks are a guess at best. At the last block it is the run's own ``sample.x0``, or, with classifier-free
-    guidance, what the prompted pass alone foresees. Only for solver="euler", which asks once a step.
+    own adaptation of the logit lens (see arXiv 2303.08112) to a flow; the last layer was trained to read the last
+    block only, so early blocks are a guess at best. At the last block it is the run's own ``sample.x0``, or, with
+    classifier-free guidance, what the prompted pass alone foresees. Only for solver="euler", which asks once a step.
     """
     if asked.get("solver", "euler") != "euler":
         raise InstrumentError(f"x0_by_block is for solver='euler', which asks once a step, not {asked['solver']!r}.")
