@@ -69,11 +69,11 @@ newest:         ## the tests with the newest versions the bounds allow, in a fre
 train: $(STAMP) ## train the miniature again from nothing
 	$(BIN)/fluxedu train --all
 
-docs: $(STAMP)  ## build the site into docs/_build/html, offline; check its links; run every example in the docstrings
+docs: $(STAMP)  ## build the site into docs/_build/html, offline; check its links, its pages in a browser, every example in a docstring
 	@$(BIN)/python -c 'import furo, linkcheck, myst_nb, sphinx' 2>/dev/null || $(PIP) --quiet --editable ".[docs]"
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build/html
 	$(BIN)/linkchecker --config docs/linkcheckerrc --no-status --quiet docs/_build/html/index.html
-	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules fluxedu
+	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules fluxedu tests/browser/test_site.py
 
 # Linux wheels of torch on PyPI carry gigabytes of CUDA. So: a GPU here, PyPI's build; none, the CPU build
 # from PyTorch's own index (the wheel alone: the next line brings what it needs, from the usual place).
