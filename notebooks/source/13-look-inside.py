@@ -8,7 +8,7 @@
 # Afterwards you can measure whether a map of attention points at the right thing, run a patching experiment and say
 # what it does and does not show, and write your own reduction for the recorder.
 #
-# 80 minutes · needs notebooks 06 to 08, 10 and 11
+# 80 minutes, in two sittings: stop before “What the picture is so far” · needs notebooks 06 to 08, 10 and 11
 
 # %%
 import matplotlib.pyplot as plt

@@ -8,7 +8,7 @@
 # Afterwards you can read a variant off its config, turn a picture back into noise and edit it, merge a LoRA that you
 # have fitted yourself, and compare models blind, with ratings that you can compute and doubt.
 #
-# 90 minutes · needs notebooks 04, 11 and 12
+# 90 minutes, in two sittings: stop before “Begin from a picture” · needs notebooks 04, 11 and 12
 
 # %%
 from collections.abc import Callable

@@ -8,7 +8,7 @@
 # Afterwards you can turn votes into strengths, say how far to trust them, choose the comparison that tells most, run
 # an arena of your own, and name three questions that its numbers do not answer.
 #
-# 80 minutes · needs notebook 14
+# 80 minutes, in two sittings: stop before “Which pair next?” · needs notebook 14
 
 # %%
 import math
