@@ -19,7 +19,7 @@ _PUBLIC = {
     "record": "fluxedu.instruments.recorder",
     "intervene": "fluxedu.instruments.interventions",
     "ablate": "fluxedu.instruments.interventions",
-    "patch": "fluxedu.instruments.interventions",
+    "patch": "fluxedu.instruments.patching",
     "swap": "fluxedu.instruments.swap",
     "check": "fluxedu.course",
     "predict": "fluxedu.course",

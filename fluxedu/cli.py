@@ -141,6 +141,8 @@ def sites(
 
     with sentences():
         found = [s for s in sites(model if model in VARIANTS else _load(model)) if containing in s.name]
+    if not found:
+        raise fail(f"no site's name contains {containing!r}; fluxedu sites lists them all.")
     if as_json:
         typer.echo(json.dumps([asdict(s) for s in found], indent=2))
         return

@@ -9,6 +9,7 @@ changes nothing leaves the picture the same to the last bit.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,10 +21,8 @@ from torch import Tensor
 
 from fluxedu.instruments.catalogue import axes_of
 from fluxedu.instruments.errors import InstrumentError
-from fluxedu.instruments.named import Named
-from fluxedu.instruments.recorder import Steps, among, checked_heads, checked_steps, record
-from fluxedu.instruments.recording import Recording
-from fluxedu.instruments.watching import Instrument
+from fluxedu.instruments.recorder import Steps, among, checked_heads, checked_steps
+from fluxedu.instruments.watching import Instrument, takes
 from fluxedu.instruments.words import Word, listed, names_words, places_now
 from fluxedu.models.attention_map import AttentionMap
 from fluxedu.models.config import said
@@ -51,6 +50,14 @@ class Context:
     def time(self) -> float | None:
         return self.moment and self.moment.time
 
+    @property
+    def generator(self) -> torch.Generator:
+        """Random numbers for this site, step and question, told by the picture's seed; on the CPU."""
+        moment = self.moment
+        where = (self.site, 0, 0, 0) if moment is None else (self.site, moment.asked.seed, moment.step, moment.part)
+        told = hashlib.sha256(repr(where).encode()).digest()[:7]
+        return torch.Generator().manual_seed(int.from_bytes(told, "big"))
+
     def tokens(self, words: Sequence[Word] | Word) -> list[int]:
         """Places of the text tokens that spell ``words``; numbers are places already."""
         return places_now(self.moment, self.site, words)
@@ -72,7 +79,8 @@ class intervene(Instrument):  # noqa: N801 - used like a function
     """``change(value, ctx) -> value`` at every site that ``globs`` name.
 
     steps: which steps (a number, a list, a slice) · times: from, to, in [0, 1], 1 being noise. The change must keep
-    shape and dtype; of ``attn.map`` it gets the lazy map and may give a tensor ``[B, H, N, N]``. Raises
+    shape and dtype, and may write into the value, a copy of its own; of ``attn.map`` it gets the lazy map and may give
+    a tensor ``[B, H, N, N]``. Random numbers come from ``ctx.generator``, the same for the same seed. Raises
     InstrumentError for a site that is not there or a change that does not fit; warns when no step of a run was meant.
     """
 
@@ -88,45 +96,53 @@ class intervene(Instrument):  # noqa: N801 - used like a function
         if not callable(change):
             raise InstrumentError(f"the last argument must be a function (value, ctx) -> value, not {said(change)}.")
         super().__init__(*globs)
+        if not takes(change, None, None):
+            raise InstrumentError(f"a change is a function of two, (value, ctx) -> value; {said(change)} is not.")
         self.change, self.steps, self.times = change, checked_steps(steps), _checked(times)
-        self.acted = self.early = False
-        self.missed: Moment | None = None  # a step that passed outside of steps= and times=
+        self.acted: set[str] = set()  # the sites where it did
+        self.early: set[str] = set()  # those that passed outside of a run's steps, though steps= or times= name some
+        self.missed = 0  # of how many steps the run is that passed outside of steps= and times=
 
     def see(self, owner: Sited, name: str, whole: str, value: Any) -> Any:
         moment = now()
-        if not self._now(moment):
+        if not self._now(moment, whole):
             return value
-        changed = self.change(value, Context(whole, axes_of(owner, name), moment))
-        self.acted = True
+        own = value.clone() if isinstance(value, Tensor) else value  # a change may write into it
+        changed = self.change(own, Context(whole, axes_of(owner, name), moment))
+        self.acted.add(whole)
         return _fitting(changed, value, whole)
 
-    def _now(self, moment: Moment | None) -> bool:
+    def _now(self, moment: Moment | None, site: str) -> bool:
         if moment is None or moment.step is None:
-            self.early = self.early or not (self.times is None and self.steps is None)
-            return self.times is None and self.steps is None
+            always = self.times is None and self.steps is None
+            self.early |= set() if always else {site}
+            return always
         low, high = self.times or (-1.0, 2.0)
         meant = among(self.steps, moment.step, moment.steps) and low <= moment.time <= high
-        self.missed = self.missed if meant else moment
+        self.missed = self.missed if meant else moment.steps
         return meant
 
     def __exit__(self, kind, *rest) -> None:
         super().__exit__(kind, *rest)
         if kind is None and self.absent and not self.acted:
             raise next(iter(self.absent.values()))
-        if kind is None and self.early and not self.acted:
-            raise InstrumentError(
-                f"{' and '.join(self.globs)} passed outside of the steps of a run only, where steps= and times= never "
-                f"let it be changed; leave them out."
+        early = sorted(self.early - self.acted) if kind is None else []
+        if early:
+            says = (
+                f"{early[0]} passed outside of the steps of a run only, where steps= and times= never let it be changed"
             )
-        if kind is None and self.missed is not None and not self.acted:
+            if not self.acted:
+                raise InstrumentError(f"{says}; leave them out.")
+            warnings.warn(f"{says}.", stacklevel=2)
+        if kind is None and self.missed and not self.acted:
             warnings.warn(f"nothing was changed at {' and '.join(self.globs)}: {self._never()}.", stacklevel=2)
 
     def _never(self) -> str:
         if self.times is None:
-            return f"the run has {self.missed.steps} steps, and none of them is in steps={said(self.steps)}"
+            return f"the run has {self.missed} steps, and none of them is in steps={said(self.steps)}"
         steps = "" if self.steps is None else f" in steps={said(self.steps)}"
         between = "between t = {:g} and {:g}".format(*self.times)
-        return f"no step{steps} of the run's {self.missed.steps} begins {between}"
+        return f"no step{steps} of the run's {self.missed} begins {between}"
 
 
 def _checked(times: Times | None) -> Times | None:
@@ -178,7 +194,8 @@ def ablate(
     """Cut out what sites say: set it to 0 (or to another number, or ``to="mean"``, the mean over its tokens).
 
     A whole block is ``"double.1"`` or ``"single.*"``: it then adds nothing to its stream. heads: only these, at
-    sites with heads · streams: only the tokens of ``"txt"`` or ``"img"`` · tokens: only these words or places. At
+    sites with heads · streams: only the tokens of ``"txt"`` or ``"img"`` · tokens: only these words or places (of text
+    tokens; at a site of the image's alone, of patches). At
     ``attn.map``, tokens are not looked at: their columns go and every row is made whole again::
 
         with fe.ablate("double.1.heads", heads=[2]): ...
@@ -186,9 +203,11 @@ def ablate(
     """
     heads, tokens = checked_heads(heads), None if tokens is None else listed(tokens)
     named = [streams] if isinstance(streams, str) else streams
-    if named is not None and (not isinstance(named, (list, tuple)) or any(s not in _STREAMS for s in named)):
+    if named is not None and (
+        not isinstance(named, (list, tuple)) or not named or any(s not in _STREAMS for s in named)
+    ):
         raise InstrumentError(f"a stream is 'txt' or 'img', not {said(streams)}.")
-    if to != "mean" if isinstance(to, str) else isinstance(to, bool) or not isinstance(to, (int, float)):
+    if to != "mean" if isinstance(to, str) else isinstance(to, bool) or not isinstance(to, (int, float)) or to != to:
         raise InstrumentError(f"to= is a number or 'mean', not {said(to)}.")
     sites = [site for glob in globs for site in _sites_of(glob, named, tokens)]
 
@@ -234,13 +253,14 @@ def _mask(value: Tensor, ctx: Context, heads, streams, tokens) -> Tensor:
     mask = torch.ones((), dtype=torch.bool, device=value.device)
     if heads is not None:
         mask = mask & _along(value, ctx, ("head",), heads)
-    own = re.search(r"\.(txt|img)(_|$)", ctx.site)  # a site of one stream
+    own = re.search(r"(?:^|\.)(txt|img)(_|$)", ctx.site)  # a site of one stream
     if streams is not None and own:
         mask = mask & (own[1] in streams)
     elif streams is not None:
         mask = mask & _along(value, ctx, ("token",), [ctx.places(s) for s in streams])
     if tokens is not None:
-        mask = mask & _along(value, ctx, ("text", "token"), ctx.tokens(tokens))
+        axes = ("text", "token") if names_words(tokens) else ("text", "token", "image")
+        mask = mask & _along(value, ctx, axes, ctx.tokens(tokens))
         mask = mask & _prompted(value, ctx, tokens)
     return mask
 
@@ -285,45 +305,6 @@ def _unseen(value: AttentionMap | Tensor, ctx: Context, heads, tokens) -> Tensor
     return torch.where(hidden.any(-1, keepdim=True), kept / kept.sum(-1, keepdim=True), weights)
 
 
-# ---------------------------------------------------------------- values from elsewhere
-
-
-def patch(
-    glob: str, source: record | Recording | Named | Tensor, steps: Steps = None, times: Times | None = None
-) -> intervene:
-    """Go on with values from another run: activation patching (arXiv 2202.05262).
-
-    source: a recording of the same sites, taken unreduced, of which the same step is put in; or one value, a
-    tensor or :class:`Named`, put in every time. Raises InstrumentError when the recording has no such site, step or
-    shape.
-    """
-    if not isinstance(source, (record, Recording, Named, Tensor)):
-        raise InstrumentError(f"a patch is a recording, a Named or a tensor, not {type(source).__name__}.")
-
-    def change(value: Any, ctx: Context) -> Tensor:
-        found = _recorded(source, ctx) if isinstance(source, (record, Recording)) else source
-        tensor = found.tensor if isinstance(found, Named) else found
-        mine, theirs = ([n for n in shape if n != 1] for shape in (value.shape, tensor.shape))
-        if mine != theirs:
-            raise InstrumentError(f"{ctx.site!r} is {list(value.shape)}, but the patch is {list(tensor.shape)}.")
-        like = value.q if isinstance(value, AttentionMap) else value
-        dtype = tensor.dtype if isinstance(value, AttentionMap) else like.dtype
-        return tensor.to(like.device, dtype).reshape(value.shape)
-
-    return intervene(glob, change, steps=steps, times=times)
-
-
-def _recorded(source: record | Recording, ctx: Context) -> Named:
-    moment, entries = ctx.moment, source.entries(ctx.site)
-    if moment is None:
-        return entries[0][1]
-    same = [v for w, v in entries if (w.step, w.part) == (moment.step, max(moment.part, 0))]
-    if not same:
-        have = sorted({w.step for w, _ in entries if w.step is not None})
-        raise InstrumentError(f"the recording of {ctx.site!r} has no step {moment.step}; it has {have}.")
-    return same[min(moment.picture, len(same) - 1)]
-
-
 # ---------------------------------------------------------------- places
 
 
@@ -347,6 +328,8 @@ def positions(
             cells = reference_cells(moment.asked, moment.pipe.autoencoder.config.downscale)
             ids = torch.cat([ids, reference_ids(*cells)])
         ids = edit(ids)
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[-1] != 3:
+            raise InstrumentError(f"edit must give the ids of the image tokens, a tensor [N, 3], not {said(ids)}.")
         words = text_ids(moment.words) if text is None else text(text_ids(moment.words))
         new = moment.pipe.flux.rope(ids.to(table.device), words.to(table.device))
         return new.view(table.shape) if new.numel() == table.numel() else new

@@ -8,6 +8,7 @@ rec["double.2.attn.map"]        # axes (step, query, key)
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         self.calls: dict[str, int] = {}
         self.expected: dict[tuple, int] = {}  # (site, run) -> bytes by the end of that run
         self.seen: set[str] = set()
+        self.missed = 0  # of how many steps the run is of which one was not among the wanted
         self.words = 0  # how many tokens of the run last seen are text
         self.total = 0  # of them all
         self.over: tuple[int, int, int] | None = None  # the step in which that passed the budget
@@ -89,6 +91,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
     def see(self, owner: Sited, name: str, site: str, value: Any) -> Any:
         moment = now()
         if moment is not None and moment.step is not None and not among(self.steps, moment.step, moment.steps):
+            self.missed = moment.steps
             return value
         if self._other_pass(site, moment, value):
             return value
@@ -106,8 +109,10 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
 
     def _other_pass(self, site: str, moment: Moment | None, value: Any) -> bool:
         """Does only the pass that is not wanted go by here?"""
-        if self.passes is None or moment is None or not moment.asked.guided or moment.step is None:
+        if self.passes is None or moment is None or moment.step is None:
             return False
+        if not moment.asked.guided:  # one pass only, and it is prompted
+            return self.passes == "negative" and not site.startswith("sample.")
         if site in ("sample.negative", "sample.prompted"):
             return not site.endswith(self.passes)
         alone = not site.startswith("sample.") and value.shape[0] == 1  # guidance is off at this time
@@ -132,12 +137,17 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
             self._expect(site, (self.dtype or torch.float32).itemsize * b * h * n * m, moment, when)
             if self.over is not None:
                 return None  # before it is made
+        before = _version(value)
         for reduction in reductions:
             if hasattr(reduction, "question"):
                 reduction.question = when.part
             chosen = reduction(chosen)
             if chosen is None:
                 break
+            if not isinstance(chosen, (Named, MapView)):
+                raise InstrumentError(f"a reduction gives a Named or None, not {type(chosen).__name__}.")
+        if _version(value) != before:
+            raise InstrumentError(f"the reduction wrote into the value of {site!r}; let it begin with .clone().")
         self._claim((f"{site}, remembered", None), sum(getattr(r, "nbytes", 0) for r in reductions), when)
         if chosen is None:
             return None
@@ -257,10 +267,11 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
     def _refusal(self) -> BudgetError:
         self.refused = True
         return BudgetError(
-            f"recording {len({s for s, _ in self.expected if not s.endswith(', remembered')})} sites"
+            f"recording {len({s.removesuffix(', remembered') for s, _ in self.expected})} sites"
             f" or more needs {self.total:,} bytes or more, the budget is {self.budget:,}: "
-            f"name fewer sites, steps or heads, reduce (reduce='head-mean', tokens=[...]), stream to a folder "
-            f"(to=...), or allow more (budget={self.total})."
+            f"name fewer sites, steps or heads, reduce (reduce='head-mean', tokens=[...]), "
+            f"{'' if isinstance(self.recording, FolderRecording) else 'stream to a folder (to=...), '}"
+            f"or allow more (budget={self.total})."
         )
 
     @staticmethod
@@ -285,6 +296,10 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
             self.recording.close() if over else self.recording.settle(failed=True)
         if kind is None and self.over is not None and not self.refused:
             raise self._refusal()
+        if kind is None and self.passed and not self.seen and not self.absent:
+            why = f"the run has {self.missed} steps, and none of them is in steps={said(self.steps)}"
+            why = why if self.missed else f"there was no {self.passes} pass"
+            warnings.warn(f"nothing was recorded at {' and '.join(self.globs)}: {why}.", stacklevel=2)
         never = [error for site, error in self.absent.items() if site not in self.seen]
         if kind is None and never:
             raise never[0]
@@ -321,6 +336,12 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
     @property
     def nbytes(self) -> int:
         return self.recording.nbytes
+
+
+def _version(value: Any) -> tuple:
+    """Changes when the value (of a map: what it is made of) is written into."""
+    parts = (value.q, value.k, value.v) if isinstance(value, AttentionMap) else (value,)
+    return tuple(x._version for x in parts if isinstance(x, torch.Tensor) and not x.is_inference())
 
 
 def checked_steps(steps: Steps) -> int | list[int] | slice | None:

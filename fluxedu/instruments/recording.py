@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fluxedu.checkpoints.aside import aside
 from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.named import Named
+
+MARK = "recording"  # an empty file in the folder of every recording
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,14 @@ class FolderRecording(Recording):
 
     def __init__(self, folder: str | Path):
         super().__init__()
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise InstrumentError(f"{self.folder} is there already; record into a new folder.")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / MARK).touch(exist_ok=False)  # so that a second recorder does not write into it too
+        except OSError as error:
+            raise InstrumentError(f"{self.folder} cannot be made: {error.strerror}.") from None
         self.place: tuple[int, int, int] | None = None
         self.written = 0
         self.last: dict[tuple[str, int, int], tuple[When, Named]] = {}
@@ -191,10 +197,17 @@ def open_recording(folder: str | Path) -> Recording:
         raise InstrumentError(f"{folder} holds no recording.")
     recording = Recording()
     for path in files:
-        with safe_open(path, "pt") as file:
-            meta = file.metadata()
-            recording.pictures = int(meta["pictures"])
-            for key, (run, picture, step, part, time, axes, coords) in json.loads(meta["told"]).items():
-                value = Named(file.get_tensor(key), tuple(axes), coords)
-                recording.add(key.rpartition("#")[0], When(run, picture, step, part, time), value)
+        try:
+            _read_step(path, recording)
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            raise InstrumentError(f"{path} is damaged, or no step of a recording.") from None
     return recording
+
+
+def _read_step(path: Path, recording: Recording) -> None:
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+        recording.pictures = int(meta["pictures"])
+        for key, (run, picture, step, part, time, axes, coords) in json.loads(meta["told"]).items():
+            value = Named(file.get_tensor(key), tuple(axes), coords)
+            recording.add(key.rpartition("#")[0], When(run, picture, step, part, time), value)

@@ -61,6 +61,8 @@ class MapView:
         """The same view of other queries or keys, by their places in the whole map."""
         if name == "query":
             return MapView(self.lazy, self.heads, index, self.keys, self.labels, self.budget)
+        if self.keys is not None:
+            raise InstrumentError("tokens= has chosen the keys already, so columns= cannot; leave one of them out.")
         return MapView(self.lazy, self.heads, self.queries, index, None, self.budget)
 
     def made(self) -> Named:
@@ -111,6 +113,8 @@ def entropy(value: Value) -> Named:
     if isinstance(value, MapView) and value.keys is None:
         return Named(value.few.entropy()[:, :, value.queries], MAP_AXES[:3])
     p = real(value)
+    if bool((p.tensor < 0).any()):
+        raise InstrumentError("only shares have an entropy, and some of these values are below zero.")
     return p.dropped(p.axes[-1], torch.special.entr(p.tensor).sum(-1))
 
 
@@ -203,6 +207,11 @@ class step_mean:  # noqa: N801 - a function with a memory
 
     def __call__(self, value: Value) -> Named:
         x = real(value)
+        if self.total is not None and self.total.shape != x.shape:
+            raise InstrumentError(
+                f"a mean over steps needs values of one shape, not {list(self.total.shape)} and then {list(x.shape)}; "
+                f"where guidance comes and goes, say passes='prompted'."
+            )
         self.count += 1
         self.total = x.tensor.double() + (0 if self.total is None else self.total)
         return Named((self.total / self.count).to(x.tensor.dtype), x.axes, x.coords)

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from fluxedu import probe
 from fluxedu.instruments.errors import InstrumentError
+from fluxedu.instruments.watching import takes
 from fluxedu.models.attention import QKNorm, RMSNorm, SelfAttention
 from fluxedu.models.config import said
-from fluxedu.models.double_stream import MLP
+from fluxedu.models.double_stream import MLP, DoubleStreamBlock
 from fluxedu.models.embeddings import MLPEmbedder
 from fluxedu.models.modulation import Modulation
+from fluxedu.models.single_stream import SingleStreamBlock
 from fluxedu.models.transformer import LastLayer
 
 #: with what arguments a class is made that takes the place of ...
@@ -31,6 +33,8 @@ _MADE_WITH: dict[type, Callable[[nn.Module], tuple]] = {
     MLPEmbedder: lambda m: (m.in_layer.in_features, m.in_layer.out_features),
     QKNorm: lambda m: (len(m.query_norm.scale),),
     RMSNorm: lambda m: (len(m.scale),),
+    DoubleStreamBlock: lambda m: (m.config,),
+    SingleStreamBlock: lambda m: (m.config,),
 }
 
 
@@ -54,6 +58,10 @@ class swap:  # noqa: N801 - used like a function
         self.glob, self.new, self.pipe = glob, new, pipe
         if not (isinstance(new, nn.Module) or callable(new)):
             raise InstrumentError(f"what is swapped in is a module, a class or a function, not {said(new)}.")
+        if not isinstance(new, (nn.Module, type)) and not takes(new, None):
+            raise InstrumentError(
+                f"what makes the new module is a function of the old one, lambda old: ..., not {said(new)}."
+            )
         if not isinstance(glob, str):
             raise InstrumentError(f"a place is a path such as 'double.*.img_attn', not {said(glob)}.")
         if not (pipe is None or isinstance(pipe, nn.Module) or callable(getattr(pipe, "networks", None))):
@@ -67,7 +75,8 @@ class swap:  # noqa: N801 - used like a function
         if not found:
             raise InstrumentError(f"no module of a loaded model is called {self.glob!r}; try 'double.*.img_attn'.")
         try:
-            new = [(parent, name, old, self._made(old, path)) for parent, name, old, path in found]  # all or none
+            with torch.random.fork_rng(devices=[]):  # a class draws its first weights, and the caller's numbers go on
+                new = [(parent, name, old, self._made(old, path)) for parent, name, old, path in found]  # all or none
         except BaseException:
             self._let_go()
             raise
@@ -132,9 +141,8 @@ class swap:  # noqa: N801 - used like a function
         try:
             return self.new(*made_with(old))
         except TypeError as error:
-            raise InstrumentError(
-                f"{self.new.__name__} must be made with {made_with(old)} at {path!r}: {error}."
-            ) from None
+            given = ", ".join(str(x) if isinstance(x, int) else f"a {type(x).__name__}" for x in made_with(old))
+            raise InstrumentError(f"{self.new.__name__} must be made with ({given}) at {path!r}: {error}.") from None
 
 
 def _places(network: nn.Module, glob: str) -> list[tuple[nn.Module, str, nn.Module, str]]:

@@ -7,8 +7,11 @@ and be left in any order.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
+import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -23,6 +26,17 @@ from fluxedu.probe import Sited, site
 from fluxedu.sampling.moment import now
 
 
+def takes(function: Callable, *given: Any) -> bool:
+    """Can it be called with so many arguments? Yes for what does not tell."""
+    try:
+        inspect.signature(function).bind(*given)
+    except TypeError:
+        return False
+    except ValueError:
+        pass
+    return True
+
+
 class Instrument:
     """A context manager that is shown the values of the sites its globs name: ``see(...) -> value``."""
 
@@ -33,11 +47,17 @@ class Instrument:
             raise InstrumentError(f"name one site or more, such as 'double.*.attn.map', not {said(globs)}.")
         self.globs = globs
         self.thread: int | None = None
+        self.ran = self.passed = self.elsewhere = False  # did anything run, what is named pass, in another thread
         self.absent: dict[str, AbsentError] = {}  # sites of encoders, at a prompt that does not say the word
         self.matches = lru_cache(maxsize=None)(lambda name: any(fnmatchcase(name, g) for g in globs))
 
     def wants(self, name: str) -> bool:
-        return threading.get_ident() == self.thread and self.matches(name)
+        if threading.get_ident() != self.thread:
+            self.elsewhere = self.elsewhere or self.matches(name)
+            return False
+        self.ran, matches = True, self.matches(name)
+        self.passed = self.passed or matches
+        return matches
 
     def see(self, owner: Sited, name: str, whole: str, value: Any) -> Any:
         """A value passes the site ``name`` of ``owner``, ``whole`` with its path; returns what to go on with."""
@@ -54,6 +74,9 @@ class Instrument:
     def __exit__(self, *exception) -> None:
         _remove(self)
         self.thread = None
+        if exception[0] is None and not self.passed and (self.ran or self.elsewhere):
+            where = " but in a thread that did not enter it" if self.elsewhere else ""
+            warnings.warn(f"{' and '.join(self.globs)} never passed{where}, so nothing was seen.", stacklevel=3)
 
 
 class Chain:
@@ -87,7 +110,7 @@ def _shown(instrument: Instrument, owner: Sited, name: str, whole: str, value: A
     except AbsentError as error:
         if getattr(now(), "text", None) is None:
             raise
-        instrument.absent[whole] = error
+        instrument.absent[whole] = error.with_traceback(None)  # which would hold all that it came through
         return value
 
 

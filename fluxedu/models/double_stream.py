@@ -36,6 +36,7 @@ class DoubleStreamBlock(Probed):
 
     def __init__(self, config: FluxConfig):
         super().__init__()
+        self.config = config
         dim = config.hidden_size
         for stream in ("img", "txt"):
             self.add_module(f"{stream}_mod", Modulation(dim, double=True))

@@ -24,6 +24,7 @@ class SingleStreamBlock(Probed):
 
     def __init__(self, config: FluxConfig):
         super().__init__()
+        self.config = config
         dim, self.num_heads = config.hidden_size, config.num_heads
         self.widths = [3 * dim, config.mlp_hidden]
         self.linear1 = nn.Linear(dim, sum(self.widths))

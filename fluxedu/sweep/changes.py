@@ -14,7 +14,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 
-from fluxedu.instruments.interventions import ablate, intervene, patch
+from fluxedu.instruments.interventions import ablate, intervene
+from fluxedu.instruments.patching import patch
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.recording import Recording
 from fluxedu.instruments.reductions import maker

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fluxedu.instruments.interventions import Context, ablate, intervene, patch
+from fluxedu.instruments.interventions import Context, ablate, intervene
 from fluxedu.instruments.lenses.run import blocks_of, one_prompt
+from fluxedu.instruments.patching import patch
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.watching import Instrument
 from fluxedu.nano.judge import Reading, read

@@ -1,5 +1,8 @@
 """Interventions: each does what it says, measured by something that is not an intervention, and all restore."""
 
+import gc
+import threading
+import weakref
 from contextlib import ExitStack
 from weakref import WeakSet
 
@@ -378,7 +381,7 @@ def test_a_learners_own_site(pipe):
         (lambda: fe.swap("double.*.img_attn", TwoArguments), r"takes \(x, rope\)"),
         (lambda: fe.swap("double.*.img_attn", TwoResults), "it must give"),
         (lambda: fe.swap("double.*.img_attn", OneMore), "'extra'"),
-        (lambda: fe.swap("double.0", ByHand), "give a function"),
+        (lambda: fe.swap("img_in", ByHand), "give a function"),
         (lambda: fe.swap("double.*.img_attn", lambda old: 3), "must be a torch.nn.Module"),
     ],
 )
@@ -473,3 +476,136 @@ def test_places_of_a_reference_pictures_tokens():
     with fe.intervene("*.attn.rope", into_one):
         other = kontext("make the circle red", **asked).latents
     assert relative(other, whole) > 0.05
+
+
+WRITTEN = ["vec", "vec.time", "sample.x", "sample.velocity", "sample.x0", "single.0.contribution", "double.0.attn.rope",
+           "single.0.gate", "double.1.img", "t5.states", "final_layer.shift"]  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("site", WRITTEN)
+def test_a_change_may_write_into_its_value(pipe, site, solver):
+    """Values may be shared between steps and blocks; the change's is its own."""
+    written = under(pipe, fe.intervene(site, lambda x, ctx: x.mul_(1.5)), solver=solver)
+    given = under(pipe, fe.intervene(site, lambda x, ctx: x * 1.5), solver=solver)
+    assert torch.equal(written, given) and not torch.equal(written, draw(pipe, solver=solver))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{}, {"solver": "heun"}, {"true_cfg_scale": 3.0, "negative_prompt": "a star"}, {"prompt": [PROMPT, OTHER]}],
+    ids=["euler", "heun", "cfg", "two prompts"],
+)
+def test_all_of_a_runs_values_put_back_leave_every_bit(pipe, asked):
+    asked = {"prompt": PROMPT} | asked
+    with fe.record("*") as rec:
+        whole = draw(pipe, **asked)
+    assert torch.equal(under(pipe, fe.patch("*", rec), **asked), whole)
+
+
+def test_a_patch_from_another_schedule_or_of_two_runs_is_refused(pipe):
+    with fe.record("vec", "t5.states") as eight:
+        draw(pipe, steps=8)
+    with pytest.raises(InstrumentError, match=r"step 1 of the recording of 'vec' is at t = .*, and of this run at t"):
+        under(pipe, fe.patch("vec", eight))
+    with fe.record("vec") as twice:
+        draw(pipe), draw(pipe, OTHER)
+    with pytest.raises(InstrumentError, match="is of 2 runs"):
+        under(pipe, fe.patch("vec", twice))
+    with pytest.raises(InstrumentError, match="has 1 encoded prompts, and this run encodes more"):
+        under(pipe, fe.patch("t5.states", eight), prompt=[PROMPT, OTHER])
+    assert torch.isfinite(under(pipe, fe.patch("t5.states", eight["t5.states"]), prompt=[PROMPT, OTHER])).all()
+    with fe.record("double.0.attn.rope") as turns:
+        draw(pipe)
+    with pytest.raises(InstrumentError, match="of real numbers"):
+        under(pipe, fe.patch("vec", turns["double.0.attn.rope"].tensor.flatten()[:48]))
+
+
+def test_random_changes_are_told_by_the_seed(pipe):
+    """The same for the same seed; another for another seed, site, step or question."""
+    drawn = []
+
+    def noisy(x, ctx):
+        drawn.append(torch.randn(x.shape, generator=ctx.generator))
+        return x + drawn[-1].to(x)
+
+    first = under(pipe, fe.intervene("vec", "vec.time", noisy), solver="heun")
+    again = under(pipe, fe.intervene("vec", "vec.time", noisy), solver="heun")
+    assert torch.equal(first, again)
+    half = drawn[: len(drawn) // 2]
+    assert all(not torch.equal(a, b) for i, a in enumerate(half) for b in half[:i] if a.shape == b.shape)
+    assert not torch.equal(first, under(pipe, fe.intervene("vec", "vec.time", noisy), solver="heun", seed=1))
+
+
+def test_swapping_leaves_the_callers_random_numbers(pipe):
+    torch.manual_seed(3)
+    wanted = torch.rand(4)
+    torch.manual_seed(3)
+    with fe.swap("double.0.img_attn", SelfAttention, pipe):
+        assert torch.equal(torch.rand(4), wanted)
+
+
+def test_patches_of_an_image_site_can_be_cut(pipe):
+    """Places at a site of the image's own tokens are patches; a site at the network's door is one stream's."""
+    with fe.record("double.1.img_norm1") as rec, fe.ablate("double.1.img", tokens=[0, 3], steps=0):
+        draw(pipe)
+    first = rec["double.1.img_norm1"].tensor[0]
+    assert first[[0, 3]].eq(0).all() and not first[[1, 2]].eq(0).any()
+    cut = under(pipe, fe.ablate("img_in", streams="img"))
+    assert torch.equal(cut, under(pipe, fe.intervene("img_in", lambda x, ctx: 0 * x)))
+
+
+def test_an_instrument_that_nothing_passes_says_so(pipe):
+    with pytest.warns(UserWarning, match="ae.encoder.mid never passed, so"), fe.ablate("ae.encoder.mid"):
+        draw(pipe)
+    with pytest.warns(UserWarning, match="vec never passed but in a thread"), fe.ablate("vec"):
+        worker = threading.Thread(target=draw, args=(pipe,))
+        worker.start()
+        worker.join()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda: fe.intervene("vec", lambda x: x), "a function of two"),
+        (lambda: fe.swap("double.0.img_attn", lambda: 3), "a function of the old one"),
+        (lambda: fe.ablate("double.1", streams=[]), "a stream is 'txt' or 'img'"),
+        (lambda: fe.intervene("double.0.attn.rope", positions(lambda ids: None)), "edit must give the ids"),
+    ],
+)
+def test_more_errors_of_one_sentence(pipe, wrong, says):
+    with pytest.raises(InstrumentError, match=says):
+        with wrong():
+            draw(pipe)
+
+
+def test_an_intervention_that_is_kept_lets_the_pipeline_go(make_pipe):
+    pipe = make_pipe()
+    kept = fe.intervene("vec", lambda x, ctx: x, steps=5)
+    gone = weakref.ref(pipe)
+    with pytest.warns(UserWarning, match="nothing was changed"), kept:
+        draw(pipe)
+    del pipe
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_patch_needs_whole_values(pipe):
+    with fe.record("double.1.heads", heads=[1, 0]) as turned:
+        draw(pipe)
+    with pytest.raises(InstrumentError, match="record them without tokens=, heads= and reduce="):
+        fe.patch("double.1.heads", turned)
+
+
+def test_a_site_outside_of_steps_is_told_beside_one_that_acted(pipe):
+    with pytest.warns(UserWarning, match="t5.states passed outside of the steps"):
+        under(pipe, fe.intervene("t5.states", "single.0.x", lambda x, ctx: 0 * x, steps=0))
+
+
+@pytest.mark.parametrize("place, block", [("double.*", DoubleStreamBlock), ("single.*", SingleStreamBlock)])
+def test_whole_blocks_are_made_as_they_were(pipe, place, block):
+    class Mine(block):
+        pass
+
+    whole = draw(pipe)
+    assert torch.equal(under(pipe, fe.swap(place, Mine, pipe)), whole)

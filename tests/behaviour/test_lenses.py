@@ -261,3 +261,34 @@ def test_lenses_know_which_tokens_are_the_pictures_own(member, given):
 @pytest.mark.parametrize("name", lenses.__all__)
 def test_every_lens_says_whose_question_it_is(name):
     assert "arXiv" in getattr(lenses, name).__doc__
+
+
+@pytest.mark.parametrize(("member", "given"), [("nano-kontext", "reference"), ("nano-redux", "image_prompt")])
+def test_whose_attention_is_shared_out(member, given):
+    """The picture's own patches look, not a reference's; what Redux says is text. By hand, from the whole map."""
+    pipe, prompt, pads = fe.load(member), "a red circle", slice(4, 32)  # three pieces and the end mark
+    asked = {given: Image.new("RGB", (128, 128), "red"), "steps": 2, "progress": False}
+    with fe.record("single.1.attn.map", steps=0) as rec:
+        pipe(prompt, **asked)
+    words = 96 if member == "nano-redux" else 32
+    own = rec["single.1.attn.map"].tensor[0][:, words : words + 64]  # [head, patch, key]
+    for lens, keys in ((lenses.attention_balance, slice(words)), (lenses.padding_mass, pads)):
+        found = lens(pipe, prompt, at_steps=0, **asked)
+        by_hand = own[..., keys].sum(-1).mean()
+        torch.testing.assert_close(found.tensor[found.coords["block"].index("single.1"), 0], by_hand)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda pipe: lenses.head_gallery(pipe, PROMPT, 3), "a query is a word or a patch"),
+        (lambda pipe: lenses.head_gallery(pipe, PROMPT, "red", at_step=[0, 1]), "at_step is one step"),
+        (lambda pipe: lenses.velocity_field(pipe, PROMPT, at_step=99, steps=2), "there is no step 99"),
+        (lambda pipe: lenses.divergence(pipe, PROMPT, probes=0), "probes is how many"),
+        (lambda pipe: lenses.straightness(None), "a path is a run's trajectory"),
+        (lambda pipe: lenses.curvature(None), "a path is a run's trajectory"),
+    ],
+)
+def test_more_errors_of_one_sentence(pipe, wrong, says):
+    with pytest.raises(InstrumentError, match=says):
+        wrong(pipe)

@@ -676,3 +676,76 @@ print("same")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "same" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_reduction_that_writes_is_refused(pipe):
+    def zeroed(value):
+        value.tensor.zero_()
+        return value
+
+    with pytest.raises(InstrumentError, match="wrote into the value of 'single.0.x'"):
+        with fe.record("single.0.x", reduce=zeroed):
+            draw(pipe)
+
+
+def test_what_is_never_recorded_is_said(pipe):
+    with pytest.warns(UserWarning, match=r"nothing was recorded at vec: the run has 3 steps.*steps=\[10\]"):
+        with fe.record("vec", steps=[10]):
+            draw(pipe)
+    with pytest.warns(UserWarning, match="there was no negative pass"), fe.record(MAP, passes="negative") as rec:
+        draw(pipe)
+    assert len(rec) == 0
+
+
+def test_a_word_that_was_missing_does_not_keep_the_pipeline(make_pipe):
+    pipe = make_pipe()
+    gone, kept = weakref.ref(pipe), fe.record("t5.states", tokens=["star"])
+    with kept:
+        pipe(["a red circle", "a green star"], steps=1, progress=False)
+    del pipe
+    gc.collect()
+    assert gone() is None and kept["t5.states"].sizes["text"] == 1
+
+
+def test_a_damaged_recording_is_named(pipe, tmp_path):
+    with fe.record("vec", to=tmp_path / "run"):
+        draw(pipe)
+    path = sorted((tmp_path / "run").iterdir())[0]
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(InstrumentError, match=f"{path.name} is damaged"):
+        open_recording(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InstrumentError, match="cannot be made"):
+        fe.record("vec", to=tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda: fe.record(MAP, tokens=["red"], reduce=reductions.columns([0])), "tokens= has chosen the keys"),
+        (lambda: fe.record("vec", reduce="entropy"), "only shares have an entropy"),
+        (lambda: fe.record(MAP, reduce=lambda v: v.made().tensor), "a reduction gives a Named or None, not Tensor"),
+    ],
+)
+def test_reductions_that_do_not_fit(pipe, wrong, says):
+    with pytest.raises(InstrumentError, match=says):
+        with wrong():
+            draw(pipe)
+
+
+def test_a_mean_over_steps_of_other_shapes_is_refused(plain_pipe):
+    """Guidance in an interval: two passes, then one."""
+    asked = {"guidance": 3.0, "negative_prompt": "a star", "guidance_interval": (0.7, 1.0), "steps": 6}
+    with pytest.raises(InstrumentError, match="values of one shape.*passes='prompted'"):
+        with fe.record("vec", reduce="step-mean"):
+            draw(plain_pipe, **asked)
+    with fe.record("vec", reduce="step-mean", passes="prompted") as mean, fe.record("vec", passes="prompted") as rec:
+        draw(plain_pipe, **asked)
+    by_hand = torch.stack([v.tensor for _, v in rec.entries("vec")]).mean(0)
+    assert off(mean["vec"].tensor, by_hand) < 1e-6
+
+
+def test_two_recorders_do_not_share_a_folder(pipe, tmp_path):
+    with pytest.raises(InstrumentError, match="record into a new folder"):
+        with fe.record("vec", to=tmp_path / "run"), fe.record("single.0.x", to=tmp_path / "run"):
+            draw(pipe)

@@ -20,7 +20,8 @@ SEEN = """() => {
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const style = getComputedStyle(document.body);
-  const wide = [...document.querySelectorAll("article *")].filter((e) => e.getBoundingClientRect().right > innerWidth + 1
+  const wide = [...document.querySelectorAll("article *")].filter(
+    (e) => e.getBoundingClientRect().right > innerWidth + 1
     && !e.closest("pre, .table-wrapper, .highlight, .cell_output, table, svg, .output, mjx-container, .math"));
   return {
     ground: light(style.backgroundColor), ink: light(style.color),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+
 from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.lenses.run import Look, alone, as_picture, by_block, grid, recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
-from fluxedu.instruments.reductions import MapView, Value, made, rows
+from fluxedu.instruments.reductions import Value, head_mean, rows
 from fluxedu.instruments.words import real_tokens, token_ids
+from fluxedu.models.config import said
 from fluxedu.sampling.moment import Moment, now
 from fluxedu.sampling.pipeline import FluxPipeline
 
@@ -23,6 +27,8 @@ def head_gallery(pipe: FluxPipeline, prompt: str, query: str | tuple[int, int], 
 
 def look_at_heads(pipe: FluxPipeline, prompt: str, query: str | tuple[int, int], at_step: int = -1) -> Look:
     """:func:`head_gallery` in two halves."""
+    if not isinstance(at_step, int):
+        raise InstrumentError(f"at_step is one step, a whole number, not {said(at_step)}.")
     if isinstance(query, str):
         look = rows(token_ids(pipe.prompt_encoder.t5_tokenizer, prompt, [query]))
     else:
@@ -40,7 +46,10 @@ def look_at_heads(pipe: FluxPipeline, prompt: str, query: str | tuple[int, int],
 def _patch(moment: Moment, query: tuple[int, int]) -> int:
     """The place of a patch among the picture's."""
     height, width = (cells // 2 for cells in moment.asked.shape)
-    row, column = query
+    try:
+        row, column = map(operator.index, query)
+    except (TypeError, ValueError):
+        raise InstrumentError(f"a query is a word or a patch (row, column), not {said(query)}.") from None
     if not (0 <= row < height and 0 <= column < width):
         raise InstrumentError(f"the picture has {height} x {width} patches, so there is none at {tuple(query)}.")
     return row * width + column
@@ -52,8 +61,7 @@ def attention_balance(pipe: FluxPipeline, prompt: str, *, at_steps=None, **asked
     The mean over heads and patches; the rest goes to the image. Far fewer text tokens than image tokens, and the
     softmax does not care which is which: arXiv 2506.07986 (TACA).
     """
-    length = pipe.prompt_encoder.t5_tokenizer.length
-    return _mass(pipe, prompt, list(range(length)), at_steps, asked)
+    return _mass(pipe, prompt, lambda: range(now().words), at_steps, asked)
 
 
 def padding_mass(pipe: FluxPipeline, prompt: str, *, at_steps=None, **asked) -> Named:
@@ -65,13 +73,17 @@ def padding_mass(pipe: FluxPipeline, prompt: str, *, at_steps=None, **asked) -> 
     first = max(real_tokens(tokenizer, prompt), default=-1) + 2  # behind the words and the end mark
     if first >= tokenizer.length:
         raise InstrumentError(f"the prompt fills all {tokenizer.length} tokens: there is no padding.")
-    return _mass(pipe, prompt, list(range(first, tokenizer.length)), at_steps, asked)
+    return _mass(pipe, prompt, lambda: range(first, tokenizer.length), at_steps, asked)
 
 
-def _mass(pipe: FluxPipeline, prompt: str, keys: list[int], steps, asked: dict) -> Named:
+def _mass(pipe: FluxPipeline, prompt: str, keys: Callable[[], range], steps, asked: dict) -> Named:
+    """What the picture's own patches (not a reference's) give to ``keys``."""
+
     def mass(value: Value) -> Named:
-        part = value.head_mean() if isinstance(value, MapView) else made(value).mean("head")
+        height, width = (cells // 2 for cells in now().asked.shape)
+        patches = range(now().words, now().words + height * width)
+        part = head_mean(value.take("query", list(patches)).take("key", list(keys())))
         return Named(part.tensor.sum(-1).mean(-1), ("batch",))
 
-    _, rec = recorded(pipe, prompt, "*.attn.map", asked=asked, steps=steps, tokens=keys, reduce=mass)
+    _, rec = recorded(pipe, prompt, "*.attn.map", asked=asked, steps=steps, reduce=mass)
     return by_block(rec, pipe, "attn.map")

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.interventions import intervene
 from fluxedu.instruments.lenses.run import one_prompt
 from fluxedu.instruments.named import Named
+from fluxedu.models.config import said
 from fluxedu.sampling.latents import pack, unpack
 from fluxedu.sampling.pipeline import FluxPipeline, Output, Trajectory
 from fluxedu.sampling.request import Request
@@ -22,6 +24,8 @@ def straightness(path: Trajectory) -> Named:
     ``sum dt |v - (x_noise - x_picture)|^2 / |x_noise - x_picture|^2``, the integral of arXiv 2209.03003 over the steps
     that were taken, relative to the line's length.
     """
+    if not isinstance(path, Trajectory):
+        raise InstrumentError(f"a path is a run's trajectory (trajectory=True), not {said(path)}.")
     line = path.latents[0] - path.latents[-1]  # the velocity that would lead there at once, since t falls from 1 to 0
     dt = (path.times[:-1] - path.times[1:]).to(path.velocities).view(-1, 1)
     span = (path.times[0] - path.times[-1]).to(path.velocities)
@@ -34,6 +38,8 @@ def curvature(path: Trajectory) -> Named:
 
     Straight paths (arXiv 2209.03003) have 0. Where it is large, more steps would help.
     """
+    if not isinstance(path, Trajectory):
+        raise InstrumentError(f"a path is a run's trajectory (trajectory=True), not {said(path)}.")
     v = path.velocities.flatten(2)
     cosine = torch.cosine_similarity(v[:-1].double(), v[1:].double(), dim=-1).clamp(-1, 1)
     dt = (path.times[:-2] - path.times[1:-1]).double().view(-1, 1)
@@ -56,6 +62,8 @@ def divergence(pipe: FluxPipeline, prompt: str, *, probes: int = 8, seed: int = 
     ``div v = trace(dv/dx)``, estimated with random signs e as the mean of ``e . (v(x + h e) - v(x - h e)) / 2h``
     (Hutchinson; arXiv 1810.01367). Where it is positive, paths draw together on their way to the picture (t falls).
     """
+    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
+        raise InstrumentError(f"probes is how many, a whole number from 1, not {said(probes)}.")
     out, field = _run(pipe, prompt, {"seed": seed} | asked)
     path, g, found, h = out.trajectory, torch.Generator().manual_seed(seed), [], 0.01
     steps = list(zip(path.latents[:-1], path.times.tolist(), strict=False))
@@ -80,7 +88,12 @@ def velocity_field(
     The plane is our own choice; what a velocity field is to a flow: arXiv 2210.02747.
     """
     out, field = _run(pipe, prompt, {"seed": [seed, seed + 1]} | asked)
-    path, t = out.trajectory, out.trajectory.times.tolist()[:-1][at_step]
+    path, times = out.trajectory, out.trajectory.times.tolist()[:-1]
+    if not isinstance(at_step, int) or not -len(times) <= at_step < len(times):
+        raise InstrumentError(f"the run has {len(times)} steps, so there is no step {said(at_step)}.")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise InstrumentError(f"size is how many arrows a side, a whole number from 1, not {said(size)}.")
+    t = times[at_step]
     x = path.latents[:-1][at_step, :1]
     across = out.latents[:1] - x
     unit = across.norm()

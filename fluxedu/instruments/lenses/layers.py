@@ -53,6 +53,8 @@ def x0_by_block(pipe: FluxPipeline, prompt: str, *, at_steps=None, decoded: bool
         raise InstrumentError(f"x0_by_block is for solver='euler', which asks once a step, not {asked['solver']!r}.")
     globs = ("double.*.img_out", "single.*.out", "vec", "sample.x")
     out, rec = recorded(pipe, prompt, *globs, asked=asked, steps=at_steps)
+    if "sample.x" not in rec:
+        raise InstrumentError("the run has no such step, so there is nothing to look at.")
     x, vec, names = rec["sample.x"], rec["vec"].tensor.to(pipe.device), blocks_of(pipe)
     times = torch.tensor(x.coords["step"]).view(-1, 1, 1, 1).to(x.tensor)
     last, found, (rows, columns) = pipe.flux.final_layer, [], grid(pipe, out)

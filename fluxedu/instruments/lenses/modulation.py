@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.lenses.run import blocks_of
 from fluxedu.instruments.named import Named
+from fluxedu.models.config import said
 from fluxedu.models.transformer import Plan
 from fluxedu.sampling.pipeline import FluxPipeline
 
@@ -34,6 +36,10 @@ def channels(
     """The modulations themselves: axes ``time, layer, kind, channel``; else as :func:`modulation`."""
     flux = pipe.flux
     clock = torch.linspace(1, 0, times) if isinstance(times, int) else torch.as_tensor(times).float()
+    if clock.ndim != 1 or not len(clock):
+        raise InstrumentError(
+            f"times is how many, a whole number from 1, or some of them in [0, 1], not {said(times)}."
+        )
     strength = pipe.defaults.guidance if guidance is None else guidance
     given = torch.tensor([float(strength)], device=pipe.device) if flux.config.guidance_embed else None
     plan = flux.plan(clock.to(pipe.device)[:, None], given, pipe.prompt_encoder([prompt]).pooled)
