@@ -55,10 +55,10 @@ RECIPES = {
     "kontext": Recipe(steps=3000, lr=1.5e-3, batch=32, warmup=50, decay=0.5, ema=0.99, muon=True),
     "redux": Recipe(steps=3000, lr=2e-3, batch=32, warmup=100, decay=0.5, ema=0.99, muon=True),
     "hollow": Recipe(steps=1000, lr=2e-3, batch=32, warmup=20, decay=0.5, ema=0.98, weight_decay=0.0),
-    "schnell": Recipe(steps=2400, lr=7e-4, batch=32, warmup=50, decay=0.6, ema=0.99, muon=True),
+    "schnell": Recipe(steps=8000, lr=1e-3, batch=64, warmup=50, decay=0.6, ema=0.995, muon=True),
 }
 #: scenes of each shape; of schnell ways by the shard
-EACH = {"fill": 640, "canny": 1600, "depth": 448, "kontext": 3200, "redux": 1280, "hollow": 256, "schnell": 140}
+EACH = {"fill": 640, "canny": 1600, "depth": 448, "kontext": 3200, "redux": 1280, "hollow": 256, "schnell": 420}
 #: members that ship as the LoRA which leads to them, of this rank, as the official canny and depth do too
 EXTRACTED = {"canny": 48, "depth": 48}
 SEED = 66
