@@ -29,7 +29,9 @@ if __name__ == "__main__":
     mask[66:112, 68:116] = 255
     holed = np.where(mask[..., None] > 0, 255, picture)
     filled = "a large yellow star above a small green square on a gray background"
-    shown = {  # member: what it was given, the words, what it drew
+    four = {name: drawn(name, OTHER, seed=2, steps=4) for name in ("nano", "nano-schnell")}
+    shown = {  # member: what it was given (of schnell, the miniature's own four steps), the words, what it drew
+        "4 steps: nano, schnell": (four["nano"], OTHER, four["nano-schnell"]),
         "canny": (outlines(SCENE), WORDS, drawn("nano-canny", WORDS, control=outlines(SCENE))),
         "depth": (depths(SCENE), OTHER, drawn("nano-depth", OTHER, control=depths(SCENE))),
         "fill": (holed, filled, drawn("nano-fill", filled, image=picture, mask=mask)),
@@ -37,12 +39,12 @@ if __name__ == "__main__":
         "redux": (picture, "(no words)", drawn("nano-redux", "", image_prompt=picture)),
         "a LoRA: off and on": (drawn("nano", STYLE, seed=3), STYLE, drawn("nano", STYLE, "hollow", seed=3)),
     }
-    fig, axes = plt.subplots(2, 6, figsize=(12, 4.9), layout="constrained")
+    fig, axes = plt.subplots(2, 7, figsize=(14, 4.9), layout="constrained")
     for (above, below), (name, (given, words, image)) in zip(axes.T, shown.items(), strict=True):
         for ax, pixels in ((above, given), (below, image)):
             ax.imshow(pixels)
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-        above.set_title(name, fontsize=11, color="#222")
+        above.set_title(name, fontsize=10.5, color="#222")
         below.set_xlabel(textwrap.fill(words, 26), fontsize=9, color="#444", labelpad=6)
     fig.savefig(Path(__file__).parent / "family.png", dpi=90, facecolor="white")

@@ -5,9 +5,9 @@ are the ones it reaches after 0, 10, 15 and 18 steps. So its way from noise to p
 times, and each of schnell's steps learns the straight line from one to the next. Only ways are kept that end in a
 picture of which the judge finds everything right: schnell need not learn its teacher's mistakes.
 
-What it took: 77 % of pictures wholly right after 2,400 steps of 32 on 7,800 ways; 80 % after 3,000 of 64 more on 20,000;
-83.4 % after 2,600 more with the rate raised once again. To begin steps at states that schnell itself has come to was
-tried for 1,000 steps, and made it worse (72 %).
+What it took: 77 % of pictures wholly right after 2,400 steps of 32 on 7,800 ways; 80 % after 3,000 of 64 more on
+20,000; 83.4 % after 2,600 more with the rate raised once again. To begin steps at states that schnell itself has come
+to was tried for 1,000 steps, and made it worse (72 %).
 """
 
 from __future__ import annotations
