@@ -27,6 +27,20 @@ def _load(model: str, device: str = "cpu", dtype: str | None = None, **how):
         return fe.load(model, device=device, dtype=dtype, **how)
 
 
+def _picture(path: Path):
+    """A picture from a file, wholly read."""
+    from PIL import Image
+
+    if not path.is_file():
+        raise fail(f"there is no picture {path}.")
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise fail(f"{path} is no picture that can be read: {str(error).rstrip('.')}.") from None
+    return picture
+
+
 @app.command(epilog='Example: fluxedu sample "a red circle left of a blue square" -o out.png')
 def sample(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
@@ -64,7 +78,7 @@ def sample(
     pipe = _load(f"nano-{variant}" if variant else model, device, dtype, lora=lora, lora_scale=lora_scale)
     given = {"image": image, "mask": mask, "control": control, "reference": reference, "image_prompt": image_prompt}
     with sentences():
-        pictures = {name: Image.open(path) for name, path in given.items() if path}
+        pictures = {name: _picture(path) for name, path in given.items() if path}
         drawn = pipe(
             prompt, seed=seed, steps=steps, guidance=guidance, negative_prompt=negative, true_cfg_scale=cfg,
             height=height, width=width, solver=solver, strength=strength, trajectory=False, **pictures,

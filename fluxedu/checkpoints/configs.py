@@ -184,8 +184,15 @@ class _Shapes:
 
     def __init__(self, shapes: dict[str, Shape]):
         self.shapes = shapes
+        self.last: tuple[str, ...] = ()  # the names of the tensor asked for last, in one layout or another
+
+    def said(self) -> str:
+        """What is wrong with the tensor asked for last."""
+        there = next((name for name in self.last if name in self.shapes), None)
+        return f"{self.last[0]!r} is missing" if there is None else f"{there!r} is {list(self.shapes[there])}"
 
     def __call__(self, *names: str) -> Shape | None:
+        self.last = names
         return next((self.shapes[name] for name in names if name in self.shapes), None)
 
     def count(self, pattern: str) -> int:
@@ -198,10 +205,11 @@ def read_off(kind: type[Config], shapes: dict[str, Shape]) -> dict:
     """The fields of a configuration that the shapes tell, in either layout; raises KeyError if they are too few."""
     text = {CLIPTextConfig: _read_clip, T5Config: _read_t5}
     readers = {FluxConfig: _read_flux, AutoEncoderConfig: _read_autoencoder, **text}
+    at = _Shapes(shapes)
     try:
-        return readers[kind](_Shapes(shapes))
-    except (TypeError, IndexError, ZeroDivisionError):
-        raise KeyError(kind.__name__) from None
+        return readers[kind](at)
+    except (TypeError, ValueError, IndexError, ZeroDivisionError):
+        raise KeyError(at.said()) from None
 
 
 def _read_flux(at: _Shapes) -> dict:
@@ -227,7 +235,7 @@ def _read_flux(at: _Shapes) -> dict:
         theirs = (f"{kind}transformer_blocks.0.attn.norm_q.weight" for kind in ("", "single_"))
         (head,) = at(*ours, *theirs)
         if dim % head:
-            raise KeyError("num_heads")
+            raise KeyError(at.said())
         fields["num_heads"] = dim // head
     return fields
 

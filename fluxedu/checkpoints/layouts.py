@@ -85,8 +85,10 @@ def infer_config(tensors: Mapping[str, Tensor], like: Config | None = None) -> C
     kind = known[0]
     try:
         fields = read_off(kind, found)
-    except KeyError:
-        raise CheckpointError(f"{label} is too incomplete to tell its configuration; give config.") from None
+    except KeyError as error:
+        raise CheckpointError(
+            f"{label} is too incomplete to tell its configuration ({error.args[0]}); give config."
+        ) from None
     base = like if isinstance(like, kind) else kind()
     if kind is CLIPTextConfig and like is None:
         fields["num_attention_heads"] = max(1, fields["hidden_size"] // 64)

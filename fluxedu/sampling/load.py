@@ -9,6 +9,7 @@ load("path/to/FLUX.1-dev")  a folder as on the hub: transformer, vae, two encode
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -97,7 +98,9 @@ def load(
             raise RequestError(f"{name} does not ship yet; `fluxedu train --variant {variant} --ship-to {WEIGHTS}`.")
         files, sampling, size, head = find(WEIGHTS, ours.transformer), ours.sampling, 128, ours.head
     else:
-        files, sampling, size, head = find(name, transformer), None, 1024, None
+        files, head = find(name, transformer), None
+        sampling = _sampling_of(name, transformer)
+        size = 1024 if sampling is None else 128
     if files.variant is not None:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or "bfloat16"
@@ -155,6 +158,15 @@ def widened(flux: Flux, in_channels: int) -> Flux:
 def nano_redux(eye: Eye, head: ReduxHead) -> Redux:
     """The miniature's eye and a Redux head behind it."""
     return Redux(eye, head, tokens=Eye.TOKENS).eval().requires_grad_(False)
+
+
+def _sampling_of(folder: str | Path, transformer: str) -> Sampling | None:
+    """How a folder is sampled that holds the miniature, told by its scheduler, whose shift no official model has."""
+    path = Path(folder) / "scheduler" / "scheduler_config.json"
+    told = json.loads(path.read_text()) if path.is_file() else {}
+    if (told.get("base_shift"), told.get("max_shift")) != NANO_SHIFT:
+        return None
+    return next((ours.sampling for ours in OURS.values() if ours.transformer == transformer), SHIPPED["nano"].sampling)
 
 
 def _like(config: FluxConfig) -> str:

@@ -145,7 +145,10 @@ def test_another_network_or_another_layout():
     says("there is no layout called 'kohya'; there are bfl and diffusers.", convert, theirs, to="kohya")
     says("the state dict is no network of FLUX.1: 'a' is none of its names.", convert, {"a": torch.ones(1)}, to="bfl")
     part = {"img_in.weight": torch.ones(4, 4)}
-    says("the state dict is too incomplete to tell its configuration; give config.", convert, part, to="bfl")
+    too_little = "the state dict is too incomplete to tell its configuration ({}); give config."
+    says(too_little.format("'final_layer.linear.weight' is missing"), convert, part, to="bfl")
+    part = {"img_in.weight": torch.ones(4), "final_layer.linear.weight": torch.ones(4, 4)}
+    says(too_little.format("'img_in.weight' is [4]"), convert, part, to="bfl")
 
 
 def test_parts_of_one_tensor_in_two_dtypes():

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from fluxedu.cli import app
@@ -104,3 +105,15 @@ def test_judge_prints_the_table_and_writes_it(tmp_path):
     figures = json.loads(path.read_text())
     assert figures["prompts"] == 7 and figures["rows"]["everything"]["n"] == 7
     assert "everything" in result.output and "ground" not in figures["rows"]
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """Too many pixels, half a file, a folder, nothing: a sentence with the file's name."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "half.png")
+    data = (tmp_path / "half.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(data[: len(data) // 2])
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "huge.png")
+    for name in ("half.png", "huge.png", "none.png", "."):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10 if name == "huge.png" else None)
+        said = CliRunner().invoke(app, ["sample", "a", "--image", str(tmp_path / name), "-o", str(tmp_path / "o.png")])
+        assert said.exit_code == 2 and str(tmp_path / name) in said.output and "picture" in said.output, said.output

@@ -35,6 +35,9 @@ def test_weights_are_small_and_bfloat16():
     assert files
     sizes = [f.stat().st_size for f in files]
     assert max(sizes) < 15e6 and sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) < 60e6
+    family = ("transformer_fill", "transformer_kontext", "transformer_schnell", "lora_", "redux")
+    own = [f for f in files if not f.parent.name.startswith(family)]  # without the family: 25 MB
+    assert sum(f.stat().st_size for f in own) < 25e6
     for file in files:
         with safe_open(file, "pt") as tensors:
             assert {tensors.get_slice(k).get_dtype() for k in tensors.keys()} == {"BF16"}
@@ -138,7 +141,7 @@ def test_sample_from_a_cold_shell(tmp_path):
     subprocess.run([sys.executable, "-m", "fluxedu.cli", "sample", prompt, "-o", tmp_path / "out.png"], check=True)
     seconds = time.monotonic() - start
     verdict = judge(Image.open(tmp_path / "out.png"), CLAIM)
-    assert all(verdict.colors) and all(verdict.relations), verdict
+    assert all(verdict.colors) and all(verdict.forms) and all(verdict.relations), verdict
     # 6 s on two quiet cores; this test shares them with another worker
     assert seconds < 15, seconds
 
@@ -148,6 +151,15 @@ def test_the_name_is_the_shipped_model_and_a_path_is_a_folder(tmp_path, monkeypa
     for wrong in ({"name": Path("nano")}, {"name": "nano", "transformer": "mine"}):
         with pytest.raises(ValueError, match="there is no model 'nano'|'nano' has its own transformer"):
             fe.load(**wrong)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_of_the_miniature_is_sampled_as_it(name):
+    """What `fluxedu train --all` writes, opened by its path, draws what it draws by name."""
+    by_name, by_path = fe.load(name), fe.load(WEIGHTS, transformer=SHIPPED[name].transformer)
+    assert by_path.defaults == by_name.defaults
+    a, b = (pipe("a red circle", seed=1, steps=2, progress=False) for pipe in (by_name, by_path))
+    assert a.images[0].size == b.images[0].size == (128, 128) and torch.equal(a.latents, b.latents)
 
 
 def test_the_same_seed_alone_and_in_a_batch(pipe):

@@ -84,7 +84,7 @@ Everything right by picture shape, height x width, over {for_shapes:,} prompts, 
 FAMILY_TITLE, ARENA_TITLE, LAST_TITLE = "## The family", "## In the arena", "## Known failures"
 APART = 5  # points between square pictures and others, at most
 FOR_SHAPES = 2100  # prompts, 300 for each shape of picture: of 500 a gap of 5 points is no more than chance
-AGAIN = "`fluxedu train --all` does all of it again."
+AGAIN = "`fluxedu train --all` made all of it, in one piece."
 
 
 def hours(folder: Path) -> str:
@@ -217,8 +217,6 @@ def judged(weights: Path, say: Callable[[str], None] = print) -> dict[str, dict]
     figures = {}
     for name, ours in SHIPPED.items():
         pipe = load(Path(weights).resolve(), transformer=ours.transformer)
-        pipe.defaults, pipe.size = ours.sampling, 128
-        pipe.prompt_encoder.t5_tokenizer.length = ours.sampling.text_length
         figures[name] = examine(pipe, name, for_shapes=FOR_SHAPES)
         say(table(figures[name]))
     return figures
