@@ -293,7 +293,10 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         self.made.clear()
         if isinstance(self.recording, FolderRecording):
             over = kind is None or issubclass(kind, GeneratorExit)  # a generator that is closed has not failed
-            self.recording.close() if over else self.recording.settle(failed=True)
+            try:
+                self.recording.close() if over else self.recording.settle(failed=True)
+            finally:
+                self.recording.let_go()
         if kind is None and self.over is not None and not self.refused:
             raise self._refusal()
         if kind is None and self.passed and not self.seen and not self.absent:

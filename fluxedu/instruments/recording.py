@@ -20,7 +20,7 @@ from fluxedu.checkpoints.aside import aside
 from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.named import Named
 
-MARK = "recording"  # an empty file in the folder of every recording
+MARK = "recording"  # an empty file in a folder that is being recorded into
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,10 @@ class FolderRecording(Recording):
                 self._write(self.kept, f"picture-{picture:04d}-step-{'none' if step < 0 else f'{step:04d}'}")
         self.kept.clear()
         self.place = None
+
+    def let_go(self) -> None:
+        """Nothing more will be written."""
+        (self.folder / MARK).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Write what is left; the run is over."""

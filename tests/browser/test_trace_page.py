@@ -29,7 +29,10 @@ def test_every_stage_opens(tab, address):
         button.click()
         assert shown(tab) == [button.inner_text()]
         assert button.get_attribute("aria-selected") == "true"
-        for image in tab.locator("section:visible img").all():
+        for value in tab.locator("section:visible img.value").all():
+            assert value.evaluate("image => image.naturalWidth") >= 1
+            assert value.bounding_box()["width"] > 100
+        for image in tab.locator("section:visible figure img").all():
             width = image.evaluate("image => image.naturalWidth")
             assert width > 100
             assert 50 < image.bounding_box()["width"] <= 1200
