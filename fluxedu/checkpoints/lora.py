@@ -90,8 +90,10 @@ def merge(module: nn.Module, lora: Mapping[str, Tensor], scale: float = 1.0) -> 
 
     ``scale`` multiplies the change (the official canny and depth files are meant for 0.85); norm scales in
     the file replace the model's whatever the scale. Raises CheckpointError, before anything is changed,
-    for a layer the module does not have or one of another shape.
+    for a layer the module does not have or one of another shape, or a scale that is no number.
     """
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < 1e6:
+        raise CheckpointError(f"scale is a number, 1 being the change as it was learned, not {scale!r}.")
     parameters = dict(module.named_parameters())
     by_target: dict[str, list[_Change]] = {}
     for change in _changes(module, lora):
@@ -138,7 +140,7 @@ def _changes(module: nn.Module, lora: Mapping[str, Tensor]) -> list[_Change]:
         add(name, stored, value=value)
     if strangers:
         raise CheckpointError(f"{label_of(lora)} changes {naming(strangers)}, which this model does not have.")
-    if not changes:
+    if not changes or not layers:  # a whole network is all plain tensors
         raise CheckpointError(f"{label_of(lora)} holds no LoRA.")
     return changes
 

@@ -5,6 +5,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
+import fluxedu as fe
 from fluxedu.checkpoints import (
     CheckpointError,
     convert,
@@ -223,3 +224,18 @@ def test_what_does_not_fit_is_named_and_nothing_changes(lora, sentence):
         merge(flux, good | {name: draw(*shape) for name, shape in lora.items()})
     assert str(error.value) == sentence
     assert all(torch.equal(before[n], b) for n, b in bits(flux).items())
+
+
+def test_a_whole_network_is_no_lora():
+    """All its tensors have names the model knows, and would replace the model's without a word."""
+    flux = fe.load().flux
+    before = {name: value.clone() for name, value in flux.state_dict().items()}
+    with pytest.raises(CheckpointError, match="holds no LoRA"):
+        merge(flux, {name: 2 * value for name, value in before.items()})
+    assert all(torch.equal(value, before[name]) for name, value in flux.state_dict().items())
+
+
+@pytest.mark.parametrize("scale", [float("nan"), "1", float("inf"), True, None])
+def test_a_scale_is_a_number(scale):
+    with pytest.raises(CheckpointError, match="scale is a number"):
+        merge(torch.nn.Linear(2, 2), {}, scale)
