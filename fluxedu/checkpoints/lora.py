@@ -85,6 +85,11 @@ class Merged:
 
 
 @torch.no_grad()
+def is_scale(scale: object) -> bool:
+    """Can a change be multiplied by it?"""
+    return isinstance(scale, (int, float)) and not isinstance(scale, bool) and abs(scale) < 1e6
+
+
 def merge(module: nn.Module, lora: Mapping[str, Tensor], scale: float = 1.0) -> Merged:
     """Add a LoRA to the weights of ``module``, in float32 at least, rounded once to each weight's dtype.
 
@@ -92,8 +97,8 @@ def merge(module: nn.Module, lora: Mapping[str, Tensor], scale: float = 1.0) -> 
     the file replace the model's whatever the scale. Raises CheckpointError, before anything is changed,
     for a layer the module does not have or one of another shape, or a scale that is no number.
     """
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < 1e6:
-        raise CheckpointError(f"scale is a number, 1 being the change as it was learned, not {scale!r}.")
+    if not is_scale(scale):
+        raise CheckpointError(f"scale is a number, 1 being the change as it was learned, not {said(scale)}.")
     parameters = dict(module.named_parameters())
     by_target: dict[str, list[_Change]] = {}
     for change in _changes(module, lora):

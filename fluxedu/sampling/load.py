@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from fluxedu.checkpoints import Merged, find, inputs_of, load_into, merge, read, widen_input
+from fluxedu.checkpoints.lora import is_scale
 from fluxedu.memory import open_networks
 from fluxedu.models import VARIANTS, Flux, FluxConfig, Sampling
 from fluxedu.models.config import said
@@ -135,7 +136,7 @@ def load(
 
 def with_lora(flux: Flux, lora: str | Path, scale: float = 1.0, called: str = "a LoRA") -> tuple[Flux, Merged]:
     """``flux`` with a LoRA merged, first widened where the LoRA is for more inputs, as those of canny and depth are."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < 1e6:
+    if not is_scale(scale):
         raise RequestError(f"lora_scale is a number, 1 being the change as it was learned, not {said(scale)}.")
     if not isinstance(lora, (str, Path)):
         raise RequestError(f"lora is a file, or one of {', '.join(LORAS)}, not {said(lora)}.")

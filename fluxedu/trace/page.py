@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import re
 from html import escape
@@ -14,7 +13,7 @@ from PIL import Image
 
 from fluxedu.plots.canvas import SHADES
 from fluxedu.trace.stages import Stage
-from fluxedu.trace.values import as_png
+from fluxedu.trace.values import address, as_png
 
 MOST = 4_500_000  # bytes of a page; of a large model the figures are drawn smaller
 SHARP, BLURRED = 80, 24  # dots an inch of the figures, at most and at least
@@ -93,4 +92,4 @@ def _png(figure: Figure, dpi: int) -> str:
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
     Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(small.getvalue()).decode()
+    return address(small)

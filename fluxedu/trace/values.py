@@ -54,4 +54,9 @@ def as_png(matrix: Tensor) -> str:
     image.putpalette(np.round(255 * colours).astype(np.uint8).tobytes())
     data = io.BytesIO()
     image.save(data, format="png", optimize=True, bits=4)
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    return address(data)
+
+
+def address(png: io.BytesIO) -> str:
+    """A PNG as a ``data:`` address."""
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()

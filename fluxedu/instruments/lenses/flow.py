@@ -18,14 +18,18 @@ from fluxedu.sampling.pipeline import FluxPipeline, Output, Trajectory
 from fluxedu.sampling.request import Request
 
 
+def _check_path(path: Trajectory) -> None:
+    if not isinstance(path, Trajectory):
+        raise InstrumentError(f"a path is a run's trajectory (trajectory=True), not {said(path)}.")
+
+
 def straightness(path: Trajectory) -> Named:
     """How far a path is from the straight line between its ends: axis ``picture``, 0 being straight.
 
     ``sum dt |v - (x_noise - x_picture)|^2 / |x_noise - x_picture|^2``, the integral of arXiv 2209.03003 over the steps
     that were taken, relative to the line's length.
     """
-    if not isinstance(path, Trajectory):
-        raise InstrumentError(f"a path is a run's trajectory (trajectory=True), not {said(path)}.")
+    _check_path(path)
     line = path.latents[0] - path.latents[-1]  # the velocity that would lead there at once, since t falls from 1 to 0
     dt = (path.times[:-1] - path.times[1:]).to(path.velocities).view(-1, 1)
     span = (path.times[0] - path.times[-1]).to(path.velocities)
@@ -38,8 +42,7 @@ def curvature(path: Trajectory) -> Named:
 
     Straight paths (arXiv 2209.03003) have 0. Where it is large, more steps would help.
     """
-    if not isinstance(path, Trajectory):
-        raise InstrumentError(f"a path is a run's trajectory (trajectory=True), not {said(path)}.")
+    _check_path(path)
     v = path.velocities.flatten(2)
     cosine = torch.cosine_similarity(v[:-1].double(), v[1:].double(), dim=-1).clamp(-1, 1)
     dt = (path.times[:-2] - path.times[1:-1]).double().view(-1, 1)
