@@ -80,6 +80,9 @@ def lab(browser, tmp_path_factory):
     quiet = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    whole = folder / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    whole.parent.mkdir(parents=True)
+    whole.write_text('{"windowingMode": "none"}')  # older versions take cells that are out of sight out of the page
     command = [sys.executable, "-m", "jupyterlab", *ALONE, "--ip=localhost", f"--port={port}",
                f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=t"]  # fmt: skip
     with open(folder / "log", "w") as log:

@@ -1,0 +1,96 @@
+"""Two rivals from nothing, on one budget: a small Stable Diffusion and a FLUX. ``fluxedu train --variant sd``.
+
+              sd                                     twin
+    network   diffusers' UNet2DConditionModel        fluxedu's Flux, of the miniature's size
+    reads     CLIP's tokens, by cross-attention      T5's tokens in joint attention, CLIP's pooled vector
+    learns    the noise: DDPM (arXiv 2006.11239)     the velocity of a straight path (arXiv 2403.03206)
+
+All else is the same: scenes, captions, text encoders, autoencoder, optimizer, batch, how often the caption is left
+out, the head that must name what lies in each patch, and the minutes of one core. The steps are as many as fit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fluxedu.models.transformer import Flux
+from fluxedu.nano import configs
+from fluxedu.nano.rivals import schedule, unet
+from fluxedu.nano.scenes import COLORS, FORMS
+from fluxedu.nano.training.flow import (
+    ALIGN,
+    ALIGNED,
+    DROPOUT,
+    Texts,
+    WithAlignment,
+    flow_loss,
+    flow_of,
+    initialise,
+    misnamed,
+)
+from fluxedu.nano.training.latents import Latents, make_shards
+from fluxedu.nano.training.loop import Recipe, Run, fingerprint, mixed_precision, use_average
+from fluxedu.sampling.pipeline import FluxPipeline
+
+RECIPES = {
+    "sd": Recipe(steps=11000, lr=2e-3, batch=32, warmup=100, decay=0.4, ema=0.998, muon=True),
+    "twin": Recipe(steps=8400, lr=2e-3, batch=32, warmup=100, decay=0.4, ema=0.998, muon=True),
+}
+SHARDS = 14  # of 2,560 scenes each
+ALIGN_NOISE = ALIGN / 3  # the noise is easier to tell than the velocity: its loss is about a third
+SEED = 88
+
+
+class Aligned(nn.Module):
+    """The U-Net, and a head that reads its middle, which has a cell where FLUX has a patch."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.unet = network
+        self.read_head = nn.Linear(network.config.block_out_channels[-1], len(COLORS) + 1 + len(FORMS) + 1)
+        network.mid_block.register_forward_hook(lambda module, given, out: setattr(self, "middle", out))
+
+    def forward(self, *args) -> tuple[Tensor, Tensor]:
+        noise = self.unet(*args).sample
+        return noise, self.read_head(self.middle.flatten(2).transpose(1, 2))
+
+
+def noise_loss(model: Aligned, batch: dict[str, Tensor], texts: Texts, g: torch.Generator, align: float):
+    """What the U-Net says of the noise against the noise, and the alignment, as :func:`flow_loss` for FLUX."""
+    x0 = batch["latents"]
+    noise, drop = torch.randn(x0.shape, generator=g), torch.rand(len(x0), 1, generator=g) < DROPOUT
+    t = torch.randint(1000, (len(x0),), generator=g)
+    with mixed_precision():
+        with torch.no_grad():
+            words = texts.clip(torch.where(drop, texts.empty_clip, batch["clip"]))[0].float()
+        predicted, read = model(schedule().add_noise(x0, noise, t), t, words)
+    plain = F.mse_loss(predicted.float(), noise)
+    named = misnamed(read, batch["labels"].flatten(2))
+    return plain + align / ALIGN * ALIGN_NOISE * named, {"noise": float(plain.detach()), "named": float(named.detach())}
+
+
+def train(name: str, folder: Path, pipe: FluxPipeline, resume: bool = True) -> tuple[nn.Module, Run]:
+    """Train (or take the finished) rival ``name``, "sd" or "twin"; ``pipe`` gives the encoders and the autoencoder."""
+    torch.manual_seed(SEED)
+    recipe, texts = RECIPES[name], Texts(pipe.prompt_encoder.t5, pipe.prompt_encoder.clip)
+    make_shards(SHARDS, folder, pipe.autoencoder)
+    data = Latents(folder)
+    model = Aligned(unet()) if name == "sd" else WithAlignment(initialise(Flux(configs.FLUX)))
+    of_batch = noise_loss if name == "sd" else flow_loss
+    run = Run(name, model, recipe, folder, resume, f"{fingerprint(pipe.autoencoder)}, {SHARDS} shards")
+
+    def loss(step: int):
+        align = ALIGN if step < ALIGNED * recipe.steps else 0.0
+        return of_batch(model, data.batch(step, recipe.batch, SEED), texts, torch.Generator().manual_seed(step), align)
+
+    run.train(loss)
+    return (unet_of(run) if name == "sd" else flow_of(run)), run
+
+
+def unet_of(run: Run) -> nn.Module:
+    """The averaged U-Net of a run, without its head."""
+    return use_average(unet(), {k[len("unet.") :]: v for k, v in run.average.items() if k.startswith("unet.")})
