@@ -55,8 +55,8 @@ OFFICIAL = [
     ("modules/autoencoder.py 267-279", "fluxedu.models.autoencoder:AutoEncoder.moments", "the mean, not a sample"),
     (
         "modules/image_embedders.py 13-61",
-        "fluxedu.nano.training.members:outlines",
-        "ours draws its own edges",
+        "fluxedu.sampling.edges:edges",
+        "edges by the same OpenCV; depth: bring your own",
     ),
     ("util.py 287-730", "fluxedu.checkpoints.official:find", "finding and opening files"),
 ]

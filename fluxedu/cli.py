@@ -59,6 +59,9 @@ def sample(
     variant: Annotated[str | None, typer.Option(help="A member of the miniature's family: fill, canny, …")] = None,
     mask: Annotated[Path | None, typer.Option(help="fill: white where --image is to be painted.")] = None,
     control: Annotated[Path | None, typer.Option(help="canny, depth: the picture to follow.")] = None,
+    edges: Annotated[
+        bool, typer.Option("--edges", help="canny: --control is any picture, its edges are wanted.")
+    ] = False,
     reference: Annotated[Path | None, typer.Option(help="kontext: the picture to edit.")] = None,
     image_prompt: Annotated[Path | None, typer.Option(help="redux: a picture instead of, or beside, words.")] = None,
     lora: Annotated[str | None, typer.Option(help="A LoRA to merge: a file, or hollow, the style that ships.")] = None,
@@ -70,15 +73,20 @@ def sample(
     from PIL import Image
 
     from fluxedu.checkpoints.aside import aside
+    from fluxedu.sampling.edges import edges as edges_of
 
     kind = Image.registered_extensions().get(output.suffix.lower())
     if kind not in Image.SAVE:
         raise fail(f"{output.name} does not end like a picture; call it something.png.")
     can_write(output)
+    if edges and control is None:
+        raise fail("--edges are those of --control; give that picture too.")
     pipe = _load(f"nano-{variant}" if variant else model, device, dtype, lora=lora, lora_scale=lora_scale)
     given = {"image": image, "mask": mask, "control": control, "reference": reference, "image_prompt": image_prompt}
     with sentences():
         pictures = {name: _picture(path) for name, path in given.items() if path}
+        if edges:
+            pictures["control"] = edges_of(pictures["control"])
         drawn = pipe(
             prompt, seed=seed, steps=steps, guidance=guidance, negative_prompt=negative, true_cfg_scale=cfg,
             height=height, width=width, solver=solver, strength=strength, trajectory=False, **pictures,
