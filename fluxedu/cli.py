@@ -179,7 +179,8 @@ def train(
     all_stages: Annotated[bool, typer.Option("--all", help="Every stage, in order.")] = False,
     stage: Annotated[str | None, typer.Option(help="autoencoder, t5, clip, latents, flow, dev, ship or card.")] = None,
     variant: Annotated[
-        str | None, typer.Option(help="schnell, fill, canny, depth, kontext, redux; hollow, a style as a LoRA.")
+        str | None,
+        typer.Option(help="schnell, fill, canny, depth, kontext, redux; hollow, a style; sd and twin, to compare."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where the runs keep their state.")] = Path("runs"),
     resume: Annotated[bool, typer.Option(help="Go on from what is there, or begin anew.")] = True,
@@ -192,13 +193,15 @@ def train(
         import transformers  # noqa: F401  (for the tokenizers; better missed now than in an hour)
 
         from fluxedu.nano.training.family import train_variant
+        from fluxedu.nano.training.rivals import RECIPES, train_rival
         from fluxedu.nano.training.stages import STAGES, run_stages
 
     if all_stages + (stage is not None) + (variant is not None) != 1 or (stage is not None and stage not in STAGES):
         raise fail(f"say --all, --variant, or --stage with one of {', '.join(STAGES)}.")
     with resumable():
         if variant is not None:
-            train_variant(variant, out, resume, ship_to or out / "weights")
+            one = train_rival if variant in RECIPES else train_variant
+            one(variant, out, resume, ship_to or out / "weights")
             return
         run_stages(list(STAGES) if all_stages else [stage], out, resume, ship_to or out / "weights")
 
@@ -216,10 +219,11 @@ def judge(
 ) -> None:
     """Draw held-out prompts, let the judge read them, print the table."""
     from fluxedu.nano.report import examine, table
+    from fluxedu.nano.rivals import SD, load_sd
 
     can_write(as_json)
     with sentences():
-        figures = examine(_load(model), model, prompts, steps, guidance, for_shapes)
+        figures = examine(load_sd() if model == SD else _load(model), model, prompts, steps, guidance, for_shapes)
     typer.echo(table(figures))
     write_json(as_json, figures)
 

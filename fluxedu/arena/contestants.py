@@ -1,6 +1,7 @@
 """Who draws: a name and a function ``(prompt, seed, height, width) -> picture``.
 
     contestant("nano@4")                               # what fluxedu.load opens, here in 4 steps
+    contestant("sd")                                   # the small Stable Diffusion, fluxedu/nano/rivals.py
     Contestant("my model", lambda prompt, seed, height, width: ...)
 
 Whatever draws can take part. Pictures are kept, in memory or in a folder, so that none is drawn twice.
@@ -20,6 +21,7 @@ from PIL import Image
 from fluxedu.arena.errors import ArenaError
 from fluxedu.checkpoints import find
 from fluxedu.checkpoints.aside import aside
+from fluxedu.nano.rivals import FILE, SD, load_sd
 from fluxedu.sampling.load import OURS, WEIGHTS, load
 from fluxedu.sampling.pipeline import FluxPipeline
 
@@ -35,23 +37,28 @@ class Contestant:
     stamp: str = ""
 
 
-_opened = cache(load)  # nano and nano@4 are one model
+@cache  # nano and nano@4 are one model
+def _opened(model: str):
+    return load_sd() if model == SD else load(model)
 
 
 def contestant(spec: str) -> Contestant:
-    """What :func:`fluxedu.load` opens; ``@4`` after it asks for 4 steps instead of the model's own number.
+    """What :func:`fluxedu.load` opens, or "sd"; ``@4`` after it asks for 4 steps instead of the model's own number.
 
     The weights are looked for now, and opened when the first picture is asked for.
     """
     model, _, steps = spec.partition("@")
     if steps and (not steps.isdecimal() or not 1 <= int(steps) <= 1000):
         raise ArenaError(f"after the @ comes a number of steps from 1 to 1000, as in nano@4, not {spec!r}.")
-    files = find(WEIGHTS, OURS[model].transformer) if model in OURS else find(model)
+    if model == SD:
+        parts = [WEIGHTS / FILE]
+    else:
+        parts = (find(WEIGHTS, OURS[model].transformer) if model in OURS else find(model)).parts.values()
 
     def draw(prompt: str, seed: int, height: int, width: int) -> Image.Image:
         return pictured(_opened(model), prompt, seed, height, width, int(steps) if steps else None)
 
-    return Contestant(spec, draw, _stamp(files.parts.values()))
+    return Contestant(spec, draw, _stamp(parts))
 
 
 def pictured(pipe: FluxPipeline, prompt: str, seed: int, height: int, width: int, steps: int | None) -> Image.Image:

@@ -13,6 +13,7 @@ needs diffusers to be installed. A baseline to measure, nothing that is explaine
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fluxedu.models.autoencoder import AutoEncoder
+from fluxedu.models.config import Sampling
 from fluxedu.nano import configs
 from fluxedu.sampling.latents import draw_noise
 from fluxedu.sampling.load import WEIGHTS, load
@@ -30,7 +32,8 @@ from fluxedu.sampling.pipeline import Output
 from fluxedu.sampling.prompts import PromptEncoder
 from fluxedu.sampling.request import RequestError
 
-FOLDER = "unet"
+SD = "sd"  # its name, in the arena and for `fluxedu judge`
+FILE = Path("unet") / "diffusion_pytorch_model.safetensors"
 STEPS, GUIDANCE = 20, 5.0
 UNET = {
     "in_channels": configs.AUTOENCODER.z_channels,
@@ -52,6 +55,8 @@ SCHEDULE = {
     "prediction_type": "epsilon",
     "clip_sample": False,
 }
+#: "trailing" begins at the last of the thousand times whatever the number of steps (arXiv 2305.08891)
+DDIM = {**SCHEDULE, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "trailing"}
 
 
 def unet() -> nn.Module:
@@ -66,6 +71,86 @@ def unet() -> nn.Module:
 def schedule():
     """diffusers' DDPMScheduler, as the U-Net was trained with."""
     return _diffusers().DDPMScheduler(**SCHEDULE)
+
+
+class StableDiffusion:
+    """``sd("a red circle", seed=0).images[0]``: asked as a ``FluxPipeline`` is, of which it has the common part.
+
+    ``unet`` · ``prompt_encoder``, of which CLIP alone is read · ``autoencoder``, the miniature's · ``defaults``.
+    """
+
+    def __init__(self, network: nn.Module, prompt_encoder: PromptEncoder, autoencoder: AutoEncoder):
+        self.unet, self.prompt_encoder, self.autoencoder = network.eval(), prompt_encoder, autoencoder
+        self.defaults = Sampling(steps=STEPS, guidance=GUIDANCE, text_length=configs.TEXT_LENGTH, shift=False)
+        self.scheduler = _diffusers().DDIMScheduler(**DDIM)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.unet.dtype
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        height: int = 128,
+        width: int = 128,
+        trajectory: bool = False,
+        progress: bool = True,
+    ) -> Output:
+        """Pictures from the noise that FLUX would begin at with these seeds. Two questions a step, in one batch.
+
+        Raises:
+            RequestError: sides that are no multiple of 16, fewer seeds than prompts, no steps, a trajectory.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        steps = STEPS if steps is None else steps
+        scale = GUIDANCE if guidance is None else guidance
+        self._fits(len(prompts), len(seeds), steps, height, width, trajectory)
+        config = self.autoencoder.config
+        cells = height // config.downscale, width // config.downscale
+        x = torch.cat([draw_noise(s, config.z_channels, *cells) for s in seeds]).to(self.device)  # [B, 16, h, w]
+        words = self.words([""] * len(prompts) + prompts)  # [2B, 32, 96]
+        self.scheduler.set_timesteps(steps)
+        for t in tqdm(self.scheduler.timesteps, disable=not progress, delay=1.0, desc="sampling"):
+            empty, prompted = self.unet(torch.cat([x, x]), t, words).sample.chunk(2)
+            x = self.scheduler.step(empty + scale * (prompted - empty), t, x).prev_sample
+        return Output(to_images(self.autoencoder.decode(x)), x, None)
+
+    def words(self, prompts: list[str]) -> Tensor:
+        """CLIP's last hidden states, ``[B, 32, 96]``: what Stable Diffusion 1 reads."""
+        ids = self.prompt_encoder.clip_tokenizer(prompts)
+        return self.prompt_encoder.clip(ids.to(self.device))[0]
+
+    @staticmethod
+    def _fits(prompts: int, seeds: int, steps: int, height: int, width: int, trajectory: bool) -> None:
+        if not prompts or seeds != prompts:
+            raise RequestError(f"{prompts} prompts need as many seeds, or one, not {seeds}.")
+        if not 1 <= steps <= SCHEDULE["num_train_timesteps"]:
+            raise RequestError(f"DDIM takes 1 to 1000 steps, not {steps}.")
+        if any(side < 16 or side % 16 for side in (height, width)):
+            raise RequestError(f"sides are multiples of 16, not {height} x {width}.")
+        if trajectory:
+            raise RequestError("this baseline keeps no trajectory; leave trajectory=False.")
+
+
+def load_sd(weights: Path | str = WEIGHTS, device: str = "cpu") -> StableDiffusion:
+    """The Stable Diffusion that was trained; raises RequestError where it, or diffusers, is missing."""
+    if not (path := Path(weights) / FILE).is_file():
+        raise RequestError(f"there is no {path}; `fluxedu train --variant sd` makes one.")
+    network, pipe = unet(), load("nano", device=device)
+    network.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+    return StableDiffusion(network.requires_grad_(False).to(device), pipe.prompt_encoder, pipe.autoencoder)
 
 
 def _diffusers():

@@ -24,8 +24,8 @@ import torch
 import fluxedu as fe
 from fluxedu import course, widgets
 
-course.begin()
-pipe = fe.load("nano")
+device = course.begin()  # a GPU where there is one
+pipe = fe.load("nano", device=device)
 prompt = "a red circle left of a blue square on a white background"
 out = pipe(prompt, seed=4, steps=20, progress=False)
 out.images[0].resize((256, 256))
@@ -58,7 +58,7 @@ print("a picture has", 128 * 128 * 3 // out.latents.numel(), "times as many")
 encoder = pipe.prompt_encoder
 print("T5  :", *encoder.t5_tokenizer.pieces(prompt))
 print("CLIP:", *encoder.clip_tokenizer.pieces(prompt))
-t5_ids, clip_ids = encoder.t5_tokenizer([prompt]), encoder.clip_tokenizer([prompt])
+t5_ids, clip_ids = encoder.t5_tokenizer([prompt]).to(device), encoder.clip_tokenizer([prompt]).to(device)
 print("ids :", tuple(t5_ids.shape), "for T5,", tuple(clip_ids.shape), "for CLIP")
 
 # %% [markdown]
@@ -78,7 +78,7 @@ print("CLIP:", tuple(pooled.shape), "   one row a prompt")
 words = encoder.t5_tokenizer.pieces(prompt)
 like = torch.nn.functional.cosine_similarity(txt[0, :, None], txt[0, None], dim=-1)[: len(words), : len(words)]
 fig, ax = plt.subplots(figsize=(6, 4.8), layout="constrained")
-shown = ax.imshow(like, cmap="cividis", vmin=-0.2, vmax=1)
+shown = ax.imshow(like.cpu(), cmap="cividis", vmin=-0.2, vmax=1)
 ax.set_xticks(range(len(words)), words, rotation=90)
 ax.set_yticks(range(len(words)), words)
 ax.set_title("red and circle are alike, blue and square are alike")
@@ -100,9 +100,9 @@ _ = fig.colorbar(shown, label="cosine similarity", shrink=0.8)
 # %%
 from fluxedu.sampling.latents import draw_noise, image_ids, pack, text_ids, unpack
 
-noise = draw_noise(seed=4, channels=16, height=16, width=16)  # [1, 16, 16, 16]
+noise = draw_noise(seed=4, channels=16, height=16, width=16).to(device)  # [1, 16, 16, 16]
 x = pack(noise)  # [1, 64, 64]
-img_ids, txt_ids = image_ids(16, 16), text_ids(txt.shape[1])
+img_ids, txt_ids = image_ids(16, 16).to(device), text_ids(txt.shape[1]).to(device)
 print("noise :", tuple(noise.shape))
 print("tokens:", tuple(x.shape))
 print("packing loses nothing:", torch.equal(unpack(x, 16, 16), noise))
@@ -150,15 +150,15 @@ _ = ax.legend(frameon=False)
 # %%
 def velocity(x, t):
     """Ask the network once: x [1, 64, 64] at time t -> velocity [1, 64, 64]."""
-    guidance = torch.tensor([pipe.defaults.guidance]) if pipe.flux.config.guidance_embed else None
+    guidance = torch.tensor([pipe.defaults.guidance], device=device) if pipe.flux.config.guidance_embed else None
     with torch.no_grad():
-        return pipe.flux(x, img_ids, txt, txt_ids, torch.tensor([t]), pooled, guidance)
+        return pipe.flux(x, img_ids, txt, txt_ids, torch.tensor([t], device=device), pooled, guidance)
 
 
 def show(tokens, ax, title):
     """Decode tokens and draw them."""
     with torch.no_grad():
-        pixels = pipe.autoencoder.decode(unpack(tokens, 16, 16))[0]
+        pixels = pipe.autoencoder.decode(unpack(tokens, 16, 16))[0].cpu()
     ax.imshow(((pixels.clamp(-1, 1) + 1) / 2).permute(1, 2, 0))
     ax.set_title(title, fontsize=9)
     ax.axis("off")
@@ -239,8 +239,8 @@ widgets.attention(pipe, prompt, seed=4, progress=False)
 # answer at all, and which changes it most.
 
 # %%
-once = times[6:7]  # the time that belongs to the state below
-guidance = torch.tensor([pipe.defaults.guidance]) if pipe.flux.config.guidance_embed else None
+once = times[6:7].to(device)  # the time that belongs to the state below
+guidance = torch.tensor([pipe.defaults.guidance], device=device) if pipe.flux.config.guidance_embed else None
 start = states[6]
 shuffled = txt[:, torch.randperm(txt.shape[1], generator=torch.Generator().manual_seed(0))]
 with torch.no_grad():

@@ -81,7 +81,8 @@ Everything right by picture shape, height x width, over {for_shapes:,} prompts, 
 {failures}
 """
 
-FAMILY_TITLE, ARENA_TITLE, LAST_TITLE = "## The family", "## In the arena", "## Known failures"
+FAMILY_TITLE, ARENA_TITLE = "## The family", "## In the arena"
+RIVALS_TITLE, LAST_TITLE = "## Beside a Stable Diffusion", "## Known failures"
 APART = 5  # points between square pictures and others, at most
 FOR_SHAPES = 2100  # prompts, 300 for each shape of picture: of 500 a gap of 5 points is no more than chance
 AGAIN = "`fluxedu train --all` made all of it, in one piece."
@@ -182,10 +183,16 @@ def write_member(weights: Path, name: str, entry: dict) -> None:
 
 
 def refresh(card: Path) -> None:
-    """Write the card's sections on the family and the arena again, from the figures beside it."""
-    text, weights = card.read_text(), card.parent
-    before, end = text.split(FAMILY_TITLE)[0].split(ARENA_TITLE)[0].split(LAST_TITLE)[0], text[text.index(LAST_TITLE) :]
-    write_text(card, before + family_table(weights) + arena_table(weights) + end)
+    """Write the card's sections on family, arena and rivals again, from the figures beside it."""
+    before = end = card.read_text()
+    for title in (FAMILY_TITLE, ARENA_TITLE, RIVALS_TITLE, LAST_TITLE):
+        before = before.split(title)[0]
+    write_text(card, before + beside(card.parent) + end[end.index(LAST_TITLE) :])
+
+
+def beside(weights: Path) -> str:
+    """The sections that have figures of their own in ``weights``."""
+    return family_table(weights) + arena_table(weights) + rivals_table(weights)
 
 
 def arena_table(weights: Path) -> str:
@@ -209,6 +216,41 @@ def arena_table(weights: Path) -> str:
         rated = [table.get(name) for table in axes.values()]
         cells = [f"{r['elo']:.0f} ({r['low']:.0f} to {r['high']:.0f})" if r else "" for r in rated]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", ""])
+
+
+def rivals_table(weights: Path) -> str:
+    """Two rivals on one budget, from ``rivals.json`` as ``fluxedu train --variant sd`` and ``twin`` write it."""
+    path = Path(weights) / "rivals.json"
+    if not path.is_file():
+        return ""
+    rivals = json.loads(path.read_text())
+    share = lambda cell: f"{cell['percent']:.1f}" if cell["n"] else ""  # noqa: E731
+    rows = {
+        "parameters": lambda of: f"{of['parameters']:,}",
+        "minutes of one core": lambda of: of["minutes"],
+        "steps x batch": lambda of: f"{of['steps']} x {of['batch']}",
+        **{row: lambda of, row=row: share(of["exam"]["rows"][row]) for row in ROWS},
+        "squares, other shapes": lambda of: "{:.0f}, {:.0f}".format(*shapes_apart(of["exam"]["by_size"])),
+        "how clean": lambda of: format(of["exam"]["quality"], ".3f"),
+        "diversity": lambda of: format(of["exam"]["diversity"], ".3f"),
+    }
+    for steps in next(iter(rivals.values()))["by_steps"]:
+        rows[f"everything, {steps} steps"] = lambda of, steps=steps: share(of["by_steps"][steps])
+    first = next(iter(rivals.values()))
+    lines = [
+        RIVALS_TITLE,
+        "",
+        "Both from nothing, with the same scenes, encoders, autoencoder, optimizer and minutes; neither is the "
+        "miniature, which learned for far longer. `sd`: diffusers' U-Net, noise prediction, DDIM. `twin`: the "
+        f"miniature's flow. Judged on {first['exam']['prompts']} held-out prompts in 20 steps with guidance "
+        f"{first['guidance']:g}, two questions a step; other numbers of steps on the first {first['few']}. `sd` ships "
+        "(`fluxedu judge --model sd`), the twin does not: `fluxedu train --variant twin` makes it.",
+        "",
+        f"| | {' | '.join(rivals)} |",
+        "|---" * (1 + len(rivals)) + "|",
+        *(f"| {row} | {' | '.join(str(of(each)) for each in rivals.values())} |" for row, of in rows.items()),
+    ]
     return "\n".join([*lines, "", ""])
 
 
@@ -238,7 +280,7 @@ def write_card(
         dropout=100 * flow.DROPOUT, low=flow.GUIDANCE[0], high=flow.GUIDANCE[1], prompts=first["prompts"],
         steps=first["steps"], guidance=strengths, table=rows_table(figures), psnr=first["autoencoder_psnr"],
         retrieval=100 * retrieval, failures=failures(figures), by_size=sizes_table(figures),
-        for_shapes=FOR_SHAPES, family=family_table(weights) + arena_table(weights),
+        for_shapes=FOR_SHAPES, family=beside(weights),
         last=LAST_TITLE,
     )  # fmt: skip
     write_text(weights / "judge.json", json.dumps(figures, indent=2) + "\n")

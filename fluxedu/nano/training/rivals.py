@@ -11,16 +11,20 @@ out, the head that must name what lies in each patch, and the minutes of one cor
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fluxedu.checkpoints.save import save_file, save_folder, write_text
 from fluxedu.models.transformer import Flux
-from fluxedu.nano import configs
-from fluxedu.nano.rivals import schedule, unet
+from fluxedu.nano import configs, exam
+from fluxedu.nano.report import drawer
+from fluxedu.nano.rivals import FILE, SD, UNET, StableDiffusion, schedule, unet
 from fluxedu.nano.scenes import COLORS, FORMS
+from fluxedu.nano.training.card import refresh
 from fluxedu.nano.training.flow import (
     ALIGN,
     ALIGNED,
@@ -34,15 +38,19 @@ from fluxedu.nano.training.flow import (
 )
 from fluxedu.nano.training.latents import Latents, make_shards
 from fluxedu.nano.training.loop import Recipe, Run, fingerprint, mixed_precision, use_average
+from fluxedu.sampling.load import load
 from fluxedu.sampling.pipeline import FluxPipeline
 
+TWIN = "twin"
 RECIPES = {
-    "sd": Recipe(steps=11000, lr=2e-3, batch=32, warmup=100, decay=0.4, ema=0.998, muon=True),
-    "twin": Recipe(steps=8400, lr=2e-3, batch=32, warmup=100, decay=0.4, ema=0.998, muon=True),
+    SD: Recipe(steps=11000, lr=2e-3, batch=32, warmup=100, decay=0.4, ema=0.998, muon=True),
+    TWIN: Recipe(steps=8400, lr=2e-3, batch=32, warmup=100, decay=0.4, ema=0.998, muon=True),
 }
 SHARDS = 14  # of 2,560 scenes each
 ALIGN_NOISE = ALIGN / 3  # the noise is easier to tell than the velocity: its loss is about a third
 SEED = 88
+STEPS = (4, 8, 20, 50)  # judged in, over the first prompts of the exam
+GUIDANCE = 5.0  # of both, and of the miniature before its guidance was built in
 
 
 class Aligned(nn.Module):
@@ -79,8 +87,8 @@ def train(name: str, folder: Path, pipe: FluxPipeline, resume: bool = True) -> t
     recipe, texts = RECIPES[name], Texts(pipe.prompt_encoder.t5, pipe.prompt_encoder.clip)
     make_shards(SHARDS, folder, pipe.autoencoder)
     data = Latents(folder)
-    model = Aligned(unet()) if name == "sd" else WithAlignment(initialise(Flux(configs.FLUX)))
-    of_batch = noise_loss if name == "sd" else flow_loss
+    model = Aligned(unet()) if name == SD else WithAlignment(initialise(Flux(configs.FLUX)))
+    of_batch = noise_loss if name == SD else flow_loss
     run = Run(name, model, recipe, folder, resume, f"{fingerprint(pipe.autoencoder)}, {SHARDS} shards")
 
     def loss(step: int):
@@ -88,9 +96,59 @@ def train(name: str, folder: Path, pipe: FluxPipeline, resume: bool = True) -> t
         return of_batch(model, data.batch(step, recipe.batch, SEED), texts, torch.Generator().manual_seed(step), align)
 
     run.train(loss)
-    return (unet_of(run) if name == "sd" else flow_of(run)), run
+    return (unet_of(run) if name == SD else flow_of(run)), run
 
 
 def unet_of(run: Run) -> nn.Module:
     """The averaged U-Net of a run, without its head."""
     return use_average(unet(), {k[len("unet.") :]: v for k, v in run.average.items() if k.startswith("unet.")})
+
+
+# ---------------------------------------------------------------- from the run to the card
+
+
+def train_rival(name: str, folder: Path, resume: bool, ship_to: Path, prompts: int = 500, few: int = 200) -> Path:
+    """Train a rival, write it in bfloat16 into ``ship_to``, let it sit the exam, and note that in ``rivals.json``."""
+    pipe = load("nano-base")
+    network, run = train(name, folder, pipe, resume)
+    path = Path(ship_to) / (FILE if name == SD else Path("transformer_twin"))
+    if name == SD:
+        save_file(network.state_dict(), path, dtype=torch.bfloat16, overwrite=True)
+        write_text(
+            path.with_name("config.json"), json.dumps({"_class_name": "UNet2DConditionModel"} | UNET, indent=2) + "\n"
+        )
+    else:
+        save_folder(network.state_dict(), path, network.config, dtype=torch.bfloat16, overwrite=True)
+    print(f"wrote {path}")
+    entry = {
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "steps": run.step,
+        "batch": run.recipe.batch,
+        "minutes": round(run.seconds / 60),
+        **examined(seated(network.to(torch.bfloat16).float(), pipe), prompts, few),
+    }
+    _note(Path(ship_to), name, entry)
+    return path
+
+
+def seated(network: nn.Module, pipe: FluxPipeline) -> FluxPipeline | StableDiffusion:
+    """A rival with the encoders and the autoencoder of the miniature, ready to draw."""
+    if not isinstance(network, Flux):
+        return StableDiffusion(network, pipe.prompt_encoder, pipe.autoencoder)
+    pipe.flux = network.eval()
+    return pipe
+
+
+def examined(pipe: FluxPipeline | StableDiffusion, prompts: int, few: int) -> dict:
+    """The exam in 20 steps, and the share wholly right in fewer and more, of the first ``few`` prompts."""
+    whole = exam.sit(drawer(pipe, 20, GUIDANCE), prompts)
+    sits = {steps: exam.sit(drawer(pipe, steps, GUIDANCE), few, varied=0)["rows"] for steps in STEPS}
+    return {"guidance": GUIDANCE, "exam": whole, "few": few, "by_steps": {n: r["everything"] for n, r in sits.items()}}
+
+
+def _note(weights: Path, name: str, entry: dict) -> None:
+    path = weights / "rivals.json"
+    others = json.loads(path.read_text()) if path.is_file() else {}
+    write_text(path, json.dumps(others | {name: entry}, indent=2) + "\n")
+    if (card := weights / "README.md").is_file():
+        refresh(card)

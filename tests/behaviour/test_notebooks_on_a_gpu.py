@@ -1,0 +1,62 @@
+"""Every notebook runs on a GPU with no change: the solved editions, on a pretend one.
+
+Two quick ones always, all of them with FLUXEDU_PRETEND_GPU=1.
+"""
+
+import ast
+import os
+from collections import Counter
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_notebook
+
+HERE = Path(__file__).resolve().parent
+NOTEBOOKS = HERE.parents[1] / "notebooks"
+QUICK = ("00", "01")
+ALL = "FLUXEDU_PRETEND_GPU" in os.environ
+SOLVED = [path for path in sorted((NOTEBOOKS / "solved").glob("*.ipynb")) if ALL or path.name[:2] in QUICK]
+
+BEFORE = (
+    f"import sys; sys.path.append({str(HERE)!r}); import pretend_gpu; pretend_gpu.answers = pretend_gpu.switch_on()"
+)
+AFTER = "import pretend_gpu; print(dict(pretend_gpu.answers))"
+
+
+def on_the_gpu(notebook: NotebookNode) -> tuple[list[str], Counter]:
+    """Run it: what each failing cell raised, and how often a module of each class answered on which device."""
+    notebook.cells = [new_code_cell(BEFORE), *notebook.cells, new_code_cell(AFTER)]
+    where = {"metadata": {"path": str(NOTEBOOKS)}}
+    NotebookClient(notebook, timeout=300, allow_errors=True, resources=where, store_widget_state=False).execute()
+    failed = [
+        f"{cell.id}: {out.ename}: {out.evalue}"
+        for cell in notebook.cells
+        for out in cell.get("outputs", [])
+        if out.output_type == "error"
+    ]
+    return failed, Counter(ast.literal_eval(notebook.cells[-1].outputs[0].text))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SOLVED, ids=lambda path: path.stem)
+def test_it_runs_on_a_gpu(path):
+    failed, answers = on_the_gpu(nbformat.read(path, 4))
+    assert not failed, "\n".join(failed)
+    on, off = (answers["DoubleStreamBlock", place] for place in ("cuda", "cpu"))
+    assert on > 10 * off, f"the transformer's blocks answered {on} times on the GPU and {off} times on the CPU"
+
+
+def test_a_cell_that_mixes_devices_is_found():
+    """So that the test above can fail: a mixture, a tensor for numpy, and a module that was left behind."""
+    cells = {
+        "fine": "import torch; x = torch.ones(3, device='cuda'); (x + 1).cpu().numpy()",
+        "mixed": "x + torch.ones(3)",
+        "numpy": "x.numpy()",
+        "left": "torch.nn.Linear(3, 3)(torch.ones(3))",
+    }
+    failed, answers = on_the_gpu(new_notebook(cells=[new_code_cell(code, id=name) for name, code in cells.items()]))
+    assert [one.split(": ")[:2] for one in failed] == [["mixed", "RuntimeError"], ["numpy", "TypeError"]]
+    assert answers == {("Linear", "cpu"): 1}
