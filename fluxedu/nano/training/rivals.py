@@ -43,9 +43,10 @@ from fluxedu.sampling.pipeline import FluxPipeline
 
 TWIN = "twin"
 RECIPES = {
-    SD: Recipe(steps=11000, lr=2e-3, batch=32, warmup=100, decay=0.4, ema=0.998, muon=True),
-    TWIN: Recipe(steps=8400, lr=2e-3, batch=32, warmup=100, decay=0.4, ema=0.998, muon=True),
+    SD: Recipe(steps=9500, lr=2e-3, batch=32, warmup=100, decay=0.4, ema=0.998, muon=True),
+    TWIN: Recipe(steps=7260, lr=2e-3, batch=32, warmup=100, decay=0.4, ema=0.998, muon=True),
 }
+SHIPS_AS = {SD: FILE, TWIN: Path("transformer_twin")}
 SHARDS = 14  # of 2,560 scenes each
 ALIGN_NOISE = ALIGN / 3  # the noise is easier to tell than the velocity: its loss is about a third
 SEED = 88
@@ -111,7 +112,7 @@ def train_rival(name: str, folder: Path, resume: bool, ship_to: Path, prompts: i
     """Train a rival, write it in bfloat16 into ``ship_to``, let it sit the exam, and note that in ``rivals.json``."""
     pipe = load("nano-base")
     network, run = train(name, folder, pipe, resume)
-    path = Path(ship_to) / (FILE if name == SD else Path("transformer_twin"))
+    path = Path(ship_to) / SHIPS_AS[name]
     if name == SD:
         save_file(network.state_dict(), path, dtype=torch.bfloat16, overwrite=True)
         write_text(

@@ -1,0 +1,38 @@
+"""Draws a small Stable Diffusion beside two FLUXes: ``python docs/images/make_rivals.py WEIGHTS``.
+
+WEIGHTS is the folder that ``fluxedu train --variant twin`` wrote; the twin does not ship.
+"""
+
+import sys
+import textwrap
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+import fluxedu as fe
+from fluxedu.nano.exam import questions
+from fluxedu.nano.judge import judge
+from fluxedu.nano.rivals import load_sd
+from fluxedu.nano.training.rivals import GUIDANCE, SHIPS_AS, TWIN
+
+SHOWN = 7
+
+if __name__ == "__main__":
+    base, twin = fe.load("nano-base"), fe.load("nano-base")
+    twin.flux = fe.checkpoints.load_model(Path(sys.argv[1]) / SHIPS_AS[TWIN])
+    models = {"Stable Diffusion": load_sd(), "FLUX, the same cost": twin, "FLUX, long trained": base}
+    asked = [q for q in questions(200) if q.size == (128, 128)][:SHOWN]
+    fig, axes = plt.subplots(len(models), SHOWN, figsize=(13, 7), layout="constrained")
+    for row, (name, model) in zip(axes, models.items(), strict=True):
+        how = {"steps": 20, "guidance": GUIDANCE, "trajectory": False, "progress": False}
+        images = model([q.prompt for q in asked], seed=[q.seed for q in asked], **how).images
+        for ax, image, q in zip(row, images, asked, strict=True):
+            right = judge(image, q.claim).everything
+            ax.imshow(image)
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set(color="#0072B2" if right else "#D55E00", linewidth=2.5)
+        row[0].set_ylabel(name, fontsize=10.5, color="#222")
+    for ax, q in zip(axes[-1], asked, strict=True):
+        ax.set_xlabel(textwrap.fill(q.prompt, 26), fontsize=9, color="#444", labelpad=6)
+    fig.suptitle("Blue: all that the prompt says is there. Orange: not all.", fontsize=10.5, color="#222")
+    fig.savefig(Path(__file__).parent / "rivals.png", dpi=85, facecolor="white")
