@@ -16,6 +16,7 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from fluxedu.arena.errors import ArenaError
@@ -38,11 +39,11 @@ class Contestant:
 
 
 @cache  # nano and nano@4 are one model
-def _opened(model: str):
-    return load_sd() if model == SD else load(model)
+def _opened(model: str, device: str):
+    return load_sd(device=device) if model == SD else load(model, device=device)
 
 
-def contestant(spec: str) -> Contestant:
+def contestant(spec: str, device: str | torch.device = "cpu") -> Contestant:
     """What :func:`fluxedu.load` opens, or "sd"; ``@4`` after it asks for 4 steps instead of the model's own number.
 
     The weights are looked for now, and opened when the first picture is asked for.
@@ -56,7 +57,7 @@ def contestant(spec: str) -> Contestant:
         parts = (find(WEIGHTS, OURS[model].transformer) if model in OURS else find(model)).parts.values()
 
     def draw(prompt: str, seed: int, height: int, width: int) -> Image.Image:
-        return pictured(_opened(model), prompt, seed, height, width, int(steps) if steps else None)
+        return pictured(_opened(model, str(device)), prompt, seed, height, width, int(steps) if steps else None)
 
     return Contestant(spec, draw, _stamp(parts))
 

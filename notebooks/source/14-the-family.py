@@ -34,7 +34,7 @@ from fluxedu.sampling.schedule import schedule
 from fluxedu.widgets.blind import blind, pairs_of, ratings
 
 device = course.begin()
-pipe = fe.load()  # on the CPU, where small things are fast enough
+pipe = fe.load(device=device)
 course.where(pipe, "in", "vec", "solver")
 
 # %% [markdown]
@@ -124,22 +124,23 @@ things = Thing("circle", "red", "large", 40, 45, 24), Thing("square", "blue", "l
 scene = Scene("white", things, 128, 128, 3)
 photo = render(scene)  # uint8 [128, 128, 3]: a picture that no network drew
 with torch.no_grad():
-    clean = pipe.autoencoder.encode(to_tensor(photo))  # [1, 16, 16, 16]
+    clean = pipe.autoencoder.encode(to_tensor(photo).to(device))  # [1, 16, 16, 16]
 said = pipe.prompt_encoder(["a green circle left of a blue square on a white background"])
-noise = pack(torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0)))  # [1, 64, 64]
-target = image_ids(16, 16)  # [64, 3]
+noise = pack(torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))).to(device)  # [1, 64, 64]
+target, words = image_ids(16, 16).to(device), text_ids(32).to(device)  # [64, 3], [32, 3]
+start, strength = torch.ones(1, device=device), torch.tensor([6.0], device=device)
 
 
 def answer(tokens, ids):
     """The miniature's velocity for the first 64 tokens, at pure noise."""
     with torch.no_grad():
-        v = pipe.flux(tokens, ids, said.txt, text_ids(32), torch.ones(1), said.pooled, torch.tensor([6.0]))
+        v = pipe.flux(tokens, ids, said.txt, words, start, said.pooled, strength)
     return v[:, :64]
 
 
 alone = answer(noise, target)
 for frame in (0, 1):
-    reference = target + torch.tensor([frame, 0, 0])
+    reference = target + torch.tensor([frame, 0, 0], device=device)
     v = answer(torch.cat([noise, pack(clean)], dim=1), torch.cat([target, reference]))  # [1, 64 + 64, 64] in
     tens = 10 * round(10 * float((v - alone).norm() / alone.norm()))
     print(f"a reference in frame {frame} moves the velocity by about {tens} %")
@@ -165,7 +166,7 @@ if passed:
         """The miniature's velocity for the words and what is beside them."""
         tokens, ids = with_seen(said.txt, seen)
         with torch.no_grad():
-            return pipe.flux(noise, target, tokens, ids, torch.ones(1), said.pooled, torch.tensor([6.0]))
+            return pipe.flux(noise, target, tokens, ids.to(device), start, said.pooled, strength)
 
     moved = float((heard(other) - alone).norm() / alone.norm())
     shuffled = other[:, torch.randperm(32, generator=torch.Generator().manual_seed(0))]
@@ -199,7 +200,7 @@ jobs = {  # member: (the picture that is given, the prompt, under what name it i
 }
 fig, axes = plt.subplots(2, 5, figsize=(9, 4.2), layout="constrained")
 for (above, below), (name, (given, prompt, pictures)) in zip(axes.T, jobs.items()):
-    out = fe.load(f"nano-{name}")(prompt, seed=1, trajectory=False, progress=False, **pictures)
+    out = fe.load(f"nano-{name}", device=device)(prompt, seed=1, trajectory=False, progress=False, **pictures)
     print(f"{name:8} “{prompt}”: the judge reads", ", ".join(f"{t.color} {t.form}" for t in read(out.images[0]).things))
     above.imshow(given)
     below.imshow(out.images[0])
@@ -220,7 +221,7 @@ plt.show()
 # model with classifier-free guidance at 8 steps, which asks the network 16 times.
 
 # %%
-base = fe.load("nano-base")
+base = fe.load("nano-base", device=device)
 asked = [q for q in questions(60) if q.size == (128, 128)][:4]
 ways = {
     "nano, 8 steps": (pipe, 8),
@@ -247,7 +248,7 @@ plt.show()
 # strides the way that it takes in twenty steps. Twenty prompts for either, four steps each:
 
 # %%
-quick = fe.load("nano-schnell")
+quick = fe.load("nano-schnell", device=device)
 few = [q for q in questions(160) if q.size == (128, 128)][:20]
 fours = {}
 for name, model in {"nano": pipe, "nano-schnell": quick}.items():
@@ -388,8 +389,8 @@ def ask(prompt, guidance):
 
     @torch.no_grad()
     def velocity(x, t):
-        clock, strength = torch.tensor([float(t)]), torch.tensor([guidance])
-        return pipe.flux(x, target, said.txt, text_ids(32), clock, said.pooled, strength)
+        clock, strength = torch.tensor([float(t)], device=device), torch.tensor([guidance], device=device)
+        return pipe.flux(x, target, said.txt, words, clock, said.pooled, strength)
 
     return velocity
 
@@ -496,7 +497,7 @@ captions += [f"a {a} {form}" for a in colours for form in forms]
 red = pipe.prompt_encoder(captions).txt.flatten(0, 1)  # [captions * 32, 128]
 green = pipe.prompt_encoder([c.replace("a red", "a green") for c in captions]).txt.flatten(0, 1)
 gram = red.T @ red
-damped = gram + 1e-3 * gram.diagonal().mean() * torch.eye(128)
+damped = gram + 1e-3 * gram.diagonal().mean() * torch.eye(128, device=device)
 change = torch.linalg.solve(damped, red.T @ (green - red))  # [128, 128]: red @ change is near green - red
 
 weight = pipe.flux.txt_in.weight.detach().clone()  # [160, 128]
@@ -539,7 +540,7 @@ else:
 # %%
 fig, axes = plt.subplots(1, 4, figsize=(7.4, 2.2), layout="constrained")
 for ax, scale in zip(axes, (0.0, 0.5, 1.0, 1.5)):
-    styled = fe.load("nano", lora="hollow", lora_scale=scale)
+    styled = fe.load("nano", device=device, lora="hollow", lora_scale=scale)
     image = styled("a red square above a blue circle", seed=3, trajectory=False, progress=False).images[0]
     ax.imshow(image)
     ax.set_title(f"scale {scale}", fontsize=9)

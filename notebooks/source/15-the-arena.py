@@ -64,7 +64,7 @@ spots = fe.predict("spots all over the picture: in how many percent of the pairs
 # %%
 names = ["nano", "nano-base", "nano@4", "nano@2"]
 folder = Path(tempfile.mkdtemp())
-field = arena.Arena(names, folder / "votes.sqlite", prompts=4)
+field = arena.Arena([arena.contestant(name, device) for name in names], folder / "votes.sqlite", prompts=4)
 
 ballot = field.ballot("a visitor", "overall")
 fig, axes = plt.subplots(1, 2, figsize=(5, 2.9), layout="constrained")
