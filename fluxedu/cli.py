@@ -316,7 +316,9 @@ def grade(
     by_student: Annotated[
         Path | None, typer.Option("--table", help="Also write a row a student, an exercise a column, to this CSV file.")
     ] = None,
-    timeout: Annotated[int, typer.Option(help="Seconds that a cell may take.")] = 120,
+    timeout: Annotated[int, typer.Option(min=1, help="Seconds that a cell may take.")] = 120,
+    whole: Annotated[int, typer.Option(min=1, help="Seconds that a notebook may take.")] = 900,
+    memory: Annotated[int, typer.Option(min=1, help="GB of memory that a notebook may ask for.")] = 16,
 ) -> None:
     """Run students' notebooks, each in a process of its own, and mark the exercises. This is no sandbox."""
     from fluxedu.checkpoints.save import write_text
@@ -328,7 +330,7 @@ def grade(
     marks = []
     for path in notebooks:
         try:
-            marks += (mine := graded(path, timeout))
+            marks += (mine := graded(path, timeout, whole, memory))
         except CourseError as error:
             fail(error)  # said, and on to the next
             continue
