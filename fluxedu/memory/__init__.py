@@ -6,6 +6,7 @@ print(fe.memory.table())                         what each size of card is predi
 
 from fluxedu.memory.opening import open_networks
 from fluxedu.memory.placement import MODES, Networks, Placement, choose, modulations
+from fluxedu.memory.shortage import ShortOfMemory
 from fluxedu.memory.tables import predicted, table
 from fluxedu.memory.tiles import decode_tiled
 from fluxedu.memory.visits import Visits
@@ -14,6 +15,7 @@ __all__ = [
     "MODES",
     "Networks",
     "Placement",
+    "ShortOfMemory",
     "Visits",
     "choose",
     "decode_tiled",

@@ -11,6 +11,7 @@ from torch import nn
 
 from fluxedu.checkpoints import load_into, outline
 from fluxedu.memory.placement import Networks, Placement, choose, free_bytes, said
+from fluxedu.memory.shortage import advised
 from fluxedu.memory.tiles import decode_tiled
 from fluxedu.memory.visits import Visits
 
@@ -33,8 +34,9 @@ def open_networks(
     if memory == "auto" and device.type != "cpu":
         need = hollow_ones.need(placement, 1024, 1024, words)
         print(said(placement, need, free, device), file=sys.stderr)
-    for network, tensors in outlines.values():
-        _fill(network, tensors, placement, device, dtype)
+    with advised(hollow_ones, device, 1024, 1024, words):
+        for network, tensors in outlines.values():
+            _fill(network, tensors, placement, device, dtype)
     if placement.tiled:
         networks["ae"].decode = partial(decode_tiled, networks["ae"])
     return networks

@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fluxedu.memory.placement import Networks
+from fluxedu.memory.shortage import advised
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
 from fluxedu.models.transformer import Flux, Plan
@@ -147,7 +149,7 @@ class FluxPipeline(Sited):
         image's own pixels back outside the mask, in ``images`` only · control (canny, depth) · reference (kontext): the
         picture that the prompt edits · image_prompt (redux).
 
-        Raises RequestError, one sentence that says what would be right.
+        Raises RequestError, one sentence that says what would be right; ShortOfMemory, where memory ran out.
         """
         given = {"image": image, "control": control, "reference": reference, "image_prompt": image_prompt}
         pictures = {name: None if of is None else to_tensor(of) for name, of in given.items()}
@@ -178,16 +180,24 @@ class FluxPipeline(Sited):
         words = self.prompt_encoder.t5_tokenizer.length
         words += 0 if image_prompt is None else self.redux.tokens
         here = Moment(self, asked[0], next(_RUNS), words, 0, len(asked), len(times) - 1)
+        networks = Networks(self.flux, self.autoencoder, self.prompt_encoder.clip, self.prompt_encoder.t5, self.dtype)
+        sides = (side * downscale for side in asked[0].shape)
+        with advised(networks, self.device, *sides, words):
+            return Output.of(self._each(asked, times, here, progress), keep=trajectory)
+
+    def _each(self, asked: list[Request], times: Tensor, here: Moment, progress: bool) -> list:
+        """One picture after the other, so that a picture is the same to the last bit alone and in a batch.
+
+        (A matrix product rounds differently when it has more rows.)
+        """
         with at(here):
             texts = self.encode(asked)
-        # One picture after the other, so that a picture is the same to the last bit alone and in a batch:
-        # a matrix product rounds differently when it has more rows.
         with tqdm(total=len(asked) * (len(times) - 1), disable=not progress, delay=1.0, desc="sampling") as bar:
             drawn = []
             for picture, one in enumerate(zip(asked, texts, strict=True)):
                 with at(replace(here, asked=one[0], picture=picture)):
                     drawn.append(self.draw(*one, times, bar))
-            return Output.of(drawn, keep=trajectory)
+            return drawn
 
     # -- stage by stage
 

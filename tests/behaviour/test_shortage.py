@@ -1,0 +1,88 @@
+"""Out of memory: one sentence with numbers, on the command line too, and the pipeline works afterwards."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fluxedu as fe
+from fluxedu.memory.placement import GB, Networks, Placement
+from fluxedu.memory.shortage import ShortOfMemory, advice, ran_out
+
+
+def networks(pipe):
+    return Networks(pipe.flux, pipe.autoencoder, pipe.prompt_encoder.clip, pipe.prompt_encoder.t5, pipe.dtype)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: not enough memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+    ],
+)
+def test_what_allocators_raise_becomes_advice(pipe, monkeypatch, error):
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr("fluxedu.sampling.pipeline.to_images", fails)
+    with pytest.raises(ShortOfMemory, match=r"a picture of 64 x 96 needs, with memory='full' about [\d.]+ GB") as told:
+        pipe("a red circle", steps=1, height=64, width=96, progress=False)
+    assert isinstance(told.value, ValueError) and isinstance(told.value, MemoryError)
+    monkeypatch.undo()
+    assert pipe("a red circle", steps=1, progress=False).images
+
+
+def test_other_errors_stay_what_they_are(pipe, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr("fluxedu.sampling.pipeline.to_images", fails)
+    with pytest.raises(RuntimeError, match="something else"):
+        pipe("a red circle", steps=1, progress=False)
+    assert not ran_out(KeyError("memory"))
+
+
+def test_the_numbers_are_those_that_auto_chooses_by():
+    official = Networks.official()
+    said = advice(official, torch.device("cpu"), 1024, 1024, 512)
+    numbers = [float(n) for n in re.findall(r"about ([\d.]+) GB", said)]
+    blocks = Placement("stream", 57)
+    wanted = [official.need(p, 1024, 1024, 512).peak / GB for p in (Placement(), Placement("no-modulations"), blocks)]
+    assert numbers[:3] == pytest.approx(wanted, abs=0.006)
+    assert numbers[0] > numbers[1] > numbers[2]
+    assert numbers[3] == pytest.approx(official.need(Placement(), 512, 512, 512).peak / GB, abs=0.006)
+
+
+def test_a_swapped_block_does_not_hide_the_advice(pipe):
+    with fe.swap("double.0.img_mlp", torch.nn.Identity(), pipe):
+        assert "memory ran out on cpu" in advice(networks(pipe), torch.device("cpu"), 64, 64, 8)
+
+
+@pytest.mark.slow
+def test_a_real_shortage_on_the_command_line(tmp_path):
+    """Addresses are limited to what is in use and a little more; a large picture does not fit."""
+    pytest.importorskip("resource")
+    code = """
+import resource, sys
+import fluxedu as fe
+pipe = fe.load()
+pipe("a red circle", steps=1)
+now = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (now + 200_000_000, now + 200_000_000))
+from fluxedu.cli import app
+size = ["--height", "1024", "--width", "1024", "--steps", "1"]
+sys.argv = ["fluxedu", "sample", "a red circle", *size, "-o", sys.argv[1]]
+app()
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path / "o.png")], capture_output=True, text=True)
+    assert ran.returncode == 2, ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert "fluxedu: memory ran out on cpu: a picture of 1024 x 1024 needs" in ran.stderr
+    assert not (tmp_path / "o.png").exists()
