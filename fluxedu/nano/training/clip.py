@@ -69,7 +69,7 @@ class Pairs:
 
 def loss_of(model: CLIP, images: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
     scores = model.similarity(images, ids) * model.temperature_head.exp().clamp(max=100)
-    target = torch.arange(len(ids))
+    target = torch.arange(len(ids), device=scores.device)
     value = 0.5 * (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target))
     return value, {"found": float((scores.argmax(1) == target).float().mean())}
 
