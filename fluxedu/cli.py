@@ -16,11 +16,14 @@ app.add_typer(arena, name="arena")
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 Model = Annotated[
-    str, typer.Option(help="nano (shipped, guidance built in), nano-base (shipped, real CFG), or a folder.")
+    str,
+    typer.Option(
+        help="nano (shipped, guidance built in), nano-base (shipped, real CFG), a variant such as dev, or a folder."
+    ),
 ]
 
 
-def _load(model: str, device: str = "cpu", dtype: str | None = None, **how):
+def _load(model: str, device: str | None = None, dtype: str | None = None, **how):
     import fluxedu as fe
 
     with sentences():
@@ -66,8 +69,9 @@ def sample(
     image_prompt: Annotated[Path | None, typer.Option(help="redux: a picture instead of, or beside, words.")] = None,
     lora: Annotated[str | None, typer.Option(help="A LoRA to merge: a file, or hollow, the style that ships.")] = None,
     lora_scale: Annotated[float, typer.Option(help="How much of its change.")] = 1.0,
-    device: str = "cpu",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the model's own choice if not given.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float64.")] = None,
+    memory: Annotated[str, typer.Option(help="auto, full, no-modulations or stream.")] = "auto",
 ) -> None:
     """Draw a prompt into a PNG file."""
     from PIL import Image
@@ -81,7 +85,9 @@ def sample(
     can_write(output)
     if edges and control is None:
         raise fail("--edges are those of --control; give that picture too.")
-    pipe = _load(f"nano-{variant}" if variant else model, device, dtype, lora=lora, lora_scale=lora_scale)
+    pipe = _load(
+        f"nano-{variant}" if variant else model, device, dtype, memory=memory, lora=lora, lora_scale=lora_scale
+    )
     given = {"image": image, "mask": mask, "control": control, "reference": reference, "image_prompt": image_prompt}
     with sentences():
         pictures = {name: _picture(path) for name, path in given.items() if path}

@@ -22,7 +22,7 @@ def sentences() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise fail(f"this needs {error.name}: pip install {error.name}, or all of it, 'fluxedu[test]'.") from None
+        raise fail(f"this needs {error.name}: pip install {error.name}.") from None
     except (ValueError, OSError, FloatingPointError) as error:
         raise fail(error) from None
 

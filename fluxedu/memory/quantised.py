@@ -18,7 +18,7 @@ CONFIGS = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}
 
 def quantise(flux: Flux, to: str = "int8") -> Flux:
     """Make the linear layers of every block 8-bit, in place; raises PlacementError for another word or no torchao."""
-    if to not in CONFIGS:
+    if not isinstance(to, str) or to not in CONFIGS:
         raise PlacementError(f"weights are quantised to one of {', '.join(CONFIGS)}, not {to!r}.")
     if getattr(flux, "visited", False):
         raise PlacementError('weights that visit cannot be quantised; load with memory="full".')

@@ -35,7 +35,12 @@ def advised(networks: Networks, device: torch.device, height: int, width: int, w
     except Exception as error:
         if isinstance(error, ShortOfMemory) or not ran_out(error):
             raise
-        raise ShortOfMemory(advice(networks, device, height, width, words)) from None
+        error.__traceback__ = None  # whose frames hold what filled the memory
+        try:
+            said = advice(networks, device, height, width, words)
+        except Exception:  # counting takes some memory too
+            said = f"memory ran out on {device}: ask for less than {height} x {width}, or load with another memory=."
+        raise ShortOfMemory(said) from None
 
 
 def advice(networks: Networks, device: torch.device, height: int, width: int, words: int) -> str:

@@ -25,7 +25,7 @@ import fluxedu as fe
 from fluxedu import course, widgets
 
 device = course.begin()  # a GPU where there is one
-pipe = fe.load("nano", device=device)
+pipe = fe.load(device=device)
 prompt = "a red circle left of a blue square on a white background"
 out = pipe(prompt, seed=4, steps=20, progress=False)
 out.images[0].resize((256, 256))

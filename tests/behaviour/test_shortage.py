@@ -72,8 +72,13 @@ import resource, sys
 import fluxedu as fe
 pipe = fe.load()
 pipe("a red circle", steps=1)
+try:
+    with fe.sampling.pipeline.advised(fe.memory.Networks.official(), pipe.device, 64, 64, 8):  # its imports
+        raise MemoryError
+except fe.memory.ShortOfMemory:
+    pass
 now = int(open("/proc/self/statm").read().split()[0]) * 4096
-resource.setrlimit(resource.RLIMIT_AS, (now + 200_000_000, now + 200_000_000))
+resource.setrlimit(resource.RLIMIT_AS, (now + 400_000_000, now + 400_000_000))
 from fluxedu.cli import app
 size = ["--height", "1024", "--width", "1024", "--steps", "1"]
 sys.argv = ["fluxedu", "sample", "a red circle", *size, "-o", sys.argv[1]]

@@ -40,6 +40,7 @@ from fluxedu.nano.training.flow import (
 from fluxedu.nano.training.loop import Loss, Recipe, Run, fingerprint, mixed_precision, use_average
 from fluxedu.nano.training.members import Examples, Shelf
 from fluxedu.nano.training.redux import SEEING, HeadAtWork, redux_loss, spellings
+from fluxedu.nano.training.rivals import RECIPES as RIVALS
 from fluxedu.nano.training.schnell import Ways, ladder_loss, make_ways, without_guidance
 from fluxedu.nano.training.style import adapted, lora_of
 from fluxedu.sampling.conditions import reference_ids
@@ -107,7 +108,7 @@ def train_variant(name: str, folder: Path, resume: bool, ship_to: Path, scenes: 
     The figures go into ``family.json`` and, where there is one, the model card beside it.
     """
     if name not in RECIPES:
-        raise ValueError(f"there is no member {name!r} to train; there are {', '.join(RECIPES)}.")
+        raise ValueError(f"there is no member {name!r} to train; there are {', '.join([*RECIPES, *RIVALS])}.")
     pipe = load("nano")
     member = train(name, folder, pipe, resume)
     path = ship(name, member, ship_to, pipe.flux)
