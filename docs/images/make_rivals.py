@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import torch
 
 import fluxedu as fe
 from fluxedu.nano.exam import questions
@@ -19,7 +20,7 @@ SHOWN = 7
 
 if __name__ == "__main__":
     base, twin = fe.load("nano-base"), fe.load("nano-base")
-    twin.flux = fe.checkpoints.load_model(Path(sys.argv[1]) / SHIPS_AS[TWIN])
+    twin.flux = fe.checkpoints.load_model(Path(sys.argv[1]) / SHIPS_AS[TWIN], dtype=torch.float32)
     models = {"Stable Diffusion": load_sd(), "FLUX, the same cost": twin, "FLUX, long trained": base}
     asked = [q for q in questions(200) if q.size == (128, 128)][:SHOWN]
     fig, axes = plt.subplots(len(models), SHOWN, figsize=(13, 7), layout="constrained")

@@ -104,10 +104,13 @@ class StableDiffusion:
         guidance: float | None = None,
         height: int = 128,
         width: int = 128,
+        begin: Tensor | None = None,
         trajectory: bool = False,
         progress: bool = True,
     ) -> Output:
-        """Pictures from the noise that FLUX would begin at with these seeds. Two questions a step, in one batch.
+        """Pictures from the noise that FLUX would begin at with these seeds, or from the latents ``begin``.
+
+        Two questions a step, in one batch.
 
         Raises:
             RequestError: sides that are no multiple of 16, fewer seeds than prompts, no steps, a trajectory.
@@ -120,6 +123,10 @@ class StableDiffusion:
         config = self.autoencoder.config
         cells = height // config.downscale, width // config.downscale
         x = torch.cat([draw_noise(s, config.z_channels, *cells) for s in seeds]).to(self.device)  # [B, 16, h, w]
+        if begin is not None:
+            if begin.shape != x.shape:
+                raise RequestError(f"begin is {list(x.shape)} for this size and prompts, not {list(begin.shape)}.")
+            x = begin.to(x)
         words = self.words([""] * len(prompts) + prompts)  # [2B, 32, 96]
         self.scheduler.set_timesteps(steps)
         for t in tqdm(self.scheduler.timesteps, disable=not progress, delay=1.0, desc="sampling"):

@@ -182,7 +182,8 @@ else:
 # ## All at work
 #
 # One picture, five members. Each is the miniature, trained on with its own input; canny and depth ship as LoRAs, as
-# the official ones do too.
+# the official ones do too. Their control pictures here are the scene world's own; `fluxedu.sampling.edges.edges(photo)`
+# finds the edges of any picture, as the official code does.
 
 # %%
 hole = np.zeros((128, 128))

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +35,21 @@ def test_weights_are_small_and_bfloat16():
     files = list(WEIGHTS.rglob("*.safetensors"))
     assert files
     sizes = [f.stat().st_size for f in files]
-    assert max(sizes) < 15e6 and sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) < 60e6
-    family = ("transformer_fill", "transformer_kontext", "transformer_schnell", "lora_", "redux")
+    assert max(sizes) < 15e6
+    family = ("transformer_fill", "transformer_kontext", "transformer_schnell", "lora_", "redux", "unet")
     own = [f for f in files if not f.parent.name.startswith(family)]  # without the family: 25 MB
     assert sum(f.stat().st_size for f in own) < 25e6
     for file in files:
         with safe_open(file, "pt") as tensors:
             assert {tensors.get_slice(k).get_dtype() for k in tensors.keys()} == {"BF16"}
+
+
+def test_the_wheel_is_under_60_megabytes():
+    """What goes into it, packed as a wheel packs."""
+    root = Path(fe.__file__).parents[1]
+    files = [f for folder in ("fluxedu", "notebooks") for f in (root / folder).rglob("*") if f.is_file()]
+    packed = sum(len(zlib.compress(f.read_bytes(), 6)) for f in files if "__pycache__" not in f.parts)
+    assert packed < 60e6, f"{packed:,} bytes"
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -126,10 +126,16 @@ def train_rival(name: str, folder: Path, resume: bool, ship_to: Path, prompts: i
         "steps": run.step,
         "batch": run.recipe.batch,
         "minutes": round(run.seconds / 60),
-        **examined(seated(network.to(torch.bfloat16).float(), pipe), prompts, few),
+        **examined(seated(rounded(network), pipe), prompts, few),
     }
     _note(Path(ship_to), name, entry)
     return path
+
+
+def rounded(network: nn.Module) -> nn.Module:
+    """The network with its weights as they ship, in float32."""
+    network.load_state_dict({name: value.to(torch.bfloat16).float() for name, value in network.state_dict().items()})
+    return network
 
 
 def seated(network: nn.Module, pipe: FluxPipeline) -> FluxPipeline | StableDiffusion:
