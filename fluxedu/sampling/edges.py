@@ -1,7 +1,6 @@
 """The edges of any picture, as canny reads them: OpenCV's, with the numbers of the official code.
 
->>> pipe = fe.load("nano-canny")
->>> pipe("a pink circle", control=edges("photo.png"))              # doctest: +SKIP
+    fe.load("nano-canny")("a pink circle", control=edges("photo.png"))
 
 Source: Canny 1986; black-forest-labs/flux, modules/image_embedders.py (CannyImageEncoder).
 """

@@ -323,7 +323,9 @@ fig, ax = plt.subplots(figsize=(5.6, 2.8), layout="constrained")
 for name, colour in (("sd", "#D55E00"), ("twin", "#0072B2")):
     many = rivals[name]["by_steps"]
     ax.plot(list(map(int, many)), [cell["percent"] for cell in many.values()], "o-", color=colour, label=name)
-ax.set(xscale="log", xticks=[4, 8, 20, 50], xticklabels=[4, 8, 20, 50], xlabel="steps", ylabel="wholly right, %")
+ax.set(
+    xscale="log", xticks=[4, 8, 20, 50], xticklabels=[4, 8, 20, 50], xlabel="steps", ylabel="wholly right, %", ylim=0
+)
 ax.minorticks_off()
 ax.set_title("Steps help the twin up to 20; the U-Net lacks something else")
 ax.legend()
