@@ -225,11 +225,11 @@ def judge(
 ) -> None:
     """Draw held-out prompts, let the judge read them, print the table."""
     from fluxedu.nano.report import examine, table
-    from fluxedu.nano.rivals import SD, load_sd
+    from fluxedu.nano.rivals import opened
 
     can_write(as_json)
     with sentences():
-        figures = examine(load_sd() if model == SD else _load(model), model, prompts, steps, guidance, for_shapes)
+        figures = examine(opened(model), model, prompts, steps, guidance, for_shapes)
     typer.echo(table(figures))
     write_json(as_json, figures)
 

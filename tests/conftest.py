@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import latents
 from sizes import TINY
 
+from fluxedu import probe
 from fluxedu.models import AutoEncoder, CLIPTextEncoder, Flux, T5Encoder
 from fluxedu.models.config import Sampling
 from fluxedu.nano import configs
@@ -22,6 +24,21 @@ def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizers")
     save_tokenizers(folder)
     return folder
+
+
+@pytest.fixture
+def nothing_stays():
+    """After the test nobody is watching."""
+    yield
+    assert not probe.watched()
+
+
+@pytest.fixture
+def everything_is_restored(pipe, nothing_stays):
+    """After the test the pipeline draws what it drew before, and nobody is watching."""
+    before = latents(pipe)
+    yield
+    assert torch.equal(latents(pipe), before)
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from PIL import Image
 from fluxedu.arena.errors import ArenaError
 from fluxedu.checkpoints import find
 from fluxedu.checkpoints.aside import aside
-from fluxedu.nano.rivals import FILE, SD, load_sd
-from fluxedu.sampling.load import OURS, WEIGHTS, load
+from fluxedu.nano.rivals import FILE, SD, opened
+from fluxedu.sampling.load import OURS, WEIGHTS
 from fluxedu.sampling.pipeline import FluxPipeline
 
 Draw = Callable[[str, int, int, int], Image.Image]  # prompt, seed, height, width
@@ -38,12 +38,10 @@ class Contestant:
     stamp: str = ""
 
 
-@cache  # nano and nano@4 are one model
-def _opened(model: str, device: str):
-    return load_sd(device=device) if model == SD else load(model, device=device)
+_opened = cache(opened)  # nano and nano@4 are one model
 
 
-def contestant(spec: str, device: str | torch.device = "cpu") -> Contestant:
+def contestant(spec: str, device: str | torch.device | None = None) -> Contestant:
     """What :func:`fluxedu.load` opens, or "sd"; ``@4`` after it asks for 4 steps instead of the model's own number.
 
     The weights are looked for now, and opened when the first picture is asked for.
@@ -57,7 +55,7 @@ def contestant(spec: str, device: str | torch.device = "cpu") -> Contestant:
         parts = (find(WEIGHTS, OURS[model].transformer) if model in OURS else find(model)).parts.values()
 
     def draw(prompt: str, seed: int, height: int, width: int) -> Image.Image:
-        return pictured(_opened(model, str(device)), prompt, seed, height, width, int(steps) if steps else None)
+        return pictured(_opened(model, device), prompt, seed, height, width, int(steps) if steps else None)
 
     return Contestant(spec, draw, _stamp(parts))
 

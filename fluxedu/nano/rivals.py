@@ -28,7 +28,7 @@ from fluxedu.nano import configs
 from fluxedu.sampling.latents import draw_noise
 from fluxedu.sampling.load import WEIGHTS, load
 from fluxedu.sampling.pictures import to_images
-from fluxedu.sampling.pipeline import Output
+from fluxedu.sampling.pipeline import FluxPipeline, Output
 from fluxedu.sampling.prompts import PromptEncoder
 from fluxedu.sampling.request import RequestError
 
@@ -151,13 +151,18 @@ class StableDiffusion:
             raise RequestError("this baseline keeps no trajectory; leave trajectory=False.")
 
 
-def load_sd(weights: Path | str = WEIGHTS, device: str = "cpu") -> StableDiffusion:
+def load_sd(weights: Path | str = WEIGHTS, device: str | torch.device = "cpu") -> StableDiffusion:
     """The Stable Diffusion that was trained; raises RequestError where it, or diffusers, is missing."""
     if not (path := Path(weights) / FILE).is_file():
         raise RequestError(f"there is no {path}; `fluxedu train --variant sd` makes one.")
     network, pipe = unet(), load("nano", device=device)
     network.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return StableDiffusion(network.requires_grad_(False).to(device), pipe.prompt_encoder, pipe.autoencoder)
+
+
+def opened(name: str, device: str | torch.device | None = None) -> FluxPipeline | StableDiffusion:
+    """ "sd", or what :func:`fluxedu.load` opens."""
+    return load_sd(device=device or "cpu") if name == SD else load(name, device=device)
 
 
 def _diffusers():

@@ -10,19 +10,12 @@ from runs import OTHER, PROMPT, relative, under
 from runs import latents as draw
 
 import fluxedu as fe
-from fluxedu import probe
 from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.interventions import positions
 from fluxedu.models.modulation import Modulation
 from fluxedu.sampling.latents import image_ids, text_ids
 
-
-@pytest.fixture(autouse=True)
-def everything_is_restored(pipe):
-    before = draw(pipe)
-    yield
-    assert not probe.watched()
-    assert torch.equal(draw(pipe), before)
+pytestmark = pytest.mark.usefixtures("everything_is_restored")
 
 
 # --- nothing changed, not a bit -------------------------------------------------------------------

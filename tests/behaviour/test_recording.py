@@ -7,15 +7,10 @@ from runs import MAP, PROMPT, draw, off
 from torch.nn.functional import cosine_similarity
 
 import fluxedu as fe
-from fluxedu import probe
 from fluxedu.instruments import reductions
 from fluxedu.instruments.errors import InstrumentError
 
-
-@pytest.fixture(autouse=True)
-def nothing_stays():
-    yield
-    assert not probe.watched()
+pytestmark = pytest.mark.usefixtures("nothing_stays")
 
 
 # --- exactness ------------------------------------------------------------------------------------

@@ -15,11 +15,7 @@ from fluxedu import probe
 from fluxedu.instruments import reductions
 from fluxedu.instruments.errors import InstrumentError
 
-
-@pytest.fixture(autouse=True)
-def nothing_stays():
-    yield
-    assert not probe.watched()
+pytestmark = pytest.mark.usefixtures("nothing_stays")
 
 
 def test_a_recorder_that_is_done_lets_the_pipeline_go():

@@ -10,15 +10,10 @@ import torch
 from runs import MAP, PROMPT, draw
 
 import fluxedu as fe
-from fluxedu import probe
 from fluxedu.instruments.errors import BudgetError, InstrumentError
 from fluxedu.instruments.recording import open_recording
 
-
-@pytest.fixture(autouse=True)
-def nothing_stays():
-    yield
-    assert not probe.watched()
+pytestmark = pytest.mark.usefixtures("nothing_stays")
 
 
 def test_the_budget_refuses_before_anything_is_made(pipe, monkeypatch):

@@ -17,13 +17,7 @@ from fluxedu.models.attention import SelfAttention
 from fluxedu.models.double_stream import MLP, DoubleStreamBlock
 from fluxedu.models.single_stream import SingleStreamBlock
 
-
-@pytest.fixture(autouse=True)
-def everything_is_restored(pipe):
-    before = draw(pipe)
-    yield
-    assert not probe.watched()
-    assert torch.equal(draw(pipe), before)
+pytestmark = pytest.mark.usefixtures("everything_is_restored")
 
 
 class ByHand(SelfAttention):

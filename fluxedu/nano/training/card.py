@@ -172,10 +172,10 @@ def family_table(weights: Path) -> str:
     return "\n".join([*lines, "", ""])
 
 
-def write_member(weights: Path, name: str, entry: dict) -> None:
-    """Note a member of the family in ``family.json``, and in the model card where there is one."""
+def write_member(weights: Path, name: str, entry: dict, file: str = "family.json") -> None:
+    """Note a member of the family in ``file``, and in the model card where there is one."""
     weights, card = Path(weights), Path(weights) / "README.md"
-    path = weights / "family.json"
+    path = weights / file
     members = json.loads(path.read_text()) if path.is_file() else {}
     write_text(path, json.dumps(dict(sorted({**members, name: entry}.items())), indent=2) + "\n")
     if card.is_file():

@@ -22,9 +22,9 @@ from fluxedu.checkpoints.save import save_file, save_folder, write_text
 from fluxedu.models.transformer import Flux
 from fluxedu.nano import configs, exam
 from fluxedu.nano.report import drawer
-from fluxedu.nano.rivals import FILE, SD, UNET, StableDiffusion, schedule, unet
+from fluxedu.nano.rivals import FILE, GUIDANCE, SD, UNET, StableDiffusion, schedule, unet
 from fluxedu.nano.scenes import COLORS, FORMS
-from fluxedu.nano.training.card import refresh
+from fluxedu.nano.training.card import write_member
 from fluxedu.nano.training.flow import (
     ALIGN,
     ALIGNED,
@@ -48,10 +48,9 @@ RECIPES = {
 }
 SHIPS_AS = {SD: FILE, TWIN: Path("transformer_twin")}
 SHARDS = 14  # of 2,560 scenes each
-ALIGN_NOISE = ALIGN / 3  # the noise is easier to tell than the velocity: its loss is about a third
+OF_ALIGN = 1 / 3  # of the alignment's weight: the noise is easier to tell, its loss about a third
 SEED = 88
 STEPS = (4, 8, 20, 50)  # judged in, over the first prompts of the exam
-GUIDANCE = 5.0  # of both, and of the miniature before its guidance was built in
 
 
 class Aligned(nn.Module):
@@ -79,7 +78,7 @@ def noise_loss(model: Aligned, batch: dict[str, Tensor], texts: Texts, g: torch.
         predicted, read = model(schedule().add_noise(x0, noise, t), t, words)
     plain = F.mse_loss(predicted.float(), noise)
     named = misnamed(read, batch["labels"].flatten(2))
-    return plain + align / ALIGN * ALIGN_NOISE * named, {"noise": float(plain.detach()), "named": float(named.detach())}
+    return plain + OF_ALIGN * align * named, {"noise": float(plain.detach()), "named": float(named.detach())}
 
 
 def train(name: str, folder: Path, pipe: FluxPipeline, resume: bool = True) -> tuple[nn.Module, Run]:
@@ -128,7 +127,7 @@ def train_rival(name: str, folder: Path, resume: bool, ship_to: Path, prompts: i
         "minutes": round(run.seconds / 60),
         **examined(seated(rounded(network), pipe), prompts, few),
     }
-    _note(Path(ship_to), name, entry)
+    write_member(Path(ship_to), name, entry, "rivals.json")
     return path
 
 
@@ -151,11 +150,3 @@ def examined(pipe: FluxPipeline | StableDiffusion, prompts: int, few: int) -> di
     whole = exam.sit(drawer(pipe, 20, GUIDANCE), prompts)
     sits = {steps: exam.sit(drawer(pipe, steps, GUIDANCE), few, varied=0)["rows"] for steps in STEPS}
     return {"guidance": GUIDANCE, "exam": whole, "few": few, "by_steps": {n: r["everything"] for n, r in sits.items()}}
-
-
-def _note(weights: Path, name: str, entry: dict) -> None:
-    path = weights / "rivals.json"
-    others = json.loads(path.read_text()) if path.is_file() else {}
-    write_text(path, json.dumps(others | {name: entry}, indent=2) + "\n")
-    if (card := weights / "README.md").is_file():
-        refresh(card)
