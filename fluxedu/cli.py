@@ -18,7 +18,8 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the figure
 Model = Annotated[
     str,
     typer.Option(
-        help="nano (shipped, guidance built in), nano-base (shipped, real CFG), a variant such as dev, or a folder."
+        envvar="FLUXEDU_MODEL",
+        help="nano (shipped, guidance built in), nano-base (shipped, real CFG), a variant such as dev, or a folder.",
     ),
 ]
 
@@ -72,6 +73,8 @@ def sample(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the model's own choice if not given.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float64.")] = None,
     memory: Annotated[str, typer.Option(help="auto, full, no-modulations or stream.")] = "auto",
+    quantise: Annotated[str | None, typer.Option(help="The blocks' weights as int8, fp8 or nf4; not exact.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Let torch.compile fuse the blocks.")] = False,
 ) -> None:
     """Draw a prompt into a PNG file."""
     from PIL import Image
@@ -85,9 +88,8 @@ def sample(
     can_write(output)
     if edges and control is None:
         raise fail("--edges are those of --control; give that picture too.")
-    pipe = _load(
-        f"nano-{variant}" if variant else model, device, dtype, memory=memory, lora=lora, lora_scale=lora_scale
-    )
+    how = {"memory": memory, "quantise": quantise, "compile": compile, "lora": lora, "lora_scale": lora_scale}
+    pipe = _load(f"nano-{variant}" if variant else model, device, dtype, **how)
     given = {"image": image, "mask": mask, "control": control, "reference": reference, "image_prompt": image_prompt}
     with sentences():
         pictures = {name: _picture(path) for name, path in given.items() if path}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fluxedu.checkpoints import load_into, outline
+from fluxedu.memory import quantised
 from fluxedu.memory.placement import Networks, Placement, choose, free_bytes, said
 from fluxedu.memory.shortage import advised
 from fluxedu.memory.tiles import decode_tiled
@@ -20,17 +21,26 @@ FOLDERS = {"flux": "transformer", "ae": "vae", "clip": "text_encoder", "t5": "te
 
 
 def open_networks(
-    parts: dict[str, Path], device: torch.device, dtype: torch.dtype, memory: str = "auto", words: int = 512
+    parts: dict[str, Path],
+    device: torch.device,
+    dtype: torch.dtype,
+    memory: str = "auto",
+    quantise: str | None = None,
+    words: int = 512,
 ) -> dict[str, nn.Module]:
     """``flux``, ``ae``, ``clip`` and ``t5`` of ``parts`` (folder or file by the official folders' names).
 
-    What was chosen for ``memory="auto"`` is said in one line on stderr, unless everything stays.
+    ``quantise`` makes the flow's blocks small (quantised.py). What was chosen for ``memory="auto"`` is said in one line
+    on stderr, unless everything stays.
     """
+    if quantise is not None:
+        quantised.check(quantise)
     outlines = {name: outline(parts[folder]) for name, folder in FOLDERS.items()}
     networks = {name: network for name, (network, _) in outlines.items()}
     hollow_ones = Networks(**networks, dtype=dtype)
     free = free_bytes(device)
-    placement = Placement() if memory == "auto" and free == float("inf") else choose(hollow_ones, memory, free)
+    everything_fits = memory == "auto" and free == float("inf")
+    placement = Placement(small=quantise) if everything_fits else choose(hollow_ones, memory, free, small=quantise)
     if memory == "auto" and device.type != "cpu":
         need = hollow_ones.need(placement, 1024, 1024, words)
         print(said(placement, need, free, device), file=sys.stderr)
@@ -44,9 +54,12 @@ def open_networks(
 
 def _fill(network: nn.Module, tensors, placement: Placement, device: torch.device, dtype: torch.dtype) -> None:
     """The weights to where they belong; then the visitors are told to visit."""
-    away, visitors = placement.away(network), placement.visitors(network)
-    load_into(network, tensors, dtype, lambda name: "cpu" if name in away else device)
+    groups, small = placement.visitors(network), {f"{name}.weight" for name in placement.made_small(network)}
+    stays_home = placement.away(network) | small
+    load_into(network, tensors, dtype, lambda name: "cpu" if name in stays_home else device)
     network.requires_grad_(False)
-    network.visited = bool(visitors)
-    for group in visitors:
-        Visits(group, device, apart=(module for group in visitors for module in group))
+    network.visitors = tuple(module for group in groups for module in group)
+    if small:
+        quantised.quantise(network, placement.small, device)
+    for group in groups:
+        Visits(group, device, apart=network.visitors)

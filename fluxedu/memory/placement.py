@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fluxedu.memory.peak import FusedAttention, PeakBytes
+from fluxedu.memory.quantised import FORMATS, linears
 from fluxedu.memory.tiles import TILE
 from fluxedu.memory.visits import owned
 from fluxedu.models import AutoEncoder, AutoEncoderConfig, CLIPTextEncoder, Flux, FluxConfig, T5Encoder
@@ -37,11 +38,17 @@ class PlacementError(ValueError):
 
 @dataclass(frozen=True)
 class Placement:
-    """mode: one of ``MODES`` but auto · streamed: how many of the flow's blocks visit · tiled: decode in tiles?"""
+    """How the weights lie.
+
+    mode: one of ``MODES`` but auto · streamed: how many of the flow's blocks visit · tiled: decode in tiles? ·
+    small: what the linear layers of the blocks are quantised to, one of ``quantised.FORMATS``; those that visit
+    are not
+    """
 
     mode: str = "full"
     streamed: int = 0
     tiled: bool = False
+    small: str | None = None
 
     def visitors(self, network: nn.Module) -> list[list[nn.Module]]:
         """The modules of one network that visit, in the order in which they run; those in one list fetch ahead."""
@@ -65,6 +72,25 @@ class Placement:
         ids = {id(p) for group in self.visitors(network) for module in group for p in module.parameters()}
         return {name for name, p in network.named_parameters() if id(p) in ids}
 
+    def made_small(self, network: nn.Module) -> dict[str, nn.Linear]:
+        """The linear layers that are quantised, by name."""
+        if self.small is None or not isinstance(network, Flux):
+            return {}
+        away = {module for group in self.visitors(network) for module in group}
+        chosen = {m for b in (*network.double_blocks, *network.single_blocks) for m in linears(b, away)}
+        return {name: module for name, module in network.named_modules() if module in chosen}
+
+    def held(self, network: nn.Module, size: int) -> tuple[int, int]:
+        """Bytes of the weights that stay, ``size`` a number; and of the largest small one when it is made whole."""
+        away, small = self.away(network), self.made_small(network)
+        whole = [
+            p.numel() for n, p in network.named_parameters() if n not in away and n.rpartition(".")[0] not in small
+        ]
+        shapes = [module.weight.shape for module in small.values()]
+        biases = sum(module.out_features for module in small.values() if module.bias is not None)
+        least = sum(FORMATS[self.small].held(*shape) for shape in shapes)
+        return size * (sum(whole) + biases) + least, size * max((shape.numel() for shape in shapes), default=0)
+
 
 def modulations(flux: Flux) -> list[nn.Module]:
     """The linear layers that make every shift, scale and gate, in the order in which a plan calls them."""
@@ -82,7 +108,7 @@ class Need:
 
     resident: int
     planning: int  # two neighbouring modulations
-    step: int  # two neighbouring blocks that visit, and the activations of a step
+    step: int  # two neighbouring blocks that visit, one small layer made whole, and the activations of a step
     text: int  # of the encoders
     decode: int  # the autoencoder's activations
 
@@ -108,16 +134,15 @@ class Networks:
 
     def need(self, placement: Placement, height: int, width: int, words: int) -> Need:
         """Of one picture ``height x width`` with ``words`` text tokens."""
-        size, resident = self.dtype.itemsize, 0
-        for network in (self.flux, self.ae, self.clip, self.t5):
-            away = placement.away(network)
-            resident += size * sum(p.numel() for name, p in network.named_parameters() if name not in away)
+        size = self.dtype.itemsize
+        held = [placement.held(network, size) for network in (self.flux, self.ae, self.clip, self.t5)]
+        resident, whole = sum(stays for stays, _ in held), held[0][1]
         step, decode = activations(self.flux.config, self.ae.config, height, width, words, self.dtype, placement.tiled)
         rows = size * STEPS * sum(linear.out_features for linear in modulations(self.flux))  # of the plan
         visits = lambda network: [size * n for n in _largest_pairs(placement.visitors(network))]  # noqa: E731
         planning, blocks = visits(self.flux) or (0, 0)
         text = max([*visits(self.clip), *visits(self.t5), 0])
-        return Need(resident, planning + rows, blocks + rows + step, text, decode)
+        return Need(resident, planning + rows, blocks + rows + step + whole, text, decode)
 
 
 def _largest_pairs(groups: list[list[nn.Module]]) -> list[int]:
@@ -157,14 +182,25 @@ def activations(
 # ---------------------------------------------------------------- choosing
 
 
-def choose(networks: Networks, mode: str, free: float, size: int = 1024, words: int = 512) -> Placement:
-    """The placement for ``mode``; for auto, the one that moves least and needs no more than ``free`` bytes."""
+def choose(
+    networks: Networks, mode: str, free: float, size: int = 1024, words: int = 512, small: str | None = None
+) -> Placement:
+    """The placement for ``mode``; for auto, the one that moves least and needs no more than ``free`` bytes.
+
+    Blocks that are quantised (``small``) stay: of all that is small, the least is without the modulations.
+    """
     if mode not in MODES:
         raise PlacementError(f"memory must be one of {', '.join(MODES)}, not {mode!r}.")
     blocks = len(networks.flux.double_blocks) + len(networks.flux.single_blocks)
-    if mode != "auto":
+    if small is not None and mode == "stream":
+        raise PlacementError('blocks that visit are not quantised: say memory="no-modulations", or leave quantise out.')
+    if mode != "auto" and small is None:
         return Placement(mode, blocks if mode == "stream" else 0)
     fits: Callable[[Placement], bool] = lambda p: networks.need(p, size, size, words).peak <= free  # noqa: E731
+    if small is not None:
+        modes = MODES[1:3] if mode == "auto" else (mode,)
+        ways = [Placement(way, tiled=tiled, small=small) for tiled in (False, True) for way in modes]
+        return next(filter(fits, ways), ways[-1]) if mode == "auto" else ways[0]
     for placement in (Placement(), Placement("no-modulations")):
         if fits(placement):
             return placement
@@ -192,6 +228,7 @@ def said(placement: Placement, need: Need, free: float, device: torch.device) ->
         "no-modulations": "the modulations visit it while a run is planned, the text encoders while a prompt is read",
         "stream": f"{placement.streamed} of the flow's blocks visit it in turn, the modulations and text encoders too",
     }[placement.mode]
+    what += f"; the blocks' weights are {placement.small}" if placement.small else ""
     tiled = "; pictures are decoded in tiles" if placement.tiled else ""
     room = "" if free == float("inf") else f" of {free / GB:.1f} GB free"
     return (

@@ -21,6 +21,7 @@ from fluxedu.checkpoints import Merged, find, inputs_of, load_into, merge, read,
 from fluxedu.checkpoints.lora import is_scale
 from fluxedu.memory import open_networks
 from fluxedu.models import VARIANTS, Flux, FluxConfig, Sampling
+from fluxedu.models.compiled import compiled
 from fluxedu.models.config import said
 from fluxedu.models.eye import Eye
 from fluxedu.models.hollow import hollow
@@ -74,6 +75,8 @@ def load(
     dtype: str | torch.dtype | None = None,
     transformer: str = "transformer",
     memory: str = "auto",
+    quantise: str | None = None,
+    compile: bool | str = False,
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
 ) -> FluxPipeline:
@@ -81,12 +84,13 @@ def load(
 
     name: what the environment variable FLUXEDU_MODEL says if not given, else ``nano`` · device, dtype: the CPU and
     float32 if not given; of the official weights a GPU where there is one, and bfloat16 · transformer: the folder
-    of the transformer inside · memory: auto, full, no-modulations or stream (:mod:`fluxedu.memory`) · lora: a file, or
-    ``hollow``, the style that ships; ``lora_scale`` times its change is merged. ``pipe.lora.unmerge()``
-    takes it back, but not the inputs that a LoRA such as canny's adds.
+    of the transformer inside · memory: auto, full, no-modulations or stream (:mod:`fluxedu.memory`) · quantise:
+    int8, fp8 or nf4, not exact (:mod:`fluxedu.memory.quantised`) · compile: True, or a backend of torch.compile; what
+    is recorded stays the same · lora: a file, or ``hollow``, the style that ships; ``lora_scale`` times its change is
+    merged. ``pipe.lora.unmerge()`` takes it back, but not the inputs that a LoRA such as canny's adds.
 
     Raises RequestError for a device or dtype that is not there, CheckpointError for files that are missing or do
-    not fit, with the command that gets them.
+    not fit, with the command that gets them, QuantiseError and CompileError where those cannot be had.
     """
     if name is None or (isinstance(name, str) and not name):
         name = os.environ.get("FLUXEDU_MODEL") or "nano"
@@ -107,7 +111,7 @@ def load(
         dtype = dtype or "bfloat16"
     device, dtype = checked_device(device or "cpu"), checked_dtype(dtype)
 
-    networks = open_networks(files.parts, device, dtype, memory)
+    networks = open_networks(files.parts, device, dtype, memory, quantise)
     clip, t5, flux, vae = (networks[name] for name in ("clip", "t5", "flux", "ae"))
     sampling = sampling or VARIANTS[files.variant or _like(flux.config)].sampling
     places = clip.config.max_position_embeddings
@@ -131,6 +135,8 @@ def load(
         pipe.flux, pipe.lora = with_lora(pipe.flux, lora, lora_scale)
     elif lora_scale != 1.0:
         raise RequestError("lora_scale is how much of a LoRA's change is merged; say lora= as well.")
+    if compile is not False:
+        compiled(pipe.flux, compile)
     return pipe
 
 
@@ -140,8 +146,10 @@ def with_lora(flux: Flux, lora: str | Path, scale: float = 1.0, called: str = "a
         raise RequestError(f"lora_scale is a number, 1 being the change as it was learned, not {said(scale)}.")
     if not isinstance(lora, (str, Path)):
         raise RequestError(f"lora is a file, or one of {', '.join(LORAS)}, not {said(lora)}.")
-    if getattr(flux, "visited", False):
+    if getattr(flux, "visitors", ()):
         raise RequestError(f"{called} is merged into weights that stay; say memory='full'.")
+    if getattr(flux, "quantised", None):
+        raise RequestError(f"{called} is merged into whole weights; load without quantise, then quantise pipe.flux.")
     tensors = read(WEIGHTS / LORAS[lora] / LORA_FILE if lora in LORAS else lora)
     wanted = inputs_of(tensors) or 0
     flux = widened(flux, wanted) if wanted > flux.config.in_channels else flux

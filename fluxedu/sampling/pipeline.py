@@ -105,8 +105,10 @@ class FluxPipeline(Sited):
         for place in (*args, *kwargs.values()):
             if isinstance(place, (str, torch.device)):
                 checked_device(place)
-        if any(getattr(network, "visited", False) for network in self.networks().values()):
+        if any(getattr(network, "visitors", ()) for network in self.networks().values()):
             raise RequestError("weights that visit a device cannot be moved; load again with another device or memory.")
+        if small := getattr(self.flux, "quantised", None):
+            raise RequestError(f"{small} weights cannot be moved or cast; load again with another device or dtype.")
         for network in self.networks().values():
             network.to(*args, **kwargs)
         return self

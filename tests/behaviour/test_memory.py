@@ -272,25 +272,3 @@ def test_tiles_of_the_miniature_are_close(seed):
     latent = pipe(PROMPT, seed=seed, height=192, width=192, progress=False).latents
     whole, tiled = pipe.autoencoder.decode(latent), decode_tiled(pipe.autoencoder, latent, tile=16, overlap=8)
     assert 10 * math.log10(4 / float((whole - tiled).square().mean())) > 40
-
-
-# ---------------------------------------------------------------- eight bits
-
-
-@pytest.mark.parametrize(("to", "most"), [("int8", 0.01), ("fp8", 0.03)])
-def test_what_eight_bits_cost_a_block(to, most):
-    """Measured on the miniature, first step: up to 0.7 % after a block in int8, 1.7 % in fp8."""
-    pytest.importorskip("torchao")
-    from fluxedu.bench.quantised import errors
-
-    found = {name: error for name, error in errors(to).items() if name.startswith(("double", "single"))}
-    assert len(found) == 2 * 2 + 6 and all(0 < error < most for error in found.values())
-
-
-def test_quantising_what_visits_or_to_another_word_is_refused():
-    from fluxedu.memory.quantised import quantise
-
-    with pytest.raises(ValueError, match="one of int8, fp8, not 'int3'"):
-        quantise(fe.load("nano").flux, "int3")
-    with pytest.raises(ValueError, match='load with memory="full"'):
-        quantise(fe.load("nano", memory="stream").flux)

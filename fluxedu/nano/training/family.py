@@ -30,7 +30,7 @@ from fluxedu.nano.training.flow import (
     ALIGN,
     Texts,
     WithAlignment,
-    compiled,
+    faster,
     flow_of,
     misnamed,
     noisy,
@@ -163,7 +163,7 @@ def train(name: str, folder: Path, pipe: FluxPipeline, resume: bool = True) -> n
     run = Run(name, model, recipe, folder, resume, made_from)
     if run.step < recipe.steps:
         loss = _loss(name, model, pipe, texts, run)
-        compiled(getattr(model, "flux", model))
+        faster(getattr(model, "flux", model))
         run.train(loss)
     return flow_of(run) if name == "kontext" else use_average(_start(name, pipe), run.average)
 
