@@ -12,36 +12,54 @@ from torch import Tensor
 from fluxedu.checkpoints import convert, to_diffusers_config
 from fluxedu.memory.peak import PeakBytes
 from fluxedu.models import Flux, FluxConfig
+from fluxedu.models.hollow import hollow
 from fluxedu.sampling.latents import image_ids, text_ids
 
 WIDE = FluxConfig(hidden_size=1024, num_heads=8, depth=4, depth_single_blocks=8, context_in_dim=1024, vec_in_dim=768)
 STEPS = 20
 
 
-def in_turns(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> tuple[float, float]:
+def settled(device: torch.device | str | None = None) -> None:
+    """Wait until a GPU has done what it was asked; anything else has."""
+    if device is not None and torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_turns(
+    ours: Callable[[], object], theirs: Callable[[], object], rounds: int, device: torch.device | str | None = None
+) -> tuple[float, float]:
     """Median seconds of both, run alternately after one round of warming up."""
     ours(), theirs()
+    settled(device)
     times: dict[Callable, list[float]] = {ours: [], theirs: []}
     for _ in range(rounds):
         for side in (ours, theirs):
             start = time.perf_counter()
             side()
+            settled(device)
             times[side].append(time.perf_counter() - start)
     return statistics.median(times[ours]), statistics.median(times[theirs])
 
 
-def inputs_of(config: FluxConfig, side: int, text: int) -> dict[str, Tensor]:
+def inputs_of(
+    config: FluxConfig,
+    side: int,
+    text: int,
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
     """Random input for ``side x side`` image tokens and ``text`` text tokens."""
     g = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    draw = lambda *shape: torch.randn(batch, *shape, generator=g).to(device, dtype)  # noqa: E731
     return {
-        "img": draw(1, side * side, config.in_channels),
-        "img_ids": image_ids(2 * side, 2 * side),
-        "txt": draw(1, text, config.context_in_dim),
-        "txt_ids": text_ids(text),
-        "timesteps": torch.tensor([0.6]),
-        "y": draw(1, config.vec_in_dim),
-        "guidance": torch.tensor([3.5]),
+        "img": draw(side * side, config.in_channels),
+        "img_ids": image_ids(2 * side, 2 * side).to(device),
+        "txt": draw(text, config.context_in_dim),
+        "txt_ids": text_ids(text).to(device),
+        "timesteps": torch.full((batch,), 0.6, device=device),
+        "y": draw(config.vec_in_dim),
+        "guidance": torch.full((batch,), 3.5, device=device),
     }
 
 
@@ -50,8 +68,9 @@ def reference_of(flux: Flux):
     from diffusers import FluxTransformer2DModel
 
     config = to_diffusers_config(flux.config)
-    reference = FluxTransformer2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
-    reference.load_state_dict(convert(flux.state_dict(), to="diffusers", config=flux.config))
+    with hollow():
+        reference = FluxTransformer2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
+    reference.load_state_dict(convert(flux.state_dict(), to="diffusers", config=flux.config), assign=True)
     return reference.eval()
 
 
@@ -117,14 +136,16 @@ def memory_ratio(config: FluxConfig, side: int, text: int) -> dict:
     return {"ours_bytes": peaks[0], "diffusers_bytes": peaks[1], "ratio": peaks[0] / peaks[1]}
 
 
-def matmul_peak(dtype: torch.dtype, size: int = 1536, rounds: int = 8) -> float:
+def matmul_peak(dtype: torch.dtype, size: int = 1536, rounds: int = 8, device: torch.device | str = "cpu") -> float:
     """The best matrix product of this machine, in FLOP a second."""
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
     a @ b
+    settled(device)
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
         a @ b
+        settled(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 

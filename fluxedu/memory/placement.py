@@ -215,7 +215,9 @@ def choose(
 def free_bytes(device: torch.device) -> float:
     """What may be used of a device. Of the CPU's, no end: what is mapped the system takes back by itself."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] - RESERVE
+        free, whole = torch.cuda.mem_get_info(device)
+        allowed = whole * torch.cuda.get_per_process_memory_fraction(device) - torch.cuda.memory_reserved(device)
+        return min(free, allowed) - RESERVE
     if device.type == "mps":
         return float(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()) - RESERVE
     return float("inf")

@@ -4,7 +4,8 @@
     quantise(pipe.flux, "int8")         of a network that is there
 
 int8, fp8   a row of a weight is 8-bit numbers and one scale: torchao
-nf4         64 weights of a row (32 where 64 do not go into it) are 4-bit numbers, spaced as a normal distribution is, and one scale: bitsandbytes
+nf4         64 weights of a row (32 where 64 do not go into it) are 4-bit numbers, spaced as a normal distribution is,
+            and one scale: bitsandbytes
             (Dettmers et al., 2023, arXiv:2305.14314)
 
 Both come with ``pip install "fluxedu[quantised]"``. What it costs a block is measured by

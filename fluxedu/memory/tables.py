@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from fluxedu.memory.placement import GB, RESERVE, Networks, Placement, choose
 
 CARDS = (80, 24, 16, 12, 8)
 
 
-def predicted(cards: tuple[int, ...] = CARDS, variant: Networks | None = None, size: int = 1024) -> list[dict]:
-    """A row a card, in GB: what auto chooses there, what stays on the card, and the peak of each stage."""
+def predicted(
+    cards: tuple[int, ...] = CARDS, variant: Networks | None = None, size: int = 1024, small: str | None = None
+) -> list[dict]:
+    """A row a card, in GB: what auto chooses there, what stays on the card, and the peak of each stage.
+
+    ``small``: what the blocks' weights are quantised to.
+    """
     networks, rows = variant or Networks.official(), []
     for card in cards:
-        placement = choose(networks, "auto", card * GB - RESERVE, size)
+        placement = choose(networks, "auto", card * GB - RESERVE, size, small=small)
         need = networks.need(placement, size, size, 512)
         rows.append(_row(f"{card} GB", placement, need, card * GB - RESERVE))
     return rows
@@ -19,8 +26,14 @@ def predicted(cards: tuple[int, ...] = CARDS, variant: Networks | None = None, s
 
 def _row(name: str, placement: Placement, need, free: float) -> dict:
     stages = {stage: (need.resident + getattr(need, stage)) / GB for stage in ("text", "planning", "step", "decode")}
-    chosen = {"card": name, "mode": placement.mode, "streamed": placement.streamed, "tiled": placement.tiled}
-    return {**chosen, "resident": need.resident / GB, **stages, "peak": need.peak / GB, "fits": need.peak <= free}
+    return {
+        "card": name,
+        **asdict(placement),
+        "resident": need.resident / GB,
+        **stages,
+        "peak": need.peak / GB,
+        "fits": need.peak <= free,
+    }
 
 
 def table(size: int = 1024) -> str:

@@ -94,6 +94,8 @@ def pretend_gpu() -> Iterator[None]:
         "get_device_name": lambda device=None: "a pretend GPU",
         "get_device_capability": lambda device=None: (8, 0),
         "mem_get_info": lambda device=None: (16 * GIB, 16 * GIB),
+        "get_per_process_memory_fraction": lambda device=None: 1.0,
+        "memory_reserved": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0,
         "reset_peak_memory_stats": lambda device=None: None,

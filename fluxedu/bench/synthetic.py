@@ -1,0 +1,105 @@
+"""A checkpoint of the true names and shapes with random values: for speed and memory, not for pictures.
+
+    python -m fluxedu.bench.synthetic dev /big/disk/dev          # 33.7 GB; any variant
+    python -m fluxedu.bench.synthetic dev /tmp/dev --small       # the same layout, a few MB
+
+The folder is as on the hub and opens with ``fe.load("/big/disk/dev")``. Its tokenizers are the miniature's, the
+official ones being somebody else's files, and CLIP's end of text is theirs. Values are made a tensor at a time.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from fluxedu.checkpoints.aside import aside
+from fluxedu.checkpoints.save import save_folder
+from fluxedu.models import (
+    AutoEncoder,
+    AutoEncoderConfig,
+    CLIPTextConfig,
+    CLIPTextEncoder,
+    Flux,
+    FluxConfig,
+    T5Config,
+    T5Encoder,
+)
+from fluxedu.models.hollow import hollow
+from fluxedu.nano import configs
+from fluxedu.nano.tokenizers import save_tokenizers
+from fluxedu.terminal import sentences
+
+#: instead of the true widths, heads of 128 as there
+SMALL = {
+    Flux: {"hidden_size": 256, "num_heads": 2, "depth": 2, "depth_single_blocks": 3,
+           "context_in_dim": 32, "vec_in_dim": 24},
+    AutoEncoder: {"ch": 32, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1},
+    CLIPTextEncoder: {"vocab_size": 741, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2,
+                      "num_attention_heads": 2},
+    T5Encoder: {"vocab_size": 192, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+}  # fmt: skip
+KINDS = {
+    "transformer": (Flux, FluxConfig),
+    "vae": (AutoEncoder, AutoEncoderConfig),
+    "text_encoder": (CLIPTextEncoder, CLIPTextConfig),
+    "text_encoder_2": (T5Encoder, T5Config),
+}
+
+
+class Drawn(Mapping[str, Tensor]):
+    """A network's tensors, each made when it is asked for and the same every time."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype = torch.bfloat16):
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        self.dtypes = dict.fromkeys(self.shapes, dtype)
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape, dtype = self.shapes[name], self.dtypes[name]
+        fan = max(1, torch.Size(shape[1:]).numel())
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        drawn = torch.empty(shape, dtype=dtype).uniform_(-1, 1, generator=generator).mul_((3 / fan) ** 0.5)
+        is_scale = len(shape) == 1 and not name.endswith("bias")
+        return drawn.mul_(0.1).add_(1) if is_scale else drawn.mul_(0.1) if len(shape) == 1 else drawn
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def synthetic(folder: str | Path, variant: str = "dev", small: bool = False) -> Path:
+    """Write a whole folder for ``variant``; it appears whole or not at all. Raises ConfigError, CheckpointError."""
+    with aside(Path(folder), folder=True) as part:
+        for name, (kind, config_of) in KINDS.items():
+            config = FluxConfig.variant(variant) if kind is Flux else config_of()
+            config = config.with_(**(SMALL[kind] if small else {}))
+            if kind is CLIPTextEncoder:
+                config = config.with_(eos_token_id=configs.CLIP.eos_token_id)
+            with hollow():
+                network = kind(config)
+            save_folder(Drawn(network), part / name, config)
+        save_tokenizers(part)
+    return Path(folder)
+
+
+def main(
+    variant: Annotated[str, typer.Argument(help="dev, schnell, fill, …")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    small: Annotated[bool, typer.Option("--small", help="Small widths, a few MB.")] = False,
+) -> None:
+    """Write a checkpoint of the true layout with random values."""
+    with sentences():
+        synthetic(folder, variant, small)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    typer.echo(f"wrote {folder} ({size / 1e9:.2f} GB)")
+
+
+if __name__ == "__main__":
+    typer.run(main)
