@@ -18,10 +18,10 @@ from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.asked import checked
 from fluxedu.widgets.controls import Chips, Choice, clock
 from fluxedu.widgets.explorer import Explorer, View
-from fluxedu.widgets.paint import enlarged, over, over_stops, picture
+from fluxedu.widgets.paint import enlarged, over, over_stops, picture, reduced
 from fluxedu.widgets.panels import Pixels
 
-SIDE = 256  # pixels of a painted picture, about
+SIDE = 256  # pixels of a painted picture, at least about
 
 
 @dataclass
@@ -36,12 +36,13 @@ class Attended:
     words: int
     grid: tuple[int, int]
     _maps: dict[tuple[str, int], AttentionMap] = field(default_factory=dict, repr=False)
+    _column: tuple = (None, None)  # the last one: it stays while the pointer moves over patches
 
     def map(self, block: str, step: int) -> AttentionMap:
         """The lazy map of one block at one step; it remembers its log-sum-exp."""
         if (block, step) not in self._maps:
             q, k = (x[block][step][None] for x in (self.q, self.k))
-            self._maps[block, step] = AttentionMap(q, k, words=self.words)
+            self._maps[block, step] = AttentionMap(q, k, v=k, words=self.words)  # any v has the fused kernel tell it
         return self._maps[block, step]
 
     def rows(self, block: str, step: int, head: int | None, token: int) -> np.ndarray:
@@ -50,7 +51,10 @@ class Attended:
 
     def columns(self, block: str, step: int, head: int | None, token: int) -> np.ndarray:
         """How much every token looks at one, ``[T]``."""
-        return self._one(self.map(block, step).columns([token])[0, :, :, 0], head)
+        asked = (block, step, head, token)
+        if self._column[0] != asked:
+            self._column = (asked, self._one(self.map(block, step).columns([token])[0, :, :, 0], head))
+        return self._column[1]
 
     @staticmethod
     def _one(each: torch.Tensor, head: int | None) -> np.ndarray:
@@ -62,7 +66,7 @@ def attention_view(
 ) -> View:
     """The row of a patch over picture and words, and the column of a word over the picture."""
     rows, columns = run.grid
-    base = enlarged(picture(run.image), SIDE)
+    base = enlarged(picture(reduced(run.image, 2 * SIDE)), SIDE)
     token = run.words + patch[0] * columns + patch[1]
     row = run.rows(block, step, head, token)
     image = slice(run.words, run.words + rows * columns)  # behind it are a reference picture's tokens, if any

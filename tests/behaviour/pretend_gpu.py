@@ -101,6 +101,7 @@ def pretend_gpu() -> Iterator[None]:
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: None,
+        "is_current_stream_capturing": lambda: False,
         "manual_seed_all": lambda seed: None,
         "Stream": _Stream,
         "Event": _Event,

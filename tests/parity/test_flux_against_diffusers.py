@@ -47,9 +47,41 @@ def test_velocity(dtype, bar, regime):
     @drawn(25)
     @given(cases(regime=regime))
     def check(case):
-        assert relative(*both(case, dtype)) <= bar
+        apart = relative(*both(case, dtype))
+        assert apart <= bar or (dtype == torch.float32 and apart <= shaken(case))
 
     check()
+
+
+@torch.no_grad()
+def shaken(case, by: float = 2**-24) -> float:
+    """How far the exact result moves, in the worst of eight tries, when weights and inputs move by half of a dtype's
+    last place (``by``; float32's): a case may be so steep, one number behind three norms of almost nothing, that the
+    dtype cannot know it, diffusers' code as little as ours.
+    """
+    g = torch.Generator().manual_seed(0)
+    shake = lambda v: v * (1 + by * torch.randn(v.shape, generator=g, dtype=v.dtype))  # noqa: E731
+    x, far = cast(case.inputs(), torch.float64), []
+    exact = run_ours(case.model().double(), x)
+    for _ in range(8):
+        moved = case.model().double()
+        for p in moved.parameters():
+            p.copy_(shake(p))
+        given = {name: shake(v) if name in ("img", "txt", "y") else v for name, v in x.items()}
+        far.append(relative(run_ours(moved, given), exact))
+    return max(far)
+
+
+def test_a_steep_case_is_known_to_be_steep():
+    """Found by hypothesis 6.100: 6e-5 apart in float32, and as far from itself when it is shaken."""
+    config = FluxConfig(
+        in_channels=1, out_channels=1, vec_in_dim=6, context_in_dim=1, hidden_size=6, num_heads=1, depth=3,
+        depth_single_blocks=0, axes_dim=(2, 2, 2), guidance_embed=False,
+    )  # fmt: skip
+    case = Case(config, batch=1, grid=(1, 1), text=1, regime="faint", seed=65793)
+    assert F32 < relative(*both(case, torch.float32)) <= shaken(case)
+    assert relative(*both(case, torch.float64)) <= F64
+    assert shaken(Case(config, batch=1, grid=(1, 1), text=1, regime="plain", seed=65793)) < F32
 
 
 def test_velocity_wide():
@@ -112,8 +144,7 @@ def test_velocity_in_bfloat16():
     @given(cases(coarse_time=True))
     def check(case):
         apart, ours, theirs = bfloat16_errors(case)
-        assert apart <= BF16
-        assert ours <= BF16
+        assert max(apart, ours) <= BF16 or max(apart, ours) <= shaken(case, 2**-9)
         ratios.append(ours / theirs)
 
     check()

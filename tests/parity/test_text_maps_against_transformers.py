@@ -94,7 +94,7 @@ def test_the_autoencoders_one_attention():
 @pytest.mark.parametrize("reduce", ["entropy", "head-mean", "top-2"])
 def test_reductions_of_a_map_with_a_bias(reduce):
     """T5's maps have a bias, which no kernel tells a log-sum-exp of: reduced where they are as from the whole."""
-    pipe = fe.load()
+    pipe = fe.load(dtype="float64")
     at = "t5.encoder.block.2.layer.0.SelfAttention.map"
     with fe.record(at) as whole, fe.record(at, reduce=reduce) as rec, fe.record(at, tokens=["red"]) as word:
         pipe("a red circle", steps=1, progress=False)
