@@ -1,7 +1,8 @@
-"""How fast weights come from a file, and what the host holds meanwhile: ``python -m fluxedu.bench.loading``.
+"""How fast weights come from files, and what the host holds meanwhile: ``python -m fluxedu.bench.loading``.
 
-A flow of the official widths with fewer blocks is written to a temporary folder, then read as ``cat file >
-/dev/null`` reads it and as we load it, in turns, each in a process of its own. The file is put out of the system's
+A flow of the official widths with fewer blocks is written to a temporary folder, or a network's folder is named
+(``python -m fluxedu.bench.loading dev/text_encoder_2``). It is read as ``cat files > /dev/null`` reads it and as we
+load it, in turns, another one first in each round, each in a process of its own. The files are put out of the system's
 cache before each reading, or read once before ("cached"). "Through the buffers" is the host's part of the way to a
 GPU: file to buffer, then to the meta device, which holds nothing; the bus is not in the figure.
 """
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,17 +44,23 @@ print(time.perf_counter() - start, peak() - before)
 """
 
 
+def _files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+
+
 def _forget(path: Path) -> None:
-    """Put a file's pages out of the system's cache."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    """Put the files' pages out of the system's cache."""
+    for one in _files(path):
+        with one.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _cat(path: Path) -> float:
+def _cat(path: Path) -> tuple[float, int]:
     start = time.perf_counter()
-    subprocess.run(f'cat "{path}" > /dev/null', shell=True, check=True)
-    return time.perf_counter() - start
+    with open(os.devnull, "wb") as nowhere:
+        subprocess.run(["cat", *map(str, _files(path))], stdout=nowhere, check=True)
+    return time.perf_counter() - start, 0
 
 
 def _ours(path: Path, how: str) -> tuple[float, int]:
@@ -62,25 +70,29 @@ def _ours(path: Path, how: str) -> tuple[float, int]:
     return float(seconds), int(held)
 
 
-def loading(rounds: int = 3, config: FluxConfig = CONFIG) -> dict:
+def loading(path: Path | None = None, rounds: int = 3, config: FluxConfig = CONFIG) -> dict:
     """Seconds, their ratio to ``cat``'s, and the peak of resident memory, by way of loading."""
+    if path is not None:
+        return {"files_bytes": sum(file.stat().st_size for file in _files(path)), **_measured(path, rounds)}
     flux = Flux(config).to(torch.bfloat16)
     largest = 2 * sum(p.numel() for p in flux.double_blocks[0].parameters())
-    figures: dict = {"command": "python -m fluxedu.bench.loading", "gpu": None, "largest_group_bytes": largest}
     with tempfile.TemporaryDirectory() as folder:
         path = save_file(flux.state_dict(), Path(folder) / "flux.safetensors", config=config)
         del flux
-        figures["file_bytes"] = path.stat().st_size
-        for cached in (False, True):
-            ready = _cat if cached else _forget
-            times: dict[str, list] = {"cat": [], **{how: [] for how in _HOW}}
-            for _ in range(rounds):
+        return {"largest_group_bytes": largest, **loading(path, rounds)}
+
+
+def _measured(path: Path, rounds: int) -> dict:
+    """From disk, then cached: every way in every round, beginning with another one each time."""
+    ways = {"cat": _cat, **{how: partial(_ours, how=how) for how in _HOW}}
+    figures = {}
+    for name, ready in (("from disk", _forget), ("cached", _cat)):
+        times: dict[str, list] = {way: [] for way in ways}
+        for turn in range(rounds):
+            for way in (*list(ways)[turn % len(ways) :], *list(ways)[: turn % len(ways)]):
                 ready(path)
-                times["cat"].append((_cat(path), 0))
-                for how in _HOW:
-                    ready(path)
-                    times[how].append(_ours(path, how))
-            figures["cached" if cached else "from disk"] = _medians(times)
+                times[way].append(ways[way](path))
+        figures[name] = _medians(times)
     return figures
 
 
@@ -93,4 +105,5 @@ def _medians(times: dict[str, list[tuple[float, int]]]) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(loading(), indent=2))
+    told = {"command": " ".join(["python -m fluxedu.bench.loading", *sys.argv[1:]]), "gpu": None}
+    print(json.dumps({**told, **loading(*map(Path, sys.argv[1:2]))}, indent=2))

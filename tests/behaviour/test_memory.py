@@ -265,10 +265,10 @@ def test_one_tile_is_exact():
     assert torch.equal(decode_tiled(pipe.autoencoder, latent, tile=16, overlap=4), pipe.autoencoder.decode(latent))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_tiles_of_the_miniature_are_close(seed):
-    """Measured: 46 to 51 dB at these seeds, 23 at seed 3, where a tile is all background and its group norms too."""
+@pytest.mark.parametrize(("seed", "least"), [(0, 45), (2, 45), (3, 30)])
+def test_tiles_of_the_miniature_are_close(seed, least):
+    """Measured: 47 to 51 dB at seven of eight seeds, 32 at seed 3, where a tile is all background and its norms too."""
     pipe = fe.load("nano")
     latent = pipe(PROMPT, seed=seed, height=192, width=192, progress=False).latents
     whole, tiled = pipe.autoencoder.decode(latent), decode_tiled(pipe.autoencoder, latent, tile=16, overlap=8)
-    assert 10 * math.log10(4 / float((whole - tiled).square().mean())) > 40
+    assert 10 * math.log10(4 / float((whole - tiled).square().mean())) > least
