@@ -80,7 +80,7 @@ def solvers(
         raise InstrumentError("give at least one number of questions, one solver and one shift.")
     steps = [[steps_for(name, count) for count in questions] for name in solvers]
     quiet, asked = not asked.get("progress", True), asked | {"progress": False}
-    goal = shifted(pipe, shifts[-1])(prompt, **(asked | {"solver": "midpoint", "steps": reference})).latents[0]
+    goal = shifted(pipe, shifts[-1])(prompt, **(asked | {"solver": "midpoint", "steps": reference})).latents[0].float()
     tables = []
     count = len(shifts) * len(solvers) * len(questions)
     with tqdm(total=count, desc="solvers", delay=1, leave=False, disable=quiet) as bar:
@@ -90,7 +90,7 @@ def solvers(
                 for count in counts:
                     outs.append(shifted(pipe, shift)(prompt, **(asked | {"solver": name, "steps": count})))
                     bar.update()
-            far = torch.stack([(out.latents[0] - goal).norm() / goal.norm() for out in outs])
+            far = torch.stack([(out.latents[0].float() - goal).norm() / goal.norm() for out in outs])
             drawn = [picture(out.images[0]) for out in outs]
             rows = [drawn[i : i + len(questions)] for i in range(0, len(drawn), len(questions))]
             tables.append((rows, far.view(len(solvers), len(questions)).numpy(force=True)))

@@ -19,6 +19,7 @@
 
 # %%
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 import fluxedu as fe
@@ -44,7 +45,7 @@ most = fe.predict("which moves the answer more: erase the text or swap rows and 
 # %%
 numbers.against(out.latents.numel())
 print("latent:", tuple(out.latents.shape), "=", out.latents.numel(), "numbers")
-print("a picture has", 128 * 128 * 3 // out.latents.numel(), "times as many")
+print("a picture has", np.asarray(out.images[0]).size // out.latents.numel(), "times as many")
 
 # %% [markdown]
 # ## 1 · Words become pieces
@@ -78,7 +79,7 @@ print("CLIP:", tuple(pooled.shape), "   one row a prompt")
 words = encoder.t5_tokenizer.pieces(prompt)
 like = torch.nn.functional.cosine_similarity(txt[0, :, None], txt[0, None], dim=-1)[: len(words), : len(words)]
 fig, ax = plt.subplots(figsize=(6, 4.8), layout="constrained")
-shown = ax.imshow(like.cpu(), cmap="cividis", vmin=-0.2, vmax=1)
+shown = ax.imshow(like.float().cpu(), cmap="cividis", vmin=-0.2, vmax=1)
 ax.set_xticks(range(len(words)), words, rotation=90)
 ax.set_yticks(range(len(words)), words)
 ax.set_title("red and circle are alike, blue and square are alike")
@@ -100,12 +101,13 @@ _ = fig.colorbar(shown, label="cosine similarity", shrink=0.8)
 # %%
 from fluxedu.sampling.latents import draw_noise, image_ids, pack, text_ids, unpack
 
-noise = draw_noise(seed=4, channels=16, height=16, width=16).to(device)  # [1, 16, 16, 16]
+height, width = out.latents.shape[-2:]  # in cells
+noise = draw_noise(seed=4, channels=16, height=height, width=width).to(device, pipe.dtype)  # [1, 16, 16, 16]
 x = pack(noise)  # [1, 64, 64]
-img_ids, txt_ids = image_ids(16, 16).to(device), text_ids(txt.shape[1]).to(device)
+img_ids, txt_ids = image_ids(height, width).to(device), text_ids(txt.shape[1]).to(device)
 print("noise :", tuple(noise.shape))
 print("tokens:", tuple(x.shape))
-print("packing loses nothing:", torch.equal(unpack(x, 16, 16), noise))
+print("packing loses nothing:", torch.equal(unpack(x, height, width), noise))
 print("positions of the first image tokens (frame, row, column):", img_ids[:3].int().tolist())
 print("positions of all text tokens:", txt_ids.unique(dim=0).int().tolist())
 
@@ -158,7 +160,7 @@ def velocity(x, t):
 def show(tokens, ax, title):
     """Decode tokens and draw them."""
     with torch.no_grad():
-        pixels = pipe.autoencoder.decode(unpack(tokens, 16, 16))[0].cpu()
+        pixels = pipe.autoencoder.decode(unpack(tokens, height, width))[0].float().cpu()
     ax.imshow(((pixels.clamp(-1, 1) + 1) / 2).permute(1, 2, 0))
     ax.set_title(title, fontsize=9)
     ax.axis("off")
@@ -203,12 +205,10 @@ _ = fig.suptitle("The state (above) is noise for long; the foreseen picture (bel
 # Unpack, decode, round to 8 bits. Is it the picture the pipeline drew?
 
 # %%
-import numpy as np
-
 from fluxedu.sampling.pictures import to_images
 
 with torch.no_grad():
-    mine = to_images(pipe.autoencoder.decode(unpack(x, 16, 16)))[0]
+    mine = to_images(pipe.autoencoder.decode(unpack(x, height, width)))[0]
 difference = np.abs(np.asarray(mine, int) - np.asarray(out.images[0], int)).max()
 print("by hand and by the pipeline alike, to 1 grey level of 255:", bool(difference <= 1))
 
@@ -275,7 +275,11 @@ most.against("text" if moved["erase T5's vectors"] > moved["swap rows and column
 #
 # **People ask:** *Why are all text positions zero?* The usual explanation: T5 has already used
 # the order ([flux 71](https://github.com/black-forest-labs/flux/issues/71)). *Is CLIP's vector pooled?* Yes, at the
-# end-of-text token ([flux 64](https://github.com/black-forest-labs/flux/issues/64)).
+# end-of-text token ([flux 64](https://github.com/black-forest-labs/flux/issues/64)). *Do these pages run on the large
+# model?* With `FLUXEDU_MODEL=dev` set before Jupyter starts they open it, but for 14 and 15, which open the miniatures
+# by name. What the text finds is the miniature's, and so are the bounds: dev calculates in bfloat16, with less than
+# three digits, so that a line such as *the same to 1 in 1,000* may say False. An explorer that would have to keep more
+# of a run than memory should hold says so, and how to ask for less.
 #
 # **To read:** `fluxedu/sampling/pipeline.py`, then `sampling.py` of black-forest-labs/flux, then *Scaling
 # Rectified Flow Transformers* (arXiv 2403.03206).

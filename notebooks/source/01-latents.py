@@ -11,6 +11,8 @@
 # 50 minutes · needs notebook 00
 
 # %%
+from copy import deepcopy
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -28,7 +30,7 @@ from fluxedu.sampling.pictures import to_images
 device = course.begin()
 _ = torch.set_grad_enabled(False)  # nothing is trained here
 pipe = fe.load(device=device)
-autoencoder = pipe.autoencoder
+autoencoder = deepcopy(pipe.autoencoder).float()  # to measure with, whatever numbers the pipeline calculates in
 prompt = "a red circle left of a blue square on a white background"
 picture = pipe(prompt, seed=4, progress=False)
 
@@ -140,7 +142,7 @@ if packed:
 fig, axes = plt.subplots(3, 6, figsize=(9, 5), layout="constrained")
 axes[0, 0].imshow(picture.images[0])
 axes[0, 0].set_title("the picture", fontsize=9)
-shown = picture.latents[0].cpu()
+shown = picture.latents[0].float().cpu()
 for channel, ax in enumerate(axes.flat[1:17]):
     drawn = ax.imshow(shown[channel], cmap="cividis", vmin=-3, vmax=3)
     ax.set_title(f"channel {channel}", fontsize=9)
@@ -245,7 +247,7 @@ widgets.latents(pipe, picture.images[0]).set(channel=14, cell=(5, 11))
 
 # %%
 if halved and packed:
-    with fe.swap("ae.encoder.*.downsample", lambda old: Downsample(old.conv.in_channels), pipe):
+    with fe.swap("ae.encoder.*.downsample", lambda old: Downsample(old.conv.in_channels), autoencoder):
         again = autoencoder.encode(images)
     print("the encoder with your halvings gives the same latent:", bool((again - latent).abs().max() < 1e-4))
 
@@ -305,7 +307,7 @@ class LeftAbove(nn.Module):
         return self.conv(x)
 
 
-with fe.swap("ae.encoder.*.downsample", lambda old: LeftAbove(old.conv.in_channels), pipe):
+with fe.swap("ae.encoder.*.downsample", lambda old: LeftAbove(old.conv.in_channels), autoencoder):
     shifted = autoencoder.decode(autoencoder.encode(images))
 unscaled = autoencoder.decode(mean)
 good, off, pale = (psnr(images, x) for x in (copy, shifted, unscaled))
@@ -338,7 +340,7 @@ for r in radii:
     rows.append((drawn[0][36:92, 36:92], np.asarray(back[0])[36:92, 36:92]))
     kept.append(stars[1] == len(places))
     print(f"radius {r:2}: read as a star {stars[0]} times of 3 before, {stars[1]} times after")
-star.against(min(r for r, whole in zip(radii, kept) if whole))
+star.against(min((r for r, whole in zip(radii, kept) if whole), default=0))
 
 fig, axes = plt.subplots(2, 5, figsize=(8, 3.4), layout="constrained")
 for column, (r, pair) in enumerate(zip(radii, rows)):

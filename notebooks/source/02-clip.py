@@ -70,9 +70,9 @@ bent = passed
 attended = passed
 if attended:
     theirs = clip.text_model.encoder.layers[0].self_attn
-    mine = CausalAttention(clip.config.hidden_size, clip.config.num_attention_heads).to(device)
+    mine = CausalAttention(clip.config.hidden_size, clip.config.num_attention_heads).to(device, pipe.dtype)
     mine.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 9, clip.config.hidden_size, device=device)
+    x = torch.randn(2, 9, clip.config.hidden_size).to(device, pipe.dtype)
     print("yours is the library's, to 1 in 10,000:", bool((mine(x) - theirs(x)).abs().max() < 1e-4))
 
 # %% [markdown]
@@ -101,12 +101,14 @@ if pooling:
 
 # %% [markdown]
 # The miniature's picture tower ships with it, though FLUX has no use for it. Here are 64 pictures with captions; each
-# holds something that training never saw.
+# holds something that training never saw. (They are shown to the miniature's two towers, whatever model you have opened.)
 
 # %%
 towers = CLIP().eval().requires_grad_(False)
 shipped = load_file(WEIGHTS / "image_tower" / "model.safetensors")
-text_tower = {f"text.{name}": w.float().cpu() for name, w in clip.state_dict().items()}
+reader = fe.load("nano", device=device).prompt_encoder
+small, cut = reader.clip, reader.clip_tokenizer
+text_tower = {f"text.{name}": w.float().cpu() for name, w in small.state_dict().items()}
 towers.load_state_dict({name: w.float() for name, w in shipped.items()} | text_tower)
 towers.to(device)
 
@@ -118,21 +120,21 @@ images = to_tensor(np.stack([render(scene) for scene in scenes])).to(device)  # 
 
 def said(sentences: list[str]) -> Tensor:
     """Sentences in the shared space, of length 1: `[N, D]`."""
-    return F.normalize(towers.text_projection_head(clip(tokenizer(sentences).to(device))[1]), dim=-1)
+    return F.normalize(towers.text_projection_head(small(cut(sentences).to(device))[1]), dim=-1)
 
 
 seen = F.normalize(towers.image(images), dim=-1)  # [64, D]
 scores = seen @ said(captions).T  # [64, 64], a row a picture
 right = scores.argmax(dim=1) == torch.arange(64, device=device)
 found.against(int(right.sum()))
-bare = seen @ F.normalize(clip(tokenizer(captions).to(device))[1], dim=-1).T  # without CLIP's projection
+bare = seen @ F.normalize(small(cut(captions).to(device))[1], dim=-1).T  # without CLIP's projection
 bare_right = int((bare.argmax(dim=1) == torch.arange(64, device=device)).sum())
 print("by the vector as FLUX gets it, without the projection, fewer than 8 do:", bare_right < 8)
 if passed:
     temperature = float(towers.temperature_head.exp().clamp(max=100))
-    ids = tokenizer(captions).to(device)
+    ids = cut(captions).to(device)
     theirs = loss_of(towers, images, ids)[0]
-    mine = contrast(towers.image(images), towers.text_projection_head(clip(ids)[1]), temperature)
+    mine = contrast(towers.image(images), towers.text_projection_head(small(ids)[1]), temperature)
     print("your loss is the one it was trained with, to 1 in 1,000:", bool((mine - theirs).abs() < 1e-3 * theirs))
 
 # %% [markdown]
@@ -169,11 +171,11 @@ plt.show()
 other = prompt.replace("square", "star")
 encoder = pipe.prompt_encoder
 moves = {}
-for name, network, cut in (("CLIP", clip, tokenizer), ("T5", encoder.t5, encoder.t5_tokenizer)):
-    out = network(cut([prompt, other]).to(device))
+for name, network, pieces_of in (("CLIP", clip, tokenizer), ("T5", encoder.t5, encoder.t5_tokenizer)):
+    out = network(pieces_of([prompt, other]).to(device))
     before, after = out[0] if name == "CLIP" else out  # [L, D] each; CLIP gives (states, pooled)
-    pieces = [piece.replace("</w>", "").lstrip("▁") for piece in cut.pieces(prompt)]
-    moves[name] = (pieces, ((after - before).norm(dim=-1) / before.norm(dim=-1))[: len(pieces)].cpu())
+    pieces = [piece.replace("</w>", "").lstrip("▁") for piece in pieces_of.pieces(prompt)]
+    moves[name] = (pieces, ((after - before).norm(dim=-1) / before.norm(dim=-1))[: len(pieces)].float().cpu())
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
 for ax, (name, (pieces, move)) in zip(axes, moves.items()):
@@ -328,16 +330,16 @@ class ExactMLP(MLP):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-all_ids = tokenizer(captions).to(device)
-states, vector = clip(all_ids)
+all_ids = cut(captions).to(device)
+states, vector = small(all_ids)
 first = states[:, 0]
-for layer in clip.text_model.encoder.layers:
+for layer in small.text_model.encoder.layers:
     layer.self_attn.causal = False
-unmasked = clip(all_ids)[1]
-for layer in clip.text_model.encoder.layers:
+unmasked = small(all_ids)[1]
+for layer in small.text_model.encoder.layers:
     layer.self_attn.causal = True
-with fe.swap("clip.*.mlp", lambda old: ExactMLP(old), pipe):
-    exact = clip(all_ids)[1]
+with fe.swap("clip.*.mlp", lambda old: ExactMLP(old), small):
+    exact = small(all_ids)[1]
 
 
 def far(x: Tensor) -> float:

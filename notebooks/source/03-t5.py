@@ -132,7 +132,8 @@ ax.legend(fontsize=8)
 plt.show()
 near = bias[:, 15, [13, 14, 16, 17]].amax(dim=1)
 distant = bias[:, 15, [8, 9, 21, 22]].amax(dim=1)
-print("heads that favour a neighbour over all that is 6 or 7 tokens away:", int((near > distant).sum()), "of 4")
+favour = int((near > distant).sum())
+print("heads that favour a neighbour over all that is 6 or 7 tokens away:", favour, "of", len(near))
 
 # %% [markdown]
 # Now the probes. Captions with their facts are made by the hundred; the vectors of every shape's token are taken after
@@ -195,7 +196,7 @@ alone.against(min((12, 50, 100), key=lambda percent: abs(percent - 100 * colour[
 
 def first(values: list[float]) -> int:
     """After how many blocks nineteen of twenty are right."""
-    return next(i for i, value in enumerate(values) if value > 0.95)
+    return next((i for i, value in enumerate(values) if value > 0.95), len(values))
 
 
 sides.against("colour" if first(colour) < first(side) else "side")

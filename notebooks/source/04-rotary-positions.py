@@ -75,7 +75,7 @@ frame.against(config.axes_dim[0])
 
 positions = image_ids(16, 16)  # [64, 3]
 table = rope_table(positions, config.axes_dim)  # complex [1, 64, 16]
-x = torch.randn(1, 5, 64, 32)
+x = torch.randn(1, config.num_heads, 64, config.head_dim)  # [1, 5, 64, 32]
 if passed:
     mine = torch.cat([angles(positions[:, axis], dim, 10_000.0) for axis, dim in enumerate(config.axes_dim)], dim=-1)
     error = (rotate(x, mine) - library_rotate(x, table)).abs().max()
@@ -87,7 +87,8 @@ if passed:
 # A pair is a point that turns as the position grows. Fast pairs tell neighbours apart, slow ones tell near from far.
 
 # %%
-turn = rope_table(torch.tensor([[0.0, 0.0, c] for c in range(64)]), config.axes_dim)[0, :, -7:].angle()  # the columns'
+pairs = config.axes_dim[2] // 2  # the columns', 7
+turn = rope_table(torch.tensor([[0.0, 0.0, c] for c in range(64)]), config.axes_dim)[0, :, -pairs:].angle()
 fig, ax = plt.subplots(figsize=(7, 2.6), layout="constrained")
 shown = ax.imshow(turn.T, aspect="auto", cmap="twilight", vmin=-torch.pi, vmax=torch.pi)
 ax.set_xlabel("column of the patch")
@@ -153,7 +154,8 @@ for side in (128, 256):
 
 # %%
 if passed:
-    grid = ids(8, 8)
+    rows, columns = (cells // 2 for cells in picture.latents.shape[-2:])
+    grid = ids(rows, columns)  # [64, 3]
     text = torch.zeros(pipe.prompt_encoder.t5_tokenizer.length, 3)
     both = torch.cat([text, grid])
     every = torch.cat([angles(both[:, axis], dim, 10_000.0) for axis, dim in enumerate(config.axes_dim)], dim=-1)
@@ -179,7 +181,7 @@ breaks = {
     "the image's + 5": moved(lambda ids: ids + 5),
     "no rows": moved(lambda ids: ids * torch.tensor([1.0, 0.0, 1.0])),
     "no columns": moved(lambda ids: ids * torch.tensor([1.0, 1.0, 0.0])),
-    "mirrored": moved(lambda ids: torch.stack([ids[:, 0], ids[:, 1], 7 - ids[:, 2]], dim=1)),
+    "mirrored": moved(lambda ids: torch.stack([ids[:, 0], ids[:, 1], ids[:, 2].max() - ids[:, 2]], dim=1)),
 }
 state = 8  # of 20 steps
 outs, moves = [picture], []

@@ -84,8 +84,8 @@ strength = torch.tensor([pipe.defaults.guidance], device=device)
 text = {said: pipe.prompt_encoder([said]) for said in (prompt, other)}
 with torch.no_grad():
     parts = {
-        "time": flux.time_in(timestep_embedding(times)),  # [20, D]
-        "guidance": flux.guidance_in(timestep_embedding(strength)),  # [1, D]
+        "time": flux.time_in(timestep_embedding(times).to(pipe.dtype)),  # [20, D]
+        "guidance": flux.guidance_in(timestep_embedding(strength).to(pipe.dtype)),  # [1, D]
         "pooled text": flux.vector_in(text[prompt].pooled),  # [1, D]
     }
     vec = sum(parts.values())  # [20, D]
@@ -97,7 +97,8 @@ print("guidance is an input of:", *(v for v in ("dev", "schnell") if fe.models.F
 # %%
 fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
 for (name, part), look in zip(parts.items(), (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"))):
-    ax.plot(times.cpu(), part.norm(dim=-1).expand(len(times)).cpu(), color=look[0], linestyle=look[1], label=name)
+    size = part.float().norm(dim=-1).expand(len(times))
+    ax.plot(times.cpu(), size.cpu(), color=look[0], linestyle=look[1], label=name)
 ax.set(xlabel="time t (1 is noise)", ylabel="length of the vector", xlim=(1, 0), ylim=(0, None))
 ax.set_title("Of the three summands of vec, only the time's changes in a run")
 ax.legend()
@@ -264,7 +265,7 @@ else:
 # %%
 def told(clock):
     """A change of `vec.time` that tells the network `clock(t)` instead of the time t."""
-    return lambda part, ctx: flux.time_in(timestep_embedding(torch.tensor([clock(ctx.time)], device=device))).to(part)
+    return lambda part, ctx: flux.time_in(timestep_embedding(torch.tensor([clock(ctx.time)], device=device)).to(part))
 
 
 clocks = {
@@ -298,7 +299,7 @@ plt.show()
 from fluxedu.sampling.latents import image_ids, pack, text_ids
 
 x = pack(picture.trajectory.latents[8]).to(device)
-ids = image_ids(16, 16).to(device), text_ids(text[prompt].txt.shape[1]).to(device)
+ids = image_ids(*picture.latents.shape[-2:]).to(device), text_ids(text[prompt].txt.shape[1]).to(device)
 
 
 @torch.no_grad()
@@ -353,9 +354,9 @@ for row, t5 in enumerate((prompt, other)):
         with fe.intervene("sample.pooled", lambda pooled, ctx: text[clip].pooled.to(pooled)):
             out = pipe(t5, seed=4, progress=False)
         seen = read(np.asarray(out.images[0]))
-        drawn[row, column] = seen.things[0].color
-        thing = seen.things[0]
-        print(f"T5 {short[t5]} · CLIP {short[clip]} -> {thing.color} {thing.form}, {seen.background}")
+        thing = next((f"{thing.color} {thing.form}" for thing in seen.things), "nothing")
+        drawn[row, column] = thing.split()[0]
+        print(f"T5 {short[t5]} · CLIP {short[clip]} -> {thing}, {seen.background}")
         axes[row, column].imshow(out.images[0])
         axes[row, column].set(xticks=[], yticks=[])
 for i, name in enumerate(("red circle", "blue star")):

@@ -132,7 +132,8 @@ if passed:
 # %%
 with fe.record("single.2.attn.q", "single.2.attn.k", "single.2.attn.map", steps=8) as rec:
     pipe(prompt, seed=4, progress=False)
-q, k, whole = (rec[f"single.2.attn.{x}"].tensor for x in ("q", "k", "map"))  # [1, 5, 96, 32] twice, [1, 5, 96, 96]
+# [1, 5, 96, 32] twice, [1, 5, 96, 96]; float32 in any model
+q, k, whole = (rec[f"single.2.attn.{x}"].tensor.float() for x in ("q", "k", "map"))
 root = q.shape[-1] ** 0.5
 lse = (q @ k.transpose(-1, -2) / root).logsumexp(-1)  # [1, 5, 96]: what the kernel gives us for nothing
 
@@ -163,12 +164,13 @@ fig
 # %%
 for i, word in enumerate(words):
     best = int(maps.tensor[:, i].sum((-1, -2)).argmax())
-    row, column = divmod(int(maps.tensor[best, i].argmax()), 8)
-    print(f"{word:7} {maps.coords['block'][best]:9} strongest in the", "left half" if column < 4 else "right half")
+    row, column = divmod(int(maps.tensor[best, i].argmax()), maps.shape[-1])
+    half = "left half" if column < maps.shape[-1] / 2 else "right half"
+    print(f"{word:7} {maps.coords['block'][best]:9} strongest in the", half)
 
 # %%
 gallery = lenses.head_gallery(pipe, prompt, (5, 5), at_step=8, seed=4, progress=False)
-fig, axes = plt.subplots(2, 5, figsize=(8.4, 3.7), layout="constrained")
+fig, axes = plt.subplots(2, min(5, flux.config.num_heads), figsize=(8.4, 3.7), layout="constrained")
 for line, block in zip(axes, ("double.0", "single.2")):
     for head, ax in enumerate(line):
         looked = gallery.tensor[gallery.coords["block"].index(block), head]
@@ -215,7 +217,7 @@ else:
 from fluxedu.sampling.latents import image_ids, pack, text_ids
 
 text = pipe.prompt_encoder([prompt])
-ids = image_ids(16, 16).to(device), text_ids(text.txt.shape[1]).to(device)
+ids = image_ids(*picture.latents.shape[-2:]).to(device), text_ids(text.txt.shape[1]).to(device)
 strength, time = torch.tensor([pipe.defaults.guidance], device=device), picture.trajectory.times[8:9].to(device)
 
 
@@ -295,8 +297,9 @@ plt.show()
 # Hide tokens from everyone: their columns of every map become 0, and each row is made whole again.
 
 # %%
-hide = {"padding": list(range(9, 32)), "“red”": ["red"], "“circle”": ["circle"], "“left”": ["left"]}
-hide["all words"] = list(range(9))
+filling = list(range(len(pieces), text.txt.shape[1]))
+hide = {"padding": filling, "“red”": ["red"], "“circle”": ["circle"], "“left”": ["left"]}
+hide["all words"] = list(range(len(pieces)))
 outs, far = [picture], {}
 for name, tokens in hide.items():
     with fe.ablate("*.attn.map", tokens=tokens):

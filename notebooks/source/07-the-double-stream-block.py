@@ -85,7 +85,7 @@ print("image", tuple(img.shape), "· text", tuple(txt.shape), "· vec", tuple(ve
 with torch.no_grad():
     theirs = block(img, txt, block.plan(vec), rope)
     if passed:
-        mine = Block(config.hidden_size, config.num_heads, config.mlp_hidden).to(device)
+        mine = Block(config.hidden_size, config.num_heads, config.mlp_hidden).to(device, pipe.dtype)
         mine.load_state_dict(block.state_dict())
         ours = mine(img, txt, mine.plan(vec), rope)
         far = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs))

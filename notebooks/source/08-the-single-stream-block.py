@@ -83,7 +83,7 @@ def cut(linear: nn.Linear, sizes: list[int]) -> list[nn.Linear]:
 
 
 with torch.no_grad():
-    x, heard, inner = (torch.randn(7, n, device=device) for n in (dim, dim, hidden))
+    x, heard, inner = (torch.randn(7, n).to(device, pipe.dtype) for n in (dim, dim, hidden))
     six = torch.cat([layer(x) for layer in cut(block.linear1, [dim, dim, dim, hidden])], dim=-1)
     print("one wide product is the four narrow ones:", torch.allclose(block.linear1(x), six, atol=1e-5))
     if passed:
@@ -118,7 +118,7 @@ print("text and image as one:", tuple(x.shape), "of which", words, "are text")
 with torch.no_grad():
     theirs = block(x, block.plan(vec), rope, words)
     if passed:
-        mine = Block(dim, config.num_heads, hidden).to(device)
+        mine = Block(dim, config.num_heads, hidden).to(device, pipe.dtype)
         mine.load_state_dict(block.state_dict())
         far = (mine(x, mine.plan(vec), rope) - theirs).norm() / theirs.norm()
         print("farthest from the library's below 1 in 100,000:", bool(far < 1e-5))

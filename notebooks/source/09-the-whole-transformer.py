@@ -60,12 +60,12 @@ config = pipe.flux.config
 g = torch.Generator().manual_seed(9)
 ids, words = image_ids(8, 12).to(device), pipe.prompt_encoder.t5_tokenizer.length
 question = (
-    torch.randn(2, len(ids), config.in_channels, generator=g).to(device),  # [B, N, 64], noise
+    torch.randn(2, len(ids), config.in_channels, generator=g).to(device, pipe.dtype),  # [B, N, 64], noise
     ids,  # [N, 3]
-    torch.randn(2, words, config.context_in_dim, generator=g).to(device),  # [B, L, 128]
+    torch.randn(2, words, config.context_in_dim, generator=g).to(device, pipe.dtype),  # [B, L, 128]
     text_ids(words).to(device),  # [L, 3], all zero
     torch.tensor([0.9, 0.3], device=device),  # [B], times
-    torch.randn(2, config.vec_in_dim, generator=g).to(device),  # [B, 96]
+    torch.randn(2, config.vec_in_dim, generator=g).to(device, pipe.dtype),  # [B, 96]
     torch.tensor([2.0, 6.0], device=device),  # [B], guidance
 )
 with torch.no_grad():
@@ -73,7 +73,7 @@ with torch.no_grad():
 print("velocity:", tuple(theirs.shape))
 whole = passed
 if whole:
-    mine = MyFlux(config).to(device)
+    mine = MyFlux(config).to(device, pipe.dtype)
     print(mine.load_state_dict(pipe.flux.state_dict(), strict=True))
     with torch.no_grad():
         far = (mine(*question) - theirs).norm() / theirs.norm()

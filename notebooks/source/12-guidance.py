@@ -40,7 +40,8 @@ def away(out, from_) -> float:
 
 # %% [markdown]
 # There are two kinds. The classic one happens in the sampler: two questions a step, with the prompt and without. The
-# built-in one is a number beside the time, in the vector that sets every block's modulation.
+# built-in one is a number beside the time, in the vector that sets every block's modulation. (The classic one is shown
+# on `nano-base` and the built-in one on the model that you open: the miniature, or FLUX.1-dev.)
 #
 # ## Predict
 
@@ -122,7 +123,7 @@ nothing.against("the empty prompt" if away(off, empty) < 0.01 else "the prompt")
 
 # %%
 with torch.no_grad():
-    of_six = pipe.flux.guidance_in(timestep_embedding(torch.tensor([6.0], device=device)))  # [1, 192]
+    of_six = pipe.flux.guidance_in(timestep_embedding(torch.tensor([6.0], device=device)).to(pipe.dtype))  # [1, 192]
 with fe.intervene("vec.guidance", lambda part, ctx: of_six.expand_as(part)):
     replaced = pipe(prompt, seed=3, steps=8, guidance=1.0, progress=False)
 six = pipe(prompt, seed=3, steps=8, guidance=6.0, progress=False)

@@ -34,12 +34,13 @@ from fluxedu.sampling.schedule import schedule
 from fluxedu.widgets.blind import blind, pairs_of, ratings
 
 device = course.begin()
-pipe = fe.load(device=device)
+pipe = fe.load("nano", device=device)
 course.where(pipe, "in", "vec", "solver")
 
 # %% [markdown]
 # Three places are marked, and they are all that differs: what comes in as tokens, what is added into `vec`, and how
-# the sampler walks. No block of any variant is built differently.
+# the sampler walks. No block of any variant is built differently. (This page opens the miniature's family by name, since
+# its members belong together; the official ones are `fe.load("schnell")`, `fe.load("fill")` and so on.)
 #
 # ## Predict
 

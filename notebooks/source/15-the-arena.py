@@ -47,11 +47,11 @@ from fluxedu.sampling.load import WEIGHTS
 from fluxedu.sampling.pictures import to_tensor
 
 device = course.begin()
-course.where(fe.load(), "image")
+course.where(fe.load("nano"), "image")
 
 # %% [markdown]
 # For once only the last box is marked. An arena sees pictures; what made them is nobody's business until the votes
-# are counted.
+# are counted. (Here they are the miniature and its rivals, opened by name whatever model you draw with elsewhere.)
 #
 # ## Predict
 
@@ -374,7 +374,7 @@ for name, begin in begins.items():
 asked = [q for q in questions(200) if q.size == (128, 128)][:5]
 how = {"seed": [q.seed for q in asked], "steps": 20, "trajectory": False, "progress": False}
 prompts = [q.prompt for q in asked]
-drawn = {"sd": sd(prompts, **how).images, "nano": fe.load(device=device)(prompts, **how).images}
+drawn = {"sd": sd(prompts, **how).images, "nano": fe.load("nano", device=device)(prompts, **how).images}
 fig, axes = plt.subplots(2, 5, figsize=(7.6, 3.4), layout="constrained")
 for row, (name, images) in zip(axes, drawn.items()):
     for ax, image in zip(row, images):

@@ -50,8 +50,8 @@ def _asked(made, config, state, *inputs):
     hints=(
         "Five steps: the vector, the turns, both kinds of token to the width, all blocks, the last layer. Between "
         "double and single blocks the streams are laid end to end.",
-        "`timestep_embedding(timesteps)` makes waves of a number (times 1000 is in it) and `self.time_in` a vector; "
-        "guidance goes the same way. A block is called with `block.plan(vec)` and the turns.",
+        "`timestep_embedding(timesteps).to(y)` makes waves of a number (times 1000 is in it; float32, hence `.to(y)`) "
+        "and `self.time_in` a vector; guidance likewise. A block is called with `block.plan(vec)` and the turns.",
         "`x = torch.cat([txt, img], dim=1)`, then `x = block(x, block.plan(vec), rope, words)` for every single block, "
         "and `self.final_layer(x[:, words:], self.final_layer.plan(vec))`.",
     ),
@@ -104,9 +104,9 @@ class MyFlux(nn.Module):
         guidance: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         rope = rope_table(torch.cat([txt_ids, img_ids]), self.config.axes_dim).to(torch.complex64)
-        vec = self.time_in(timestep_embedding(timesteps)) + self.vector_in(y)  # [B, D]
+        vec = self.time_in(timestep_embedding(timesteps).to(y)) + self.vector_in(y)  # [B, D]
         if self.guidance_in is not None:
-            vec = vec + self.guidance_in(timestep_embedding(guidance))
+            vec = vec + self.guidance_in(timestep_embedding(guidance).to(y))
         img, txt = self.img_in(img), self.txt_in(txt)  # [B, N, D], [B, L, D]
         for block in self.double_blocks:
             img, txt = block(img, txt, block.plan(vec), rope)
