@@ -19,7 +19,7 @@ Models = Annotated[
     list[str], typer.Argument(help="Two models or more: nano, nano-base or a folder; @4 after it for 4 steps.")
 ]
 File = Annotated[Path, typer.Option("--votes", help="The file of votes; made when it is not there.")]
-Prompts = Annotated[int, typer.Option(min=1, help="How many held-out prompts.")]
+Prompts = Annotated[int, typer.Option(min=1, max=10_000, help="How many held-out prompts.")]
 Pictures = Annotated[Path | None, typer.Option(help="Keep the pictures in this folder for the next time.")]
 Axes = Annotated[
     list[str] | None, typer.Option("--axis", help="overall, prompt, size, typography, diversity, quality; all if none.")

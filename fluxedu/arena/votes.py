@@ -79,12 +79,10 @@ class Votes:
 
     def __init__(self, path: Path | str):
         self.path, self.lock = Path(path), threading.Lock()
-        try:
+        with self._in_order():
             self.db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
             self.db.row_factory = sqlite3.Row
             self._prepare()
-        except sqlite3.Error as error:
-            raise ArenaError(f"{self.path} cannot be used as a file of votes: {error}.") from None
 
     def _prepare(self) -> None:
         for told in ("foreign_keys = ON", "journal_mode = WAL", "synchronous = FULL"):
@@ -100,19 +98,28 @@ class Votes:
             db.execute(f"PRAGMA application_id = {OURS}")
 
     @contextmanager
+    def _in_order(self) -> Iterator[None]:
+        """A file that is damaged, or a disk that is full, in a sentence."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise ArenaError(f"{self.path} cannot be used as a file of votes: {error}.") from None
+
+    @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """All of it happens, or nothing; nobody else writes meanwhile."""
-        with self.lock:
+        with self.lock, self._in_order():
             self.db.execute("BEGIN IMMEDIATE")
             try:
                 yield self.db
+                self.db.execute("COMMIT")
             except BaseException:
-                self.db.execute("ROLLBACK")
+                if self.db.in_transaction:  # a full disk ends it by itself
+                    self.db.execute("ROLLBACK")
                 raise
-            self.db.execute("COMMIT")
 
     def _read(self, query: str, *values) -> list[sqlite3.Row]:
-        with self.lock:
+        with self.lock, self._in_order():
             return self.db.execute(query, values).fetchall()
 
     def close(self) -> None:
@@ -169,6 +176,8 @@ class Votes:
         """Votes on an axis: (left, right, the left one's share, how many alike), in a fixed order."""
         query = "SELECT left, right, choice, count(*) FROM votes JOIN ballots ON id = ballot WHERE axis = ? AND "
         rows = self._read(query + _of(who) + " GROUP BY 1, 2, 3 ORDER BY 1, 2, 3", checked_axis(axis))
+        if strange := {choice for _, _, choice, _ in rows} - set(CHOICES):
+            raise ArenaError(f"{self.path} is damaged: it holds a vote for {strange.pop()!r:.60}.")
         return [(left, right, CHOICES[choice], n) for left, right, choice, n in rows]
 
     def pending(self, axis: str, who: str = "all") -> list[tuple[str, str, int]]:

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fluxedu.checkpoints.errors import CheckpointError
@@ -36,8 +36,7 @@ def aside(target: Path, overwrite: bool = False, folder: bool = False) -> Iterat
     _sweep(target)
     _refuse(target, overwrite, folder)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = _fresh(target, folder)
-    lock = _lock(part)
+    part, lock = _begun(target, folder)
     try:
         yield part
         _sync(part)
@@ -66,15 +65,42 @@ def _refuse(target: Path, overwrite: bool, folder: bool) -> None:
         raise CheckpointError(f"{target} also holds {strangers[0]!r}, so it is not replaced.")
 
 
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """No other process is in here for the same folder: what is read in between is still so when it is written."""
+    handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    try:
+        if handle is not None:
+            with suppress(OSError):  # a drive without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _begun(target: Path, folder: bool) -> tuple[Path, int | None]:
+    """A new name to write to, and the lock on it. If another's :func:`_sweep` comes between the two, once more."""
+    while True:
+        part = _fresh(target, folder)
+        if fcntl is None:
+            return part, None
+        lock, alone = _lock(part)
+        if part.exists() and (lock is not None or alone):
+            return part, lock
+        if lock is not None:
+            os.close(lock)
+
+
 def _fresh(target: Path, folder: bool) -> Path:
     make = tempfile.mkdtemp if folder else tempfile.mkstemp
     made = make(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    if folder:
-        os.chmod(made, 0o777 & ~_umask())
-        return Path(made)
-    os.close(made[0])
-    os.chmod(made[1], 0o666 & ~_umask())
-    return Path(made[1])
+    if not folder:
+        os.close(made[0])
+        made = made[1]
+    with suppress(FileNotFoundError):  # swept away already
+        os.chmod(made, (0o777 if folder else 0o666) & ~_umask())
+    return Path(made)
 
 
 def _umask() -> int:
@@ -84,17 +110,18 @@ def _umask() -> int:
     return mask
 
 
-def _lock(part: Path) -> int | None:
-    """Hold ``part`` for as long as this process lives; None if another holds it."""
-    if fcntl is None:
-        return None
-    handle = os.open(part, os.O_RDONLY)
+def _lock(part: Path) -> tuple[int | None, bool]:
+    """Hold ``part`` for as long as this process lives; None if that cannot be, and whether nobody else holds it."""
+    try:
+        handle = os.open(part, os.O_RDONLY)
+    except FileNotFoundError:  # swept away
+        return None, False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(handle)
-        return None
-    return handle
+        return None, not isinstance(error, BlockingIOError)  # a drive without locks
+    return handle, True
 
 
 def _sweep(target: Path) -> None:
@@ -103,9 +130,10 @@ def _sweep(target: Path) -> None:
     beside = target.parent.iterdir() if target.parent.is_dir() else ()
     for left in [path for path in beside if named.fullmatch(path.name)]:
         if left.suffix == ".old":
-            _remove(left) if target.exists() else left.rename(target)
+            with suppress(FileNotFoundError):  # another did it
+                _remove(left) if target.exists() else left.rename(target)
             continue
-        handle = _lock(left)
+        handle = _lock(left)[0] if fcntl is not None else None
         if handle is not None:  # nobody writes to it any more
             _remove(left)
             os.close(handle)

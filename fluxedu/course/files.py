@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from fluxedu.checkpoints.aside import aside
+from fluxedu.checkpoints.errors import CheckpointError
 from fluxedu.course.errors import CourseError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -27,6 +29,18 @@ def unrun(notebook: str) -> str:
     return json.dumps(told, indent=1, ensure_ascii=False) + "\n"
 
 
+def _copy(notebook: Path, target: Path) -> bool:
+    """Write a copy, or, where another process was first, leave what is there and say False."""
+    try:
+        with aside(target) as part:
+            part.write_text(unrun(notebook.read_text("utf-8")), "utf-8")
+    except CheckpointError:
+        if not target.exists():
+            raise
+        return False
+    return True
+
+
 def copied(folder: Path) -> tuple[list[str], list[str]]:
     """Copy the notebooks that ``folder`` has not, and leave those it has as they are: (copied, kept) by name.
 
@@ -37,13 +51,7 @@ def copied(folder: Path) -> tuple[list[str], list[str]]:
         folder.mkdir(parents=True, exist_ok=True)
         for notebook in sorted(shipped().glob("[0-9][0-9]-*.ipynb")):
             target = folder / notebook.name
-            if target.exists():
-                kept.append(notebook.name)
-                continue
-            half = target.with_suffix(".copying")
-            half.write_text(unrun(notebook.read_text("utf-8")), "utf-8")
-            half.rename(target)
-            new.append(notebook.name)
+            (kept if target.exists() or not _copy(notebook, target) else new).append(notebook.name)
     except OSError as error:
         raise CourseError(f"the notebooks cannot be copied to {folder}: {error.strerror or error}.") from None
     return new, kept

@@ -55,7 +55,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         heads: Sequence[int] | int | None = None,
         reduce=None,
         to: str | Path = "memory",
-        budget: int = BUDGET,
+        budget: float | None = None,
         passes: str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -64,6 +64,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
             raise InstrumentError(f"passes is 'prompted', 'negative' or None for both, not {said(passes)}.")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise InstrumentError(f"dtype is one for real numbers, such as torch.float16, not {said(dtype)}.")
+        budget = BUDGET if budget is None else budget
         if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget >= 0:
             raise InstrumentError(f"budget is a number of bytes, not {said(budget)}.")
         self.steps, self.passes, self.dtype = checked_steps(steps), passes, dtype
@@ -139,8 +140,9 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
                 return None  # before it is made
         before = _version(value)
         for reduction in reductions:
-            if hasattr(reduction, "question"):
-                reduction.question = when.part
+            for told, what in (("question", when.part), ("site", site)):
+                if hasattr(reduction, told):
+                    setattr(reduction, told, what)
             chosen = reduction(chosen)
             if chosen is None:
                 break

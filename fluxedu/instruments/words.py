@@ -55,15 +55,21 @@ def read_at(moment: Moment, negative: bool = False) -> str:
     return moment.asked.negative if negative else moment.asked.prompt
 
 
+def _spans(tokenizer: Tokenizer, prompt: str) -> list[tuple[int, int]]:
+    """Where in the prompt each token begins and ends."""
+    try:
+        return tokenizer.fast.encode(prompt).offsets
+    except TypeError:  # no string, or half a character
+        raise InstrumentError(f"words are looked for in one prompt, not in {said(prompt)}.") from None
+
+
 def token_ids(tokenizer: Tokenizer, prompt: str, words: Sequence[Word]) -> list[int]:
     """Places of the T5 tokens that spell ``words`` in ``prompt``, in the order asked; a number is a place itself.
 
     A word said twice is found twice. Padding is never part of a word. Raises InstrumentError for a word
     that the prompt does not say.
     """
-    if not isinstance(prompt, str):
-        raise InstrumentError(f"words are looked for in one prompt, not in {said(prompt)}.")
-    spans = tokenizer.fast.encode(prompt).offsets
+    spans = _spans(tokenizer, prompt)
     found: list[int] = []
     for word in listed(words):
         found += _places(spans, prompt, word) if isinstance(word, str) else [word]
@@ -80,4 +86,4 @@ def _places(spans: list[tuple[int, int]], prompt: str, word: str) -> list[int]:
 
 def real_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Places of all tokens that carry words: neither the end mark nor padding."""
-    return [i for i, (a, b) in enumerate(tokenizer.fast.encode(prompt).offsets) if b > a]
+    return [i for i, (a, b) in enumerate(_spans(tokenizer, prompt)) if b > a]

@@ -13,6 +13,7 @@ needs diffusers to be installed. A baseline to measure, nothing that is explaine
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -166,8 +167,15 @@ def opened(name: str, device: str | torch.device | None = None) -> FluxPipeline 
 
 
 def _diffusers():
+    """diffusers, without what it and the libraries of quantised weights that it looks for say as they are imported."""
+    quiet = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         import diffusers
+
+        _ = diffusers.UNet2DConditionModel, diffusers.DDIMScheduler  # imported when they are asked for
     except ImportError:
         raise RequestError("the Stable Diffusion baseline is diffusers' own: pip install diffusers.") from None
+    finally:
+        logging.disable(quiet)
     return diffusers

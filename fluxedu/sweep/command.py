@@ -5,6 +5,7 @@ A process started here is the same command with RANK and WORLD_SIZE set, as torc
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from fluxedu.sweep.errors import SweepError
 from fluxedu.sweep.folder import missing
 from fluxedu.sweep.run import place_in_the_world, work
 
+MOST_WORKERS = 1024
+
 
 def sweep(config: Path, out: Path | None = None, workers: int = 1, on: str | None = None) -> tuple[Sweep, Path]:
     """Run the sweep that ``config`` describes into ``out``; returns both. Raises SweepError."""
@@ -27,14 +30,19 @@ def sweep(config: Path, out: Path | None = None, workers: int = 1, on: str | Non
     if folder == config or folder.is_file():
         raise SweepError(f"{folder} is a file; say --out with a folder for the results.")
     rank, world = place_in_the_world()
-    if workers < 1 or (workers > 1 and world > 1):
-        raise SweepError(f"workers is 1 or more, and 1 under a launcher (here {world} processes), not {workers}.")
+    if not 1 <= workers <= MOST_WORKERS or (workers > 1 and world > 1):
+        raise SweepError(
+            f"workers is from 1 to {MOST_WORKERS}, and 1 under a launcher (here {world} processes), not {workers}."
+        )
     if on is not None:
         if on not in ENGINES:
             raise SweepError(
                 f"a sweep runs on {' or '.join(ENGINES)}, or if it is left out on this machine, not {on!r}."
             )
-        ENGINES[on](asked, folder.absolute(), workers)
+        try:
+            ENGINES[on](asked, folder.absolute(), workers)
+        except ModuleNotFoundError as error:
+            raise SweepError(f"a sweep on {on} needs {error.name}, which is not installed here.") from None
     elif workers > 1:
         _processes(asked, config, folder, workers)
     else:
@@ -77,22 +85,38 @@ def _why(errors, code: int) -> str:
     if own:
         return own[-1]
     end = f"signal {-code}" if code < 0 else lines[-1] if lines else f"exit status {code}"
-    return f"no worker came to the end, the first because of {end}; the same command goes on from what is there."
+    return _nobody(f"the first because of {end}")
+
+
+def _nobody(why: str) -> str:
+    return f"no worker came to the end, {why}; the same command goes on from what is there."
 
 
 def _ray(asked: Sweep, folder: Path, workers: int) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that is started here reports to nobody
     import ray
 
-    task = ray.remote(work)
-    ray.get([task.remote(asked, folder, rank, workers) for rank in range(workers)])
+    # RAY_ADDRESS names a cluster; without it, processes here. A task on one that is killed is started again
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    gpus = 1 if asked.device != "cpu" and "GPU" in ray.cluster_resources() else 0
+    task = ray.remote(num_gpus=gpus)(work)
+    try:
+        ray.get([task.remote(asked, folder, rank, workers) for rank in range(workers)])
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise SweepError(_nobody(f"as Ray says: {type(error).__name__}")) from None
 
 
 def _dask(asked: Sweep, folder: Path, workers: int) -> None:
-    from distributed import Client
+    from distributed import Client, KilledWorker
 
     # DASK_SCHEDULER_ADDRESS names a cluster; without it, processes here, of one thread as instruments want it
-    with Client(threads_per_worker=1) as client:
-        client.gather([client.submit(work, asked, folder, rank, workers, pure=False) for rank in range(workers)])
+    with Client(n_workers=workers, threads_per_worker=1, silence_logs=logging.CRITICAL) as client:
+        try:
+            client.gather([client.submit(work, asked, folder, rank, workers, pure=False) for rank in range(workers)])
+        except KilledWorker:
+            raise SweepError(_nobody("as Dask says: KilledWorker")) from None
 
 
 #: other engines, where they are installed; their processes must reach the same folder

@@ -10,10 +10,11 @@
     settings: {steps: 8, guidance: 4.0}         # of the pipeline
     keep: [image, latent]                       # or trajectory
     record: [{sites: "double.*.attn.map", reduce: head-mean, tokens: [red]}]
+    lens: {contributions: {}, head_gallery: {query: red, at_step: 0}}   # by name, see fluxedu/sweep/lens.py
 
-Also ``model``, ``device``, ``dtype``, ``shard`` (cells a file, 8) and ``threads`` (of a CPU process, 1: another
-number rounds differently). A cell is one prompt, one seed, one intervention, and has a number: prompts count
-slowest, interventions fastest.
+Also ``model``, ``device`` and ``dtype`` (the model's own if left out, as :func:`fluxedu.load` chooses), ``shard``
+(cells a file, 8) and ``threads`` (of a CPU process, 1: another number rounds differently). A cell is one prompt, one
+seed, one intervention, and has a number: prompts count slowest, interventions fastest.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from fluxedu.instruments.errors import InstrumentError
 from fluxedu.models.config import said
 from fluxedu.sweep.changes import checked_changes, checked_record
 from fluxedu.sweep.errors import SweepError
+from fluxedu.sweep.lens import checked_lenses
 from fluxedu.sweep.strict import numbers, only, text, texts, whole
 from fluxedu.sweep.yaml_file import read_yaml
 
 MOST_CELLS = 1_000_000
 KEPT = ("image", "latent", "trajectory")
 SETTINGS = ("steps", "guidance", "height", "width", "solver", "negative_prompt", "true_cfg_scale", "guidance_interval")
-_KEYS = ("prompts", "seeds", "interventions", "settings", "keep", "record", "model", "device", "dtype")
+_KEYS = ("prompts", "seeds", "interventions", "settings", "keep", "record", "lens", "model", "device", "dtype")
 _KEYS += ("shard", "threads")
 
 
@@ -56,9 +58,10 @@ class Sweep:
     settings: dict = field(default_factory=dict)
     keep: tuple[str, ...] = ("image", "latent")
     record: tuple[dict, ...] = ()
+    lens: dict[str, dict] = field(default_factory=dict)
     model: str = "nano"
-    device: str = "cpu"
-    dtype: str = "float32"
+    device: str | None = None
+    dtype: str | None = None
     shard: int = 8
     threads: int = 1
 
@@ -103,9 +106,10 @@ def from_dict(values: dict) -> Sweep:
         "settings": _settings,
         "keep": _keep,
         "record": lambda v: tuple(checked_record(r) for r in _list(v, "record")),
+        "lens": checked_lenses,
         "model": lambda v: text(v, "model"),
-        "device": lambda v: text(v, "device"),
-        "dtype": lambda v: text(v, "dtype"),
+        "device": lambda v: v if v is None else text(v, "device"),
+        "dtype": lambda v: v if v is None else text(v, "dtype"),
         "shard": lambda v: whole(v, "shard", 1, 10_000),
         "threads": lambda v: whole(v, "threads", 1, 1024),
     }

@@ -13,12 +13,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fluxedu.checkpoints.aside import aside
+from fluxedu.instruments.lenses.run import together
+from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.recording import Recording
 from fluxedu.sampling.pipeline import FluxPipeline, Output
 from fluxedu.sweep.changes import made, recorders
 from fluxedu.sweep.config import Cell, Sweep
 from fluxedu.sweep.errors import SweepError
+from fluxedu.sweep.lens import looks
 
 
 class Draughtsman:
@@ -60,12 +63,14 @@ class Draughtsman:
         with ExitStack() as stack:
             for instrument in (*changes, *seen):
                 stack.enter_context(instrument)
-            out = self.pipe(cell.prompt, seed=cell.seed, **self.settings)
+            ours, asked = looks(self.sweep.lens, self.pipe, cell.prompt), {"seed": cell.seed, **self.settings}
+            out, found = together(self.pipe, cell.prompt, ours, asked)
         kept = {name: value for name, value in _output(out).items() if name.split("/")[0] in self.sweep.keep}
         for i, recorder in enumerate(seen):
             named = {site: recorder[site] for site in recorder}
             prefix = f"record-{i}/" if len(seen) > 1 else ""
-            kept |= {f"{prefix}{site}": (v.tensor, list(v.axes), v.coords) for site, v in named.items()}
+            kept |= {f"{prefix}{site}": _plain(value) for site, value in named.items()}
+        kept |= {f"lens/{name}": _plain(value) for name, value in zip(self.sweep.lens, found, strict=True)}
         return kept
 
     def _recorded(self, globs: tuple[str, ...], prompt: str, seed: int) -> Recording:
@@ -73,6 +78,10 @@ class Draughtsman:
         with record(*globs) as recorder:
             self.pipe(prompt, seed=seed, **self.settings)
         return recorder.recording
+
+
+def _plain(value: Named) -> tuple[Tensor, list[str], dict]:
+    return value.tensor.cpu(), list(value.axes), value.coords
 
 
 def _output(out: Output) -> dict[str, tuple[Tensor, list[str], dict]]:

@@ -1,6 +1,6 @@
 """A sweep on disk: what it is, its files, and at the end the manifest.
 
-sweep.json                  what was asked, and of which model; another sweep is refused here
+sweep.json                  what was asked, of which model, on which device and dtype; another sweep is refused here
 shards/00000.safetensors    cells 0 to 7, and so on; each written once and whole
 cells.csv                   a line a cell: prompt, seed, intervention, file (and cells.parquet if pyarrow is there)
 manifest.json               written last: every file with its size and SHA-256
@@ -44,8 +44,7 @@ def missing(sweep: Sweep, folder: Path) -> list[int]:
 
 def begin(sweep: Sweep, folder: Path, pipe: FluxPipeline) -> None:
     """Write down what the folder is for; raises SweepError where it is for something else."""
-    device = pipe.device.type
-    by = {"fluxedu": __version__, "torch": torch.__version__, "device": device, "model": fingerprint(pipe)}
+    by = {"fluxedu": __version__, "torch": torch.__version__, **numerics(pipe), "model": fingerprint(pipe)}
     asked = json.dumps({"sweep": sweep.to_dict(), "by": by}, indent=1, ensure_ascii=False) + "\n"
     path = folder / "sweep.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +72,14 @@ def _difference(there: str, asked: str) -> str:
         return f"{names[0][1]} is not the same" if names else "interventions are in another order"
     except (ValueError, KeyError, TypeError, AttributeError):
         return "its sweep.json cannot be read"
+
+
+def numerics(pipe: FluxPipeline) -> dict[str, str]:
+    """What decides how numbers are rounded: a set begun with one is not continued with another."""
+    device = pipe.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    decoded = "in tiles" if "decode" in vars(pipe.autoencoder) else "whole"  # as memory="auto" may choose
+    return {"device": f"{device.type} {kind}", "dtype": str(pipe.dtype).removeprefix("torch."), "decoded": decoded}
 
 
 def fingerprint(pipe: FluxPipeline) -> str:

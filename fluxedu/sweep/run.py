@@ -34,6 +34,13 @@ def place_in_the_world() -> tuple[int, int]:
     return rank, world
 
 
+def _local_rank() -> int:
+    said = os.environ.get("LOCAL_RANK", "0")
+    if not said.isdecimal():
+        raise SweepError(f"LOCAL_RANK in the environment is a whole number, not {said!r}.")
+    return int(said)
+
+
 def work(
     sweep: Sweep, folder: str | Path, rank: int = 0, world: int = 1, progress: Callable[[int], None] | None = None
 ) -> Path:
@@ -54,7 +61,11 @@ def work(
 def _work(sweep: Sweep, folder: Path, rank: int, world: int, progress: Callable[[int], None]) -> None:
     import fluxedu as fe
 
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if sweep.device == "cuda" else sweep.device
+    device = sweep.device
+    if device in (None, "cuda") and torch.cuda.is_available():  # each process on a GPU of its own
+        mine = _local_rank() % torch.cuda.device_count()
+        torch.cuda.set_device(mine)  # for a model that takes a GPU where there is one
+        device = device and f"cuda:{mine}"
     drawn = Draughtsman(sweep, fe.load(sweep.model, device=device, dtype=sweep.dtype))
     begin(sweep, folder, drawn.pipe)
     while left := missing(sweep, folder):

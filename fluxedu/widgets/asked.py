@@ -39,6 +39,16 @@ def numbers(name: str, given: Any, least: float) -> list:
     return found
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """At most ``most`` places out of ``count``, evenly spaced; of an odd number of them one is in the middle.
+
+    >>> evenly(50, 1), evenly(50, 3), evenly(5, 9)
+    ([25], [8, 25, 41], [0, 1, 2, 3, 4])
+    """
+    most = min(count, most)
+    return [(2 * i + 1) * count // (2 * most) for i in range(most)]
+
+
 def some_steps(pipe: FluxPipeline, asked: dict[str, Any], most: int = 6) -> list[int] | None:
     """At most ``most`` steps, evenly chosen among those that will be run; None, all of them, where that is unknown."""
     count = asked.get("steps") or pipe.defaults.steps

@@ -6,16 +6,19 @@ Queries and keys of the run are kept, not maps: a row or a column is made when i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from PIL import Image
 
-from fluxedu.instruments.lenses.run import by_block, grid, recorded
+from fluxedu.instruments.lenses.run import blocks_in, blocks_of, grid, one_picture, one_prompt, recorded
+from fluxedu.instruments.recorder import Steps, record
 from fluxedu.models.attention_map import AttentionMap
-from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.widgets.asked import checked
+from fluxedu.probe import Sited
+from fluxedu.sampling.moment import Moment, now
+from fluxedu.sampling.pipeline import FluxPipeline, Output
+from fluxedu.widgets.asked import checked, evenly
 from fluxedu.widgets.controls import Chips, Choice, clock
 from fluxedu.widgets.explorer import Explorer, View
 from fluxedu.widgets.paint import enlarged, over, over_stops, picture, reduced
@@ -89,22 +92,52 @@ def attention_view(
     return View(panels, text, {"word": said / max(float(said.max()), 1e-12)})
 
 
-def attention(pipe: FluxPipeline, prompt: str, *, blocks: str = "*", at_steps=None, **asked) -> Explorer:
+class Kept(record):
+    """A recorder of queries and keys, of as many steps and blocks, evenly spaced, as its budget has room for.
+
+    Which, is known when the first queries pass: no run is needed to find out. Steps are left out first, all but one.
+    """
+
+    def __init__(self):
+        super().__init__("*.attn.q", "*.attn.k", passes="prompted")
+        self.names: set[str] | None = None
+        self.said = ""  # what was left out, in a sentence
+
+    def see(self, owner: Sited, name: str, site: str, value: torch.Tensor) -> torch.Tensor:
+        if self.names is None:
+            self._choose(now(), value)
+        return super().see(owner, name, site, value) if site.partition(".attn.")[0] in self.names else value
+
+    def _choose(self, moment: Moment, q: torch.Tensor) -> None:
+        each = 2 * q.nbytes // len(q) * self._questions(moment)  # bytes of a block and step: queries and keys
+        names, room = blocks_of(moment.pipe), int(self.budget // each)
+        self.steps = evenly(moment.steps, max(room // len(names), 1))
+        self.names = {names[i] for i in evenly(len(names), max(room, 1))}
+        if len(self.steps) * len(self.names) < moment.steps * len(names):
+            self.said = (
+                f" Kept are {len(self.names)} of {len(names)} blocks and {len(self.steps)} of {moment.steps} steps, as "
+                f"many as {self.budget / 2**30:.3g} GiB hold; blocks= and at_steps= choose others."
+            )
+
+
+def attention(
+    pipe: FluxPipeline, prompt: str, *, blocks: str | None = None, at_steps: Steps = None, **asked
+) -> Explorer:
     """Point at a patch or a word of a run of ``prompt``, in any block, step and head.
 
-    blocks: a glob such as ``"double.*"`` · at_steps: which steps to keep, all if not said · ``asked``: as for the
-    pipeline. Queries and keys are kept, ``2 x T x D`` numbers a block and step; raises BudgetError where that is too
-    much, with how to ask for less. The words' shade is what the patch gives them.
+    blocks: a glob such as ``"double.*"`` · at_steps: which steps to keep · ``asked``: as for the pipeline. Queries and
+    keys are kept, ``2 x T x D`` numbers a block and step. Where neither is said, that is everything, or what the
+    recorder's budget has room for: fewer steps, evenly spaced, and where one of all blocks is too much, one and fewer
+    blocks (of FLUX.1-dev at 1024 x 1024, 37 of 57); the controls list them and the text says how many. What is said is
+    kept whole; raises BudgetError where that is too much, with how to ask for less. The words' shade is what the patch
+    gives them.
     """
-    sites = (f"{blocks}.attn.q", f"{blocks}.attn.k")
-    out, rec = recorded(pipe, prompt, *sites, asked=checked(asked), steps=at_steps)
-    stacked = [by_block(rec, pipe, f"attn.{x}") for x in "qk"]
-    names = stacked[0].coords["block"]
-    q, k = ({b: x.tensor[i] for i, b in enumerate(names)} for x in stacked)
-    tokenizer = pipe.prompt_encoder.t5_tokenizer
-    run = Attended(out.images[0], q, k, rec.words, grid(pipe, out))
-    times, pieces = stacked[0].coords["step"], tokenizer.pieces(prompt)
-    count = q[names[0]].shape[1]
+    out, rec = _recorded(pipe, prompt, blocks, at_steps, checked(asked))
+    names = blocks_in(rec, pipe, "attn.q")
+    q, k = ({b: rec[f"{b}.attn.{x}"].tensor for b in names} for x in "qk")
+    times, tokenizer = rec[f"{names[0]}.attn.q"].coords["step"], pipe.prompt_encoder.t5_tokenizer
+    run, pieces = Attended(out.images[0], q, k, rec.words, grid(pipe, out)), tokenizer.pieces(prompt)
+    count, left_out = q[names[0]].shape[1], rec.said if isinstance(rec, Kept) else ""
     controls = [
         Choice("block", "block", names, len(names) // 2),
         clock(times, len(times) // 2),
@@ -113,6 +146,20 @@ def attention(pipe: FluxPipeline, prompt: str, *, blocks: str = "*", at_steps=No
     ]
 
     def draw(block: int, step: int, head: int, word: int, patch: tuple[int, int]) -> View:
-        return attention_view(run, pieces, names[block], step, head - 1 if head else None, patch, word)
+        view = attention_view(run, pieces, names[block], step, head - 1 if head else None, patch, word)
+        return replace(view, text=view.text + left_out)
 
     return Explorer("Attention", controls, draw, {"patch": (run.grid[0] // 2, run.grid[1] // 4)})
+
+
+def _recorded(
+    pipe: FluxPipeline, prompt: str, blocks: str | None, at_steps: Steps, asked: dict
+) -> tuple[Output, record]:
+    """The run, and of its queries and keys what was asked for, or what there is room for."""
+    if blocks is not None or at_steps is not None:
+        sites = [f"{blocks or '*'}.attn.{x}" for x in "qk"]
+        return recorded(pipe, prompt, *sites, asked=asked, steps=at_steps)
+    with Kept() as rec:
+        out = pipe(one_prompt(prompt), **asked)
+    one_picture(out)
+    return out, rec

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from fluxedu.instruments.interventions import Context, ablate, intervene
 from fluxedu.instruments.lenses.run import blocks_of, one_prompt
 from fluxedu.instruments.patching import patch
 from fluxedu.instruments.recorder import record
+from fluxedu.instruments.recording import Recording, open_recording
 from fluxedu.instruments.watching import Instrument
 from fluxedu.nano.judge import Reading, read
 from fluxedu.sampling.latents import image_ids, text_ids
@@ -74,7 +77,7 @@ def bench_view(
                         f"({which}). The judge reads: {seen}.")  # fmt: skip
 
 
-def _in_tokens(site: str, source: record, places: slice) -> intervene:
+def _in_tokens(site: str, source: Recording, places: slice) -> intervene:
     """Of the joint tokens, put in those of another run at ``places``."""
     theirs = {(when.step, when.part): value.tensor for when, value in source.entries(site)}
 
@@ -86,7 +89,7 @@ def _in_tokens(site: str, source: record, places: slice) -> intervene:
     return intervene(site, change)
 
 
-def _change(which: int, block: str, other: record, one_place: Tensor, words: int) -> Instrument:
+def _change(which: int, block: str, other: Recording, one_place: Tensor, words: int) -> Instrument:
     """What is done to a block."""
     if which == 0:
         return ablate(block)
@@ -99,23 +102,13 @@ def _change(which: int, block: str, other: record, one_place: Tensor, words: int
     return _in_tokens(f"{block}.x", other, slice(0, words) if which == FOREIGN else slice(words, None))
 
 
-@torch.no_grad()
-def bench(pipe: FluxPipeline, prompt: str, other: str, *, steps: int = 6, **asked) -> Explorer:
-    """Do each of five things to each block once, draw ``prompt``, and then look.
-
-    The last two go on with tokens of a run of the prompt ``other`` from the same noise, as they come into the block:
-    the words' or the picture's. ``5 x blocks + 2`` runs of a few ``steps`` are drawn at first, seconds on the
-    miniature; ``asked`` as for the pipeline. The judge (:mod:`fluxedu.nano.judge`) knows the miniature's world only.
-    """
-    quiet = not asked.get("progress", True)
-    asked = asked | {"steps": steps, "trajectory": False, "progress": False}
-    blocks, words = blocks_of(pipe), pipe.prompt_encoder.t5_tokenizer.length
-    whole = pipe(one_prompt(prompt), **asked)
-    with record("double.*.img", "double.*.txt", "single.*.x") as foreign:
-        theirs = pipe(one_prompt(other), **asked)
-    ids = image_ids(*whole.latents.shape[-2:])
+def _experiments(
+    pipe: FluxPipeline, prompt: str, foreign: Recording, latents: Tensor, asked: dict, quiet: bool
+) -> tuple[list[list[Pixels8]], list[list[float]]]:
+    """Every change of every block: the picture, and how far its latent is from ``latents``."""
+    blocks, words, changed, far = blocks_of(pipe), pipe.prompt_encoder.t5_tokenizer.length, [], []
+    ids = image_ids(*latents.shape[-2:])
     one_place = pipe.flux.rope(torch.zeros_like(ids).to(pipe.device), text_ids(words).to(pipe.device))
-    changed, far = [], []
     with tqdm(total=len(CHANGES) * len(blocks), desc="experiments", delay=1, leave=False, disable=quiet) as bar:
         for which in range(len(CHANGES)):
             outs = []
@@ -124,7 +117,28 @@ def bench(pipe: FluxPipeline, prompt: str, other: str, *, steps: int = 6, **aske
                     outs.append(pipe(prompt, **asked))
                 bar.update()
             changed.append([picture(out.images[0]) for out in outs])
-            far.append([float((out.latents - whole.latents).norm() / whole.latents.norm()) for out in outs])
+            far.append([float((out.latents - latents).norm() / latents.norm()) for out in outs])
+    return changed, far
+
+
+@torch.no_grad()
+def bench(pipe: FluxPipeline, prompt: str, other: str, *, steps: int = 6, **asked) -> Explorer:
+    """Do each of five things to each block once, draw ``prompt``, and then look.
+
+    The last two go on with tokens of a run of the prompt ``other`` from the same noise, as they come into the block:
+    the words' or the picture's. ``5 x blocks + 2`` runs of a few ``steps`` are drawn at first, seconds on the
+    miniature; ``asked`` as for the pipeline. Meanwhile the other run is in a temporary folder: of FLUX.1-dev at
+    1024 x 1024, 10 GB. The judge (:mod:`fluxedu.nano.judge`) knows the miniature's world only.
+    """
+    quiet = not asked.get("progress", True)
+    asked = asked | {"steps": steps, "trajectory": False, "progress": False}
+    blocks = blocks_of(pipe)
+    whole = pipe(one_prompt(prompt), **asked)
+    with TemporaryDirectory(ignore_cleanup_errors=True) as home:
+        with record("double.*.img", "double.*.txt", "single.*.x", to=Path(home) / "other"):
+            theirs = pipe(one_prompt(other), **asked)
+        foreign = open_recording(Path(home) / "other")  # the files, of which is read what is looked at
+        changed, far = _experiments(pipe, prompt, foreign, whole.latents, asked, quiet)
     before, beside, table = picture(whole.images[0]), picture(theirs.images[0]), np.array(far)
 
     judged = cache(lambda change, block: told(read(changed[change][block])))

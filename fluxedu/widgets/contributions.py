@@ -38,42 +38,65 @@ def halves(block: SingleStreamBlock, heads: Tensor, hidden: Tensor, gate: Tensor
     return gate * F.linear(heard, weight[:, :dim]), gate * F.linear(hidden, weight[:, dim:], bias)
 
 
-@torch.no_grad()
 def shares(pipe: FluxPipeline, prompt: str, **asked) -> tuple[Named, Named, Output]:
     """How large each token is as it enters a block, and what it is then given: root mean squares over channels.
 
     Axes ``block, step, token`` and ``block, part, step, token``, text first; parts are PARTS, the last being the sum of
-    the two as vectors, which is smaller than the sum of their sizes where they work against each other.
+    the two as vectors, which is smaller than the sum of their sizes where they work against each other. They are
+    measured while the run goes on, so no more than these four numbers a token is kept.
     """
-    out, rec = recorded(pipe, prompt, *SITES, asked=checked(asked))
-    sizes, given = [], []
-    for name in blocks_of(pipe):
-        x, attention, mlp = _double(rec, name) if name.startswith("double") else _single(rec, name, pipe)
-        sizes.append(_rms(x))
-        given.append(torch.stack([_rms(v) for v in (attention, mlp, attention + mlp)]))
-    coords = {"block": blocks_of(pipe), "step": rec["single.0.x"].coords["step"]}
+    out, rec = recorded(pipe, prompt, *SITES, asked=checked(asked), reduce=_Sizes(pipe))
+    names = blocks_of(pipe)
+    sizes = torch.stack([_kept(rec, name, "", "x") for name in names])
+    given = torch.stack(
+        [_kept(rec, name, "_mlp_contribution", "heads") for name in names]
+    )  # [block, step, part, token]
+    first = "double.0.img" if "double.0.img" in rec else "single.0.x"
+    coords = {"block": names, "step": rec[first].coords["step"]}
     return (
-        Named(torch.stack(sizes), ("block", "step", "token"), coords),
-        Named(torch.stack(given), ("block", "part", "step", "token"), coords | {"part": list(PARTS)}),
+        Named(sizes, ("block", "step", "token"), coords),
+        Named(given.transpose(1, 2), ("block", "part", "step", "token"), coords | {"part": list(PARTS)}),
         out,
     )
+
+
+class _Sizes:
+    """A reduction: the root mean squares of the tokens that enter a block ``[1, T]``; and of what they are given
+    ``[1, part, T]``, where the last value passes of which that is made. The others are put by until then.
+    """
+
+    site = ""  # told by the recorder
+
+    def __init__(self, pipe: FluxPipeline):
+        self.pipe, self.held = pipe, {}
+
+    def __call__(self, value: Named) -> Named | None:
+        block, name = self.site.rsplit(".", 1)
+        if name in ("img", "txt", "x"):
+            return Named(_rms(value.tensor), ("batch", "token"))
+        self.held[name] = value.tensor
+        joint = name == "heads"
+        needed = ("heads", "mlp_hidden", "gate") if joint else (name.replace("mlp", "attn"), name)
+        if not (joint or name.endswith("mlp_contribution")) or not all(part in self.held for part in needed):
+            return None
+        parts = [self.held.pop(part) for part in needed]
+        attention, mlp = halves(_single(self.pipe, block), *parts) if joint else parts
+        sizes = [_rms(x) for x in (attention, mlp, attention + mlp)]
+        return Named(torch.stack(sizes, dim=1), ("batch", "part", "token"))
+
+
+def _single(pipe: FluxPipeline, name: str) -> SingleStreamBlock:
+    return pipe.flux.single_blocks[int(name.removeprefix("single."))]
 
 
 def _rms(x: Tensor) -> Tensor:
     return x.float().square().mean(-1).sqrt()
 
 
-def _double(rec: record, name: str) -> tuple[Tensor, ...]:
-    both = lambda site: torch.cat([rec[f"{name}.{s}{site}"].tensor for s in ("txt", "img")], dim=1)  # noqa: E731
-    return both(""), both("_attn_contribution"), both("_mlp_contribution")
-
-
-def _single(rec: record, name: str, pipe: FluxPipeline) -> tuple[Tensor, ...]:
-    block = pipe.flux.single_blocks[int(name.split(".")[1])]
-    kept = (rec[f"{name}.{site}"].tensor.to(pipe.device) for site in ("heads", "mlp_hidden", "gate"))
-    heads, hidden, gate = kept
-    attention, mlp = halves(block, heads, hidden, gate.view(len(gate), 1, -1))
-    return rec[f"{name}.x"].tensor, attention.cpu(), mlp.cpu()
+def _kept(rec: record, block: str, double: str, single: str) -> Tensor:
+    """What was kept of a block, ``[S, ..., T]``: of a double one of both streams, text first."""
+    names = [f"{stream}{double}" for stream in ("txt", "img")] if block.startswith("double") else [single]
+    return torch.cat([rec[f"{block}.{name}"].tensor for name in names], dim=-1)
 
 
 def over_tokens(values: Tensor, tokens: slice) -> Tensor:

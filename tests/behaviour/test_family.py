@@ -207,7 +207,7 @@ def test_a_member_that_does_not_ship_says_so(name):
 @pytest.mark.parametrize("name", ["fill", "canny", "kontext", "redux", "schnell", "hollow"])
 def test_a_member_is_trained_written_judged_and_noted(name, tmp_path, monkeypatch):
     """A step or two of everything that ``fluxedu train --variant`` does; what is written opens again."""
-    monkeypatch.setattr(training, "compiled", lambda flux: None)
+    monkeypatch.setattr(training, "faster", lambda flux: None)
     monkeypatch.setitem(training.EACH, name, 2)
     monkeypatch.setitem(training.RECIPES, name, replace(training.RECIPES[name], steps=2, batch=2, warmup=1))
     (tmp_path / "README.md").write_text("# card\n\n## Known failures\n\nnone\n")

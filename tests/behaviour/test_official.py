@@ -119,6 +119,34 @@ def test_the_cached_pipeline_draws(cache, ingredients):
     assert out.images[0].size == (32, 32)
 
 
+def test_two_processes_load_from_one_cache(cache, ingredients):
+    """At once: both draw the same, and the cache is what it was, to the last name and time."""
+    repository(cache, "dev", ingredients, *whole("dev"))
+
+    def contents():
+        return {str(p): (p.lstat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in cache.rglob("*")}
+
+    code = """
+import sys, fluxedu
+print("ready", flush=True)
+sys.stdin.readline()
+out = fluxedu.load("dev", device="cpu")("a red circle", height=32, width=32, steps=1, progress=False)
+print(out.images[0].tobytes().hex())
+"""
+    before, env = contents(), {**os.environ, "HF_HUB_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-c", code]
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    both = [subprocess.Popen(start, env=env, text=True, **pipes) for _ in range(2)]
+    assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    told = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert told[0][0] == told[1][0] and len(told[0][0]) > 6000
+    assert contents() == before
+
+
 def test_diffusers_shards_are_the_same_weights(cache, ingredients):
     repository(cache, "dev", ingredients, "transformer", "vae", *ENCODERS)
     files = find("dev")

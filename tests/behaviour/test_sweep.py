@@ -30,6 +30,7 @@ interventions:
     - {patch: double.1.img_mlp_contribution, from: {prompt: a blue circle, seed: 0}}
 settings: {steps: 2, height: 64, width: 64}
 record: [{sites: double.1.attn.map, reduce: head-mean, tokens: [a], steps: 0}]
+lens: {word_maps: {words: [a], at_steps: [0]}}
 shard: 2
 """
 COMMAND = [sys.executable, "-m", "fluxedu.cli", "sweep"]
@@ -162,10 +163,11 @@ def test_all_killed_and_run_again(whole, tmp_path):
     assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "a finished file was written again"
 
 
-@pytest.mark.parametrize("when", ["the file is written", "the manifest is written"])
+@pytest.mark.parametrize("when", ["the file is written", "the table is written", "the manifest is written"])
 def test_killed_between_writing_and_naming(whole, tmp_path, when):
     """The worst moment: all bytes are there under the temporary name, and the process dies before the rename."""
-    target = "00003.safetensors" if when == "the file is written" else "manifest.json"
+    last = {"the table is written": "cells.csv", "the manifest is written": "manifest.json"}
+    target = last.get(when, "00003.safetensors")
     code = f"""
 import os, signal
 from fluxedu.checkpoints import aside
@@ -301,6 +303,13 @@ def test_a_damaged_result_is_found(whole, tmp_path):
         ("{prompts: [a], settings: {stepz: 3}}", "settings has an unknown 'stepz'; known are steps,"),
         ("{prompts: [a], keep: [video]}", "keep has 'video'; what can be kept is image, latent, trajectory."),
         ("{prompts: [a], record: [{sites: x, reduce: y}]}", "reduce must be one of head-mean,"),
+        ("{prompts: [a], lens: [word_maps]}", "lens is made of names and values, not ['word_maps']."),
+        ("{prompts: [a], lens: {word_map: {}}}", "lens has an unknown 'word_map'; known are attention_balance,"),
+        ("{prompts: [a], lens: {word_maps: {}}}", "lens word_maps lacks 'words'."),
+        ("{prompts: [a], lens: {contributions: {at_steps: 0}}}", "lens contributions has an unknown 'at_steps'; known"),
+        ("{prompts: [a], lens: {word_maps: {words: a}}}", "words is a list of texts, at least one, not 'a'."),
+        ("{prompts: [a], lens: {head_gallery: {query: [1]}}}", "query is a word or a patch, [row, column], not [1]."),
+        ("{prompts: [a], lens: {padding_mass: {at_steps: []}}}", "at_steps is empty; leave it out for all of them."),
         ("{prompts: [a], threads: 0}", "threads is a whole number from 1 to 1024, not 0."),
         ("a: &x [1]\nb: *x", "it uses the alias *x; write the value out."),
         ("[" * 50, "it is nested more than 20 deep."),

@@ -1,7 +1,8 @@
 """What the fuzz tests share: cases by number, values nobody expects, and a judge of what comes out.
 
 FLUXEDU_FUZZ=10000 makes that many cases in all (a few hundred if not said). A case is known by the name of its test and
-its number, and always the same; a failure names it.
+its number, and always the same; a failure names it. FLUXEDU_FIGURES=fuzz.json keeps how many there were, and how
+they ended (of one process: not with -n 2).
 """
 
 import copy
@@ -93,8 +94,8 @@ def is_a_sentence(error: BaseException) -> bool:
 
 def fuzz(name: str, share: float, case, folder: Path) -> None:
     """Run ``case(random)`` for this test's share of the cases; each ends well or in a sentence."""
-    faults = []
-    for number in range(max(1, int(CASES * share))):
+    faults, hangs, cases = [], 0, max(1, int(CASES * share))
+    for number in range(cases):
         chance = random.Random(f"{name} {number}")
         try:
             with guarded(folder):
@@ -102,10 +103,25 @@ def fuzz(name: str, share: float, case, folder: Path) -> None:
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
+            hangs += isinstance(error, Hung)
             if not is_a_sentence(error):
                 said = "".join(traceback.format_exception(error)[-4:])
                 faults.append(f"case {number}: {said[-1500:]}")
+    _keep(name, cases, len(faults) - hangs, hangs)
     assert not faults, f"{len(faults)} cases of {name} end badly:\n\n" + "\n".join(faults[:4])
+
+
+def _keep(name: str, cases: int, crashes: int, hangs: int) -> None:
+    """The figures of one test, beside those of the others, where FLUXEDU_FIGURES names a file."""
+    if "FLUXEDU_FIGURES" not in os.environ:
+        return
+    path = Path(os.environ["FLUXEDU_FIGURES"])
+    known = json.loads(path.read_text()) if path.exists() else {"cases": {}, "crashes": 0, "hangs": 0}
+    known["command"] = " ".join([f"FLUXEDU_FUZZ={CASES} python -m pytest", *sys.argv[1:]])
+    known["cases"][name] = cases
+    known["total"] = sum(known["cases"].values())
+    known["crashes"], known["hangs"] = known["crashes"] + crashes, known["hangs"] + hangs
+    path.write_text(json.dumps(known, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------- mutations

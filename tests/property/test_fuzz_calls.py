@@ -1,12 +1,16 @@
 """Calls with values that make no sense are answered in a sentence, whatever the value is."""
 
+import inspect
+
 import pytest
 import torch
 from fuzzing import ODD, fuzz, guarded, is_a_sentence
+from runs import draw
 from sizes import TINY
 from torch import nn
 
 import fluxedu as fe
+from fluxedu.instruments import lenses
 from fluxedu.instruments.errors import InstrumentError
 from fluxedu.models import VARIANTS, Flux, FluxConfig
 from fluxedu.models.attention import SelfAttention
@@ -159,6 +163,36 @@ def test_intervening(pipe, tmp_path):
             pipe("a red circle", steps=2, height=16, width=16, progress=False)
 
     fuzz("intervening", 0.08, case, tmp_path)
+
+
+def test_lenses(pipe, tmp_path):
+    good = {
+        "words": [["circle"], ["red", "circle"]],
+        "query": ["red", (0, 0), [1, 1]],
+        "at_step": [0, -1],
+        "at_steps": [0, [0, 1], slice(None)],
+        "decoded": [True, False],
+        "probes": [1],
+        "size": [2, 3],
+        "reach": [0.5],
+        "times": [2, [0.5, 0.1]],
+        "guidance": [3.5],
+        "seed": [0, 7],
+        "path": [draw(pipe).trajectory],
+    }
+
+    def case(chance):
+        name = chance.choice(lenses.__all__)
+        takes = inspect.signature(getattr(lenses, name)).parameters
+        asked = some(chance, {key: good[key] for key in takes if key in good}, THINGS, 0.2)
+        for key, argument in takes.items():  # what is needed is there
+            if key in good and argument.default is argument.empty:
+                asked.setdefault(key, good[key][0])
+        start = {"pipe": pipe, "prompt": chance.choice(["a red circle"] * 9 + ODD)}
+        small = {"steps": 2, "height": 16, "width": 16, "progress": False} if "asked" in takes else {}
+        getattr(lenses, name)(**{key: value for key, value in start.items() if key in takes}, **asked, **small)
+
+    fuzz("lenses", 0.06, case, tmp_path)
 
 
 class Narrow(nn.Module):

@@ -1,15 +1,20 @@
 """The command line and sweeps with arguments that make no sense: a sentence and exit 2, or a result, nothing else."""
 
 import random
+import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from fuzzing import PLAIN, bytes_changed, fuzz, plain_changed
+from PIL import Image
 from typer.testing import CliRunner
 
 import fluxedu as fe
 from fluxedu import cli
+from fluxedu.arena.votes import Votes
 from fluxedu.course.errors import CourseError
 from fluxedu.sweep import from_dict, read_config
 from fluxedu.sweep.draw import Draughtsman
@@ -35,16 +40,29 @@ ODD = [
 ]
 COMMANDS = {
     "sample": (["a red circle", ""], ["--output", "--model", "--seed", "--steps", "--guidance", "--negative", "--cfg"]),
+    "sample of the family": (
+        ["a red circle"],
+        ["--variant", "--image", "--strength", "--mask", "--control", "--edges", "--reference", "--image-prompt"],
+    ),
+    "sample as": (
+        ["a red circle"],
+        ["--lora", "--lora-scale", "--device", "--dtype", "--memory", "--quantise", "--solver", "--height", "--width"],
+    ),
     "trace": (["a red circle"], ["--html", "--model", "--seed", "--steps", "--height", "--width"]),
     "info": (["dev", "schnell", ""], ["--json"]),
     "sites": (["attn.map"], ["--model", "--json"]),
     "train": ([], ["--stage", "--out", "--ship-to"]),
-    "judge": ([], ["--model", "--prompts", "--steps", "--guidance", "--json"]),
+    "train one": ([], ["--variant", "--out", "--no-resume", "--all"]),
+    "judge": ([], ["--model", "--prompts", "--steps", "--guidance", "--for-shapes", "--json"]),
     "convert": (["in.safetensors", "."], ["--to", "--shard-gb", "--overwrite"]),
-    "bench": ([], ["--json"]),
-    "lab": ([], ["--port"]),
-    "grade": (["in.ipynb", "."], ["--csv", "--timeout"]),
+    "bench": ([], ["--json", "--quick"]),
+    "lab": ([], ["--port", "--folder"]),
+    "grade": (["in.ipynb", "."], ["--csv", "--table", "--timeout", "--whole", "--memory"]),
     "sweep": (["sweep.yaml", "in.safetensors", "."], ["--out", "--workers", "--on"]),
+    "arena run": (["nano", "nano@4"], ["--votes", "--count", "--axis", "--prompts", "--pictures", "--seed"]),
+    "arena serve": (["nano", "nano@4"], ["--votes", "--port", "--axis", "--prompts", "--pictures", "--seed"]),
+    "arena table": ([], ["--votes", "--axis", "--who", "--json", "--figures"]),
+    "arena export": (["a.csv"], ["--votes"]),
 }
 VALUES = {
     "--steps": ["1", "2"],
@@ -57,21 +75,55 @@ VALUES = {
     "--out": ["out", "sweep.yaml"],
     "--workers": ["1", "0"],
     "--csv": ["a.csv"],
+    "--table": ["b.csv"],
+    "--variant": ["schnell", "fill", "canny", "depth", "kontext", "redux", "hollow", "sd", "twin"],
+    **dict.fromkeys(("--image", "--mask", "--control", "--reference", "--image-prompt"), ["in.png", "in.ipynb"]),
+    "--lora": ["hollow", "in.safetensors", "."],
+    "--lora-scale": ["0.5", "-1"],
+    "--device": ["cpu", "cuda", "meta"],
+    "--dtype": ["float32", "bfloat16", "float64", "int8"],
+    "--memory": ["full", "no-modulations", "stream"],
+    "--quantise": ["int8", "fp8", "nf4"],
+    "--strength": ["0.5"],
+    "--solver": ["heun", "midpoint"],
+    "--votes": ["in.sqlite", "new.sqlite", "in.png"],
+    "--axis": ["overall", "diversity"],
+    "--who": ["judge", "people"],
+    "--figures": ["drawn"],
+    "--on": ["ray", "dask"],
 }
-ALONE = ("--overwrite",)
+ALONE = ("--overwrite", "--edges", "--no-resume", "--all", "--quick")
+DAMAGED = {"in.png": 0.2, "in.sqlite": 0.3}  # how often
 
 
 @pytest.fixture
 def quick(pipe, tmp_path, monkeypatch):
-    """A folder to be in, a small model for the shipped one, and nothing that takes minutes."""
-    monkeypatch.chdir(tmp_path)
-    real = fe.load
-    small = lambda model="nano", **options: pipe if model == "nano" else real(model, **options)  # noqa: E731
+    """A folder to be in, two below the one that is watched; small models; and nothing that takes minutes."""
+    real, kept = fe.load, {}
+
+    def small(model="nano", **options):
+        said = {name: value for name, value in options.items() if value not in (None, "auto", False, 1.0)}
+        if model in ("nano", "") and not said:
+            return pipe
+        if (key := (model, repr(said))) not in kept:
+            kept[key] = real(model, **said)
+            kept[key].defaults, kept[key].size = replace(kept[key].defaults, steps=1), 32
+        return kept[key]
+
     monkeypatch.setattr("fluxedu.load", small, raising=False)
-    monkeypatch.setattr("fluxedu.nano.training.stages.run_stages", refusing(ValueError("not now.")))
+    for slow in ("nano.training.stages.run_stages", "nano.training.family.load", "nano.training.rivals.load"):
+        monkeypatch.setattr(f"fluxedu.{slow}", refusing(ValueError("not now.")))
     monkeypatch.setattr("fluxedu.nano.report.examine", refusing(ValueError("not now.")))
     monkeypatch.setattr("fluxedu.bench.run", refusing(ModuleNotFoundError(name="diffusers")))
     monkeypatch.setattr("fluxedu.course.files.copied", refusing(CourseError("not now.")))
+    monkeypatch.setattr("fluxedu.arena.contestants.pictured", lambda p, _, seed, h, w, n: Image.new("RGB", (w, h)))
+    monkeypatch.setattr("fluxedu.arena.contestants._opened", lambda *_: None)
+    monkeypatch.setattr("socketserver.BaseServer.serve_forever", refusing(KeyboardInterrupt()))
+    for engine in ("ray", "distributed"):
+        monkeypatch.setitem(sys.modules, engine, None)
+    here = tmp_path / "one" / "two"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
     return tmp_path
 
 
@@ -82,16 +134,33 @@ def refusing(error: Exception):
     return refuse
 
 
-def files(folder: Path) -> None:
-    """What a command may find where it runs."""
+@pytest.fixture
+def found(tmp_path_factory):
+    """What a command may find where it runs: names and bytes."""
+    folder = tmp_path_factory.mktemp("found")
+    Image.new("RGB", (16, 16), "red").save(folder / "in.png")
+    votes = Votes(folder / "in.sqlite")
+    for choice in ("left", "tie"):
+        ballot = votes.issue("overall", "nano", "nano@4", "a red circle", 0, (128, 128), "judge")
+        votes.vote(ballot.id, choice, "judge")
+    votes.close()
     (folder / "in.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     (folder / "in.ipynb").write_text("{}")
     (folder / "sweep.yaml").write_text("{prompts: [a], seeds: [0], settings: {steps: 1, height: 16, width: 16}}")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_commands(quick):
+def laid_out(chance, found: dict[str, bytes], folder: Path) -> None:
+    """A fresh folder with those files, some of them damaged; nothing of the case before is left."""
+    for left in folder.iterdir():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for name, data in found.items():
+        (folder / name).write_bytes(bytes_changed(chance, data) if chance.random() < DAMAGED.get(name, 0) else data)
+
+
+def test_commands(quick, found):
     def case(chance):
-        files(quick)
+        laid_out(chance, found, quick / "one" / "two")
         command = chance.choice(list(COMMANDS))
         arguments, options = COMMANDS[command]
         words = [chance.choice(arguments + ODD) if chance.random() < 0.3 else word for word in arguments[:2]]
@@ -100,14 +169,15 @@ def test_commands(quick):
             words += [option] if option in ALONE else [option, value]
         if chance.random() < 0.2:
             words.insert(chance.randrange(len(words) + 1), chance.choice(ODD + ["--nonsense", "--help"]))
-        result = run(cli.app, [command, *words])
+        name = command.split()[:2] if command.startswith("arena") else command.split()[:1]
+        result = run(cli.app, [*name, *words])
         ends = result.exception is None or isinstance(result.exception, SystemExit)
         assert ends and result.exit_code in (0, 1, 2), (words, repr(result.exception), result.exc_info)
         assert "Traceback" not in result.output, words
         if result.exit_code and "fluxedu: " in result.output:
             assert len(result.stderr.strip().splitlines()) == 1 or command == "grade", (words, result.output)
 
-    fuzz("commands", 0.06, case, quick)
+    fuzz("commands", 0.12, case, quick)
 
 
 SWEEP = {
@@ -129,6 +199,7 @@ SWEEP = {
     },
     "keep": ["image", "latent", "trajectory"],
     "record": [{"sites": "double.1.attn.map", "reduce": ["head-mean"], "tokens": ["a", 0], "steps": [0]}],
+    "lens": {"word_maps": {"words": ["a"], "at_steps": [0]}, "head_gallery": {"query": [0, 0], "at_step": 0}},
     "model": "nano",
     "device": "cpu",
     "dtype": "float32",

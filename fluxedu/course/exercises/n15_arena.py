@@ -255,8 +255,9 @@ def _by_inverse(covariance: Tensor, p: float, i: int, j: int) -> float:
     against=_by_inverse,
     tolerance=1e-4,  # the answer is in float32, and the reference inverts twice
     hints=(
-        "A vote adds `w d d^T` to the information, with w = p (1 - p), and d is 1 at i, -1 at j, 0 elsewhere. Sherman "
-        "and Morrison say what that does to the inverse, without inverting anything.",
+        "A vote adds `w d d^T` to the information, with w = p (1 - p), and d is 1 at i, -1 at j, 0 elsewhere. What "
+        "that does to the inverse is known without inverting anything, by Sherman and Morrison's formula: "
+        "(A + u u^T)^-1 = A^-1 - A^-1 u u^T A^-1 / (1 + u^T A^-1 u).",
         "The covariance loses `w (C d)(C d)^T / (1 + w d^T C d)`. Its trace is what is asked for, and the trace of "
         "`u u^T` is `u @ u`.",
         "`moved = covariance[:, i] - covariance[:, j]`, `along = moved[i] - moved[j]`, and then "
@@ -266,7 +267,7 @@ def _by_inverse(covariance: Tensor, p: float, i: int, j: int) -> float:
 def gain(covariance: Tensor, p: float, i: int, j: int) -> Tensor:
     """How much one more vote on i and j takes from the summed variance of the strengths: a number.
 
-    `covariance [M, M]` is the inverse of the information; `p` is the chance that i is preferred. A vote adds
+    `covariance [M, M]` is that of the strengths around their mean; `p` is the chance that i is preferred. A vote adds
     `p (1 - p)` of information about the one difference `s_i - s_j`.
     """
     w = p * (1 - p)

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable
 
 from fluxedu.instruments.errors import InstrumentError
-from fluxedu.instruments.lenses.run import Look, alone, as_picture, by_block, grid, recorded
+from fluxedu.instruments.lenses.run import Look, alone, as_picture, by_block, grid
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import Value, head_mean, rows
@@ -61,7 +61,12 @@ def attention_balance(pipe: FluxPipeline, prompt: str, *, at_steps=None, **asked
     The mean over heads and patches; the rest goes to the image. Far fewer text tokens than image tokens, and the
     softmax does not care which is which: arXiv 2506.07986 (TACA).
     """
-    return _mass(pipe, prompt, lambda: range(now().words), at_steps, asked)
+    return alone(pipe, prompt, look_at_balance(pipe, prompt, at_steps), asked)
+
+
+def look_at_balance(pipe: FluxPipeline, prompt: str, at_steps=None) -> Look:
+    """:func:`attention_balance` in two halves."""
+    return _mass(pipe, lambda: range(now().words), at_steps)
 
 
 def padding_mass(pipe: FluxPipeline, prompt: str, *, at_steps=None, **asked) -> Named:
@@ -69,14 +74,19 @@ def padding_mass(pipe: FluxPipeline, prompt: str, *, at_steps=None, **asked) -> 
 
     FLUX masks no padding, and pads serve as a place to put attention, or more: arXiv 2501.06751.
     """
+    return alone(pipe, prompt, look_at_padding(pipe, prompt, at_steps), asked)
+
+
+def look_at_padding(pipe: FluxPipeline, prompt: str, at_steps=None) -> Look:
+    """:func:`padding_mass` in two halves."""
     tokenizer = pipe.prompt_encoder.t5_tokenizer
     first = max(real_tokens(tokenizer, prompt), default=-1) + 2  # behind the words and the end mark
     if first >= tokenizer.length:
         raise InstrumentError(f"the prompt fills all {tokenizer.length} tokens: there is no padding.")
-    return _mass(pipe, prompt, lambda: range(first, tokenizer.length), at_steps, asked)
+    return _mass(pipe, lambda: range(first, tokenizer.length), at_steps)
 
 
-def _mass(pipe: FluxPipeline, prompt: str, keys: Callable[[], range], steps, asked: dict) -> Named:
+def _mass(pipe: FluxPipeline, keys: Callable[[], range], steps) -> Look:
     """What the picture's own patches (not a reference's) give to ``keys``."""
 
     def mass(value: Value) -> Named:
@@ -85,5 +95,6 @@ def _mass(pipe: FluxPipeline, prompt: str, keys: Callable[[], range], steps, ask
         part = head_mean(value.take("query", list(patches)).take("key", list(keys())))
         return Named(part.tensor.sum(-1).mean(-1), ("batch",))
 
-    _, rec = recorded(pipe, prompt, "*.attn.map", asked=asked, steps=steps, reduce=mass)
+    rec = record("*.attn.map", passes="prompted", steps=steps, reduce=mass)
+    yield rec
     return by_block(rec, pipe, "attn.map")

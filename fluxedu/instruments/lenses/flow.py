@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.interventions import intervene
-from fluxedu.instruments.lenses.run import one_prompt
+from fluxedu.instruments.lenses.run import how_many, number, one_prompt
 from fluxedu.instruments.named import Named
 from fluxedu.models.config import said
 from fluxedu.sampling.latents import pack, unpack
@@ -65,8 +65,8 @@ def divergence(pipe: FluxPipeline, prompt: str, *, probes: int = 8, seed: int = 
     ``div v = trace(dv/dx)``, estimated with random signs e as the mean of ``e . (v(x + h e) - v(x - h e)) / 2h``
     (Hutchinson; arXiv 1810.01367). Where it is positive, paths draw together on their way to the picture (t falls).
     """
-    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
-        raise InstrumentError(f"probes is how many, a whole number from 1, not {said(probes)}.")
+    how_many(probes, "probes is how many", 1000)
+    how_many(seed, "a seed is one", 2**63 - 2, least=0)
     out, field = _run(pipe, prompt, {"seed": seed} | asked)
     path, g, found, h = out.trajectory, torch.Generator().manual_seed(seed), [], 0.01
     steps = list(zip(path.latents[:-1], path.times.tolist(), strict=False))
@@ -90,12 +90,13 @@ def velocity_field(
     all the time that is left, so at the run's own point (0, 0) the arrow is (1, 0) when the path ahead is straight.
     The plane is our own choice; what a velocity field is to a flow: arXiv 2210.02747.
     """
+    how_many(size, "size is how many arrows a side", 256)
+    how_many(seed, "a seed is one", 2**63 - 2, least=0)
+    reach = number(reach, "reach")
     out, field = _run(pipe, prompt, {"seed": [seed, seed + 1]} | asked)
     path, times = out.trajectory, out.trajectory.times.tolist()[:-1]
     if not isinstance(at_step, int) or not -len(times) <= at_step < len(times):
         raise InstrumentError(f"the run has {len(times)} steps, so there is no step {said(at_step)}.")
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise InstrumentError(f"size is how many arrows a side, a whole number from 1, not {said(size)}.")
     t = times[at_step]
     x = path.latents[:-1][at_step, :1]
     across = out.latents[:1] - x

@@ -15,6 +15,7 @@ from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.watching import Instrument
 from fluxedu.sampling.latents import unpack
+from fluxedu.sampling.moment import now
 from fluxedu.sampling.pipeline import FluxPipeline
 
 
@@ -29,16 +30,38 @@ def contributions(pipe: FluxPipeline, prompt: str, **asked) -> Named:
 
 def look_at_contributions(pipe: FluxPipeline) -> Look:
     """:func:`contributions` in two halves."""
-    rec = record("double.*.img", "double.*.img_out", "single.*.x", "single.*.out", passes="prompted")
-    drawn = yield rec
-    height, width = grid(pipe, drawn)
-    names, added = blocks_of(pipe), []
-    for name in names:
-        double = name.startswith("double")
-        x, out = (rec[f"{name}.{s}"].tensor for s in (("img", "img_out") if double else ("x", "out")))
-        x, out = ((v if double else v[:, rec.words :])[:, : height * width] for v in (x, out))
-        added.append((out - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1))
-    return Named(torch.stack(added), ("block", "step"), {"block": names, "step": rec["single.0.x"].coords["step"]})
+    sites = ("double.*.img", "double.*.img_out", "single.*.x", "single.*.out")
+    rec = record(*sites, passes="prompted", reduce=_Added())
+    yield rec
+    names = blocks_of(pipe)
+    added = [rec[f"{name}.{'img_out' if name.startswith('double') else 'out'}"] for name in names]
+    steps = added[-1].coords["step"]
+    return Named(torch.stack([a.tensor for a in added]), ("block", "step"), {"block": names, "step": steps})
+
+
+class _Added:
+    """A reduction: ``|block(x) - x| / |x|`` of the picture's own tokens, a number where a block ends.
+
+    A block's tokens are put by where it begins, on the device and until it ends.
+    """
+
+    site = ""  # told by the recorder
+
+    def __init__(self):
+        self.before: Tensor | None = None
+
+    def __call__(self, value: Named) -> Named | None:
+        moment = now()
+        height, width = (cells // 2 for cells in moment.asked.shape)
+        first = 0 if self.site.startswith("double") else moment.words
+        x = value.tensor[:, first : first + height * width]
+        if not self.site.endswith("out"):
+            self.before = x.clone()
+            return None
+        before, self.before = self.before, None
+        if before is None:  # a block of somebody's own, which does not say where it begins
+            return None
+        return Named((x - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1), ("batch",))
 
 
 def x0_by_block(pipe: FluxPipeline, prompt: str, *, at_steps=None, decoded: bool = False, **asked) -> Named:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fluxedu.instruments.errors import InstrumentError
-from fluxedu.instruments.lenses.run import blocks_of
+from fluxedu.instruments.lenses.run import blocks_of, how_many, number, one_prompt
 from fluxedu.instruments.named import Named
 from fluxedu.models.config import said
 from fluxedu.models.transformer import Plan
@@ -35,18 +35,26 @@ def channels(
 ) -> Named:
     """The modulations themselves: axes ``time, layer, kind, channel``; else as :func:`modulation`."""
     flux = pipe.flux
-    clock = torch.linspace(1, 0, times) if isinstance(times, int) else torch.as_tensor(times).float()
-    if clock.ndim != 1 or not len(clock):
-        raise InstrumentError(
-            f"times is how many, a whole number from 1, or some of them in [0, 1], not {said(times)}."
-        )
-    strength = pipe.defaults.guidance if guidance is None else guidance
+    clock = _clock(times)
+    strength = pipe.defaults.guidance if guidance is None else number(guidance, "guidance")
     given = torch.tensor([float(strength)], device=pipe.device) if flux.config.guidance_embed else None
-    plan = flux.plan(clock.to(pipe.device)[:, None], given, pipe.prompt_encoder([prompt]).pooled)
+    plan = flux.plan(clock.to(pipe.device)[:, None], given, pipe.prompt_encoder([one_prompt(prompt)]).pooled)
     names, rows = _rows(pipe, plan)
     table = torch.stack([row.unflatten(-1, (3, -1)).float() for row in rows], dim=1).cpu()
     coords = {"time": clock.tolist(), "layer": names, "kind": list(KINDS)}
     return Named(table, ("time", "layer", "kind", "channel"), coords)
+
+
+def _clock(times: int | Sequence[float] | torch.Tensor) -> torch.Tensor:
+    if isinstance(times, int) and not isinstance(times, bool):
+        return torch.linspace(1, 0, how_many(times, "times is how many, or some of them in [0, 1]", 10_000))
+    try:
+        clock = torch.as_tensor(times, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        clock = torch.zeros(())
+    if clock.ndim != 1 or not len(clock) or not bool(((clock >= 0) & (clock <= 1)).all()):
+        raise InstrumentError(f"times is how many, a whole number, or some of them in [0, 1], not {said(times)}.")
+    return clock
 
 
 def _rows(pipe: FluxPipeline, plan: Plan) -> tuple[list[str], list[torch.Tensor]]:

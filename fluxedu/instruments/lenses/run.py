@@ -11,6 +11,7 @@ import torch
 from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
+from fluxedu.models.config import said
 from fluxedu.sampling.pipeline import FluxPipeline, Output
 
 #: a lens in two halves: it yields the recorder it needs, is sent the run when that is over, and returns what it found
@@ -25,10 +26,24 @@ def blocks_of(pipe: FluxPipeline) -> list[str]:
 
 
 def one_prompt(prompt: str) -> str:
-    """The prompt; raises InstrumentError for several."""
-    if not isinstance(prompt, str):
-        raise InstrumentError(f"a lens looks at one prompt at a time, not at {prompt!r}.")
+    """The prompt; raises InstrumentError for several, or for half a character, which no tokenizer can read."""
+    if not isinstance(prompt, str) or prompt.encode(errors="ignore").decode() != prompt:
+        raise InstrumentError(f"a lens looks at one prompt at a time, not at {said(prompt)}.")
     return prompt
+
+
+def how_many(value: int, name: str, most: int, least: int = 1) -> int:
+    """A whole number within bounds; raises InstrumentError."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise InstrumentError(f"{name}, a whole number from {least} to {most}, not {said(value)}.")
+    return value
+
+
+def number(value: float, name: str) -> float:
+    """A finite number; raises InstrumentError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        raise InstrumentError(f"{name} is a number, not {said(value)}.")
+    return float(value)
 
 
 def recorded(pipe: FluxPipeline, prompt: str, *globs: str, asked: dict, **how) -> tuple[Output, record]:
@@ -66,12 +81,18 @@ def one_picture(out: Output) -> None:
         raise InstrumentError("a lens looks at one picture at a time; give one seed.")
 
 
+def blocks_in(rec: record, pipe: FluxPipeline, site: str) -> list[str]:
+    """The blocks of which a site was recorded, in order; raises InstrumentError where there is none."""
+    names = [b for b in blocks_of(pipe) if f"{b}.{site}" in rec]
+    if not names:
+        raise InstrumentError("the run has no such step, so there is nothing to look at.")
+    return names
+
+
 def by_block(rec: record, pipe: FluxPipeline, site: str) -> Named:
     """The values of a site of every block that has it, stacked: axis ``block``, labelled by name."""
-    names = [b for b in blocks_of(pipe) if f"{b}.{site}" in rec]
+    names = blocks_in(rec, pipe, site)
     values = [rec[f"{b}.{site}"] for b in names]
-    if not values:
-        raise InstrumentError("the run has no such step, so there is nothing to look at.")
     return Named(
         torch.stack([v.tensor for v in values]), ("block", *values[0].axes), values[0].coords | {"block": names}
     )

@@ -7,19 +7,20 @@ from collections.abc import Sequence
 import torch
 
 from fluxedu.instruments.errors import InstrumentError
-from fluxedu.instruments.lenses.run import Look, alone, as_picture, by_block, grid, recorded
+from fluxedu.instruments.lenses.run import Look, alone, as_picture, by_block, grid
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import Value, made, step_mean
 from fluxedu.instruments.words import token_ids
+from fluxedu.models.config import said
 from fluxedu.sampling.moment import now
 from fluxedu.sampling.pipeline import FluxPipeline
 
 
 def _places(pipe: FluxPipeline, prompt: str, words: Sequence[str]) -> list[list[int]]:
     """The tokens of each word."""
-    if isinstance(words, str) or not words:
-        raise InstrumentError(f"words is a list of words of the prompt, not {words!r}.")
+    if not isinstance(words, list | tuple) or not words:
+        raise InstrumentError(f"words is a list of words of the prompt, not {said(words)}.")
     return [token_ids(pipe.prompt_encoder.t5_tokenizer, prompt, [word]) for word in words]
 
 
@@ -54,17 +55,22 @@ def concept_maps(pipe: FluxPipeline, prompt: str, words: Sequence[str], *, at_st
     a softmax over the words. After ConceptAttention (arXiv 2502.04320), which adds concept tokens that the image
     does not see; here the prompt's own words serve, and single-stream blocks are looked at as well.
     """
+    return alone(pipe, prompt, look_at_concepts(pipe, prompt, words, at_steps), asked)
+
+
+def look_at_concepts(pipe: FluxPipeline, prompt: str, words: Sequence[str], at_steps=None) -> Look:
+    """:func:`concept_maps` in two halves."""
     places = _places(pipe, prompt, words)
 
     def spoken(value: Value) -> Named:
         heads = made(value)  # [B, H, T, d]
-        said = torch.nn.functional.normalize(heads.tensor.transpose(1, 2).flatten(2).float(), dim=-1)  # [B, T, D]
-        word = torch.stack([said[:, p].mean(1) for p in places], dim=1)  # [B, words, D]
-        return Named(said[:, now().words :] @ word.transpose(1, 2), ("batch", "image", "word"))
+        told = torch.nn.functional.normalize(heads.tensor.transpose(1, 2).flatten(2).float(), dim=-1)  # [B, T, D]
+        word = torch.stack([told[:, p].mean(1) for p in places], dim=1)  # [B, words, D]
+        return Named(told[:, now().words :] @ word.transpose(1, 2), ("batch", "image", "word"))
 
-    out, rec = recorded(
-        pipe, prompt, "double.*.heads", "single.*.heads", asked=asked, steps=at_steps, reduce=[spoken, step_mean]
-    )
+    how = {"steps": at_steps, "reduce": [spoken, step_mean]}
+    rec = record("double.*.heads", "single.*.heads", passes="prompted", **how)
+    out = yield rec
     maps = by_block(rec, pipe, "heads")
     alike = Named((maps.tensor.transpose(1, 2) / 0.1).softmax(1), ("block", "word", "image"), dict(maps.coords))
     alike.coords["word"] = list(words)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from fluxedu.checkpoints.aside import one_at_a_time
 from fluxedu.checkpoints.save import write_text
 from fluxedu.nano.report import BARS, ROWS, examine, table
 from fluxedu.nano.scenes import ASPECTS, BACKGROUNDS, COLORS, LETTERS, SHAPES
@@ -176,10 +177,12 @@ def write_member(weights: Path, name: str, entry: dict, file: str = "family.json
     """Note a member of the family in ``file``, and in the model card where there is one."""
     weights, card = Path(weights), Path(weights) / "README.md"
     path = weights / file
-    members = json.loads(path.read_text()) if path.is_file() else {}
-    write_text(path, json.dumps(dict(sorted({**members, name: entry}.items())), indent=2) + "\n")
-    if card.is_file():
-        refresh(card)
+    weights.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(weights):  # two that train at once each add their own
+        members = json.loads(path.read_text()) if path.is_file() else {}
+        write_text(path, json.dumps(dict(sorted({**members, name: entry}.items())), indent=2) + "\n")
+        if card.is_file():
+            refresh(card)
 
 
 def refresh(card: Path) -> None:

@@ -12,6 +12,7 @@ out, the head that must name what lies in each patch, and the minutes of one cor
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from fluxedu.checkpoints.save import save_file, save_folder, write_text
 from fluxedu.models.transformer import Flux
 from fluxedu.nano import configs, exam
+from fluxedu.nano.judge import judge
 from fluxedu.nano.report import drawer
 from fluxedu.nano.rivals import FILE, GUIDANCE, SD, UNET, StableDiffusion, schedule, unet
 from fluxedu.nano.scenes import COLORS, FORMS
@@ -149,4 +151,18 @@ def examined(pipe: FluxPipeline | StableDiffusion, prompts: int, few: int) -> di
     """The exam in 20 steps, and the share wholly right in fewer and more, of the first ``few`` prompts."""
     whole = exam.sit(drawer(pipe, 20, GUIDANCE), prompts)
     sits = {steps: exam.sit(drawer(pipe, steps, GUIDANCE), few, varied=0)["rows"] for steps in STEPS}
-    return {"guidance": GUIDANCE, "exam": whole, "few": few, "by_steps": {n: r["everything"] for n, r in sits.items()}}
+    by_steps = {n: r["everything"] for n, r in sits.items()}
+    return {"guidance": GUIDANCE, "exam": whole, "few": few, "by_steps": by_steps, "sides": sides(pipe, few)}
+
+
+def sides(pipe: FluxPipeline | StableDiffusion, prompts: int) -> dict[str, int]:
+    """Of so many held-out prompts: how many things lie on the asked side of another, and how many on the opposite one."""
+    draw, found = drawer(pipe, 20, GUIDANCE), {"relations": 0, "asked": 0, "opposite": 0}
+    for question in exam.questions(prompts):
+        claim = question.claim
+        turned = replace(claim, relations=tuple((j, name, i) for i, name, j in claim.relations))
+        image = draw([question.prompt], [question.seed], question.size)[0]
+        found["relations"] += len(claim.relations)
+        for side, of in (("asked", claim), ("opposite", turned)):
+            found[side] += sum(judge(image, of).relations)
+    return found

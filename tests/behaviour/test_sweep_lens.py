@@ -1,0 +1,139 @@
+"""Data sets of lenses, and what a sweep leaves to the model: its device, its dtype."""
+
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import fluxedu as fe
+from fluxedu.instruments import lenses
+from fluxedu.sweep import SweepError, config, from_dict, open_sweep, read_config, work
+from fluxedu.sweep.draw import Draughtsman
+from fluxedu.sweep.lens import LENSES
+
+PROMPT = "a red circle left of a blue square"
+GIVEN = {
+    "attention_balance": {},
+    "concept_maps": {"words": ["circle", "blue"], "at_steps": [0]},
+    "contributions": {},
+    "head_gallery": {"query": [1, 0], "at_step": 0},
+    "massive_activations": {"at_step": 1},
+    "padding_mass": {"at_steps": [1]},
+    "word_maps": {"words": ["circle"]},
+}
+SMALL = {"settings": {"steps": 2, "height": 32, "width": 32}}
+
+
+def test_every_lens_that_can_be_named_is_tried_here():
+    assert set(GIVEN) == set(LENSES) < set(lenses.__all__)
+
+
+@pytest.mark.parametrize("change", ["as it is", "no head 1"])
+def test_what_a_lens_finds_is_what_it_finds_by_hand(pipe, change):
+    """All in one run, without a picture drawn for any of them, and under an intervention as well."""
+    interventions = {"as it is": [], "no head 1": {"ablate": "double.1.heads", "heads": [1]}}
+    sweep = from_dict({"prompts": [PROMPT], "interventions": interventions, "lens": GIVEN, **SMALL})
+    drawn = []
+    with fe.intervene("sample.noise", lambda x, ctx: drawn.append(1) or x):
+        kept = Draughtsman(sweep, pipe).cell(sweep.cell(list(interventions).index(change)))
+    assert len(drawn) == 1
+    asked = {"seed": 0, **SMALL["settings"]}
+    for name, given in GIVEN.items():
+        if change == "as it is":
+            found = getattr(lenses, name)(pipe, PROMPT, **given, **asked)
+        else:
+            with fe.ablate("double.1.heads", heads=[1]):
+                found = getattr(lenses, name)(pipe, PROMPT, **given, **asked)
+        tensor, axes, labels = kept[f"lens/{name}"]
+        assert torch.equal(tensor, found.tensor) and tuple(axes) == found.axes and labels == found.coords, name
+
+
+def test_a_lens_data_set_is_read_by_name(tmp_path):
+    """From disk, with axes and labels; the two cells differ."""
+    lens = {"head_gallery": {"query": "red", "at_step": 0}, "contributions": {}}
+    prompts = [PROMPT, "a red triangle"]
+    results = open_sweep(work(from_dict({"prompts": prompts, "keep": ["latent"], "lens": lens, **SMALL}), tmp_path))
+    maps = [results[number]["lens/head_gallery"] for number in range(2)]
+    assert maps[0].axes == ("block", "head", "row", "column") and maps[0].coords["block"][0] == "double.0"
+    assert maps[0].tensor.shape == maps[1].tensor.shape and not torch.equal(maps[0].tensor, maps[1].tensor)
+    assert set(results[0]) == {"latent", "lens/head_gallery", "lens/contributions"}
+
+
+def test_a_word_that_a_prompt_lacks_is_said_of_its_cell(pipe):
+    sweep = from_dict({"prompts": ["a", PROMPT], "lens": {"word_maps": {"words": ["circle"]}}, **SMALL})
+    drawn = Draughtsman(sweep, pipe)
+    with pytest.raises(SweepError, match=r"cell 0 .*'circle'"):
+        drawn.cell(sweep.cell(0))
+    assert "lens/word_maps" in drawn.cell(sweep.cell(1))
+
+
+def test_the_sweeps_in_the_documentation_can_be_read(tmp_path):
+    """The one at the head of config.py, and the recipe's."""
+    recipes = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text().split("```yaml\n")
+    written = [textwrap.dedent(config.__doc__.split("\n\n")[1]), *(text.split("```")[0] for text in recipes[1:])]
+    assert len(written) == 2
+    for text in written:
+        (tmp_path / "a.yaml").write_text(text)
+        sweep = read_config(tmp_path / "a.yaml")
+        assert sweep.lens and sweep.record and len(sweep.interventions) > 1
+
+
+# ---------------------------------------------------------------- device and dtype
+
+
+def opened(monkeypatch, **env) -> dict:
+    """What a sweep of ``dev`` asks :func:`fe.load` for."""
+    asked, sweep = {}, env.pop("sweep", {})
+
+    class Enough(Exception):
+        pass
+
+    def load(model, **options):
+        asked.update(options, model=model)
+        raise Enough
+
+    monkeypatch.setattr("fluxedu.load", load)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Enough):
+        work(from_dict({"prompts": ["a"], "model": "dev", **sweep}), "nowhere")
+    return asked
+
+
+def test_the_model_chooses_its_device_and_dtype(monkeypatch):
+    assert opened(monkeypatch) == {"model": "dev", "device": None, "dtype": None}
+    said = {"device": "cpu", "dtype": "float32"}
+    assert opened(monkeypatch, sweep=said) == {"model": "dev", **said}
+
+
+@pytest.mark.parametrize(("device", "given"), [(None, None), ("cuda", "cuda:1"), ("cpu", "cpu")])
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, device, given):
+    """The sixth of eight processes on a machine of two."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    asked = opened(monkeypatch, LOCAL_RANK="5", sweep={"device": device})
+    assert asked["device"] == given
+    assert current == ([] if device == "cpu" else [1])
+    with pytest.raises(SweepError, match="LOCAL_RANK in the environment is a whole number, not 'x'."):
+        opened(monkeypatch, LOCAL_RANK="x")
+
+
+def test_a_set_is_not_continued_on_other_numerics(tmp_path, monkeypatch):
+    """What the model chose is written down, and must be chosen again."""
+    sweep, real = from_dict({"prompts": ["a"], **SMALL}), fe.load
+    before = (work(sweep, tmp_path) / "sweep.json").read_text()
+    by = json.loads(before)["by"]
+    assert by["dtype"] == "float32" and by["device"].startswith("cpu ") and by["decoded"] == "whole"
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("fluxedu.load", lambda *a, **k: real(*a, **{**k, "dtype": "bfloat16"}))
+        with pytest.raises(SweepError, match=r"holds another sweep \(dtype is not the same\)"):
+            work(sweep, tmp_path)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+        with pytest.raises(SweepError, match=r"holds another sweep \(device is not the same\)"):
+            work(sweep, tmp_path)
+    assert (work(sweep, tmp_path) / "sweep.json").read_text() == before

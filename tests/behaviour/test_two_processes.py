@@ -1,0 +1,123 @@
+"""Two processes in one place: nothing is lost, nothing is read half, and neither of them fails.
+
+Sweeps have tests of their own (test_sweep.py), votes as well (test_arena_votes.py), and the cache of the official
+weights (test_official.py).
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+#: a process that does what it is told, line by line; ``me`` is its number
+LISTENER = """
+import json, sys, traceback
+import torch
+from PIL import Image
+from fluxedu.arena.contestants import Contestant, Gallery
+from fluxedu.checkpoints import save_file
+from fluxedu.checkpoints.save import write_text
+from fluxedu.nano.training.card import write_member
+me = sys.argv[1]
+print("ready", flush=True)
+for line in sys.stdin:
+    code, place = json.loads(line)
+    try:
+        exec(code)
+        print("done", flush=True)
+    except BaseException:
+        print(json.dumps(traceback.format_exc()), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def pair():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", LISTENER, number], **pipes) for number in "01"]
+    try:
+        assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+        yield both
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+
+
+def begin(pair, code: str, place: Path) -> None:
+    """Both do it, at once."""
+    for process in pair:
+        process.stdin.write(json.dumps([code, str(place)]) + "\n")
+        process.stdin.flush()
+
+
+def end(pair) -> None:
+    told = [process.stdout.readline() for process in pair]
+    assert told == ["done\n"] * 2, "\n".join(json.loads(t) for t in told if t != "done\n")
+
+
+def leave_behind(target: Path, count: int = 200) -> None:
+    """What so many killed writers of ``target`` would have left."""
+    for number in range(count):
+        (target.parent / f".{target.name}.{number:08d}.part").touch()
+
+
+def test_one_file_is_written_by_both(pair, tmp_path):
+    """A reader sees one writer's text, all of it, at any time; what killed writers left is swept away by either."""
+    target, seen = tmp_path / "notes.txt", set()
+    leave_behind(target)
+    begin(pair, 'for n in range(150): write_text(place, f"{me} {n};" * 5_000)', target)
+    give_up = time.monotonic() + 60
+    while not {"0 149", "1 149"} & seen and time.monotonic() < give_up:
+        if target.exists():
+            first, *rest = target.read_text().split(";")[:-1]
+            assert len(rest) == 4_999 and set(rest) == {first}
+            seen.add(first)
+    end(pair)
+    assert {text.split()[0] for text in seen} == {"0", "1"}, "they did not run at once"
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_one_checkpoint_is_written_by_both(pair, tmp_path):
+    target = tmp_path / "model.safetensors"
+    leave_behind(target)
+    begin(pair, 'for _ in range(30): save_file({"w": torch.full((9_000,), float(me))}, place, overwrite=True)', target)
+    end(pair)
+    assert len(set(load_file(target)["w"].tolist())) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_both_note_their_figures_in_one_file(pair, tmp_path):
+    """Two trainings that end at once: each member is in the family."""
+    begin(pair, 'for n in range(40): write_member(place, f"{me} {n}", {"figures": {}})', tmp_path)
+    end(pair)
+    told = json.loads((tmp_path / "family.json").read_text())
+    assert set(told) == {f"{me} {n}" for me in "01" for n in range(40)}
+
+
+def test_a_gallery_is_filled_by_both(pair, tmp_path):
+    """The pictures of an arena, in one folder: each is there once, and whole."""
+    code = """
+draw = lambda prompt, seed, height, width: Image.effect_noise((width, height), seed + 1)
+gallery = Gallery([Contestant("a", draw), Contestant("b", draw)], place)
+for seed in range(100):
+    for name in "ab":
+        gallery.picture(name, "x", seed, 64, 64)
+"""
+    begin(pair, code, tmp_path)
+    end(pair)
+    assert len(list(tmp_path.iterdir())) == 200
+    for path in tmp_path.iterdir():
+        with Image.open(path) as picture:
+            picture.load()
+
+
+def test_two_labs_are_opened_in_one_folder(pair, tmp_path):
+    begin(pair, "from fluxedu.course.files import copied; from pathlib import Path; copied(Path(place))", tmp_path)
+    end(pair)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 16 and all(json.loads(file.read_text())["cells"] for file in files)
