@@ -1,9 +1,9 @@
 """Reductions: what is kept of a value instead of all of it, computed where the value is.
 
 Each is a function ``Named -> Named``, made anew for every site, so it may remember earlier steps (it then says how much
-in ``nbytes``, for the budget); None means that there is nothing to keep yet. An object that is one and has a ``site`` is
-told there which site the value is of: given to several sites, it may put what passes at them together. An attention map
-arrives as a :class:`MapView` and is never made whole unless asked.
+in ``nbytes``, for the budget); None means that there is nothing to keep yet. An object with a ``site`` is told there
+which site the value is of, and serves all sites: it may put together what passes at several. An attention map arrives
+as a :class:`MapView` and is never made whole unless asked.
 """
 
 from __future__ import annotations

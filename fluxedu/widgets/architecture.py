@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from fluxedu.instruments import recorder
 from fluxedu.instruments.catalogue import Site, sites
 from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.lenses.run import recorded
@@ -117,13 +118,22 @@ def _said(site: Site, numbers: Named | None, time: float) -> str:
     return f"{said} Here: mean {mean:.3g}, spread {spread:.3g}, from {least:.3g} to {most:.3g}."
 
 
+def _room(pipe: FluxPipeline) -> int:
+    """How many steps, up to six, the recorder's budget has room for, were every table as large as they get."""
+    tables = [site.name for site in sites(pipe) if site.shape[-2:-1] != (1,) and len(site.shape) > 2]
+    once = sum(name.startswith(("t5.", "clip.", "ae.")) for name in tables)
+    room = recorder.BUDGET // (4 * ROWS * COLUMNS) - once
+    return max(1, min(6, room // max(len(tables) - once, 1)))
+
+
 def architecture(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None, **asked) -> Explorer:
     """Every site of the model on its diagram, with what passed there while ``prompt`` was drawn.
 
-    at_steps: which steps to keep, six of them if not said · ``asked``: as for the pipeline. With classifier-free
-    guidance, the prompted pass is shown. Colours have one scale over all kept steps.
+    at_steps: which steps to keep, if not said six of them, or as many as the recorder's budget has room for (of
+    FLUX.1-dev at 1024 x 1024, two) · ``asked``: as for the pipeline. With classifier-free guidance, the prompted pass
+    is shown. Colours have one scale over all kept steps.
     """
-    at_steps = some_steps(pipe, checked(asked)) if at_steps is None else at_steps
+    at_steps = some_steps(pipe, checked(asked), _room(pipe)) if at_steps is None else at_steps
     with record("*", steps=at_steps, reduce="summary", passes="prompted") as summed:
         _, rec = recorded(pipe, prompt, "*", asked=asked, steps=at_steps, reduce=as_table)
     tables, numbers = ({name: r[name] for name in r} for r in (rec, summed))

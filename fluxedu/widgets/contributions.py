@@ -48,14 +48,12 @@ def shares(pipe: FluxPipeline, prompt: str, **asked) -> tuple[Named, Named, Outp
     out, rec = recorded(pipe, prompt, *SITES, asked=checked(asked), reduce=_Sizes(pipe))
     names = blocks_of(pipe)
     sizes = torch.stack([_kept(rec, name, "", "x") for name in names])
-    given = torch.stack(
-        [_kept(rec, name, "_mlp_contribution", "heads") for name in names]
-    )  # [block, step, part, token]
+    given = torch.stack([_kept(rec, name, "_mlp_contribution", "heads") for name in names]).transpose(1, 2)
     first = "double.0.img" if "double.0.img" in rec else "single.0.x"
     coords = {"block": names, "step": rec[first].coords["step"]}
     return (
         Named(sizes, ("block", "step", "token"), coords),
-        Named(given.transpose(1, 2), ("block", "part", "step", "token"), coords | {"part": list(PARTS)}),
+        Named(given, ("block", "part", "step", "token"), coords | {"part": list(PARTS)}),
         out,
     )
 

@@ -1,7 +1,8 @@
 """FLUXEDU_MODEL=dev switches every notebook to the official weights: the solved editions run, on a pretend FLUX.1-dev.
 
-What they print is not compared: a network of random numbers draws nothing. Two quick ones always, all of them with
-FLUXEDU_DEV_LAYOUT=1.
+What they print is not compared: a network of random numbers draws nothing. What they record is counted as large as it
+is at full size, so a cell that would pass fe.record's budget there passes it here. Two quick ones always, all of them
+with FLUXEDU_DEV_LAYOUT=1.
 """
 
 import os
@@ -20,7 +21,10 @@ QUICK = ("00", "09")
 ALL = "FLUXEDU_DEV_LAYOUT" in os.environ
 SOLVED = [path for path in sorted((NOTEBOOKS / "solved").glob("*.ipynb")) if ALL or path.name[:2] in QUICK]
 
-BEFORE = f"import sys; sys.path.append({str(HERE)!r}); import pretend_dev; pretend_dev.make_quick()"
+BEFORE = (
+    f"import sys; sys.path.append({str(HERE)!r}); import full_size, pretend_dev; "
+    "pretend_dev.make_quick(); full_size.measure()"
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +71,13 @@ def test_a_cell_for_the_miniature_alone_is_found(dev):
         "head": "from fluxedu.models.rope import rotate; rotate(torch.zeros(1, 5, 64, 32), pipe.flux.rope("
         "torch.zeros(32, 3), torch.zeros(32, 3)))",
         "numpy": "pipe.flux.img_in.weight.numpy()",
+        "one-step": "with fe.record('double.*.img', 'double.*.txt', 'single.*.x', steps=3): pipe('', progress=False)",
+        "bytes": "with fe.record('double.*.img', 'double.*.txt', 'single.*.x', steps=[3, 4]): pipe('', progress=False)",
     }
     failed = failures(new_notebook(cells=[new_code_cell(code, id=name) for name, code in cells.items()]))
     assert [one.split(": ")[:2] for one in failed] == [
         ["dtype", "RuntimeError"],
         ["head", "RuntimeError"],
         ["numpy", "TypeError"],
+        ["bytes", "BudgetError"],
     ]

@@ -156,7 +156,7 @@ def examined(pipe: FluxPipeline | StableDiffusion, prompts: int, few: int) -> di
 
 
 def sides(pipe: FluxPipeline | StableDiffusion, prompts: int) -> dict[str, int]:
-    """Of so many held-out prompts: how many things lie on the asked side of another, and how many on the opposite one."""
+    """Of so many held-out prompts: how many relations hold, and how many hold the other way round."""
     draw, found = drawer(pipe, 20, GUIDANCE), {"relations": 0, "asked": 0, "opposite": 0}
     for question in exam.questions(prompts):
         claim = question.claim
