@@ -60,10 +60,8 @@ course.where(fe.load("nano"), "image")
 # %%
 luck = fe.predict("two equal models, 100 votes: one gets 60 or more in how many percent of the trials?", 6)  # answer
 width = fe.predict("four times the votes: the interval is how many times as wide?", 0.5)  # answer
-ahead = fe.predict(
-    "nano in 4 steps is rated above nano-base on one axis (overall, prompt, size, typography, diversity, quality): which?",
-    "diversity",
-)  # answer
+axes = "overall, prompt, size, typography, diversity, quality"
+ahead = fe.predict(f"nano in 4 steps is rated above nano-base on one axis ({axes}): which?", "diversity")  # answer
 circle = fe.predict("A beats B, B beats C and C beats A, nine times of ten: Elo between best and worst", 0)  # answer
 rival = fe.predict(
     "of the same cost: which puts things on the asked side more often, U-Net (with CLIP) or FLUX (with T5)?", "FLUX"

@@ -144,3 +144,14 @@ def test_the_explorers_of_sizes_open(pipe, allow):
 def test_the_bench_holds_a_step(pipe, allow):
     allow(4 * T * D * 4)
     assert "the latent goes" in widgets.bench(pipe, PROMPT, PROMPT.replace("red", "green"), **ASKED).view["text"]
+
+
+def test_the_map_of_the_model_shows_fewer_steps(pipe, allow, held):
+    times = lambda made: made.known["step"].labels  # noqa: E731
+    whole = times(widgets.architecture(pipe, PROMPT, **ASKED))
+    assert len(whole) == 6
+    sites = [site for site in fe.sites(pipe) if len(site.shape) > 2 and site.shape[-2] != 1]
+    once = [site for site in sites if site.name.startswith(("t5.", "clip.", "ae."))]
+    allow(4 * 256 * 640 * (2 * len(sites) - len(once)))
+    assert times(widgets.architecture(pipe, PROMPT, **ASKED)) == [whole[0], whole[-1]]
+    assert max(held[-2:]) < recorder.BUDGET

@@ -70,6 +70,11 @@ def _mean(strengths, wins):
     return likelihood(strengths, wins) / wins.sum()
 
 
+@wrong("arena.likelihood", "the sign is turned: that is a loss; the likelihood's logarithm is the sum itself.")
+def _loss(strengths, wins):
+    return -likelihood(strengths, wins)
+
+
 def _with_an_anchor() -> list[tuple]:
     return [(0.7 * strengths[:-1], wins) for strengths, wins in _tables()]
 
@@ -159,6 +164,16 @@ def _won_games(strengths, wins):
     return strengths + torch.linalg.solve(_information(games * p * (1 - p)), slope)
 
 
+@wrong("arena.newton", "the last player, who stands still at 0, is left out; the games against them count too.")
+def _nobody_still(strengths, wins):
+    wins = wins[:-1, :-1]
+    p = torch.sigmoid(strengths[:, None] - strengths[None, :])
+    games = wins + wins.T
+    weights = games * p * (1 - p)
+    information = weights.sum(1).diag() - weights
+    return strengths + torch.linalg.pinv(information) @ (wins - games * p).sum(1)
+
+
 def _draws() -> list[tuple]:
     g = torch.Generator().manual_seed(16)
     shared = torch.randn(1, 401, 1, generator=g)
@@ -212,6 +227,11 @@ def _no_mean(draws, level):
 )
 def _over_draws(draws, level):
     return _no_mean(draws - draws.mean(0), level)
+
+
+@wrong("arena.interval", "one mean is taken over everything; every draw is measured from the mean of its own models.")
+def _one_mean(draws, level):
+    return _no_mean(draws - draws.mean(), level)
 
 
 @wrong("arena.interval", "the strengths are multiplied by 400; they are in powers of e, Elo in powers of 10.")
