@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -41,6 +42,11 @@ class Attended:
     _maps: dict[tuple[str, int], AttentionMap] = field(default_factory=dict, repr=False)
     _column: tuple = (None, None)  # the last one: it stays while the pointer moves over patches
 
+    @cached_property
+    def base(self) -> np.ndarray:
+        """The picture, as large as it is painted."""
+        return enlarged(picture(reduced(self.image, 2 * SIDE)), SIDE)
+
     def map(self, block: str, step: int) -> AttentionMap:
         """The lazy map of one block at one step; it remembers its log-sum-exp."""
         if (block, step) not in self._maps:
@@ -69,7 +75,6 @@ def attention_view(
 ) -> View:
     """The row of a patch over picture and words, and the column of a word over the picture."""
     rows, columns = run.grid
-    base = enlarged(picture(reduced(run.image, 2 * SIDE)), SIDE)
     token = run.words + patch[0] * columns + patch[1]
     row = run.rows(block, step, head, token)
     image = slice(run.words, run.words + rows * columns)  # behind it are a reference picture's tokens, if any
@@ -86,8 +91,8 @@ def attention_view(
     key = {"colours": over_stops()}
     mine, theirs = ("0", f"{seen.max():.1%} of its attention"), ("0", f"{column.max():.1%} of theirs")
     panels = [
-        Pixels("what the patch looks at", over(base, seen), run.grid, patch, mine, pointer="patch", **key),
-        Pixels(f"who looks at “{pieces[word]}”", over(base, column), run.grid, key=theirs, **key),
+        Pixels("what the patch looks at", over(run.base, seen), run.grid, patch, mine, pointer="patch", **key),
+        Pixels(f"who looks at “{pieces[word]}”", over(run.base, column), run.grid, key=theirs, **key),
     ]
     return View(panels, text, {"word": said / max(float(said.max()), 1e-12)})
 

@@ -135,7 +135,7 @@ print("more than 8 of 10 noises arrive at one of the six points:", bool(near.flo
 fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 4.1), layout="constrained", sharex=True, sharey=True)
 for noise, point in zip(start[:70], points[torch.randint(6, (70,))]):
     left.plot(*zip(noise, point), color="#56b4e9", linewidth=0.8)
-right.plot(*path[:, :70].permute(2, 0, 1), color="#56b4e9", linewidth=0.8)
+right.plot(*path[:, :70].permute(2, 0, 1).numpy(), color="#56b4e9", linewidth=0.8)
 titles = "The lines it was trained on cross", "The paths it learned turn aside instead"
 for ax, title in zip((left, right), titles):
     ax.plot(*start[:70].T, ".", color="0.5", markersize=4, label="noise, t = 1")

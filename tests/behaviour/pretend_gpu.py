@@ -111,6 +111,8 @@ def pretend_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         for name, what in said.items():
             stack.enter_context(patch.object(torch.cuda, name, what))
+        # which the compiler, imported where there is a GPU, takes from a build for CUDA
+        stack.enter_context(patch.object(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, create=True))
         stack.enter_context(_Mode())
         yield
 
