@@ -48,7 +48,7 @@ def noted():
     def note(name, figures):
         if "FLUXEDU_FIGURES" in os.environ:
             path = Path(os.environ["FLUXEDU_FIGURES"])
-            known = json.loads(path.read_text()) if path.exists() else {}
+            known = json.loads(path.read_text()) if path.exists() else {"command": "make bench", "gpu": None}
             path.write_text(json.dumps(known | {name: figures}, indent=2) + "\n")
 
     return note
