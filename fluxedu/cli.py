@@ -160,7 +160,7 @@ def info(
 @app.command(epilog="Example: fluxedu sites attn.map --model dev")
 def sites(
     containing: Annotated[str, typer.Argument(help="Only sites whose name contains this.")] = "",
-    model: Annotated[str, typer.Option(help="nano, nano-base, a folder, or a variant by name, such as dev.")] = "nano",
+    model: Model = "nano",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Every value that can be recorded or changed: its name, its shape, what it means, where it passes."""

@@ -14,8 +14,11 @@ Both come with ``pip install "fluxedu[quantised]"``. What it costs a block is me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import logging
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from torch import nn
@@ -69,10 +72,22 @@ def check(to: str) -> None:
     if not isinstance(to, str) or to not in FORMATS:
         raise QuantiseError(f"weights are quantised to one of {', '.join(FORMATS)}, not {said(to)}.")
     try:
-        __import__(FORMATS[to].library)
+        with quietly():
+            import_module(FORMATS[to].library)
     except ImportError:
         library = FORMATS[to].library
         raise QuantiseError(f'{to} needs {library}: pip install {library}, or "fluxedu[quantised]".') from None
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """While a library is imported that says on stderr which of its kernels are not for this machine."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _torchao(config: str) -> Callable:

@@ -13,7 +13,6 @@ needs diffusers to be installed. A baseline to measure, nothing that is explaine
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fluxedu.memory.quantised import quietly
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
 from fluxedu.nano import configs
@@ -167,15 +167,12 @@ def opened(name: str, device: str | torch.device | None = None) -> FluxPipeline 
 
 
 def _diffusers():
-    """diffusers, without what it and the libraries of quantised weights that it looks for say as they are imported."""
-    quiet = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    """diffusers; it looks for the libraries of quantised weights as well, and those talk."""
     try:
-        import diffusers
+        with quietly():
+            import diffusers
 
-        _ = diffusers.UNet2DConditionModel, diffusers.DDIMScheduler  # imported when they are asked for
+            _ = diffusers.UNet2DConditionModel, diffusers.DDIMScheduler  # imported when they are asked for
     except ImportError:
         raise RequestError("the Stable Diffusion baseline is diffusers' own: pip install diffusers.") from None
-    finally:
-        logging.disable(quiet)
     return diffusers

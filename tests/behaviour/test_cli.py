@@ -57,6 +57,8 @@ def test_sample_writes_the_picture_and_nothing_else(tmp_path):
         (["sample", "x", "--model", "nowhere"], "there is no model 'nowhere'"),
         (["sample", "x", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["sample", "x", "--dtype", "int3"], "dtype must be one of"),
+        (["sample", "x", "--quantise", "int3"], "weights are quantised to one of int8, fp8, nf4, not 'int3'"),
+        (["sample", "x", "--quantise", "nf4", "--memory", "stream"], "blocks that visit are not quantised"),
         (["sample", "red " * 60], "T5 reads at most 32"),
         (["sample", "x", "--image", "nowhere.png"], "nowhere.png"),
         (["sample", "x", "-o", "no/such/folder/out.png"], "no/such/folder"),
