@@ -8,6 +8,7 @@ cold start to the first picture. Weights are random. ``--small`` tries the same 
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -73,6 +74,8 @@ def peak_of(work, device: torch.device) -> int:
 def steps(flux: Flux, side: int, text: int, rounds: int, device: torch.device, dtype: torch.dtype, peak: float) -> dict:
     """A step beside the floor and beside diffusers, eager; then maps; then both compiled, and maps once more."""
     x = inputs_of(flux.config, side, text, device=device, dtype=dtype)
+    if not flux.config.guidance_embed:  # diffusers takes none then
+        x["guidance"] = None
     reference = reference_of(flux)
     ours, theirs = a_step(flux, x), partial(reference, **asked_of(x))
     seconds, their_seconds = in_turns(ours, theirs, rounds, device)
@@ -151,8 +154,11 @@ def cold_start(folder: Path, device: str, dtype: str, size: int, count: int) -> 
     )
     start = time.perf_counter()
     given = [str(folder), device, dtype, str(size), str(count)]
-    subprocess.run([sys.executable, "-c", code, *given], check=True, stdout=subprocess.DEVNULL)
-    return {"seconds": time.perf_counter() - start, "size": size, "steps": count}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *given], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    chosen = [line for line in done.stderr.decode().splitlines() if line.startswith("memory=")]
+    return {"seconds": time.perf_counter() - start, "size": size, "steps": count, "chosen": chosen}
 
 
 def named(device: torch.device) -> str | None:
@@ -187,6 +193,8 @@ def main(
         **steps(flux, middle, text, rounds, place, kind, peak),
     }  # fmt: skip
     del flux
+    gc.collect()  # what is compiled holds on to the weights; a child with a model of its own needs the room
+    torch.cuda.empty_cache()
     figures["hover"] = hover(middle, text, config.num_heads, config.head_dim)
     if folder is not None:
         count = 4 if variant == "schnell" else 50

@@ -52,7 +52,7 @@ def without_sites() -> type[Flux]:
 def a_step(flux: Flux, x: dict[str, Tensor]):
     """One step of a run, as the sampler asks for it."""
     rope = flux.rope(x["img_ids"], x["txt_ids"])
-    plan = flux.plan(torch.linspace(1, 0.05, STEPS)[:, None], x["guidance"], x["y"])[3]
+    plan = flux.plan(torch.linspace(1, 0.05, STEPS, device=x["img"].device)[:, None], x["guidance"], x["y"])[3]
     return lambda: flux.velocity(x["img"], x["txt"], rope, plan)
 
 

@@ -20,6 +20,7 @@ import typer
 import fluxedu as fe
 from fluxedu.bench.full import named, peak_of
 from fluxedu.bench.speed import settled
+from fluxedu.memory.quantised import known
 from fluxedu.memory.tables import predicted
 from fluxedu.sampling.request import checked_device
 from fluxedu.terminal import can_write, sentences, write_json
@@ -58,7 +59,8 @@ def in_a_process(folder: Path, device: str, card: float, size: int, quantise: st
     done = subprocess.run([sys.executable, "-m", "fluxedu.bench.memory", *given], capture_output=True, text=True)
     said = [line for line in done.stderr.splitlines() if line.startswith(("memory=", "fluxedu:"))]
     if done.returncode:
-        return {"failed": said[-1] if said else done.stderr.strip().splitlines()[-1:]}
+        own = [line for line in said if line.startswith("fluxedu:")]
+        return {"failed": (own or done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
     return {"chosen": said[0] if said else None, **json.loads(done.stdout)}
 
 
@@ -77,6 +79,7 @@ def main(
         if only is not None and folder is not None:
             typer.echo(json.dumps(one_card(folder, place, int(only * 1e9), size, quantise)))
             return
+        known(quantise)
         rows = predicted(size=size, small=quantise)
     if folder is not None:
         for row in rows:

@@ -99,6 +99,8 @@ def merge(module: nn.Module, lora: Mapping[str, Tensor], scale: float = 1.0) -> 
     """
     if not is_scale(scale):
         raise CheckpointError(f"scale is a number, 1 being the change as it was learned, not {said(scale)}.")
+    if getattr(module, "quantised", None):
+        raise CheckpointError("a LoRA is merged into whole weights; merge it before they are quantised.")
     parameters = dict(module.named_parameters())
     by_target: dict[str, list[_Change]] = {}
     for change in _changes(module, lora):

@@ -42,6 +42,10 @@ class _Job:
         self.tensors, self.shapes = tensors, shapes_of(tensors)
         own = dtypes_of(tensors)
         self.dtypes = {name: dtype if dtype and own[name].is_floating_point else own[name] for name in self.shapes}
+        source = tensors.source if isinstance(tensors, Converted) else tensors
+        small = [n for n, t in source.items() if hasattr(t, "__tensor_flatten__")] if isinstance(source, dict) else []
+        if small:
+            raise CheckpointError(f"{small[0]!r} is quantised; whole weights alone are saved.")
         for name, made in self.dtypes.items():
             if made not in _CODES:
                 raise CheckpointError(f"{name!r} is {made}, which a .safetensors file cannot hold.")

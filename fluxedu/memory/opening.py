@@ -44,7 +44,7 @@ def open_networks(
     if memory == "auto" and device.type != "cpu":
         need = hollow_ones.need(placement, 1024, 1024, words)
         print(said(placement, need, free, device), file=sys.stderr)
-    with advised(hollow_ones, device, 1024, 1024, words):
+    with advised(hollow_ones, device, 1024, 1024, words, quantise):
         for network, tensors in outlines.values():
             _fill(network, tensors, placement, device, dtype)
     if placement.tiled:

@@ -1,6 +1,6 @@
 """The blocks' weights in fewer bits, by kept libraries: a half or a quarter of the memory, and not exact.
 
-    fe.load("dev", quantise="nf4")      each block is made small as it is loaded, so that the whole never lies there
+    fe.load("dev", quantise="nf4")      each block is made small on its way from the host to the device
     quantise(pipe.flux, "int8")         of a network that is there
 
 int8, fp8   a row of a weight is 8-bit numbers and one scale: torchao
@@ -51,6 +51,9 @@ def quantise(flux: Flux, to: str = "int8", device: torch.device | str | None = N
         raise QuantiseError(f"these weights are {flux.quantised} already; load again for others.")
     away = set(getattr(flux, "visitors", ()))
     blocks = [*flux.double_blocks, *flux.single_blocks]
+    dtype = flux.img_in.weight.dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise QuantiseError(f"weights are quantised from float32 or bfloat16, not from {dtype}.".replace("torch.", ""))
     if away.intersection(blocks):
         raise QuantiseError('blocks that visit cannot be quantised; load with memory="full" or "no-modulations".')
     for block in blocks:
@@ -67,10 +70,15 @@ def linears(block: nn.Module, away: Collection[nn.Module] = ()) -> list[nn.Linea
     return [module for module in block.modules() if isinstance(module, nn.Linear) and module not in away]
 
 
-def check(to: str) -> None:
-    """Raises QuantiseError for a word that is none of ``FORMATS``, and for a library that is not there."""
-    if not isinstance(to, str) or to not in FORMATS:
+def known(to: str | None) -> None:
+    """Raises QuantiseError for a word that is none of ``FORMATS``; None is no word."""
+    if to is not None and (not isinstance(to, str) or to not in FORMATS):
         raise QuantiseError(f"weights are quantised to one of {', '.join(FORMATS)}, not {said(to)}.")
+
+
+def check(to: str) -> None:
+    """The same, and for a library that is not there."""
+    known(to)
     try:
         with quietly():
             import_module(FORMATS[to].library)

@@ -28,8 +28,13 @@ def ran_out(error: BaseException) -> bool:
 
 
 @contextmanager
-def advised(networks: Networks, device: torch.device, height: int, width: int, words: int) -> Iterator[None]:
-    """In place of an error of the allocator: ShortOfMemory, for a picture ``height x width`` with so many words."""
+def advised(
+    networks: Networks, device: torch.device, height: int, width: int, words: int, small: str | None = None
+) -> Iterator[None]:
+    """In place of an error of the allocator: ShortOfMemory, for a picture ``height x width`` with so many words.
+
+    ``small``: what the blocks are quantised to.
+    """
     try:
         yield
     except Exception as error:
@@ -37,26 +42,31 @@ def advised(networks: Networks, device: torch.device, height: int, width: int, w
             raise
         error.__traceback__ = None  # whose frames hold what filled the memory
         try:
-            said = advice(networks, device, height, width, words)
+            said = advice(networks, device, height, width, words, small)
         except Exception:  # counting takes some memory too
             said = f"memory ran out on {device}: ask for less than {height} x {width}, or load with another memory=."
         raise ShortOfMemory(said) from None
 
 
-def advice(networks: Networks, device: torch.device, height: int, width: int, words: int) -> str:
+def advice(
+    networks: Networks, device: torch.device, height: int, width: int, words: int, small: str | None = None
+) -> str:
     """The sentence. The networks' configs alone are read."""
     with hollow():
         kinds = ((Flux, networks.flux), (AutoEncoder, networks.ae), (CLIPTextEncoder, networks.clip))
         plain = Networks(*(kind(n.config) for kind, n in kinds), T5Encoder(networks.t5.config), networks.dtype)
     blocks = len(plain.flux.double_blocks) + len(plain.flux.single_blocks)
-    modes = [Placement(mode, blocks if mode == "stream" else 0) for mode in MODES[1:]]
+    ways = MODES[1:3] if small else MODES[1:]  # blocks that are quantised do not visit
+    modes = [Placement(mode, blocks if mode == "stream" else 0, small=small) for mode in ways]
     take = lambda placement, h, w: f"{plain.need(placement, h, w, words).peak / GB:.2f} GB"  # noqa: E731
     each = ", ".join(f"memory={mode.mode!r} about {take(mode, height, width)}" for mode in modes)
     free = free_bytes(device)
     left = "" if free == float("inf") else f", and {max(free, 0) / GB:.2f} GB are free"
     smaller = max(16, height // 32 * 16), max(16, width // 32 * 16)
     half = f"one of {smaller[0]} x {smaller[1]} about {take(modes[0], *smaller)} with the first"
+    fewer = "" if small else "or with quantise= (fewer bits, not exact), "
+    what = f" and {small} weights" if small else ""
     return (
-        f"memory ran out on {device}: a picture of {height} x {width} needs, with {each}{left}; {half}. "
-        "Load with a memory= further to the right, or ask for a smaller picture."
+        f"memory ran out on {device}: a picture of {height} x {width} needs, with {each}{what}{left}; {half}. "
+        f"Load with a memory= further to the right, {fewer}or ask for a smaller picture."
     )

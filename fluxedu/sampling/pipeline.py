@@ -184,7 +184,7 @@ class FluxPipeline(Sited):
         here = Moment(self, asked[0], next(_RUNS), words, 0, len(asked), len(times) - 1)
         networks = Networks(self.flux, self.autoencoder, self.prompt_encoder.clip, self.prompt_encoder.t5, self.dtype)
         sides = (side * downscale for side in asked[0].shape)
-        with advised(networks, self.device, *sides, words):
+        with advised(networks, self.device, *sides, words, getattr(self.flux, "quantised", None)):
             return Output.of(self._each(asked, times, here, progress), keep=trajectory)
 
     def _each(self, asked: list[Request], times: Tensor, here: Moment, progress: bool) -> list:

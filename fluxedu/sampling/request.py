@@ -34,7 +34,7 @@ def _number(name: str, value, low: float, high: float, advice: str) -> float:
 
 
 def checked_device(device: str | torch.device) -> torch.device:
-    """The device, if it can be used here; raises RequestError."""
+    """The device, if it can be used here, and which GPU where only "cuda" is said; raises RequestError."""
     try:
         wanted = torch.device(device)
         torch.zeros(1, device=wanted).item()  # raises where there is no such device, and on "meta", which holds nothing
@@ -43,6 +43,8 @@ def checked_device(device: str | torch.device) -> torch.device:
         raise RequestError(
             f"device {str(device)!r} cannot be used here; use 'cpu'{f' or {have!r}' if have else ''}."
         ) from None
+    if wanted.type == "cuda" and wanted.index is None:  # some of torch.cuda takes no device without a number
+        return torch.device("cuda", torch.cuda.current_device())
     return wanted
 
 

@@ -109,10 +109,12 @@ def _ray(asked: Sweep, folder: Path, workers: int) -> None:
 
 
 def _dask(asked: Sweep, folder: Path, workers: int) -> None:
+    import dask
     from distributed import Client, KilledWorker
 
     # DASK_SCHEDULER_ADDRESS names a cluster; without it, processes here, of one thread as instruments want it
-    with Client(n_workers=workers, threads_per_worker=1, silence_logs=logging.CRITICAL) as client:
+    here = {"n_workers": workers, "threads_per_worker": 1, "silence_logs": logging.CRITICAL}
+    with Client(**({} if dask.config.get("scheduler-address", None) else here)) as client:
         try:
             client.gather([client.submit(work, asked, folder, rank, workers, pure=False) for rank in range(workers)])
         except KilledWorker:

@@ -34,8 +34,9 @@ def place_in_the_world() -> tuple[int, int]:
     return rank, world
 
 
-def _local_rank() -> int:
-    said = os.environ.get("LOCAL_RANK", "0")
+def _local_rank(rank: int) -> int:
+    """The number of this process on its machine; ``rank`` where nobody says, as with Dask."""
+    said = os.environ.get("LOCAL_RANK", str(rank))
     if not said.isdecimal():
         raise SweepError(f"LOCAL_RANK in the environment is a whole number, not {said!r}.")
     return int(said)
@@ -63,7 +64,7 @@ def _work(sweep: Sweep, folder: Path, rank: int, world: int, progress: Callable[
 
     device = sweep.device
     if device in (None, "cuda") and torch.cuda.is_available():  # each process on a GPU of its own
-        mine = _local_rank() % torch.cuda.device_count()
+        mine = _local_rank(rank) % torch.cuda.device_count()
         torch.cuda.set_device(mine)  # for a model that takes a GPU where there is one
         device = device and f"cuda:{mine}"
     drawn = Draughtsman(sweep, fe.load(sweep.model, device=device, dtype=sweep.dtype))

@@ -32,9 +32,12 @@ def halves(block: SingleStreamBlock, heads: Tensor, hidden: Tensor, gate: Tensor
 
     heads ``[..., H, T, d]`` · hidden ``[..., T, M]`` · gate ``[..., 1, D]``.
     """
-    weight, bias = block.linear2.weight, block.linear2.bias
-    dim = len(weight)
+    weight, bias, dim = block.linear2.weight, block.linear2.bias, block.linear2.out_features
     heard = merge_heads(heads.flatten(0, -4)).view(*hidden.shape[:-1], dim)
+    if len(weight) != dim:  # 4 bits lie packed and have no columns: the layer is asked, the other half being zero
+        first = block.linear2(torch.cat([heard, torch.zeros_like(hidden)], dim=-1))
+        second = block.linear2(torch.cat([torch.zeros_like(heard), hidden], dim=-1))
+        return gate * (first if bias is None else first - bias), gate * second
     return gate * F.linear(heard, weight[:, :dim]), gate * F.linear(hidden, weight[:, dim:], bias)
 
 

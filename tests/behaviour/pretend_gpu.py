@@ -82,6 +82,13 @@ class _Mode(TorchFunctionMode):
         return _call(func, args, kwargs or {})
 
 
+def _numbered(device: torch.device | None = None) -> float:
+    """All of its memory; as torch does, this takes no device without a number."""
+    if device is not None and torch.device(device).index is None:
+        raise ValueError(f"Expected a torch.device with a specified index or an integer, but got: {device}")
+    return 1.0
+
+
 @contextmanager
 def pretend_gpu() -> Iterator[None]:
     """Within it there is a GPU. Tensors that were made on it stay what they are afterwards."""
@@ -94,7 +101,8 @@ def pretend_gpu() -> Iterator[None]:
         "get_device_name": lambda device=None: "a pretend GPU",
         "get_device_capability": lambda device=None: (8, 0),
         "mem_get_info": lambda device=None: (16 * GIB, 16 * GIB),
-        "get_per_process_memory_fraction": lambda device=None: 1.0,
+        "get_per_process_memory_fraction": _numbered,
+        "set_per_process_memory_fraction": lambda fraction, device=None: _numbered(device),
         "memory_reserved": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0,

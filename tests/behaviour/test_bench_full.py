@@ -6,11 +6,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from pretend_gpu import pretend_gpu
 
 import fluxedu as fe
+from fluxedu.bench import full
 from fluxedu.bench.full import BARS, flop
-from fluxedu.bench.synthetic import synthetic
-from fluxedu.models import FluxConfig
+from fluxedu.bench.synthetic import SMALL, synthetic
+from fluxedu.models import Flux, FluxConfig
+from fluxedu.sampling.request import checked_device
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +73,31 @@ def test_cards_are_measured_with_a_checkpoint_and_foreseen_without(checkpoint):
     assert all(a["peak"] > b["peak"] for a, b in zip(foreseen["rows"], small["rows"], strict=True))
     one = measured("memory", "--device", "cpu", "--folder", checkpoint, "--size", 64, "--only", 8)
     assert one["peak_bytes"] > 0 and one["load_s"] > 0 and {"step_s", "rest_s"} < set(one)
+
+
+def test_on_a_gpu_the_inputs_are_where_the_weights_are(checkpoint):
+    """On a pretend one, which refuses what CUDA refuses: mixed devices, and some calls without a GPU's number."""
+    with pretend_gpu():
+        checked = checked_device("cuda")
+        config = FluxConfig().with_(**SMALL[Flux])
+        flux = full.random_flux(config, checked, torch.float32)
+        found = full.sizes(flux, (2, 4), 32, 1, checked, torch.float32, 1e12)
+        looked = full.maps(full.a_step(flux, full.inputs_of(config, 2, 32, device=checked)), 1, checked)
+        pipe = fe.load(checkpoint, device="cuda", memory="full")
+    assert checked == torch.device("cuda", 0) == pipe.device
+    assert len(found) == 4 and looked["maps, time"] > 0
+
+
+def test_schnell_has_no_guidance_to_be_measured_with():
+    pytest.importorskip("diffusers")
+    config = FluxConfig.variant("schnell").with_(**SMALL[Flux])
+    flux, cpu = full.random_flux(config, torch.device("cpu"), torch.float32), torch.device("cpu")
+    assert full.steps(flux, 2, 32, 1, cpu, torch.float32, 1e12)["to diffusers"] > 0
+
+
+def test_a_word_that_is_no_format_is_said():
+    done = subprocess.run(
+        [sys.executable, "-m", "fluxedu.bench.memory", "--quantise", "int3"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "quantised to one of int8, fp8, nf4, not 'int3'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -101,6 +101,7 @@ def test_auto_leaves_the_modulations_away_where_small_blocks_do_not_fit_with_the
         ({"quantise": "int3"}, "quantised to one of int8, fp8, nf4, not 'int3'"),
         ({"quantise": 4}, "quantised to one of int8, fp8, nf4, not 4"),
         ({"quantise": "int8", "memory": "stream"}, "blocks that visit are not quantised"),
+        ({"quantise": "int8", "dtype": "float64"}, "quantised from float32 or bfloat16, not from float64"),
         ({"quantise": "int8", "lora": "hollow"}, "load without quantise, then quantise pipe.flux"),
     ],
 )
@@ -119,6 +120,24 @@ def test_small_weights_are_neither_moved_nor_made_small_again():
         quantise(pipe.flux, "fp8")
     with pytest.raises(ValueError, match='blocks that visit cannot be quantised; load with memory="full"'):
         quantise(fe.load(memory="stream").flux)
+
+
+def test_lenses_see_small_blocks_and_advice_knows_them(to):
+    from fluxedu.memory.shortage import advice
+    from fluxedu.widgets.contributions import shares
+
+    pipe = fe.load(quantise=to)
+    sizes, given, _ = shares(pipe, PROMPT, steps=1, progress=False)
+    whole, parts, _ = shares(fe.load(), PROMPT, steps=1, progress=False)
+    assert float((sizes.tensor - whole.tensor).norm() / whole.tensor.norm()) < 0.1
+    assert float((given.tensor - parts.tensor).norm() / parts.tensor.norm()) < 0.2
+    four = Networks(**pipe.networks(), dtype=torch.float32)
+    said = advice(four, torch.device("cpu"), 128, 128, 32, to)
+    assert f"and {to} weights" in said and "stream" not in said
+    with pytest.raises(ValueError, match="merge it before they are quantised"):
+        fe.checkpoints.merge(pipe.flux, {})
+    with pytest.raises(ValueError):
+        fe.checkpoints.save_folder(pipe.flux.state_dict(), "nowhere/at all", pipe.flux.config)
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch):
