@@ -3,10 +3,11 @@
     fe.load("dev", quantise="nf4")      each block is made small on its way from the host to the device
     quantise(pipe.flux, "int8")         of a network that is there
 
-int8, fp8   a row of a weight is 8-bit numbers and one scale: torchao
-nf4         64 weights of a row (32 where 64 do not go into it) are 4-bit numbers, spaced as a normal distribution is,
-            and one scale: bitsandbytes
-            (Dettmers et al., 2023, arXiv:2305.14314)
+int8, fp8
+    a row of a weight is 8-bit numbers and one scale: torchao
+nf4
+    64 weights of a row (32 where 64 do not go into it) are 4-bit numbers, spaced as a normal distribution is, and one
+    scale: bitsandbytes (Dettmers et al., 2023, arXiv:2305.14314)
 
 Both come with ``pip install "fluxedu[quantised]"``. What it costs a block is measured by
 ``python -m fluxedu.bench.quantised``.
