@@ -10,15 +10,14 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
+from notebook_runs import failures, solved
 
 HERE = Path(__file__).resolve().parent
-NOTEBOOKS = HERE.parents[1] / "notebooks"
 QUICK = ("00", "01")
 ALL = "FLUXEDU_PRETEND_GPU" in os.environ
-SOLVED = [path for path in sorted((NOTEBOOKS / "solved").glob("*.ipynb")) if ALL or path.name[:2] in QUICK]
+SOLVED = solved(None if ALL else QUICK)
 
 BEFORE = (
     f"import sys; sys.path.append({str(HERE)!r}); import pretend_gpu; pretend_gpu.answers = pretend_gpu.switch_on()"
@@ -29,14 +28,7 @@ AFTER = "import pretend_gpu; print(dict(pretend_gpu.answers))"
 def on_the_gpu(notebook: NotebookNode) -> tuple[list[str], Counter]:
     """Run it: what each failing cell raised, and how often a module of each class answered on which device."""
     notebook.cells = [new_code_cell(BEFORE), *notebook.cells, new_code_cell(AFTER)]
-    where = {"metadata": {"path": str(NOTEBOOKS)}}
-    NotebookClient(notebook, timeout=300, allow_errors=True, resources=where, store_widget_state=False).execute()
-    failed = [
-        f"{cell.id}: {out.ename}: {out.evalue}"
-        for cell in notebook.cells
-        for out in cell.get("outputs", [])
-        if out.output_type == "error"
-    ]
+    failed = failures(notebook, timeout=300)
     return failed, Counter(ast.literal_eval(notebook.cells[-1].outputs[0].text))
 
 

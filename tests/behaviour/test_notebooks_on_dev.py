@@ -11,15 +11,14 @@ from pathlib import Path
 import nbformat
 import pretend_dev
 import pytest
-from nbclient import NotebookClient
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
+from notebook_runs import failures, solved
 
 HERE = Path(__file__).resolve().parent
-NOTEBOOKS = HERE.parents[1] / "notebooks"
 QUICK = ("00", "09")
 ALL = "FLUXEDU_DEV_LAYOUT" in os.environ
-SOLVED = [path for path in sorted((NOTEBOOKS / "solved").glob("*.ipynb")) if ALL or path.name[:2] in QUICK]
+SOLVED = solved(None if ALL else QUICK)
 
 BEFORE = (
     f"import sys; sys.path.append({str(HERE)!r}); import full_size, pretend_dev; "
@@ -42,23 +41,16 @@ def dev(hub, monkeypatch):
     monkeypatch.setenv("FLUXEDU_MODEL", "dev")
 
 
-def failures(notebook: NotebookNode) -> list[str]:
+def on_dev(notebook: NotebookNode) -> list[str]:
     """Run it: what each failing cell raised."""
     notebook.cells = [new_code_cell(BEFORE), *notebook.cells]
-    where = {"metadata": {"path": str(NOTEBOOKS)}}
-    NotebookClient(notebook, timeout=900, allow_errors=True, resources=where, store_widget_state=False).execute()
-    return [
-        f"{cell.id}: {out.ename}: {out.evalue}"
-        for cell in notebook.cells
-        for out in cell.get("outputs", [])
-        if out.output_type == "error"
-    ]
+    return failures(notebook, timeout=900)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SOLVED, ids=lambda path: path.stem)
 def test_it_runs_on_dev(dev, path):
-    failed = failures(nbformat.read(path, 4))
+    failed = on_dev(nbformat.read(path, 4))
     assert not failed, "\n".join(failed)
 
 
@@ -74,7 +66,7 @@ def test_a_cell_for_the_miniature_alone_is_found(dev):
         "one-step": "with fe.record('double.*.img', 'double.*.txt', 'single.*.x', steps=3): pipe('', progress=False)",
         "bytes": "with fe.record('double.*.img', 'double.*.txt', 'single.*.x', steps=[3, 4]): pipe('', progress=False)",
     }
-    failed = failures(new_notebook(cells=[new_code_cell(code, id=name) for name, code in cells.items()]))
+    failed = on_dev(new_notebook(cells=[new_code_cell(code, id=name) for name, code in cells.items()]))
     assert [one.split(": ")[:2] for one in failed] == [
         ["dtype", "RuntimeError"],
         ["head", "RuntimeError"],
