@@ -13,14 +13,14 @@ __version__ = "0.1.0"
 
 # name -> where it lives; imported when first asked for, so that `import fluxedu` stays light
 _PUBLIC = {
-    "load": "fluxedu.sampling.load",
+    "load": "fluxedu.loading",
     "FluxPipeline": "fluxedu.sampling.pipeline",
     "sites": "fluxedu.instruments.catalogue",
     "record": "fluxedu.instruments.recorder",
     "intervene": "fluxedu.instruments.interventions",
     "ablate": "fluxedu.instruments.interventions",
-    "patch": "fluxedu.instruments.patching",
-    "swap": "fluxedu.instruments.swap",
+    "patch": "fluxedu.instruments.interventions",
+    "swap": "fluxedu.instruments.swapping",
     "check": "fluxedu.course",
     "predict": "fluxedu.course",
     "score": "fluxedu.course",

@@ -79,8 +79,8 @@ def sample(
     """Draw a prompt into a PNG file."""
     from PIL import Image
 
-    from fluxedu.checkpoints.aside import aside
-    from fluxedu.sampling.edges import edges as edges_of
+    from fluxedu.files import atomic_path
+    from fluxedu.sampling.images import edges as edges_of
 
     kind = Image.registered_extensions().get(output.suffix.lower())
     if kind not in Image.SAVE:
@@ -100,7 +100,7 @@ def sample(
             height=height, width=width, solver=solver, strength=strength, trajectory=False, **pictures,
         )  # fmt: skip
         picture = drawn.images[0]
-        with aside(output, overwrite=True) as part:
+        with atomic_path(output, overwrite=True) as part:
             picture.save(part, format=kind)
     typer.echo(f"wrote {output} ({picture.width} x {picture.height})")
 
@@ -137,13 +137,13 @@ def info(
 ) -> None:
     """Every variant of FLUX.1: its numbers, and how many parameters they make."""
     from fluxedu.models import VARIANTS, Flux, FluxConfig
-    from fluxedu.models.hollow import hollow
+    from fluxedu.models.meta_init import meta_init
 
     rows = {}
     with sentences():
         for name in [variant] if variant else VARIANTS:
             config = FluxConfig.variant(name)
-            with hollow():
+            with meta_init():
                 flux = Flux(config)
             count = sum(p.numel() for p in flux.parameters())
             rows[name] = {"parameters": count, "tensors": len(flux.state_dict()), **config.to_dict()}
@@ -330,8 +330,8 @@ def grade(
 ) -> None:
     """Run students' notebooks, each in a process of its own, and mark the exercises. This is no sandbox."""
     from fluxedu.checkpoints.save import write_text
-    from fluxedu.course.errors import CourseError
     from fluxedu.course.grade import as_csv, graded, table, write_csv
+    from fluxedu.errors import CourseError
 
     can_write(csv)
     can_write(by_student)

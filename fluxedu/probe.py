@@ -40,7 +40,7 @@ class Sited:
             return value
         return _watcher(self, name, value)
 
-    def wanted(self, name: str) -> bool:
+    def is_watched(self, name: str) -> bool:
         """Is anybody looking at this site? For values that are not even made when nobody is.
 
         A watcher may have a method ``wants(owner, name)``; one without it is given everything.

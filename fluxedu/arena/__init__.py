@@ -16,7 +16,7 @@ from importlib import import_module
 _PUBLIC = {
     "AXES": "fluxedu.arena.axes",
     "Arena": "fluxedu.arena.match",
-    "ArenaError": "fluxedu.arena.errors",
+    "ArenaError": "fluxedu.errors",
     "Contestant": "fluxedu.arena.contestants",
     "Ratings": "fluxedu.arena.rating",
     "Votes": "fluxedu.arena.votes",

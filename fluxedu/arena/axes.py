@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from fluxedu.arena.errors import ArenaError
+from fluxedu.errors import ArenaError
 from fluxedu.nano.exam import Question, questions
 from fluxedu.nano.scenes import LETTERS
 

@@ -28,8 +28,8 @@ Who = Annotated[str, typer.Option(help="Whose votes count: judge, people or all.
 
 
 def _there(votes: Path):
-    from fluxedu.arena.errors import ArenaError
     from fluxedu.arena.votes import Votes
+    from fluxedu.errors import ArenaError
 
     if not votes.is_file():
         raise ArenaError(f"there is no file of votes {votes}; fluxedu arena run or serve makes one.")

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from fluxedu.arena.errors import ArenaError
 from fluxedu.checkpoints import find
-from fluxedu.checkpoints.aside import aside
+from fluxedu.errors import ArenaError
+from fluxedu.files import atomic_path
+from fluxedu.loading import OURS, WEIGHTS
 from fluxedu.nano.rivals import FILE, SD, opened
-from fluxedu.sampling.load import OURS, WEIGHTS
 from fluxedu.sampling.pipeline import FluxPipeline
 
 Draw = Callable[[str, int, int, int], Image.Image]  # prompt, seed, height, width
@@ -106,6 +106,6 @@ class Gallery:
     def _drawn(self, key: str, name: str, asked: tuple[str, int, int, int]) -> Image.Image:
         image = self.contestants[name].draw(*asked).convert("RGB")
         if self.folder is not None:
-            with aside(self.folder / f"{key}.png", overwrite=True) as part:
+            with atomic_path(self.folder / f"{key}.png", overwrite=True) as part:
                 image.save(part, format="PNG")
         return image

@@ -12,9 +12,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from fluxedu.arena.axes import AXES, checked_axis
-from fluxedu.arena.errors import ArenaError
 from fluxedu.arena.match import Arena
 from fluxedu.arena.votes import JUDGE
+from fluxedu.errors import ArenaError
 from fluxedu.nano.judge import Verdict, diversity, judge, quality
 from fluxedu.nano.scenes import Claim
 

@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 
 from fluxedu.arena.axes import AXES, asked, checked_axis, shots
 from fluxedu.arena.contestants import Contestant, Gallery, contestant
-from fluxedu.arena.errors import ArenaError
 from fluxedu.arena.pairing import best_pairs
 from fluxedu.arena.rating import Ratings, cells_of, rated, wins_of
 from fluxedu.arena.votes import JUDGE, Ballot, Votes, checked_voter
+from fluxedu.errors import ArenaError
 from fluxedu.nano.exam import Question
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fluxedu.arena.errors import ArenaError
+from fluxedu.errors import ArenaError
 
 ELO = 400 / np.log(10)  # Elo points in one unit of strength
 PRIOR = 1.0  # games won, and as many lost, against the player at 0; less, and few votes give too narrow intervals

@@ -19,12 +19,11 @@ import re
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
-from reprlib import repr as said
 
 from fluxedu.arena.axes import AXES, sheet
-from fluxedu.arena.errors import ArenaError
 from fluxedu.arena.match import Arena
 from fluxedu.arena.votes import JUDGE
+from fluxedu.errors import ArenaError, describe
 
 MOST = 4096  # bytes of a request's body
 _PICTURE = re.compile(r"/picture/([\w-]{1,40})/(left|right)")
@@ -123,7 +122,7 @@ def page(axes: tuple[str, ...]) -> str:
 
 
 def _nothing(path: str) -> bytes:
-    raise ArenaError(f"there is nothing at {said(path)}.")
+    raise ArenaError(f"there is nothing at {describe(path)}.")
 
 
 def _voter(sent: dict) -> str:
@@ -135,7 +134,7 @@ def _voter(sent: dict) -> str:
 def _ballot(server: Server, sent: dict) -> dict:
     axis = sent.get("axis", server.axes[0])
     if axis not in server.axes:
-        raise ArenaError(f"this arena asks about {', '.join(server.axes)}, not {said(axis)}.")
+        raise ArenaError(f"this arena asks about {', '.join(server.axes)}, not {describe(axis)}.")
     ballot = server.arena.ballot(_voter(sent), axis)
     sides = {side: f"/picture/{ballot.id}/{side}" for side in ("left", "right")}
     return {"id": ballot.id, "prompt": ballot.prompt, "ask": AXES[axis].ask, **sides}

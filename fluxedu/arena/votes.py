@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fluxedu.arena.axes import checked_axis
-from fluxedu.arena.errors import ArenaError
 from fluxedu.checkpoints.save import write_text
+from fluxedu.errors import ArenaError
 
 CHOICES = {"left": 1.0, "right": 0.0, "tie": 0.5}  # the left one's share of the win
 JUDGE = "judge"  # the scene world's judge as a voter; all others are people

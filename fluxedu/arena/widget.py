@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from fluxedu.arena.axes import AXES, sheet
-from fluxedu.arena.errors import ArenaError
 from fluxedu.arena.match import Arena
 from fluxedu.arena.votes import checked_voter
+from fluxedu.errors import ArenaError
 from fluxedu.widgets.controls import Vote
 from fluxedu.widgets.explorer import Explorer, View
 from fluxedu.widgets.panels import Pixels

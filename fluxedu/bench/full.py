@@ -26,10 +26,10 @@ import fluxedu as fe
 from fluxedu.bench.instruments import WORDS, a_step
 from fluxedu.bench.speed import asked_of, in_turns, inputs_of, matmul_peak, reference_of, settled
 from fluxedu.bench.synthetic import SMALL
+from fluxedu.loading import compile_blocks
 from fluxedu.memory.peak import PeakBytes
 from fluxedu.models import Flux, FluxConfig
-from fluxedu.models.compiled import compiled
-from fluxedu.models.hollow import hollow
+from fluxedu.models.meta_init import meta_init
 from fluxedu.sampling.request import checked_device, checked_dtype
 from fluxedu.terminal import can_write, sentences, write_json
 
@@ -49,7 +49,7 @@ def flop(config: FluxConfig, side: int, text: int) -> float:
 @torch.no_grad()
 def random_flux(config: FluxConfig, device: torch.device, dtype: torch.dtype) -> Flux:
     """Made where it is used: 12 billion numbers take minutes on a CPU, and twice the memory in float32."""
-    with hollow():
+    with meta_init():
         flux = Flux(config).to(dtype)
     flux = flux.to_empty(device=device).eval().requires_grad_(False)
     for p in flux.parameters():
@@ -84,7 +84,7 @@ def steps(flux: Flux, side: int, text: int, rounds: int, device: torch.device, d
     figures["to diffusers"] = seconds / their_seconds
     figures |= maps(ours, rounds, device)
     seen = _watched(ours)
-    compiled(flux)
+    compile_blocks(flux)
     for block in (*reference.transformer_blocks, *reference.single_transformer_blocks):
         block.compile()
     seconds, their_seconds = in_turns(ours, theirs, rounds, device)

@@ -26,7 +26,7 @@ MODULES = (attention, modulation, double_stream, single_stream, transformer)  # 
 
 
 class _WithoutSites(ast.NodeTransformer):
-    """``x.probe("name", value)`` and ``seen("name", value)`` become ``value``, ``x.wanted("name")`` becomes False."""
+    """``x.probe("name", value)`` and ``seen("name", value)`` become ``value``, ``x.is_watched("name")`` becomes False."""
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         self.generic_visit(node)

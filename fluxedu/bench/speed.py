@@ -12,7 +12,7 @@ from torch import Tensor
 from fluxedu.checkpoints import convert, to_diffusers_config
 from fluxedu.memory.peak import PeakBytes
 from fluxedu.models import Flux, FluxConfig
-from fluxedu.models.hollow import hollow
+from fluxedu.models.meta_init import meta_init
 from fluxedu.sampling.latents import image_ids, text_ids
 
 WIDE = FluxConfig(hidden_size=1024, num_heads=8, depth=4, depth_single_blocks=8, context_in_dim=1024, vec_in_dim=768)
@@ -68,7 +68,7 @@ def reference_of(flux: Flux):
     from diffusers import FluxTransformer2DModel
 
     config = to_diffusers_config(flux.config)
-    with hollow():
+    with meta_init():
         reference = FluxTransformer2DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
     reference.load_state_dict(convert(flux.state_dict(), to="diffusers", config=flux.config), assign=True)
     return reference.eval()
@@ -111,7 +111,7 @@ def picture_ratio(rounds: int) -> dict:
     """Prompt to picture on the miniature, 20 steps, beside diffusers' pipeline opened from the same folder."""
     from diffusers import FluxPipeline as Reference
 
-    from fluxedu.sampling.load import WEIGHTS, load
+    from fluxedu.loading import WEIGHTS, load
 
     pipe, reference = load("nano"), Reference.from_pretrained(WEIGHTS, torch_dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)

@@ -18,8 +18,8 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from fluxedu.checkpoints.aside import aside
 from fluxedu.checkpoints.save import save_folder
+from fluxedu.files import atomic_path
 from fluxedu.models import (
     AutoEncoder,
     AutoEncoderConfig,
@@ -30,7 +30,7 @@ from fluxedu.models import (
     T5Config,
     T5Encoder,
 )
-from fluxedu.models.hollow import hollow
+from fluxedu.models.meta_init import meta_init
 from fluxedu.nano import configs
 from fluxedu.nano.tokenizers import save_tokenizers
 from fluxedu.terminal import sentences
@@ -76,13 +76,13 @@ class Drawn(Mapping[str, Tensor]):
 
 def synthetic(folder: str | Path, variant: str = "dev", small: bool = False) -> Path:
     """Write a whole folder for ``variant``; it appears whole or not at all. Raises ConfigError, CheckpointError."""
-    with aside(Path(folder), folder=True) as part:
+    with atomic_path(Path(folder), folder=True) as part:
         for name, (kind, config_of) in KINDS.items():
             config = FluxConfig.variant(variant) if kind is Flux else config_of()
             config = config.with_(**(SMALL[kind] if small else {}))
             if kind is CLIPTextEncoder:
                 config = config.with_(eos_token_id=configs.CLIP.eos_token_id)
-            with hollow():
+            with meta_init():
                 network = kind(config)
             save_folder(Drawn(network), part / name, config)
         save_tokenizers(part)

@@ -7,12 +7,12 @@ fe.checkpoints.merge(flux, fe.checkpoints.read("lora.safetensors"), scale=0.85).
 """
 
 from fluxedu.checkpoints.configs import from_diffusers_config, to_diffusers_config
-from fluxedu.checkpoints.errors import CheckpointError
 from fluxedu.checkpoints.layouts import convert, converted, infer_config
 from fluxedu.checkpoints.load import config_of, load_into, load_model, outline, read
 from fluxedu.checkpoints.lora import Merged, extract, inputs_of, merge, widen_input
 from fluxedu.checkpoints.official import OFFICIAL, Official, find
 from fluxedu.checkpoints.save import convert_file, save_file, save_folder
+from fluxedu.errors import CheckpointError
 
 __all__ = [
     "OFFICIAL",

@@ -11,10 +11,10 @@ import math
 import re
 from functools import partial
 
-from fluxedu.checkpoints.errors import CheckpointError
 from fluxedu.checkpoints.tables import Shape
-from fluxedu.models import VARIANTS, AutoEncoderConfig, CLIPTextConfig, ConfigError, FluxConfig, T5Config
-from fluxedu.models.config import LARGEST, Config, said
+from fluxedu.errors import CheckpointError, ConfigError, describe
+from fluxedu.models import VARIANTS, AutoEncoderConfig, CLIPTextConfig, FluxConfig, T5Config
+from fluxedu.models.config import LARGEST, Config
 
 #: our field -> the name in the other config.json, and the value that code takes when it is not there
 _FLUX = {
@@ -102,7 +102,7 @@ def from_diffusers_config(values: dict, kind: type[Config] | None = None) -> Con
     network, or for a setting that ours does not have.
     """
     if not isinstance(values, dict):
-        raise CheckpointError(f"config.json is made of names and values, not {said(values)}.")
+        raise CheckpointError(f"config.json is made of names and values, not {describe(values)}.")
     classes = values.get("architectures")
     named = values.get("_class_name") or (classes[0] if isinstance(classes, list) and classes else None)
     readers = {
@@ -115,7 +115,7 @@ def from_diffusers_config(values: dict, kind: type[Config] | None = None) -> Con
     if named is None and len(wanted) == 1:
         named = wanted[0]
     if named not in wanted:
-        raise CheckpointError(f"config.json is for {said(named)}, but should be for {' or '.join(wanted)}.")
+        raise CheckpointError(f"config.json is for {describe(named)}, but should be for {' or '.join(wanted)}.")
     try:
         return readers[named][1](values)
     except ConfigError as error:
@@ -126,10 +126,10 @@ def _read(values: dict, names: dict[str, tuple], fixed: dict) -> dict:
     """Our fields from theirs, strictly."""
     for name, value in values.items():
         if name in fixed and value != fixed[name]:
-            raise CheckpointError(f"config.json has {name} {said(value)}, but FLUX.1's is {fixed[name]!r}.")
+            raise CheckpointError(f"config.json has {name} {describe(value)}, but FLUX.1's is {fixed[name]!r}.")
         if name not in fixed and name not in _INDIFFERENT and name not in {theirs for theirs, _ in names.values()}:
             if not name.startswith("_") and value is not None:
-                raise CheckpointError(f"config.json has an unknown setting {said(name)} ({said(value)}).")
+                raise CheckpointError(f"config.json has an unknown setting {describe(name)} ({describe(value)}).")
     found = {ours: values.get(theirs, default) for ours, (theirs, default) in names.items()}
     return {ours: tuple(value) if isinstance(value, list) else value for ours, value in found.items()}
 
@@ -138,7 +138,9 @@ def _whole(**values) -> None:
     """Numbers that are reckoned with before a configuration looks at them."""
     for name, value in values.items():
         if type(value) is not int or not 0 < value <= LARGEST:
-            raise CheckpointError(f"config.json has {name} {said(value)}, not a whole number of at most {LARGEST:,}.")
+            raise CheckpointError(
+                f"config.json has {name} {describe(value)}, not a whole number of at most {LARGEST:,}."
+            )
 
 
 def _flux_from_diffusers(values: dict) -> FluxConfig:
@@ -155,12 +157,12 @@ def _autoencoder_from_diffusers(values: dict) -> AutoEncoderConfig:
     fields = _read(values, _AUTOENCODER, _AUTOENCODER_FIXED)
     widths = values.get("block_out_channels", [64])
     if not isinstance(widths, list) or not widths:
-        raise CheckpointError(f"config.json has block_out_channels {said(widths)}, not a list of whole numbers.")
+        raise CheckpointError(f"config.json has block_out_channels {describe(widths)}, not a list of whole numbers.")
     for width in widths:
         _whole(block_out_channels=width)
     if any(width % widths[0] for width in widths):
         raise CheckpointError(
-            f"config.json has block_out_channels {said(widths)}, which are not multiples of the first."
+            f"config.json has block_out_channels {describe(widths)}, which are not multiples of the first."
         )
     fields["shift_factor"] = fields["shift_factor"] or 0.0
     return AutoEncoderConfig(**fields, ch=widths[0], ch_mult=tuple(width // widths[0] for width in widths))
@@ -169,7 +171,7 @@ def _autoencoder_from_diffusers(values: dict) -> AutoEncoderConfig:
 def _text_from_transformers(kind: type[Config], values: dict) -> Config:
     for name, only in _TEXT[kind].items():
         if name not in ("_", "model_type") and values.get(name, only) != only:
-            raise CheckpointError(f"config.json has {name} {said(values[name])}, but FLUX.1's is {only!r}.")
+            raise CheckpointError(f"config.json has {name} {describe(values[name])}, but FLUX.1's is {only!r}.")
     config = kind(**{name: values[name] for name in kind().to_dict() if name in values})
     if kind is CLIPTextConfig and config.eos_token_id == 2:  # an old mistake in CLIP's own file: 2 means the last token
         config = config.with_(eos_token_id=config.vocab_size - 1)
@@ -186,7 +188,7 @@ class _Shapes:
         self.shapes = shapes
         self.last: tuple[str, ...] = ()  # the names of the tensor asked for last, in one layout or another
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """What is wrong with the tensor asked for last."""
         there = next((name for name in self.last if name in self.shapes), None)
         return f"{self.last[0]!r} is missing" if there is None else f"{there!r} is {list(self.shapes[there])}"

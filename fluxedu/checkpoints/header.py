@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-from fluxedu.checkpoints.errors import CheckpointError
 from fluxedu.checkpoints.tables import Shape
-from fluxedu.models.config import said
+from fluxedu.errors import CheckpointError, describe
 
 DTYPES = {
     "F64": torch.float64,
@@ -90,14 +89,16 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def _entry(path: Path, name: str, values: dict, data: int) -> Entry:
     if (code := values["dtype"]) not in DTYPES:
-        code = code if isinstance(code, str) and code.isalnum() and len(code) < 20 else said(code)
-        raise CheckpointError(f"{path.name} has {said(name)} in dtype {code}, not one of {', '.join(DTYPES)}.")
+        code = code if isinstance(code, str) and code.isalnum() and len(code) < 20 else describe(code)
+        raise CheckpointError(f"{path.name} has {describe(name)} in dtype {code}, not one of {', '.join(DTYPES)}.")
     (begin, end), shape = values["data_offsets"], values["shape"]
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in (begin, end, *shape)):
         raise ValueError
     entry = Entry(path, DTYPES[values["dtype"]], tuple(shape), data + begin)
     if end - begin != entry.nbytes:
-        raise CheckpointError(f"{path.name} has {said(name)} in {end - begin:,} bytes, which is not {said(shape)}.")
+        raise CheckpointError(
+            f"{path.name} has {describe(name)} in {end - begin:,} bytes, which is not {describe(shape)}."
+        )
     return entry
 
 
@@ -109,7 +110,7 @@ def _check_places(path: Path, entries: dict[str, Entry], begin: int, size: int) 
         raise CheckpointError(f"{path.name} {fault}: it has {size:,} bytes, its header promises {end:,}.")
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != begin:
-            raise CheckpointError(f"{path.name} has {said(name)} where another tensor or none should be.")
+            raise CheckpointError(f"{path.name} has {describe(name)} where another tensor or none should be.")
         begin += entry.nbytes
 
 

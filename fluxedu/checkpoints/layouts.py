@@ -17,18 +17,9 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from fluxedu.checkpoints.configs import described, from_diffusers_config, read_off, to_diffusers_config
-from fluxedu.checkpoints.errors import CheckpointError, naming
-from fluxedu.checkpoints.tables import (
-    LAYOUTS,
-    TABLES,
-    Converted,
-    Shape,
-    label_of,
-    recipes,
-    shapes,
-    shapes_of,
-)
-from fluxedu.models import AutoEncoderConfig, CLIPTextConfig, ConfigError, FluxConfig, T5Config
+from fluxedu.checkpoints.tables import LAYOUTS, TABLES, Converted, Shape, label_of, recipes, shapes, shapes_of
+from fluxedu.errors import CheckpointError, ConfigError, first_of
+from fluxedu.models import AutoEncoderConfig, CLIPTextConfig, FluxConfig, T5Config
 from fluxedu.models.config import Config
 
 __all__ = ["check", "convert", "converted", "from_diffusers_config", "infer_config", "to_diffusers_config"]
@@ -81,7 +72,7 @@ def infer_config(tensors: Mapping[str, Tensor], like: Config | None = None) -> C
     found, label = shapes_of(tensors), label_of(tensors)
     known = kind_of(found)
     if known is None:
-        raise CheckpointError(f"{label} is no network of FLUX.1: {naming(found)} is none of its names.")
+        raise CheckpointError(f"{label} is no network of FLUX.1: {first_of(found)} is none of its names.")
     kind = known[0]
     try:
         fields = read_off(kind, found)
@@ -104,16 +95,16 @@ def check(found: dict[str, Shape], expected: dict[str, Shape], label: str) -> No
     extra = [name for name in found if name not in expected]
     faults = []
     if missing:
-        faults.append(f"lacks the key {naming(missing)}")
+        faults.append(f"lacks the key {first_of(missing)}")
     if extra:
-        faults.append(f"has an unexpected key {naming(extra)}")
+        faults.append(f"has an unexpected key {first_of(extra)}")
     if faults:
         raise CheckpointError(f"{label} {' and '.join(faults)}.")
     wrong = [name for name in expected if tuple(found[name]) != tuple(expected[name])]
     if wrong:
         name = wrong[0]
         raise CheckpointError(
-            f"{label} has {naming(wrong)} in shape {list(found[name])}, but it should be {list(expected[name])}."
+            f"{label} has {first_of(wrong)} in shape {list(found[name])}, but it should be {list(expected[name])}."
         )
 
 

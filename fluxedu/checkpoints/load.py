@@ -21,16 +21,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fluxedu.checkpoints.aside import WEIGHTS
 from fluxedu.checkpoints.carry import carried
 from fluxedu.checkpoints.configs import from_diffusers_config
-from fluxedu.checkpoints.errors import CheckpointError, naming
 from fluxedu.checkpoints.header import PICKLES, Entry, pickle_error, read_header, read_json
 from fluxedu.checkpoints.layouts import check, converted, infer_config, plain, plain_names, require
 from fluxedu.checkpoints.tables import MODELS, Shape, label_of, shapes_of
+from fluxedu.errors import CheckpointError, first_of
+from fluxedu.files import WEIGHTS
 from fluxedu.models import AutoEncoderConfig, CLIPTextConfig, FluxConfig, T5Config
 from fluxedu.models.config import Config
-from fluxedu.models.hollow import hollow
+from fluxedu.models.meta_init import meta_init
 
 _WINDOW = 1 << 30  # bytes of a file mapped at once
 _KINDS = {kind.__name__: kind for kind in (FluxConfig, AutoEncoderConfig, CLIPTextConfig, T5Config)}
@@ -128,7 +128,7 @@ def _files_of(folder: Path) -> dict[Path, set[str] | None]:
     """The files of a folder, each with the names its index promises (None: no index)."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) > 1:
-        raise CheckpointError(f"{folder.name} has several indices, among them {naming(i.name for i in indices)}.")
+        raise CheckpointError(f"{folder.name} has several indices, among them {first_of(i.name for i in indices)}.")
     if indices:
         return _read_index(indices[0])
     files = sorted(folder.glob("*.safetensors"))
@@ -159,7 +159,7 @@ def _read_index(index: Path) -> dict[Path, set[str]]:
         files.setdefault(index.parent / shard, set()).add(name)
     absent = [file.name for file in files if not file.is_file()]
     if absent:
-        raise CheckpointError(f"{index.parent.name} lacks the shard {naming(absent)} that its index names.")
+        raise CheckpointError(f"{index.parent.name} lacks the shard {first_of(absent)} that its index names.")
     return files
 
 
@@ -167,9 +167,9 @@ def _compare_with_index(label: str, found: dict[str, Entry], promised: set[str] 
     if promised is None:
         return
     if absent := sorted(promised - found.keys()):
-        raise CheckpointError(f"{label} lacks the key {naming(absent)} that the index promises.")
+        raise CheckpointError(f"{label} lacks the key {first_of(absent)} that the index promises.")
     if extra := sorted(found.keys() - promised):
-        raise CheckpointError(f"{label} has the key {naming(extra)}, which the index does not name.")
+        raise CheckpointError(f"{label} has the key {first_of(extra)}, which the index does not name.")
 
 
 def config_of(tensors: TensorFile) -> Config:
@@ -224,7 +224,7 @@ def outline(path: str | Path, config: Config | None = None) -> tuple[nn.Module, 
     """The network stored at ``path`` without its numbers, and the tensors that :func:`load_into` gives it."""
     tensors = read(path)
     config = config or config_of(tensors)
-    with hollow():
+    with meta_init():
         module = MODELS[type(config)](config)
     return module.eval(), converted(tensors, "bfl", config)
 

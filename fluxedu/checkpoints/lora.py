@@ -23,9 +23,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fluxedu.checkpoints.errors import CheckpointError, naming
 from fluxedu.checkpoints.tables import TABLES, Piece, label_of, recipes
-from fluxedu.models.config import said
+from fluxedu.errors import CheckpointError, describe, first_of
 
 _ROLES = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B"}
 _FACTOR = re.compile(r"(?P<stem>.+)\.(?P<role>lora_A|lora_B|lora_down|lora_up)(\.default)?\.(?P<leaf>weight|bias)")
@@ -98,7 +97,7 @@ def merge(module: nn.Module, lora: Mapping[str, Tensor], scale: float = 1.0) -> 
     for a layer the module does not have or one of another shape, or a scale that is no number.
     """
     if not is_scale(scale):
-        raise CheckpointError(f"scale is a number, 1 being the change as it was learned, not {said(scale)}.")
+        raise CheckpointError(f"scale is a number, 1 being the change as it was learned, not {describe(scale)}.")
     if getattr(module, "quantised", None):
         raise CheckpointError("a LoRA is merged into whole weights; merge it before they are quantised.")
     parameters = dict(module.named_parameters())
@@ -146,7 +145,7 @@ def _changes(module: nn.Module, lora: Mapping[str, Tensor]) -> list[_Change]:
     for name, (stored, value) in plain.items():
         add(name, stored, value=value)
     if strangers:
-        raise CheckpointError(f"{label_of(lora)} changes {naming(strangers)}, which this model does not have.")
+        raise CheckpointError(f"{label_of(lora)} changes {first_of(strangers)}, which this model does not have.")
     if not changes or not layers:  # a whole network is all plain tensors
         raise CheckpointError(f"{label_of(lora)} holds no LoRA.")
     return changes
@@ -261,10 +260,10 @@ def extract(after: Mapping[str, Tensor], before: Mapping[str, Tensor], rank: int
     not at all: see :func:`widen_input`.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise CheckpointError(f"a rank is a whole number from 1 on, not {said(rank)}.")
+        raise CheckpointError(f"a rank is a whole number from 1 on, not {describe(rank)}.")
     if set(after) != set(before) or "img_in.weight" not in after:
         apart = sorted(set(after) ^ set(before)) or ["img_in.weight"]
-        raise CheckpointError(f"a LoRA is of two transformers of one kind; only one of these has {naming(apart)}.")
+        raise CheckpointError(f"a LoRA is of two transformers of one kind; only one of these has {first_of(apart)}.")
     before = widen_input(before, after["img_in.weight"].shape[1])
     for name, value in after.items():
         if value.shape != before[name].shape:

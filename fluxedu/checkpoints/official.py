@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxedu.checkpoints.errors import CheckpointError
 from fluxedu.checkpoints.header import read_json
-from fluxedu.models.config import said
+from fluxedu.errors import CheckpointError, describe
 
 NON_COMMERCIAL = "FLUX.1 [dev] Non-Commercial License"
 
@@ -68,7 +67,7 @@ def find(where: str | Path, transformer: str = "transformer") -> Official:
     Raises CheckpointError, one sentence with the missing files and the command that gets them.
     """
     if not isinstance(where, (str, Path)) or not isinstance(transformer, str) or "\0" in f"{where}{transformer}":
-        raise CheckpointError(f"a model is a name or a path, not {said(where)} (or {said(transformer)} in it).")
+        raise CheckpointError(f"a model is a name or a path, not {describe(where)} (or {describe(transformer)} in it).")
     variant = _variant(str(where))
     path, repository = Path(where), OFFICIAL.get(variant)
     if path.is_file():
@@ -79,7 +78,7 @@ def find(where: str | Path, transformer: str = "transformer") -> Official:
         cached = snapshot(repository.id if repository else str(where))
         if cached is None and repository is None:
             raise CheckpointError(
-                f"there is no model {said(str(where))} on this machine, neither file nor folder nor in the Hugging "
+                f"there is no model {describe(str(where))} on this machine, neither file nor folder nor in the Hugging "
                 f"Face cache; say nano, {', '.join(OFFICIAL)} or a path."
             )
         parts, folders = {}, [cached] if cached else []

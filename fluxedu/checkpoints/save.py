@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fluxedu.checkpoints.aside import aside
 from fluxedu.checkpoints.configs import to_diffusers_config
-from fluxedu.checkpoints.errors import CheckpointError
 from fluxedu.checkpoints.header import DTYPES
 from fluxedu.checkpoints.layouts import converted
 from fluxedu.checkpoints.load import TensorFile, config_of, read
 from fluxedu.checkpoints.tables import Converted, Piece, Shape, dtypes_of, shapes_of
+from fluxedu.errors import CheckpointError
+from fluxedu.files import atomic_path
 from fluxedu.models import CLIPTextConfig, T5Config
 from fluxedu.models.config import Config
 
@@ -119,7 +119,7 @@ def save_file(
         raise CheckpointError(f"a file of tensors is called something.safetensors, not {path.name!r}.")
     job = _Job(tensors, dtype, progress)
     told = {"fluxedu_config": json.dumps([type(config).__name__, config.to_dict()])} if config else {}
-    with aside(path, overwrite) as part:
+    with atomic_path(path, overwrite) as part:
         _write(job, list(job.shapes), part, told)
     return path
 
@@ -148,7 +148,7 @@ def save_folder(
     stem = "model" if isinstance(config, CLIPTextConfig | T5Config) else "diffusion_pytorch_model"
     shards = _shards(job.sizes, max_shard_bytes)
     files = _shard_names(stem, len(shards))
-    with aside(path, overwrite, folder=True) as part:
+    with atomic_path(path, overwrite, folder=True) as part:
         for file, names in zip(files, shards, strict=True):
             _write(job, names, part / f"{file}.part", {})
         if len(files) > 1:
@@ -218,6 +218,6 @@ def write_text(path: str | Path, text: str) -> Path:
     if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
         path.write_text(text, encoding="utf-8")
         return path
-    with aside(path, overwrite=True) as part:
+    with atomic_path(path, overwrite=True) as part:
         part.write_text(text, encoding="utf-8")
     return path

@@ -24,7 +24,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from fluxedu.checkpoints.errors import CheckpointError
+from fluxedu.errors import CheckpointError
 from fluxedu.models import (
     AutoEncoder,
     AutoEncoderConfig,
@@ -36,7 +36,7 @@ from fluxedu.models import (
     T5Encoder,
 )
 from fluxedu.models.config import Config
-from fluxedu.models.hollow import hollow
+from fluxedu.models.meta_init import meta_init
 
 LAYOUTS = ("bfl", "diffusers")
 MODELS = {FluxConfig: Flux, AutoEncoderConfig: AutoEncoder, CLIPTextConfig: CLIPTextEncoder, T5Config: T5Encoder}
@@ -133,7 +133,7 @@ def shapes(config: Config, layout: str = "bfl") -> dict[str, Shape]:
     """Name -> shape of every tensor the network has, in either layout. Treat it as read-only."""
     if layout == "diffusers":
         return _join(config)[1]
-    with hollow():
+    with meta_init():
         network = MODELS[type(config)](config)
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fluxedu.course.errors import CourseError
 from fluxedu.course.exercise import Exercise, all_exercises
+from fluxedu.errors import CourseError
 
 
 @dataclass(frozen=True)

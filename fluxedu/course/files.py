@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fluxedu.checkpoints.aside import aside
-from fluxedu.checkpoints.errors import CheckpointError
-from fluxedu.course.errors import CourseError
+from fluxedu.errors import CheckpointError, CourseError
+from fluxedu.files import atomic_path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -32,7 +31,7 @@ def unrun(notebook: str) -> str:
 def _copy(notebook: Path, target: Path) -> bool:
     """Write a copy, or, where another process was first, leave what is there and say False."""
     try:
-        with aside(target) as part:
+        with atomic_path(target) as part:
             part.write_text(unrun(notebook.read_text("utf-8")), "utf-8")
     except CheckpointError:
         if not target.exists():

@@ -22,9 +22,9 @@ import nbformat
 from nbformat.v4 import new_code_cell
 
 from fluxedu.checkpoints.save import write_text
-from fluxedu.course.errors import CourseError
 from fluxedu.course.exercise import Exercise, all_exercises
 from fluxedu.course.files import shipped
+from fluxedu.errors import CourseError
 
 GRACE = 5  # seconds that a cell has to end once it was interrupted
 FIRST = """

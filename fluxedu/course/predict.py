@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from fluxedu.course.errors import CourseError
+from fluxedu.errors import CourseError
 
 _asked: dict[str, Prediction] = {}
 

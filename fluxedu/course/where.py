@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from tqdm.auto import tqdm
 
-from fluxedu.course.errors import CourseError
+from fluxedu.errors import CourseError
 from fluxedu.instruments.parts import parts
 from fluxedu.plots.canvas import arrows, quiet
 from fluxedu.sampling.pipeline import FluxPipeline

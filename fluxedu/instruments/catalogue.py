@@ -14,15 +14,15 @@ from pathlib import Path
 
 from torch import nn
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import ConfigError, InstrumentError
 from fluxedu.models import attention
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.clip import CLIPTextEncoder
-from fluxedu.models.config import ConfigError, FluxConfig
-from fluxedu.models.hollow import hollow
+from fluxedu.models.config import FluxConfig
+from fluxedu.models.flux import Flux
+from fluxedu.models.meta_init import meta_init
 from fluxedu.models.modulation import Modulation
 from fluxedu.models.t5 import T5Attention, T5Encoder
-from fluxedu.models.transformer import Flux
 from fluxedu.probe import Probed, Sited, networks, site
 from fluxedu.sampling.pipeline import FluxPipeline
 
@@ -228,14 +228,14 @@ def _networks(pipe) -> list[nn.Module]:
     if hasattr(pipe, "networks"):
         return list(pipe.networks().values())
     if pipe is None or (isinstance(pipe, str) and pipe == "nano"):
-        from fluxedu.sampling.load import load
+        from fluxedu.loading import load
 
         return list(load().networks().values())
     try:
         config = FluxConfig.variant(pipe)
     except ConfigError as error:
         raise InstrumentError(f"{error} Or give a pipeline, or a network.") from None
-    with hollow():
+    with meta_init():
         return [CLIPTextEncoder(), T5Encoder(), Flux(config), AutoEncoder()]
 
 

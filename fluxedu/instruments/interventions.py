@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,60 +20,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.catalogue import axes_of
-from fluxedu.instruments.errors import InstrumentError
-from fluxedu.instruments.recorder import Steps, among, checked_heads, checked_steps
+from fluxedu.instruments.named import Named
+from fluxedu.instruments.recorder import Steps, among, checked_heads, checked_steps, record
+from fluxedu.instruments.recording import Recording, When
+from fluxedu.instruments.tokens import Word, contains_words, listed, token_indices_at
 from fluxedu.instruments.watching import Instrument, takes
-from fluxedu.instruments.words import Word, listed, names_words, places_now
 from fluxedu.models.attention_map import AttentionMap
-from fluxedu.models.config import said
 from fluxedu.probe import Sited
 from fluxedu.sampling.conditions import reference_cells, reference_ids
 from fluxedu.sampling.latents import image_ids, text_ids
-from fluxedu.sampling.moment import Moment, now
+from fluxedu.sampling.step_context import StepContext, current_context
 
 Times = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where a value is being changed: its ``site``, its ``axes``, the run's ``moment`` (None without a pipeline)."""
+    """Where a value is being changed: its ``site``, its ``axes``, the run's ``context`` (None without a pipeline)."""
 
     site: str
     axes: tuple[str, ...] | None
-    moment: Moment | None
+    step_context: StepContext | None
 
     @property
     def step(self) -> int | None:
-        return self.moment and self.moment.step
+        return self.step_context and self.step_context.step
 
     @property
     def time(self) -> float | None:
-        return self.moment and self.moment.time
+        return self.step_context and self.step_context.time
 
     @property
     def generator(self) -> torch.Generator:
         """Random numbers for this site, step and question, told by the picture's seed; on the CPU."""
-        moment = self.moment
-        where = (self.site, 0, 0, 0) if moment is None else (self.site, moment.asked.seed, moment.step, moment.part)
+        context = self.step_context
+        where = (
+            (self.site, 0, 0, 0) if context is None else (self.site, context.request.seed, context.step, context.stage)
+        )
         told = hashlib.sha256(repr(where).encode()).digest()[:7]
         return torch.Generator().manual_seed(int.from_bytes(told, "big"))
 
     def tokens(self, words: Sequence[Word] | Word) -> list[int]:
         """Places of the text tokens that spell ``words``; numbers are places already."""
-        return places_now(self.moment, self.site, words)
+        return token_indices_at(self.step_context, self.site, words)
 
     def places(self, stream: str) -> slice:
         """Of the joint tokens, those of ``"txt"`` or ``"img"``."""
         if stream not in ("txt", "img"):
-            raise InstrumentError(f"a stream is 'txt' or 'img', not {said(stream)}.")
-        words = self._moment().words
+            raise InstrumentError(f"a stream is 'txt' or 'img', not {describe(stream)}.")
+        words = self._step_context().txt_len
         return slice(0, words) if stream == "txt" else slice(words, None)
 
-    def _moment(self) -> Moment:
-        if self.moment is None:
+    def _step_context(self) -> StepContext:
+        if self.step_context is None:
             raise InstrumentError(f"at {self.site!r}, words and streams can be told apart in a pipeline's run only.")
-        return self.moment
+        return self.step_context
 
 
 class intervene(Instrument):  # noqa: N801 - used like a function
@@ -94,32 +98,34 @@ class intervene(Instrument):  # noqa: N801 - used like a function
     ):
         *globs, change = globs_and_change or (None,)
         if not callable(change):
-            raise InstrumentError(f"the last argument must be a function (value, ctx) -> value, not {said(change)}.")
+            raise InstrumentError(
+                f"the last argument must be a function (value, ctx) -> value, not {describe(change)}."
+            )
         super().__init__(*globs)
         if not takes(change, None, None):
-            raise InstrumentError(f"a change is a function of two, (value, ctx) -> value; {said(change)} is not.")
+            raise InstrumentError(f"a change is a function of two, (value, ctx) -> value; {describe(change)} is not.")
         self.change, self.steps, self.times = change, checked_steps(steps), _checked(times)
         self.acted: set[str] = set()  # the sites where it did
         self.early: set[str] = set()  # those that passed outside of a run's steps, though steps= or times= name some
         self.missed = 0  # of how many steps the run is that passed outside of steps= and times=
 
     def see(self, owner: Sited, name: str, whole: str, value: Any) -> Any:
-        moment = now()
-        if not self._now(moment, whole):
+        context = current_context()
+        if not self._now(context, whole):
             return value
         own = value.clone() if isinstance(value, Tensor) else value  # a change may write into it
-        changed = self.change(own, Context(whole, axes_of(owner, name), moment))
+        changed = self.change(own, Context(whole, axes_of(owner, name), context))
         self.acted.add(whole)
         return _fitting(changed, value, whole)
 
-    def _now(self, moment: Moment | None, site: str) -> bool:
-        if moment is None or moment.step is None:
+    def _now(self, context: StepContext | None, site: str) -> bool:
+        if context is None or context.step is None:
             always = self.times is None and self.steps is None
             self.early |= set() if always else {site}
             return always
         low, high = self.times or (-1.0, 2.0)
-        meant = among(self.steps, moment.step, moment.steps) and low <= moment.time <= high
-        self.missed = self.missed if meant else moment.steps
+        meant = among(self.steps, context.step, context.steps) and low <= context.time <= high
+        self.missed = self.missed if meant else context.steps
         return meant
 
     def __exit__(self, kind, *rest) -> None:
@@ -139,8 +145,8 @@ class intervene(Instrument):  # noqa: N801 - used like a function
 
     def _never(self) -> str:
         if self.times is None:
-            return f"the run has {self.missed} steps, and none of them is in steps={said(self.steps)}"
-        steps = "" if self.steps is None else f" in steps={said(self.steps)}"
+            return f"the run has {self.missed} steps, and none of them is in steps={describe(self.steps)}"
+        steps = "" if self.steps is None else f" in steps={describe(self.steps)}"
         between = "between t = {:g} and {:g}".format(*self.times)
         return f"no step{steps} of the run's {self.missed} begins {between}"
 
@@ -153,7 +159,7 @@ def _checked(times: Times | None) -> Times | None:
         if not (0 <= low and high <= 1):  # false for nan too
             raise ValueError
     except (TypeError, ValueError):
-        raise InstrumentError(f"times is a pair (from, to) in [0, 1], not {said(times)}.") from None
+        raise InstrumentError(f"times is a pair (from, to) in [0, 1], not {describe(times)}.") from None
     return low, high
 
 
@@ -206,9 +212,9 @@ def ablate(
     if named is not None and (
         not isinstance(named, (list, tuple)) or not named or any(s not in _STREAMS for s in named)
     ):
-        raise InstrumentError(f"a stream is 'txt' or 'img', not {said(streams)}.")
+        raise InstrumentError(f"a stream is 'txt' or 'img', not {describe(streams)}.")
     if to != "mean" if isinstance(to, str) else isinstance(to, bool) or not isinstance(to, (int, float)) or to != to:
-        raise InstrumentError(f"to= is a number or 'mean', not {said(to)}.")
+        raise InstrumentError(f"to= is a number or 'mean', not {describe(to)}.")
     sites = [site for glob in globs for site in _sites_of(glob, named, tokens)]
 
     def change(value: Tensor | AttentionMap, ctx: Context) -> Tensor | AttentionMap:
@@ -245,7 +251,7 @@ def _instead(value: Tensor, ctx: Context, to: str | float) -> Tensor:
     try:
         return torch.full((), float(to), dtype=value.dtype, device=value.device)
     except (RuntimeError, OverflowError):
-        raise InstrumentError(f"to={said(to)} is more than {value.dtype} at {ctx.site!r} can hold.") from None
+        raise InstrumentError(f"to={describe(to)} is more than {value.dtype} at {ctx.site!r} can hold.") from None
 
 
 def _mask(value: Tensor, ctx: Context, heads, streams, tokens) -> Tensor:
@@ -259,7 +265,7 @@ def _mask(value: Tensor, ctx: Context, heads, streams, tokens) -> Tensor:
     elif streams is not None:
         mask = mask & _along(value, ctx, ("token",), [ctx.places(s) for s in streams])
     if tokens is not None:
-        axes = ("text", "token") if names_words(tokens) else ("text", "token", "image")
+        axes = ("text", "token") if contains_words(tokens) else ("text", "token", "image")
         mask = mask & _along(value, ctx, axes, ctx.tokens(tokens))
         mask = mask & _prompted(value, ctx, tokens)
     return mask
@@ -267,8 +273,8 @@ def _mask(value: Tensor, ctx: Context, heads, streams, tokens) -> Tensor:
 
 def _prompted(value: Tensor, ctx: Context, tokens: Sequence[Word] | Word) -> Tensor:
     """Words are the prompt's: of the two passes of classifier-free guidance, only the prompted one says them."""
-    guided = ctx.moment is not None and ctx.moment.asked.guided and ctx.moment.text is None
-    both = guided and names_words(tokens) and len(value) == 2
+    guided = ctx.step_context is not None and ctx.step_context.request.guided and ctx.step_context.text is None
+    both = guided and contains_words(tokens) and len(value) == 2
     mask = torch.ones(len(value) if both else 1, dtype=torch.bool, device=value.device)
     if both:
         mask[0] = False
@@ -295,7 +301,7 @@ def _unseen(value: AttentionMap | Tensor, ctx: Context, heads, tokens) -> Tensor
     if tokens is None:
         raise InstrumentError(f"at {ctx.site!r} say which tokens are not to be looked at: tokens=['red'].")
     weights = value.weights() if isinstance(value, AttentionMap) else value
-    keys = Context(ctx.site, ("batch", "head", "query", "token"), ctx.moment)
+    keys = Context(ctx.site, ("batch", "head", "query", "token"), ctx.step_context)
     hidden = _along(weights, keys, ("token",), keys.tokens(tokens)) & _prompted(weights, ctx, tokens)
     if heads is not None:
         hidden = hidden & _along(weights, ctx, ("head",), heads)
@@ -322,16 +328,82 @@ def positions(
     """
 
     def change(table: Tensor, ctx: Context) -> Tensor:
-        moment = ctx._moment()
-        ids = image_ids(*moment.asked.shape)
-        if moment.asked.reference is not None:
-            cells = reference_cells(moment.asked, moment.pipe.autoencoder.config.downscale)
+        context = ctx._step_context()
+        ids = image_ids(*context.request.shape)
+        if context.request.reference is not None:
+            cells = reference_cells(context.request, context.pipe.autoencoder.config.downscale)
             ids = torch.cat([ids, reference_ids(*cells)])
         ids = edit(ids)
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[-1] != 3:
-            raise InstrumentError(f"edit must give the ids of the image tokens, a tensor [N, 3], not {said(ids)}.")
-        words = text_ids(moment.words) if text is None else text(text_ids(moment.words))
-        new = moment.pipe.flux.rope(ids.to(table.device), words.to(table.device))
+            raise InstrumentError(f"edit must give the ids of the image tokens, a tensor [N, 3], not {describe(ids)}.")
+        words = text_ids(context.txt_len) if text is None else text(text_ids(context.txt_len))
+        new = context.pipe.flux.rope(ids.to(table.device), words.to(table.device))
         return new.view(table.shape) if new.numel() == table.numel() else new
 
     return change
+
+
+# ------------------------------------------------------------ instruments/interventions.py
+# Activation patching: a run goes on with values that were recorded in another one.
+
+
+def patch(
+    glob: str, source: record | Recording | Named | Tensor, steps: Steps = None, times: Times | None = None
+) -> intervene:
+    """Go on with values from another run: activation patching (arXiv 2202.05262).
+
+    source: a recording of one run of the same sites, taken unreduced, of which the same step is put in (of a text
+    encoder, the same prompt: the first encoded, the second, ...); or one value, a tensor or :class:`Named`, put in
+    every time. Raises InstrumentError when the recording has no such site, step, time or shape, or is of several runs.
+    """
+    if not isinstance(source, (record, Recording, Named, Tensor)):
+        raise InstrumentError(f"a patch is a recording, a Named or a tensor, not {type(source).__name__}.")
+    if isinstance(source, record) and (source.tokens or source.heads or source.reductions()):
+        raise InstrumentError("a patch needs whole values: record them without tokens=, heads= and reduce=.")
+    calls: Counter = Counter()  # (run, site) -> how many prompts have been encoded there
+
+    def change(value: Any, ctx: Context) -> Tensor:
+        found = _recorded(source, ctx, calls) if isinstance(source, (record, Recording)) else source
+        tensor = found.tensor if isinstance(found, Named) else found
+        mine, theirs = ([n for n in shape if n != 1] for shape in (value.shape, tensor.shape))
+        if mine != theirs:
+            raise InstrumentError(f"{ctx.site!r} is {list(value.shape)}, but the patch is {list(tensor.shape)}.")
+        like = value.q if isinstance(value, AttentionMap) else value
+        if tensor.is_complex() and not like.is_complex():
+            raise InstrumentError(f"{ctx.site!r} is of real numbers, but the patch is of complex ones.")
+        dtype = tensor.dtype if isinstance(value, AttentionMap) else like.dtype
+        return tensor.to(like.device, dtype).reshape(value.shape)
+
+    return intervene(glob, change, steps=steps, times=times)
+
+
+def _recorded(source: record | Recording, ctx: Context, calls: Counter) -> Named:
+    """The recorded value that belongs to this context."""
+    context, entries = ctx.step_context, source.entries(ctx.site)
+    if len(runs := {when.run for when, _ in entries}) > 1:
+        raise InstrumentError(f"the recording of {ctx.site!r} is of {len(runs)} runs; record the one to put in alone.")
+    if context is None:
+        return entries[0][1]
+    if context.text is not None:
+        calls[context.run, ctx.site] += 1
+        if calls[context.run, ctx.site] > len(entries):
+            raise InstrumentError(
+                f"the recording of {ctx.site!r} has {len(entries)} encoded prompts, and this run encodes more; "
+                f"to put one value in every time, give that value."
+            )
+        return entries[calls[context.run, ctx.site] - 1][1]
+    same = [(when, v) for when, v in entries if (when.step, when.stage) == (context.step, max(context.stage, 0))]
+    if not same:
+        have = sorted({when.step for when, _ in entries if when.step is not None})
+        raise InstrumentError(f"the recording of {ctx.site!r} has no step {context.step}; it has {have}.")
+    when, value = same[min(context.picture, len(same) - 1)]
+    _same_time(when, ctx)
+    return value
+
+
+def _same_time(when: When, ctx: Context) -> None:
+    if when.time is not None and abs(when.time - ctx.time) > 1e-4:
+        raise InstrumentError(
+            f"step {when.step} of the recording of {ctx.site!r} is at t = {when.time:.3f}, and of this run at "
+            f"t = {ctx.time:.3f}; record as many steps as are drawn, or give one value."
+        )

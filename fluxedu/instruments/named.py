@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 
 
 @dataclass(frozen=True, eq=False)

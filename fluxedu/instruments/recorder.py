@@ -15,18 +15,17 @@ from typing import Any
 
 import torch
 
+from fluxedu.errors import BudgetError, InstrumentError, describe
 from fluxedu.instruments.catalogue import axes_of
-from fluxedu.instruments.errors import BudgetError, InstrumentError
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recording import FolderRecording, Recording, When, open_recording
 from fluxedu.instruments.reductions import MapView, Reduction, Value, maker
+from fluxedu.instruments.tokens import Word, contains_words, listed, prompt_at, token_indices_at, tokenizer_at
 from fluxedu.instruments.watching import Instrument
-from fluxedu.instruments.words import Word, listed, names_words, places_now, read_at, tokenizer_at
 from fluxedu.models.attention_map import AttentionMap
-from fluxedu.models.config import said
 from fluxedu.probe import Sited
-from fluxedu.sampling.moment import Moment, now
-from fluxedu.sampling.solvers import times_asked
+from fluxedu.sampling.solvers import evaluation_times
+from fluxedu.sampling.step_context import StepContext, current_context
 
 BUDGET = 2 * 2**30
 Steps = int | Sequence[int] | slice | None
@@ -61,12 +60,12 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
     ):
         super().__init__(*globs)
         if not isinstance(passes, (str, type(None))) or passes not in (None, "prompted", "negative"):
-            raise InstrumentError(f"passes is 'prompted', 'negative' or None for both, not {said(passes)}.")
+            raise InstrumentError(f"passes is 'prompted', 'negative' or None for both, not {describe(passes)}.")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise InstrumentError(f"dtype is one for real numbers, such as torch.float16, not {said(dtype)}.")
+            raise InstrumentError(f"dtype is one for real numbers, such as torch.float16, not {describe(dtype)}.")
         budget = BUDGET if budget is None else budget
         if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget >= 0:
-            raise InstrumentError(f"budget is a number of bytes, not {said(budget)}.")
+            raise InstrumentError(f"budget is a number of bytes, not {describe(budget)}.")
         self.steps, self.passes, self.dtype = checked_steps(steps), passes, dtype
         self.tokens = None if tokens is None else listed(tokens)
         self.heads = checked_heads(heads)
@@ -74,7 +73,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         self.over_steps = any(getattr(reduction, "over_steps", False) for reduction in self.reductions())
         self.budget = budget
         if not isinstance(to, (str, Path)):
-            raise InstrumentError(f"to is 'memory' or a new folder, not {said(to)}.")
+            raise InstrumentError(f"to is 'memory' or a new folder, not {describe(to)}.")
         self.recording = Recording() if to == "memory" else FolderRecording(to)
         self.used = False
         self.made: dict[str, tuple[tuple, list[Reduction]]] = {}  # they may remember: a site's, of the picture at hand
@@ -82,7 +81,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         self.expected: dict[tuple, int] = {}  # (site, run) -> bytes by the end of that run
         self.seen: set[str] = set()
         self.missed = 0  # of how many steps the run is of which one was not among the wanted
-        self.words = 0  # how many tokens of the run last seen are text
+        self.txt_len = 0  # how many tokens of the run last seen are text
         self.total = 0  # of them all
         self.over: tuple[int, int, int] | None = None  # the step in which that passed the budget
         self.refused = False
@@ -90,57 +89,59 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
     # -- what comes in
 
     def see(self, owner: Sited, name: str, site: str, value: Any) -> Any:
-        moment = now()
-        if moment is not None and moment.step is not None and not among(self.steps, moment.step, moment.steps):
-            self.missed = moment.steps
+        context = current_context()
+        if context is not None and context.step is not None and not among(self.steps, context.step, context.steps):
+            self.missed = context.steps
             return value
-        if self._other_pass(site, moment, value):
+        if self._other_pass(site, context, value):
             return value
-        when = self._when(site, moment)
-        if moment is None and not among(self.steps, when.step, None):
+        when = self._when(site, context)
+        if context is None and not among(self.steps, when.step, None):
             return value
         if self.over is not None and self.over != when.place:  # a step has gone by, so what it needs is known
             raise self._refusal()
         with torch.no_grad():
-            kept = self._reduced(owner, name, site, value, moment, when)
+            kept = self._reduced(owner, name, site, value, context, when)
         self.seen.add(site)
         if kept is not None:
-            self._keep(site, when, kept, moment)
+            self._keep(site, when, kept, context)
         return value
 
-    def _other_pass(self, site: str, moment: Moment | None, value: Any) -> bool:
+    def _other_pass(self, site: str, context: StepContext | None, value: Any) -> bool:
         """Does only the pass that is not wanted go by here?"""
-        if self.passes is None or moment is None or moment.step is None:
+        if self.passes is None or context is None or context.step is None:
             return False
-        if not moment.asked.guided:  # one pass only, and it is prompted
+        if not context.request.guided:  # one pass only, and it is prompted
             return self.passes == "negative" and not site.startswith("sample.")
         if site in ("sample.negative", "sample.prompted"):
             return not site.endswith(self.passes)
         alone = not site.startswith("sample.") and value.shape[0] == 1  # guidance is off at this time
         return alone and self.passes == "negative"
 
-    def _when(self, site: str, moment: Moment | None) -> When:
-        if moment is not None:
-            self.recording.pictures, self.recording.ended[moment.run] = moment.pictures, moment.ended
-            self.words = moment.words
-            return When(moment.run, moment.picture, moment.step, max(moment.part, 0), moment.time)
+    def _when(self, site: str, context: StepContext | None) -> When:
+        if context is not None:
+            self.recording.pictures, self.recording.ended[context.run] = context.pictures, context.ended
+            self.txt_len = context.txt_len
+            return When(context.run, context.picture, context.step, max(context.stage, 0), context.time)
         self.calls[site] = self.calls.get(site, -1) + 1
         return When(0, 0, self.calls[site], 0, None)
 
-    def _reduced(self, owner: Sited, name: str, site: str, value, moment: Moment | None, when: When) -> Named | None:
-        chosen = self._chosen(self._of_pass(self._named(owner, name, site, value), moment), site, moment)
+    def _reduced(
+        self, owner: Sited, name: str, site: str, value, context: StepContext | None, when: When
+    ) -> Named | None:
+        chosen = self._chosen(self._of_pass(self._named(owner, name, site, value), context), site, context)
         picture = when.place[:2]
         if site not in self.made or self.made[site][0] != picture:
             self.made[site] = picture, self.reductions()
         _, reductions = self.made[site]
         if isinstance(chosen, MapView) and not reductions:
             b, h, n, m = chosen.shape
-            self._expect(site, (self.dtype or torch.float32).itemsize * b * h * n * m, moment, when)
+            self._expect(site, (self.dtype or torch.float32).itemsize * b * h * n * m, context, when)
             if self.over is not None:
                 return None  # before it is made
         before = _version(value)
         for reduction in reductions:
-            for told, what in (("question", when.part), ("site", site)):
+            for told, what in (("question", when.stage), ("site", site)):
                 if hasattr(reduction, told):
                     setattr(reduction, told, what)
             chosen = reduction(chosen)
@@ -163,9 +164,9 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
             axes = tuple(f"axis{i}" for i in range(value.ndim))
         return Named(value.detach(), axes)
 
-    def _of_pass(self, value: Named | AttentionMap, moment: Moment | None) -> Named | AttentionMap:
+    def _of_pass(self, value: Named | AttentionMap, context: StepContext | None) -> Named | AttentionMap:
         """Of the two passes of guidance, the one that is wanted, before anything is made of both."""
-        which = self._one_pass() if moment is not None and moment.asked.guided else None
+        which = self._one_pass() if context is not None and context.request.guided else None
         if which is None or "batch" not in getattr(value, "axes", ("batch",)):
             return value
         size = value.shape[0] if isinstance(value, AttentionMap) else value.sizes["batch"]
@@ -176,15 +177,17 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
 
     # -- which part of it
 
-    def _chosen(self, value: Named | AttentionMap, site: str, moment: Moment | None) -> Value:
-        places = None if self.tokens is None else places_now(moment, site, self.tokens, self.passes == "negative")
-        labels = None if places is None or moment is None else self._labels(places, site, moment)
+    def _chosen(self, value: Named | AttentionMap, site: str, context: StepContext | None) -> Value:
+        places = (
+            None if self.tokens is None else token_indices_at(context, site, self.tokens, self.passes == "negative")
+        )
+        labels = None if places is None or context is None else self._labels(places, site, context)
         if isinstance(value, AttentionMap):
-            self._check(site, places, value.words, value.shape[1])
-            queries = slice(None) if places is None else self._readers(value.words, value.shape[2])
+            self._check(site, places, value.txt_len, value.shape[1])
+            queries = slice(None) if places is None else self._readers(value.txt_len, value.shape[2])
             return MapView(value, self.heads, queries, places, labels, self.budget)
         if places is not None and value.axes[-1] == "key":  # a map that was changed
-            words = value.shape[-1] if moment is None or moment.text is not None else moment.words
+            words = value.shape[-1] if context is None or context.text is not None else context.txt_len
             self._check(site, places, words, value.shape[1])
             readers = range(value.sizes["query"])[self._readers(words, value.sizes["query"])]
             value = value.take("query", list(readers)).take("key", places)
@@ -193,7 +196,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
             axis = next((a for a in ("text", "token") if a in value.axes), None)
             if axis is None:
                 raise InstrumentError(f"{site!r} has no text tokens (its axes are {', '.join(value.axes)}).")
-            words = moment.words if moment is not None and axis == "token" else value.sizes[axis]
+            words = context.txt_len if context is not None and axis == "token" else value.sizes[axis]
             self._check(site, places, words, None)
             value = value.take(axis, places)
         return value if self.heads is None else value.take("head", self.heads)
@@ -211,26 +214,26 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         if wrong:
             raise InstrumentError(f"{site!r} has {heads} heads, so there is no head {wrong[0]}.")
 
-    def _labels(self, places: list[int], site: str, moment: Moment) -> list[str]:
-        pieces = tokenizer_at(moment, site).pieces(read_at(moment, self.passes == "negative"))
+    def _labels(self, places: list[int], site: str, context: StepContext) -> list[str]:
+        pieces = tokenizer_at(context, site).pieces(prompt_at(context, self.passes == "negative"))
         return [pieces[i] if 0 <= i < len(pieces) else "<pad>" for i in places]
 
     def _one_pass(self) -> str | None:
         """The one pass of two that is kept, if not both: words are the prompt's, so they mean the prompted one."""
-        return self.passes or ("prompted" if self.tokens and names_words(self.tokens) else None)
+        return self.passes or ("prompted" if self.tokens and contains_words(self.tokens) else None)
 
     # -- what is kept
 
-    def _keep(self, site: str, when: When, value: Named, moment: Moment | None) -> None:
-        value = self._plain(value, moment)
-        self._expect(site, value.tensor.nbytes, moment, when)
+    def _keep(self, site: str, when: When, value: Named, context: StepContext | None) -> None:
+        value = self._plain(value, context)
+        self._expect(site, value.tensor.nbytes, context, when)
         if self.over is None:
             self.recording.add(site, when, value, last_only=self.over_steps)
 
-    def _plain(self, value: Named, moment: Moment | None) -> Named:
+    def _plain(self, value: Named, context: StepContext | None) -> Named:
         """A copy on the CPU without axes of one place that mean nothing, its batch axis said as what it is."""
         tensor, axes = value.tensor, list(value.axes)
-        guided = moment is not None and moment.asked.guided and "batch" in axes
+        guided = context is not None and context.request.guided and "batch" in axes
         if guided and tensor.shape[axes.index("batch")] == 2:
             axes[axes.index("batch")] = "pass"
             which = self._one_pass()
@@ -245,18 +248,18 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         tensor = tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
         return Named(tensor, tuple(axes), value.coords)
 
-    def _expect(self, site: str, nbytes: int, moment: Moment | None, when: When) -> None:
+    def _expect(self, site: str, nbytes: int, context: StepContext | None, when: When) -> None:
         """Claim what a site will hold by the end of the run, as soon as that can be known."""
-        run, folder = None if moment is None else moment.run, isinstance(self.recording, FolderRecording)
+        run, folder = None if context is None else context.run, isinstance(self.recording, FolderRecording)
         if folder and not self.over_steps:
-            steps, pictures, run = self._questions(moment), 1, None  # a step at a time is held; the rest is written
-        elif moment is None:
+            steps, pictures, run = self._questions(context), 1, None  # a step at a time is held; the rest is written
+        elif context is None:
             steps, pictures = 1 if self.over_steps else self.calls[site] + 1, 1
         else:
-            inside = moment.step is not None and not self.over_steps
-            asked = sum(among(self.steps, i, moment.steps) for i in range(moment.steps))
-            steps = self._questions(moment) * asked if inside else 1
-            pictures = moment.pictures
+            inside = context.step is not None and not self.over_steps
+            asked = sum(among(self.steps, i, context.steps) for i in range(context.steps))
+            steps = self._questions(context) * asked if inside else 1
+            pictures = context.pictures
         self._claim((site, run), nbytes * steps * pictures, when)
 
     def _claim(self, what: tuple[str, int | None], nbytes: int, when: When) -> None:
@@ -277,9 +280,9 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         )
 
     @staticmethod
-    def _questions(moment: Moment | None) -> int:
+    def _questions(context: StepContext | None) -> int:
         """How often a step asks the network."""
-        return 1 if moment is None or moment.part < 0 else len(times_asked(moment.asked.solver, [1.0, 0.0]))
+        return 1 if context is None or context.stage < 0 else len(evaluation_times(context.request.solver, [1.0, 0.0]))
 
     # -- coming and going
 
@@ -302,7 +305,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         if kind is None and self.over is not None and not self.refused:
             raise self._refusal()
         if kind is None and self.passed and not self.seen and not self.absent:
-            why = f"the run has {self.missed} steps, and none of them is in steps={said(self.steps)}"
+            why = f"the run has {self.missed} steps, and none of them is in steps={describe(self.steps)}"
             why = why if self.missed else f"there was no {self.passes} pass"
             warnings.warn(f"nothing was recorded at {' and '.join(self.globs)}: {why}.", stacklevel=2)
         never = [error for site, error in self.absent.items() if site not in self.seen]
@@ -357,7 +360,7 @@ def checked_steps(steps: Steps) -> int | list[int] | slice | None:
     try:
         return whole(steps)
     except TypeError:
-        raise InstrumentError(f"steps is a number, a list of numbers or a slice, not {said(steps)}.") from None
+        raise InstrumentError(f"steps is a number, a list of numbers or a slice, not {describe(steps)}.") from None
 
 
 def checked_heads(heads: Sequence[int] | int | None) -> list[int] | None:
@@ -365,7 +368,7 @@ def checked_heads(heads: Sequence[int] | int | None) -> list[int] | None:
     try:
         found = None if heads is None else whole(heads)
     except TypeError:
-        raise InstrumentError(f"heads is a number or a list of numbers, not {said(heads)}.") from None
+        raise InstrumentError(f"heads is a number or a list of numbers, not {describe(heads)}.") from None
     if found == []:
         raise InstrumentError("heads names no head; leave it out for all of them.")
     return [found] if isinstance(found, int) else found

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from fluxedu.checkpoints.aside import aside
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
+from fluxedu.files import atomic_path
 from fluxedu.instruments.named import Named
 
 MARK = "recording"  # an empty file in a folder that is being recorded into
@@ -25,12 +25,12 @@ MARK = "recording"  # an empty file in a folder that is being recorded into
 
 @dataclass(frozen=True)
 class When:
-    """When in a run a value passed: see :class:`fluxedu.sampling.moment.Moment`. Numbers count from 0."""
+    """When in a run a value passed: see :class:`fluxedu.sampling.step_context.StepContext`. Numbers count from 0."""
 
     run: int
     picture: int
     step: int | None
-    part: int
+    stage: int
     time: float | None
 
     @property
@@ -186,7 +186,7 @@ class FolderRecording(Recording):
             for i, (when, value) in enumerate(entries):
                 tensors[f"{name}#{i}"] = value.tensor.contiguous()
                 told[f"{name}#{i}"] = [*vars(when).values(), value.axes, value.coords]
-        with aside(self.folder / f"{self.written:06d}-{called}.safetensors", overwrite=True) as part:
+        with atomic_path(self.folder / f"{self.written:06d}-{called}.safetensors", overwrite=True) as part:
             part.write_bytes(save(tensors, {"told": json.dumps(told), "pictures": str(self.pictures)}))
         self.written += 1
 

@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fluxedu.instruments.errors import BudgetError, InstrumentError
+from fluxedu.errors import BudgetError, InstrumentError, describe
 from fluxedu.instruments.named import Named
 from fluxedu.models.attention_map import AttentionMap, wide
-from fluxedu.models.config import said
 
 MAP_AXES = ("batch", "head", "query", "key")
 
@@ -248,9 +247,9 @@ def _one(step) -> Callable[[], Reduction]:
         head, _, number = step.partition("-")
         if head == "top" and number.isdigit() and int(number):
             return lambda: top(int(number))
-        raise InstrumentError(f"reduce must be one of {', '.join(NAMES)}, top-8 or a function, not {said(step)}.")
+        raise InstrumentError(f"reduce must be one of {', '.join(NAMES)}, top-8 or a function, not {describe(step)}.")
     if step is cosine or step is step_mean:
         return step
     if callable(step):
         return lambda: step
-    raise InstrumentError(f"reduce must be a name, a function or a list of them, not {said(step)}.")
+    raise InstrumentError(f"reduce must be a name, a function or a list of them, not {describe(step)}.")

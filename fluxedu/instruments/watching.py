@@ -19,11 +19,10 @@ from functools import lru_cache
 from typing import Any
 
 from fluxedu import probe
+from fluxedu.errors import InstrumentError, WordNotInPrompt, describe
 from fluxedu.instruments.catalogue import is_own, names_of
-from fluxedu.instruments.errors import AbsentError, InstrumentError
-from fluxedu.models.config import said
 from fluxedu.probe import Sited, site
-from fluxedu.sampling.moment import now
+from fluxedu.sampling.step_context import current_context
 
 
 def takes(function: Callable, *given: Any) -> bool:
@@ -44,11 +43,11 @@ class Instrument:
 
     def __init__(self, *globs: str):
         if not globs or not all(isinstance(g, str) and g for g in globs):
-            raise InstrumentError(f"name one site or more, such as 'double.*.attn.map', not {said(globs)}.")
+            raise InstrumentError(f"name one site or more, such as 'double.*.attn.map', not {describe(globs)}.")
         self.globs = globs
         self.thread: int | None = None
         self.ran = self.passed = self.elsewhere = False  # did anything run, what is named pass, in another thread
-        self.absent: dict[str, AbsentError] = {}  # sites of encoders, at a prompt that does not say the word
+        self.absent: dict[str, WordNotInPrompt] = {}  # sites of encoders, at a prompt that does not say the word
         self.matches = lru_cache(maxsize=None)(lambda name: any(fnmatchcase(name, g) for g in globs))
 
     def wants(self, name: str) -> bool:
@@ -107,8 +106,8 @@ def _shown(instrument: Instrument, owner: Sited, name: str, whole: str, value: A
     """Let it see the value. While prompts are encoded, one that lacks a word is no error: another may say it."""
     try:
         return instrument.see(owner, name, whole, value)
-    except AbsentError as error:
-        if getattr(now(), "text", None) is None:
+    except WordNotInPrompt as error:
+        if getattr(current_context(), "text", None) is None:
             raise
         instrument.absent[whole] = error.with_traceback(None)  # which would hold all that it came through
         return value

@@ -4,9 +4,9 @@ fe.load("dev", device="cuda", memory="auto")     picks from what is free, and sa
 print(fe.memory.table())                         what each size of card is predicted to hold
 """
 
+from fluxedu.errors import OutOfMemory
 from fluxedu.memory.opening import open_networks
 from fluxedu.memory.placement import MODES, Networks, Placement, choose, modulations
-from fluxedu.memory.shortage import ShortOfMemory
 from fluxedu.memory.tables import predicted, table
 from fluxedu.memory.tiles import decode_tiled
 from fluxedu.memory.visits import Visits
@@ -15,7 +15,7 @@ __all__ = [
     "MODES",
     "Networks",
     "Placement",
-    "ShortOfMemory",
+    "OutOfMemory",
     "Visits",
     "choose",
     "decode_tiled",

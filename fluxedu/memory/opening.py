@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from fluxedu.checkpoints import load_into, outline
+from fluxedu.errors import describe
 from fluxedu.memory import quantised
-from fluxedu.memory.placement import Networks, Placement, choose, free_bytes, said
+from fluxedu.memory.placement import Networks, Placement, choose, free_bytes
 from fluxedu.memory.shortage import advised
 from fluxedu.memory.tiles import decode_tiled
 from fluxedu.memory.visits import Visits
@@ -43,7 +44,7 @@ def open_networks(
     placement = Placement(small=quantise) if everything_fits else choose(hollow_ones, memory, free, small=quantise)
     if memory == "auto" and device.type != "cpu":
         need = hollow_ones.need(placement, 1024, 1024, words)
-        print(said(placement, need, free, device), file=sys.stderr)
+        print(describe(placement, need, free, device), file=sys.stderr)
     with advised(hollow_ones, device, 1024, 1024, words, quantise):
         for network, tensors in outlines.values():
             _fill(network, tensors, placement, device, dtype)

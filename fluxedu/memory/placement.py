@@ -19,21 +19,18 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from fluxedu.errors import PlacementError
 from fluxedu.memory.peak import FusedAttention, PeakBytes
 from fluxedu.memory.quantised import FORMATS, linears
 from fluxedu.memory.tiles import TILE
 from fluxedu.memory.visits import owned
 from fluxedu.models import AutoEncoder, AutoEncoderConfig, CLIPTextEncoder, Flux, FluxConfig, T5Encoder
-from fluxedu.models.hollow import hollow
+from fluxedu.models.meta_init import meta_init
 
 MODES = ("auto", "full", "no-modulations", "stream")
 GB = 10**9
 STEPS = 50  # of a run whose needs are counted
 RESERVE = 1.0 * GB
-
-
-class PlacementError(ValueError):
-    """A way to use memory that there is not."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ class Networks:
 
     @classmethod
     def official(cls, config: FluxConfig | None = None) -> Networks:
-        with hollow():
+        with meta_init():
             return cls(Flux(config or FluxConfig()), AutoEncoder(), CLIPTextEncoder(), T5Encoder())
 
     def need(self, placement: Placement, height: int, width: int, words: int) -> Need:
@@ -160,7 +157,7 @@ def activations(
 
     One block of each kind is enough: the others run after it and hold no more.
     """
-    with hollow(), torch.no_grad(), FusedAttention():
+    with meta_init(), torch.no_grad(), FusedAttention():
         network = Flux(flux.with_(depth=min(flux.depth, 1), depth_single_blocks=min(flux.depth_single_blocks, 1)))
         decoder, network = AutoEncoder(ae).to(dtype), network.to(dtype)
         rows, columns = height // ae.downscale, width // ae.downscale
@@ -223,7 +220,7 @@ def free_bytes(device: torch.device) -> float:
     return float("inf")
 
 
-def said(placement: Placement, need: Need, free: float, device: torch.device) -> str:
+def describe(placement: Placement, need: Need, free: float, device: torch.device) -> str:
     """One line: what was chosen, why, and what it is predicted to take."""
     what = {
         "full": "everything stays on it",

@@ -24,12 +24,8 @@ from importlib import import_module
 import torch
 from torch import nn
 
+from fluxedu.errors import QuantiseError, describe
 from fluxedu.models import Flux
-from fluxedu.models.config import said
-
-
-class QuantiseError(ValueError):
-    """Bits that there are not, a library that is not there, or weights that cannot be made small."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ def linears(block: nn.Module, away: Collection[nn.Module] = ()) -> list[nn.Linea
 def known(to: str | None) -> None:
     """Raises QuantiseError for a word that is none of ``FORMATS``; None is no word."""
     if to is not None and (not isinstance(to, str) or to not in FORMATS):
-        raise QuantiseError(f"weights are quantised to one of {', '.join(FORMATS)}, not {said(to)}.")
+        raise QuantiseError(f"weights are quantised to one of {', '.join(FORMATS)}, not {describe(to)}.")
 
 
 def check(to: str) -> None:

@@ -10,13 +10,10 @@ from contextlib import contextmanager
 
 import torch
 
+from fluxedu.errors import OutOfMemory
 from fluxedu.memory.placement import GB, MODES, Networks, Placement, free_bytes
 from fluxedu.models import AutoEncoder, CLIPTextEncoder, Flux, T5Encoder
-from fluxedu.models.hollow import hollow
-
-
-class ShortOfMemory(ValueError, MemoryError):
-    """Memory ran out; the sentence says what would need less."""
+from fluxedu.models.meta_init import meta_init
 
 
 def ran_out(error: BaseException) -> bool:
@@ -31,28 +28,28 @@ def ran_out(error: BaseException) -> bool:
 def advised(
     networks: Networks, device: torch.device, height: int, width: int, words: int, small: str | None = None
 ) -> Iterator[None]:
-    """In place of an error of the allocator: ShortOfMemory, for a picture ``height x width`` with so many words.
+    """In place of an error of the allocator: OutOfMemory, for a picture ``height x width`` with so many words.
 
     ``small``: what the blocks are quantised to.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, ShortOfMemory) or not ran_out(error):
+        if isinstance(error, OutOfMemory) or not ran_out(error):
             raise
         error.__traceback__ = None  # whose frames hold what filled the memory
         try:
             said = advice(networks, device, height, width, words, small)
         except Exception:  # counting takes some memory too
             said = f"memory ran out on {device}: ask for less than {height} x {width}, or load with another memory=."
-        raise ShortOfMemory(said) from None
+        raise OutOfMemory(said) from None
 
 
 def advice(
     networks: Networks, device: torch.device, height: int, width: int, words: int, small: str | None = None
 ) -> str:
     """The sentence. The networks' configs alone are read."""
-    with hollow():
+    with meta_init():
         kinds = ((Flux, networks.flux), (AutoEncoder, networks.ae), (CLIPTextEncoder, networks.clip))
         plain = Networks(*(kind(n.config) for kind, n in kinds), T5Encoder(networks.t5.config), networks.dtype)
     blocks = len(plain.flux.double_blocks) + len(plain.flux.single_blocks)

@@ -48,7 +48,7 @@ class AttentionMap:
         bias: Tensor | None = None,
         scale: float | None = None,
     ):
-        self.q, self.k, self.v, self.words, self.bias = q, k, v, words, bias
+        self.q, self.k, self.v, self.txt_len, self.bias = q, k, v, words, bias
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.out: Tensor | None = None  # attention's result, if the log-sum-exp was asked for and gave it as well
         self._lse: Tensor | None = None
@@ -97,7 +97,7 @@ class AttentionMap:
         """The same map of some pictures or heads."""
         q, k, v = (None if x is None else of(x) for x in (self.q, self.k, self.v))
         bias = None if self.bias is None else of(self.bias.expand(self.shape))
-        part = AttentionMap(q, k, v, self.words, bias, self.scale)
+        part = AttentionMap(q, k, v, self.txt_len, bias, self.scale)
         part._lse = None if self._lse is None else of(self._lse)
         return part
 

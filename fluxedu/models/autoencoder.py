@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.attention import looked_at
+from fluxedu.models.attention import attention_or_map
 from fluxedu.models.attention_map import AttentionMap
 from fluxedu.models.config import AutoEncoderConfig
 from fluxedu.probe import Probed, name_sites
@@ -63,7 +63,7 @@ class AttnBlock(Probed):
             for name, conv in (("q", self.q), ("k", self.k), ("v", self.v))
         )
         attended = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
-        h = looked_at(self, "map", lambda: AttentionMap(q, k, v), attended)
+        h = attention_or_map(self, "map", lambda: AttentionMap(q, k, v), attended)
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # [B, C, h, w]
         return self.probe("out", x + self.proj_out(h))
 

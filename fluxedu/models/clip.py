@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.attention import looked_at, merge_heads
+from fluxedu.models.attention import attention_or_map, merge_heads
 from fluxedu.models.attention_map import AttentionMap
 from fluxedu.models.config import CLIPTextConfig
 from fluxedu.probe import Probed, name_sites
@@ -37,7 +37,7 @@ class CLIPAttention(Probed):
             self.probe(name, proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
             for name, proj in (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj))
         )
-        heads = looked_at(
+        heads = attention_or_map(
             self,
             "map",
             lambda: AttentionMap(q, k, v, x.shape[1], only_back(x) if self.causal else None),

@@ -9,23 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
-from reprlib import repr as cut
+
+from fluxedu.errors import ConfigError, describe
 
 LARGEST = 1 << 24  # no number of a network is larger, or it is a mistake
 DEEPEST = 1000  # layers, blocks, levels
 _COUNTS = ("depth", "depth_single_blocks", "num_layers", "num_hidden_layers", "num_res_blocks")
-
-
-def said(value) -> str:
-    """A value as it may stand in a sentence: on one line, and not long."""
-    try:
-        return " ".join(cut(value).split())
-    except Exception:  # whatever was given, the sentence about it has to come out
-        return f"a {type(value).__name__}"
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot describe a network."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +33,11 @@ class Config:
         """Build from a mapping; a key that is not a field is an error that names it."""
         known = {f.name for f in fields(cls)}
         if not isinstance(values, dict):
-            raise ConfigError(f"{cls.__name__} is made of a dictionary, not of {said(values)}.")
+            raise ConfigError(f"{cls.__name__} is made of a dictionary, not of {describe(values)}.")
         unknown = [name for name in values if name not in known]
         if unknown:
             raise ConfigError(
-                f"{cls.__name__} has no field {said(unknown[0])}; its fields are {', '.join(sorted(known))}."
+                f"{cls.__name__} has no field {describe(unknown[0])}; its fields are {', '.join(sorted(known))}."
             )
         return cls(**values)
 
@@ -65,18 +54,18 @@ def _check(name: str, kind: str, value) -> None:
     """A field is what its annotation says, and of a size that makes sense; raises ConfigError."""
     if kind.startswith("tuple"):
         if not isinstance(value, tuple) or len(value) > DEEPEST:
-            raise ConfigError(f"{name} must be a list of whole numbers, not {said(value)}.")
+            raise ConfigError(f"{name} must be a list of whole numbers, not {describe(value)}.")
         for one in value:
             _check(f"every number in {name}", "int", one)
     elif kind == "bool":
         if not isinstance(value, bool):
-            raise ConfigError(f"{name} must be True or False, not {said(value)}.")
+            raise ConfigError(f"{name} must be True or False, not {describe(value)}.")
     elif kind == "int":
         most = DEEPEST if name in _COUNTS else LARGEST
         if isinstance(value, bool) or not isinstance(value, Integral) or value > most:
-            raise ConfigError(f"{name} must be a whole number of at most {most:,}, not {said(value)}.")
+            raise ConfigError(f"{name} must be a whole number of at most {most:,}, not {describe(value)}.")
     elif isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or abs(value) > LARGEST:
-        raise ConfigError(f"{name} must be a number of at most {LARGEST:,}, not {said(value)}.")
+        raise ConfigError(f"{name} must be a number of at most {LARGEST:,}, not {describe(value)}.")
 
 
 def _positive(config: Config, *names: str, least: int = 1) -> None:
@@ -138,7 +127,7 @@ class FluxConfig(Config):
     def variant(cls, name: str) -> FluxConfig:
         """A published variant by name: one of :data:`VARIANTS`."""
         if not isinstance(name, str) or name not in VARIANTS:
-            raise ConfigError(f"there is no FLUX.1 variant called {said(name)}; there are {', '.join(VARIANTS)}.")
+            raise ConfigError(f"there is no FLUX.1 variant called {describe(name)}; there are {', '.join(VARIANTS)}.")
         return VARIANTS[name].flux
 
 
@@ -165,7 +154,7 @@ class AutoEncoderConfig(Config):
         if self.norm_groups < 1 or self.ch < 1 or self.ch % self.norm_groups:
             raise ConfigError(f"ch must be a multiple of norm_groups = {self.norm_groups}, not {self.ch}.")
         if not 1 <= len(self.ch_mult) <= 12 or min(self.ch_mult) < 1:
-            raise ConfigError(f"ch_mult needs 1 to 12 levels, each at least 1, not {said(self.ch_mult)}.")
+            raise ConfigError(f"ch_mult needs 1 to 12 levels, each at least 1, not {describe(self.ch_mult)}.")
         _positive(self, "in_channels", "out_ch", "num_res_blocks", "z_channels")
 
     @property

@@ -10,6 +10,7 @@ Source: black-forest-labs/flux, modules/layers.py.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def gated(x: Tensor, gate: Tensor, added: Tensor, block: Probed, site: str) -> Tensor:
     """The residual step ``x + gate * added``; what it adds passes through ``block``'s ``site``."""
-    if block.wanted(site):  # made as a value of its own for who wants to see it
+    if block.is_watched(site):  # made as a value of its own for who wants to see it
         step = gate * added
         seen = block.probe(site, step)
         if seen is not step:
@@ -73,3 +74,41 @@ class Modulation(Probed):
             names = ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2")
         seen = [self.probe(name, part) for name, part in zip(names, parts, strict=True)]
         return [ShiftScaleGate(*seen[i : i + 3]) for i in range(0, len(seen), 3)]
+
+
+# ------------------------------------------------------------ models/modulation.py
+# Numbers become vectors: the time, the guidance strength and the pooled text.
+#
+#     vec = time_in(wave(t)) + guidance_in(wave(g)) + vector_in(pooled)
+#
+# ``vec`` is one vector a picture; it never meets the tokens directly, it only sets every block's
+# shift, scale and gate. Source: black-forest-labs/flux, modules/layers.py.
+#
+
+WAVES = 256
+
+
+def timestep_embedding(t: Tensor, dim: int = WAVES, max_period: float = 10_000, time_factor: float = 1000.0) -> Tensor:
+    """A number as waves: ``t [B]`` -> ``[B, dim]`` in float32, cosines first, then sines.
+
+    A time in [0, 1] or a guidance strength such as 3.5 is multiplied by 1000 and stays a real number (it is
+    not the index of a step). The waves get slower, from 1 radian per unit of ``1000 t`` to
+    ``1 / max_period``. Always float32, as in both public codes: in bfloat16 ``t * 1000``
+    would be off by whole units. Source: Vaswani et al. 2017.
+    """
+    half = dim // 2
+    frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    phase = (time_factor * t.float())[:, None] * frequency  # [B, dim/2]
+    return torch.cat([phase.cos(), phase.sin()], dim=-1)
+
+
+class MLPEmbedder(nn.Module):
+    """Two layers from any vector to the hidden width: ``out(silu(in(x)))``."""
+
+    def __init__(self, in_dim: int, hidden_dim: int):
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_dim)
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in_dim] -> [..., hidden]
+        return self.out_layer(F.silu(self.in_layer(x)))

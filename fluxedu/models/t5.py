@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.attention import looked_at, merge_heads
+from fluxedu.models.attention import attention_or_map, merge_heads
 from fluxedu.models.attention_map import AttentionMap
 from fluxedu.models.config import T5Config
 from fluxedu.probe import Probed, name_sites
@@ -74,7 +74,7 @@ class T5Attention(Probed):
             self.probe(name, proj(x).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2))
             for name, proj in (("q", self.q), ("k", self.k), ("v", self.v))
         )
-        heads = looked_at(
+        heads = attention_or_map(
             self,
             "map",
             lambda: AttentionMap(q, k, v, x.shape[1], bias, scale=1.0),

@@ -24,7 +24,7 @@ from fluxedu.nano.report import ROWS, decibels, drawer
 from fluxedu.nano.scenes import ASPECTS, BACKGROUNDS, COLORS, HOLLOW, Scene, Thing, caption, render, sample_scene
 from fluxedu.nano.training.edits import Edit, sample_edit
 from fluxedu.nano.training.members import depths, hole, outlines
-from fluxedu.sampling.pictures import to_images
+from fluxedu.sampling.images import to_images
 from fluxedu.sampling.pipeline import FluxPipeline
 
 SEED = 909

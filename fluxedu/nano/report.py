@@ -9,7 +9,7 @@ import torch
 
 from fluxedu.nano.exam import sit, truth
 from fluxedu.nano.scenes import render, sample_scene
-from fluxedu.sampling.pictures import to_images, to_tensor
+from fluxedu.sampling.images import to_images, to_tensor
 from fluxedu.sampling.pipeline import FluxPipeline
 
 ROWS = ("background", "colours", "shapes", "letter", "sizes", "relations", "everything")

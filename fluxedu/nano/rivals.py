@@ -22,16 +22,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fluxedu.errors import RequestError
+from fluxedu.loading import WEIGHTS, load
 from fluxedu.memory.quantised import quietly
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
 from fluxedu.nano import configs
+from fluxedu.sampling.images import to_images
 from fluxedu.sampling.latents import draw_noise
-from fluxedu.sampling.load import WEIGHTS, load
-from fluxedu.sampling.pictures import to_images
 from fluxedu.sampling.pipeline import FluxPipeline, Output
 from fluxedu.sampling.prompts import PromptEncoder
-from fluxedu.sampling.request import RequestError
 
 SD = "sd"  # its name, in the arena and for `fluxedu judge`
 FILE = Path("unet") / "diffusion_pytorch_model.safetensors"

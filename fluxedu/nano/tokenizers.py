@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fluxedu.nano.configs import TEXT_LENGTH
+from fluxedu.nano.networks import TEXT_LENGTH
 from fluxedu.nano.scenes import BACKGROUNDS, COLORS, LETTERS, RELATIONS, SHAPES, SIZES
 
 #: words of the captions, of the tasks T5 is trained on, and a few a visitor might type

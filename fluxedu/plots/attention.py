@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.instruments.named import Named
 from fluxedu.plots.canvas import HEAT, array, figure, labels, pixels, quiet, wanted
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.instruments.named import Named
 
 HEAT = "magma"  # of maps: dark is little, and it reads in grey as well
@@ -61,7 +61,7 @@ def pixels(image) -> np.ndarray:
     return np.clip(x.transpose(1, 2, 0) / 2 + 0.5, 0, 1)
 
 
-def wanted(value: Named, *axes: str) -> Named:
+def is_watched(value: Named, *axes: str) -> Named:
     """Refuse what has other axes."""
     if not isinstance(value, Named) or value.axes != axes:
         have = ", ".join(value.axes) if isinstance(value, Named) else type(value).__name__

@@ -8,7 +8,7 @@ from math import ceil
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.plots.canvas import figure
 
 Rows = Mapping[str, Mapping[str, float]]  # model -> elo, low, high, votes: as fluxedu.arena's Ratings.rows() has them

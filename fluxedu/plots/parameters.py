@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import nn
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.plots.canvas import figure, quiet
 
 

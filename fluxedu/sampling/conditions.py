@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fluxedu.errors import RequestError
 from fluxedu.models.config import FluxConfig
+from fluxedu.sampling.images import fitted
 from fluxedu.sampling.latents import image_ids, pack
-from fluxedu.sampling.pictures import fitted
-from fluxedu.sampling.request import Request, RequestError
+from fluxedu.sampling.request import Request
 
 Encode = Callable[[Tensor], Tensor]  # pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from fluxedu.models.config import said
+from fluxedu.errors import describe
 
 PATCH = 2  # latent cells along one side of a token
 
@@ -60,7 +60,7 @@ def latent_size(height: int, width: int, downscale: int = 8, rounding: str = "up
     ``rounding="down"`` is diffusers', ``2 * floor(pixels / 16)`` (1000 px -> 124 cells).
     """
     if not isinstance(rounding, str) or rounding not in ("up", "down"):
-        raise ValueError(f"rounding is 'up' (the official code's) or 'down' (diffusers'), not {said(rounding)}.")
+        raise ValueError(f"rounding is 'up' (the official code's) or 'down' (diffusers'), not {describe(rounding)}.")
     whole = math.ceil if rounding == "up" else math.floor
     return tuple(2 * whole(pixels / (PATCH * downscale)) for pixels in (height, width))
 

@@ -14,21 +14,29 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fluxedu.errors import RequestError
 from fluxedu.memory.placement import Networks
 from fluxedu.memory.shortage import advised
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
-from fluxedu.models.transformer import Flux, Plan
+from fluxedu.models.flux import Flux, Plan
 from fluxedu.probe import Sited, watched
 from fluxedu.sampling.conditions import Given, check_fits, pasted, read
-from fluxedu.sampling.guidance import active, doubled, guide
+from fluxedu.sampling.images import Picture, fitted, to_images, to_mask, to_tensor
 from fluxedu.sampling.latents import draw_noise, image_ids, pack, text_ids, unpack
-from fluxedu.sampling.moment import Moment, ask, at
-from fluxedu.sampling.pictures import Picture, fitted, to_images, to_mask, to_tensor
 from fluxedu.sampling.prompts import Conditioning, PromptEncoder
-from fluxedu.sampling.request import Request, RequestError, checked_device, requests_of
-from fluxedu.sampling.schedule import from_strength, schedule
-from fluxedu.sampling.solvers import SOLVERS, Velocity, times_asked
+from fluxedu.sampling.request import Request, checked_device, requests_of
+from fluxedu.sampling.solvers import (
+    SOLVERS,
+    Velocity,
+    active,
+    doubled,
+    evaluation_times,
+    from_strength,
+    guide,
+    schedule,
+)
+from fluxedu.sampling.step_context import StepContext, count_evaluation, entered
 
 _RUNS = count()
 
@@ -151,7 +159,7 @@ class FluxPipeline(Sited):
         image's own pixels back outside the mask, in ``images`` only · control (canny, depth) · reference (kontext): the
         picture that the prompt edits · image_prompt (redux).
 
-        Raises RequestError, one sentence that says what would be right; ShortOfMemory, where memory ran out.
+        Raises RequestError, one sentence that says what would be right; OutOfMemory, where memory ran out.
         """
         given = {"image": image, "control": control, "reference": reference, "image_prompt": image_prompt}
         pictures = {name: None if of is None else to_tensor(of) for name, of in given.items()}
@@ -181,23 +189,23 @@ class FluxPipeline(Sited):
         times = self.times(asked[0])
         words = self.prompt_encoder.t5_tokenizer.length
         words += 0 if image_prompt is None else self.redux.tokens
-        here = Moment(self, asked[0], next(_RUNS), words, 0, len(asked), len(times) - 1)
+        here = StepContext(self, asked[0], next(_RUNS), words, 0, len(asked), len(times) - 1)
         networks = Networks(self.flux, self.autoencoder, self.prompt_encoder.clip, self.prompt_encoder.t5, self.dtype)
         sides = (side * downscale for side in asked[0].shape)
         with advised(networks, self.device, *sides, words, getattr(self.flux, "quantised", None)):
             return Output.of(self._each(asked, times, here, progress), keep=trajectory)
 
-    def _each(self, asked: list[Request], times: Tensor, here: Moment, progress: bool) -> list:
+    def _each(self, asked: list[Request], times: Tensor, here: StepContext, progress: bool) -> list:
         """One picture after the other, so that a picture is the same to the last bit alone and in a batch.
 
         (A matrix product rounds differently when it has more rows.)
         """
-        with at(here):
+        with entered(here):
             texts = self.encode(asked)
         with tqdm(total=len(asked) * (len(times) - 1), disable=not progress, delay=1.0, desc="sampling") as bar:
             drawn = []
             for picture, one in enumerate(zip(asked, texts, strict=True)):
-                with at(replace(here, asked=one[0], picture=picture)):
+                with entered(replace(here, request=one[0], picture=picture)):
                     drawn.append(self.draw(*one, times, bar))
             return drawn
 
@@ -255,7 +263,7 @@ class FluxPipeline(Sited):
         step, clock = SOLVERS[asked.solver], times.tolist()
         xs, vs = [x], []
         for i, (t, t_next) in enumerate(zip(clock, clock[1:], strict=False)):
-            with at(step=i, time=t, part=-1):
+            with entered(step=i, time=t, stage=-1):
                 x = xs[-1] = self._as_latent("x", x, asked)
                 x, v = step(x, t, t_next, velocity)
             xs.append(x)
@@ -268,7 +276,7 @@ class FluxPipeline(Sited):
         given = self.given(asked)
         ids = given.places(image_ids(*asked.shape)), text_ids(texts.txt.shape[1])
         rope = self.flux.rope(*(i.to(self.device) for i in ids))
-        clock = list(dict.fromkeys(times_asked(asked.solver, times.tolist())))
+        clock = list(dict.fromkeys(evaluation_times(asked.solver, times.tolist())))
         strength = torch.tensor([asked.guidance], device=self.device) if self.flux.config.guidance_embed else None
 
         def planned(said: Conditioning) -> dict[float, Plan]:
@@ -289,7 +297,7 @@ class FluxPipeline(Sited):
             return guide(negative, positive, asked.true_cfg_scale)
 
         def seen(x: Tensor, t: float) -> Tensor:
-            ask(t)
+            count_evaluation(t)
             # cheaper calls; what a watcher keeps stays ordinary. (inference_mode(False) would bring gradients back.)
             with torch.no_grad() if watched() else torch.inference_mode():
                 return self._foreseen(x, self._as_latent("velocity", velocity(x, t), asked), t, asked)
@@ -298,7 +306,7 @@ class FluxPipeline(Sited):
 
     def _as_latent(self, site: str, tokens: Tensor, asked: Request) -> Tensor:
         """Show tokens as the latent they are, ``[1, C, h, w]``."""
-        if not self.wanted(site):
+        if not self.is_watched(site):
             return tokens
         shown = unpack(tokens, *asked.shape)
         seen = self.probe(site, shown)
@@ -306,7 +314,7 @@ class FluxPipeline(Sited):
 
     def _foreseen(self, x: Tensor, v: Tensor, t: float, asked: Request) -> Tensor:
         """Show the picture that ``v`` leads to, ``x0 = x - t v``; another one put in its place gives another ``v``."""
-        if t == 0 or not self.wanted("x0"):  # at t = 0 the state is the picture
+        if t == 0 or not self.is_watched("x0"):  # at t = 0 the state is the picture
             return v
         foreseen = unpack(x - t * v, *asked.shape)
         seen = self.probe("x0", foreseen)

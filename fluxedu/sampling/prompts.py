@@ -13,11 +13,10 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
+from fluxedu.errors import RequestError, describe
 from fluxedu.models.clip import CLIPTextEncoder
-from fluxedu.models.config import said
 from fluxedu.models.t5 import T5Encoder
-from fluxedu.sampling.moment import at
-from fluxedu.sampling.request import RequestError
+from fluxedu.sampling.step_context import entered
 
 
 class Tokenizer:
@@ -42,7 +41,7 @@ class Tokenizer:
             try:
                 return FastTokenizer.from_file(str(folder / "tokenizer.json"))
             except Exception as error:  # tokenizers has no error of its own
-                raise RequestError(f"{folder / 'tokenizer.json'} is no tokenizer: {said(error)}.") from None
+                raise RequestError(f"{folder / 'tokenizer.json'} is no tokenizer: {describe(error)}.") from None
         if not folder.is_dir():
             raise RequestError(f"there is no tokenizer at {folder}.")
         from transformers import AutoTokenizer
@@ -98,7 +97,7 @@ class PromptEncoder:
 
     def _one(self, prompt: str) -> Conditioning:
         device = self.t5.shared.weight.device
-        with at(text=prompt):
+        with entered(text=prompt):
             txt = self.t5(self.t5_tokenizer([prompt]).to(device))
             _, pooled = self.clip(self.clip_tokenizer([prompt]).to(device))
         return Conditioning(txt, pooled)

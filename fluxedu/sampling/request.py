@@ -8,7 +8,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from fluxedu.models.config import said
+from fluxedu.errors import RequestError, describe
 from fluxedu.sampling.latents import latent_size
 from fluxedu.sampling.solvers import SOLVERS
 
@@ -17,19 +17,15 @@ MOST_STEPS = 1000
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class RequestError(ValueError):
-    """Something was asked that cannot be done; the sentence says what can."""
-
-
 def _whole(name: str, value, low: int, high: int, advice: str) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
-        raise RequestError(f"{name} must be a whole number from {low} to {high}, not {said(value)}; {advice}.")
+        raise RequestError(f"{name} must be a whole number from {low} to {high}, not {describe(value)}; {advice}.")
     return int(value)
 
 
 def _number(name: str, value, low: float, high: float, advice: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:  # nor is NaN
-        raise RequestError(f"{name} must be a number from {low:g} to {high:g}, not {said(value)}; {advice}.")
+        raise RequestError(f"{name} must be a number from {low:g} to {high:g}, not {describe(value)}; {advice}.")
     return float(value)
 
 
@@ -51,7 +47,7 @@ def checked_device(device: str | torch.device) -> torch.device:
 def checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     """The dtype by name or as it is; float32 when None."""
     if dtype is not None and dtype not in DTYPES.values() and (not isinstance(dtype, str) or dtype not in DTYPES):
-        raise RequestError(f"dtype must be one of {', '.join(DTYPES)}, not {said(dtype)}.")
+        raise RequestError(f"dtype must be one of {', '.join(DTYPES)}, not {describe(dtype)}.")
     return dtype if isinstance(dtype, torch.dtype) else DTYPES[dtype or "float32"]
 
 
@@ -59,7 +55,7 @@ def prompts_of(prompt, name: str = "prompt") -> list[str]:
     """One prompt or a list of them, as a list. The empty prompt is a prompt like any other."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, (list, tuple)) else None
     if not prompts or not all(isinstance(p, str) and _in_utf8(p) for p in prompts):
-        raise RequestError(f"{name} must be a string or a list of strings (not empty), not {said(prompt)}.")
+        raise RequestError(f"{name} must be a string or a list of strings (not empty), not {describe(prompt)}.")
     return prompts
 
 
@@ -145,7 +141,7 @@ def requests_of(
             said_name = "negative_prompt" if name == "negative" else name
             raise RequestError(f"there are {len(items)} of {said_name} for {count} pictures; give 1 or {count}.")
     if not isinstance(solver, str) or solver not in SOLVERS:
-        raise RequestError(f"solver must be one of {', '.join(SOLVERS)}, not {said(solver)}.")
+        raise RequestError(f"solver must be one of {', '.join(SOLVERS)}, not {describe(solver)}.")
     guidance = _number("guidance", guidance, 0, 100, "3.5 is usual")
     common = {
         "steps": _whole("steps", steps, 1, MOST_STEPS, "20 is a good start"),
@@ -187,8 +183,8 @@ def _shape(height, width, downscale: int, rounding: str) -> tuple[int, int]:
 
 def _interval(interval) -> tuple[float, float]:
     if not isinstance(interval, (list, tuple)) or len(interval) != 2:
-        raise RequestError(f"guidance_interval must be two times such as (0.2, 0.8), not {said(interval)}.")
+        raise RequestError(f"guidance_interval must be two times such as (0.2, 0.8), not {describe(interval)}.")
     low, high = (_number("guidance_interval", t, 0, 1, "time 1 is noise, 0 is the picture") for t in interval)
     if low > high:
-        raise RequestError(f"guidance_interval must be (low, high), not {said(interval)}.")
+        raise RequestError(f"guidance_interval must be (low, high), not {describe(interval)}.")
     return low, high

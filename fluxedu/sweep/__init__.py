@@ -7,8 +7,8 @@ from fluxedu.sweep import open_sweep
 open_sweep("gates")[12]["latent"]
 """
 
+from fluxedu.errors import SweepError
 from fluxedu.sweep.config import Cell, Sweep, from_dict, read_config
-from fluxedu.sweep.errors import SweepError
 from fluxedu.sweep.folder import Results, open_sweep
 from fluxedu.sweep.run import work
 

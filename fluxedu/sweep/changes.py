@@ -14,13 +14,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 
-from fluxedu.instruments.interventions import ablate, intervene
-from fluxedu.instruments.patching import patch
+from fluxedu.errors import SweepError, describe
+from fluxedu.instruments.interventions import ablate, intervene, patch
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.recording import Recording
 from fluxedu.instruments.reductions import maker
-from fluxedu.models.config import said
-from fluxedu.sweep.errors import SweepError
 from fluxedu.sweep.strict import number, numbers, only, text, texts, whole
 
 _WHEN = ("steps", "times")
@@ -35,13 +33,13 @@ def checked_changes(changes, name: str) -> list[dict]:
     """One change or a list of them, each with one kind and what goes with it."""
     changes = [changes] if isinstance(changes, dict) else changes
     if not isinstance(changes, list):
-        raise SweepError(f"{said(name)} is a change, or a list of changes, not {said(changes)}.")
-    return [_checked(change, f"{said(name)}") for change in changes]
+        raise SweepError(f"{describe(name)} is a change, or a list of changes, not {describe(changes)}.")
+    return [_checked(change, f"{describe(name)}") for change in changes]
 
 
 def _checked(change, where: str) -> dict:
     if not isinstance(change, dict):
-        raise SweepError(f"{where} changes something with {', '.join(_WITH)}, not with {said(change)}.")
+        raise SweepError(f"{where} changes something with {', '.join(_WITH)}, not with {describe(change)}.")
     kinds = [kind for kind in _WITH if kind in change]
     if len(kinds) != 1:
         raise SweepError(f"{where} has a change that says {' and '.join(kinds) or 'none'} of {', '.join(_WITH)}.")
@@ -70,7 +68,7 @@ def _check_values(values: dict) -> None:
             raise SweepError(f"{name} is empty; leave it out for all of them.")
         values[name] = given
     if "times" in values and len(numbers(values["times"], "times")) != 2:
-        raise SweepError(f"times is from, to, in [0, 1], not {said(values['times'])}.")
+        raise SweepError(f"times is from, to, in [0, 1], not {describe(values['times'])}.")
     if "by" in values:
         number(values["by"], "by")
     if "to" in values and values["to"] != "mean":
@@ -92,7 +90,7 @@ def checked_record(values) -> dict:
         values["reduce"] = _globs(values["reduce"], "reduce")
         maker(values["reduce"])  # raises InstrumentError for a name that is none
     if values.get("passes") not in (None, "prompted", "negative"):
-        raise SweepError(f"passes is prompted or negative, not {said(values['passes'])}.")
+        raise SweepError(f"passes is prompted or negative, not {describe(values['passes'])}.")
     return values
 
 

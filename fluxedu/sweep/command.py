@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from fluxedu.errors import SweepError
 from fluxedu.sweep.config import Sweep, read_config
-from fluxedu.sweep.errors import SweepError
 from fluxedu.sweep.folder import missing
 from fluxedu.sweep.run import place_in_the_world, work
 

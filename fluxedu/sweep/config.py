@@ -23,10 +23,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fluxedu.instruments.errors import InstrumentError
-from fluxedu.models.config import said
+from fluxedu.errors import InstrumentError, SweepError, describe
 from fluxedu.sweep.changes import checked_changes, checked_record
-from fluxedu.sweep.errors import SweepError
 from fluxedu.sweep.lens import checked_lenses
 from fluxedu.sweep.strict import numbers, only, text, texts, whole
 from fluxedu.sweep.yaml_file import read_yaml
@@ -121,7 +119,7 @@ def from_dict(values: dict) -> Sweep:
 
 def _list(value, name: str) -> list:
     if not isinstance(value, list):
-        raise SweepError(f"{name} is a list, not {said(value)}.")
+        raise SweepError(f"{name} is a list, not {describe(value)}.")
     return value
 
 
@@ -129,7 +127,7 @@ def _different(items: Iterable, name: str) -> tuple:
     items = tuple(items)
     if len(set(items)) < len(items):
         twice = next(item for item in items if items.count(item) > 1)
-        raise SweepError(f"{name} has {said(twice)} twice.")
+        raise SweepError(f"{name} has {describe(twice)} twice.")
     return items
 
 
@@ -145,7 +143,7 @@ def _seeds(value) -> tuple[int, ...]:
 
 def _interventions(value) -> dict[str, list[dict]]:
     if not isinstance(value, dict) or not value:
-        raise SweepError(f"interventions is a name each with what it changes ([] for nothing), not {said(value)}.")
+        raise SweepError(f"interventions is a name each with what it changes ([] for nothing), not {describe(value)}.")
     return {text(name, "an intervention's name"): checked_changes(changes, name) for name, changes in value.items()}
 
 
@@ -155,7 +153,7 @@ def _settings(value) -> dict:
     for name, given in value.items():
         plain = given is None or isinstance(given, (int, float, str))
         if not plain and not (isinstance(given, list) and all(isinstance(g, (int, float)) for g in given)):
-            raise SweepError(f"settings' {name} is a number or a word, not {said(given)}.")
+            raise SweepError(f"settings' {name} is a number or a word, not {describe(given)}.")
     return dict(value)
 
 
@@ -163,5 +161,5 @@ def _keep(value) -> tuple[str, ...]:
     kept = _different(texts(value, "keep"), "keep")
     for name in kept:
         if name not in KEPT:
-            raise SweepError(f"keep has {said(name)}; what can be kept is {', '.join(KEPT)}.")
+            raise SweepError(f"keep has {describe(name)}; what can be kept is {', '.join(KEPT)}.")
     return kept

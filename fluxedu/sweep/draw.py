@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fluxedu.checkpoints.aside import aside
+from fluxedu.errors import SweepError
+from fluxedu.files import atomic_path
 from fluxedu.instruments.lenses.run import together
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
@@ -20,7 +21,6 @@ from fluxedu.instruments.recording import Recording
 from fluxedu.sampling.pipeline import FluxPipeline, Output
 from fluxedu.sweep.changes import made, recorders
 from fluxedu.sweep.config import Cell, Sweep
-from fluxedu.sweep.errors import SweepError
 from fluxedu.sweep.lens import looks
 
 
@@ -45,7 +45,7 @@ class Draughtsman:
                 tensors[key], told[key] = tensor.contiguous(), {"axes": axes, **({"labels": labels} if labels else {})}
         # one entry of metadata: safetensors writes several in no fixed order
         data = save(tensors, {"fluxedu_sweep": json.dumps(told, sort_keys=True)})
-        with aside(path, overwrite=True) as part:
+        with atomic_path(path, overwrite=True) as part:
             part.write_bytes(data)
 
     def cell(self, cell: Cell) -> dict[str, tuple[Tensor, list[str], dict]]:

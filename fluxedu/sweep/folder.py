@@ -22,13 +22,13 @@ import torch
 from safetensors import safe_open
 
 from fluxedu import __version__
-from fluxedu.checkpoints.aside import aside
 from fluxedu.checkpoints.save import write_text
+from fluxedu.errors import SweepError
+from fluxedu.files import atomic_path
 from fluxedu.instruments.named import Named
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sweep.claims import claimed, forget_claims
 from fluxedu.sweep.config import Sweep, from_dict
-from fluxedu.sweep.errors import SweepError
 
 MANIFEST = "manifest.json"
 
@@ -137,7 +137,7 @@ def _parquet(sweep: Sweep, folder: Path) -> list[str]:
         import pyarrow.parquet
     except ModuleNotFoundError:
         return []
-    with aside(folder / "cells.parquet", overwrite=True) as part:
+    with atomic_path(folder / "cells.parquet", overwrite=True) as part:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(sweep)), part)
     return ["cells.parquet"]
 

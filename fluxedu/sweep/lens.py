@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import inspect
 
+from fluxedu.errors import SweepError, describe
 from fluxedu.instruments.lenses.attention import look_at_balance, look_at_heads, look_at_padding
 from fluxedu.instruments.lenses.layers import look_at_contributions
 from fluxedu.instruments.lenses.run import Look
 from fluxedu.instruments.lenses.tokens import look_at_largest
-from fluxedu.instruments.lenses.words import look_at_concepts, look_at_words
-from fluxedu.models.config import said
+from fluxedu.instruments.lenses.words import attention_to_words, similarity_to_concepts
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.sweep.errors import SweepError
 from fluxedu.sweep.strict import only, text, texts, whole
 
 LENSES = {
     "attention_balance": look_at_balance,
-    "concept_maps": look_at_concepts,
+    "concept_maps": similarity_to_concepts,
     "contributions": look_at_contributions,
     "head_gallery": look_at_heads,
     "massive_activations": look_at_largest,
     "padding_mass": look_at_padding,
-    "word_maps": look_at_words,
+    "word_maps": attention_to_words,
 }
 
 
@@ -53,7 +52,7 @@ def _query(value):
     if isinstance(value, list) and len(value) == 2:
         return [_step(v, "a patch's row or column") for v in value]
     if not isinstance(value, str):
-        raise SweepError(f"query is a word or a patch, [row, column], not {said(value)}.")
+        raise SweepError(f"query is a word or a patch, [row, column], not {describe(value)}.")
     return text(value, "query")
 
 

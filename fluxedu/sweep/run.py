@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
+from fluxedu.errors import SweepError
 from fluxedu.sweep.claims import claimed
 from fluxedu.sweep.config import Sweep
 from fluxedu.sweep.draw import Draughtsman
-from fluxedu.sweep.errors import SweepError
 from fluxedu.sweep.folder import begin, finish, missing, shard_path
 
 _PAUSE = 0.2  # seconds between two looks at what others are drawing

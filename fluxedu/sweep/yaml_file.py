@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from fluxedu.sweep.errors import SweepError
+from fluxedu.errors import SweepError
 
 MOST_BYTES = 4 << 20
 _DEEPEST = 20

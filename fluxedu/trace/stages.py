@@ -9,17 +9,17 @@ import torch
 from matplotlib.figure import Figure
 
 from fluxedu import plots
+from fluxedu.errors import InstrumentError
 from fluxedu.instruments import lenses
 from fluxedu.instruments.catalogue import sites
-from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.lenses.attention import look_at_heads
 from fluxedu.instruments.lenses.layers import look_at_contributions
 from fluxedu.instruments.lenses.run import together
-from fluxedu.instruments.lenses.words import look_at_words
+from fluxedu.instruments.lenses.words import attention_to_words
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts
 from fluxedu.instruments.recorder import record
-from fluxedu.instruments.words import real_tokens
+from fluxedu.instruments.tokens import real_tokens
 from fluxedu.plots.canvas import figure, quiet
 from fluxedu.sampling.pipeline import FluxPipeline, Output
 from fluxedu.trace.values import glance
@@ -58,7 +58,7 @@ def stages(pipe: FluxPipeline, prompt: str, **asked) -> tuple[Output, list[Stage
     asked = asked | {"trajectory": True}
     words, looks = _words(pipe, prompt), [look_at_contributions(pipe)]
     if words:
-        looks += [look_at_words(pipe, prompt, words), look_at_heads(pipe, prompt, words[-1])]
+        looks += [attention_to_words(pipe, prompt, words), look_at_heads(pipe, prompt, words[-1])]
     with record("*", reduce="summary") as rec, record("*", steps=-1, reduce=glance) as last:
         out, (added, *maps) = together(pipe, prompt, looks, asked)
     shown = [

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from fluxedu.errors import InstrumentError
 from fluxedu.instruments import recorder
 from fluxedu.instruments.catalogue import Site, sites
-from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.lenses.run import recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts

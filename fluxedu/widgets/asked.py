@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.sampling.schedule import from_strength
+from fluxedu.sampling.solvers import from_strength
 
 
 def checked(asked: dict[str, Any], *own: str) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from fluxedu.instruments.lenses.run import blocks_in, blocks_of, grid, one_pictu
 from fluxedu.instruments.recorder import Steps, record
 from fluxedu.models.attention_map import AttentionMap
 from fluxedu.probe import Sited
-from fluxedu.sampling.moment import Moment, now
 from fluxedu.sampling.pipeline import FluxPipeline, Output
+from fluxedu.sampling.step_context import StepContext, current_context
 from fluxedu.widgets.asked import checked, evenly
 from fluxedu.widgets.controls import Chips, Choice, clock
 from fluxedu.widgets.explorer import Explorer, View
@@ -51,7 +51,7 @@ class Attended:
         """The lazy map of one block at one step; it remembers its log-sum-exp."""
         if (block, step) not in self._maps:
             q, k = (x[block][step][None] for x in (self.q, self.k))
-            self._maps[block, step] = AttentionMap(q, k, v=k, words=self.words)  # any v has the fused kernel tell it
+            self._maps[block, step] = AttentionMap(q, k, v=k, words=self.txt_len)  # any v has the fused kernel tell it
         return self._maps[block, step]
 
     def rows(self, block: str, step: int, head: int | None, token: int) -> np.ndarray:
@@ -75,9 +75,9 @@ def attention_view(
 ) -> View:
     """The row of a patch over picture and words, and the column of a word over the picture."""
     rows, columns = run.grid
-    token = run.words + patch[0] * columns + patch[1]
+    token = run.txt_len + patch[0] * columns + patch[1]
     row = run.rows(block, step, head, token)
-    image = slice(run.words, run.words + rows * columns)  # behind it are a reference picture's tokens, if any
+    image = slice(run.txt_len, run.txt_len + rows * columns)  # behind it are a reference picture's tokens, if any
     column = run.columns(block, step, head, word)[image].reshape(rows, columns)
     seen, said = row[image].reshape(rows, columns), row[: len(pieces)]
     strongest = int(said.argmax())
@@ -85,7 +85,7 @@ def attention_view(
     text = (
         f"The patch in row {patch[0]}, column {patch[1]} gives {row[image].sum():.0%} of its attention to the "
         f"picture, {said.sum():.0%} to the prompt, most to “{pieces[strongest]}” ({said[strongest]:.1%}), and "
-        f"{row[len(pieces) : run.words].sum():.0%} to the padding. “{pieces[word]}” is looked at most from row "
+        f"{row[len(pieces) : run.txt_len].sum():.0%} to the padding. “{pieces[word]}” is looked at most from row "
         f"{int(peak[0])}, column {int(peak[1])} ({column.max():.1%})."
     )
     key = {"colours": over_stops()}
@@ -110,17 +110,17 @@ class Kept(record):
 
     def see(self, owner: Sited, name: str, site: str, value: torch.Tensor) -> torch.Tensor:
         if self.names is None:
-            self._choose(now(), value)
+            self._choose(current_context(), value)
         return super().see(owner, name, site, value) if site.partition(".attn.")[0] in self.names else value
 
-    def _choose(self, moment: Moment, q: torch.Tensor) -> None:
-        each = 2 * q.nbytes // len(q) * self._questions(moment)  # bytes of a block and step: queries and keys
-        names, room = blocks_of(moment.pipe), int(self.budget // each)
-        self.steps = evenly(moment.steps, max(room // len(names), 1))
+    def _choose(self, context: StepContext, q: torch.Tensor) -> None:
+        each = 2 * q.nbytes // len(q) * self._questions(context)  # bytes of a block and step: queries and keys
+        names, room = blocks_of(context.pipe), int(self.budget // each)
+        self.steps = evenly(context.steps, max(room // len(names), 1))
         self.names = {names[i] for i in evenly(len(names), max(room, 1))}
-        if len(self.steps) * len(self.names) < moment.steps * len(names):
+        if len(self.steps) * len(self.names) < context.steps * len(names):
             self.said = (
-                f" Kept are {len(self.names)} of {len(names)} blocks and {len(self.steps)} of {moment.steps} steps, as "
+                f" Kept are {len(self.names)} of {len(names)} blocks and {len(self.steps)} of {context.steps} steps, as "
                 f"many as {self.budget / 2**30:.3g} GiB hold; blocks= and at_steps= choose others."
             )
 
@@ -141,7 +141,7 @@ def attention(
     names = blocks_in(rec, pipe, "attn.q")
     q, k = ({b: rec[f"{b}.attn.{x}"].tensor for b in names} for x in "qk")
     times, tokenizer = rec[f"{names[0]}.attn.q"].coords["step"], pipe.prompt_encoder.t5_tokenizer
-    run, pieces = Attended(out.images[0], q, k, rec.words, grid(pipe, out)), tokenizer.pieces(prompt)
+    run, pieces = Attended(out.images[0], q, k, rec.txt_len, grid(pipe, out)), tokenizer.pieces(prompt)
     count, left_out = q[names[0]].shape[1], rec.said if isinstance(rec, Kept) else ""
     controls = [
         Choice("block", "block", names, len(names) // 2),

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fluxedu.instruments.interventions import Context, ablate, intervene
+from fluxedu.instruments.interventions import Context, ablate, intervene, patch
 from fluxedu.instruments.lenses.run import blocks_of, one_prompt
-from fluxedu.instruments.patching import patch
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.recording import Recording, open_recording
 from fluxedu.instruments.watching import Instrument
@@ -79,11 +78,11 @@ def bench_view(
 
 def _in_tokens(site: str, source: Recording, places: slice) -> intervene:
     """Of the joint tokens, put in those of another run at ``places``."""
-    theirs = {(when.step, when.part): value.tensor for when, value in source.entries(site)}
+    theirs = {(when.step, when.stage): value.tensor for when, value in source.entries(site)}
 
     def change(x: Tensor, ctx: Context) -> Tensor:
         new = x.clone()
-        new[:, places] = theirs[ctx.step, max(ctx.moment.part, 0)].to(x).reshape(x.shape)[:, places]
+        new[:, places] = theirs[ctx.step, max(ctx.step_context.stage, 0)].to(x).reshape(x.shape)[:, places]
         return new
 
     return intervene(site, change)

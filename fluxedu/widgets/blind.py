@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.widgets.controls import Choice, Slider
 from fluxedu.widgets.explorer import Explorer, View
 from fluxedu.widgets.paint import Pixels8, picture

@@ -10,7 +10,7 @@ from fluxedu.instruments.lenses.run import blocks_of, recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.models.attention import merge_heads
-from fluxedu.models.single_stream import SingleStreamBlock
+from fluxedu.models.blocks import SingleStreamBlock
 from fluxedu.sampling.pipeline import FluxPipeline, Output
 from fluxedu.widgets.asked import checked
 from fluxedu.widgets.controls import Choice

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 
 
 @dataclass(frozen=True)

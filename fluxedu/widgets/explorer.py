@@ -25,7 +25,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.plots.canvas import quiet
 from fluxedu.widgets.controls import Control
 from fluxedu.widgets.panels import Panel, plain

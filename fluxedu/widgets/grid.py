@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.instruments.lenses.run import one_prompt
 from fluxedu.sampling.pipeline import FluxPipeline, Output
 from fluxedu.widgets.asked import checked, numbers

@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from fluxedu.models.autoencoder import AutoEncoder
-from fluxedu.sampling.pictures import Picture, to_tensor
+from fluxedu.sampling.images import Picture, to_tensor
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.asked import checked
 from fluxedu.widgets.controls import Choice, Slider

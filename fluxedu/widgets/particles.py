@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.widgets.controls import Choice, clock
 from fluxedu.widgets.explorer import Explorer, View
 from fluxedu.widgets.panels import Points

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fluxedu.instruments.recorder import record
-from fluxedu.models.rope import rope_table, rotate
+from fluxedu.models.attention import rope_table, rotate
 from fluxedu.sampling.latents import image_ids
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.controls import Choice

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.controls import Choice
 from fluxedu.widgets.explorer import Explorer, View

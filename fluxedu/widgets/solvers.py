@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.instruments.lenses.run import one_prompt
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.sampling.solvers import SOLVERS, times_asked
+from fluxedu.sampling.solvers import SOLVERS, evaluation_times
 from fluxedu.widgets.controls import Choice
 from fluxedu.widgets.explorer import Explorer, View
 from fluxedu.widgets.grid import sheet, shifted
@@ -54,7 +54,7 @@ def steps_for(solver: str, questions: int) -> int:
     """How many steps of ``solver`` ask the network so often; raises InstrumentError where none do."""
     if solver not in SOLVERS:
         raise InstrumentError(f"a solver is one of {', '.join(SOLVERS)}, not {solver!r}.")
-    each = len(times_asked(solver, [1.0, 0.0]))
+    each = len(evaluation_times(solver, [1.0, 0.0]))
     if questions < each or questions % each:
         raise InstrumentError(f"{solver} asks {each} questions a step, so {questions} make no whole number of steps.")
     return questions // each

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.instruments.lenses.run import one_prompt
 from fluxedu.nano.judge import Verdict, diversity, judge
 from fluxedu.nano.scenes import Claim

@@ -120,7 +120,7 @@ print("positions of all text tokens:", txt_ids.unique(dim=0).int().tolist())
 # with it.
 
 # %%
-from fluxedu.sampling.schedule import schedule, shift_amount
+from fluxedu.sampling.solvers import schedule, shift_amount
 
 times = out.trajectory.times
 print("FLUX.1's mu for 256 tokens:", round(shift_amount(256), 3), "· for 4096 tokens:", round(shift_amount(4096), 3))
@@ -205,7 +205,7 @@ _ = fig.suptitle("The state (above) is noise for long; the foreseen picture (bel
 # Unpack, decode, round to 8 bits. Is it the picture the pipeline drew?
 
 # %%
-from fluxedu.sampling.pictures import to_images
+from fluxedu.sampling.images import to_images
 
 with torch.no_grad():
     mine = to_images(pipe.autoencoder.decode(unpack(x, height, width)))[0]

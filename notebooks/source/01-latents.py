@@ -25,7 +25,7 @@ from fluxedu.nano.judge import read
 from fluxedu.nano.scenes import Scene, Thing, render, scenes
 from fluxedu.nano.training.autoencoder import psnr, to_tensor
 from fluxedu.sampling import latents as library
-from fluxedu.sampling.pictures import to_images
+from fluxedu.sampling.images import to_images
 
 device = course.begin()
 _ = torch.set_grad_enabled(False)  # nothing is trained here

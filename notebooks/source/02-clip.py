@@ -25,7 +25,7 @@ from fluxedu.nano.scenes import BACKGROUNDS, INVERSE, LETTERS, SHAPES, caption, 
 from fluxedu.nano.scenes import visible_colors
 from fluxedu.nano.training.autoencoder import to_tensor
 from fluxedu.nano.training.clip import CLIP, loss_of
-from fluxedu.sampling.load import WEIGHTS
+from fluxedu.loading import WEIGHTS
 from fluxedu.widgets.similarity import similarity
 
 device = course.begin()
@@ -118,13 +118,13 @@ captions = [caption(scene, rng)[0] for scene in scenes]
 images = to_tensor(np.stack([render(scene) for scene in scenes])).to(device)  # [64, 3, 128, 128]
 
 
-def said(sentences: list[str]) -> Tensor:
+def describe(sentences: list[str]) -> Tensor:
     """Sentences in the shared space, of length 1: `[N, D]`."""
     return F.normalize(towers.text_projection_head(small(cut(sentences).to(device))[1]), dim=-1)
 
 
 seen = F.normalize(towers.image(images), dim=-1)  # [64, D]
-scores = seen @ said(captions).T  # [64, 64], a row a picture
+scores = seen @ describe(captions).T  # [64, 64], a row a picture
 right = scores.argmax(dim=1) == torch.arange(64, device=device)
 found.against(int(right.sum()))
 bare = seen @ F.normalize(small(cut(captions).to(device))[1], dim=-1).T  # without CLIP's projection
@@ -219,11 +219,11 @@ while len(pairs) < 120:
     if not any(thing.form in LETTERS for thing in scene.things):
         pairs.append(scene)
 two = F.normalize(towers.image(to_tensor(np.stack([render(scene) for scene in pairs])).to(device)), dim=-1)
-own = (two * said([sentence(scene, "", 0) for scene in pairs])).sum(-1)  # cosine with its own caption, [120]
+own = (two * describe([sentence(scene, "", 0) for scene in pairs])).sum(-1)  # cosine with its own caption, [120]
 changes = ("another colour", "another ground", "another shape", "colours exchanged", "sides exchanged")
 share = {}
 for change in changes:
-    wrong = (two * said([sentence(scene, change, k) for k, scene in enumerate(pairs)])).sum(-1)
+    wrong = (two * describe([sentence(scene, change, k) for k, scene in enumerate(pairs)])).sum(-1)
     share[change] = float((own > wrong).float().mean())
 
 fig, ax = plt.subplots(figsize=(7, 2.8), layout="constrained")

@@ -58,9 +58,9 @@ pads = fe.predict("without padding the words' vectors: stay / move a little / mo
 
 # %%
 from fluxedu.models import CLIPTextEncoder, T5Encoder
-from fluxedu.models.hollow import hollow
+from fluxedu.models.meta_init import meta_init
 
-with hollow():  # the shapes without the numbers
+with meta_init():  # the shapes without the numbers
     sizes = {"T5-XXL's encoder": T5Encoder(), "CLIP-L's text encoder": CLIPTextEncoder()}
 sizes |= {"the miniature's T5": t5, "the miniature's CLIP": pipe.prompt_encoder.clip}
 for name, network in sizes.items():

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import fluxedu as fe
 from fluxedu import course, widgets
-from fluxedu.models.rope import rope_table
-from fluxedu.models.rope import rotate as library_rotate
+from fluxedu.models.attention import rope_table
+from fluxedu.models.attention import rotate as library_rotate
 from fluxedu.nano.exam import questions
 from fluxedu.nano.judge import judge
 from fluxedu.sampling.latents import image_ids
@@ -229,7 +229,7 @@ plt.show()
 # frequency loses digits: with ids in bfloat16, 257 is the first that cannot be told from its neighbour.
 #
 # **Read**: RoFormer, arXiv 2104.09864 · `black-forest-labs/flux`, `modules/layers.py` (`EmbedND`) and `math.py` (`rope`,
-# `apply_rope`) · ours: `fluxedu/models/rope.py`, 54 lines.
+# `apply_rope`) · ours: `fluxedu/models/attention.py`, 54 lines.
 
 # %%
 fe.score()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fluxedu as fe
 from fluxedu import course, widgets
-from fluxedu.models.embeddings import timestep_embedding
+from fluxedu.models.modulation import timestep_embedding
 from fluxedu.models.modulation import ShiftScaleGate
 
 device = course.begin()
@@ -203,9 +203,9 @@ print("gate 0: what goes in comes out:", torch.equal(rec["single.3.x"].tensor, r
 # `flux.plan` does that. In FLUX.1 it matters: count the layers that do only this.
 
 # %%
-from fluxedu.models.hollow import hollow
+from fluxedu.models.meta_init import meta_init
 
-with hollow():  # shapes only, no numbers
+with meta_init():  # shapes only, no numbers
     dev = fe.models.Flux(fe.models.FluxConfig.variant("dev"))
 knobs = sum(p.numel() for name, p in dev.named_parameters() if "_mod.lin" in name or "modulation.lin" in name)
 total = sum(p.numel() for p in dev.parameters())
@@ -384,7 +384,7 @@ colour.against(drawn[0, 1])
 # issues 185, 7): the modulation layers are a part that can leave the GPU before the loop begins.
 #
 # **Read**: DiT, arXiv 2212.09748 (AdaLN-Zero) · `black-forest-labs/flux`, `modules/layers.py` (`timestep_embedding`,
-# `MLPEmbedder`, `Modulation`, `LastLayer`) · ours: `fluxedu/models/embeddings.py` and `fluxedu/models/modulation.py`.
+# `MLPEmbedder`, `Modulation`, `LastLayer`) · ours: `fluxedu/models/modulation.py` and `fluxedu/models/modulation.py`.
 # A trap when you convert weights: diffusers stores the last layer's two as (scale, shift), BFL as (shift, scale).
 
 # %%

@@ -22,7 +22,7 @@ import fluxedu as fe
 from fluxedu import course, widgets
 from fluxedu.instruments import lenses
 from fluxedu.models import attention as library
-from fluxedu.models.rope import rotate
+from fluxedu.models.attention import rotate
 
 device = course.begin()
 pipe = fe.load(device=device)

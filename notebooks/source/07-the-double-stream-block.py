@@ -23,10 +23,10 @@ import fluxedu as fe
 from fluxedu import course
 from fluxedu.models import FluxConfig
 from fluxedu.models.attention import SelfAttention
-from fluxedu.models.double_stream import MLP, DoubleStreamBlock
-from fluxedu.models.hollow import hollow
+from fluxedu.models.blocks import MLP, DoubleStreamBlock
+from fluxedu.models.meta_init import meta_init
 from fluxedu.models.modulation import Modulation
-from fluxedu.models.rope import rotate
+from fluxedu.models.attention import rotate
 
 device = course.begin()
 pipe = fe.load(device=device)
@@ -118,7 +118,7 @@ for name, one in {"two streams": block, "one set of weights": sharing(block, "im
     print(f"{name:18} {sum(p.numel() for p in one.parameters()):>9,} weights, {counted[name]:,} operations")
 work.against(counted["two streams"] / counted["one set of weights"])
 
-with hollow():  # names and shapes only
+with meta_init():  # names and shapes only
     official = DoubleStreamBlock(FluxConfig.variant("dev"))
 print(f"a double block of FLUX.1 has {sum(p.numel() for p in official.parameters()):,}, half of them the text's")
 
@@ -278,7 +278,7 @@ plt.show()
 # masked?* (flux pull requests 507, 511, 512.) No: it is in the attention like any word, and the text sizes above include it.
 #
 # **Read**: *Scaling Rectified Flow Transformers*, arXiv 2403.03206, section 4 · `black-forest-labs/flux`,
-# `modules/layers.py`, `DoubleStreamBlock` · ours: `fluxedu/models/double_stream.py`, 78 lines.
+# `modules/layers.py`, `DoubleStreamBlock` · ours: `fluxedu/models/blocks.py`, 78 lines.
 
 # %%
 fe.score()

@@ -23,11 +23,11 @@ import fluxedu as fe
 from fluxedu import course
 from fluxedu.models import FluxConfig
 from fluxedu.models.attention import QKNorm, split_heads
-from fluxedu.models.double_stream import DoubleStreamBlock
-from fluxedu.models.hollow import hollow
+from fluxedu.models.blocks import DoubleStreamBlock
+from fluxedu.models.meta_init import meta_init
 from fluxedu.models.modulation import Modulation, modulate, normalised
-from fluxedu.models.rope import rotate
-from fluxedu.models.single_stream import SingleStreamBlock
+from fluxedu.models.attention import rotate
+from fluxedu.models.blocks import SingleStreamBlock
 
 device = course.begin()
 pipe = fe.load(device=device)
@@ -144,7 +144,7 @@ with torch.no_grad():
 # ## What merging saves
 
 # %%
-with hollow():  # names and shapes only
+with meta_init():  # names and shapes only
     dev = FluxConfig.variant("dev")
     double, single = (sum(p.numel() for p in kind(dev).parameters()) for kind in (DoubleStreamBlock, SingleStreamBlock))
 print(f"double block {double:,} · single block {single:,}")
@@ -305,7 +305,7 @@ plt.show()
 #
 # **Read**: *Scaling Vision Transformers to 22 Billion Parameters*, arXiv 2302.05442, section 2 (parallel layers,
 # QKNorm) · `black-forest-labs/flux`, `modules/layers.py`, `SingleStreamBlock` · ours:
-# `fluxedu/models/single_stream.py`, 55 lines.
+# `fluxedu/models/blocks.py`, 55 lines.
 
 # %%
 fe.score()

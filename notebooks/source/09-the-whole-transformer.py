@@ -19,12 +19,12 @@ from torch import Tensor, nn
 import fluxedu as fe
 from fluxedu import course
 from fluxedu.models import VARIANTS, Flux, FluxConfig
-from fluxedu.models.double_stream import DoubleStreamBlock
-from fluxedu.models.embeddings import MLPEmbedder, timestep_embedding
-from fluxedu.models.hollow import hollow
-from fluxedu.models.rope import rope_table
-from fluxedu.models.single_stream import SingleStreamBlock
-from fluxedu.models.transformer import LastLayer
+from fluxedu.models.blocks import DoubleStreamBlock
+from fluxedu.models.modulation import MLPEmbedder, timestep_embedding
+from fluxedu.models.meta_init import meta_init
+from fluxedu.models.attention import rope_table
+from fluxedu.models.blocks import SingleStreamBlock
+from fluxedu.models.flux import LastLayer
 from fluxedu.sampling.latents import image_ids, pack, text_ids
 
 device = course.begin()
@@ -121,7 +121,7 @@ else:
 # %%
 flux = {}
 for name in VARIANTS:
-    with hollow():
+    with meta_init():
         flux[name] = Flux(FluxConfig.variant(name))
 total = {name: sum(p.numel() for p in network.parameters()) for name, network in flux.items()}
 print(f"{'':10} {'parameters':>14}  tensors  channels in  guidance")
@@ -285,7 +285,7 @@ except fe.checkpoints.CheckpointError as error:
 # files `fluxedu convert IN OUT --to bfl`. *Guidance embedding or CFG?* (flux issues 63, 159) dev has the input you
 # counted, schnell has none, and real classifier-free guidance runs the network twice: notebook 12.
 #
-# **Read**: `black-forest-labs/flux`, `model.py` and `util.py` · ours: `fluxedu/models/transformer.py`, 171 lines,
+# **Read**: `black-forest-labs/flux`, `model.py` and `util.py` · ours: `fluxedu/models/flux.py`, 171 lines,
 # `fluxedu/models/config.py` and, for the layouts, `fluxedu/checkpoints/tables.py`.
 
 # %%

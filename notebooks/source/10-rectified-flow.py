@@ -24,7 +24,7 @@ from fluxedu.instruments.lenses.flow import straightness
 from fluxedu.nano.scenes import caption, render, sample_scene
 from fluxedu.plots.canvas import quiet
 from fluxedu.sampling.latents import image_ids, pack, text_ids, unpack
-from fluxedu.sampling.pictures import to_tensor
+from fluxedu.sampling.images import to_tensor
 from fluxedu.widgets.particles import particles, walk
 
 device = course.begin()
@@ -345,7 +345,7 @@ plt.show()
 # Three misunderstandings of the velocity, in the miniature.
 
 # %%
-from fluxedu.models.embeddings import timestep_embedding
+from fluxedu.models.modulation import timestep_embedding
 
 
 def turned_time(part: Tensor, ctx) -> Tensor:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 import fluxedu as fe
 from fluxedu import course
-from fluxedu.sampling.schedule import schedule as library_schedule
-from fluxedu.sampling.schedule import shift_amount, shift_times
+from fluxedu.sampling.solvers import schedule as library_schedule
+from fluxedu.sampling.solvers import shift_amount, shift_times
 from fluxedu.sampling.solvers import SOLVERS
 from fluxedu.widgets.grid import shifted
 from fluxedu.widgets.solvers import solvers
@@ -285,7 +285,7 @@ print("0.90453 × 1000 in bfloat16:", float(torch.tensor(0.90453).bfloat16() * 1
 # embeds the 908 above for 904.53; ours stays in float32.
 #
 # **Read**: Scaling Rectified Flow Transformers, arXiv 2403.03206, section 5.3.2 · straightness, arXiv 2410.14949 ·
-# `black-forest-labs/flux`, `sampling.py` (`get_schedule`, `denoise`) · ours: `fluxedu/sampling/schedule.py` and
+# `black-forest-labs/flux`, `sampling.py` (`get_schedule`, `denoise`) · ours: `fluxedu/sampling/solvers.py` and
 # `solvers.py`.
 
 # %%

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fluxedu as fe
 from fluxedu import course
-from fluxedu.models.embeddings import timestep_embedding
+from fluxedu.models.modulation import timestep_embedding
 from fluxedu.nano.scenes import Claim
 from fluxedu.plots.canvas import quiet
 from fluxedu.sampling.latents import draw_noise, image_ids, pack, text_ids, unpack
@@ -284,7 +284,7 @@ print("built in at 40 it is not:", peak["built in, 40"] < 1.5 * peak["built in, 
 #
 # **Read**: Classifier-Free Diffusion Guidance, arXiv 2207.12598 · its distillation, arXiv 2210.03142 · the interval,
 # arXiv 2404.07724 · CFG-Zero*, arXiv 2503.18886 · `black-forest-labs/flux`, `model.py` (`guidance_in`) · ours:
-# `fluxedu/sampling/guidance.py`, 31 lines.
+# `fluxedu/sampling/solvers.py`, 31 lines.
 
 # %%
 fe.score()

@@ -22,15 +22,15 @@ import fluxedu as fe
 from fluxedu import course
 from fluxedu.checkpoints.lora import merge
 from fluxedu.models import VARIANTS, Flux, FluxConfig, ReduxHead
-from fluxedu.models.hollow import hollow
+from fluxedu.models.meta_init import meta_init
 from fluxedu.nano.exam import questions
 from fluxedu.nano.judge import judge, quality, read
 from fluxedu.nano.scenes import Scene, Thing, render, thing_map
 from fluxedu.nano.training.members import depths, outlines
-from fluxedu.sampling.load import WEIGHTS
+from fluxedu.loading import WEIGHTS
 from fluxedu.sampling.latents import image_ids, pack, text_ids, unpack
-from fluxedu.sampling.pictures import to_images, to_tensor
-from fluxedu.sampling.schedule import schedule
+from fluxedu.sampling.images import to_images, to_tensor
+from fluxedu.sampling.solvers import schedule
 from fluxedu.widgets.blind import blind, pairs_of, ratings
 
 device = course.begin()
@@ -65,12 +65,12 @@ def parameters(network):
 
 print("variant      parameters      in  guidance input  steps  strength  words  shift")
 for name, variant in VARIANTS.items():
-    with hollow():
+    with meta_init():
         size = parameters(Flux(variant.flux))
     how = variant.sampling
     row = f"{name:11} {size:14,} {variant.flux.in_channels:6} {str(variant.flux.guidance_embed):>15} {how.steps:6}"
     print(f"{row} {how.guidance:9g} {how.text_length:6}  {how.shift}")
-with hollow():
+with meta_init():
     print(f"redux head  {parameters(ReduxHead()):14,}")
 inputs.against(VARIANTS["fill"].flux.in_channels)
 
@@ -183,7 +183,7 @@ else:
 # ## All at work
 #
 # One picture, five members. Each is the miniature, trained on with its own input; canny and depth ship as LoRAs, as
-# the official ones do too. Their control pictures here are the scene world's own; `fluxedu.sampling.edges.edges(photo)`
+# the official ones do too. Their control pictures here are the scene world's own; `fluxedu.sampling.images.edges(photo)`
 # finds the edges of any picture, as the official code does.
 
 # %%
@@ -477,7 +477,7 @@ else:
 # shapes of dev's linear layers: at rank 128, `128 × (in + out)` numbers each, and in these files a bias.
 
 # %%
-with hollow():
+with meta_init():
     dev = Flux(FluxConfig.variant("canny"))
 linears = [m for m in dev.modules() if isinstance(m, torch.nn.Linear)]
 thin = lambda m: min(128, m.in_features, m.out_features)  # no matrix has a rank above its shorter side

@@ -29,24 +29,14 @@ import fluxedu as fe
 from fluxedu import arena, course, plots
 from fluxedu.arena.judges import choice
 from fluxedu.arena.pairing import best_pairs, gains
-from fluxedu.arena.rating import (
-    ELO,
-    cells_of,
-    chances,
-    fit,
-    information,
-    rated,
-    resampled,
-    wins_of,
-    with_prior,
-)
+from fluxedu.arena.rating import ELO, cells_of, chances, fit, information, rated, resampled, wins_of, with_prior
 from fluxedu.nano.exam import questions
 from fluxedu.nano.judge import judge
 from fluxedu.nano.rivals import load_sd
 from fluxedu.nano.scenes import BACKGROUNDS
 from fluxedu.sampling.latents import draw_noise
-from fluxedu.sampling.load import WEIGHTS
-from fluxedu.sampling.pictures import to_tensor
+from fluxedu.loading import WEIGHTS
+from fluxedu.sampling.images import to_tensor
 
 device = course.begin()
 course.where(fe.load("nano"), "image")

@@ -8,10 +8,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fluxedu import arena, plots
-from fluxedu.arena import AXES, Arena, ArenaError, Contestant
+from fluxedu.arena import AXES, Arena, Contestant
 from fluxedu.arena.widget import booth_view
 from fluxedu.cli import app
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import ArenaError, InstrumentError
 
 run = CliRunner().invoke
 

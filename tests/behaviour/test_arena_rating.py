@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from fluxedu.arena import ArenaError, rated
+from fluxedu.arena import rated
 from fluxedu.arena.rating import ELO, PRIOR, fit, with_prior
+from fluxedu.errors import ArenaError
 
 TRUE = np.array([-1.0, -0.3, 0.2, 1.1])
 NAMES = "abcd"

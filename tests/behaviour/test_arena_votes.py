@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxedu.arena import Arena, ArenaError, Contestant, Votes, contestant
+from fluxedu.arena import Arena, Contestant, Votes, contestant
 from fluxedu.arena.axes import AXES, asked, sheet, shots
 from fluxedu.arena.contestants import Gallery
 from fluxedu.arena.judges import choice, judged, score
+from fluxedu.errors import ArenaError
 from fluxedu.nano.exam import questions
 from fluxedu.nano.scenes import LETTERS, caption, render, sample_scene
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import fluxedu as fe
 from fluxedu import probe
 from fluxedu.cli import app
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 
 PACKAGE = Path(fe.__file__).parent
 

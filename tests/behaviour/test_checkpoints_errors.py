@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fluxedu.checkpoints import (
-    CheckpointError,
     convert,
     convert_file,
     from_diffusers_config,
@@ -18,6 +17,7 @@ from fluxedu.checkpoints import (
     save_file,
     save_folder,
 )
+from fluxedu.errors import CheckpointError
 from fluxedu.models import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig, T5Config, T5Encoder
 
 TINY = FluxConfig(

@@ -16,18 +16,9 @@ from safetensors.torch import save_file as their_save_file
 from torch import nn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from fluxedu.checkpoints import (
-    CheckpointError,
-    config_of,
-    convert,
-    convert_file,
-    load_into,
-    load_model,
-    read,
-    save_file,
-    save_folder,
-)
+from fluxedu.checkpoints import config_of, convert, convert_file, load_into, load_model, read, save_file, save_folder
 from fluxedu.checkpoints.save import write_text
+from fluxedu.errors import CheckpointError
 from fluxedu.models import (
     AutoEncoder,
     AutoEncoderConfig,

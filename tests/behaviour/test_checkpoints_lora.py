@@ -6,16 +6,8 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 import fluxedu as fe
-from fluxedu.checkpoints import (
-    CheckpointError,
-    convert,
-    extract,
-    inputs_of,
-    load_into,
-    merge,
-    to_diffusers_config,
-    widen_input,
-)
+from fluxedu.checkpoints import convert, extract, inputs_of, load_into, merge, to_diffusers_config, widen_input
+from fluxedu.errors import CheckpointError
 from fluxedu.models import Flux, FluxConfig
 
 CONFIG = FluxConfig(

@@ -10,13 +10,14 @@ from typer.testing import CliRunner
 
 import fluxedu as fe
 from fluxedu.cli import app
-from fluxedu.course import CourseError, all_exercises, predict
+from fluxedu.course import all_exercises, predict
 from fluxedu.course.build import EDITIONS, edition, sources
 from fluxedu.course.check import judged
 from fluxedu.course.exercise import Exercise, Wrong
 from fluxedu.course.files import copied
 from fluxedu.course.grade import Mark, graded, table
 from fluxedu.course.predict import points
+from fluxedu.errors import CourseError
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = list(all_exercises().values())

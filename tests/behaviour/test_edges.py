@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 import fluxedu as fe
 from fluxedu.cli import app
+from fluxedu.errors import RequestError
 from fluxedu.nano.judge import read
 from fluxedu.nano.scenes import Scene, Thing, render, thing_map
 from fluxedu.nano.training.members import outlines
-from fluxedu.sampling.edges import edges
-from fluxedu.sampling.request import RequestError
+from fluxedu.sampling.images import edges
 
 pytest.importorskip("cv2")
 THINGS = Thing("circle", "red", "large", 40, 45, 24), Thing("square", "blue", "large", 90, 85, 23)

@@ -11,6 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fluxedu as fe
+from fluxedu.errors import RequestError
+from fluxedu.loading import FAMILY, LORAS, WEIGHTS, widened
 from fluxedu.nano import family
 from fluxedu.nano.judge import read
 from fluxedu.nano.scenes import ASPECTS, HOLLOW, render, sample_scene
@@ -20,8 +22,6 @@ from fluxedu.nano.training.edits import EDITS, sample_edit
 from fluxedu.nano.training.members import depths, hole, outlines
 from fluxedu.nano.training.schnell import without_guidance
 from fluxedu.sampling.conditions import reads
-from fluxedu.sampling.load import FAMILY, LORAS, WEIGHTS, widened
-from fluxedu.sampling.request import RequestError
 
 PICTURE = Image.new("RGB", (32, 32), "red")
 MASK = np.zeros((32, 32), np.uint8)
@@ -224,7 +224,7 @@ def test_a_member_is_trained_written_judged_and_noted(name, tmp_path, monkeypatc
     for part in WEIGHTS.iterdir():
         if part.is_dir() and not (tmp_path / part.name).exists():
             (tmp_path / part.name).symlink_to(part)
-    monkeypatch.setattr("fluxedu.sampling.load.WEIGHTS", tmp_path)
+    monkeypatch.setattr("fluxedu.loading.WEIGHTS", tmp_path)
     assert opened(name).defaults.guidance == noted["guidance"]
 
 

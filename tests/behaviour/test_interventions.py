@@ -10,7 +10,7 @@ from runs import OTHER, PROMPT, relative, under
 from runs import latents as draw
 
 import fluxedu as fe
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.instruments.interventions import positions
 from fluxedu.models.modulation import Modulation
 from fluxedu.sampling.latents import image_ids, text_ids

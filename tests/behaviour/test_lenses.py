@@ -7,12 +7,12 @@ import torch
 from PIL import Image
 
 import fluxedu as fe
+from fluxedu.errors import InstrumentError
 from fluxedu.instruments import lenses
-from fluxedu.instruments.errors import InstrumentError
 from fluxedu.instruments.lenses.attention import look_at_heads
 from fluxedu.instruments.lenses.layers import look_at_contributions
 from fluxedu.instruments.lenses.run import together
-from fluxedu.instruments.lenses.words import look_at_words
+from fluxedu.instruments.lenses.words import attention_to_words
 from fluxedu.models.modulation import Modulation
 from fluxedu.sampling.latents import pack
 
@@ -226,7 +226,11 @@ def test_errors_are_one_sentence(pipe, wrong, says):
 
 def test_lenses_look_at_one_run_together_and_find_the_same(pipe):
     prompt, asked = "a red circle left of a blue square", {"steps": 3, "progress": False}
-    looks = [look_at_contributions(pipe), look_at_words(pipe, prompt, ["circle"]), look_at_heads(pipe, prompt, "red")]
+    looks = [
+        look_at_contributions(pipe),
+        attention_to_words(pipe, prompt, ["circle"]),
+        look_at_heads(pipe, prompt, "red"),
+    ]
     _, found = together(pipe, prompt, looks, asked)
     apart = [
         lenses.contributions(pipe, prompt, **asked),

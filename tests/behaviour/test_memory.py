@@ -16,7 +16,7 @@ from fluxedu.memory.peak import PeakBytes
 from fluxedu.memory.placement import GB, activations
 from fluxedu.memory.tiles import starts
 from fluxedu.models import Flux, FluxConfig
-from fluxedu.models.hollow import hollow
+from fluxedu.models.meta_init import meta_init
 from fluxedu.sampling.latents import image_ids, text_ids
 
 PROMPT = "a red circle left of a blue square"
@@ -243,7 +243,7 @@ def test_another_word_for_memory_is_refused():
 
 
 def test_every_modulation_is_in_the_list():
-    with hollow():
+    with meta_init():
         flux = Flux(FluxConfig())
     names = {n for n, p in flux.named_parameters() if "_mod." in n or ".modulation." in n or "adaLN" in n}
     assert Placement("no-modulations").away(flux) == names

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 import fluxedu as fe
+from fluxedu.loading import SHIPPED, WEIGHTS
 from fluxedu.nano.exam import questions, sit, truth
 from fluxedu.nano.judge import judge
 from fluxedu.nano.report import BARS, drawer, reconstruction
 from fluxedu.nano.scenes import ASPECTS, BACKGROUNDS, COLORS, FORMS, Claim, held_out_triple, sample_scene
 from fluxedu.nano.training.card import APART, shapes_apart
-from fluxedu.sampling.load import SHIPPED, WEIGHTS
 
 MODELS = list(SHIPPED)
 CLAIM = Claim((("red", "circle", None), ("blue", "square", None)), ((0, "left of", 1),), None)

@@ -60,7 +60,7 @@ def test_a_cell_for_the_miniature_alone_is_found(dev):
         "dev": "import torch, fluxedu as fe; pipe = fe.load(); c = pipe.flux.config; assert (c.head_dim, c.axes_dim, "
         "c.guidance_embed, pipe.dtype) == (128, (16, 56, 56), True, torch.bfloat16)",
         "dtype": "pipe.autoencoder.encode(torch.zeros(1, 3, 32, 32))",
-        "head": "from fluxedu.models.rope import rotate; rotate(torch.zeros(1, 5, 64, 32), pipe.flux.rope("
+        "head": "from fluxedu.models.attention import rotate; rotate(torch.zeros(1, 5, 64, 32), pipe.flux.rope("
         "torch.zeros(32, 3), torch.zeros(32, 3)))",
         "numpy": "pipe.flux.img_in.weight.numpy()",
         "one-step": "with fe.record('double.*.img', 'double.*.txt', 'single.*.x', steps=3): pipe('', progress=False)",

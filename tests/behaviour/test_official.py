@@ -17,9 +17,10 @@ from safetensors.torch import save_file as their_save_file
 from sizes import TINY_CLIP, TINY_T5
 
 import fluxedu as fe
-from fluxedu.checkpoints import OFFICIAL, CheckpointError, convert, find, load_model, outline, save_folder
+from fluxedu.checkpoints import OFFICIAL, convert, find, load_model, outline, save_folder
 from fluxedu.checkpoints import carry as carrying
 from fluxedu.checkpoints.load import TensorFile
+from fluxedu.errors import CheckpointError
 from fluxedu.models import (
     VARIANTS,
     AutoEncoder,
@@ -30,7 +31,7 @@ from fluxedu.models import (
     T5Config,
     T5Encoder,
 )
-from fluxedu.models.hollow import hollow
+from fluxedu.models.meta_init import meta_init
 from fluxedu.nano.tokenizers import save_tokenizers
 
 #: heads of 128 and 32 groups, as the shapes of a file without a configuration are read
@@ -246,7 +247,7 @@ def empty_file(path: Path, state: dict, dtype: str = "BF16") -> None:
 @linux
 @pytest.mark.parametrize("variant", ["dev", "schnell", "fill", "canny"])
 def test_a_file_of_the_true_size_opens_at_once(tmp_path, variant):
-    with hollow():
+    with meta_init():
         flux = Flux(FluxConfig.variant(variant))
     empty_file(tmp_path / "flux.safetensors", flux.state_dict())
     module, tensors = outline(tmp_path / "flux.safetensors")
@@ -256,7 +257,7 @@ def test_a_file_of_the_true_size_opens_at_once(tmp_path, variant):
 
 @linux
 def test_the_whole_of_dev_is_mapped_in_little_memory(tmp_path):
-    with hollow():
+    with meta_init():
         empty_file(tmp_path / "flux.safetensors", Flux(FluxConfig()).state_dict())
         empty_file(tmp_path / "t5.safetensors", T5Encoder(T5Config()).state_dict())
     code = (
@@ -286,7 +287,7 @@ def run_measured(code: str, *arguments) -> list[int]:
 def test_carrying_holds_less_than_the_largest_group(tmp_path, layout):
     """Onto the meta device, which stands for a GPU: whatever the host holds is on top."""
     config = FluxConfig(depth=1, depth_single_blocks=1, hidden_size=2048, num_heads=16)
-    with hollow():
+    with meta_init():
         flux = Flux(config)
         state = convert(flux.state_dict(), layout, config)
     empty_file(tmp_path / "flux.safetensors", state)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from fluxedu import plots
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.instruments.named import Named
 from fluxedu.plots.parameters import parts_of
 from fluxedu.plots.spectra import radial_power

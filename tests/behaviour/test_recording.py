@@ -7,8 +7,8 @@ from runs import MAP, PROMPT, draw, off
 from torch.nn.functional import cosine_similarity
 
 import fluxedu as fe
+from fluxedu.errors import InstrumentError
 from fluxedu.instruments import reductions
-from fluxedu.instruments.errors import InstrumentError
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
 

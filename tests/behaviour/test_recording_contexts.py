@@ -12,8 +12,8 @@ from runs import MAP, draw
 
 import fluxedu as fe
 from fluxedu import probe
+from fluxedu.errors import InstrumentError
 from fluxedu.instruments import reductions
-from fluxedu.instruments.errors import InstrumentError
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
 

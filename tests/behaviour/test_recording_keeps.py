@@ -10,7 +10,7 @@ import torch
 from runs import MAP, PROMPT, draw
 
 import fluxedu as fe
-from fluxedu.instruments.errors import BudgetError, InstrumentError
+from fluxedu.errors import BudgetError, InstrumentError
 from fluxedu.instruments.recording import open_recording
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fluxedu.sampling.request import RequestError, checked_device, checked_dtype
+from fluxedu.errors import RequestError
+from fluxedu.sampling.request import checked_device, checked_dtype
 
 NAN, INF = float("nan"), float("inf")
 PICTURE = Image.new("RGB", (32, 32), "teal")

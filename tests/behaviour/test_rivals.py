@@ -9,6 +9,8 @@ import torch
 import fluxedu as fe
 from fluxedu.arena.contestants import contestant
 from fluxedu.checkpoints import save_file
+from fluxedu.errors import RequestError
+from fluxedu.loading import WEIGHTS
 from fluxedu.nano.report import drawer
 from fluxedu.nano.rivals import DDIM, FILE, SD, UNET, StableDiffusion, load_sd, schedule, unet
 from fluxedu.nano.training import rivals
@@ -16,8 +18,6 @@ from fluxedu.nano.training.flow import Texts
 from fluxedu.nano.training.latents import Tokens, make_shard
 from fluxedu.nano.training.loop import Recipe
 from fluxedu.sampling.latents import draw_noise
-from fluxedu.sampling.load import WEIGHTS
-from fluxedu.sampling.request import RequestError
 
 diffusers = pytest.importorskip("diffusers")
 PROMPTS = ["a red circle left of a blue square", "a green star on a white background"]

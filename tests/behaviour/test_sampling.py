@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from sizes import NANO
 
-from fluxedu.sampling.guidance import active, guide
 from fluxedu.sampling.latents import draw_noise, image_ids, latent_size, pack, text_ids, unpack
-from fluxedu.sampling.schedule import schedule
-from fluxedu.sampling.solvers import SOLVERS, times_asked
+from fluxedu.sampling.solvers import SOLVERS, active, evaluation_times, guide, schedule
 
 PROMPTS = ["a red circle left of a blue square", "a big green triangle", ""]
 PROMPT, CFG = PROMPTS[0], {"true_cfg_scale": 4.0, "negative_prompt": "a blue square"}
@@ -71,7 +69,7 @@ def test_a_planned_run_is_the_plain_forward_step_by_step(solver, questions, aske
 
     times = schedule(steps, 6).tolist()
     assert out.trajectory.times.tolist() == times
-    planned = times_asked(solver, times)
+    planned = evaluation_times(solver, times)
     assert len(planned) == questions * steps and planned[::questions] == times[:-1]
     if solver == "midpoint":
         assert planned[1::2] == [(a + b) / 2 for a, b in zip(times, times[1:], strict=False)]

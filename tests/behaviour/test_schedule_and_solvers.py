@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxedu.sampling.schedule import from_strength, schedule, shift_amount, shift_times
-from fluxedu.sampling.solvers import SOLVERS
+from fluxedu.sampling.solvers import SOLVERS, from_strength, schedule, shift_amount, shift_times
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 

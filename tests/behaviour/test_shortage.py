@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import fluxedu as fe
+from fluxedu.errors import OutOfMemory
 from fluxedu.memory.placement import GB, Networks, Placement
-from fluxedu.memory.shortage import ShortOfMemory, advice, ran_out
+from fluxedu.memory.shortage import advice, ran_out
 
 
 def networks(pipe):
@@ -30,7 +31,7 @@ def test_what_allocators_raise_becomes_advice(pipe, monkeypatch, error):
         raise error
 
     monkeypatch.setattr("fluxedu.sampling.pipeline.to_images", fails)
-    with pytest.raises(ShortOfMemory, match=r"a picture of 64 x 96 needs, with memory='full' about [\d.]+ GB") as told:
+    with pytest.raises(OutOfMemory, match=r"a picture of 64 x 96 needs, with memory='full' about [\d.]+ GB") as told:
         pipe("a red circle", steps=1, height=64, width=96, progress=False)
     assert isinstance(told.value, ValueError) and isinstance(told.value, MemoryError)
     monkeypatch.undo()
@@ -75,7 +76,7 @@ pipe("a red circle", steps=1)
 try:
     with fe.sampling.pipeline.advised(fe.memory.Networks.official(), pipe.device, 64, 64, 8):  # its imports
         raise MemoryError
-except fe.memory.ShortOfMemory:
+except fe.memory.OutOfMemory:
     pass
 now = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (now + 400_000_000, now + 400_000_000))

@@ -11,11 +11,10 @@ from torch import nn
 
 import fluxedu as fe
 from fluxedu import probe
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.instruments.interventions import positions
 from fluxedu.models.attention import SelfAttention
-from fluxedu.models.double_stream import MLP, DoubleStreamBlock
-from fluxedu.models.single_stream import SingleStreamBlock
+from fluxedu.models.blocks import MLP, DoubleStreamBlock, SingleStreamBlock
 
 pytestmark = pytest.mark.usefixtures("everything_is_restored")
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import fluxedu as fe
-from fluxedu.sweep import SweepError, from_dict, open_sweep, read_config, work
+from fluxedu.errors import SweepError
+from fluxedu.sweep import from_dict, open_sweep, read_config, work
 from fluxedu.sweep.claims import claimed
 from fluxedu.sweep.folder import missing
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from test_sweep import COMMAND, CONFIG, hashes, until, written
 
-from fluxedu.sweep import SweepError, open_sweep, read_config, work
+from fluxedu.errors import SweepError
+from fluxedu.sweep import open_sweep, read_config, work
 from fluxedu.sweep.command import sweep
 from fluxedu.sweep.folder import missing
 

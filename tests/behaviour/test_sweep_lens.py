@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import fluxedu as fe
+from fluxedu.errors import SweepError
 from fluxedu.instruments import lenses
-from fluxedu.sweep import SweepError, config, from_dict, open_sweep, read_config, work
+from fluxedu.sweep import config, from_dict, open_sweep, read_config, work
 from fluxedu.sweep.draw import Draughtsman
 from fluxedu.sweep.lens import LENSES
 

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.widgets.blind import VOTES, blind, pairs_of, ratings
 
 NAMES = ("one", "two", "three")

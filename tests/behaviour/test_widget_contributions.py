@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fluxedu as fe
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.widgets.contributions import contributions, halves, over_tokens, shares
 
 PROMPT = "a red circle left of a blue square"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.widgets.particles import particles, walk
 
 DATA = torch.tensor([[2.0, 0.0], [-1.0, 1.0]])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import fluxedu as fe
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.widgets.similarity import PROMPTS, similarity, similarity_view, swapped
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fluxedu as fe
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.widgets.grid import sheet, shifted
 from fluxedu.widgets.paint import picture
 from fluxedu.widgets.solvers import solvers, solvers_view, steps_for

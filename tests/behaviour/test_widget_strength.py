@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fluxedu as fe
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.nano.judge import diversity, judge, read
 from fluxedu.nano.scenes import Claim, render, sample_scene
 from fluxedu.widgets.paint import picture

@@ -9,11 +9,11 @@ import torch
 
 import fluxedu as fe
 from fluxedu import widgets
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.instruments.lenses.modulation import channels
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import parts
-from fluxedu.sampling.schedule import schedule
+from fluxedu.sampling.solvers import schedule
 from fluxedu.widgets import paint
 from fluxedu.widgets.architecture import as_table
 from fluxedu.widgets.controls import Chips, Slider

@@ -6,8 +6,8 @@ import torch
 
 import fluxedu as fe
 from fluxedu import widgets
+from fluxedu.errors import BudgetError
 from fluxedu.instruments import lenses, recorder
-from fluxedu.instruments.errors import BudgetError
 from fluxedu.instruments.lenses.run import blocks_of
 from fluxedu.widgets.asked import evenly
 from fluxedu.widgets.contributions import halves, shares

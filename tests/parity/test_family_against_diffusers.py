@@ -96,14 +96,14 @@ def test_redux_stands_behind_the_words(make_pipe, tiny, tokenizer_folder):
     head = ReduxHead(24, width)
     head.load_state_dict(theirs_head.state_dict())  # the official names are diffusers' here
     pipe.redux = Redux(Eye(eye), head, tokens=16)
-    looked_at = torch.from_numpy(np.asarray(picture(32, 32, 4)).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    attention_or_map = torch.from_numpy(np.asarray(picture(32, 32, 4)).copy()).permute(2, 0, 1)[None] / 127.5 - 1
     asked = {"seed": 7, "steps": 4, "height": HEIGHT, "width": WIDTH, "guidance": 3.5, "progress": False}
-    out = pipe(PROMPT, image_prompt=looked_at, **asked)
+    out = pipe(PROMPT, image_prompt=attention_or_map, **asked)
 
     theirs = their_pipe(pipe, FluxPipeline, tokenizer_folder)
     with torch.no_grad():
         txt, pooled, _ = theirs.encode_prompt(PROMPT, None, max_sequence_length=32)
-        seen = theirs_head(eye(looked_at).last_hidden_state).image_embeds
+        seen = theirs_head(eye(attention_or_map).last_hidden_state).image_embeds
     latents, _ = run_theirs(
         theirs, [7], HEIGHT, WIDTH, 4, guidance_scale=3.5,
         prompt_embeds=torch.cat([txt, seen], dim=1), pooled_prompt_embeds=pooled,

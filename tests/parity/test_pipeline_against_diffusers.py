@@ -21,7 +21,7 @@ from test_text_encoders_against_transformers import transformers_clip, transform
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from fluxedu.sampling.prompts import Tokenizer
-from fluxedu.sampling.schedule import from_strength, schedule
+from fluxedu.sampling.solvers import from_strength, schedule
 
 LATENTS = 2e-6  # |ours - theirs| / |theirs|
 LEVEL = 1  # of 255

@@ -6,8 +6,9 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fluxedu.checkpoints import CheckpointError, convert, from_diffusers_config, infer_config, to_diffusers_config
+from fluxedu.checkpoints import convert, from_diffusers_config, infer_config, to_diffusers_config
 from fluxedu.checkpoints.tables import shapes
+from fluxedu.errors import CheckpointError
 from fluxedu.models import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig
 
 DRAWN = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -10,8 +10,8 @@ from sizes import TINY
 from torch import nn
 
 import fluxedu as fe
+from fluxedu.errors import InstrumentError
 from fluxedu.instruments import lenses
-from fluxedu.instruments.errors import InstrumentError
 from fluxedu.models import VARIANTS, Flux, FluxConfig
 from fluxedu.models.attention import SelfAttention
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import fluxedu as fe
 from fluxedu import cli
 from fluxedu.arena.votes import Votes
-from fluxedu.course.errors import CourseError
+from fluxedu.errors import CourseError
 from fluxedu.sweep import from_dict, read_config
 from fluxedu.sweep.draw import Draughtsman
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxedu import probe
-from fluxedu.models import VARIANTS, AutoEncoderConfig, CLIPTextConfig, CLIPTextEncoder, ConfigError, Flux, FluxConfig
+from fluxedu.errors import ConfigError
+from fluxedu.models import VARIANTS, AutoEncoderConfig, CLIPTextConfig, CLIPTextEncoder, Flux, FluxConfig
 
 TINY = FluxConfig(
     in_channels=12,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fluxedu.course.exercise import exercise, wrong
-from fluxedu.models.rope import rotate as ours
+from fluxedu.models.attention import rotate as ours
 from fluxedu.sampling.latents import image_ids as our_ids
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, wrong
 from fluxedu.models import attention as library
-from fluxedu.models.rope import rope_table, rotate
+from fluxedu.models.attention import rope_table, rotate
 
 
 def _queries() -> list[tuple]:

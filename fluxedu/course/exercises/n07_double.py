@@ -6,10 +6,9 @@ from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, wrong
 from fluxedu.models import FluxConfig
-from fluxedu.models.attention import SelfAttention, attend
-from fluxedu.models.double_stream import MLP, DoubleStreamBlock
+from fluxedu.models.attention import SelfAttention, attend, rope_table, rotate
+from fluxedu.models.blocks import MLP, DoubleStreamBlock
 from fluxedu.models.modulation import Modulation, modulate, normalised
-from fluxedu.models.rope import rope_table, rotate
 from fluxedu.probe import Probed
 from fluxedu.sampling.latents import image_ids
 

@@ -6,10 +6,9 @@ from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, wrong
 from fluxedu.course.exercises.n07_double import CONFIG, _random
-from fluxedu.models.attention import QKNorm, split_heads
+from fluxedu.models.attention import QKNorm, rope_table, rotate, split_heads
+from fluxedu.models.blocks import SingleStreamBlock
 from fluxedu.models.modulation import Modulation, modulate, normalised
-from fluxedu.models.rope import rope_table, rotate
-from fluxedu.models.single_stream import SingleStreamBlock
 from fluxedu.sampling.latents import image_ids
 
 

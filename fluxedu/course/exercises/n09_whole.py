@@ -7,12 +7,11 @@ from fluxedu.checkpoints import convert
 from fluxedu.course.exercise import exercise, wrong
 from fluxedu.course.exercises.n07_double import _random
 from fluxedu.models import Flux, FluxConfig
-from fluxedu.models.double_stream import DoubleStreamBlock
-from fluxedu.models.embeddings import MLPEmbedder, timestep_embedding
-from fluxedu.models.hollow import hollow
-from fluxedu.models.rope import rope_table
-from fluxedu.models.single_stream import SingleStreamBlock
-from fluxedu.models.transformer import LastLayer
+from fluxedu.models.attention import rope_table
+from fluxedu.models.blocks import DoubleStreamBlock, SingleStreamBlock
+from fluxedu.models.flux import LastLayer
+from fluxedu.models.meta_init import meta_init
+from fluxedu.models.modulation import MLPEmbedder, timestep_embedding
 from fluxedu.sampling.latents import image_ids, text_ids
 
 SMALL = FluxConfig(
@@ -197,7 +196,7 @@ def _configs() -> list[tuple]:
 
 
 def _counted(config: FluxConfig) -> int:
-    with hollow():
+    with meta_init():
         return sum(p.numel() for p in Flux(config).parameters())
 
 
@@ -239,7 +238,7 @@ def count(config: FluxConfig) -> int:
 
 def _of(config: FluxConfig, *words: str) -> int:
     """The parameters whose names have one of the words."""
-    with hollow():
+    with meta_init():
         return sum(p.numel() for name, p in Flux(config).named_parameters() if any(word in name for word in words))
 
 

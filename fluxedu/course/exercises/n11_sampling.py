@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fluxedu.course.exercise import exercise, wrong
 from fluxedu.sampling import solvers
-from fluxedu.sampling.schedule import schedule as our_schedule
-from fluxedu.sampling.schedule import shift_amount
+from fluxedu.sampling.solvers import schedule as our_schedule
+from fluxedu.sampling.solvers import shift_amount
 
 
 @exercise(

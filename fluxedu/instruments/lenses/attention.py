@@ -5,15 +5,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.lenses.run import Look, alone, as_picture, by_block, grid
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import Value, head_mean, rows
-from fluxedu.instruments.words import real_tokens, token_ids
-from fluxedu.models.config import said
-from fluxedu.sampling.moment import Moment, now
+from fluxedu.instruments.tokens import real_tokens, token_indices
 from fluxedu.sampling.pipeline import FluxPipeline
+from fluxedu.sampling.step_context import StepContext, current_context
 
 
 def head_gallery(pipe: FluxPipeline, prompt: str, query: str | tuple[int, int], *, at_step: int = -1, **asked) -> Named:
@@ -28,28 +27,28 @@ def head_gallery(pipe: FluxPipeline, prompt: str, query: str | tuple[int, int], 
 def look_at_heads(pipe: FluxPipeline, prompt: str, query: str | tuple[int, int], at_step: int = -1) -> Look:
     """:func:`head_gallery` in two halves."""
     if not isinstance(at_step, int):
-        raise InstrumentError(f"at_step is one step, a whole number, not {said(at_step)}.")
+        raise InstrumentError(f"at_step is one step, a whole number, not {describe(at_step)}.")
     if isinstance(query, str):
-        look = rows(token_ids(pipe.prompt_encoder.t5_tokenizer, prompt, [query]))
+        look = rows(token_indices(pipe.prompt_encoder.t5_tokenizer, prompt, [query]))
     else:
 
         def look(value: Value) -> Named:
-            return rows([now().words + _patch(now(), query)])(value)
+            return rows([current_context().txt_len + _patch(current_context(), query)])(value)
 
     rec = record("*.attn.map", passes="prompted", steps=at_step, reduce=look)
     out = yield rec
     maps = by_block(rec, pipe, "attn.map").at(step=0).mean("query")  # [block, head, key]
-    image = Named(maps.tensor[..., rec.words :], ("block", "head", "image"), maps.coords)
+    image = Named(maps.tensor[..., rec.txt_len :], ("block", "head", "image"), maps.coords)
     return as_picture(image, "image", *grid(pipe, out))
 
 
-def _patch(moment: Moment, query: tuple[int, int]) -> int:
+def _patch(context: StepContext, query: tuple[int, int]) -> int:
     """The place of a patch among the picture's."""
-    height, width = (cells // 2 for cells in moment.asked.shape)
+    height, width = (cells // 2 for cells in context.request.shape)
     try:
         row, column = map(operator.index, query)
     except (TypeError, ValueError):
-        raise InstrumentError(f"a query is a word or a patch (row, column), not {said(query)}.") from None
+        raise InstrumentError(f"a query is a word or a patch (row, column), not {describe(query)}.") from None
     if not (0 <= row < height and 0 <= column < width):
         raise InstrumentError(f"the picture has {height} x {width} patches, so there is none at {tuple(query)}.")
     return row * width + column
@@ -66,7 +65,7 @@ def attention_balance(pipe: FluxPipeline, prompt: str, *, at_steps=None, **asked
 
 def look_at_balance(pipe: FluxPipeline, prompt: str, at_steps=None) -> Look:
     """:func:`attention_balance` in two halves."""
-    return _mass(pipe, lambda: range(now().words), at_steps)
+    return _mass(pipe, lambda: range(current_context().txt_len), at_steps)
 
 
 def padding_mass(pipe: FluxPipeline, prompt: str, *, at_steps=None, **asked) -> Named:
@@ -90,8 +89,8 @@ def _mass(pipe: FluxPipeline, keys: Callable[[], range], steps) -> Look:
     """What the picture's own patches (not a reference's) give to ``keys``."""
 
     def mass(value: Value) -> Named:
-        height, width = (cells // 2 for cells in now().asked.shape)
-        patches = range(now().words, now().words + height * width)
+        height, width = (cells // 2 for cells in current_context().request.shape)
+        patches = range(current_context().txt_len, current_context().txt_len + height * width)
         part = head_mean(value.take("query", list(patches)).take("key", list(keys())))
         return Named(part.tensor.sum(-1).mean(-1), ("batch",))
 

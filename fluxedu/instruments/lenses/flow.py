@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.interventions import intervene
 from fluxedu.instruments.lenses.run import how_many, number, one_prompt
 from fluxedu.instruments.named import Named
-from fluxedu.models.config import said
 from fluxedu.sampling.latents import pack, unpack
 from fluxedu.sampling.pipeline import FluxPipeline, Output, Trajectory
 from fluxedu.sampling.request import Request
@@ -20,7 +19,7 @@ from fluxedu.sampling.request import Request
 
 def _check_path(path: Trajectory) -> None:
     if not isinstance(path, Trajectory):
-        raise InstrumentError(f"a path is a run's trajectory (trajectory=True), not {said(path)}.")
+        raise InstrumentError(f"a path is a run's trajectory (trajectory=True), not {describe(path)}.")
 
 
 def straightness(path: Trajectory) -> Named:
@@ -52,7 +51,7 @@ def curvature(path: Trajectory) -> Named:
 def _run(pipe: FluxPipeline, prompt: str, asked: dict) -> tuple[Output, Callable[[Tensor, float], Tensor]]:
     """A run, and its guided velocity as a function of any latent ``[1, C, h, w]`` at the run's times."""
     requests: list[Request] = []
-    with intervene("sample.noise", lambda x, ctx: requests.append(ctx.moment.asked) or x):
+    with intervene("sample.noise", lambda x, ctx: requests.append(ctx.step_context.request) or x):
         out = pipe(one_prompt(prompt), **({"progress": False} | asked | {"trajectory": True}))
     (texts,) = pipe.encode(requests[:1])
     field = pipe.velocity_field(out.trajectory.times, texts, requests[0])
@@ -96,7 +95,7 @@ def velocity_field(
     out, field = _run(pipe, prompt, {"seed": [seed, seed + 1]} | asked)
     path, times = out.trajectory, out.trajectory.times.tolist()[:-1]
     if not isinstance(at_step, int) or not -len(times) <= at_step < len(times):
-        raise InstrumentError(f"the run has {len(times)} steps, so there is no step {said(at_step)}.")
+        raise InstrumentError(f"the run has {len(times)} steps, so there is no step {describe(at_step)}.")
     t = times[at_step]
     x = path.latents[:-1][at_step, :1]
     across = out.latents[:1] - x

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError
 from fluxedu.instruments.interventions import ablate, intervene, positions
 from fluxedu.instruments.lenses.run import Look, alone, blocks_of, grid, recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.watching import Instrument
 from fluxedu.sampling.latents import unpack
-from fluxedu.sampling.moment import now
 from fluxedu.sampling.pipeline import FluxPipeline
+from fluxedu.sampling.step_context import current_context
 
 
 def contributions(pipe: FluxPipeline, prompt: str, **asked) -> Named:
@@ -51,9 +51,9 @@ class _Added:
         self.before: Tensor | None = None
 
     def __call__(self, value: Named) -> Named | None:
-        moment = now()
-        height, width = (cells // 2 for cells in moment.asked.shape)
-        first = 0 if self.site.startswith("double") else moment.words
+        context = current_context()
+        height, width = (cells // 2 for cells in context.request.shape)
+        first = 0 if self.site.startswith("double") else context.txt_len
         x = value.tensor[:, first : first + height * width]
         if not self.site.endswith("out"):
             self.before = x.clone()
@@ -85,7 +85,7 @@ def x0_by_block(pipe: FluxPipeline, prompt: str, *, at_steps=None, decoded: bool
         for name in tqdm(names, desc="blocks", delay=1, leave=False):
             double = name.startswith("double")
             tokens = rec[f"{name}.{'img_out' if double else 'out'}"].tensor.to(pipe.device)
-            v = last((tokens if double else tokens[:, rec.words :])[:, : rows * columns], last.plan(vec))
+            v = last((tokens if double else tokens[:, rec.txt_len :])[:, : rows * columns], last.plan(vec))
             x0 = x.tensor - times * unpack(v, *out.latents.shape[-2:]).to(x.tensor)
             found.append(pipe.autoencoder.decode(x0.to(pipe.device, pipe.dtype)).to(x0) if decoded else x0)
     return Named(torch.stack(found), ("block", *x.axes), x.coords | {"block": names})

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.lenses.run import blocks_of, how_many, number, one_prompt
 from fluxedu.instruments.named import Named
-from fluxedu.models.config import said
-from fluxedu.models.transformer import Plan
+from fluxedu.models.flux import Plan
 from fluxedu.sampling.pipeline import FluxPipeline
 
 KINDS = ("shift", "scale", "gate")
@@ -53,7 +52,7 @@ def _clock(times: int | Sequence[float] | torch.Tensor) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         clock = torch.zeros(())
     if clock.ndim != 1 or not len(clock) or not bool(((clock >= 0) & (clock <= 1)).all()):
-        raise InstrumentError(f"times is how many, a whole number, or some of them in [0, 1], not {said(times)}.")
+        raise InstrumentError(f"times is how many, a whole number, or some of them in [0, 1], not {describe(times)}.")
     return clock
 
 

@@ -8,10 +8,9 @@ from contextlib import ExitStack
 
 import torch
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
-from fluxedu.models.config import said
 from fluxedu.sampling.pipeline import FluxPipeline, Output
 
 #: a lens in two halves: it yields the recorder it needs, is sent the run when that is over, and returns what it found
@@ -28,21 +27,21 @@ def blocks_of(pipe: FluxPipeline) -> list[str]:
 def one_prompt(prompt: str) -> str:
     """The prompt; raises InstrumentError for several, or for half a character, which no tokenizer can read."""
     if not isinstance(prompt, str) or prompt.encode(errors="ignore").decode() != prompt:
-        raise InstrumentError(f"a lens looks at one prompt at a time, not at {said(prompt)}.")
+        raise InstrumentError(f"a lens looks at one prompt at a time, not at {describe(prompt)}.")
     return prompt
 
 
 def how_many(value: int, name: str, most: int, least: int = 1) -> int:
     """A whole number within bounds; raises InstrumentError."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise InstrumentError(f"{name}, a whole number from {least} to {most}, not {said(value)}.")
+        raise InstrumentError(f"{name}, a whole number from {least} to {most}, not {describe(value)}.")
     return value
 
 
 def number(value: float, name: str) -> float:
     """A finite number; raises InstrumentError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-        raise InstrumentError(f"{name} is a number, not {said(value)}.")
+        raise InstrumentError(f"{name} is a number, not {describe(value)}.")
     return float(value)
 
 

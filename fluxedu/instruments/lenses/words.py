@@ -6,22 +6,21 @@ from collections.abc import Sequence
 
 import torch
 
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.lenses.run import Look, alone, as_picture, by_block, grid
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import Value, made, step_mean
-from fluxedu.instruments.words import token_ids
-from fluxedu.models.config import said
-from fluxedu.sampling.moment import now
+from fluxedu.instruments.tokens import token_indices
 from fluxedu.sampling.pipeline import FluxPipeline
+from fluxedu.sampling.step_context import current_context
 
 
 def _places(pipe: FluxPipeline, prompt: str, words: Sequence[str]) -> list[list[int]]:
     """The tokens of each word."""
     if not isinstance(words, list | tuple) or not words:
-        raise InstrumentError(f"words is a list of words of the prompt, not {said(words)}.")
-    return [token_ids(pipe.prompt_encoder.t5_tokenizer, prompt, [word]) for word in words]
+        raise InstrumentError(f"words is a list of words of the prompt, not {describe(words)}.")
+    return [token_indices(pipe.prompt_encoder.t5_tokenizer, prompt, [word]) for word in words]
 
 
 def word_maps(pipe: FluxPipeline, prompt: str, words: Sequence[str], *, at_steps=None, **asked) -> Named:
@@ -31,10 +30,10 @@ def word_maps(pipe: FluxPipeline, prompt: str, words: Sequence[str], *, at_steps
     is no word and not in it. ``asked`` goes to the pipeline (seed, guidance, height, ...).
     Cross-attention maps: arXiv 2210.04885 (DAAM), here for joint attention.
     """
-    return alone(pipe, prompt, look_at_words(pipe, prompt, words, at_steps), asked)
+    return alone(pipe, prompt, attention_to_words(pipe, prompt, words, at_steps), asked)
 
 
-def look_at_words(pipe: FluxPipeline, prompt: str, words: Sequence[str], at_steps=None) -> Look:
+def attention_to_words(pipe: FluxPipeline, prompt: str, words: Sequence[str], at_steps=None) -> Look:
     """:func:`word_maps` in two halves."""
     places = _places(pipe, prompt, words)
     tokens = sorted({p for word in places for p in word})
@@ -55,10 +54,10 @@ def concept_maps(pipe: FluxPipeline, prompt: str, words: Sequence[str], *, at_st
     a softmax over the words. After ConceptAttention (arXiv 2502.04320), which adds concept tokens that the image
     does not see; here the prompt's own words serve, and single-stream blocks are looked at as well.
     """
-    return alone(pipe, prompt, look_at_concepts(pipe, prompt, words, at_steps), asked)
+    return alone(pipe, prompt, similarity_to_concepts(pipe, prompt, words, at_steps), asked)
 
 
-def look_at_concepts(pipe: FluxPipeline, prompt: str, words: Sequence[str], at_steps=None) -> Look:
+def similarity_to_concepts(pipe: FluxPipeline, prompt: str, words: Sequence[str], at_steps=None) -> Look:
     """:func:`concept_maps` in two halves."""
     places = _places(pipe, prompt, words)
 
@@ -66,7 +65,7 @@ def look_at_concepts(pipe: FluxPipeline, prompt: str, words: Sequence[str], at_s
         heads = made(value)  # [B, H, T, d]
         told = torch.nn.functional.normalize(heads.tensor.transpose(1, 2).flatten(2).float(), dim=-1)  # [B, T, D]
         word = torch.stack([told[:, p].mean(1) for p in places], dim=1)  # [B, words, D]
-        return Named(told[:, now().words :] @ word.transpose(1, 2), ("batch", "image", "word"))
+        return Named(told[:, current_context().txt_len :] @ word.transpose(1, 2), ("batch", "image", "word"))
 
     how = {"steps": at_steps, "reduce": [spoken, step_mean]}
     rec = record("double.*.heads", "single.*.heads", passes="prompted", **how)

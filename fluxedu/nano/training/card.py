@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from fluxedu.checkpoints.aside import one_at_a_time
 from fluxedu.checkpoints.save import write_text
+from fluxedu.files import folder_lock
+from fluxedu.loading import LORAS, SHIPPED, load
 from fluxedu.nano.report import BARS, ROWS, examine, table
 from fluxedu.nano.scenes import ASPECTS, BACKGROUNDS, COLORS, LETTERS, SHAPES
 from fluxedu.nano.training import autoencoder, clip, flow, t5
 from fluxedu.nano.training.loop import Recipe, told_by
-from fluxedu.sampling.load import LORAS, SHIPPED, load
 
 RUNS = {
     "autoencoder": (autoencoder.RECIPE, autoencoder.SEED, "windows of scenes"),
@@ -178,7 +178,7 @@ def write_member(weights: Path, name: str, entry: dict, file: str = "family.json
     weights, card = Path(weights), Path(weights) / "README.md"
     path = weights / file
     weights.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(weights):  # two that train at once each add their own
+    with folder_lock(weights):  # two that train at once each add their own
         members = json.loads(path.read_text()) if path.is_file() else {}
         write_text(path, json.dumps(dict(sorted({**members, name: entry}.items())), indent=2) + "\n")
         if card.is_file():

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.models.clip import CLIPTextEncoder
-from fluxedu.models.image_tower import ImageTower
 from fluxedu.nano import configs
+from fluxedu.nano.networks import ImageTower
 from fluxedu.nano.scenes import caption, render, sample_scene
 from fluxedu.nano.tokenizers import clip_tokenizer
 from fluxedu.nano.training.autoencoder import to_tensor

@@ -23,20 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.checkpoints import extract, save_file, save_folder
-from fluxedu.models.transformer import Flux
+from fluxedu.loading import FAMILY, LORA_FILE, LORAS, SHIPPED, Ours, load, nano_redux, widened, with_lora
+from fluxedu.models.flux import Flux
 from fluxedu.nano.family import BARS, sit
 from fluxedu.nano.training.card import clock, write_member
-from fluxedu.nano.training.flow import (
-    ALIGN,
-    Texts,
-    WithAlignment,
-    faster,
-    flow_of,
-    misnamed,
-    noisy,
-    places,
-    strengths,
-)
+from fluxedu.nano.training.flow import ALIGN, Texts, WithAlignment, faster, flow_of, misnamed, noisy, places, strengths
 from fluxedu.nano.training.loop import Loss, Recipe, Run, fingerprint, mixed_precision, use_average
 from fluxedu.nano.training.members import Examples, Shelf
 from fluxedu.nano.training.redux import SEEING, HeadAtWork, redux_loss, spellings
@@ -44,7 +35,6 @@ from fluxedu.nano.training.rivals import RECIPES as RIVALS
 from fluxedu.nano.training.schnell import Ways, ladder_loss, make_ways, without_guidance
 from fluxedu.nano.training.style import adapted, lora_of
 from fluxedu.sampling.conditions import reference_ids
-from fluxedu.sampling.load import FAMILY, LORA_FILE, LORAS, SHIPPED, Ours, load, nano_redux, widened, with_lora
 from fluxedu.sampling.pipeline import FluxPipeline
 
 CHANNELS = {"fill": 64 + 64 + 256, "canny": 64 + 64, "depth": 64 + 64}

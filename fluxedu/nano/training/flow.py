@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fluxedu.errors import CompileError
+from fluxedu.loading import compile_blocks
 from fluxedu.models.clip import CLIPTextEncoder
-from fluxedu.models.compiled import CompileError, compiled
+from fluxedu.models.flux import Flux
 from fluxedu.models.t5 import T5Encoder
-from fluxedu.models.transformer import Flux
 from fluxedu.nano import configs
 from fluxedu.nano.scenes import COLORS, FORMS
 from fluxedu.nano.training.latents import Latents, Tokens
@@ -69,7 +70,7 @@ class WithAlignment(nn.Module):
 def faster(flux: Flux) -> None:
     """Let torch.compile fuse the blocks, a fifth faster to train, where it works: it needs a C++ compiler."""
     try:
-        compiled(flux, dynamic=True)
+        compile_blocks(flux, dynamic=True)
     except CompileError as error:
         print(f"{error} Training without it.")
 

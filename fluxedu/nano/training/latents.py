@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fluxedu.checkpoints.aside import aside
+from fluxedu.files import atomic_path
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.nano import configs
 from fluxedu.nano.scenes import ASPECTS, COLORS, FORMS, Scene, caption, render, sample_scene, thing_map
@@ -100,7 +100,7 @@ def make_shards(count: int, folder: Path, autoencoder: AutoEncoder, resume: bool
         return
     tokens = Tokens()
     for index in tqdm(missing, desc="latents"):
-        with aside(shard_path(folder, index), overwrite=True) as part:
+        with atomic_path(shard_path(folder, index), overwrite=True) as part:
             save_file(make_shard(index, autoencoder, tokens), part, {"made_from": made_from})
 
 

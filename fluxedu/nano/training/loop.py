@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fluxedu.checkpoints.aside import aside
+from fluxedu.files import atomic_path
 from fluxedu.nano.training.muon import Muon
 
 Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
@@ -160,7 +160,7 @@ class Run:
                 tensors |= {f"optimizer/{i}/{j}/{k}": v for k, v in slots.items() if isinstance(v, Tensor)}
         tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
         told = {"step": str(self.step), "seconds": f"{self.seconds:.1f}", "made_from": self.made_from}
-        with aside(self.folder / "state.safetensors", overwrite=True) as part:
+        with atomic_path(self.folder / "state.safetensors", overwrite=True) as part:
             save_file(tensors, part, told)
 
     def _restore(self) -> None:

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.eye import Eye
+from fluxedu.models.flux import Flux
 from fluxedu.models.redux import ReduxHead
-from fluxedu.models.transformer import Flux
 from fluxedu.nano import configs
+from fluxedu.nano.networks import Eye
 from fluxedu.nano.scenes import COLORS, FORMS, LETTERS
 from fluxedu.nano.training.flow import Texts, misnamed, noisy, places, strengths
 from fluxedu.nano.training.latents import Tokens

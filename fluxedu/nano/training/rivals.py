@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.checkpoints.save import save_file, save_folder, write_text
-from fluxedu.models.transformer import Flux
+from fluxedu.loading import load
+from fluxedu.models.flux import Flux
 from fluxedu.nano import configs, exam
 from fluxedu.nano.judge import judge
 from fluxedu.nano.report import drawer
@@ -40,7 +41,6 @@ from fluxedu.nano.training.flow import (
 )
 from fluxedu.nano.training.latents import Latents, make_shards
 from fluxedu.nano.training.loop import Recipe, Run, fingerprint, mixed_precision, use_average
-from fluxedu.sampling.load import load
 from fluxedu.sampling.pipeline import FluxPipeline
 
 TWIN = "twin"

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from PIL import Image
 
+from fluxedu.loading import NANO_SHIFT
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.clip import CLIPTextEncoder
 from fluxedu.models.config import Sampling
+from fluxedu.models.flux import Flux
 from fluxedu.models.t5 import T5Encoder
-from fluxedu.models.transformer import Flux
 from fluxedu.nano import configs
 from fluxedu.nano.exam import sit
 from fluxedu.nano.tokenizers import save_tokenizers
-from fluxedu.sampling.load import NANO_SHIFT
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.prompts import PromptEncoder, Tokenizer
 

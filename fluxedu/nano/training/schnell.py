@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fluxedu.checkpoints.aside import aside
-from fluxedu.models.transformer import Flux
+from fluxedu.files import atomic_path
+from fluxedu.models.flux import Flux
 from fluxedu.nano.judge import judge
 from fluxedu.nano.scenes import ASPECTS, caption, sample_scene
 from fluxedu.nano.training.flow import Texts, places
 from fluxedu.nano.training.latents import Tokens
 from fluxedu.nano.training.loop import fingerprint, mixed_precision, told_by
+from fluxedu.sampling.images import to_images
 from fluxedu.sampling.latents import unpack
-from fluxedu.sampling.pictures import to_images
 from fluxedu.sampling.pipeline import FluxPipeline
 
 SEED = 66
@@ -92,7 +92,7 @@ def make_ways(count: int, folder: Path, pipe: FluxPipeline, texts: Texts) -> lis
     paths = [Path(folder) / "ways" / f"{i:04d}.safetensors" for i in range(count)]
     missing = [i for i, p in enumerate(paths) if not (p.exists() and told_by(p).get("made_from") == made_from)]
     for index in tqdm(missing, desc="ways", disable=not missing):
-        with aside(paths[index], overwrite=True) as part:
+        with atomic_path(paths[index], overwrite=True) as part:
             save_file(ways(index, teacher, pipe, texts, tokens), part, {"made_from": made_from})
     return paths
 

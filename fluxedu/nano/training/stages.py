@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 
 from fluxedu.checkpoints.save import save_file, save_folder, write_text
+from fluxedu.loading import NANO_SHIFT
 from fluxedu.models.autoencoder import AutoEncoder
+from fluxedu.models.flux import Flux
 from fluxedu.models.t5 import T5Encoder
-from fluxedu.models.transformer import Flux
 from fluxedu.nano.tokenizers import save_tokenizers
 from fluxedu.nano.training import autoencoder, clip, flow, latents, t5
 from fluxedu.nano.training.card import hours, judged, write_card
 from fluxedu.nano.training.loop import fingerprint
 from fluxedu.nano.training.samples import reporter
-from fluxedu.sampling.load import NANO_SHIFT
 
 SHARDS = 35  # of 2,560 scenes each
 SCHEDULER = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fluxedu.models.transformer import Flux
+from fluxedu.models.flux import Flux
 
 RANK = 16
 

@@ -6,10 +6,9 @@ import operator
 import re
 from collections.abc import Sequence
 
-from fluxedu.instruments.errors import AbsentError, InstrumentError
-from fluxedu.models.config import said
-from fluxedu.sampling.moment import Moment
+from fluxedu.errors import InstrumentError, WordNotInPrompt, describe
 from fluxedu.sampling.prompts import Tokenizer
+from fluxedu.sampling.step_context import StepContext
 
 Word = str | int
 
@@ -22,37 +21,39 @@ def listed(words: Sequence[Word] | Word) -> list[Word]:
     except TypeError:
         found = []
     if not found:
-        raise InstrumentError(f"tokens are words or places, one or several, not {said(words)}.")
+        raise InstrumentError(f"tokens are words or places, one or several, not {describe(words)}.")
     return found
 
 
-def names_words(words: Sequence[Word] | Word) -> bool:
+def contains_words(words: Sequence[Word] | Word) -> bool:
     """Is any of them a word, not a place?"""
     return any(isinstance(word, str) for word in listed(words))
 
 
-def places_now(moment: Moment | None, site: str, words: Sequence[Word] | Word, negative: bool = False) -> list[int]:
-    """Places of ``words`` in what is being read at ``site`` at this moment; numbers are places already."""
-    if not names_words(words):
+def token_indices_at(
+    context: StepContext | None, site: str, words: Sequence[Word] | Word, negative: bool = False
+) -> list[int]:
+    """Places of ``words`` in what is being read at ``site`` at this context; numbers are places already."""
+    if not contains_words(words):
         return listed(words)
-    if moment is None:
+    if context is None:
         raise InstrumentError(
             f"at {site!r}, words can only be found in a pipeline's run; give places of tokens instead."
         )
-    return token_ids(tokenizer_at(moment, site), read_at(moment, negative), listed(words))
+    return token_indices(tokenizer_at(context, site), prompt_at(context, negative), listed(words))
 
 
-def tokenizer_at(moment: Moment, site: str) -> Tokenizer:
+def tokenizer_at(context: StepContext, site: str) -> Tokenizer:
     """The transformer reads T5's pieces; only CLIP itself reads CLIP's."""
-    encoder = moment.pipe.prompt_encoder
+    encoder = context.pipe.prompt_encoder
     return encoder.clip_tokenizer if site.startswith("clip.") else encoder.t5_tokenizer
 
 
-def read_at(moment: Moment, negative: bool = False) -> str:
+def prompt_at(context: StepContext, negative: bool = False) -> str:
     """The prompt that is being encoded or drawn."""
-    if moment.text is not None:
-        return moment.text
-    return moment.asked.negative if negative else moment.asked.prompt
+    if context.text is not None:
+        return context.text
+    return context.request.negative if negative else context.request.prompt
 
 
 def _spans(tokenizer: Tokenizer, prompt: str) -> list[tuple[int, int]]:
@@ -60,10 +61,10 @@ def _spans(tokenizer: Tokenizer, prompt: str) -> list[tuple[int, int]]:
     try:
         return tokenizer.fast.encode(prompt).offsets
     except TypeError:  # no string, or half a character
-        raise InstrumentError(f"words are looked for in one prompt, not in {said(prompt)}.") from None
+        raise InstrumentError(f"words are looked for in one prompt, not in {describe(prompt)}.") from None
 
 
-def token_ids(tokenizer: Tokenizer, prompt: str, words: Sequence[Word]) -> list[int]:
+def token_indices(tokenizer: Tokenizer, prompt: str, words: Sequence[Word]) -> list[int]:
     """Places of the T5 tokens that spell ``words`` in ``prompt``, in the order asked; a number is a place itself.
 
     A word said twice is found twice. Padding is never part of a word. Raises InstrumentError for a word
@@ -80,7 +81,7 @@ def _places(spans: list[tuple[int, int]], prompt: str, word: str) -> list[int]:
     uttered = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)] if word else []
     places = [i for i, (a, b) in enumerate(spans) if any(a < end and b > start for start, end in uttered) and b > a]
     if not places:
-        raise AbsentError(f"the prompt does not say {said(word)}; it is {said(prompt)}.")
+        raise WordNotInPrompt(f"the prompt does not say {describe(word)}; it is {describe(prompt)}.")
     return places
 
 

@@ -19,18 +19,17 @@ from safetensors.torch import load_file
 
 from fluxedu.checkpoints import Merged, find, inputs_of, load_into, merge, read, widen_input
 from fluxedu.checkpoints.lora import is_scale
+from fluxedu.errors import CompileError, RequestError, describe
 from fluxedu.memory import open_networks
 from fluxedu.models import VARIANTS, Flux, FluxConfig, Sampling
-from fluxedu.models.compiled import compiled
-from fluxedu.models.config import said
-from fluxedu.models.eye import Eye
-from fluxedu.models.hollow import hollow
+from fluxedu.models.meta_init import meta_init
 from fluxedu.models.redux import Redux, ReduxHead
+from fluxedu.nano.networks import Eye
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.prompts import PromptEncoder, Tokenizer
-from fluxedu.sampling.request import RequestError, checked_device, checked_dtype
+from fluxedu.sampling.request import checked_device, checked_dtype
 
-WEIGHTS = Path(__file__).parent.parent / "nano" / "weights"
+WEIGHTS = Path(__file__).parent / "nano" / "weights"
 #: mu of the miniature, ln 3 at any size: chosen, as the guidance is, on prompts that are not the exam's
 NANO_SHIFT = (1.0986, 1.0986)
 
@@ -124,7 +123,7 @@ def load(
     vae = vae.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
     pipe = FluxPipeline(prompts, flux, vae, sampling, size)
     if head is not None:
-        with hollow():
+        with meta_init():
             eye, behind = Eye(clip.config), ReduxHead(clip.config.hidden_size, flux.config.context_in_dim)
         for part, file in ((eye, "eye.safetensors"), (behind, "model.safetensors")):
             part.load_state_dict(load_file(WEIGHTS / head / file), assign=True)
@@ -136,16 +135,16 @@ def load(
     elif lora_scale != 1.0:
         raise RequestError("lora_scale is how much of a LoRA's change is merged; say lora= as well.")
     if compile is not False:
-        compiled(pipe.flux, compile)
+        compile_blocks(pipe.flux, compile)
     return pipe
 
 
 def with_lora(flux: Flux, lora: str | Path, scale: float = 1.0, called: str = "a LoRA") -> tuple[Flux, Merged]:
     """``flux`` with a LoRA merged, first widened where the LoRA is for more inputs, as those of canny and depth are."""
     if not is_scale(scale):
-        raise RequestError(f"lora_scale is a number, 1 being the change as it was learned, not {said(scale)}.")
+        raise RequestError(f"lora_scale is a number, 1 being the change as it was learned, not {describe(scale)}.")
     if not isinstance(lora, (str, Path)):
-        raise RequestError(f"lora is a file, or one of {', '.join(LORAS)}, not {said(lora)}.")
+        raise RequestError(f"lora is a file, or one of {', '.join(LORAS)}, not {describe(lora)}.")
     if getattr(flux, "visitors", ()):
         raise RequestError(f"{called} is merged into weights that stay; say memory='full'.")
     if getattr(flux, "quantised", None):
@@ -158,7 +157,7 @@ def with_lora(flux: Flux, lora: str | Path, scale: float = 1.0, called: str = "a
 
 def widened(flux: Flux, in_channels: int) -> Flux:
     """The same network with more channels going in, the new ones unread; all other weights are those of ``flux``."""
-    with hollow():
+    with meta_init():
         wide = Flux(flux.config.with_(in_channels=in_channels))
     load_into(wide, widen_input(flux.state_dict(), in_channels))
     return wide.train(flux.training).requires_grad_(flux.img_in.weight.requires_grad)
@@ -183,3 +182,41 @@ def _like(config: FluxConfig) -> str:
     if not config.guidance_embed:
         return "schnell"
     return {384: "fill", 128: "depth"}.get(config.in_channels, "dev")
+
+
+# ------------------------------------------------------------ loading.py
+# torch.compile, block by block: one graph for all double blocks, one for all single ones.
+#
+# Only the blocks: they are where the time goes, and a graph of one is made in seconds where the whole takes minutes.
+# While an instrument looks or changes, what is compiled runs as it is written (``fluxedu.instruments.watching``).
+#
+
+
+def compile_blocks(flux: Flux, backend: str | bool = True, dynamic: bool | None = None) -> Flux:
+    """Have every block compiled at its first call, in place; returns ``flux``.
+
+    backend: True, which is inductor, or the name of another, as ``eager`` or ``aot_eager`` · dynamic: as
+    torch.compile's. Raises CompileError, at once, where the compiler does not work, or blocks visit.
+    """
+    backend = "inductor" if backend is True else backend
+    known = ("eager", "aot_eager", *torch.compiler.list_backends())
+    if not isinstance(backend, str) or backend not in known:
+        raise CompileError(f"compile is True or one of {', '.join(dict.fromkeys(known))}, not {describe(backend)}.")
+    blocks = [*flux.double_blocks, *flux.single_blocks]
+    if set(getattr(flux, "visitors", ())).intersection(blocks):
+        raise CompileError('blocks that visit cannot be compiled; load with memory="full" or "no-modulations".')
+    _try(backend, flux.img_in.weight.device)
+    for block in blocks:
+        block.compile(backend=backend, dynamic=dynamic)
+    return flux
+
+
+def _try(backend: str, device: torch.device) -> None:
+    """A compiler is code that is generated and built, in C++ on a CPU: whether it works shows when it is used."""
+    tried = torch.compile(lambda x: x.sin() + 1, backend=backend)
+    try:
+        tried(torch.zeros(8, device=device))
+    except Exception as error:  # whatever a compiler may fail with
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        why = " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
+        raise CompileError(f"torch.compile does not work here ({why}); load without compile.") from None

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fluxedu.checkpoints.errors import CheckpointError
+from fluxedu.errors import CheckpointError
 
 try:
     import fcntl
@@ -30,7 +30,7 @@ _OURS = re.compile(rf"config\.json|{WEIGHTS}(\.index\.json)?")
 
 
 @contextmanager
-def aside(target: Path, overwrite: bool = False, folder: bool = False) -> Iterator[Path]:
+def atomic_path(target: Path, overwrite: bool = False, folder: bool = False) -> Iterator[Path]:
     """A path to write to (a file, or with ``folder`` an empty folder) that becomes ``target`` at the end."""
     target = Path(os.path.abspath(target))
     _sweep(target)
@@ -66,7 +66,7 @@ def _refuse(target: Path, overwrite: bool, folder: bool) -> None:
 
 
 @contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """No other process is in here for the same folder: what is read in between is still so when it is written."""
     handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
     try:

@@ -9,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 
-class _Unfilled(TorchFunctionMode):
+class _SkipInit(TorchFunctionMode):
     """Leave out the random filling: there is nothing to fill, and on the meta device it imports the compiler, 2 s."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -19,7 +19,7 @@ class _Unfilled(TorchFunctionMode):
 
 
 @contextmanager
-def hollow() -> Iterator[None]:
-    """``with hollow(): flux = Flux(config)`` makes the network without its numbers."""
-    with torch.device("meta"), _Unfilled():
+def meta_init() -> Iterator[None]:
+    """``with meta_init(): flux = Flux(config)`` makes the network without its numbers."""
+    with torch.device("meta"), _SkipInit():
         yield

@@ -14,15 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fluxedu import probe
-from fluxedu.instruments.errors import InstrumentError
+from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.watching import takes
 from fluxedu.models.attention import QKNorm, RMSNorm, SelfAttention
-from fluxedu.models.config import said
-from fluxedu.models.double_stream import MLP, DoubleStreamBlock
-from fluxedu.models.embeddings import MLPEmbedder
-from fluxedu.models.modulation import Modulation
-from fluxedu.models.single_stream import SingleStreamBlock
-from fluxedu.models.transformer import LastLayer
+from fluxedu.models.blocks import MLP, DoubleStreamBlock, SingleStreamBlock
+from fluxedu.models.flux import LastLayer
+from fluxedu.models.modulation import MLPEmbedder, Modulation
 
 #: with what arguments a class is made that takes the place of ...
 _MADE_WITH: dict[type, Callable[[nn.Module], tuple]] = {
@@ -57,15 +54,15 @@ class swap:  # noqa: N801 - used like a function
     def __init__(self, glob: str, new: type[nn.Module] | Callable[[nn.Module], nn.Module] | nn.Module, pipe=None):
         self.glob, self.new, self.pipe = glob, new, pipe
         if not (isinstance(new, nn.Module) or callable(new)):
-            raise InstrumentError(f"what is swapped in is a module, a class or a function, not {said(new)}.")
+            raise InstrumentError(f"what is swapped in is a module, a class or a function, not {describe(new)}.")
         if not isinstance(new, (nn.Module, type)) and not takes(new, None):
             raise InstrumentError(
-                f"what makes the new module is a function of the old one, lambda old: ..., not {said(new)}."
+                f"what makes the new module is a function of the old one, lambda old: ..., not {describe(new)}."
             )
         if not isinstance(glob, str):
-            raise InstrumentError(f"a place is a path such as 'double.*.img_attn', not {said(glob)}.")
+            raise InstrumentError(f"a place is a path such as 'double.*.img_attn', not {describe(glob)}.")
         if not (pipe is None or isinstance(pipe, nn.Module) or callable(getattr(pipe, "networks", None))):
-            raise InstrumentError(f"pipe is a pipeline or a network, not {said(pipe)}.")
+            raise InstrumentError(f"pipe is a pipeline or a network, not {describe(pipe)}.")
         self.swapped: list[list] = []  # (parent, name, old, new)
         self.checks: list = []  # hooks that wait for a first call
         self.before: list[tuple] = []  # (module, was it training, its site path) of what is swapped in
@@ -115,7 +112,7 @@ class swap:  # noqa: N801 - used like a function
     def _made(self, old: nn.Module, path: str) -> nn.Module:
         module = self.new if isinstance(self.new, nn.Module) else self._new(old, path)
         if not isinstance(module, nn.Module):
-            raise InstrumentError(f"what is swapped in at {path!r} must be a torch.nn.Module, not {said(module)}.")
+            raise InstrumentError(f"what is swapped in at {path!r} must be a torch.nn.Module, not {describe(module)}.")
         self.before += [(part, part.training, getattr(part, "site_path", None)) for part in module.modules()]
         if module is not self.new:
             _give_weights(module, old, path)
@@ -197,7 +194,7 @@ def _check_first_output(module: nn.Module, old: nn.Module, path: str):
                 theirs = old(*given)
         except Exception as error:
             raise InstrumentError(
-                f"what {type(module).__name__} is given at {path!r}, the module there could not take ({said(error)}); "
+                f"what {type(module).__name__} is given at {path!r}, the module there could not take ({describe(error)}); "
                 f"a module in several places must fit them all."
             ) from None
         finally:

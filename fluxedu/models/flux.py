@@ -15,12 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fluxedu.models.attention import rope_table
+from fluxedu.models.blocks import DoubleStreamBlock, SingleStreamBlock
 from fluxedu.models.config import FluxConfig
-from fluxedu.models.double_stream import DoubleStreamBlock
-from fluxedu.models.embeddings import WAVES, MLPEmbedder, timestep_embedding
-from fluxedu.models.modulation import modulate, normalised
-from fluxedu.models.rope import rope_table
-from fluxedu.models.single_stream import SingleStreamBlock
+from fluxedu.models.modulation import WAVES, MLPEmbedder, modulate, normalised, timestep_embedding
 from fluxedu.probe import Probed, name_sites
 
 

@@ -1,0 +1,108 @@
+"""Every error that fluxedu raises on purpose, and the checks that raise them.
+
+All derive from :class:`FluxeduError`, which is a ValueError, so ``except fe.FluxeduError`` catches whatever a user of
+fluxedu can mend. A message is one sentence: which argument, what it was, what is allowed, and the nearest fix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from numbers import Integral, Real
+from reprlib import repr as short_repr
+
+
+class FluxeduError(ValueError):
+    """Base class of all errors below."""
+
+
+class ConfigError(FluxeduError):
+    """A configuration that cannot describe a network."""
+
+
+class CheckpointError(FluxeduError):
+    """A file or a set of tensors that is not what it should be."""
+
+
+class PlacementError(FluxeduError):
+    """An unknown memory mode, or weights that do not fit in it."""
+
+
+class QuantiseError(FluxeduError):
+    """An unknown format, a missing library, or weights that cannot be quantised."""
+
+
+class CompileError(FluxeduError):
+    """torch.compile does not work here, or cannot take these blocks."""
+
+
+class OutOfMemory(FluxeduError, MemoryError):
+    """Memory ran out; the message says what would need less."""
+
+
+class RequestError(FluxeduError):
+    """An argument of the pipeline that cannot be carried out."""
+
+
+class InstrumentError(FluxeduError):
+    """A site, head, token or step that does not exist, or a change that does not fit."""
+
+
+class WordNotInPrompt(InstrumentError):
+    """The prompt does not contain a word. While several prompts are encoded, another one may."""
+
+
+class BudgetError(InstrumentError):
+    """A recording that would need more bytes than its budget."""
+
+
+class CourseError(FluxeduError):
+    """An exercise, a prediction or a notebook that does not exist or is malformed."""
+
+
+class ArenaError(FluxeduError):
+    """A match, vote or contestant that does not exist or is malformed."""
+
+
+class SweepError(FluxeduError):
+    """A sweep that cannot be run as it is described."""
+
+
+def describe(value) -> str:
+    """``repr(value)`` on one line and cut to a readable length, for use in a message."""
+    try:
+        return " ".join(short_repr(value).split())
+    except Exception:  # a broken __repr__ must not hide the message
+        return f"a {type(value).__name__}"
+
+
+def first_of(names: Iterable[str]) -> str:
+    """``'a'``, or ``'a' (and 3 more)``."""
+    names = list(names)
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return f"{names[0]!r}{more}"
+
+
+def check_integer(name: str, value, low: int, high: int, hint: str = "", error: type = RequestError) -> int:
+    """``value`` as an int if it is a whole number in [low, high]; raises ``error`` otherwise. A bool is refused."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+        raise error(f"{name} must be a whole number from {low} to {high}, not {describe(value)}{_after(hint)}.")
+    return int(value)
+
+
+def check_number(name: str, value, low: float, high: float, hint: str = "", error: type = RequestError) -> float:
+    """``value`` as a float if it is a finite number in [low, high]; raises ``error`` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value) or not low <= value <= high:
+        raise error(f"{name} must be a number from {low:g} to {high:g}, not {describe(value)}{_after(hint)}.")
+    return float(value)
+
+
+def check_choice(name: str, value, options: Collection[str], hint: str = "", error: type = RequestError) -> str:
+    """``value`` if it is one of ``options``; raises ``error`` otherwise."""
+    if not isinstance(value, str) or value not in options:
+        raise error(f"{name} must be one of {', '.join(options)}, not {describe(value)}{_after(hint)}.")
+    return value
+
+
+def _after(hint: str) -> str:
+    return f"; {hint}" if hint else ""
