@@ -12,7 +12,6 @@ from sizes import TINY
 from fluxedu import probe
 from fluxedu.models import AutoEncoder, CLIPTextEncoder, Flux, T5Encoder
 from fluxedu.models.config import Sampling
-from fluxedu.nano import configs
 from fluxedu.nano.tokenizers import save_tokenizers
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.prompts import PromptEncoder, Tokenizer
@@ -79,9 +78,9 @@ def make_pipe(tokenizer_folder):
         clip_ids = Tokenizer(
             tokenizer_folder / "tokenizer", "<|endoftext|>", "<|endoftext|>", clip.max_position_embeddings, cut=True
         )
-        t5_ids = Tokenizer(tokenizer_folder / "tokenizer_2", "<pad>", "</s>", configs.TEXT_LENGTH, cut=False)
+        t5_ids = Tokenizer(tokenizer_folder / "tokenizer_2", "<pad>", "</s>", networks.TEXT_LENGTH, cut=False)
         prompts = PromptEncoder(clip_ids, networks[0], t5_ids, networks[1])
-        defaults = Sampling(steps, 3.5 if embedded else 0.0, configs.TEXT_LENGTH, shift)
+        defaults = Sampling(steps, 3.5 if embedded else 0.0, networks.TEXT_LENGTH, shift)
         return FluxPipeline(prompts, networks[2], networks[3], defaults, size=32)
 
     return make

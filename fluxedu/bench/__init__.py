@@ -27,9 +27,9 @@ BARS = {
 
 def run(rounds: int = 15) -> dict:
     """Every figure, as plain values."""
-    from fluxedu.nano import configs
+    from fluxedu.nano import networks
 
-    nano, text, few = configs.FLUX.with_(guidance_embed=True), configs.TEXT_LENGTH, max(3, rounds // 3)
+    nano, text, few = networks.FLUX.with_(guidance_embed=True), networks.TEXT_LENGTH, max(3, rounds // 3)
     return {
         "threads": torch.get_num_threads(),
         "miniature step": speed.step_ratio(nano, 8, text, 4 * rounds),

@@ -15,11 +15,12 @@ from torch import Tensor
 
 import fluxedu as fe
 from fluxedu.bench.speed import STEPS, PeakBytes, asked_of, in_turns, inputs_of, reference_of
-from fluxedu.models import Flux, FluxConfig, attention, double_stream, modulation, single_stream, transformer
+from fluxedu.models import Flux, FluxConfig, attention, blocks, modulation
+from fluxedu.models import flux as flux_module
 from fluxedu.models.attention_map import AttentionMap
 
 WORDS = 20  # tokens of a prompt that are looked at
-MODULES = (attention, modulation, double_stream, single_stream, transformer)  # each imports from those before it
+MODULES = (attention, modulation, blocks, flux_module)  # each imports from those before it
 
 
 # ---------------------------------------------------------------- the same code without its sites
@@ -101,7 +102,7 @@ def whole_map(config: FluxConfig, side: int, text: int, rounds: int) -> dict:
     g = torch.Generator().manual_seed(0)
     shape = (1, config.num_heads, side * side + text, config.head_dim)
     q, k, v = (torch.randn(shape, generator=g) for _ in range(3))
-    block = double_stream.DoubleStreamBlock(config)
+    block = blocks.DoubleStreamBlock(config)
     block.site_path = "double.0"
     kept: list[Tensor] = []
 

@@ -152,13 +152,13 @@ def matmul_peak(dtype: torch.dtype, size: int = 1536, rounds: int = 8, device: t
 
 def training_speed(rounds: int) -> dict:
     """Training samples and steps a second of the flow, and the share of the matmul peak they make."""
-    from fluxedu.nano import configs
+    from fluxedu.nano import networks
     from fluxedu.nano.training.flow import RECIPE, WithAlignment, initialise
     from fluxedu.nano.training.loop import mixed_precision, product_dtype
 
     torch.manual_seed(0)
-    model, side, batch = WithAlignment(initialise(Flux(configs.FLUX))), 8, RECIPE.batch
-    x = inputs_of(configs.FLUX, side, configs.TEXT_LENGTH)
+    model, side, batch = WithAlignment(initialise(Flux(networks.FLUX))), 8, RECIPE.batch
+    x = inputs_of(networks.FLUX, side, networks.TEXT_LENGTH)
     x = {k: v if "ids" in k else v.expand(batch, *v.shape[1:]).contiguous() for k, v in x.items()}
 
     def step() -> None:
@@ -168,7 +168,7 @@ def training_speed(rounds: int) -> dict:
         model.zero_grad(set_to_none=True)
 
     seconds, _ = in_turns(step, lambda: None, max(3, rounds // 3))
-    flop = 6 * batch * _active(model.flux) * (side * side + configs.TEXT_LENGTH)
+    flop = 6 * batch * _active(model.flux) * (side * side + networks.TEXT_LENGTH)
     dtype = product_dtype()
     return {
         "samples_per_second": batch / seconds,

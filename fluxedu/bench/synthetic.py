@@ -31,7 +31,7 @@ from fluxedu.models import (
     T5Encoder,
 )
 from fluxedu.models.meta_init import meta_init
-from fluxedu.nano import configs
+from fluxedu.nano import networks
 from fluxedu.nano.tokenizers import save_tokenizers
 from fluxedu.terminal import sentences
 
@@ -81,7 +81,7 @@ def synthetic(folder: str | Path, variant: str = "dev", small: bool = False) -> 
             config = FluxConfig.variant(variant) if kind is Flux else config_of()
             config = config.with_(**(SMALL[kind] if small else {}))
             if kind is CLIPTextEncoder:
-                config = config.with_(eos_token_id=configs.CLIP.eos_token_id)
+                config = config.with_(eos_token_id=networks.CLIP.eos_token_id)
             with meta_init():
                 network = kind(config)
             save_folder(Drawn(network), part / name, config)

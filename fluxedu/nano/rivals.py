@@ -27,7 +27,7 @@ from fluxedu.loading import WEIGHTS, load
 from fluxedu.memory.quantised import quietly
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
-from fluxedu.nano import configs
+from fluxedu.nano import networks
 from fluxedu.sampling.images import to_images
 from fluxedu.sampling.latents import draw_noise
 from fluxedu.sampling.pipeline import FluxPipeline, Output
@@ -37,14 +37,14 @@ SD = "sd"  # its name, in the arena and for `fluxedu judge`
 FILE = Path("unet") / "diffusion_pytorch_model.safetensors"
 STEPS, GUIDANCE = 20, 5.0
 UNET = {
-    "in_channels": configs.AUTOENCODER.z_channels,
-    "out_channels": configs.AUTOENCODER.z_channels,
+    "in_channels": networks.AUTOENCODER.z_channels,
+    "out_channels": networks.AUTOENCODER.z_channels,
     "block_out_channels": (64, 128),  # 4.0 million parameters, as the miniature FLUX has 4.4
     "layers_per_block": 1,
     # attention where the miniature FLUX has its tokens, at a cell for every 16 x 16 pixels
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": configs.CLIP.hidden_size,
+    "cross_attention_dim": networks.CLIP.hidden_size,
     "attention_head_dim": 4,  # diffusers' name for how many heads; 32 channels each
     "norm_num_groups": 16,
 }
@@ -82,7 +82,7 @@ class StableDiffusion:
 
     def __init__(self, network: nn.Module, prompt_encoder: PromptEncoder, autoencoder: AutoEncoder):
         self.unet, self.prompt_encoder, self.autoencoder = network.eval(), prompt_encoder, autoencoder
-        self.defaults = Sampling(steps=STEPS, guidance=GUIDANCE, text_length=configs.TEXT_LENGTH, shift=False)
+        self.defaults = Sampling(steps=STEPS, guidance=GUIDANCE, text_length=networks.TEXT_LENGTH, shift=False)
         self.scheduler = _diffusers().DDIMScheduler(**DDIM)
 
     @property

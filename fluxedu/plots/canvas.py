@@ -61,7 +61,7 @@ def pixels(image) -> np.ndarray:
     return np.clip(x.transpose(1, 2, 0) / 2 + 0.5, 0, 1)
 
 
-def is_watched(value: Named, *axes: str) -> Named:
+def wanted(value: Named, *axes: str) -> Named:
     """Refuse what has other axes."""
     if not isinstance(value, Named) or value.axes != axes:
         have = ", ".join(value.axes) if isinstance(value, Named) else type(value).__name__

@@ -19,14 +19,14 @@ from torch import nn
 
 from fluxedu.checkpoints import OFFICIAL, save_folder
 from fluxedu.models import VARIANTS, AutoEncoder, AutoEncoderConfig, CLIPTextEncoder, Flux, FluxConfig, T5Encoder
-from fluxedu.nano import configs
+from fluxedu.nano import networks
 from fluxedu.nano.tokenizers import save_tokenizers
 from fluxedu.sampling.pipeline import FluxPipeline
 
-CLIP = configs.CLIP.with_(
+CLIP = networks.CLIP.with_(
     hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=77
 )
-T5 = configs.T5.with_(d_model=48, d_kv=8, d_ff=96, num_layers=5, num_heads=6)
+T5 = networks.T5.with_(d_model=48, d_kv=8, d_ff=96, num_layers=5, num_heads=6)
 FLUX = FluxConfig.variant("dev").with_(
     hidden_size=256, num_heads=2, depth=3, depth_single_blocks=5, vec_in_dim=64, context_in_dim=48
 )

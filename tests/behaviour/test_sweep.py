@@ -171,12 +171,12 @@ def test_killed_between_writing_and_naming(whole, tmp_path, when):
     target = last.get(when, "00003.safetensors")
     code = f"""
 import os, signal
-from fluxedu.checkpoints import aside
+from fluxedu import files
 from fluxedu.sweep import read_config, work
-put = aside._put
+put = files._put
 def killed(part, target):
     os.kill(os.getpid(), signal.SIGKILL) if target.name == {target!r} else put(part, target)
-aside._put = killed
+files._put = killed
 work(read_config({str(whole[0])!r}), {str(tmp_path / "out")!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)

@@ -22,7 +22,8 @@ from oracle import (
     worst_gradient,
 )
 
-from fluxedu.models import FluxConfig, attention, modulation, transformer
+from fluxedu.models import FluxConfig, attention, modulation
+from fluxedu.models import flux as flux_module
 
 F32, F32_WIDE, F64, BF16 = 2e-6, 5e-6, 1e-7, 7e-2
 # Gradients pass through the network twice, and "faint" ones through norms at their steepest; in float64
@@ -240,12 +241,12 @@ def rows_for_columns(patch, model):
 
 
 def sines_first(patch, model):
-    waves = transformer.timestep_embedding
+    waves = flux_module.timestep_embedding
     patch.setattr(transformer, "timestep_embedding", lambda t: waves(t).roll(128, dims=-1))
 
 
 def time_as_step_index(patch, model):
-    waves = transformer.timestep_embedding
+    waves = flux_module.timestep_embedding
     patch.setattr(transformer, "timestep_embedding", lambda t: waves((t * 1000).floor() / 1000))
 
 

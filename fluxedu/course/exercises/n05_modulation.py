@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, wrong
-from fluxedu.models import embeddings, modulation
+from fluxedu.models import modulation
 from fluxedu.models.modulation import ShiftScaleGate
 
 
@@ -18,7 +18,7 @@ def _times() -> list[tuple]:
     minutes=10,
     difficulty=2,
     cases=_times,
-    against=embeddings.timestep_embedding,
+    against=modulation.timestep_embedding,
     tolerance=3e-4,  # a phase of 3,500 radians has lost four digits in float32
     hints=(
         "`dim / 2` waves of different speeds are read off at the point `1000 t`; each gives a cosine and a sine.",
@@ -86,7 +86,7 @@ def _random(module: nn.Module, seed: int) -> dict[str, Tensor]:
 
 def _vectors() -> list[tuple]:
     g = torch.Generator().manual_seed(5)
-    a, b = embeddings.MLPEmbedder(6, 4), embeddings.MLPEmbedder(3, 8)
+    a, b = modulation.MLPEmbedder(6, 4), modulation.MLPEmbedder(3, 8)
     return [
         (torch.randn(2, 6, generator=g), (6, 4), _random(a, 1)),
         (torch.randn(3, 2, 3, generator=g), (3, 8), _random(b, 2)),
@@ -103,7 +103,7 @@ def _embed(answer, x: Tensor, made_with: tuple, weights: dict[str, Tensor]) -> T
     difficulty=1,
     cases=_vectors,
     call=_embed,
-    against=embeddings.MLPEmbedder,
+    against=modulation.MLPEmbedder,
     hints=(
         "Widen or narrow to the hidden width, bend, and one more layer of that width. There is one bend, in between.",
         "Two `nn.Linear` with biases; the bend is SiLU, `x * sigmoid(x)`, in torch `F.silu`.",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fluxedu.course.exercise import exercise, wrong
-from fluxedu.sampling import guidance as library
+from fluxedu.sampling import solvers as library
 
 
 def _velocities() -> list[tuple]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fluxedu.models.autoencoder import AutoEncoder
-from fluxedu.nano import configs
+from fluxedu.nano import networks
 from fluxedu.nano.scenes import render, sample_scene
 from fluxedu.nano.training.loop import Prefetch, Recipe, Run, mixed_precision, use_average
 
@@ -82,7 +82,7 @@ def calibrate(model: AutoEncoder) -> AutoEncoder:
 def train(folder: Path, resume: bool = True) -> AutoEncoder:
     """Train (or take the finished) autoencoder; returns it calibrated."""
     torch.manual_seed(SEED)
-    model = AutoEncoder(configs.AUTOENCODER)
+    model = AutoEncoder(networks.AUTOENCODER)
     run = Run("autoencoder", model, RECIPE, folder, resume)
     held = validation()
 
@@ -91,11 +91,11 @@ def train(folder: Path, resume: bool = True) -> AutoEncoder:
         return loss_of(model, batches(step), noise)
 
     def report(run: Run) -> None:
-        judged = use_average(AutoEncoder(configs.AUTOENCODER), run.average)
+        judged = use_average(AutoEncoder(networks.AUTOENCODER), run.average)
         with torch.no_grad():
             seen = torch.cat([judged.decode(judged.encode(part)) for part in held.split(16)])
         print(f"\nautoencoder step {run.step}: {psnr(held, seen):.2f} dB on held-out scenes", flush=True)
 
     with Prefetch(crops, RECIPE.batch) as batches:
         run.train(loss, report, every=500)
-    return calibrate(use_average(AutoEncoder(configs.AUTOENCODER), run.average))
+    return calibrate(use_average(AutoEncoder(networks.AUTOENCODER), run.average))

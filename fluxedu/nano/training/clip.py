@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.models.clip import CLIPTextEncoder
-from fluxedu.nano import configs
+from fluxedu.nano import networks
 from fluxedu.nano.networks import ImageTower
 from fluxedu.nano.scenes import caption, render, sample_scene
 from fluxedu.nano.tokenizers import clip_tokenizer
@@ -32,9 +32,9 @@ class CLIP(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.text = CLIPTextEncoder(configs.CLIP)
-        self.image = ImageTower(configs.CLIP)
-        self.text_projection_head = nn.Linear(configs.CLIP.hidden_size, configs.CLIP.hidden_size, bias=False)
+        self.text = CLIPTextEncoder(networks.CLIP)
+        self.image = ImageTower(networks.CLIP)
+        self.text_projection_head = nn.Linear(networks.CLIP.hidden_size, networks.CLIP.hidden_size, bias=False)
         self.temperature_head = nn.Parameter(torch.tensor(2.3))
         for name, p in self.text.named_parameters():
             if "embedding" in name:
@@ -60,7 +60,7 @@ class Pairs:
         ids = self.tokenizer(
             [caption(s, rng)[0] for s in made],
             padding="max_length",
-            max_length=configs.TEXT_LENGTH,
+            max_length=networks.TEXT_LENGTH,
             truncation=True,
             return_tensors="pt",
         ).input_ids

@@ -26,7 +26,7 @@ from fluxedu.loading import compile_blocks
 from fluxedu.models.clip import CLIPTextEncoder
 from fluxedu.models.flux import Flux
 from fluxedu.models.t5 import T5Encoder
-from fluxedu.nano import configs
+from fluxedu.nano import networks
 from fluxedu.nano.scenes import COLORS, FORMS
 from fluxedu.nano.training.latents import Latents, Tokens
 from fluxedu.nano.training.loop import Recipe, Run, fingerprint, mixed_precision, use_average
@@ -102,7 +102,7 @@ def noisy(x0: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
 
 def places(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Ids of a latent's tokens, and of the words beside them."""
-    return image_ids(rows, columns), text_ids(configs.TEXT_LENGTH)
+    return image_ids(rows, columns), text_ids(networks.TEXT_LENGTH)
 
 
 def strengths(count: int, between: tuple[float, float], g: torch.Generator) -> Tensor:
@@ -136,7 +136,7 @@ def train(
 ) -> Flux:
     """Train (or take the finished) flow on the latents in ``folder``; ``report(flux, step)`` now and then."""
     torch.manual_seed(SEED)
-    model = WithAlignment(initialise(Flux(configs.FLUX)))
+    model = WithAlignment(initialise(Flux(networks.FLUX)))
     texts, data = Texts(t5, clip), Latents(folder)
     run = Run("flow", model, RECIPE, folder, resume, f"{made_from}, {len(data.shards)} shards")
     faster(model.flux)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from fluxedu.files import atomic_path
 from fluxedu.models.autoencoder import AutoEncoder
-from fluxedu.nano import configs
+from fluxedu.nano import networks
 from fluxedu.nano.scenes import ASPECTS, COLORS, FORMS, Scene, caption, render, sample_scene, thing_map
 from fluxedu.nano.tokenizers import clip_tokenizer, t5_tokenizer
 from fluxedu.nano.training.autoencoder import to_tensor
@@ -62,7 +62,7 @@ class Tokens:
         self.t5, self.clip = t5_tokenizer(), clip_tokenizer()
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        pad = dict(padding="max_length", max_length=configs.TEXT_LENGTH, truncation=True, return_tensors="pt")
+        pad = dict(padding="max_length", max_length=networks.TEXT_LENGTH, truncation=True, return_tensors="pt")
         return self.t5(texts, **pad).input_ids, self.clip(texts, **pad).input_ids
 
 

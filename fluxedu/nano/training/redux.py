@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fluxedu.models.flux import Flux
 from fluxedu.models.redux import ReduxHead
-from fluxedu.nano import configs
+from fluxedu.nano import networks
 from fluxedu.nano.networks import Eye
 from fluxedu.nano.scenes import COLORS, FORMS, LETTERS
 from fluxedu.nano.training.flow import Texts, misnamed, noisy, places, strengths
@@ -37,9 +37,9 @@ class HeadAtWork(nn.Module):
 
     def __init__(self, flux: Flux):
         super().__init__()
-        self.eye = Eye(configs.CLIP)
-        self.head = ReduxHead(configs.CLIP.hidden_size, configs.T5.d_model)
-        self.read_head = nn.Linear(configs.CLIP.hidden_size, len(COLORS) + 1 + len(FORMS) + 1)
+        self.eye = Eye(networks.CLIP)
+        self.head = ReduxHead(networks.CLIP.hidden_size, networks.T5.d_model)
+        self.read_head = nn.Linear(networks.CLIP.hidden_size, len(COLORS) + 1 + len(FORMS) + 1)
         self.__dict__.update(flux=deepcopy(flux))  # not a parameter of this module: it does not learn
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fluxedu.checkpoints.save import save_file, save_folder, write_text
 from fluxedu.loading import load
 from fluxedu.models.flux import Flux
-from fluxedu.nano import configs, exam
+from fluxedu.nano import exam, networks
 from fluxedu.nano.judge import judge
 from fluxedu.nano.report import drawer
 from fluxedu.nano.rivals import FILE, GUIDANCE, SD, UNET, StableDiffusion, schedule, unet
@@ -89,7 +89,7 @@ def train(name: str, folder: Path, pipe: FluxPipeline, resume: bool = True) -> t
     recipe, texts = RECIPES[name], Texts(pipe.prompt_encoder.t5, pipe.prompt_encoder.clip)
     make_shards(SHARDS, folder, pipe.autoencoder)
     data = Latents(folder)
-    model = Aligned(unet()) if name == SD else WithAlignment(initialise(Flux(configs.FLUX)))
+    model = Aligned(unet()) if name == SD else WithAlignment(initialise(Flux(networks.FLUX)))
     of_batch = noise_loss if name == SD else flow_loss
     run = Run(name, model, recipe, folder, resume, f"{fingerprint(pipe.autoencoder)}, {SHARDS} shards")
 

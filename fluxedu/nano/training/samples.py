@@ -13,7 +13,7 @@ from fluxedu.models.clip import CLIPTextEncoder
 from fluxedu.models.config import Sampling
 from fluxedu.models.flux import Flux
 from fluxedu.models.t5 import T5Encoder
-from fluxedu.nano import configs
+from fluxedu.nano import networks
 from fluxedu.nano.exam import sit
 from fluxedu.nano.tokenizers import save_tokenizers
 from fluxedu.sampling.pipeline import FluxPipeline
@@ -38,15 +38,15 @@ def reporter(
     folder = Path(folder)
     save_tokenizers(folder)
     encoder = PromptEncoder(
-        Tokenizer(folder / "tokenizer", "<|endoftext|>", "<|endoftext|>", configs.TEXT_LENGTH, cut=True),
+        Tokenizer(folder / "tokenizer", "<|endoftext|>", "<|endoftext|>", networks.TEXT_LENGTH, cut=True),
         clip,
-        Tokenizer(folder / "tokenizer_2", "<pad>", "</s>", configs.TEXT_LENGTH, cut=False),
+        Tokenizer(folder / "tokenizer_2", "<pad>", "</s>", networks.TEXT_LENGTH, cut=False),
         t5,
     )
 
     def report(flux: Flux, step: int) -> dict:
         pipe = FluxPipeline(
-            encoder, flux, autoencoder, Sampling(steps, 3.5, configs.TEXT_LENGTH, True, NANO_SHIFT), 128
+            encoder, flux, autoencoder, Sampling(steps, 3.5, networks.TEXT_LENGTH, True, NANO_SHIFT), 128
         )
         drawn: list[Image.Image] = []
 

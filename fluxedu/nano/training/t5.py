@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.models.t5 import T5Encoder
-from fluxedu.nano import configs
+from fluxedu.nano import networks
 from fluxedu.nano.scenes import COLORS, FORMS, INVERSE, LETTERS, Claim, caption, sample_scene
 from fluxedu.nano.tokenizers import t5_tokenizer
 from fluxedu.nano.training.loop import Prefetch, Recipe, Run, use_average
@@ -38,7 +38,7 @@ class Pretraining(nn.Module):
 
     def __init__(self):
         super().__init__()
-        config = configs.T5
+        config = networks.T5
         self.encoder = T5Encoder(config)
         layer = nn.TransformerDecoderLayer(
             config.d_model, 4, 256, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
@@ -132,7 +132,7 @@ class Captions:
         said = [caption(sample_scene(rng, held_out=self.held_out), rng) for _ in range(batch)]
         ids = self.tokenizer([text for text, _ in said]).input_ids
         told = self.tokenizer([facts(claim) for _, claim in said]).input_ids
-        length = configs.TEXT_LENGTH
+        length = networks.TEXT_LENGTH
         source = np.zeros((batch, length), int)
         target = np.zeros((batch, TARGET_LENGTH), int)
         tags = np.full((batch, length, len(TAGS)), -1)
