@@ -18,23 +18,25 @@ SMALL = FluxConfig(
     in_channels=20, out_channels=12, vec_in_dim=6, context_in_dim=10, hidden_size=24, mlp_ratio=2.0, num_heads=2,
     depth=2, depth_single_blocks=2, axes_dim=(2, 4, 6),
 )  # fmt: skip
-PLAIN = SMALL.with_(guidance_embed=False, depth=1, depth_single_blocks=3)
+UNGUIDED = SMALL.with_(guidance_embed=False, depth=1, depth_single_blocks=3)
+
+# ---------------------------------------------------------------- whole.flux
 
 
-def _questions() -> list[tuple]:
+def _inputs() -> list[tuple]:
     cases = []
-    for seed, config, batch, words, side in ((90, SMALL, 2, 5, (4, 6)), (91, PLAIN, 1, 3, (8, 4))):
+    for seed, config, batch, txt_len, size in ((90, SMALL, 2, 5, (4, 6)), (91, UNGUIDED, 1, 3, (8, 4))):
         g = torch.Generator().manual_seed(seed)
-        state, ids = _random(Flux(config), g).state_dict(), image_ids(*side)
-        img, txt = torch.randn(batch, len(ids), 20, generator=g), torch.randn(batch, words, 10, generator=g)
-        times, pooled = torch.rand(batch, generator=g), torch.randn(batch, 6, generator=g)
+        state, img_ids = _random(Flux(config), g).state_dict(), image_ids(*size)
+        img, txt = torch.randn(batch, len(img_ids), 20, generator=g), torch.randn(batch, txt_len, 10, generator=g)
+        timesteps, pooled = torch.rand(batch, generator=g), torch.randn(batch, 6, generator=g)
         guidance = 1 + 4 * torch.rand(batch, generator=g) if config.guidance_embed else None
-        cases.append((config, state, img, ids, txt, text_ids(words), times, pooled, guidance))
+        cases.append((config, state, img, img_ids, txt, text_ids(txt_len), timesteps, pooled, guidance))
     return cases
 
 
-def _asked(made, config, state, *inputs):
-    flux = made(config)
+def _velocity(network_class, config, state, *inputs):
+    flux = network_class(config)
     flux.load_state_dict(state)
     return flux(*inputs)
 
@@ -43,20 +45,21 @@ def _asked(made, config, state, *inputs):
     "whole.flux",
     minutes=15,
     difficulty=2,
-    cases=_questions,
-    call=_asked,
+    cases=_inputs,
+    call=_velocity,
     against=Flux,
     hints=(
-        "Five steps: the vector, the turns, both kinds of token to the width, all blocks, the last layer. Between "
-        "double and single blocks the streams are laid end to end.",
-        "`timestep_embedding(timesteps).to(y)` makes waves of a number (times 1000 is in it; float32, hence `.to(y)`) "
-        "and `self.time_in` a vector; guidance likewise. A block is called with `block.plan(vec)` and the turns.",
-        "`x = torch.cat([txt, img], dim=1)`, then `x = block(x, block.plan(vec), rope, words)` for every single block, "
-        "and `self.final_layer(x[:, words:], self.final_layer.plan(vec))`.",
+        "Five steps: compute the conditioning vector `vec`, compute the rotations, project image and text tokens to "
+        "the width D, run all blocks, run the last layer. Concatenate text and image before the single blocks.",
+        "`timestep_embedding(timesteps).to(y)` turns a number into sines and cosines (it multiplies by 1000 and "
+        "returns float32, hence `.to(y)`), and `self.time_in` turns those into a vector. Guidance works the same way. "
+        "A block is called with `block.plan(vec)` and the rotations.",
+        "`x = torch.cat([txt, img], dim=1)`, then `x = block(x, block.plan(vec), rope, txt_len)` for every single "
+        "block, and `self.final_layer(x[:, txt_len:], self.final_layer.plan(vec))`.",
     ),
     stub='''
     class MyFlux(nn.Module):
-        """Noisy image tokens and text tokens in, a velocity for every image token out."""
+        """From noisy image tokens and text tokens to a velocity for every image token."""
 
         def __init__(self, config: FluxConfig):
             super().__init__()
@@ -79,11 +82,12 @@ def _asked(made, config, state, *inputs):
     ''',
 )
 class MyFlux(nn.Module):
-    """The transformer from its parts: `forward` gives the velocity `[B, N, out_channels]` of the image's tokens.
+    """Assemble the transformer: write `forward`, which returns the velocity `[B, N, out_channels]` of the image tokens.
 
-    `img [B, N, in_channels]` with `img_ids [N, 3]`, `txt [B, L, context_in_dim]` with `txt_ids [L, 3]`, `timesteps [B]`
-    from 1 (noise) to 0, the pooled text `y [B, vec_in_dim]`, and `guidance [B]` where the variant has that input.
-    The parts have the official names; write `forward`, the text before the image wherever they are together.
+    Inputs: `img [B, N, in_channels]` with `img_ids [N, 3]`, `txt [B, L, context_in_dim]` with `txt_ids [L, 3]`,
+    `timesteps [B]` from 1 (noise) to 0, the pooled text vector `y [B, vec_in_dim]`, and `guidance [B]` for variants
+    that have this input. The modules have their official names. Where text and image are concatenated, the text comes
+    first.
     """
 
     def __init__(self, config: FluxConfig):
@@ -109,95 +113,71 @@ class MyFlux(nn.Module):
         img, txt = self.img_in(img), self.txt_in(txt)  # [B, N, D], [B, L, D]
         for block in self.double_blocks:
             img, txt = block(img, txt, block.plan(vec), rope)
-        words, x = txt.shape[1], torch.cat([txt, img], dim=1)  # [B, L + N, D]
+        txt_len = txt.shape[1]
+        x = torch.cat([txt, img], dim=1)  # [B, L + N, D]
         for block in self.single_blocks:
-            x = block(x, block.plan(vec), rope, words)
-        return self.final_layer(x[:, words:], self.final_layer.plan(vec))  # [B, N, out_channels]
+            x = block(x, block.plan(vec), rope, txt_len)
+        return self.final_layer(x[:, txt_len:], self.final_layer.plan(vec))  # [B, N, out_channels]
 
 
-class _Steps(MyFlux):
-    """The same in steps, so that a wrong answer changes one of them."""
+def _flux_with(mistake: str) -> type[MyFlux]:
+    """The solution with one mistake in it."""
 
-    def turns(self, txt_ids, img_ids):
-        return torch.cat([txt_ids, img_ids])
+    class Mistaken(MyFlux):
+        def forward(self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None):
+            ids = [img_ids, txt_ids] if mistake == "image ids first" else [txt_ids, img_ids]
+            rope = rope_table(torch.cat(ids), self.config.axes_dim).to(torch.complex64)
+            scale = 1000 if mistake == "time x 1000 twice" else 1
+            vec = self.time_in(timestep_embedding(scale * timesteps))
+            if mistake != "no pooled text":
+                vec = vec + self.vector_in(y)
+            if guidance is not None and mistake != "no guidance":
+                vec = vec + self.guidance_in(timestep_embedding(guidance))
+            img, txt = self.img_in(img), self.txt_in(txt)
+            for block in self.double_blocks:
+                img, txt = block(img, txt, block.plan(vec), rope)
+            txt_len = txt.shape[1]
+            if mistake == "text left out":
+                txt, rope, txt_len = txt[:, :0], rope[..., txt_len:, :], 0
+            x = torch.cat([txt, img], dim=1)
+            for block in self.single_blocks:
+                x = block(x, block.plan(vec), rope)
+            img = x[:, : x.shape[1] - txt_len] if mistake == "first tokens" else x[:, txt_len:]
+            mods = self.final_layer.plan(vec)
+            if mistake == "scale before shift":
+                mods = mods.roll(self.config.hidden_size, -1)
+            return self.final_layer(img, mods)
 
-    def vector(self, timesteps, y, guidance):
-        vec = self.time_in(timestep_embedding(timesteps)) + self.vector_in(y)
-        return vec if guidance is None else vec + self.guidance_in(timestep_embedding(guidance))
-
-    def single(self, txt, img, vec, rope):
-        x = torch.cat([txt, img], dim=1)
-        for block in self.single_blocks:
-            x = block(x, block.plan(vec), rope)
-        return x
-
-    def kept(self, x, words):
-        return x[:, words:]
-
-    def last(self, x, vec):
-        return self.final_layer(x, self.final_layer.plan(vec))
-
-    def forward(self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None):
-        rope = rope_table(self.turns(txt_ids, img_ids), self.config.axes_dim).to(torch.complex64)
-        vec, img, txt = self.vector(timesteps, y, guidance), self.img_in(img), self.txt_in(txt)
-        for block in self.double_blocks:
-            img, txt = block(img, txt, block.plan(vec), rope)
-        return self.last(self.kept(self.single(txt, img, vec, rope), txt.shape[1]), vec)
-
-
-@wrong("whole.flux", "the first tokens are kept, which are the text's: the image's come behind them.")
-class _TextKept(_Steps):
-    def kept(self, x, words):
-        return x[:, : x.shape[1] - words]
+    return Mistaken
 
 
-@wrong("whole.flux", "the turns are made for the image first, but the tokens come text first.")
-class _TurnsOtherway(_Steps):
-    def turns(self, txt_ids, img_ids):
-        return torch.cat([img_ids, txt_ids])
+for _mistake, _message in (
+    ("first tokens", "you return the first tokens, which are text; the image tokens come after them."),
+    ("image ids first", "the rotations are computed with the image ids first, but the text tokens come first."),
+    ("time x 1000 twice", "the time is multiplied by 1000 twice: timestep_embedding does it already."),
+    ("no pooled text", "the pooled text is not in vec: add self.vector_in(y)."),
+    ("no guidance", "the guidance is not in vec, though this variant has a guidance input."),
+    (
+        "scale before shift",
+        "the last layer takes scale before shift, diffusers' order; the official one is shift, scale.",
+    ),
+    ("text left out", "the single blocks get the image tokens only; they need the text tokens as well."),
+):
+    wrong("whole.flux", _message)(_flux_with(_mistake))
 
 
-@wrong("whole.flux", "the time is multiplied by 1000 twice: timestep_embedding does it.")
-class _TimesThousand(_Steps):
-    def vector(self, timesteps, y, guidance):
-        return super().vector(1000 * timesteps, y, guidance)
-
-
-@wrong("whole.flux", "the pooled text is not in vec: add self.vector_in(y).")
-class _NoText(_Steps):
-    def vector(self, timesteps, y, guidance):
-        return super().vector(timesteps, y, guidance) - self.vector_in(y)
-
-
-@wrong("whole.flux", "the guidance is not in vec, though this variant has the input.")
-class _NoGuidance(_Steps):
-    def vector(self, timesteps, y, guidance):
-        return super().vector(timesteps, y, None)
-
-
-@wrong(
-    "whole.flux",
-    "the last layer takes scale before shift, which is diffusers' order; the official one is shift, scale.",
-)
-class _ScaleFirst(_Steps):
-    def last(self, x, vec):
-        return self.final_layer(x, self.final_layer.plan(vec).roll(self.config.hidden_size, -1))
-
-
-@wrong("whole.flux", "the text is left behind at the double blocks; the single ones need it as well.")
-class _ImageAlone(_Steps):
-    def single(self, txt, img, vec, rope):
-        x = super().single(txt[:, :0], img, vec, rope[..., txt.shape[1] :, :])
-        return torch.cat([txt, x], dim=1)
+# ---------------------------------------------------------------- whole.count
 
 
 def _configs() -> list[tuple]:
     return [(FluxConfig.variant("dev"),), (FluxConfig.variant("schnell"),), (FluxConfig.variant("fill"),), (SMALL,)]
 
 
-def _counted(config: FluxConfig) -> int:
+def _parameters(config: FluxConfig, *substrings: str) -> int:
+    """The number of parameters, counted in the network itself; only those whose name contains one of `substrings`."""
     with meta_init():
-        return sum(p.numel() for p in Flux(config).parameters())
+        named = list(Flux(config).named_parameters())
+    return sum(p.numel() for name, p in named if not substrings or any(part in name for part in substrings))
 
 
 @exercise(
@@ -205,14 +185,14 @@ def _counted(config: FluxConfig) -> int:
     minutes=15,
     difficulty=2,
     cases=_configs,
-    against=_counted,
+    against=_parameters,
     tolerance=0,
     hints=(
-        "Write down every linear layer of a part as inputs x outputs, plus its biases. A double block has each of its "
-        "layers twice.",
-        "A stream: modulation D to 6 D, qkv D to 3 D, two norms of head_dim, proj D to D, MLP D to M and M to D. A "
-        "single block: modulation D to 3 D, linear1 D to 3 D + M, linear2 D + M to D, two norms.",
-        "The rest: img_in, txt_in, an embedder (two layers) for the time, for the pooled text and, with "
+        "List every linear layer of a module as inputs x outputs, plus one bias per output. A double block has all of "
+        "its layers twice.",
+        "One stream of a double block: modulation D to 6 D, qkv D to 3 D, two norms of head_dim, proj D to D, MLP D to "
+        "M and M to D. A single block: modulation D to 3 D, linear1 D to 3 D + M, linear2 D + M to D, two norms.",
+        "The rest: img_in, txt_in, an embedder (two linear layers) each for the time, for the pooled text and, with "
         "`guidance_embed`, for the guidance; the last layer has D to 2 D and D to out_channels.",
     ),
 )
@@ -220,7 +200,8 @@ def count(config: FluxConfig) -> int:
     """The number of parameters of a FLUX transformer, by arithmetic alone.
 
     `config` has hidden_size (D), mlp_hidden (M), head_dim, depth, depth_single_blocks, in_channels, out_channels,
-    context_in_dim, vec_in_dim and guidance_embed. Time and guidance come as 256 waves; every linear layer has a bias.
+    context_in_dim, vec_in_dim and guidance_embed. The embeddings of time and guidance have 256 numbers (sines and
+    cosines). Every linear layer has a bias.
     """
     d, m, c = config.hidden_size, config.mlp_hidden, config
 
@@ -230,74 +211,71 @@ def count(config: FluxConfig) -> int:
     norms = 2 * c.head_dim
     stream = linear(d, 6 * d) + linear(d, 3 * d) + norms + linear(d, d) + linear(d, m) + linear(m, d)
     single = linear(d, 3 * d) + linear(d, 3 * d + m) + norms + linear(d + m, d)
-    waves = (2 if c.guidance_embed else 1) * (linear(256, d) + linear(d, d))
-    inputs = linear(c.in_channels, d) + linear(c.context_in_dim, d) + linear(c.vec_in_dim, d) + linear(d, d) + waves
+    time_in = guidance_in = linear(256, d) + linear(d, d)
+    vector_in = linear(c.vec_in_dim, d) + linear(d, d)
+    inputs = linear(c.in_channels, d) + linear(c.context_in_dim, d) + time_in + vector_in
+    if c.guidance_embed:
+        inputs += guidance_in
     last = linear(d, 2 * d) + linear(d, c.out_channels)
     return c.depth * 2 * stream + c.depth_single_blocks * single + inputs + last
 
 
-def _of(config: FluxConfig, *words: str) -> int:
-    """The parameters whose names have one of the words."""
-    with meta_init():
-        return sum(p.numel() for name, p in Flux(config).named_parameters() if any(word in name for word in words))
-
-
-@wrong("whole.count", "the biases are missing: every linear layer has one number more for each output.")
+@wrong("whole.count", "the biases are missing: every linear layer has one more number for each output.")
 def _no_biases(config):
-    return count(config) - _of(config, "bias")
+    return count(config) - _parameters(config, "bias")
 
 
-@wrong("whole.count", "the norms of queries and keys are missing: head_dim numbers each, for q and for k.")
+@wrong("whole.count", "the norms of queries and keys are missing: head_dim numbers for q and as many for k.")
 def _no_norms(config):
-    return count(config) - _of(config, "norm.")
+    return count(config) - _parameters(config, "norm.")
 
 
 @wrong("whole.count", "a double block is counted with one stream; it has two.")
 def _one_stream(config):
-    return count(config) - _of(config, ".txt_")
+    return count(config) - _parameters(config, ".txt_")
 
 
-@wrong("whole.count", "every variant is given a guidance input; schnell has none.")
+@wrong("whole.count", "you gave every variant a guidance input; schnell has none.")
 def _all_guided(config):
     return count(config.with_(guidance_embed=True))
 
 
-@wrong("whole.count", "a stream of a double block has six modulations, three for the attention and three for the MLP.")
+@wrong("whole.count", "each stream of a double block has six modulations: three for the attention, three for the MLP.")
 def _half_modulated(config):
-    return count(config) - _of(config, "_mod.") // 2
+    return count(config) - _parameters(config, "_mod.") // 2
 
+
+# ---------------------------------------------------------------- whole.unfused
 
 NAMES = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out", "norm.linear")
 
 
 def _single_blocks() -> list[tuple]:
     cases = []
-    for seed, config in (
-        (92, SMALL.with_(mlp_ratio=4.0)),
-        (93, SMALL.with_(hidden_size=36, num_heads=3, mlp_ratio=4.0)),
-    ):
+    for seed, dim, num_heads in ((92, 24, 2), (93, 36, 3)):
+        config = SMALL.with_(hidden_size=dim, num_heads=num_heads, mlp_ratio=4.0)
         block = _random(SingleStreamBlock(config), torch.Generator().manual_seed(seed))
-        cases.append((dict(block.state_dict()), config.hidden_size))
+        cases.append((dict(block.state_dict()), dim))
     return cases
 
 
-def _in_order(answer, block, dim) -> list[Tensor]:
-    """By name; a name that is missing or not wanted is an error that says so."""
-    made = dict(answer(block, dim))
-    wanted = [f"{name}.{kind}" for name in NAMES for kind in ("weight", "bias")]
-    found = [made.pop(name) for name in [*wanted, "attn.norm_q.weight", "attn.norm_k.weight"]]
-    if made:
-        raise KeyError(f"no tensor is called {min(made)}")
-    return found
+def _in_fixed_order(answer, block, dim) -> list[Tensor]:
+    """The tensors of the answer in a fixed order; a name that is missing, or unknown, raises an error that names it."""
+    state = dict(answer(block, dim))
+    names = [f"{name}.{kind}" for name in NAMES for kind in ("weight", "bias")]
+    tensors = [state.pop(name) for name in [*names, "attn.norm_q.weight", "attn.norm_k.weight"]]
+    if state:
+        raise KeyError(f"no tensor is called {min(state)}")
+    return tensors
 
 
 def _converted(block: dict[str, Tensor], dim: int) -> dict[str, Tensor]:
-    """By the package's own table, from a whole network with this block in it."""
+    """The reference: the package's conversion of a whole network that contains this block."""
     config = SMALL.with_(hidden_size=dim, num_heads=dim // 12, mlp_ratio=4.0)
     state = Flux(config).state_dict() | {f"single_blocks.0.{name}": tensor for name, tensor in block.items()}
-    theirs = convert(state, to="diffusers", config=config)
-    begins = "single_transformer_blocks.0."
-    return {name.removeprefix(begins): tensor for name, tensor in theirs.items() if name.startswith(begins)}
+    converted = convert(state, to="diffusers", config=config)
+    prefix = "single_transformer_blocks.0."
+    return {name.removeprefix(prefix): tensor for name, tensor in converted.items() if name.startswith(prefix)}
 
 
 @exercise(
@@ -305,55 +283,57 @@ def _converted(block: dict[str, Tensor], dim: int) -> dict[str, Tensor]:
     minutes=10,
     difficulty=2,
     cases=_single_blocks,
-    call=_in_order,
+    call=_in_fixed_order,
     against=_converted,
     tolerance=0,
     hints=(
-        "Most tensors only change their names. linear1 is four layers below each other, in weight and in bias alike.",
+        "Most tensors only change their names. linear1 is four layers stacked along axis 0, in weight and bias alike.",
         "`tensor.split([dim, dim, dim, len(tensor) - 3 * dim])` cuts rows, and works for a bias as well.",
         "The names: linear1 becomes attn.to_q, attn.to_k, attn.to_v, proj_mlp; linear2 proj_out; modulation.lin "
         "norm.linear; norm.query_norm.scale attn.norm_q.weight; norm.key_norm.scale attn.norm_k.weight.",
     ),
 )
 def unfused(block: dict[str, Tensor], dim: int) -> dict[str, Tensor]:
-    """One single block's tensors under diffusers' names, `dim` being the width of a token.
+    """The tensors of one single block under diffusers' names; `dim` is the width of a token.
 
     `linear1` becomes `attn.to_q`, `attn.to_k`, `attn.to_v` and `proj_mlp`, in this order; `linear2` becomes `proj_out`,
     `modulation.lin` becomes `norm.linear` (each with `.weight` and `.bias`); `norm.query_norm.scale` becomes
     `attn.norm_q.weight` and `norm.key_norm.scale` becomes `attn.norm_k.weight`.
     """
-    theirs = {"attn.norm_q.weight": block["norm.query_norm.scale"], "attn.norm_k.weight": block["norm.key_norm.scale"]}
+    state = {"attn.norm_q.weight": block["norm.query_norm.scale"], "attn.norm_k.weight": block["norm.key_norm.scale"]}
     for kind in ("weight", "bias"):
-        wide = block[f"linear1.{kind}"]
-        rows = wide.split([dim, dim, dim, len(wide) - 3 * dim])
-        for name, part in zip(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), rows, strict=True):
-            theirs[f"{name}.{kind}"] = part
-        theirs[f"proj_out.{kind}"] = block[f"linear2.{kind}"]
-        theirs[f"norm.linear.{kind}"] = block[f"modulation.lin.{kind}"]
-    return theirs
+        linear1 = block[f"linear1.{kind}"]
+        q, k, v, mlp = linear1.split([dim, dim, dim, len(linear1) - 3 * dim])
+        state[f"attn.to_q.{kind}"] = q
+        state[f"attn.to_k.{kind}"] = k
+        state[f"attn.to_v.{kind}"] = v
+        state[f"proj_mlp.{kind}"] = mlp
+        state[f"proj_out.{kind}"] = block[f"linear2.{kind}"]
+        state[f"norm.linear.{kind}"] = block[f"modulation.lin.{kind}"]
+    return state
 
 
-def _exchanged(theirs: dict[str, Tensor], one: str, other: str) -> dict[str, Tensor]:
-    return theirs | {one: theirs[other], other: theirs[one]}
+def _exchanged(state: dict[str, Tensor], one: str, other: str) -> dict[str, Tensor]:
+    return state | {one: state[other], other: state[one]}
 
 
-@wrong("whole.unfused", "queries and keys have changed places: the rows are q, k, v, MLP.")
+@wrong("whole.unfused", "queries and keys are exchanged: the rows are q, k, v, MLP.")
 def _keys_first(block, dim):
-    theirs = _exchanged(unfused(block, dim), "attn.to_q.weight", "attn.to_k.weight")
-    return _exchanged(theirs, "attn.to_q.bias", "attn.to_k.bias")
+    state = _exchanged(unfused(block, dim), "attn.to_q.weight", "attn.to_k.weight")
+    return _exchanged(state, "attn.to_q.bias", "attn.to_k.bias")
 
 
-@wrong("whole.unfused", "the MLP's rows are taken from the top; they are the last ones of linear1.")
+@wrong("whole.unfused", "the rows of the MLP are taken from the top of linear1; they are its last rows.")
 def _mlp_on_top(block, dim):
-    moved = {f"linear1.{kind}": block[f"linear1.{kind}"].roll(3 * dim, 0) for kind in ("weight", "bias")}
-    return unfused(block | moved, dim)
+    rolled = {f"linear1.{kind}": block[f"linear1.{kind}"].roll(3 * dim, 0) for kind in ("weight", "bias")}
+    return unfused(block | rolled, dim)
 
 
-@wrong("whole.unfused", "the weights are right; the biases are not cut like them.")
-def _biases_apart(block, dim):
+@wrong("whole.unfused", "the weights are right, but the biases are not cut in the same way.")
+def _biases_differ(block, dim):
     return unfused(block | {"linear1.bias": block["linear1.bias"].flip(0)}, dim)
 
 
-@wrong("whole.unfused", "norm_q and norm_k have changed places.")
+@wrong("whole.unfused", "norm_q and norm_k are exchanged.")
 def _norms_exchanged(block, dim):
     return _exchanged(unfused(block, dim), "attn.norm_q.weight", "attn.norm_k.weight")
