@@ -1,13 +1,12 @@
-"""The miniature's world: small pictures of coloured shapes, with captions that are exactly true.
+"""The miniature's world: small images of coloured shapes and letters, with captions that are exactly true.
 
-A :class:`Scene` says what is where; :func:`render` draws it; :func:`caption` says it in words and
-returns, beside the sentence, the :class:`Claim` the sentence makes, which is what a picture drawn
-from it is judged by. Everything is a pure function of a ``numpy`` generator, so the world is endless
-and reproducible.
+A :class:`Scene` lists the objects and their positions, and :func:`render` draws it. :func:`caption` describes it in a
+sentence and returns the :class:`Claim` that the sentence makes; an image generated from the sentence is judged by that
+claim. Everything is a pure function of a ``numpy`` generator, so there are endless scenes and all are reproducible.
 
-Held out: a scene in which any thing's (colour, shape, background) is one of the tenth of all triples
-named by :func:`held_out_triple`. Training never sees such a thing; the scenes behind the judge's
-prompts all have one. Every colour, shape and background, and every pair of two of them, is seen in training.
+:func:`held_out_triple` names a tenth of all combinations (colour, form, background). Training never sees an object of
+these, while every scene of the exam has one. Each colour, form and background, and each pair of them, does occur in
+training.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (215, 30, 40),
@@ -38,18 +39,18 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 LETTERS = ("A", "C", "E", "H", "K", "L", "T", "U", "X", "Z")
 FORMS = SHAPES + LETTERS
-HOLLOW = ("circle", "square", "triangle", "star")  # the shapes wide enough to be drawn as an outline
+HOLLOW = ("circle", "square", "triangle", "star")  # shapes wide enough to be drawn as an outline
 SIZES = {"small": (14.0, 16.0), "large": (22.0, 26.0)}  # radius in pixels, drawn uniformly
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-#: (height, width) in pixels, all of about the same area, from 1:2 to 2:1
+#: image sizes (height, width) in pixels, all of about the same area, from 1:2 to 2:1
 ASPECTS = ((128, 128), (112, 144), (144, 112), (96, 160), (160, 96), (96, 192), (192, 96))
-MIN_CONTRAST = 105.0  # Euclidean RGB distance of a thing's colour from its background
-GAP = 5.0  # pixels between the bounding circles of two things
+MIN_CONTRAST = 105.0  # least Euclidean RGB distance of an object's colour from its background
+GAP = 5.0  # least distance in pixels between the bounding circles of two objects
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """One object of a scene: form (shape name or letter), colour, size name, centre and radius in pixels."""
 
     form: str
@@ -62,100 +63,98 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and one to three things; ``texture`` seeds the grain so that rendering is pure."""
+    """A background and one to three objects; ``texture`` is the seed of the background's texture."""
 
     background: str
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     height: int
     width: int
     texture: int = 0
 
     @property
     def held_out(self) -> bool:
-        return any(held_out_triple(t.color, t.form, self.background) for t in self.things)
+        """True if an object has a combination that training never sees."""
+        return any(held_out_triple(o.color, o.form, self.background) for o in self.objects)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a sentence says: per thing (colour, form, size or None), relations (i, name, j), background or None."""
+    """What a sentence states: each object as (colour, form, size or None), relations (i, name, j), the background."""
 
-    things: tuple[tuple[str, str, str | None], ...]
+    objects: tuple[tuple[str, str, str | None], ...]
     relations: tuple[tuple[int, str, int], ...]
     background: str | None
 
 
 def held_out_triple(color: str, form: str, background: str) -> bool:
-    """Is this combination kept from training? A tenth of all are, spread over every pair."""
+    """True for the tenth of all combinations that training never sees; they are spread over every pair."""
     c, f, b = list(COLORS).index(color), FORMS.index(form), list(BACKGROUNDS).index(background)
     return (7 * c + 3 * f + 5 * b) % 10 == 0
 
 
 def visible_colors(background: str) -> list[str]:
-    """The colours that stand out from ``background``."""
+    """The colours with enough contrast to ``background``."""
     ground = np.array(BACKGROUNDS[background], float)
     return [name for name, rgb in COLORS.items() if np.linalg.norm(ground - rgb) >= MIN_CONTRAST]
 
 
-# ---------------------------------------------------------------- making a scene
+# ---------------------------------------------------------------- sampling scenes
 
 
-def _related(a: Thing, relation: str, b: Thing) -> bool:
-    """Is ``a`` clearly ``relation`` ``b``: along the right axis, and mostly along that axis?"""
-    dx, dy = RELATIONS[relation]
-    along = (a.x - b.x) * dx + (a.y - b.y) * dy
-    across = abs((a.x - b.x) * dy) + abs((a.y - b.y) * dx)
-    return along > 0 and along >= 1.3 * across
+def relation_between(a: SceneObject, b: SceneObject) -> str | None:
+    """The relation that clearly holds from ``a`` to ``b``, or None if they lie diagonally."""
+    for name, (dx, dy) in RELATIONS.items():
+        along = (a.x - b.x) * dx + (a.y - b.y) * dy
+        across = abs((a.x - b.x) * dy) + abs((a.y - b.y) * dx)
+        if along > 0 and along >= 1.3 * across:
+            return name
+    return None
 
 
-def relation_between(a: Thing, b: Thing) -> str | None:
-    """The one relation that clearly holds from ``a`` to ``b``, or None when they lie diagonally."""
-    return next((r for r in RELATIONS if _related(a, r, b)), None)
-
-
-def _place(rng: np.random.Generator, looks: list[tuple[str, str]], height: int, width: int) -> tuple[Thing, ...] | None:
-    """Put the things somewhere without touching; None when this try did not fit."""
-    things: list[Thing] = []
+def _place(rng: np.random.Generator, looks: list[tuple[str, str]], height: int, width: int) -> list[SceneObject]:
+    """Objects of these (form, colour) at random positions; an empty list if this attempt does not fit."""
+    objects: list[SceneObject] = []
     for form, color in looks:
         size = str(rng.choice(list(SIZES)))
         radius = rng.uniform(*SIZES[size])
         margin = radius + 3
         x, y = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
-        thing = Thing(form, color, size, round(x, 1), round(y, 1), round(radius, 1))
-        if any(np.hypot(t.x - thing.x, t.y - thing.y) < t.radius + thing.radius + GAP for t in things):
-            return None
-        if things and relation_between(thing, things[0]) is None:
-            return None
-        things.append(thing)
-    return tuple(things)
+        new = SceneObject(form, color, size, round(x, 1), round(y, 1), round(radius, 1))
+        if any(np.hypot(o.x - new.x, o.y - new.y) < o.radius + new.radius + GAP for o in objects):
+            return []
+        if objects and relation_between(new, objects[0]) is None:
+            return []
+        objects.append(new)
+    return objects
 
 
 def sample_scene(
     rng: np.random.Generator, *, size: tuple[int, int] | None = None, count: int | None = None, held_out: bool = False
 ) -> Scene:
-    """Draw a scene; ``size`` is (height, width), ``held_out`` asks for one training never sees.
+    """A random scene of ``size`` (height, width); with ``held_out``, one that training never sees.
 
-    Things in a scene differ in colour and in form; a second and third thing stand clearly left of,
-    right of, above or below the first.
+    The objects of a scene differ in colour and in form. The second and third are clearly left of, right of, above or
+    below the first.
     """
     height, width = size or ASPECTS[rng.integers(len(ASPECTS))]
     count = count or int(rng.choice([1, 2, 3], p=[0.3, 0.45, 0.25]))
     while True:
         background = str(rng.choice(list(BACKGROUNDS)))
         colors = rng.permutation(visible_colors(background))[:count]
-        # a letter is as likely as two shapes, so that each of the ten is met often enough
+        # a letter has 0.6 of a shape's probability: 10 letters and 6 shapes are then equally frequent
         weights = np.array([1.0] * len(SHAPES) + [0.6] * len(LETTERS))
         forms = rng.choice(FORMS, size=count, replace=False, p=weights / weights.sum())
         looks = [(str(f), str(c)) for f, c in zip(forms, colors, strict=True)]
         if any(held_out_triple(c, f, background) for f, c in looks) != held_out:
             continue
         for _ in range(20):
-            things = _place(rng, looks, height, width)
-            if things:
-                return Scene(background, things, height, width, int(rng.integers(2**31)))
+            objects = _place(rng, looks, height, width)
+            if objects:
+                return Scene(background, tuple(objects), height, width, int(rng.integers(2**31)))
 
 
 def scenes(seed: int, **kwargs) -> Iterator[Scene]:
-    """An endless stream of scenes; keywords as for :func:`sample_scene`."""
+    """An endless stream of scenes; keyword arguments as for :func:`sample_scene`."""
     rng = np.random.default_rng(seed)
     while True:
         yield sample_scene(rng, **kwargs)
@@ -165,7 +164,7 @@ def scenes(seed: int, **kwargs) -> Iterator[Scene]:
 
 
 def _polygon(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.ndarray:
-    """Signed distance to a polygon, negative inside."""
+    """Signed distance to a polygon with ``corners`` ``[N, 2]``, negative inside."""
     distance = np.full(x.shape, np.inf)
     inside = np.zeros(x.shape, bool)
     for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, 0), strict=True):
@@ -183,17 +182,13 @@ def _segment(x: np.ndarray, y: np.ndarray, ax: float, ay: float, bx: float, by: 
     return np.hypot(x - ax - t * (bx - ax), y - ay - t * (by - ay))
 
 
-def _star_corners() -> np.ndarray:
-    angles = -np.pi / 2 + np.arange(10) * np.pi / 5
-    radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
-    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], 1)
-
-
 _TRIANGLE = np.array([(0.0, -0.95), (0.95, 0.75), (-0.95, 0.75)])
-_STAR = _star_corners()
+_STAR_ANGLES = -np.pi / 2 + np.arange(10) * np.pi / 5
+_STAR_RADII = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
+_STAR = np.stack([_STAR_RADII * np.cos(_STAR_ANGLES), _STAR_RADII * np.sin(_STAR_ANGLES)], 1)
 _ARC = [(0.62 * np.cos(a), 0.82 * np.sin(a)) for a in np.linspace(0.28 * np.pi, 1.72 * np.pi, 12)]
 _BOWL = [(0.58 * np.cos(a), 0.2 + 0.6 * np.sin(a)) for a in np.linspace(0, np.pi, 9)]
-#: letters as pen strokes (polylines) in a box of about [-0.65, 0.65] x [-0.85, 0.85], y down
+#: letters as strokes (polylines) in a box of about [-0.65, 0.65] x [-0.85, 0.85], with y pointing down
 STROKES: dict[str, list[list[tuple[float, float]]]] = {
     "A": [[(-0.65, 0.82), (0, -0.82), (0.65, 0.82)], [(-0.4, 0.28), (0.4, 0.28)]],
     "C": [_ARC],
@@ -206,11 +201,11 @@ STROKES: dict[str, list[list[tuple[float, float]]]] = {
     "X": [[(-0.62, -0.82), (0.62, 0.82)], [(0.62, -0.82), (-0.62, 0.82)]],
     "Z": [[(-0.6, -0.82), (0.6, -0.82), (-0.6, 0.82), (0.6, 0.82)]],
 }
-_PEN = 0.17  # half the stroke width, in radii
+_PEN = 0.17  # half the width of a stroke, in radii
 
 
 def signed_distance(form: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Distance of points to the outline of a form of radius 1, negative inside; y points down."""
+    """Distance of points to the outline of a form of radius 1, negative inside, with y pointing down."""
     match form:
         case "circle":
             return np.hypot(x, y) - 0.95
@@ -229,10 +224,12 @@ def signed_distance(form: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.min([_segment(x, y, *a, *b) for a, b in pairs], axis=0) - _PEN
 
 
-def coverage(thing: Thing, height: int, width: int, outline: float | None = None) -> tuple[slice, slice, np.ndarray]:
-    """Which share of each pixel the thing covers: the window it lies in, and shares in [0, 1].
+def coverage(
+    thing: SceneObject, height: int, width: int, outline: float | None = None
+) -> tuple[slice, slice, np.ndarray]:
+    """The share of each pixel that an object covers: (rows, columns) of the window around it, shares in [0, 1].
 
-    ``outline``: of a hollow thing only so many pixels, from its edge inwards.
+    With ``outline``, a shape in :data:`HOLLOW` is only a line of this many pixels, measured inwards from its edge.
     """
     reach = thing.radius + 2
     top, left = max(int(thing.y - reach), 0), max(int(thing.x - reach), 0)
@@ -246,7 +243,7 @@ def coverage(thing: Thing, height: int, width: int, outline: float | None = None
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Slow clouds and a fine grain, in grey levels: enough for the autoencoder to have work."""
+    """Smooth clouds and a fine grain, in grey levels, so that the autoencoder has detail to encode."""
     coarse = rng.normal(0, 3.0, (height // 16 + 2, width // 16 + 2))
     rows, cols = np.arange(height) / 16, np.arange(width) / 16
     i, j = rows.astype(int), cols.astype(int)
@@ -257,12 +254,12 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def render(scene: Scene, outline: float | None = None) -> np.ndarray:
-    """Draw: uint8 ``[height, width, 3]``; with ``outline``, wide shapes as lines of so many pixels."""
+    """The scene as uint8 ``[height, width, 3]``; ``outline`` as for :func:`coverage`."""
     rng = np.random.default_rng(scene.texture)
     h, w = scene.height, scene.width
     image = np.empty((h, w, 3))
     image[:] = BACKGROUNDS[scene.background]
-    for thing in scene.things:
+    for thing in scene.objects:
         rows, cols, share = coverage(thing, h, w, outline)
         y, x = np.mgrid[rows, cols]
         light = 10 * ((thing.x - x) + (thing.y - y)) / thing.radius  # lit from the top left
@@ -273,76 +270,102 @@ def render(scene: Scene, outline: float | None = None) -> np.ndarray:
     return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
 
-def thing_map(scene: Scene) -> np.ndarray:
-    """Which thing each pixel belongs to: int8 ``[height, width]``, -1 for the background."""
+def object_map(scene: Scene) -> np.ndarray:
+    """The index of the object that each pixel belongs to: int8 ``[height, width]``, -1 for the background."""
     owner = np.full((scene.height, scene.width), -1, np.int8)
-    for index, thing in enumerate(scene.things):
+    for index, thing in enumerate(scene.objects):
         rows, cols, share = coverage(thing, scene.height, scene.width)
         owner[rows, cols][share > 0.5] = index
     return owner
 
 
-# ---------------------------------------------------------------- saying it
+def edge_map(scene: Scene) -> np.ndarray:
+    """White outlines of the objects on black, uint8 ``[H, W, 3]``: the control image of canny."""
+    owner = object_map(scene)
+    edge = np.zeros(owner.shape, bool)
+    edge[:, 1:] |= owner[:, 1:] != owner[:, :-1]
+    edge[1:] |= owner[1:] != owner[:-1]
+    return np.repeat((255 * edge).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def depth_map(scene: Scene) -> np.ndarray:
+    """Objects as plain grey shapes on black, uint8 ``[H, W, 3]``: the control image of depth.
+
+    Larger objects count as nearer, so they are brighter.
+    """
+    smallest, largest = SIZES["small"][0], SIZES["large"][1]
+    grey = np.zeros((scene.height, scene.width))
+    for thing in scene.objects:
+        rows, cols, share = coverage(thing, scene.height, scene.width)
+        level = 110 + 145 * (thing.radius - smallest) / (largest - smallest)
+        grey[rows, cols] = np.maximum(grey[rows, cols], level * share)
+    return np.repeat(np.round(grey).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """A batch of images, uint8 ``[B, H, W, 3]``, as float32 ``[B, 3, H, W]`` in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------- captions
 
 
 def _noun(color: str, form: str, size: str | None) -> str:
-    words = [size, color, f"letter {form}" if form in LETTERS else form]
-    return " ".join(w for w in words if w)
+    noun = f"{color} letter {form}" if form in LETTERS else f"{color} {form}"
+    return f"{size} {noun}" if size else noun
 
 
-def _article(noun: str) -> str:
+def _with_article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def say(claim: Claim, rng: np.random.Generator) -> str:
-    """Put a claim into words, in one of several ways (the order of things in ``claim`` is kept)."""
-    nouns = [_noun(*thing) for thing in claim.things]
-    words = _article(nouns[0])
+def describe_claim(claim: Claim, rng: np.random.Generator) -> str:
+    """A sentence that states ``claim``, in one of several wordings; the order of the objects is kept."""
+    nouns = [_noun(*looks) for looks in claim.objects]
+    sentence = _with_article(nouns[0])
     for i, relation, j in claim.relations:
-        a, b = claim.things[i], claim.things[j]
         if (i, j) == (0, 1):
-            words += f" {relation} {_article(nouns[1])}"
-        else:  # a thing already named is taken up again with "the"
-            words += f" and {_article(nouns[i])} {relation} the {_noun(b[0], b[1], None)}"
-        assert a is not b
+            sentence += f" {relation} {_with_article(nouns[1])}"
+        else:  # the second relation refers to an object that was named before, hence "the"
+            color, form, _ = claim.objects[j]
+            sentence += f" and {_with_article(nouns[i])} {relation} the {_noun(color, form, None)}"
     if not claim.relations and len(nouns) > 1:
-        words = ", ".join(_article(n) for n in nouns[:-1]) + " and " + _article(nouns[-1])
+        sentence = ", ".join(_with_article(noun) for noun in nouns[:-1]) + " and " + _with_article(nouns[-1])
     if claim.background is None:
-        return words if rng.random() < 0.7 else f"a picture of {words}"
-    ground = f"{_article(claim.background)} background"
+        return sentence if rng.random() < 0.7 else f"a picture of {sentence}"
+    background = f"{_with_article(claim.background)} background"
     match rng.integers(4):
         case 0 | 1:
-            return f"{words} on {ground}"
+            return f"{sentence} on {background}"
         case 2:
-            return f"on {ground}, {words}"
-    return f"a picture of {words} on {ground}"
+            return f"on {background}, {sentence}"
+    return f"a picture of {sentence} on {background}"
 
 
-def claim_of(scene: Scene, rng: np.random.Generator) -> Claim:
-    """Choose what to say of a scene: the order of its things, whether sizes and the ground are named.
+def sample_claim(scene: Scene, rng: np.random.Generator) -> Claim:
+    """A random true claim about a scene: the order of the objects, and whether sizes and background are mentioned.
 
-    Two things are said with the relation between them nine times of ten, from either side; the third
-    stands in relation to the scene's first thing.
+    Relations are stated for nine in ten scenes with several objects, the first of them from either side.
     """
-    order = list(range(len(scene.things)))
+    order = list(range(len(scene.objects)))
     if len(order) > 1 and rng.random() < 0.5:
-        order[:2] = [1, 0]  # the same fact from the other side
-    things = [scene.things[i] for i in order]
-    hub = order.index(0)
-    sized = rng.random() < 0.5
+        order[:2] = [1, 0]  # states the first relation from the other side
+    objects = [scene.objects[i] for i in order]
+    first = order.index(0)  # the object to which the others have clear relations
+    with_sizes = rng.random() < 0.5
     relations: list[tuple[int, str, int]] = []
-    if len(things) > 1 and rng.random() < 0.9:
-        relations.append((0, relation_between(things[0], things[1]), 1))
-        if len(things) > 2:
-            relations.append((2, relation_between(things[2], things[hub]), hub))
+    if len(objects) > 1 and rng.random() < 0.9:
+        relations.append((0, relation_between(objects[0], objects[1]), 1))
+        if len(objects) > 2:
+            relations.append((2, relation_between(objects[2], objects[first]), first))
     return Claim(
-        tuple((t.color, t.form, t.size if sized else None) for t in things),
+        tuple((o.color, o.form, o.size if with_sizes else None) for o in objects),
         tuple(relations),
         scene.background if rng.random() < 0.85 else None,
     )
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Claim]:
-    """A true sentence about the scene, and what it claims."""
-    claim = claim_of(scene, rng)
-    return say(claim, rng), claim
+    """A true sentence about the scene, and the claim that it makes."""
+    claim = sample_claim(scene, rng)
+    return describe_claim(claim, rng), claim

@@ -11,20 +11,19 @@ from typer.testing import CliRunner
 import fluxedu as fe
 from fluxedu.cli import app
 from fluxedu.errors import RequestError
-from fluxedu.nano.judge import read
-from fluxedu.nano.scenes import Scene, Thing, render, thing_map
-from fluxedu.nano.training.members import outlines
+from fluxedu.nano.judge import detect
+from fluxedu.nano.scenes import Scene, SceneObject, edge_map, object_map, render
 from fluxedu.sampling.images import edges
 
 pytest.importorskip("cv2")
-THINGS = Thing("circle", "red", "large", 40, 45, 24), Thing("square", "blue", "large", 90, 85, 23)
+THINGS = SceneObject("circle", "red", "large", 40, 45, 24), SceneObject("square", "blue", "large", 90, 85, 23)
 SCENE = Scene("white", THINGS, 128, 128, 3)
 
 
 def test_lines_lie_where_things_end():
     """Of things in plain colours every edge lies by a border, and every border by an edge; texture only adds some."""
-    plain = np.array([(255, 255, 255), (200, 30, 30), (30, 30, 200)], np.uint8)[thing_map(SCENE)]
-    true = outlines(SCENE)[..., 0] > 0
+    plain = np.array([(255, 255, 255), (200, 30, 30), (30, 30, 200)], np.uint8)[object_map(SCENE)]
+    true = edge_map(SCENE)[..., 0] > 0
     near = lambda lines: ndimage.distance_transform_edt(~lines) < 2  # noqa: E731
     found, textured = (edges(picture)[..., 0] > 0 for picture in (plain, render(SCENE)))
     assert near(true)[found].all()
@@ -77,7 +76,7 @@ def test_canny_follows_a_picture_from_a_file(tmp_path):
     told = CliRunner().invoke(app, [*asked, "--control", str(tmp_path / "photo.png"), "-o", str(tmp_path / "o.png")])
     assert told.exit_code == 0, told.output
     drawn = np.asarray(Image.open(tmp_path / "o.png"))
-    seen = {(t.color, t.form): (t.x, t.y) for t in read(drawn).things}
+    seen = {(t.color, t.form): (t.x, t.y) for t in detect(drawn).objects}
     assert set(seen) == {("pink", "circle"), ("green", "square")}
     for thing, key in zip(THINGS, [("pink", "circle"), ("green", "square")], strict=True):
         assert np.hypot(seen[key][0] - thing.x, seen[key][1] - thing.y) <= 4

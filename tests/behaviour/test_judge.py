@@ -8,8 +8,19 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from fluxedu.nano.judge import diversity, judge, quality, read, summary
-from fluxedu.nano.scenes import ASPECTS, BACKGROUNDS, COLORS, FORMS, Claim, Scene, Thing, caption, render, sample_scene
+from fluxedu.nano.judge import detect, diversity, judge, quality, summary
+from fluxedu.nano.scenes import (
+    ASPECTS,
+    BACKGROUNDS,
+    COLORS,
+    FORMS,
+    Claim,
+    Scene,
+    SceneObject,
+    caption,
+    render,
+    sample_scene,
+)
 
 
 def softened(picture, rng):
@@ -46,8 +57,8 @@ def test_true_claims_hold(world, spoil, floor):
 
 def test_places_and_sizes_are_measured(world):
     for scene, _, picture in world[:100]:
-        seen = {t.color: t for t in read(picture).things}
-        for thing in scene.things:
+        seen = {t.color: t for t in detect(picture).objects}
+        for thing in scene.objects:
             found = seen[thing.color]
             assert abs(found.x - thing.x) < 1.5 and abs(found.y - thing.y) < 1.5
             assert abs(found.radius - thing.radius) < 2
@@ -62,12 +73,12 @@ def another(name, names, taken=()):
 
 def lies(claim):
     """Claims that differ from a true one in a single word or thing: (what the lie is about, claim)."""
-    (color, form, size), *rest = claim.things
-    colors, forms = [t[0] for t in claim.things], [t[1] for t in claim.things]
-    yield "colors", replace(claim, things=((another(color, COLORS, colors), form, size), *rest))
-    yield "forms", replace(claim, things=((color, another(form, FORMS, forms), size), *rest))
+    (color, form, size), *rest = claim.objects
+    colors, forms = [t[0] for t in claim.objects], [t[1] for t in claim.objects]
+    yield "colors", replace(claim, objects=((another(color, COLORS, colors), form, size), *rest))
+    yield "forms", replace(claim, objects=((color, another(form, FORMS, forms), size), *rest))
     if size:
-        yield "sizes", replace(claim, things=((color, form, another(size, ["small", "large"])), *rest))
+        yield "sizes", replace(claim, objects=((color, form, another(size, ["small", "large"])), *rest))
     if claim.background:
         yield "background", replace(claim, background=another(claim.background, BACKGROUNDS))
     for k, (i, name, j) in enumerate(claim.relations):
@@ -76,17 +87,17 @@ def lies(claim):
             yield "relations", replace(claim, relations=changed)
     if len(rest) == 1:  # the two things swap their colours: every word is in the picture, bound wrongly
         (other, other_form, other_size) = rest[0]
-        yield "forms", replace(claim, things=((other, form, size), (color, other_form, other_size)))
+        yield "forms", replace(claim, objects=((other, form, size), (color, other_form, other_size)))
     new = another(color, COLORS, colors), another(form, FORMS, forms), None
-    yield "missing", replace(claim, things=(*claim.things, new))
+    yield "missing", replace(claim, objects=(*claim.objects, new))
     if rest and not claim.relations:
-        yield "extra", replace(claim, things=claim.things[:-1])
+        yield "extra", replace(claim, objects=claim.objects[:-1])
 
 
 def test_false_claims_are_rejected(world):
     told = {}
     for scene, claim, picture in world[:400]:
-        reading = read(picture)
+        reading = detect(picture)
         for about, lie in lies(claim):
             verdict = judge(reading, lie)
             told[about] = told.get(about, 0) + 1
@@ -98,14 +109,14 @@ def test_false_claims_are_rejected(world):
 
 
 def two(second="blue"):
-    things = (Thing("circle", "red", "large", 35, 64, 24), Thing("square", second, "large", 77, 64, 24))
+    things = (SceneObject("circle", "red", "large", 35, 64, 24), SceneObject("square", second, "large", 77, 64, 24))
     return Scene("white", things, 128, 128)
 
 
 def test_touching_things_are_told_apart_by_colour():
     # the circle ends at 57.8 and the square begins at 57.3
-    reading = read(render(two()))
-    assert [(t.color, t.form) for t in sorted(reading.things, key=lambda t: t.x)] == [
+    reading = detect(render(two()))
+    assert [(t.color, t.form) for t in sorted(reading.objects, key=lambda t: t.x)] == [
         ("red", "circle"),
         ("blue", "square"),
     ]
@@ -113,7 +124,7 @@ def test_touching_things_are_told_apart_by_colour():
 
 def test_a_missing_thing_fails_its_colour_form_and_relation():
     claim = Claim((("red", "circle", None), ("green", "star", None)), ((0, "left of", 1),), "white")
-    verdict = judge(render(replace(two(), things=two().things[:1])), claim)
+    verdict = judge(render(replace(two(), objects=two().objects[:1])), claim)
     assert verdict.colors == (True, False) and verdict.forms == (True, False)
     assert verdict.relations == (False,) and verdict.background is True
     assert (verdict.missing, verdict.extra, verdict.everything) == (1, 0, False)
@@ -130,24 +141,25 @@ def test_what_was_not_claimed_is_not_judged():
 def test_specks_are_dirt_and_blank_or_noisy_pictures_are_read_without_error():
     picture = render(two())
     picture[4:8, 100:105] = (30, 155, 60)
-    assert len(read(picture).things) == 2
+    assert len(detect(picture).objects) == 2
     blank = np.full((96, 192, 3), 18, np.uint8)
-    assert read(blank).background == "black" and not read(blank).things
+    assert detect(blank).background == "black" and not detect(blank).objects
     noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     assert not judge(noise, Claim((("red", "circle", None),), (), None)).everything
 
 
 def test_a_picture_of_the_wrong_kind_is_refused():
     with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\].*float64 \[8, 8, 3\]"):
-        read(np.zeros((8, 8, 3)))
+        detect(np.zeros((8, 8, 3)))
 
 
 def test_diversity_is_zero_for_copies_and_grows_with_spread(world):
-    same = [read(render(two()))] * 4
+    same = [detect(render(two()))] * 4
     rng = np.random.default_rng(0)
-    spread = [read(picture) for _, _, picture in world[:100]]
+    spread = [detect(picture) for _, _, picture in world[:100]]
     near = [
-        read(render(replace(two(), things=(replace(two().things[0], x=40 + rng.uniform(-6, 6)),)))) for _ in range(8)
+        detect(render(replace(two(), objects=(replace(two().objects[0], x=40 + rng.uniform(-6, 6)),))))
+        for _ in range(8)
     ]
     assert diversity(same) == 0.0 == diversity([])
     assert 0 < diversity(near) < 0.1
@@ -155,10 +167,10 @@ def test_diversity_is_zero_for_copies_and_grows_with_spread(world):
 
 
 def test_quality_falls_with_lost_form_and_dirt():
-    clean = render(Scene("white", (Thing("star", "red", "large", 64, 64, 24),), 128, 128))
+    clean = render(Scene("white", (SceneObject("star", "red", "large", 64, 64, 24),), 128, 128))
     melted = np.round(ndimage.gaussian_filter(clean.astype(float), (5, 5, 0))).astype(np.uint8)
     dirty = clean.copy()
     dirty[100:, ::4] = 60
-    scores = [quality(p, read(p)) for p in (clean, melted, dirty)]
+    scores = [quality(p, detect(p)) for p in (clean, melted, dirty)]
     assert scores[0] > 0.97 and scores[1] < scores[0] - 0.1 and scores[2] < scores[0] - 0.1
     assert all(0 <= s <= 1 for s in scores)

@@ -14,11 +14,10 @@ from PIL import Image
 
 import fluxedu as fe
 from fluxedu.loading import SHIPPED, WEIGHTS
-from fluxedu.nano.exam import questions, sit, truth
+from fluxedu.nano.exam import TARGETS, autoencoder_psnr, batch_sampler, ground_truth, questions, run_exam
 from fluxedu.nano.judge import judge
-from fluxedu.nano.report import BARS, drawer, reconstruction
 from fluxedu.nano.scenes import ASPECTS, BACKGROUNDS, COLORS, FORMS, Claim, held_out_triple, sample_scene
-from fluxedu.nano.training.card import APART, shapes_apart
+from training.card import APART, shapes_apart
 
 MODELS = list(SHIPPED)
 CLAIM = Claim((("red", "circle", None), ("blue", "square", None)), ((0, "left of", 1),), None)
@@ -55,9 +54,9 @@ def test_the_wheel_is_under_60_megabytes():
 @pytest.mark.parametrize("name", MODELS)
 def test_it_draws_as_its_card_says(name):
     """The first 42 of the card's 500 prompts, drawn again: no row may be further off than chance allows."""
-    figures = sit(drawer(fe.load(name), steps=20, guidance=None), count=42, varied=0)
+    figures = run_exam(batch_sampler(fe.load(name), steps=20, guidance=None), count=42, diversity_prompts=0)
     card = json.loads((WEIGHTS / "judge.json").read_text())[name]
-    for row in BARS:
+    for row in TARGETS:
         again, n = figures["rows"][row]["percent"], figures["rows"][row]["n"]
         share = card["rows"][row]["percent"] / 100
         allowed = 100 * (4 * (share * (1 - share) / n) ** 0.5 + 1 / n)  # four standard errors and one item
@@ -70,15 +69,15 @@ def test_the_card_says_what_was_measured():
     assert set(figures) == set(MODELS)
     for name, table in figures.items():
         assert table["prompts"] == 500 and table["steps"] == 20
-        for row in BARS:
+        for row in TARGETS:
             assert f"{table['rows'][row]['percent']:.1f}" in card, (name, row)
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("row", BARS)
+@pytest.mark.parametrize("row", TARGETS)
 def test_the_bars_are_met(name, row):
     card = json.loads((WEIGHTS / "judge.json").read_text())[name]
-    assert card["rows"][row]["percent"] >= BARS[row]
+    assert card["rows"][row]["percent"] >= TARGETS[row]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -91,11 +90,11 @@ def test_every_shape_of_picture_is_drawn_alike(name):
 
 
 def test_the_autoencoder_keeps_pictures(pipe):
-    assert reconstruction(pipe, 16) >= 30
+    assert autoencoder_psnr(pipe, 16) >= 30
 
 
 def test_truth_through_the_judge():
-    assert truth(300)["everything"]["percent"] >= 99.5
+    assert ground_truth(300)["everything"]["percent"] >= 99.5
 
 
 def test_held_out_is_a_tenth_and_hides_no_pair():

@@ -6,8 +6,8 @@ import pytest
 import fluxedu as fe
 from fluxedu.instruments import lenses
 from fluxedu.nano.exam import questions
-from fluxedu.nano.judge import read
-from fluxedu.nano.scenes import LETTERS, Scene, Thing, thing_map
+from fluxedu.nano.judge import detect
+from fluxedu.nano.scenes import LETTERS, Scene, SceneObject, object_map
 
 SCENES = 100
 LATE = slice(8, None)  # of 20 steps: things are where they will be
@@ -15,8 +15,8 @@ LATE = slice(8, None)  # of 20 steps: things are where they will be
 
 def patches_of(found, reading):
     """The share of every patch that a thing covers, ``[rows, columns]``."""
-    thing = Thing(found.form, found.color, found.size, found.x, found.y, found.radius)
-    covered = thing_map(Scene("white", (thing,), reading.height, reading.width, 0)) >= 0
+    thing = SceneObject(found.form, found.color, found.size, found.x, found.y, found.radius)
+    covered = object_map(Scene("white", (thing,), reading.height, reading.width, 0)) >= 0
     return covered.reshape(reading.height // 16, 16, reading.width // 16, 16).mean((1, 3))
 
 
@@ -32,11 +32,11 @@ def test_words_point_at_their_things(noted):
     pipe, scores = fe.load(), {}
     for q in questions(SCENES):
         asked = {"seed": q.seed, "height": q.size[0], "width": q.size[1], "progress": False}
-        words = [f"{color} {'letter ' if form in LETTERS else ''}{form}" for color, form, _ in q.claim.things]
+        words = [f"{color} {'letter ' if form in LETTERS else ''}{form}" for color, form, _ in q.claim.objects]
         maps = lenses.word_maps(pipe, q.prompt, words, at_steps=LATE, **asked)
-        reading = read(pipe(q.prompt, **asked).images[0])
-        for i, (color, form, _) in enumerate(q.claim.things):
-            found = [t for t in reading.things if (t.color, t.form) == (color, form)]
+        reading = detect(pipe(q.prompt, **asked).images[0])
+        for i, (color, form, _) in enumerate(q.claim.objects):
+            found = [t for t in reading.objects if (t.color, t.form) == (color, form)]
             if len(found) != 1:
                 continue  # not drawn, so there is nothing to point at
             share = patches_of(found[0], reading)
