@@ -1,20 +1,19 @@
 # %% [markdown]
-# # 00 · A picture from a sentence
+# # 00 · An image from a sentence
 #
-# **What happens between a prompt and a picture?** FLUX.1 came from Black Forest Labs in August 2024, with code and weights
-# and without a paper. You will run its whole path once, then open every
-# stage and look at the tensor it hands on. At the end you will have run the sampling loop line by line and
-# got the same picture, to within one grey level of 255.
+# **What happens between a prompt and an image?** Black Forest Labs released FLUX.1 in August 2024, with code and
+# weights but without a paper. In this notebook you run the whole pipeline once, then go through its stages one by one
+# and look at the tensor that each stage passes on. At the end you will have written the sampling loop yourself and
+# produced the same image, to within one grey level of 255.
 #
-# 40 minutes · everything runs on a laptop's CPU · the model is the miniature that ships with fluxedu: the
-# same code as the 12-billion-parameter FLUX.1, with smaller numbers in its config, trained on pictures of
-# coloured shapes.
+# 40 minutes · everything runs on a laptop's CPU · the model is the *miniature* that ships with fluxedu: the same code
+# as the 12-billion-parameter FLUX.1 with smaller numbers in its config, trained on images of coloured shapes.
 #
 # ```
 # prompt ─ tokenizers ─┬─ CLIP ── one vector ──────────────┐
-#                      └─ T5 ──── a vector per token ──┐   │
-# seed ─── noise ─── packed to tokens ──► Flux, once per step ──► unpacked ─ autoencoder ─ picture
-#                                       times from 1 to 0, guidance
+#                      └─ T5 ──── one vector per token ─┐  │
+# seed ─── noise ─── packed into tokens ──► Flux, once per step ──► unpacked ─ autoencoder ─ image
+#                                       time from 1 to 0, guidance
 # ```
 
 # %%
@@ -25,35 +24,39 @@ import torch
 import fluxedu as fe
 from fluxedu import course, widgets
 
-device = course.begin()  # a GPU where there is one
+device = course.begin()  # a GPU if there is one
 pipe = fe.load(device=device)
 prompt = "a red circle left of a blue square on a white background"
 out = pipe(prompt, seed=4, steps=20, progress=False)
 out.images[0].resize((256, 256))
 
 # %% [markdown]
-# That is the whole of it: one line. `out` also kept the way there. Before you go on, say what you expect; the page
-# will measure it and keep your score. The picture itself has 128 × 128 × 3 = 49,152 numbers.
+# One call runs the whole pipeline. `out` also contains the intermediate results of every step. Before you go on,
+# predict what you will see: the notebook measures it later and keeps your score. Two terms for the questions. The
+# *transformer* is the network that is evaluated once per step, and its output is called the *velocity* (section 5). A
+# *token* is one vector of the sequence that a transformer works on. The image has 128 × 128 × 3 = 49,152 numbers.
 
 # %%
-numbers = fe.predict("how many numbers describe the picture while FLUX works on it?", 4096)  # answer
+numbers = fe.predict("How many numbers describe the image while FLUX works on it?", 4096)  # answer
 order = fe.predict(
-    "shuffle the prompt's tokens before the transformer: does its answer change? yes / no", "no"
+    "Shuffle T5's token vectors before the transformer. Does its output change? Choose 'yes' or 'no'.", "no"
 )  # answer
-most = fe.predict("which moves the answer more: erase the text or swap rows and columns? text / rows", "text")  # answer
+most = fe.predict(
+    "What changes the output more: zero T5 vectors ('text') or swapped rows and columns ('rows')?", "text"
+)  # answer
 
 # %%
 numbers.against(out.latents.numel())
 print("latent:", tuple(out.latents.shape), "=", out.latents.numel(), "numbers")
-print("a picture has", np.asarray(out.images[0]).size // out.latents.numel(), "times as many")
+print("the image has", np.asarray(out.images[0]).size // out.latents.numel(), "times as many")
 
 # %% [markdown]
-# ## 1 · Words become pieces
+# ## 1 · From words to token ids
 #
-# Two tokenizers cut the prompt. T5's pieces begin with `▁` where a word begins; CLIP's end with `</w>`
-# where a word ends. In this small world nearly every word is one piece. Both lists are padded to a fixed
-# length, because a batch needs a rectangle. FLUX
-# has no mask for it: the padding is read like any word.
+# A tokenizer splits text into pieces and gives each piece a number, its token id. FLUX uses two. T5's pieces begin with
+# `▁` where a word begins; CLIP's end with `</w>` where a word ends. The miniature's vocabulary is small, so nearly
+# every word is one piece. Both lists are filled up to a fixed length with *padding* tokens, because all prompts of a
+# batch need the same length. FLUX has no attention mask: it treats padding tokens like any other text token.
 
 # %%
 encoder = pipe.prompt_encoder
@@ -63,61 +66,63 @@ t5_ids, clip_ids = encoder.t5_tokenizer([prompt]).to(device), encoder.clip_token
 print("ids :", tuple(t5_ids.shape), "for T5,", tuple(clip_ids.shape), "for CLIP")
 
 # %% [markdown]
-# ## 2 · Pieces become vectors
+# ## 2 · From token ids to vectors
 #
-# CLIP makes **one** vector of the whole prompt; it will steer every block (layer) of the transformer. T5 makes a vector **per token**;
-# they will sit beside the image's tokens and be looked at. In FLUX.1 the same two come from CLIP-L
-# (768 numbers) and T5-XXL (4,096 per token).
+# Two text encoders turn the ids into vectors. CLIP produces **one** vector for the whole prompt, the *pooled vector*,
+# which modulates every block (layer) of the transformer. T5 produces one vector **per token**. These join the image's
+# tokens in the transformer's attention. FLUX.1 gets the same two inputs from CLIP-L (768 numbers) and T5-XXL (4,096
+# numbers per token).
 
 # %%
 with torch.no_grad():
     txt = encoder.t5(t5_ids)  # [1, L, D]
     pooled = encoder.clip(clip_ids)[1]  # [1, D']
-print("T5  :", tuple(txt.shape), " one row a token")
-print("CLIP:", tuple(pooled.shape), "   one row a prompt")
+print("T5  :", tuple(txt.shape), " one row per token")
+print("CLIP:", tuple(pooled.shape), "   one row per prompt")
 
-words = encoder.t5_tokenizer.pieces(prompt)
-like = torch.nn.functional.cosine_similarity(txt[0, :, None], txt[0, None], dim=-1)[: len(words), : len(words)]
+pieces = encoder.t5_tokenizer.pieces(prompt)
+vectors = txt[0, : len(pieces)]  # without the padding
+similarity = torch.nn.functional.cosine_similarity(vectors[:, None], vectors[None], dim=-1)  # [pieces, pieces]
 fig, ax = plt.subplots(figsize=(6, 4.8), layout="constrained")
-shown = ax.imshow(like.float().cpu(), cmap="cividis", vmin=-0.2, vmax=1)
-ax.set_xticks(range(len(words)), words, rotation=90)
-ax.set_yticks(range(len(words)), words)
-ax.set_title("red and circle are alike, blue and square are alike")
-_ = fig.colorbar(shown, label="cosine similarity", shrink=0.8)
+heatmap = ax.imshow(similarity.float().cpu(), cmap="cividis", vmin=-0.2, vmax=1)
+ax.set_xticks(range(len(pieces)), pieces, rotation=90)
+ax.set_yticks(range(len(pieces)), pieces)
+ax.set_title("T5's vectors are similar within an object: red and circle, blue and square")
+_ = fig.colorbar(heatmap, label="cosine similarity", shrink=0.8)
 
 # %% [markdown]
-# Look at two pairs beside the diagonal: *red* and *circle*, *blue* and *square* are alike; *red* and *square* are not.
-# Little words resemble each other too, and yet the three *a* are three vectors. T5 has read the whole sentence before FLUX sees a single token. It must: FLUX gives
-# every text token the same position, so the order of words reaches it only
-# through T5's vectors and CLIP's.
+# Find two pairs next to the diagonal: *red* and *circle* have similar vectors, and so have *blue* and *square*; *red*
+# and *square* do not. The three *a* have three different vectors, because T5 has processed the whole sentence before
+# FLUX receives a single token. It has to: FLUX gives every text token the same position, so the order of the words
+# reaches it only through the vectors of T5 and CLIP.
 
 # %% [markdown]
-# ## 3 · Noise becomes tokens
+# ## 3 · From noise to image tokens
 #
-# The picture starts as noise in the autoencoder's **latent** space: 16 channels on a grid of cells, each
-# cell standing for 8 × 8 pixels. Two by two cells are packed into one token, so a 128 × 128 picture is
-# 8 × 8 = 64 tokens of 64 numbers.
+# The image starts as noise in the autoencoder's *latent space*: 16 channels on a grid of cells, where each cell
+# represents 8 × 8 pixels. A *patch* of 2 × 2 cells is packed into one image token, so a 128 × 128 image is 8 × 8 = 64
+# tokens of 64 numbers.
 
 # %%
 from fluxedu.sampling.latents import draw_noise, image_ids, pack, text_ids, unpack
 
-height, width = out.latents.shape[-2:]  # in cells
+height, width = out.latents.shape[-2:]  # in latent cells
 noise = draw_noise(seed=4, channels=16, height=height, width=width).to(device, pipe.dtype)  # [1, 16, 16, 16]
 x = pack(noise)  # [1, 64, 64]
 img_ids, txt_ids = image_ids(height, width).to(device), text_ids(txt.shape[1]).to(device)
 print("noise :", tuple(noise.shape))
 print("tokens:", tuple(x.shape))
-print("packing loses nothing:", torch.equal(unpack(x, height, width), noise))
-print("positions of the first image tokens (frame, row, column):", img_ids[:3].int().tolist())
-print("positions of all text tokens:", txt_ids.unique(dim=0).int().tolist())
+print("unpacking gives the same noise:", torch.equal(unpack(x, height, width), noise))
+print("position ids of the first image tokens (frame, row, column):", img_ids[:3].int().tolist())
+print("position ids of all text tokens:", txt_ids.unique(dim=0).int().tolist())
 
 # %% [markdown]
-# ## 4 · The clock
+# ## 4 · The schedule
 #
-# Time runs from **1 (noise) to 0 (picture)**. The steps are not even: they are shifted towards the noise,
-# where the layout is decided. The strength of the shift is called `mu`, and 0 is none. FLUX.1-dev
-# takes more of it the larger the picture (schnell takes none); the miniature has one strength for all its sizes, because it draws best
-# with it.
+# The time t runs from **1 (noise) to 0 (image)**. The list of times is called the *schedule*. Its steps are not equally
+# long: the schedule is *shifted* towards the noise, where the layout of the image is decided. The amount of the shift
+# is called `mu`, and `mu = 0` means no shift. FLUX.1-dev shifts more for larger images (schnell does not shift). The
+# miniature uses one `mu` for all its sizes, the value with which it draws best.
 
 # %%
 from fluxedu.sampling.solvers import schedule, shift_amount
@@ -125,40 +130,40 @@ from fluxedu.sampling.solvers import schedule, shift_amount
 times = out.trajectory.times
 print("FLUX.1's mu for 256 tokens:", round(shift_amount(256), 3), "· for 4096 tokens:", round(shift_amount(4096), 3))
 print(
-    "the miniature's at any size:",
+    "the miniature's mu for any size:",
     pipe.defaults.shift_ends[0],
-    "(the logarithm of 3: it makes the odds t : 1 - t three times as large)",
+    "(the logarithm of 3: the shift multiplies the odds t / (1 - t) by three)",
 )
 fig, ax = plt.subplots(figsize=(5.6, 3))
-ax.plot(schedule(20, 64, shift=False), "o-", ms=3, color="0.6", label="even")
+ax.plot(schedule(20, 64, shift=False), "o-", ms=3, color="0.6", label="no shift")
 ax.plot(schedule(20, 256), "o-", ms=3, color="#0072B2", label="FLUX.1, 256 tokens (256 × 256)")
 ax.plot(schedule(20, 4096), "o-", ms=3, color="#D55E00", label="FLUX.1, 4096 tokens (1024 × 1024)")
-ax.plot(times, "k--", lw=1, label="this picture")
+ax.plot(times, "k--", lw=1, label="this image")
 ax.set(xlabel="step", ylabel="time t (1 = noise)", xticks=range(0, 21, 5))
-ax.set_title("In FLUX.1, larger pictures spend more steps near the noise")
+ax.set_title("FLUX.1 spends more steps near the noise when the image is larger")
 _ = ax.legend(frameon=False)
 
 # %% [markdown]
-# ## 5 · One question to Flux
+# ## 5 · One evaluation of the network
 #
-# Given the noisy tokens, the text and the time, the network answers with a **velocity**: for each token,
-# the direction from the picture to the noise, `v = noise − picture`. Since `x_t = (1 − t)·picture + t·noise`,
-# one answer already implies a guess of the whole picture: `x_t − t·v`.
+# The inputs are the noisy tokens, the text and the time. The output is a **velocity**: for each token, the direction
+# from the image to the noise, `v = noise − image`. Since `x_t = (1 − t)·image + t·noise`, one velocity already implies
+# a prediction of the final image, called the *predicted x0*: `x_t − t·v`.
 #
-# The network takes one more number, the **guidance** strength: how closely to follow the prompt
-# (FLUX.1-dev is mostly asked with 3.5, the miniature with 6). A later notebook is about it.
+# The network has one more input, the **guidance scale**: how strongly the image should follow the prompt (3.5 is usual
+# for FLUX.1-dev, 6 is the miniature's default). Notebook 12 is about it.
 
 
 # %%
 def velocity(x, t):
-    """Ask the network once: x [1, 64, 64] at time t -> velocity [1, 64, 64]."""
+    """Evaluate the network once: tokens x [1, 64, 64] at time t -> velocity [1, 64, 64]."""
     guidance = torch.tensor([pipe.defaults.guidance], device=device) if pipe.flux.config.guidance_embed else None
     with torch.no_grad():
         return pipe.flux(x, img_ids, txt, txt_ids, torch.tensor([t], device=device), pooled, guidance)
 
 
 def show(tokens, ax, title):
-    """Decode tokens and draw them."""
+    """Decode image tokens and draw the image."""
     with torch.no_grad():
         pixels = pipe.autoencoder.decode(unpack(tokens, height, width))[0].float().cpu()
     ax.imshow(((pixels.clamp(-1, 1) + 1) / 2).permute(1, 2, 0))
@@ -170,64 +175,66 @@ v = velocity(x, 1.0)
 print("velocity:", tuple(v.shape))
 fig, axes = plt.subplots(1, 2, figsize=(6, 3))
 show(x, axes[0], "pure noise, decoded")
-show(x - 1.0 * v, axes[1], "foreseen by one answer")
-fig.suptitle("One answer to pure noise already holds a first idea of the picture", fontsize=10)
+show(x - 1.0 * v, axes[1], "predicted x0")
+fig.suptitle("One evaluation on pure noise already gives a blurred first image", fontsize=10)
 
 # %% [markdown]
-# From pure noise the network can only foresee an average of all pictures that fit the prompt: blurred and
-# pale, but with the background and two spots where the things will be. So we take a small step against the velocity, and
-# ask again.
+# Pure noise tells the network nothing about the image, so many images are still possible, and the predicted x0 is
+# blurred and pale. (The training loss alone would make it the average of all images that fit the prompt. The guidance
+# scale, here well above 1, moves it away from that average.) The background and two spots where the objects will be are
+# already there. So we take a small step against the velocity and evaluate the network again.
 
 # %% [markdown]
-# ## 6 · The loop
+# ## 6 · The sampling loop
 #
-# This is all of sampling (Euler's method). Time falls, so `t_next − t` is negative: we walk away from the
-# noise.
+# This loop is all of sampling; it is Euler's method. The time decreases, so `t_next − t` is negative and each step
+# moves away from the noise.
 
 # %%
-states, foreseen = [x], []
+states, predicted_x0 = [x], []
 for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
     v = velocity(x, t)
-    foreseen.append(x - t * v)
+    predicted_x0.append(x - t * v)
     x = x + (t_next - t) * v
     states.append(x)
 
-picks = [0, 2, 5, 9, 14, 19]
-fig, axes = plt.subplots(2, len(picks), figsize=(11, 4.2))
-for column, i in enumerate(picks):
-    show(states[i], axes[0, column], f"t = {times[i]:.2f}")
-    show(foreseen[i], axes[1, column], "foreseen")
-_ = fig.suptitle("The state (above) is noise for long; the foreseen picture (below) finds its places early")
+steps_to_show = [0, 2, 5, 9, 14, 19]
+fig, axes = plt.subplots(2, len(steps_to_show), figsize=(11, 4.2))
+for column, i in enumerate(steps_to_show):
+    show(states[i], axes[0, column], f"x at t = {times[i]:.2f}")
+    show(predicted_x0[i], axes[1, column], "predicted x0")
+_ = fig.suptitle("The state x (top) stays noisy for long; the predicted x0 (bottom) shows the layout early")
 
 # %% [markdown]
-# ## 7 · Tokens become a picture
+# ## 7 · From tokens to pixels
 #
-# Unpack, decode, round to 8 bits. Is it the picture the pipeline drew?
+# Unpack the tokens, decode the latent, round to 8 bits. Is this the image that the pipeline produced?
 
 # %%
 from fluxedu.sampling.images import to_images
 
 with torch.no_grad():
-    mine = to_images(pipe.autoencoder.decode(unpack(x, height, width)))[0]
-difference = np.abs(np.asarray(mine, int) - np.asarray(out.images[0], int)).max()
-print("by hand and by the pipeline alike, to 1 grey level of 255:", bool(difference <= 1))
+    my_image = to_images(pipe.autoencoder.decode(unpack(x, height, width)))[0]
+difference = np.abs(np.asarray(my_image, int) - np.asarray(out.images[0], int)).max()
+print("your image equals the pipeline's, to within 1 grey level of 255:", bool(difference <= 1))
 
 # %% [markdown]
 # ## 8 · Look inside
 #
-# Everything you have just done by hand passed through named places, **sites**. Here is the map of them all: choose a
-# part of the model, then one of its sites, and see what went by while the picture was drawn. Mouse or keyboard
-# (Tab, then the arrow keys); the slider is the time. Try `vec`, which is the same for every token, and then
-# `single.0.attn.map`.
+# Every value that you computed by hand also passed through a **site**, a named point inside the model where a value can
+# be recorded or replaced. The explorer below shows all of them: choose a part of the model, then one of its sites, and
+# see the values from the run. Use the mouse or the keyboard (Tab, then the arrow keys); the slider sets the time. Try
+# `vec`, which is the same for every token, and then `single.0.attn.map`.
 
 # %%
 print(len(fe.sites(pipe)), "sites")
 widgets.architecture(pipe, prompt, seed=4, progress=False)
 
 # %% [markdown]
-# Attention is where the words get into the picture. Point at a patch of the left picture: brightness is what the
-# patch looks at, and the shade of a word is what it takes from that word. Point at a word: the right picture
-# shows who looks at it. Find a block in which *blue* is looked at mostly from the square.
+# Text acts on the image mainly through *attention*, in which each token collects information from the others; how much
+# it takes from each is its attention. Point at a patch of the left image: the brightness shows how much that patch
+# attends to each other patch, and the shade of each word shows how much it attends to that word. Point at a word: the
+# right image shows which patches attend to it. Find a block in which mostly patches of the square attend to *blue*.
 
 # %%
 widgets.attention(pipe, prompt, seed=4, progress=False)
@@ -235,54 +242,53 @@ widgets.attention(pipe, prompt, seed=4, progress=False)
 # %% [markdown]
 # ## 9 · Break it
 #
-# Each line below changes one thing. Guess first which of them change the network's
-# answer at all, and which changes it most.
+# Each line below changes one input. Guess first which changes affect the network's output at all, and which affects it
+# most.
 
 # %%
-once = times[6:7].to(device)  # the time that belongs to the state below
+t = times[6:7].to(device)  # the time of the state below
 guidance = torch.tensor([pipe.defaults.guidance], device=device) if pipe.flux.config.guidance_embed else None
-start = states[6]
+state = states[6]
 shuffled = txt[:, torch.randperm(txt.shape[1], generator=torch.Generator().manual_seed(0))]
 with torch.no_grad():
-    base = pipe.flux(start, img_ids, txt, txt_ids, once, pooled, guidance)
+    unchanged = pipe.flux(state, img_ids, txt, txt_ids, t, pooled, guidance)
     trials = {
-        "shuffle the T5 tokens": pipe.flux(start, img_ids, shuffled, txt_ids, once, pooled, guidance),
-        "shift all positions by 5": pipe.flux(start, img_ids + 5, txt, txt_ids + 5, once, pooled, guidance),
-        "shift the image's positions only": pipe.flux(start, img_ids + 5, txt, txt_ids, once, pooled, guidance),
-        "swap rows and columns": pipe.flux(start, img_ids[:, [0, 2, 1]], txt, txt_ids, once, pooled, guidance),
-        "erase T5's vectors": pipe.flux(start, img_ids, 0 * txt, txt_ids, once, pooled, guidance),
+        "shuffle T5's token vectors": pipe.flux(state, img_ids, shuffled, txt_ids, t, pooled, guidance),
+        "add 5 to all position ids": pipe.flux(state, img_ids + 5, txt, txt_ids + 5, t, pooled, guidance),
+        "add 5 to the image's ids only": pipe.flux(state, img_ids + 5, txt, txt_ids, t, pooled, guidance),
+        "swap rows and columns": pipe.flux(state, img_ids[:, [0, 2, 1]], txt, txt_ids, t, pooled, guidance),
+        "set T5's vectors to zero": pipe.flux(state, img_ids, 0 * txt, txt_ids, t, pooled, guidance),
     }
-moved = {}
-for name, changed in trials.items():
-    by = float((changed - base).norm() / base.norm())
-    print(f"{name:<34}", "no change (below 1 in 100,000)" if by < 1e-5 else f"changes by {by:.0%}")
-    moved[name] = by
-order.against("yes" if moved["shuffle the T5 tokens"] > 1e-5 else "no")
-most.against("text" if moved["erase T5's vectors"] > moved["swap rows and columns"] else "rows")
+change = {}
+for name, output in trials.items():
+    change[name] = float((output - unchanged).norm() / unchanged.norm())
+    print(f"{name:<34}", "no change (below 1 in 100,000)" if change[name] < 1e-5 else f"changes by {change[name]:.0%}")
+order.against("yes" if change["shuffle T5's token vectors"] > 1e-5 else "no")
+most.against("text" if change["set T5's vectors to zero"] > change["swap rows and columns"] else "rows")
 
 # %% [markdown]
-# Shuffling the text tokens does nothing: to the transformer they are a bag. Moving everything does nothing:
-# only differences of positions count. Later notebooks take these two apart.
+# Shuffling the text tokens changes nothing: the transformer treats them as a set without order. Adding the same number
+# to all position ids changes nothing either: only differences between positions count. Notebooks 03 and 04 explain why.
 #
 # ## In five lines
 #
-# 1. A prompt becomes one vector (CLIP) and a vector per token (T5).
-# 2. A picture is worked on as a latent: 64 tokens of 64 numbers here; at 1024 × 1024, 4,096 tokens.
-# 3. The network predicts a velocity, `noise − picture`; any answer implies a guess of the final picture.
-# 4. Sampling is walking against the velocity from t = 1 to t = 0, on a schedule that FLUX.1-dev and the
-#    miniature shift towards the noise.
-# 5. The autoencoder turns the last latent into pixels.
+# 1. The text encoders turn a prompt into one vector (CLIP) and one vector per token (T5).
+# 2. The transformer works on a latent: 64 tokens of 64 numbers here, 4,096 tokens for a 1024 × 1024 image.
+# 3. The network predicts a velocity, `noise − image`; every velocity implies a prediction of the final image.
+# 4. Sampling moves against the velocity from t = 1 to t = 0, on a schedule that FLUX.1-dev and the miniature shift
+#    towards the noise.
+# 5. The autoencoder decodes the last latent into pixels.
 #
-# **People ask:** *Why are all text positions zero?* The usual explanation: T5 has already used
-# the order ([flux 71](https://github.com/black-forest-labs/flux/issues/71)). *Is CLIP's vector pooled?* Yes, at the
-# end-of-text token ([flux 64](https://github.com/black-forest-labs/flux/issues/64)). *Do these pages run on the large
-# model?* With `FLUXEDU_MODEL=dev` set before Jupyter starts they open it, but for 14 and 15, which open the miniatures
-# by name. What the text finds is the miniature's, and so are the bounds: dev calculates in bfloat16, with less than
-# three digits, so that a line such as *the same to 1 in 1,000* may say False. An explorer that would have to keep more
-# of a run than memory should hold says so, and how to ask for less.
+# **Questions people ask:** *Why are all text positions zero?* The usual explanation is that T5's vectors already
+# contain the order ([flux 71](https://github.com/black-forest-labs/flux/issues/71)). *Is CLIP's vector pooled?* Yes, at
+# the end-of-text token ([flux 64](https://github.com/black-forest-labs/flux/issues/64)). *Do these notebooks run on the
+# full model?* If you set `FLUXEDU_MODEL=dev` before you start Jupyter, they load it; notebooks 14 and 15 load the
+# miniatures by name and stay as they are. The findings in the text and the error bounds are those of the miniature: dev
+# computes in bfloat16, which has fewer than three decimal digits, so a line such as *the same to 1 in 1,000* may say
+# False. If an explorer would need more memory than its limit, it says so and tells you how to record less.
 #
-# **To read:** `fluxedu/sampling/pipeline.py`, then `sampling.py` of black-forest-labs/flux, then *Scaling
-# Rectified Flow Transformers* (arXiv 2403.03206).
+# **Read:** `fluxedu/sampling/pipeline.py`, then `sampling.py` of black-forest-labs/flux, then *Scaling Rectified Flow
+# Transformers* (arXiv 2403.03206).
 
 # %%
 fe.score()

@@ -1,12 +1,13 @@
 # %% [markdown]
 # # 01 · Latents
 #
-# **Why not pixels?** FLUX never sees one. An autoencoder turns every 8 × 8 pixels into one cell of 16 numbers, the
-# transformer works on those, and the autoencoder turns them back. You will build the way in and out of that space,
-# put it into the trained model, and find out what gets lost on the way.
+# **Why not pixels?** FLUX never sees a pixel. An *autoencoder* (an encoder and a decoder network) turns every 8 × 8
+# pixels into one *cell* of 16 numbers; the grid of cells is the image's *latent*. The transformer works on the latent,
+# and the decoder turns the result back into pixels. You will build the steps in and out of the latent, put them into
+# the trained model, and find out what gets lost on the way.
 #
-# Afterwards you can say how many tokens a picture costs, cut a latent into tokens and back, explain the two numbers
-# 0.3611 and 0.1159, and predict which details survive.
+# Afterwards you can say how many tokens an image costs, cut a latent into tokens and put it together again, explain the
+# two numbers 0.3611 and 0.1159, and predict which details survive.
 #
 # 50 minutes · needs notebook 00
 
@@ -21,42 +22,49 @@ from torch import Tensor, nn
 
 import fluxedu as fe
 from fluxedu import course, widgets
-from fluxedu.nano.judge import read
-from fluxedu.nano.scenes import Scene, Thing, render, scenes
-from fluxedu.nano.training.autoencoder import psnr, to_tensor
+from fluxedu.nano.judge import detect
+from fluxedu.nano.scenes import Scene, SceneObject, render, scenes
+from fluxedu.nano.exam import psnr
+from fluxedu.nano.scenes import to_tensor
 from fluxedu.sampling import latents as library
 from fluxedu.sampling.images import to_images
 
 device = course.begin()
 _ = torch.set_grad_enabled(False)  # nothing is trained here
 pipe = fe.load(device=device)
-autoencoder = deepcopy(pipe.autoencoder).float()  # to measure with, whatever numbers the pipeline calculates in
+autoencoder = deepcopy(pipe.autoencoder).float()  # a float32 copy to measure with, whatever the pipeline's dtype
 prompt = "a red circle left of a blue square on a white background"
-picture = pipe(prompt, seed=4, progress=False)
+reference = pipe(prompt, seed=4, progress=False)
 
-some = [scene for scene, _ in zip(scenes(1, size=(128, 128), held_out=True), range(4))]
-images = to_tensor(np.stack([render(scene) for scene in some])).to(device)  # [4, 3, 128, 128] in [-1, 1]
+test_scenes = [scene for scene, _ in zip(scenes(1, size=(128, 128), held_out=True), range(4))]
+images = to_tensor(np.stack([render(scene) for scene in test_scenes])).to(device)  # [4, 3, 128, 128] in [-1, 1]
 course.where(pipe, "encoder", "image")
 
 # %% [markdown]
-# The two marked parts are one network of two halves. The encoder is needed only when a run begins with a picture,
-# the decoder always, once, at the end.
+# The diagram marks the two halves of the autoencoder. The encoder is needed only when a run starts from an image; the
+# decoder is needed once at the end of every run.
 #
 # ## Predict
 #
-# Attention compares every token with every token. The judge is a small program of this course that finds shapes and colours in a
-# picture by geometry, without a network. It will decide the third question: it reads a red star of any of these sizes without a mistake as long as nobody encodes it.
+# Attention compares every token with every token, so its cost grows with the number of *pairs* of tokens. For the third
+# question we use the *judge*, a small program of this course that finds shapes and colours in an image by geometry,
+# without a network. It recognises a red star of each of these radii in the original image. How small may the star be
+# if the image has been encoded and decoded?
 
 # %%
-pairs = fe.predict("a token a pixel, 128 x 128 of them: how many times the pairs of 64 tokens?", 65536)  # answer
-order = fe.predict("numbers in another order inside each token: the same / a bit worse / ruined", "ruined")  # answer
-star = fe.predict("the smallest star that survives: radius 24 / 16 / 12 / 8 / 6 pixels", 12)  # answer
-trips = fe.predict("encoding and decoding ten times instead of once: no worse / worse", "worse")  # answer
+pairs = fe.predict("One token per pixel at 128 x 128: how many times as many pairs as with 64 tokens?", 65536)  # answer
+order = fe.predict(
+    "Reorder the numbers inside each token. The image is: 'the same', 'a bit worse' or 'ruined'?", "ruined"
+)  # answer
+star = fe.predict("Which is the smallest radius of a star that survives: 24, 16, 12, 8 or 6 pixels?", 12)  # answer
+trips = fe.predict(
+    "Encode and decode ten times instead of once. The result is: 'no worse' or 'worse'?", "worse"
+)  # answer
 
 # %% [markdown]
 # ## Why not pixels?
 #
-# What a picture would cost in tokens, and what it costs. A token of FLUX is 2 × 2 cells of the latent, so 16 × 16
+# Compare the number of pixels, cells and tokens. A token of FLUX is 2 × 2 cells of the latent, so it covers 16 × 16
 # pixels.
 
 # %%
@@ -67,189 +75,191 @@ for side in (128, 1024):
 pairs.against((128 * 128) ** 2 // 64**2)
 
 # %% [markdown]
-# The numbers shrink to a twelfth, which is not much. The **tokens** shrink to a 256th, and the pairs of tokens
-# that attention has to look at to a 65,536th. That is the answer to the question above.
+# The amount of data shrinks by a factor of 12. The number of **tokens** shrinks by a factor of 256, and the number of
+# pairs that attention has to compare by a factor of 65,536. That is the answer to the question above.
 #
 # ## Build it
 #
-# First the 8. The encoder is a pyramid that halves the grid three times. Channels, rows and columns at each level:
+# First the factor 8. The encoder is a pyramid that halves the grid three times. `fe.record` stores the values that pass
+# through the named *sites* (named points inside the model). These are the channels, rows and columns at each level:
 
 # %%
-with fe.record("ae.encoder.level.*", "ae.encoder.moments", "ae.latent") as rec:
+with fe.record("ae.encoder.down.*.out", "ae.encoder.moments", "ae.latent") as rec:
     latent = autoencoder.encode(images[:1])
-for name in [f"ae.encoder.level.{i}" for i in range(4)] + ["ae.encoder.moments", "ae.latent"]:
+for name in [f"ae.encoder.down.{i}.out" for i in range(4)] + ["ae.encoder.moments", "ae.latent"]:
     print(f"{name:20} {list(rec[name].tensor.shape[-3:])}")
 
 # %% [markdown]
-# The fourth level does not halve. A halving is one convolution that moves by 2, with a detail that is easily got
-# wrong.
+# The fourth level does not halve the grid. Each halving is one convolution with stride 2, and its padding is easy to
+# get wrong.
 
 # %% exercise="latents.Downsample"
 
 # %%
-halved = passed
+downsample_passed = passed
 
 # %% [markdown]
-# At the bottom there are 32 channels: 16 means and 16 logarithms of variances, because the autoencoder is a variational one. It was
-# trained to bear a little noise on its latent, so that small errors of the *flow* (the transformer, which learns to turn noise into
-# latents) stay small in the picture.
+# The last layer has 32 channels: 16 means and 16 logarithms of variances, because this is a *variational* autoencoder:
+# it was trained with noise added to its latent. The decoder therefore tolerates small errors in the latent, and small
+# errors of the *flow* (the transformer, which learns to turn noise into latents) stay small in the image.
 
 # %% exercise="latents.standardise"
 
 # %%
-standardised = passed
-print("numbers that the miniature uses:", autoencoder.config.scale_factor, autoencoder.config.shift_factor)
+standardise_passed = passed
+print("scale and shift of the miniature:", autoencoder.config.scale_factor, autoencoder.config.shift_factor)
 with fe.record("ae.encoder.moments") as rec:
     latent = autoencoder.encode(images)  # [4, 16, 16, 16]
 moments = rec["ae.encoder.moments"].tensor.flatten(0, 1).to(device)  # [4, 32, 16, 16]
 mean, logvar = moments.chunk(2, dim=1)
-print(f"spread of the means before: {float(mean.std()):.1f} · of the latent: {float(latent.std()):.1f}")
-print(f"the encoder's own noise, beside the spread: {float((logvar / 2).exp().mean() / mean.std()):.0%}")
-if standardised:
+print(f"standard deviation of the means: {float(mean.std()):.1f} · of the latent: {float(latent.std()):.1f}")
+print(f"the encoder's own noise, relative to that of the means: {float((logvar / 2).exp().mean() / mean.std()):.0%}")
+if standardise_passed:
     config = autoencoder.config
     yours = standardise(moments, config.scale_factor, config.shift_factor)
-    print("yours is the library's latent, to 1 in 100,000:", bool((yours - latent).abs().max() < 1e-5))
+    print("yours equals the library's latent, to 1 in 100,000:", bool((yours - latent).abs().max() < 1e-5))
 
 # %% [markdown]
-# So that is what `scale` and `shift` are for. Noise has spread 1 and mean 0, and the flow mixes it with the latent,
-# `(1 − t)·latent + t·noise`. Both must be of one size, or "half noise" would not mean half. (Over many pictures the latent's spread is 1.0; the
-# few above happen to be calm ones.) FLUX.1's two numbers,
-# 0.3611 and 0.1159, do the same for its own autoencoder: a scale of 0.3611 undoes a spread of 1 / 0.3611.
+# This is what `scale` and `shift` are for. Noise has mean 0 and standard deviation 1, and the flow mixes it with the
+# latent, `(1 − t)·latent + t·noise`. Both must have the same scale, or t = 0.5 would not mean half noise. (Over many
+# images the latent's standard deviation is 1.0; these four images happen to lie below it.) FLUX.1's two numbers, 0.3611
+# and 0.1159, do the same for its own autoencoder: a scale of 0.3611 fits a standard deviation of 1 / 0.3611.
 #
-# Now from the grid to tokens.
+# Next come the tokens.
 
 # %% exercise="latents.pack"
 
 # %%
-packed = passed
+pack_passed = passed
 
 # %% exercise="latents.unpack"
 
 # %%
-packed = packed and passed
-if packed:
+pack_passed = pack_passed and passed
+if pack_passed:
     print("tokens:", list(pack(latent).shape))
-    print("as the library's:", bool(torch.equal(pack(latent), library.pack(latent))))
-    print("nothing is lost on the way back:", bool(torch.equal(unpack(pack(latent), 16, 16), latent)))
+    print("yours equal the library's:", bool(torch.equal(pack(latent), library.pack(latent))))
+    print("unpacking restores the latent exactly:", bool(torch.equal(unpack(pack(latent), 16, 16), latent)))
 
 # %% [markdown]
-# Packing is bookkeeping: no number changes. What changes is that the transformer then has a quarter of the
-# tokens, each four times as wide.
+# Packing only reorders numbers; no value changes. Afterwards the transformer has a quarter as many tokens, each four
+# times as wide.
 #
 # ## See it
 
 # %%
 fig, axes = plt.subplots(3, 6, figsize=(9, 5), layout="constrained")
-axes[0, 0].imshow(picture.images[0])
-axes[0, 0].set_title("the picture", fontsize=9)
-shown = picture.latents[0].float().cpu()
+axes[0, 0].imshow(reference.images[0])
+axes[0, 0].set_title("the image", fontsize=9)
+channels = reference.latents[0].float().cpu()
 for channel, ax in enumerate(axes.flat[1:17]):
-    drawn = ax.imshow(shown[channel], cmap="cividis", vmin=-3, vmax=3)
+    heatmap = ax.imshow(channels[channel], cmap="cividis", vmin=-3, vmax=3)
     ax.set_title(f"channel {channel}", fontsize=9)
 for ax in axes.flat:
     ax.axis("off")
-fig.suptitle("The latent is still a small picture: its channels show the same two things in the same places")
-fig.colorbar(drawn, ax=axes, label="value", shrink=0.6)
+fig.suptitle("The channels of the latent show the same two objects at the same positions as the image")
+fig.colorbar(heatmap, ax=axes, label="value", shrink=0.6)
 plt.show()
 
 # %% [markdown]
-# That the channels keep the places is what lets the transformer speak of rows and columns. It is also why a picture
-# can be edited in its latent. Do 16 channels hold 16 different things? Keep only the few directions along which the
-# latents vary most, and decode. (PSNR is the error in decibels: 20 means an error of a tenth of the range from black
-# to white, 40 a hundredth.)
+# Because the channels preserve positions, the transformer can work with rows and columns, and an image can be edited in
+# its latent. Do 16 channels hold 16 different things? Keep only the few directions along which the latents vary most
+# (their principal components), and decode. (*PSNR* measures the error in decibels: 20 dB is an error of a tenth of the
+# range from black to white, 40 dB a hundredth.)
 
 # %%
 flat = latent.permute(0, 2, 3, 1).reshape(-1, 16)  # [cells, 16]
-middle = flat.mean(0)
-directions = torch.linalg.svd(flat - middle, full_matrices=False)[2]  # [16, 16], the strongest first
+centre = flat.mean(0)
+directions = torch.linalg.svd(flat - centre, full_matrices=False)[2]  # [16, 16], in order of variance
 counts, quality = (1, 2, 3, 4, 6, 8, 12, 16), []
 for count in counts:
-    along = directions[:count].T @ directions[:count]
-    few = ((flat - middle) @ along + middle).reshape(4, 16, 16, 16).permute(0, 3, 1, 2)  # [4, 16, h, w]
-    quality.append(psnr(images, autoencoder.decode(few)))
-thumbnails = {  # the same picture made small, then large again
+    projection = directions[:count].T @ directions[:count]
+    projected = (flat - centre) @ projection + centre  # [cells, 16]
+    quality.append(psnr(images, autoencoder.decode(projected.reshape(4, 16, 16, 16).permute(0, 3, 1, 2))))
+thumbnails = {  # the same images, downscaled and upscaled again
     side: psnr(images, F.interpolate(F.avg_pool2d(images, 128 // side), size=128, mode="bilinear")) for side in (16, 32)
 }
 
 fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
-ax.plot(counts, quality, "o-", color="#0072B2", label="latent, 256 numbers a direction")
+ax.plot(counts, quality, "o-", color="#0072B2", label="latent, 256 numbers per direction")
 for (side, value), style in zip(thumbnails.items(), (":", "--")):
     ax.axhline(value, color="#D55E00", linestyle=style, label=f"{side} x {side} thumbnail, {3 * side * side:,} numbers")
-ax.set_xlabel("directions kept, of 16")
+ax.set_xlabel("number of directions kept, of 16")
 ax.set_ylabel("PSNR in dB")
-ax.set_title("Six directions carry almost all of it, and beat a thumbnail of twice the size")
+ax.set_title(f"Six of 16 directions lose {quality[-1] - quality[4]:.1f} dB and beat a thumbnail with twice the numbers")
 ax.legend()
 plt.show()
-print("six directions lose less than 2 dB of all sixteen's:", quality[-1] - quality[4] < 2)
-print("six directions, 1,536 numbers, beat a thumbnail of 3,072 numbers:", quality[4] > thumbnails[32])
+print("six directions lose less than 2 dB compared with all sixteen:", quality[-1] - quality[4] < 2)
+print("six directions (1,536 numbers) beat a thumbnail of 3,072 numbers:", quality[4] > thumbnails[32])
 
 # %% [markdown]
-# The miniature's world is simple, so ten of the sixteen directions are nearly idle; the world of photographs is not.
-# Earlier latent diffusion models had 4 channels, FLUX has 16: with 8 × 8 pixels a cell, detail has
-# nowhere else to go.
+# The miniature's images are simple, so ten of the sixteen directions are hardly used; photographs need more. Earlier
+# latent diffusion models had 4 channels, FLUX has 16: with 8 × 8 pixels per cell, detail can only be stored in the
+# channels.
 #
-# What is lost, then? A Fourier transform splits a picture into stripes of every width; compare the picture and its copy,
-# width by width. (The grey line: half is lost.)
+# What is lost, then? A Fourier transform splits an image into stripes of all widths. Compare the image with its
+# reconstruction at each width. (At the grey line, half is lost.)
 
 # %%
-copy = autoencoder.decode(latent)
+reconstruction = autoencoder.decode(latent)
 window = torch.hann_window(128, device=device)[:, None] * torch.hann_window(128, device=device)
 cycles = torch.fft.fftfreq(128, device=device)
 radius = (cycles[:, None] ** 2 + cycles[None, :] ** 2).sqrt()
 
 
 def power(x: Tensor) -> Tensor:
-    """How strong stripes of each width are, `[12]`, from wide to narrow."""
-    strength = torch.fft.fft2((x - x.mean((-2, -1), keepdim=True)) * window).abs().square().mean((0, 1))
+    """Spectral power in 12 bands, from wide stripes to narrow ones: `[12]`."""
+    spectrum = torch.fft.fft2((x - x.mean((-2, -1), keepdim=True)) * window).abs().square().mean((0, 1))
     edges = torch.linspace(0, 0.5, 13, device=device)
-    return torch.stack([strength[(radius >= a) & (radius < b)].sum() for a, b in zip(edges, edges[1:])])
+    return torch.stack([spectrum[(radius >= a) & (radius < b)].sum() for a, b in zip(edges, edges[1:])])
 
 
 width = 1 / ((torch.arange(12) + 0.5) / 24)  # pixels from one stripe to the next
-lost = (power(copy - images) / power(images)).cpu()
+lost = (power(reconstruction - images) / power(images)).cpu()
 fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
 ax.semilogx(width, 100 * lost, "o-", color="#0072B2")
 ax.axhline(50, color="0.6", linewidth=1)
 ax.set_xticks([2, 3, 4, 6, 10, 16, 48], [2, 3, 4, 6, 10, 16, 48])
 ax.minorticks_off()
-ax.set_xlabel("width of the stripes, pixels from one to the next")
-ax.set_ylabel("error, % of their power")
+ax.set_xlabel("width of the stripes: pixels from one to the next")
+ax.set_ylabel("error, % of the power")
 ax.set_ylim(0, 100)
-ax.set_title("Wide stripes come back whole, the finest are mostly lost")
+ax.set_title(f"The widest stripes lose {lost[0]:.0%} of their power, the narrowest {lost[-1]:.0%}")
 plt.show()
-print("lost of stripes wider than 9 pixels: below a tenth:", bool(lost[:3].max() < 0.1))
-print("lost of the finest: more than half:", bool(lost[-2:].min() > 0.5))
+print("stripes wider than 9 pixels lose less than a tenth:", bool(lost[:3].max() < 0.1))
+print("the narrowest stripes lose more than half:", bool(lost[-2:].min() > 0.5))
 
 # %% [markdown]
-# How far does a cell reach? Change all 16 numbers of one, and see where the picture changes:
+# How far does the influence of one cell reach? Change all 16 numbers of one cell, and see where the image changes:
 
 # %%
-touched = latent[:1].clone()
-touched[0, :, 8, 8] += 2
-change = (autoencoder.decode(touched) - copy[:1]).square().sum((0, 1))  # [128, 128]
-own, around = (float(change[64 - m : 72 + m, 64 - m : 72 + m].sum() / change.sum()) for m in (0, 8))
-print("of the change, in the cell's own 8 x 8 pixels: more than two thirds:", own > 2 / 3)
-print("in those and the eight cells around them: more than nine tenths:", around > 0.9)
+edited = latent[:1].clone()
+edited[0, :, 8, 8] += 2
+change = (autoencoder.decode(edited) - reconstruction[:1]).square().sum((0, 1))  # [128, 128]
+own_cell, neighbourhood = (float(change[64 - m : 72 + m, 64 - m : 72 + m].sum() / change.sum()) for m in (0, 8))
+print("more than two thirds of the change is in the cell's own 8 x 8 pixels:", own_cell > 2 / 3)
+print("more than nine tenths is in these and the eight cells around them:", neighbourhood > 0.9)
 
 # %% [markdown]
-# Now by hand. Add to a few cells of one channel and see what it does; one cell alone is hardly seen.
-# (Tab to the left picture and use the arrow keys, or the mouse.) Does any channel stand for one thing, a colour say?
-# Nothing in training asks for that.
+# Now edit a latent yourself. Add to a few cells of one channel and see what changes; a change of one cell alone is
+# hardly visible. (Tab to the left image and use the arrow keys, or use the mouse.) Does any channel stand for one
+# property, such as a colour? Nothing in the training requires that.
 
 # %%
-widgets.latents(pipe, picture.images[0]).set(channel=14, cell=(5, 11))
+widgets.latents(pipe, reference.images[0]).set(channel=14, cell=(5, 11))
 
 # %% [markdown]
-# ## Put yours into the trained model
+# ## Put your code into the trained model
 #
-# Your halvings take the place of the encoder's, with its weights. Your tokens go into the transformer: at `img_in`,
-# the first layer, the pipeline's tokens are thrown away and yours are read instead, at every step of the run.
+# `fe.swap` replaces modules of the model by yours and copies the trained weights into them; here it replaces the
+# encoder's downsampling layers. `fe.intervene` replaces the value at a site; here it replaces the tokens at `img_in`,
+# the transformer's first layer, by your tokens in every step of the run.
 
 # %%
-if halved and packed:
+if downsample_passed and pack_passed:
     with fe.swap("ae.encoder.*.downsample", lambda old: Downsample(old.conv.in_channels), autoencoder):
         again = autoencoder.encode(images)
-    print("the encoder with your halvings gives the same latent:", bool((again - latent).abs().max() < 1e-4))
+    print("the encoder with your layers gives the same latent:", bool((again - latent).abs().max() < 1e-4))
 
     state = {}
 
@@ -259,17 +269,17 @@ if halved and packed:
 
     with fe.intervene("sample.x", remember):
         with fe.intervene("img_in", lambda tokens, ctx: pipe.flux.img_in(pack(state["latent"]))):
-            drawn = pipe(prompt, seed=4, progress=False)
-    far = (drawn.latents - picture.latents).norm() / picture.latents.norm()
-    print("the picture from your tokens is the same, to 1 in 1,000:", bool(far < 1e-3))
+            again = pipe(prompt, seed=4, progress=False)
+    difference = (again.latents - reference.latents).norm() / reference.latents.norm()
+    print("the latent made from your tokens is the same, to 1 in 1,000:", bool(difference < 1e-3))
 else:
     print("solve the exercises above first; then run this cell again")
 
 # %% [markdown]
 # ## Break it
 #
-# **Another order inside the token.** All 64 numbers are there, the tokens are the right ones, only the channel now
-# changes fastest. It is the layout that `view` and `transpose` give by accident.
+# **Another order inside the token.** The tokens are the right ones and contain all 64 numbers, but now the channel
+# changes fastest. `view` and `transpose` produce this layout easily by accident.
 
 # %%
 state = {}
@@ -280,25 +290,25 @@ def remember(x, ctx):
     return x
 
 
-def channel_fastest(x):
+def pack_channel_fastest(x):
     b, c, h, w = x.shape
     x = x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1)  # [B, rows, columns, 2, 2, C]
     return x.reshape(b, h // 2 * (w // 2), 4 * c)
 
 
 with fe.intervene("sample.x", remember):
-    with fe.intervene("img_in", lambda tokens, ctx: pipe.flux.img_in(channel_fastest(state["latent"]))):
-        muddled = pipe(prompt, seed=4, progress=False)
-far = float((muddled.latents - picture.latents).norm() / picture.latents.norm())
-order.against("ruined" if far > 1 else "a bit worse" if far > 0.01 else "the same")
+    with fe.intervene("img_in", lambda tokens, ctx: pipe.flux.img_in(pack_channel_fastest(state["latent"]))):
+        reordered = pipe(prompt, seed=4, progress=False)
+difference = float((reordered.latents - reference.latents).norm() / reference.latents.norm())
+order.against("ruined" if difference > 1 else "a bit worse" if difference > 0.01 else "the same")
 
 # %% [markdown]
-# **Padding on the other side**, as `padding=1` would do, and **a latent that nobody scaled**, given to the decoder as
-# the encoder made it. Both run without a complaint.
+# **Padding on the other side**, as `padding=1` does, and **no scaling**: the encoder's means go to the decoder without
+# scale and shift. Neither raises an error.
 
 
 # %%
-class LeftAbove(nn.Module):
+class PadLeftAbove(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
@@ -307,79 +317,86 @@ class LeftAbove(nn.Module):
         return self.conv(x)
 
 
-with fe.swap("ae.encoder.*.downsample", lambda old: LeftAbove(old.conv.in_channels), autoencoder):
-    shifted = autoencoder.decode(autoencoder.encode(images))
+with fe.swap("ae.encoder.*.downsample", lambda old: PadLeftAbove(old.conv.in_channels), autoencoder):
+    wrong_padding = autoencoder.decode(autoencoder.encode(images))
 unscaled = autoencoder.decode(mean)
-good, off, pale = (psnr(images, x) for x in (copy, shifted, unscaled))
-print("padding on the other side costs more than 10 dB:", good - off > 10)
-print("forgetting the scale costs more than 3 dB:", good - pale > 3)
+psnr_right, psnr_padding, psnr_unscaled = (psnr(images, x) for x in (reconstruction, wrong_padding, unscaled))
+print("padding on the other side costs more than 10 dB:", psnr_right - psnr_padding > 10)
+print("no scaling costs more than 3 dB:", psnr_right - psnr_unscaled > 3)
 
 fig, axes = plt.subplots(1, 5, figsize=(10, 2.4), layout="constrained")
-pictures = [muddled.images[0], *(to_images(x[:1])[0] for x in (images, copy, shifted, unscaled))]
-names = ["tokens in another order", "a scene", "encoded, decoded", "padding left and above", "not scaled"]
-for ax, image, name in zip(axes, pictures, names):
+examples = [reordered.images[0], *(to_images(x[:1])[0] for x in (images, reconstruction, wrong_padding, unscaled))]
+names = ["tokens in another order", "an original", "encoded and decoded", "padded left and above", "not scaled"]
+for ax, image, name in zip(axes, examples, names):
     ax.imshow(image)
     ax.set_title(name, fontsize=9)
     ax.axis("off")
-fig.suptitle("Order, padding, scale: each mistake loads without a word, and shows in the picture", fontsize=10)
+fig.suptitle("Wrong order, wrong padding, no scaling: none raises an error, each damages the image", fontsize=10)
 plt.show()
 
 # %% [markdown]
-# The forgotten scale is the dangerous one: too much contrast, but a picture. In a flow that starts from such a latent
-# it looks like a bad model.
+# The missing scale is the most dangerous mistake, because the result still looks like an image, only with too much
+# contrast. In a run that starts from such a latent it is easily taken for a bad model.
 #
-# **A small star.** The judge reads stars before and after.
+# **A small star.** The judge looks for stars before and after the autoencoder.
+
 
 # %%
-radii, kept, rows = (24, 16, 12, 8, 6), [], []
-places = [(64, 64), (50.5, 70), (71, 43)]
+def stars(images) -> int:
+    """In how many of the images the judge finds exactly one object, a star."""
+    return sum([found.form for found in detect(image).objects] == ["star"] for image in images)
+
+
+radii, survives, examples = (24, 16, 12, 8, 6), [], []
+centres = [(64, 64), (50.5, 70), (71, 43)]
 for r in radii:
-    drawn = [render(Scene("white", (Thing("star", "red", "small", x, y, r),), 128, 128)) for x, y in places]
-    back = to_images(autoencoder.decode(autoencoder.encode(to_tensor(np.stack(drawn)).to(device))))
-    stars = [sum([t.form for t in read(image).things] == ["star"] for image in those) for those in (drawn, back)]
-    rows.append((drawn[0][36:92, 36:92], np.asarray(back[0])[36:92, 36:92]))
-    kept.append(stars[1] == len(places))
-    print(f"radius {r:2}: read as a star {stars[0]} times of 3 before, {stars[1]} times after")
-star.against(min((r for r, whole in zip(radii, kept) if whole), default=0))
+    originals = [render(Scene("white", (SceneObject("star", "red", "small", x, y, r),), 128, 128)) for x, y in centres]
+    decoded = to_images(autoencoder.decode(autoencoder.encode(to_tensor(np.stack(originals)).to(device))))
+    before, after = stars(originals), stars(decoded)
+    examples.append((originals[0][36:92, 36:92], np.asarray(decoded[0])[36:92, 36:92]))
+    survives.append(after == len(centres))
+    print(f"radius {r:2}: recognised as a star {before} times of 3 before, {after} times after")
+star.against(min((r for r, whole in zip(radii, survives) if whole), default=0))
 
 fig, axes = plt.subplots(2, 5, figsize=(8, 3.4), layout="constrained")
-for column, (r, pair) in enumerate(zip(radii, rows)):
+for column, (r, pair) in enumerate(zip(radii, examples)):
     for row, image in enumerate(pair):
         axes[row, column].imshow(image)
         axes[row, column].axis("off")
     axes[0, column].set_title(f"radius {r} px", fontsize=9)
-fig.suptitle("Above as drawn, below through the autoencoder: the smaller the star, the rounder")
+fig.suptitle("Top: original. Bottom: encoded and decoded. Smaller stars lose their points")
 plt.show()
 
 # %% [markdown]
-# Two cells are 16 pixels, and a star of radius 8 has all five of its points in them. No transformer, however good,
-# draws what the decoder cannot. The same holds for small faces and small letters in large models: make the picture
-# larger, and the same thing gets more cells.
+# Two cells are 16 pixels wide, and a star of radius 8 has all its five points within them. However good the transformer
+# is, it cannot draw what the decoder cannot. The same holds for small faces and small letters in large models: in a
+# larger image the same object gets more cells.
 #
-# **Ten times there and back**, as happens when a picture is edited, saved and edited again.
+# **Ten round trips**, as happens when an image is edited, saved and edited again.
 
 # %%
 x, decibel = images[:2], []
-for _ in range(10):  # there and back again
+for _ in range(10):  # encode and decode
     x = autoencoder.decode(autoencoder.encode(x)).clamp(-1, 1)
     decibel.append(psnr(images[:2], x))
 trips.against("worse" if decibel[-1] < decibel[0] - 1 else "no worse")
-print("lost from the first to the tenth trip: more than 5 dB:", decibel[0] - decibel[-1] > 5)
+print("from the first to the tenth round trip, more than 5 dB are lost:", decibel[0] - decibel[-1] > 5)
 
 # %% [markdown]
 # ## In five lines
 #
-# 1. Pixels would be too many tokens: 16 × 16 of them are one token, and attention pays for pairs.
-# 2. The encoder halves three times; each cell has 16 numbers, which keep the place and most of the look.
-# 3. Scale and shift bring the latent to the spread of the noise that it is mixed with.
-# 4. Packing takes 2 × 2 cells a token, (channel, row, column) inside; it loses nothing, and any other order ruins it.
-# 5. What is finer than a few pixels is lost before the flow has drawn a stroke.
+# 1. Pixels would be too many tokens: one token covers 16 × 16 pixels, and the cost of attention grows with the pairs.
+# 2. The encoder halves the grid three times; each cell has 16 numbers, and the latent preserves positions.
+# 3. Scale and shift give the latent the mean and standard deviation of the noise that it is mixed with.
+# 4. Packing puts 2 × 2 cells into one token, in the order (channel, row, column). It loses nothing; any other order
+#    ruins the image.
+# 5. Detail finer than a few pixels is lost in the autoencoder, whatever the transformer does.
 #
-# **People ask**: *Does encoding draw a random sample?* The official code takes the mean when it is so configured,
-# diffusers samples; the noise is a few percent of the spread, as you saw above. *Why does my 1000-pixel picture come
-# out with another size?* A side must be whole tokens, 16 pixels each; the official code rounds up, to 126 cells,
-# diffusers down, to 124. *Why does memory run out at large sizes?* The tokens grow with
-# the area and their pairs with its square: twice the side, 16 times the pairs.
+# **Questions people ask**: *Does encoding draw a random sample?* The official code takes the mean if so configured,
+# diffusers samples; the noise is a few percent of the standard deviation, as you measured above. *Why does my
+# 1000-pixel image come out with another size?* A side must be a whole number of tokens of 16 pixels. The official code
+# rounds up, to 126 cells; diffusers rounds down, to 124. *Why does memory run out at large sizes?* The number of tokens
+# grows with the area, and the number of pairs with its square: twice the side means 16 times the pairs.
 #
 # **Read**: Latent Diffusion, arXiv 2112.10752 · Scaling Rectified Flow Transformers, arXiv 2403.03206 (why 16
 # channels) · `black-forest-labs/flux`, `modules/autoencoder.py` and `sampling.py` · ours:

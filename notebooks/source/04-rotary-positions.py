@@ -1,12 +1,13 @@
 # %% [markdown]
 # # 04 · Rotary positions
 #
-# **How does a token know where it is?** Attention compares every token with every other and sees no order at
-# all. FLUX tells places by *turning* queries and keys: a few lines that you will write, put into the
-# trained model, and then break in four ways.
+# **How does a token know where it is?** Attention compares every token with every other and has no notion of order.
+# FLUX encodes positions by *rotating* queries and keys (the vectors that attention compares). This is called RoPE,
+# rotary position embedding. You will write it in a few lines, put it into the trained model, and then break it in four
+# ways.
 #
-# Afterwards you can build the turn of any token, say what a shift of all positions does (and why), and tell
-# which part of a head reads rows and which columns.
+# Afterwards you can compute the rotation of any token, say what happens (and why) when all positions are shifted, and
+# tell which part of an attention head depends on rows and which on columns.
 #
 # 55 minutes · needs notebook 00
 
@@ -27,50 +28,51 @@ from fluxedu.sampling.latents import image_ids
 device = course.begin()
 pipe = fe.load(device=device)
 prompt = "a red circle left of a blue square"
-picture = pipe(prompt, seed=4, progress=False)
+reference = pipe(prompt, seed=4, progress=False)
 course.where(pipe, "double", "single")
 
 # %% [markdown]
-# The turn happens inside every block, just before queries meet keys. Nothing else in the transformer knows where
-# a patch is: the patches come in as a list.
+# The rotation happens inside every block, just before queries are multiplied by keys. Nothing else in the transformer
+# depends on the position of a patch (the 2 × 2 latent cells of one image token): the patches arrive as a list.
 #
 # ## Predict
 #
-# Three guesses, to be scored below. All are about the same network and the same picture.
+# Three predictions, which are scored below. Each token has a *position id* of three numbers: frame, row and column. A
+# change of the velocity (the network's output) below 1 % counts as 'nothing', below 10 % as 'a little'.
 
 # %%
 shifted = fe.predict(
-    "all positions grow by 5: what happens to the velocity? nothing / a little / much", "nothing"
+    "All position ids grow by 5. The velocity changes: 'nothing', 'a little' or 'much'?", "nothing"
 )  # answer
 image_only = fe.predict(
-    "the image's positions grow by 5, the text's do not: nothing / a little / much", "much"
+    "Only the image's position ids grow by 5. The velocity changes: 'nothing', 'a little' or 'much'?", "much"
 )  # answer
-frame = fe.predict("how many of a head's 32 numbers are turned by the frame axis?", 4)  # answer
+frame = fe.predict("How many of a head's 32 numbers are rotated according to the frame?", 4)  # answer
 
 # %% [markdown]
 # ## Build it
 #
-# A token's position has three coordinates, (frame, row, column). A head of the miniature has 32 numbers, 16 pairs;
-# some pairs belong to each coordinate. First the positions themselves.
+# Attention works in several *heads*, each with its own queries and keys. A head of the miniature has 32 numbers, which
+# form 16 pairs; some pairs belong to each of the three coordinates. First the position ids.
 
 # %% exercise="rope.ids"
 
 # %% [markdown]
-# Each pair turns at its own speed: the first once in about six steps, the last hardly at all. So the pairs
-# together are like the hands of a clock, and no two places look the same.
+# Each pair rotates at its own frequency: the first makes a full turn every six positions or so, the last hardly moves.
+# Together the pairs are like the hands of a clock, so that no two positions have the same combination of angles.
 
 # %% exercise="rope.angles"
 
 # %% exercise="rope.rotate"
-# Source: RoFormer (arXiv 2104.09864). Llama, in most libraries, pairs `x[i]` with `x[i + d/2]`: the same idea, other
-# neighbours, and weights that do not fit.
+# Source: RoFormer (arXiv 2104.09864). Llama, in most libraries, pairs `x[i]` with `x[i + d/2]`: the same idea with
+# other pairs, so the weights of one do not work with the other.
 
 # %% [markdown]
-# Yours against the library's, whose table holds the turns as complex numbers:
+# Compare yours with the library's, which stores the rotations as complex numbers:
 
 # %%
 config = pipe.flux.config
-print("numbers of a head by axis:", dict(zip(("frame", "row", "column"), config.axes_dim)))
+print("numbers of a head per axis:", dict(zip(("frame", "row", "column"), config.axes_dim)))
 frame.against(config.axes_dim[0])
 
 positions = image_ids(16, 16)  # [64, 3]
@@ -79,157 +81,171 @@ x = torch.randn(1, config.num_heads, 64, config.head_dim)  # [1, 5, 64, 32]
 if passed:
     mine = torch.cat([angles(positions[:, axis], dim, 10_000.0) for axis, dim in enumerate(config.axes_dim)], dim=-1)
     error = (rotate(x, mine) - library_rotate(x, table)).abs().max()
-    print("largest difference from the library's below 1 in 100,000:", bool(error < 1e-5))
+    print("largest difference from the library's is below 1 in 100,000:", bool(error < 1e-5))
 
 # %% [markdown]
 # ## See it
 #
-# A pair is a point that turns as the position grows. Fast pairs tell neighbours apart, slow ones tell near from far.
+# A pair of numbers is a point in the plane, which rotates as the position grows. Fast pairs distinguish neighbours,
+# slow pairs distinguish near from far.
 
 # %%
-pairs = config.axes_dim[2] // 2  # the columns', 7
-turn = rope_table(torch.tensor([[0.0, 0.0, c] for c in range(64)]), config.axes_dim)[0, :, -pairs:].angle()
+pairs = config.axes_dim[2] // 2  # the 7 pairs of the column axis
+angle = rope_table(torch.tensor([[0.0, 0.0, c] for c in range(64)]), config.axes_dim)[0, :, -pairs:].angle()
 fig, ax = plt.subplots(figsize=(7, 2.6), layout="constrained")
-shown = ax.imshow(turn.T, aspect="auto", cmap="twilight", vmin=-torch.pi, vmax=torch.pi)
+heatmap = ax.imshow(angle.T, aspect="auto", cmap="twilight", vmin=-torch.pi, vmax=torch.pi)
 ax.set_xlabel("column of the patch")
 ax.set_ylabel("pair")
-ax.set_title("Fast pairs above, slow pairs below: together they name every column")
-fig.colorbar(shown, label="angle in radians")
+ax.set_title("Fast pairs (top) and slow pairs (bottom) together give every column its own angles")
+fig.colorbar(heatmap, label="angle in radians")
 plt.show()
 
 # %% [markdown]
-# Now the point of it all. Move the query and the key: the score depends on the **difference** of their places only,
-# because turning both by the same angle changes no product. (Tab to a picture, then the arrow keys; or the mouse.)
+# Now the main property. Move the query and the key: their score depends only on the **difference** of their positions,
+# because rotating both by the same angle does not change their product. (Tab to an image, then use the arrow keys; or
+# use the mouse.)
 
 # %%
 widgets.positions(pipe)
 
 # %% [markdown]
-# With a query and a key of ones only (what the explorer begins with) the score is highest where the two are in one
-# place, and falls off in ripples, one for each turn of the fast pair. With a trained query and key the hill
-# may be anywhere: a head can look for "the patch to my left".
+# The explorer starts with a query and a key of ones. For these the score is highest where both have the same position,
+# and falls off in ripples, one for each turn of the fast pair. With a trained query and key the maximum may be
+# anywhere: a head can learn to look for "the patch to my left".
 #
-# The first transformers did it otherwise: they *added* a wave of the position to the token (arXiv 1706.03762). Then the
-# score is four products, and two of them know where a token stands, not how far the other is.
+# The first transformers *added* a position vector, made of sines and cosines, to each token (arXiv 1706.03762). Then
+# the score is a sum of four products, and two of them depend on the position of a single token rather than on the
+# difference.
 
 # %%
 dim = config.axes_dim[2]
 q, k = torch.randn(2, dim, generator=torch.Generator().manual_seed(0)).double()
-wave = lambda place: torch.polar(
-    torch.ones_like(angle_of[place]), angle_of[place]
-)  # cosines and sines, as complex numbers
-angle_of = rope_table(torch.tensor([[0.0, 0.0, c] for c in range(64)]), config.axes_dim)[0, :, -dim // 2 :].angle()
-added, turned = [], []
-for place in range(0, 60, 4):  # query and key always three apart
-    a, b = (torch.view_as_real(wave(c)).flatten() for c in (place, place + 3))
-    added.append(float((q + a) @ (k + b)))
-    a, b = (torch.view_as_complex(x.view(-1, 2)) * wave(c) for x, c in ((q, place), (k, place + 3)))
-    turned.append(float((a * b.conj()).real.sum()))
-print("turned, the score of two that stay three apart is one number:", np.ptp(turned) < 1e-4)
-print("added, it depends on where they are, by more than its own half:", np.ptp(added) > 0.5 * np.abs(added).mean())
+angle = rope_table(torch.tensor([[0.0, 0.0, c] for c in range(64)]), config.axes_dim)[0, :, -dim // 2 :].angle()
+wave = torch.polar(torch.ones_like(angle), angle)  # [64, dim/2]: cosine and sine as one complex number
+scores_added, scores_rotated = [], []
+for position in range(0, 60, 4):  # query and key are always three positions apart
+    at_q, at_k = wave[position], wave[position + 3]
+    q_added, k_added = q + torch.view_as_real(at_q).flatten(), k + torch.view_as_real(at_k).flatten()
+    scores_added.append(float(q_added @ k_added))
+    q_rotated, k_rotated = torch.view_as_complex(q.view(-1, 2)) * at_q, torch.view_as_complex(k.view(-1, 2)) * at_k
+    scores_rotated.append(float((q_rotated * k_rotated.conj()).real.sum()))
+print("rotated: the score at distance three is the same at every position:", np.ptp(scores_rotated) < 1e-4)
+print(
+    "added: it varies by more than half of its mean size:",
+    np.ptp(scores_added) > 0.5 * np.abs(scores_added).mean(),
+)
 
 # %% [markdown]
-# A turn has an angle for every place, also for places that no training picture had. Does the network then draw there?
-# The miniature was trained on pictures of 15,000 to 18,500 pixels, no side above 192. Ask it for four times as many.
+# A rotation is defined for every position, also for positions that no training image had. Can the network draw at these
+# positions? The miniature was trained on images of 15,000 to 18,500 pixels with no side above 192. Ask it for four
+# times as many pixels, and let the *judge* (a program that checks by geometry what was drawn) count the correct images.
 
 # %%
-asked = [q for q in questions(100) if q.size == (128, 128)][:8]
+requests = [question for question in questions(100) if question.size == (128, 128)][:8]
 for side in (128, 256):
-    drawn = [
-        pipe(q.prompt, seed=q.seed, height=side, width=side, steps=12, trajectory=False, progress=False) for q in asked
-    ]
-    right = sum(judge(out.images[0], q.claim).everything for out, q in zip(drawn, asked))
-    print(f"{side} x {side}: everything is right in more than half of the pictures:", right > len(asked) / 2)
+    size = {"height": side, "width": side}
+    outs = [pipe(r.prompt, seed=r.seed, **size, steps=12, trajectory=False, progress=False) for r in requests]
+    correct = sum(judge(out.images[0], r.claim).everything for out, r in zip(outs, requests))
+    print(f"{side} x {side}: more than half of the images are entirely correct:", correct > len(requests) / 2)
 
 # %% [markdown]
-# The angles go on, the skill does not: a score at a distance that was never trained is a guess, and with four times as
-# many patches every softmax is shared among more. Turning makes other sizes *possible*; training makes them good. (And
-# nothing here is a position of text put to another use: text stands at (0, 0, 0), and the three axes are the
-# picture's own, counted from 0 in patches, not halved.)
+# The angles extend to new positions, but the ability to draw does not: the network never learned what a score at such a
+# distance means, and with four times as many patches every softmax is shared among more tokens. Rotary positions make
+# other sizes *possible*; only training makes them good. (FLUX does not reuse positions of text for this: text has the
+# position (0, 0, 0), and the three axes belong to the image, counted from 0 in patches.)
 #
-# ## Put yours into the trained model
+# ## Put your code into the trained model
 #
-# `attn.rope` is the site where every block receives its turns. Replace them with yours, computed from your `ids` and
-# your `angles`: the picture must stay the same.
+# A *site* is a named point in the model. At the site `attn.rope` every block receives its rotations. `fe.intervene`
+# replaces them by yours, computed from your `ids` and your `angles`. The image must stay the same.
 
 # %%
 if passed:
-    rows, columns = (cells // 2 for cells in picture.latents.shape[-2:])
-    grid = ids(rows, columns)  # [64, 3]
-    text = torch.zeros(pipe.prompt_encoder.t5_tokenizer.length, 3)
-    both = torch.cat([text, grid])
-    every = torch.cat([angles(both[:, axis], dim, 10_000.0) for axis, dim in enumerate(config.axes_dim)], dim=-1)
-    yours = torch.polar(torch.ones_like(every), every)[None].to(device)
-    with fe.intervene("*.attn.rope", lambda turns, ctx: yours.to(turns.dtype)):
+    rows, columns = (cells // 2 for cells in reference.latents.shape[-2:])
+    img_ids = ids(rows, columns)  # [64, 3]
+    txt_ids = torch.zeros(pipe.prompt_encoder.t5_tokenizer.length, 3)
+    all_ids = torch.cat([txt_ids, img_ids])
+    all_angles = torch.cat(
+        [angles(all_ids[:, axis], dim, 10_000.0) for axis, dim in enumerate(config.axes_dim)], dim=-1
+    )
+    yours = torch.polar(torch.ones_like(all_angles), all_angles)[None].to(device)
+    with fe.intervene("*.attn.rope", lambda rope, ctx: yours.to(rope.dtype)):
         again = pipe(prompt, seed=4, progress=False)
-    far = (again.latents - picture.latents).norm() / picture.latents.norm()
-    print("the latent stays the same to 1 in 1,000:", bool(far < 1e-3))
+    difference = (again.latents - reference.latents).norm() / reference.latents.norm()
+    print("the latent stays the same, to 1 in 1,000:", bool(difference < 1e-3))
 else:
     print("solve the exercises above first; then run this cell again")
 
 # %% [markdown]
 # ## Break it
 #
-# Five changes of the positions, of which the first should break nothing, each measured by how far the network's velocity moves at one state of a run,
-# and by the picture.
+# Five changes of the positions; the first should change nothing. For each we measure how much the velocity changes at
+# one step of a run, and look at the final image.
 
 # %%
-from fluxedu.instruments.interventions import positions as moved
+from fluxedu.instruments.interventions import positions as change_positions
 
 breaks = {
-    "all positions + 5": moved(lambda ids: ids + 5, text=lambda ids: ids + 5),
-    "the image's + 5": moved(lambda ids: ids + 5),
-    "no rows": moved(lambda ids: ids * torch.tensor([1.0, 0.0, 1.0])),
-    "no columns": moved(lambda ids: ids * torch.tensor([1.0, 1.0, 0.0])),
-    "mirrored": moved(lambda ids: torch.stack([ids[:, 0], ids[:, 1], ids[:, 2].max() - ids[:, 2]], dim=1)),
+    "all ids + 5": change_positions(lambda ids: ids + 5, text=lambda ids: ids + 5),
+    "image ids + 5": change_positions(lambda ids: ids + 5),
+    "no rows": change_positions(lambda ids: ids * torch.tensor([1.0, 0.0, 1.0])),
+    "no columns": change_positions(lambda ids: ids * torch.tensor([1.0, 1.0, 0.0])),
+    "mirrored": change_positions(lambda ids: torch.stack([ids[:, 0], ids[:, 1], ids[:, 2].max() - ids[:, 2]], dim=1)),
 }
-state = 8  # of 20 steps
-outs, moves = [picture], []
+step = 8  # of 20
+outs, changes = [reference], []
 for name, change in breaks.items():
     with fe.intervene("*.attn.rope", change):
         outs.append(pipe(prompt, seed=4, progress=False))
     with (
         fe.intervene("*.attn.rope", change),
-        fe.intervene("sample.x", lambda x, ctx: picture.trajectory.latents[ctx.step]),
+        fe.intervene("sample.x", lambda x, ctx: reference.trajectory.latents[ctx.step]),
     ):
-        v = pipe(prompt, seed=4, progress=False).trajectory.velocities[state]
-    moves.append(float((v - picture.trajectory.velocities[state]).norm() / v.norm()))
-    print(f"{name:18} the velocity moves by {moves[-1]:.0%}")
+        v = pipe(prompt, seed=4, progress=False).trajectory.velocities[step]
+    changes.append(float((v - reference.trajectory.velocities[step]).norm() / v.norm()))
+    print(f"{name:18} the velocity changes by {changes[-1]:.0%}")
+
 
 # %%
-word = lambda move: "nothing" if move < 0.01 else "a little" if move < 0.1 else "much"
-shifted.against(word(moves[0]))
-image_only.against(word(moves[1]))
+def in_words(change):
+    return "nothing" if change < 0.01 else "a little" if change < 0.1 else "much"
+
+
+shifted.against(in_words(changes[0]))
+image_only.against(in_words(changes[1]))
 
 fig, axes = plt.subplots(1, 6, figsize=(10, 2.1), layout="constrained")
-for ax, out, name in zip(axes, outs, ["as it is", *breaks]):
+for ax, out, name in zip(axes, outs, ["unchanged", *breaks]):
     ax.imshow(out.images[0])
     ax.set_title(name, fontsize=9)
     ax.axis("off")
-fig.suptitle("The same words and noise: only what was said of the places is wrong", fontsize=10)
+fig.suptitle(
+    "Same prompt and noise, other position ids: only a shift of all ids leaves the image unchanged", fontsize=10
+)
 plt.show()
 
 # %% [markdown]
-# A shift of **everything** is invisible. Shift the image alone and its distance to the text changes, and that the
-# network does notice. Compare the pictures without rows and without columns with the prompt, and say why.
+# A shift of **all** positions has no effect. A shift of the image alone changes its distance to the text, and that does
+# change the network's output. Compare the images without rows and without columns with the prompt, and explain them.
 #
 # <details><summary>Answer</summary>Without rows, all patches of a column have the same position, so what is drawn repeats
-# down the picture; without columns it repeats along a row.</details>
+# from top to bottom; without columns it repeats from left to right.</details>
 #
 # ## In five lines
 #
-# 1. A position is (frame, row, column); text has (0, 0, 0) for every token.
-# 2. Each pair of a head's numbers is turned by one coordinate times its own frequency.
-# 3. A score depends on differences of positions only.
-# 4. FLUX pairs neighbours; Llama's halves are the same idea with other weights.
-# 5. Frame is 0 in text-to-image: a spare axis, which Kontext uses to tell a reference picture from the target.
+# 1. A position id is (frame, row, column); it is (0, 0, 0) for every text token.
+# 2. Each pair of a head's numbers is rotated by one coordinate times the pair's frequency.
+# 3. A score depends only on differences of positions.
+# 4. FLUX pairs neighbouring numbers; Llama pairs the two halves. It is the same idea with other weights.
+# 5. The frame is 0 in text-to-image; Kontext uses it to tell a reference image from the target.
 #
-# **People ask**: *why are all text ids zero?* (flux issue 71). Because T5 has put the order into the vectors already;
-# to the transformer text is a bag, which notebook 00 showed by shuffling it. *Why float64?* A position times a
-# frequency loses digits: with ids in bfloat16, 257 is the first that cannot be told from its neighbour.
+# **Questions people ask**: *Why are all text ids zero?* (flux issue 71) The usual explanation is that T5's vectors
+# already contain the order; the transformer cannot see the order of text tokens, as notebook 00 showed by shuffling
+# them. *Why float64?* A position times a frequency loses digits: in bfloat16, 257 is the first id that cannot be told
+# from its neighbour.
 #
-# **Read**: RoFormer, arXiv 2104.09864 · `black-forest-labs/flux`, `modules/layers.py` (`EmbedND`) and `math.py` (`rope`,
-# `apply_rope`) · ours: `fluxedu/models/attention.py`, 54 lines.
+# **Read**: RoFormer, arXiv 2104.09864 · `black-forest-labs/flux`, `modules/layers.py` (`EmbedND`) and `math.py`
+# (`rope`, `apply_rope`) · ours: `fluxedu/models/attention.py`.
 
 # %%
 fe.score()

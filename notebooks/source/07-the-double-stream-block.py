@@ -1,12 +1,13 @@
 # %% [markdown]
 # # 07 · The double-stream block
 #
-# **Why two streams?** In its first blocks FLUX keeps text and image apart: each has its own weights, and they meet
-# in one attention. You will write the block, one stream written once and used twice, and put it into the trained
-# model; then you take one stream's weights away and see what they were for.
+# **Why two streams?** In its first blocks FLUX processes text tokens and image tokens in two separate *streams*: each
+# has its own weights, and they meet in one joint attention. You will write the block, with functions for one stream
+# that are used twice, and put it into the trained model. Then you replace one stream's weights by the other's and see
+# what happens.
 #
-# Afterwards you can say what the two streams share and what they do not, what two sets of weights cost, and what
-# feeds each of them.
+# Afterwards you can say what the two streams share and what they do not, what two sets of weights cost, and whether
+# attention or MLP adds more to each stream.
 #
 # 50 minutes · needs notebooks 05 and 06
 
@@ -31,47 +32,53 @@ from fluxedu.models.attention import rotate
 device = course.begin()
 pipe = fe.load(device=device)
 prompt = "a red circle left of a blue square"
-picture = pipe(prompt, seed=4, progress=False)
+reference = pipe(prompt, seed=4, progress=False)
 course.where(pipe, "double")
 
 # %% [markdown]
-# FLUX.1 has 19 of these blocks, the miniature two. Everything that is not attention happens to each token for
-# itself, so text and image can go through different weights everywhere but there.
+# FLUX.1 has 19 of these blocks, the miniature has two. Every operation except attention is applied to each token
+# separately, so text and image can use different weights everywhere else.
 #
 # ## Predict
+#
+# A token's size is the root mean square of its numbers. For the last question: below 1 % of the latent's size counts as
+# 'not', below 10 % as 'a little'.
 
 # %%
-work = fe.predict("two streams have twice the weights: how many times the multiplications?", 1)  # answer
-larger = fe.predict("after the double blocks: whose tokens are larger? text / image", "text")  # answer
-feeds = fe.predict("what adds more to the text's tokens in the last double block? attention / MLP", "MLP")  # answer
-borrowed = fe.predict("the text takes the image's weights: the picture moves not / a little / much", "much")  # answer
+work = fe.predict("Two streams have twice the weights. How many times the operations of one?", 1)  # answer
+larger = fe.predict("After the double blocks, which tokens are larger: 'text' or 'image'?", "text")  # answer
+feeds = fe.predict("What adds more to text tokens in the last double block: 'attention' or 'MLP'?", "MLP")  # answer
+borrowed = fe.predict(
+    "The text stream gets the image stream's weights. The latent changes: 'not', 'a little' or 'much'?", "much"
+)  # answer
 
 # %% [markdown]
 # ## Build it
 #
-# A stream does two things: it **enters** the attention and it **leaves** it. Both are functions of one stream, so
-# you write each once. `mod` holds the six modulations of notebook 05.
+# Each stream does two things: before the joint attention it computes q, k and v, and after it, it adds the attention
+# output and runs its MLP. Both are functions of a single stream, so you write each once. `mod` holds the six modulation
+# vectors of notebook 05.
 
 # %% exercise="double.enter"
 
 # %% [markdown]
-# Here is the only place where text and image meet. To the attention they are one row of tokens, the text first; it
-# cannot tell which stream made a query or a key.
+# The joint attention is the only place where text and image exchange information. It works on one sequence of tokens,
+# text first, and does not distinguish which stream a query or key came from.
 
 # %% exercise="double.joint"
 
 # %% exercise="double.leave"
-# The gate multiplies what is added. It does not blend, as some descriptions have it: the stream itself
-# always passes whole.
+# The gate multiplies what is added to the stream. Some descriptions say that it blends old and new, but the old value
+# of the stream is always kept in full.
 
 # %% [markdown]
-# Now the block: the same three parts twice, and your three functions. `plan` makes the modulations of both streams
-# from `vec`; the model calls it once a step, ahead of the blocks.
+# Now the block: the same three modules twice, and your three functions. `plan` computes the modulation of both streams
+# from `vec`; the model calls it before the blocks run.
 
 # %% exercise="double.block"
 
 # %% [markdown]
-# Yours against the library's, with trained weights and the tokens of a real step:
+# Compare yours with the library's, with trained weights and the tokens of a real step:
 
 # %%
 config = pipe.flux.config
@@ -80,7 +87,9 @@ with fe.record("double.1.img", "double.1.txt", "double.1.attn.rope", "vec", step
     pipe(prompt, seed=4, progress=False)
 img, txt, vec = (rec[name].at(step=0).tensor[None].to(device) for name in ("double.1.img", "double.1.txt", "vec"))
 rope = rec["double.1.attn.rope"].at(step=0).tensor[None, None].to(device)
-print("image", tuple(img.shape), "· text", tuple(txt.shape), "· vec", tuple(vec.shape), "· turns", tuple(rope.shape))
+print(
+    "image", tuple(img.shape), "· text", tuple(txt.shape), "· vec", tuple(vec.shape), "· rotations", tuple(rope.shape)
+)
 
 with torch.no_grad():
     theirs = block(img, txt, block.plan(vec), rope)
@@ -88,86 +97,89 @@ with torch.no_grad():
         mine = Block(config.hidden_size, config.num_heads, config.mlp_hidden).to(device, pipe.dtype)
         mine.load_state_dict(block.state_dict())
         ours = mine(img, txt, mine.plan(vec), rope)
-        far = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs))
-        print("farthest from the library's below 1 in 100,000:", far < 1e-5)
+        error = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs))
+        print("largest relative error is below 1 in 100,000:", error < 1e-5)
 
 # %% [markdown]
 # ## What two streams cost
 #
-# Weights, yes. Work, no: a token goes through one set of weights, whichever it is. Count the multiplications of the
-# block as it is, and with the image's weights for both.
+# They need twice the memory for weights, but no more computation: each token goes through one set of weights, whichever
+# it is. Count the operations of the block as it is, and with the image stream's weights for both streams.
 
 # %%
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def sharing(old: nn.Module, kept: str, parts: tuple[str, ...] = ("mod", "attn", "mlp")) -> nn.Module:
-    """A copy of a double block in which the other stream's parts are the `kept` stream's."""
-    new = copy.deepcopy(old)
-    other = {"img": "txt", "txt": "img"}[kept]
+def with_shared_weights(block: nn.Module, source: str, parts: tuple[str, ...] = ("mod", "attn", "mlp")) -> nn.Module:
+    """A copy of a double block in which both streams use the `parts` of the stream `source`."""
+    shared_block = copy.deepcopy(block)
+    target = {"img": "txt", "txt": "img"}[source]
     for part in parts:
-        setattr(new, f"{other}_{part}", getattr(new, f"{kept}_{part}"))
-    return new
+        setattr(shared_block, f"{target}_{part}", getattr(shared_block, f"{source}_{part}"))
+    return shared_block
 
 
-counted = {}
-for name, one in {"two streams": block, "one set of weights": sharing(block, "img")}.items():
+operations = {}
+for name, one in {"two streams": block, "one set of weights": with_shared_weights(block, "img")}.items():
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         one(img, txt, one.plan(vec), rope)
-    counted[name] = flops.get_total_flops()
-    print(f"{name:18} {sum(p.numel() for p in one.parameters()):>9,} weights, {counted[name]:,} operations")
-work.against(counted["two streams"] / counted["one set of weights"])
+    operations[name] = flops.get_total_flops()
+    print(f"{name:18} {sum(p.numel() for p in one.parameters()):>9,} weights, {operations[name]:,} operations")
+work.against(operations["two streams"] / operations["one set of weights"])
 
 with meta_init():  # names and shapes only
     official = DoubleStreamBlock(FluxConfig.variant("dev"))
-print(f"a double block of FLUX.1 has {sum(p.numel() for p in official.parameters()):,}, half of them the text's")
+print(f"a double block of FLUX.1 has {sum(p.numel() for p in official.parameters()):,} weights, half of them for text")
 
 # %% [markdown]
-# At 1024 × 1024, FLUX.1-dev has 4,096 image tokens and 512 of text: half of the block's weights work for a ninth of
-# the tokens. Why pay for that in memory?
+# At 1024 × 1024, FLUX.1-dev has 4,096 image tokens and 512 text tokens: half of the block's weights serve a ninth of
+# the tokens. What could justify that memory?
 #
 # ## See it
 #
-# Because the two streams carry different things. Follow the size of a token, the root mean square of its numbers,
-# through all blocks of the miniature.
+# One possible reason is that the tokens of the two streams are very different. Compare the sizes of text and image
+# tokens, the root mean square of their numbers, through all blocks of the miniature.
 
 # %%
 from fluxedu.widgets.contributions import over_tokens, shares
 
-sizes, given, _ = shares(pipe, prompt, seed=4, progress=False)
-words = pipe.prompt_encoder.t5_tokenizer.length
+sizes, added, _ = shares(pipe, prompt, seed=4, progress=False)
+txt_len = pipe.prompt_encoder.t5_tokenizer.length
 step, blocks = 10, sizes.coords["block"]
-of = {"text": slice(0, words), "image": slice(words, None)}
+token_ranges = {"text": slice(0, txt_len), "image": slice(txt_len, None)}
 colours = {"text": "#0072B2", "image": "#D55E00"}
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.3), layout="constrained", width_ratios=[1.15, 1])
-for name, tokens in of.items():
+for name, tokens in token_ranges.items():
     left.plot(over_tokens(sizes.tensor[:, step], tokens), "o-", label=name, color=colours[name])
 left.set_xticks(range(len(blocks)), [b.replace(".", "\n") for b in blocks], fontsize=8)
-left.set_xlabel("block that the token enters")
+left.set_xlabel("block that the tokens enter")
 left.set_ylabel("root mean square of a token")
 left.set_ylim(bottom=0)
 left.legend()
-left.set_title("Text tokens grow several times as large as image tokens", fontsize=10)
+left.set_title("Text tokens become several times as large as image tokens", fontsize=10)
 
-bars = {f"{name}\n{part}": float(over_tokens(given.tensor[1, i, step], tokens))
-        for name, tokens in of.items() for i, part in enumerate(("attention", "MLP"))}  # fmt: skip
+bars = {}
+for name, tokens in token_ranges.items():
+    for i, part in enumerate(("attention", "MLP")):
+        bars[f"{name}\n{part}"] = float(over_tokens(added.tensor[1, i, step], tokens))
 right.bar(list(bars), list(bars.values()), color=[colours[label.split("\n")[0]] for label in bars])
 right.set_ylabel("size of what double.1 adds")
-right.set_title("The text is fed by its MLP", fontsize=10)
+right.set_title("In double.1 the MLP adds most to text tokens", fontsize=10)
 plt.show()
 
-entering = [float(over_tokens(sizes.tensor[config.depth, step], tokens)) for tokens in of.values()]
+entering = [float(over_tokens(sizes.tensor[config.depth, step], tokens)) for tokens in token_ranges.values()]
 larger.against("text" if entering[0] > entering[1] else "image")
 feeds.against("MLP" if bars["text\nMLP"] > bars["text\nattention"] else "attention")
 
 # %% [markdown]
-# T5's vectors come in large and are the same in every step; the double blocks' text side works them over, mostly
-# each token for itself. The image's tokens come in small, as noise, and the first block's attention writes more on
-# them than they had. One set of weights would have to be right for both.
+# T5's vectors are large and the same in every step; the text stream changes them mostly by its MLP, that is, token by
+# token. The image tokens start small, as noise, and the first block's attention adds more to them than they had. A
+# shared set of weights would have to suit both kinds of tokens.
 #
-# The explorer has all of it: choose what shades words and patches, then move through blocks and time (Tab, then the
-# arrow keys; or the mouse). In `double.1`, shade by *attention adds*: which words hear most? Then by *MLP adds*.
+# The explorer shows all of it: choose which value shades words and patches, then move through blocks and time (Tab,
+# then the arrow keys; or use the mouse). In `double.1`, shade by *attention adds*: which words receive most? Then
+# choose *MLP adds*.
 
 # %%
 from fluxedu.widgets.streams import streams
@@ -175,110 +187,112 @@ from fluxedu.widgets.streams import streams
 streams(pipe, prompt, seed=4, progress=False)
 
 # %% [markdown]
-# ## Put yours into the trained model
+# ## Put your code into the trained model
 #
-# `fe.swap` replaces both double blocks of the running pipeline with yours and gives them the trained weights, by
-# name. The picture must stay the same.
+# `fe.swap` replaces both double blocks of the running pipeline by yours and copies the trained weights into them by
+# name. The image must stay the same.
 
 # %%
 if passed:
     with fe.swap("double.*", lambda old: Block(config.hidden_size, config.num_heads, config.mlp_hidden), pipe):
         again = pipe(prompt, seed=4, progress=False)
-    far = (again.latents - picture.latents).norm() / picture.latents.norm()
-    print("the latent stays the same to 1 in 1,000:", bool(far < 1e-3))
+    difference = (again.latents - reference.latents).norm() / reference.latents.norm()
+    print("the latent stays the same, to 1 in 1,000:", bool(difference < 1e-3))
 else:
     print("solve the exercises above first; then run this cell again")
 
 # %% [markdown]
 # ## Break it
 #
-# Take something from both double blocks and draw the same seed again. The distance is that of the final latents, as
-# a share of the right one's length; for a measure, the first line is an unrelated picture.
+# Take something away from both double blocks and draw with the same seed again. We measure how far the final latent is
+# from the right one, relative to its size; for comparison, the first line is an unrelated image.
 
 # %%
 from fluxedu.instruments.interventions import ablate
 
 
 @contextmanager
-def shared(kept: str, *parts: str):
-    """All double blocks with the `kept` stream's parts for both streams."""
+def share_weights(source: str, *parts: str):
+    """Both streams of all double blocks use the `parts` of the stream `source`."""
     with ExitStack() as stack:
-        for i, old in enumerate(pipe.flux.double_blocks):
-            stack.enter_context(fe.swap(f"double.{i}", sharing(old, kept, parts), pipe))
+        for i, block in enumerate(pipe.flux.double_blocks):
+            stack.enter_context(fe.swap(f"double.{i}", with_shared_weights(block, source, parts), pipe))
         yield
 
 
-def deaf(weights, ctx):
-    """The image's patches look at no text."""
-    seen = weights.weights().clone()  # [B, H, L + N, L + N], a row a query
-    seen[..., ctx.places("img"), ctx.places("txt")] = 0
-    return seen / seen.sum(-1, keepdim=True)
+def hide_text_from_image(attn_map, ctx):
+    """Set the attention from patches to text to 0 and rescale each row to sum to 1."""
+    weights = attn_map.weights().clone()  # [B, H, L + N, L + N], one row per query
+    weights[..., ctx.places("img"), ctx.places("txt")] = 0
+    return weights / weights.sum(-1, keepdim=True)
 
 
 breaks = {
-    "text by the image's weights": shared("img", "mod", "attn", "mlp"),
-    "image by the text's weights": shared("txt", "mod", "attn", "mlp"),
-    "only the MLPs shared": shared("img", "mlp"),
-    "the text stands still": ablate("double.*", streams="txt"),
-    "the image stands still": ablate("double.*", streams="img"),
-    "the image hears no text": fe.intervene("double.*.attn.map", deaf),
+    "text uses image weights": share_weights("img", "mod", "attn", "mlp"),
+    "image uses text weights": share_weights("txt", "mod", "attn", "mlp"),
+    "text uses image MLPs": share_weights("img", "mlp"),
+    "text stream skipped": ablate("double.*", streams="txt"),
+    "image stream skipped": ablate("double.*", streams="img"),
+    "no attention to text": fe.intervene("double.*.attn.map", hide_text_from_image),
 }
-outs, moves = [picture], {}
+outs, changes = [reference], {}
 
 
-def away(name: str, out) -> None:
-    """How far a picture is from the right one."""
-    moves[name] = float((out.latents - picture.latents).norm() / picture.latents.norm())
-    print(f"{name:28} " + (f"{moves[name]:.0%}" if moves[name] < 3 else "more than 300%"))
+def report(name: str, out) -> None:
+    """Print how far the latent is from the right one."""
+    changes[name] = float((out.latents - reference.latents).norm() / reference.latents.norm())
+    print(f"{name:28} " + (f"{changes[name]:.0%}" if changes[name] < 3 else "more than 300%"))
 
 
-away("another prompt and seed", pipe("a green triangle", seed=9, progress=False))
+report("another prompt and seed", pipe("a green triangle", seed=9, progress=False))
 for name, change in breaks.items():
     with change:
         outs.append(pipe(prompt, seed=4, progress=False))
-    away(name, outs[-1])
+    report(name, outs[-1])
 
-moved = moves["text by the image's weights"]
-borrowed.against("much" if moved > 0.1 else "a little" if moved > 0.01 else "not")
+by_sharing = changes["text uses image weights"]
+borrowed.against("much" if by_sharing > 0.1 else "a little" if by_sharing > 0.01 else "not")
 
 # %%
 from textwrap import fill
 
 fig, axes = plt.subplots(1, 7, figsize=(11, 2.3), layout="constrained")
-for ax, out, name in zip(axes, outs, ["as it is", *breaks]):
+for ax, out, name in zip(axes, outs, ["unchanged", *breaks]):
     ax.imshow(out.images[0])
     ax.set_title(fill(name, 16), fontsize=9)
     ax.axis("off")
-fig.suptitle("A stream cannot live on the other's weights", fontsize=11)
+fig.suptitle("In a trained model, neither stream works with the other stream's weights", fontsize=11)
 plt.show()
 
 # %% [markdown]
-# Sharing everything is worse than cutting a stream out: weights that were made for other numbers do harm. And look at
-# the last picture. When the image hears no text in these blocks, the whole scene comes nevertheless, only shifted: the
-# single blocks that follow look at the text as well. That is for the next notebook.
+# In this run, giving a stream the other's weights is worse than skipping the stream. Look at the last image, too: with
+# no attention from patches to text in these blocks, the scene is drawn nevertheless, because the single blocks that
+# follow attend to the text as well. They are the topic of the next notebook.
 #
-# The distance is mostly background. With the text still it is larger than with the image still, and yet a red and a
-# purple thing are drawn in the one, and neither thing in the other. Look at the pictures as well.
+# What does this experiment show? That the trained weights of one stream do not fit the other. It does not show that a
+# model *needs* two streams: for that, one would have to train two models, one with shared and one with separate
+# weights, and compare them. And the order of the lines above is that of a single seed, which other seeds can reverse.
+# The distance counts every patch alike, background included, so look at the images as well.
 #
 # ## In five lines
 #
-# 1. A double block is one stream's code used twice: enter, one attention in common, leave.
-# 2. Streams share no weights, and they meet in the attention alone.
-# 3. Two sets of weights double the memory and leave the work as it was.
-# 4. In the miniature the text's tokens are the larger ones and are fed mostly by their MLP; the image's are fed by
-#    attention in the first block, and by both alike in the second.
-# 5. A residual step is x + gate · f(x), attention first, then the MLP on the new x.
+# 1. A double block applies the same functions to each stream, before and after one joint attention.
+# 2. The streams share no weights, and they exchange information only in the attention.
+# 3. Two sets of weights double the memory and do not change the amount of computation.
+# 4. In the miniature the text tokens are the larger ones, and their MLP adds most to them; to image tokens the
+#    attention adds most in the first block, and attention and MLP about the same in the second.
+# 5. A residual step is x + gate · f(x): first the attention, then the MLP on the new x.
 #
-# **People ask**: *where does FLUX say why?* It hardly does: it came without a report (flux issue 68), and the later one on Kontext (arXiv
-# 2506.15742) has a section on the architecture, not its reasons. The design is MMDiT's,
-# from *Scaling Rectified Flow Transformers* (arXiv 2403.03206), which compares it with one set of weights for both.
-# *How do
-# I get an attention map out?* (attention-map-diffusers 11). Not with a forward hook: the softmax is inside the fused kernel.
-# `fe.record("double.1.attn.map")` computes it exactly from q, k and the kernel's log-sum-exp. *Is the padding
-# masked?* (flux pull requests 507, 511, 512.) No: it is in the attention like any word, and the text sizes above include it.
+# **Questions people ask**: *Where does FLUX explain its design?* Hardly anywhere: it was released without a report
+# (flux issue 68), and the later report on Kontext (arXiv 2506.15742) describes the architecture without its reasons.
+# The design is MMDiT's, from *Scaling Rectified Flow Transformers* (arXiv 2403.03206), which compares it with one set
+# of weights for both. *How do I get an attention map?* (attention-map-diffusers 11) Not with a forward hook, since the
+# softmax is inside the fused kernel. `fe.record("double.1.attn.map")` computes it exactly from q, k and the
+# log-sum-exp. *Is the padding masked?* (flux pull requests 507, 511, 512) No: tokens attend to it as to any word, and
+# the sizes of text tokens above include it.
 #
 # **Read**: *Scaling Rectified Flow Transformers*, arXiv 2403.03206, section 4 · `black-forest-labs/flux`,
-# `modules/layers.py`, `DoubleStreamBlock` · ours: `fluxedu/models/blocks.py`, 78 lines.
+# `modules/layers.py`, `DoubleStreamBlock` · ours: `fluxedu/models/blocks.py`.
 
 # %%
 fe.score()
