@@ -1,15 +1,16 @@
-"""One source, two editions: ``notebooks/source/NN-name.py`` becomes the student's notebook and the solved one.
+"""Building the notebooks: ``notebooks/source/NN-name.py`` becomes a student's and a solved edition.
 
-    python -m fluxedu.course.build notebooks            # both editions of every notebook, executed
-    python -m fluxedu.course.build notebooks 04 06      # of some
+    python -m fluxedu.course.build notebooks            # build and run both editions of every notebook
+    python -m fluxedu.course.build notebooks 04 06      # only these
 
-A source is jupytext's percent format. ``# %% exercise="rope.rotate"`` stands for a whole exercise: its head, the
-stub or the solution, the check, the hints. A line that ends in ``# answer`` holds a prediction, which the student's
-edition leaves open.
+A source is in jupytext's percent format. A cell ``# %% exercise="rope.rotate"`` stands for a whole exercise: its task,
+the starter code or the solution, the check and the hints. A line that ends in ``# answer`` contains a prediction, which
+the student's edition replaces by ``...``.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -19,107 +20,160 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from fluxedu.course.exercise import Exercise, all_exercises
-from fluxedu.errors import CourseError
+from fluxedu.errors import CheckpointError, CourseError
+from fluxedu.files import atomic_path
 
 EDITIONS = {"student": Path("."), "solved": Path("solved")}
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 ANSWER = re.compile(r",\s+(\"[^\"]*\"|\[[^\]]*\]|[^,()\[\]\"]+?)\s*\)  # answer$", re.MULTILINE)
+NUMBERED = "[0-9][0-9]-*"
+
+
+# ---------------------------------------------------------------- from source to notebook
 
 
 def sources(folder: Path) -> list[Path]:
     """The sources of the notebooks in ``folder``, in order."""
-    return sorted((folder / "source").glob("[0-9][0-9]-*.py"))
+    return sorted((folder / "source").glob(f"{NUMBERED}.py"))
 
 
 def edition(source: Path, which: str) -> NotebookNode:
-    """A notebook made from ``source``, without outputs; ``which`` is ``student`` or ``solved``."""
+    """The ``student`` or the ``solved`` edition of a source, without outputs."""
     import jupytext
 
+    solved = which == "solved"
     cells = []
     for cell in jupytext.read(source, fmt="py:percent").cells:
         if "exercise" in cell.metadata:
             name = cell.metadata["exercise"]
             if name not in all_exercises():
-                raise CourseError(f"{source.name} asks for the exercise {name!r}, which is not there.")
-            cells += _exercise(all_exercises()[name], cell.source.strip(), which == "solved")
+                raise CourseError(f"{source.name} refers to an exercise {name!r}, which does not exist.")
+            cells += _exercise_cells(all_exercises()[name], cell.source.strip(), solved)
         elif cell.cell_type == "code":
-            cells.append(new_code_cell(_predictions(cell.source, which == "solved")))
+            without_marks = re.sub(r"  # answer$", "", cell.source, flags=re.M)
+            cells.append(
+                new_code_cell(without_marks if solved else ANSWER.sub(", ...)  # your answer for ...", cell.source))
+            )
         else:
             cells.append(new_markdown_cell(cell.source))
     for i, cell in enumerate(cells):
         cell["id"] = f"{source.stem[:2]}-{i:03d}"
-    told = {"kernelspec": KERNEL, "language_info": {"name": "python"}, "fluxedu": {"edition": which}}
-    return new_notebook(cells=cells, metadata=told)
+    metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}, "fluxedu": {"edition": which}}
+    return new_notebook(cells=cells, metadata=metadata)
 
 
-def _predictions(code: str, solved: bool) -> str:
-    return re.sub(r"  # answer$", "", code, flags=re.M) if solved else ANSWER.sub(", ...)  # your answer for ...", code)
-
-
-def _exercise(task: Exercise, words: str, solved: bool) -> list[NotebookNode]:
-    """Head, code, check, and for the student hints and the folded solution."""
+def _exercise_cells(task: Exercise, introduction: str, solved: bool) -> list[NotebookNode]:
+    """Task, code and check; in the student's edition also the hints and the folded solution."""
     dots = "●" * task.difficulty + "○" * (3 - task.difficulty)
     head = f"### Exercise · `{task.name}`\n\n{dots} · {task.minutes} minutes\n\n{task.task}"
-    words = "\n".join(line.removeprefix("#").strip() for line in words.splitlines())
-    mark = lambda role: {"fluxedu": {"exercise": task.name, "role": role}}  # noqa: E731
+    introduction = "\n".join(line.removeprefix("#").strip() for line in introduction.splitlines())
+    code = task.solution_code if solved else task.starter_code
+    check = f'passed = fe.check("{task.name}", {task.answer_name})'
     cells = [
-        new_markdown_cell(f"{head}\n\n{words}".strip()),
-        new_code_cell(task.solved if solved else task.unsolved, metadata=mark("answer")),
-        new_code_cell(f'passed = fe.check("{task.name}", {task.object})', metadata=mark("check")),
+        new_markdown_cell(f"{head}\n\n{introduction}".strip()),
+        new_code_cell(code, metadata={"fluxedu": {"exercise": task.name, "role": "answer"}}),
+        new_code_cell(check, metadata={"fluxedu": {"exercise": task.name, "role": "check"}}),
     ]
     if not solved:
         folded = [(f"Hint {i}", hint) for i, hint in enumerate(task.hints, 1)]
-        folded.append(("Solution", f"```python\n{task.solved}\n```"))
+        folded.append(("Solution", f"```python\n{task.solution_code}\n```"))
         text = "\n".join(f"<details><summary>{name}</summary>\n\n{body}\n\n</details>" for name, body in folded)
         cells.append(new_markdown_cell(text))
     return cells
 
 
-def executed(notebook: NotebookNode, folder: Path, timeout: int = 120) -> NotebookNode:
-    """Run it in ``folder``, and keep of the outputs what a page needs and a comparison can hold."""
+def execute(notebook: NotebookNode, folder: Path, timeout: int = 120) -> NotebookNode:
+    """Run a notebook in ``folder`` and remove the parts of its outputs that are not worth storing.
+
+    The solved edition stores texts only, except where the student's edition has no image yet.
+    """
     from nbclient import NotebookClient
 
-    client = NotebookClient(
-        notebook, timeout=timeout, resources={"metadata": {"path": str(folder)}}, store_widget_state=False
-    )
-    client.execute()
+    where = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=timeout, resources=where, store_widget_state=False).execute()
     notebook.metadata = {**notebook.metadata, "kernelspec": KERNEL, "language_info": {"name": "python"}}
+    solved = notebook.metadata["fluxedu"]["edition"] == "solved"
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
-        for output in cell.get("outputs", []) if notebook.metadata["fluxedu"]["edition"] == "solved" else []:
-            if not behind_exercise(cell):
-                _without_picture(output)
+        if solved and not needs_solution(cell):
+            for output in cell.get("outputs", []):
+                _remove_images(output.get("data", {}))
     return notebook
 
 
-def behind_exercise(cell: NotebookNode) -> bool:
-    """Does it show something only once an exercise is solved?"""
+def needs_solution(cell: NotebookNode) -> bool:
+    """True for a cell that shows something only after an exercise has been solved."""
     return cell.cell_type == "code" and re.search(r"^\s*if passed:", cell.source, re.MULTILINE) is not None
 
 
-def _without_picture(output: NotebookNode) -> None:
-    """The solved edition keeps its texts, and pictures where the student's has none yet."""
-    data = output.get("data", {})
-    for kind in ("image/png", "image/jpeg"):
-        data.pop(kind, None)
+def _remove_images(data: dict) -> None:
+    data.pop("image/png", None)
+    data.pop("image/jpeg", None)
     if "text/html" in data:
         data["text/html"] = re.sub(r"data:image/png;base64,[\w+/=]+", "data:image/png;base64,", data["text/html"])
 
 
 def build(folder: Path, numbers: list[str]) -> None:
-    """Make and execute both editions of the notebooks whose numbers are given, of all if none is."""
-    chosen = [s for s in sources(folder) if not numbers or s.name[:2] in numbers]
+    """Build and run both editions of the notebooks with these numbers, or of all notebooks."""
+    chosen = [source for source in sources(folder) if not numbers or source.name[:2] in numbers]
     if not chosen:
         raise CourseError(f"{folder}/source has no notebook {', '.join(numbers) or 'at all'}.")
     for source in chosen:
         for which, place in EDITIONS.items():
             (folder / place).mkdir(exist_ok=True)
             target = folder / place / f"{source.stem}.ipynb"
-            nbformat.write(executed(edition(source, which), folder), target)
+            nbformat.write(execute(edition(source, which), folder), target)
             print(f"{target}  {target.stat().st_size // 1024} KB")
+
+
+# ---------------------------------------------------------------- copies to work in
+
+
+def notebooks_folder() -> Path:
+    """The folder of the students' notebooks: in the installed package, or in the repository."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "course" / "notebooks", package.parent / "notebooks"):
+        if any(folder.glob(f"{NUMBERED}.ipynb")):
+            return folder
+    raise CourseError("this installation does not contain the course's notebooks; clone the repository instead.")
+
+
+def copy_notebooks(folder: Path) -> tuple[list[str], list[str]]:
+    """Copy the notebooks, without outputs, to ``folder``. Returns the names (copied, left as they are).
+
+    A notebook that exists in ``folder`` is never replaced, and a copy is either complete or not there. Outputs are
+    removed because students should make their predictions before they see the measured values. Raises CourseError if
+    nothing can be written.
+    """
+    copied, existing = [], []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for notebook in sorted(notebooks_folder().glob(f"{NUMBERED}.ipynb")):
+            target = folder / notebook.name
+            is_new = not target.exists() and _write_copy(notebook, target)
+            (copied if is_new else existing).append(notebook.name)
+    except OSError as error:
+        raise CourseError(f"the notebooks cannot be copied to {folder}: {error.strerror or error}.") from None
+    return copied, existing
+
+
+def _write_copy(notebook: Path, target: Path) -> bool:
+    """Write a copy without outputs. False if another process has written the target first."""
+    content = json.loads(notebook.read_text("utf-8"))
+    for cell in content["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"], cell["execution_count"] = [], None
+    try:
+        with atomic_path(target) as part:
+            part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    except CheckpointError:
+        if not target.exists():
+            raise
+        return False
+    return True
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        sys.exit("python -m fluxedu.course.build FOLDER [NUMBER ...]")
+        sys.exit("usage: python -m fluxedu.course.build FOLDER [NUMBER ...]")
     build(Path(sys.argv[1]), sys.argv[2:])

@@ -1,4 +1,4 @@
-"""Checking: is a student's answer right, and if not, what is the likely mistake? One sentence either way."""
+"""Checking an answer: is it right, and if not, what is the likely mistake? The verdict is one sentence."""
 
 from __future__ import annotations
 
@@ -15,70 +15,79 @@ from torch import Tensor, nn
 from fluxedu.course.exercise import Exercise, all_exercises
 from fluxedu.errors import CourseError
 
+NOT_WRITTEN = "not written yet."
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """True when the answer is right; ``says`` is the sentence, which has been printed."""
+    """The result of a check; it is true if the answer is right. ``message`` is the sentence that was printed."""
 
     name: str
     passed: bool
-    says: str
-    written: bool = True
+    message: str
 
     def __bool__(self) -> bool:
         return self.passed
 
     def __str__(self) -> str:
-        return f"{'✓' if self.passed else '✗' if self.written else '○'} {self.name}: {self.says}"
+        mark = "✓" if self.passed else "○" if self.message == NOT_WRITTEN else "✗"
+        return f"{mark} {self.name}: {self.message}"
 
     def _ipython_display_(self) -> None:
-        """Nothing more: it has been said."""
+        """A cell that ends in a check shows nothing more, because the verdict has been printed."""
 
 
-def check(name: str, yours: Any) -> Verdict:
-    """Try ``yours`` on the exercise's cases, print the verdict and give it back, usable as a truth value.
+def check(name: str, answer: Any) -> Verdict:
+    """Check ``answer`` to the exercise ``name``, print the verdict and return it.
 
-    The shape is looked at first, then the values, then which known mistake gives the same. Raises CourseError for an
-    exercise that there is not.
+    The shapes are checked first, then the values. If the values are wrong but equal those of a known wrong answer, the
+    verdict explains that mistake. Raises CourseError if there is no such exercise.
     """
     if name not in all_exercises():
         raise CourseError(f"there is no exercise {name!r}; there are {', '.join(all_exercises())}.")
-    verdict = judged(all_exercises()[name], yours)
+    verdict = assess(all_exercises()[name], answer)
     print(verdict)
-    if "FLUXEDU_VERDICTS" in os.environ:  # for who marks a notebook
+    if "FLUXEDU_VERDICTS" in os.environ:  # the file from which fluxedu.course.grade reads the verdicts
         with open(os.environ["FLUXEDU_VERDICTS"], "a", encoding="utf-8") as file:
-            file.write(json.dumps({"name": name, "passed": verdict.passed, "says": verdict.says}) + "\n")
+            line = {"name": name, "passed": verdict.passed, "message": verdict.message}
+            file.write(json.dumps(line) + "\n")
     return verdict
 
 
-def judged(task: Exercise, yours: Any) -> Verdict:
-    """The verdict, without a word."""
-    if yours is None or yours is Ellipsis:
-        return Verdict(task.name, False, "not written yet.", written=False)
+def assess(task: Exercise, answer: Any) -> Verdict:
+    """The verdict on an answer, without printing it."""
+    if answer is None or answer is Ellipsis:
+        return Verdict(task.name, False, NOT_WRITTEN)
     cases = task.cases()
-    right = task.against or task.solution
-    wanted = [listed(task.call(right, *copy.deepcopy(case))) for case in cases]
-    given = []
-    for case, want in zip(cases, wanted, strict=True):
-        tried = copy.deepcopy(case)
+    reference = task.against or task.solution
+    expected = [as_tensors(task.call(reference, *copy.deepcopy(case))) for case in cases]
+    actual = []
+    for case, want in zip(cases, expected, strict=True):
+        inputs = copy.deepcopy(case)
         try:
             with torch.no_grad():
-                got = task.call(yours, *tried)
+                result = task.call(answer, *inputs)
         except NotImplementedError:
-            return Verdict(task.name, False, "not written yet.", written=False)
-        except Exception as error:  # noqa: BLE001 - whatever a student's code may raise
-            return Verdict(task.name, False, f"it raises {type(error).__name__}: {_one_line(error)}{_on(case)}.")
-        said = _form(got, want) or _form_of_input(case, tried)
-        if said:
-            return Verdict(task.name, False, said + _on(case) + ".")
-        given.append(listed(got))
-    if furthest(given, wanted) <= task.tolerance:
+            return Verdict(task.name, False, NOT_WRITTEN)
+        except Exception as error:  # noqa: BLE001 - a student's code may raise anything
+            text = " ".join(str(error).split())[:160].rstrip(".")
+            return Verdict(task.name, False, f"it raises {type(error).__name__}: {text}{_input_shapes(case)}.")
+        problem = _wrong_form(result, want)
+        if problem is None and any(_changed(before, after) for before, after in zip(case, inputs, strict=True)):
+            problem = "it modifies its input in place; create a new tensor instead"
+        if problem is not None:
+            return Verdict(task.name, False, f"{problem}{_input_shapes(case)}.")
+        actual.append(as_tensors(result))
+    errors = [relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
+    if max(errors) <= task.tolerance:
         return Verdict(task.name, True, f"right in {len(cases)} case{'s' * (len(cases) > 1)}.")
-    return Verdict(task.name, False, _mistake(task, cases, given) or _values(given, wanted, task.tolerance))
+    return Verdict(
+        task.name, False, _known_mistake(task, cases, actual) or _wrong_values(actual, errors, task.tolerance)
+    )
 
 
-def listed(value: Any) -> list[Tensor]:
-    """A result as a flat list of tensors: numbers, texts and tuples too."""
+def as_tensors(value: Any) -> list[Tensor]:
+    """A result as a flat list of tensors; numbers, strings, tuples and modules are converted."""
     if isinstance(value, Tensor):
         return [value.detach()]
     if isinstance(value, (bool, int, float)):
@@ -86,85 +95,83 @@ def listed(value: Any) -> list[Tensor]:
     if isinstance(value, str):
         return [torch.tensor(list(value.encode()))]
     if isinstance(value, (list, tuple)):
-        return [tensor for part in value for tensor in listed(part)]
+        return [tensor for part in value for tensor in as_tensors(part)]
     if isinstance(value, nn.Module):
-        return listed(list(value.parameters()))
-    raise TypeError(f"{type(value).__name__} is no tensor")
+        return as_tensors(list(value.parameters()))
+    raise TypeError(f"a {type(value).__name__} cannot be converted to tensors")
 
 
-def distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """The largest relative error among pairs of tensors; infinite where shapes differ or a number is not finite."""
-    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest of ``|actual - expected| / |expected|`` over pairs of tensors, with the Euclidean norm.
+
+    Infinite if shapes differ, a value is not finite, or a tensor of zeros is expected and another one is there. Every
+    tensor is measured against its own size, however small that is.
+    """
+    if len(actual) != len(expected) or any(x.shape != y.shape for x, y in zip(actual, expected, strict=True)):
         return float("inf")
-    errors = [0.0]
-    for x, y in zip(a, b, strict=True):
+    largest = 0.0
+    for x, y in zip(actual, expected, strict=True):
         x, y = (v.to(torch.complex128 if v.is_complex() else torch.float64) for v in (x, y))
-        error = float((x - y).abs().square().sum().sqrt() / y.abs().square().sum().sqrt().clamp(min=1e-12))
-        errors.append(error if error == error else float("inf"))
-    return max(errors)
+        if torch.equal(x, y):
+            continue
+        scale = y.abs().max()  # dividing by it first keeps the squares of tiny values from becoming zero
+        error = float(((x - y) / scale).abs().square().sum().sqrt() / (y / scale).abs().square().sum().sqrt())
+        largest = max(largest, error if error == error else float("inf"))
+    return largest
 
 
-def furthest(given: Sequence[list[Tensor]], wanted: Sequence[list[Tensor]]) -> float:
-    """The largest :func:`distance` over the cases."""
-    return max(distance(a, b) for a, b in zip(given, wanted, strict=True))
-
-
-def _form(got: Any, want: list[Tensor]) -> str | None:
-    """What is wrong with the kind, the number or the shape of what came back."""
-    if got is None:
-        return "it returns nothing; is there a return?"
+def _wrong_form(result: Any, expected: list[Tensor]) -> str | None:
+    """What is wrong with the type, the number or the shapes of the results, or None."""
+    if result is None:
+        return "it returns None; is there a `return` statement?"
     try:
-        have = listed(got)
+        tensors = as_tensors(result)
     except TypeError:
-        return f"it returns a {type(got).__name__}, and a tensor is wanted"
-    if len(have) != len(want):
-        wanted = "1 is" if len(want) == 1 else f"{len(want)} are"
-        return f"it returns {len(have)} tensor{'s' * (len(have) != 1)}, and {wanted} wanted"
-    for x, y in zip(have, want, strict=True):
+        return f"it returns a {type(result).__name__} instead of a tensor"
+    if len(tensors) != len(expected):
+        return f"it returns {len(tensors)} tensor{'s' * (len(tensors) != 1)} instead of {len(expected)}"
+    for x, y in zip(tensors, expected, strict=True):
         if x.shape != y.shape:
-            return f"the shape is {list(x.shape)}, and should be {list(y.shape)}"
+            return f"the shape is {list(x.shape)} but should be {list(y.shape)}"
         if x.is_complex() != y.is_complex():
-            return f"the numbers are {'complex' if x.is_complex() else 'real'}, and should not be"
+            kinds = ("complex", "real") if x.is_complex() else ("real", "complex")
+            return "the values are {} but should be {}".format(*kinds)
         if y.dtype in (torch.bfloat16, torch.float16) and x.dtype != y.dtype:
-            kinds = [str(v.dtype).removeprefix("torch.") for v in (x, y)]
-            return f"the numbers are {kinds[0]}, and should be {kinds[1]} as what came in: `.type_as(...)`"
+            dtypes = [str(v.dtype).removeprefix("torch.") for v in (x, y)]
+            return f"the dtype is {dtypes[0]} but should be {dtypes[1]}, like the input's; use `.type_as(...)`"
     return None
 
 
-def _form_of_input(case: tuple, tried: tuple) -> str | None:
-    """Was an argument changed?"""
-    for before, after in zip(case, tried, strict=True):
-        if isinstance(before, Tensor) and not torch.equal(before, after):
-            return "it changes its argument in place; make a new tensor instead"
-    return None
+def _changed(before: Any, after: Any) -> bool:
+    return isinstance(before, Tensor) and not torch.equal(before, after)
 
 
-def _mistake(task: Exercise, cases: Sequence[tuple], given: list[list[Tensor]]) -> str | None:
-    """The sentence of the known wrong answer that gives the same in every case."""
+def _known_mistake(task: Exercise, cases: Sequence[tuple], actual: list[list[Tensor]]) -> str | None:
+    """The message of the known wrong answer that gives the same values in every case, or None."""
+    tolerance = max(task.tolerance, 1e-6)
     for known in task.wrong:
         try:
             with torch.no_grad():
-                same = [listed(task.call(known.answer, *copy.deepcopy(case))) for case in cases]
-        except Exception:  # noqa: BLE001 - some wrong answers fail on some cases
+                same = [as_tensors(task.call(known.answer, *copy.deepcopy(case))) for case in cases]
+        except Exception:  # noqa: BLE001 - some wrong answers raise in some cases
             continue
-        tolerance = max(task.tolerance, 1e-6)
-        if furthest(given, same) <= tolerance:
-            return known.says
+        if all(relative_error(a, b) <= tolerance for a, b in zip(actual, same, strict=True)):
+            return known.message
     return None
 
 
-def _values(given: list[list[Tensor]], wanted: list[list[Tensor]], tolerance: float) -> str:
-    wrong = [i for i, (a, b) in enumerate(zip(given, wanted, strict=True)) if distance(a, b) > tolerance]
-    far = furthest(given, wanted)
-    which = "all cases" if len(wrong) == len(given) > 1 else f"case {wrong[0] + 1} of {len(given)}"
-    size = "values that are no numbers" if far == float("inf") else f"values off by {far:.2g} of their size"
-    return f"the shapes are right, the values are not: {size} in {which}."
+def _wrong_values(actual: list[list[Tensor]], errors: list[float], tolerance: float) -> str:
+    wrong = [i for i, error in enumerate(errors) if error > tolerance]
+    where = "all cases" if len(wrong) == len(errors) > 1 else f"case {wrong[0] + 1} of {len(errors)}"
+    if max(errors) < float("inf"):
+        what = f"the relative error is {max(errors):.2g}"
+    elif all(tensor.isfinite().all() for tensors in actual for tensor in tensors):
+        what = "there are values other than the expected zeros"
+    else:
+        what = "there are NaN or infinite values"
+    return f"the shapes are right but the values are wrong: {what} in {where}."
 
 
-def _on(case: tuple) -> str:
+def _input_shapes(case: tuple) -> str:
     shapes = [f"[{', '.join(map(str, x.shape))}]" for x in case if isinstance(x, Tensor)]
-    return f" (tried on {', '.join(shapes)})" if shapes else ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160].rstrip(".")
+    return f" (input shapes: {', '.join(shapes)})" if shapes else ""

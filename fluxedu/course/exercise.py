@@ -1,14 +1,15 @@
-"""An exercise: a solution, what it is tried on, and the wrong answers that people really give.
+"""An exercise: its solution, the cases it is checked with, and the wrong answers that people really give.
 
     @exercise("rope.rotate", minutes=10, difficulty=2, hints=(...), cases=some_inputs)
     def rotate(x, angles):
-        '''What the student reads.'''
+        '''The task, as the student reads it.'''
         ...
 
-    @wrong("rope.rotate", "your pairs are halves, as in Llama; FLUX turns neighbours.")
+    @wrong("rope.rotate", "you pair the two halves, as Llama does; FLUX rotates neighbouring components.")
     def halves(x, angles): ...
 
-A wrong answer serves twice: a check must reject it, and a student's answer that gives the same numbers is told why.
+A wrong answer serves two purposes: the check must reject it, and a student whose answer gives the same values reads
+its message.
 """
 
 from __future__ import annotations
@@ -26,21 +27,25 @@ Cases = Callable[[], Sequence[tuple]]
 
 
 @dataclass(frozen=True)
-class Wrong:
-    """An answer that is not right, and the one sentence that says why."""
+class WrongAnswer:
+    """A wrong answer and the sentence that explains the mistake."""
 
     answer: Callable
-    says: str
+    message: str
 
 
 @dataclass
 class Exercise:
     """One exercise of the course.
 
-    solution: a function or a class, its docstring the task · cases: a function that makes the argument tuples it is
-    tried on, the same every time · call: ``(answer, *case) -> tensors``, how an answer is tried, for one that is
-    not a function of the case · against: what the answer is compared with, the solution if not said · tolerance:
-    of the relative error, or 0 for equality · stub: the code the student begins with, else the solution's first lines.
+    solution: a function or class whose docstring is the task
+    minutes, difficulty: how long it takes, and how hard it is, from 1 to 3
+    hints: three, each giving away more than the one before
+    cases: a function that returns the argument tuples to check with, always the same ones
+    call: ``(answer, *case) -> tensors``, for an answer that is not simply a function of the case
+    against: what the answer is compared with; None: the solution
+    tolerance: largest relative error, or 0 for equality
+    stub: the code that the student starts from; None: the solution's signature and docstring
     """
 
     name: str
@@ -53,37 +58,38 @@ class Exercise:
     against: Callable | None
     tolerance: float
     stub: str | None
-    wrong: list[Wrong] = field(default_factory=list)
+    wrong: list[WrongAnswer] = field(default_factory=list)
 
     @property
-    def object(self) -> str:
-        """The name of what the student writes."""
+    def answer_name(self) -> str:
+        """The name of the function or class that the student writes."""
         return self.solution.__name__
 
     @property
     def task(self) -> str:
+        """The description of the task."""
         return inspect.cleandoc(self.solution.__doc__ or "")
 
     @property
-    def solved(self) -> str:
-        """The solution's code, as a cell."""
+    def solution_code(self) -> str:
+        """The code of the solution, without decorators."""
         lines = inspect.getsource(self.solution).splitlines()
         start = next(i for i, line in enumerate(lines) if line.startswith(("def ", "class ")))
         return "\n".join(lines[start:])
 
     @property
-    def unsolved(self) -> str:
-        """The code a student begins with: the head and the task, the rest to be written."""
+    def starter_code(self) -> str:
+        """The code that the student starts from: signature and task, with the body left to write."""
         if self.stub is not None:
             return textwrap.dedent(self.stub).strip()
-        lines = self.solved.splitlines()
+        lines = self.solution_code.splitlines()
         end = next(
             i for i, line in enumerate(lines) if line.rstrip().endswith('"""') and (i > 1 or line.count('"""') == 2)
         )
         return "\n".join([*lines[: end + 1], '    raise NotImplementedError("your turn")'])
 
 
-_known: dict[str, Exercise] = {}
+_exercises: dict[str, Exercise] = {}
 
 
 def exercise(
@@ -98,22 +104,24 @@ def exercise(
     tolerance: float = 1e-5,
     stub: str | None = None,
 ) -> Callable[[Callable], Callable]:
-    """Register what is decorated as the solution of an exercise; difficulty is 1, 2 or 3. See :class:`Exercise`."""
+    """A decorator that registers a function or class as the solution of an exercise; arguments: :class:`Exercise`."""
 
     def register(solution: Callable) -> Callable:
         if isinstance(solution, type) and stub is None:
-            raise ValueError(f"{name}: a class needs a stub, since its body runs before anything is asked of it.")
-        _known[name] = Exercise(name, solution, minutes, difficulty, hints, cases, call, against, tolerance, stub)
+            raise ValueError(
+                f"{name}: a class needs a stub, since `raise` in the class body would stop the cell that defines it."
+            )
+        _exercises[name] = Exercise(name, solution, minutes, difficulty, hints, cases, call, against, tolerance, stub)
         return solution
 
     return register
 
 
-def wrong(name: str, says: str) -> Callable[[Callable], Callable]:
-    """Register what is decorated as a wrong answer to the exercise ``name``."""
+def wrong(name: str, message: str) -> Callable[[Callable], Callable]:
+    """A decorator that registers a wrong answer to the exercise ``name``; ``message`` explains the mistake."""
 
     def register(answer: Callable) -> Callable:
-        _known[name].wrong.append(Wrong(answer, says))
+        _exercises[name].wrong.append(WrongAnswer(answer, message))
         return answer
 
     return register
@@ -125,4 +133,4 @@ def all_exercises() -> dict[str, Exercise]:
     package = import_module("fluxedu.course.exercises")
     for module in sorted(iter_modules(package.__path__), key=lambda m: m.name):
         import_module(f"{package.__name__}.{module.name}")
-    return dict(_known)
+    return dict(_exercises)

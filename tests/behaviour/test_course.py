@@ -1,4 +1,4 @@
-"""The course: solutions pass, wrong answers are named, notebooks are what their sources say."""
+"""The course: solutions pass, wrong answers get their own message, notebooks match their sources."""
 
 import re
 from pathlib import Path
@@ -11,12 +11,11 @@ from typer.testing import CliRunner
 import fluxedu as fe
 from fluxedu.cli import app
 from fluxedu.course import all_exercises, predict
-from fluxedu.course.build import EDITIONS, edition, sources
-from fluxedu.course.check import judged
-from fluxedu.course.exercise import Exercise, Wrong
-from fluxedu.course.files import copied
-from fluxedu.course.grade import Mark, graded, table
-from fluxedu.course.predict import points
+from fluxedu.course.build import EDITIONS, copy_notebooks, edition, sources
+from fluxedu.course.check import assess, relative_error
+from fluxedu.course.exercise import Exercise, WrongAnswer
+from fluxedu.course.grade import Mark, class_table, grade_notebook
+from fluxedu.course.notebook import points
 from fluxedu.errors import CourseError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,38 +28,38 @@ MADE = [(s, which) for s in sources(ROOT / "notebooks") for which in EDITIONS]
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
 def test_the_solution_is_right_and_the_stub_is_not(task):
-    assert judged(task, task.solution).passed, judged(task, task.solution)
-    begun = names_of_the_notebook(task)
-    exec(task.unsolved, begun)
-    assert not judged(task, begun[task.object]).passed
-    assert judged(task, begun[task.object]).says == "not written yet."
+    assert assess(task, task.solution).passed, assess(task, task.solution)
+    started = names_of_the_notebook(task)
+    exec(task.starter_code, started)
+    assert not assess(task, started[task.answer_name]).passed
+    assert assess(task, started[task.answer_name]).message == "not written yet."
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
 def test_the_solution_runs_as_it_is_printed(task):
-    """The code in the notebook, with the notebook's imports and nothing else of the file it comes from."""
+    """The notebook's code with the notebook's imports, without the rest of the file that defines the exercise."""
     printed = names_of_the_notebook(task)
-    exec(task.solved, printed)
-    assert judged(task, printed[task.object]).passed
+    exec(task.solution_code, printed)
+    assert assess(task, printed[task.answer_name]).passed
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
-def test_wrong_answers_are_told_why(task):
+def test_wrong_answers_get_their_own_message(task):
     assert len(task.wrong) >= 3
-    assert len({w.says for w in task.wrong}) == len(task.wrong)
+    assert len({w.message for w in task.wrong}) == len(task.wrong)
     for known in task.wrong:
-        assert judged(task, known.answer).says == known.says
+        assert assess(task, known.answer).message == known.message
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda t: t.name)
-def test_it_is_told_how_hard_and_how_long(task):
+def test_hints_difficulty_and_minutes_are_given(task):
     assert len(task.hints) == 3 and all(len(hint) > 20 for hint in task.hints)
     assert task.difficulty in (1, 2, 3) and 2 <= task.minutes <= 45
     assert task.task
 
 
 def names_of_the_notebook(task):
-    """What a notebook's imports have defined where the exercise comes."""
+    """The names that a notebook has imported before the exercise."""
     (source,) = [s for s, _ in MADE if f'exercise="{task.name}"' in s.read_text(encoding="utf-8") and _ == "solved"]
     names = {}
     for cell in edition(source, "solved").cells:
@@ -102,59 +101,90 @@ def task_of(solution, **how):
     return Exercise("a.b", solution, 5, 1, ("a", "b", "c"), **how)
 
 
+WRONG = "the shapes are right but the values are wrong:"
+
+
 def in_place(x):
     return x.mul_(2)
 
 
 @pytest.mark.parametrize(
-    "answer, says",
+    "answer, message",
     [
         (double, "right in 2 cases."),
         (lambda x: x + x * (1 + 1e-7), "right in 2 cases."),
-        (lambda x: None, "it returns nothing; is there a return? (tried on [2, 3])."),
-        (lambda x: {"a": x}, "it returns a dict, and a tensor is wanted (tried on [2, 3])."),
-        (lambda x: (x, x), "it returns 2 tensors, and 1 is wanted (tried on [2, 3])."),
-        (lambda x: 2 * x.T, "the shape is [3, 2], and should be [2, 3] (tried on [2, 3])."),
-        (lambda x: 2 * x + 0j, "the numbers are complex, and should not be (tried on [2, 3])."),
-        (in_place, "it changes its argument in place; make a new tensor instead (tried on [2, 3])."),
-        (lambda x: x / 0, "the shapes are right, the values are not: values that are no numbers in all cases."),
-        (lambda x: x * 2.2, "the shapes are right, the values are not: values off by 0.1 of their size in all cases."),
-        (lambda x: x * 2 + (x.shape[1] == 1), "the shapes are right, the values are not: values off by 0.5 of their "
-                                             "size in case 2 of 2."),
-        (lambda: 1, "it raises TypeError: <lambda>() takes 0 positional arguments but 1 was given (tried on [2, 3])."),
-        (3, "it raises TypeError: 'int' object is not callable (tried on [2, 3])."),
+        (lambda x: None, "it returns None; is there a `return` statement? (input shapes: [2, 3])."),
+        (lambda x: {"a": x}, "it returns a dict instead of a tensor (input shapes: [2, 3])."),
+        (lambda x: (x, x), "it returns 2 tensors instead of 1 (input shapes: [2, 3])."),
+        (lambda x: 2 * x.T, "the shape is [3, 2] but should be [2, 3] (input shapes: [2, 3])."),
+        (lambda x: 2 * x + 0j, "the values are complex but should be real (input shapes: [2, 3])."),
+        (in_place, "it modifies its input in place; create a new tensor instead (input shapes: [2, 3])."),
+        (lambda x: x / 0, f"{WRONG} there are NaN or infinite values in all cases."),
+        (lambda x: x * 2.2, f"{WRONG} the relative error is 0.1 in all cases."),
+        (lambda x: x * 2 + (x.shape[1] == 1), f"{WRONG} the relative error is 0.5 in case 2 of 2."),
+        (lambda: 1, "it raises TypeError: <lambda>() takes 0 positional arguments but 1 was given (input shapes: [2, 3])."),
+        (3, "it raises TypeError: 'int' object is not callable (input shapes: [2, 3])."),
         (None, "not written yet."),
         (..., "not written yet."),
     ],
 )  # fmt: skip
-def test_what_a_check_says(answer, says):
+def test_the_message_of_a_verdict(answer, message):
     task = task_of(double)
-    for _ in range(2):  # a case must not be spoiled by an answer
-        assert judged(task, answer).says.replace("test_course.", "") == says
+    for _ in range(2):  # an answer must not change the cases
+        assert assess(task, answer).message.replace("test_course.", "") == message
 
 
-def test_a_known_mistake_comes_before_the_numbers():
+@pytest.mark.parametrize("scale", [1e6, 1e-5, 1e-14, 1e-30, 1e-200])
+def test_a_tiny_answer_is_compared_with_its_own_size(scale):
+    """Neither an absolute error nor an underflow of squares lets a wrong answer pass because all its values are small."""
+
+    def scaled(x):
+        """x times a constant."""
+        return x.double() * scale
+
+    task = task_of(scaled)
+    assert assess(task, scaled).passed
+    assert assess(task, lambda x: scaled(x) * (1 + 1e-7)).passed
+    for wrong in (lambda x: 0 * scaled(x), lambda x: -scaled(x), lambda x: 1.001 * scaled(x), lambda x: scaled(x) + 1):
+        assert not assess(task, wrong).passed
+
+
+def test_every_tensor_of_an_answer_counts_by_itself():
+    """A large tensor that is right does not hide a small one that is wrong; zeros are compared exactly."""
+    large, small, zeros = torch.full((3,), 1e8), torch.full((3,), 1e-8), torch.zeros(3)
+    assert relative_error([large, small, zeros], [large, small, zeros]) == 0
+    assert relative_error([large, 2 * small, zeros], [large, small, zeros]) == pytest.approx(1)
+    assert relative_error([large, small, small], [large, small, zeros]) == float("inf")
+    assert relative_error([zeros], [small]) == relative_error([2 * large], [large]) == 1
+    task = task_of(lambda x: 0 * x)
+    assert (
+        assess(task, lambda x: 0 * x + 1e-20).message
+        == f"{WRONG} there are values other than the expected zeros in all cases."
+    )
+
+
+def test_a_known_mistake_is_reported_before_the_error():
     task = task_of(double)
-    task.wrong.append(Wrong(lambda x: 3 * x, "three times."))
-    assert judged(task, lambda x: x + x + x).says == "three times."
-    assert "values off" in judged(task, lambda x: 4 * x).says
+    task.wrong.append(WrongAnswer(lambda x: 3 * x, "three times."))
+    assert assess(task, lambda x: x + x + x).message == "three times."
+    assert "the relative error is" in assess(task, lambda x: 4 * x).message
 
 
-def test_a_wider_type_than_what_came_in_is_told():
+def test_a_wider_dtype_than_the_input_is_reported():
     class Wide(all_exercises()["attention.qknorm"].solution):
         def one(self, x, scale):
             return super().one(x.float(), scale)
 
-    said = judged(all_exercises()["attention.qknorm"], Wide).says
-    assert said.startswith("the numbers are float32, and should be bfloat16")
+    said = assess(all_exercises()["attention.qknorm"], Wide).message
+    assert said.startswith("the dtype is float32 but should be bfloat16")
 
 
 def test_a_recording_needs_names():
-    said = judged(all_exercises()["inside.spread"], lambda p: torch.special.entr(p.tensor).sum(-1).exp()).says
+    said = assess(all_exercises()["inside.spread"], lambda p: torch.special.entr(p.tensor).sum(-1).exp()).message
     assert "a recording needs a Named" in said
 
 
-def test_a_check_is_a_truth_value_and_has_been_said(capsys):
+def test_a_check_prints_its_verdict_and_is_a_truth_value(capsys):
     passed = fe.check("rope.ids", all_exercises()["rope.ids"].solution)
     assert passed
     assert capsys.readouterr().out == "✓ rope.ids: right in 3 cases.\n"
@@ -181,13 +211,13 @@ def test_points(answer, actual, got):
 @pytest.mark.parametrize(
     "answer, actual, said",
     [
-        ("two", 2, "a number; 'two' is not"),
+        ("two", 2, "must be a number, not 'two'"),
         ([1], [1, 2], "2 parts"),
         ("ab", ["a", "b"], "2 parts"),
         (True, 1.0, "a number"),
     ],
 )
-def test_what_cannot_be_compared_is_said(answer, actual, said):
+def test_values_that_cannot_be_compared_are_refused(answer, actual, said):
     with pytest.raises(CourseError, match=said):
         points(answer, actual, within=0.1)
 
@@ -195,7 +225,7 @@ def test_what_cannot_be_compared_is_said(answer, actual, said):
 def test_a_session_of_predictions(capsys, monkeypatch):
     import sys
 
-    monkeypatch.setattr(sys.modules["fluxedu.course.predict"], "_asked", {})
+    monkeypatch.setattr(sys.modules["fluxedu.course.notebook"], "_predictions", {})
     predict("how many?", 4000).against(4096)
     predict("which?", ...).against("a")
     predict("in what order?", ["a", "b"]).against(["b", "a"])
@@ -203,7 +233,7 @@ def test_a_session_of_predictions(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines() == [
         "right · predicted: 4,000 · measured: 4,096",
         "no prediction was made · measured: a",
-        "not so · predicted: a, b · measured: b, a",
+        "wrong · predicted: a, b · measured: b, a",
         "1 of 3 points for 2 predictions",
     ]
     with pytest.raises(CourseError, match="needs a question"):
@@ -218,15 +248,15 @@ def place(source, which):
 
 
 @pytest.mark.parametrize("source, which", MADE, ids=lambda x: getattr(x, "stem", x))
-def test_a_notebook_is_what_its_source_says(source, which):
-    """`make notebooks` after every change of a source or an exercise."""
+def test_a_notebook_matches_its_source(source, which):
+    """Run `make notebooks` after every change of a source or an exercise."""
     made, kept = edition(source, which), nbformat.read(place(source, which), 4)
     assert [(c.cell_type, c.source, c.id) for c in kept.cells] == [(c.cell_type, c.source, c.id) for c in made.cells]
 
 
 @pytest.mark.parametrize("source, which", MADE, ids=lambda x: getattr(x, "stem", x))
 def test_a_notebook_has_run_from_top_to_bottom(source, which):
-    """A cell without a count is never compared, so it would pass whatever it does."""
+    """A cell without an execution count is never compared, so it would pass whatever it does."""
     kept = nbformat.read(place(source, which), 4)
     cells = [c for c in kept.cells if c.cell_type == "code"]
     assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
@@ -244,26 +274,26 @@ def test_a_students_notebook_gives_nothing_away(source):
     code = "\n".join(c.source for c in student.cells if c.cell_type == "code")
     for name in re.findall(r'exercise="([\w.]+)"', source.read_text(encoding="utf-8")):
         task = all_exercises()[name]
-        assert task.solved not in code and task.unsolved in code
-        new = [line for line in task.solved.splitlines() if line not in task.unsolved.splitlines()]
+        assert task.solution_code not in code and task.starter_code in code
+        new = [line for line in task.solution_code.splitlines() if line not in task.starter_code.splitlines()]
         assert len(new) >= 1 and "\n".join(new) not in code
     assert not re.search(r"  # answer$", code, re.M)
     assert code.count("fe.predict(") == code.count(", ...)")
 
 
-# ---------------------------------------------------------------- a reader's copy, and marks
+# ---------------------------------------------------------------- copies to work in, and grading
 
 
 def test_a_copy_never_replaces_work(tmp_path):
-    new, kept = copied(tmp_path / "mine")
+    new, kept = copy_notebooks(tmp_path / "mine")
     assert len(new) == len(sources(ROOT / "notebooks")) and not kept
     (tmp_path / "mine" / new[0]).write_text("my work")
     (tmp_path / "mine" / new[1]).unlink()
-    assert copied(tmp_path / "mine")[0] == [new[1]]
+    assert copy_notebooks(tmp_path / "mine")[0] == [new[1]]
     assert (tmp_path / "mine" / new[0]).read_text() == "my work"
     (tmp_path / "file").write_text("")
     with pytest.raises(CourseError, match="cannot be copied to"):
-        copied(tmp_path / "file")
+        copy_notebooks(tmp_path / "file")
 
 
 @pytest.mark.slow
@@ -271,7 +301,7 @@ def test_marks(tmp_path):
     """A student who solved one exercise, got one wrong in a known way, and broke a cell in between."""
     notebook = nbformat.read(ROOT / "notebooks" / "04-rotary-positions.ipynb", 4)
     cells = [c for c in notebook.cells if c.metadata.get("fluxedu", {}).get("role") == "answer"]
-    answers = {"rope.ids": all_exercises()["rope.ids"].solved, "rope.angles": "1 / 0", "rope.rotate": HALVES}
+    answers = {"rope.ids": all_exercises()["rope.ids"].solution_code, "rope.angles": "1 / 0", "rope.rotate": HALVES}
     for cell in cells:
         cell.source = answers[cell.metadata["fluxedu"]["exercise"]]
     first = [c for c in notebook.cells if c.cell_type == "code"][0]
@@ -288,7 +318,7 @@ def test_marks(tmp_path):
     assert "✗ rope.rotate: your pairs are halves" in ran.output
     assert "there is no notebook" in ran.output
     rows = (tmp_path / "m.csv").read_text().splitlines()
-    assert rows[0] == "student,notebook,exercise,passed,says"
+    assert rows[0] == "student,notebook,exercise,passed,message"
     assert rows[1].startswith("ada,04-rotary-positions.ipynb,rope.ids,1,")
     assert (tmp_path / "t.csv").read_text() == "student,rope.ids,rope.angles,rope.rotate,passed\nada,1,0,0,1\n"
 
@@ -300,29 +330,29 @@ def rotate(x, angles):
 """
 
 
-def test_what_is_no_notebook_is_said(tmp_path):
+def test_a_file_without_exercises_is_refused(tmp_path):
     (tmp_path / "x.ipynb").write_text("{")
     with pytest.raises(CourseError, match="is no notebook that can be read"):
-        graded(tmp_path / "x.ipynb")
+        grade_notebook(tmp_path / "x.ipynb")
     nbformat.write(nbformat.v4.new_notebook(), tmp_path / "y.ipynb")
     with pytest.raises(CourseError, match="has no exercise of this course"):
-        graded(tmp_path / "y.ipynb")
+        grade_notebook(tmp_path / "y.ipynb")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks" / "solved").glob("*.ipynb")), ids=lambda p: p.stem)
-def test_the_solved_edition_foretells_what_is_measured(path):
+def test_the_predictions_of_the_solved_edition_are_right(path):
     printed = [out.get("text", "") for cell in nbformat.read(path, 4).cells for out in cell.get("outputs", [])]
-    assert not [text for text in printed if "not so ·" in text or "partly right" in text]
+    assert not [text for text in printed if "wrong ·" in text or "partly right" in text]
 
 
-def test_a_copy_shows_nothing_that_was_measured(tmp_path):
-    for name in copied(tmp_path / "mine")[0]:
+def test_a_copy_has_no_outputs(tmp_path):
+    for name in copy_notebooks(tmp_path / "mine")[0]:
         copy = nbformat.read(tmp_path / "mine" / name, 4)
         assert copy.cells and not any(cell.get("outputs") for cell in copy.cells)
 
 
 def test_a_table_of_the_class():
-    """A row a student, a column an exercise; what was not handed in is neither right nor wrong."""
+    """One row per student, one column per exercise; an exercise that was not handed in is neither right nor wrong."""
     marks = [
         Mark("eve", "04.ipynb", "rope.rotate", True, ""),
         Mark("eve", "04.ipynb", "rope.table", False, "wrong"),
@@ -330,7 +360,7 @@ def test_a_table_of_the_class():
         Mark("ada", "04.ipynb", "rope.table", True, ""),
         Mark("ada", "06.ipynb", "attention.map", True, ""),
     ]
-    assert table(marks) == [
+    assert class_table(marks) == [
         ["student", "rope.rotate", "rope.table", "attention.map", "passed"],
         ["ada", "1", "1", "1", "3"],
         ["eve", "1", "0", "", "1"],

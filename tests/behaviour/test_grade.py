@@ -1,4 +1,4 @@
-"""Marking notebooks that do not mean well: each ends within its limits and costs nobody else a mark."""
+"""Grading notebooks that misbehave: each is stopped at its limits, and no other mark suffers."""
 
 import time
 
@@ -6,7 +6,7 @@ import nbformat
 import pytest
 
 from fluxedu.course.exercise import all_exercises
-from fluxedu.course.grade import graded, verdicts
+from fluxedu.course.grade import grade_notebook, read_verdicts
 
 STUBBORN = """
 import time
@@ -32,9 +32,9 @@ except RuntimeError:
 """
 
 
-def handed_in(folder, first):
-    """A notebook of one solved exercise, after a cell of the student's own."""
-    cell = nbformat.v4.new_code_cell(all_exercises()["rope.ids"].solved)
+def submitted(folder, first):
+    """A notebook with a cell of the student's own, followed by one solved exercise."""
+    cell = nbformat.v4.new_code_cell(all_exercises()["rope.ids"].solution_code)
     cell.metadata["fluxedu"] = {"exercise": "rope.ids", "role": "answer"}
     imports = nbformat.v4.new_code_cell("import torch\nfrom torch import Tensor")
     folder.mkdir()
@@ -46,32 +46,32 @@ def handed_in(folder, first):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limits", [{"timeout": 2}, {"timeout": 100, "whole": 12}])
-def test_a_cell_that_will_not_be_interrupted_is_killed(tmp_path, limits):
+def test_a_cell_that_ignores_its_interrupt_is_killed(tmp_path, limits):
     started = time.monotonic()
-    (mark,) = graded(handed_in(tmp_path / "eve", STUBBORN), **limits)
+    (mark,) = grade_notebook(submitted(tmp_path / "eve", STUBBORN), **limits)
     assert time.monotonic() - started < 60
-    assert not mark.passed and "it was not reached" in mark.says
+    assert not mark.passed and "it was not reached" in mark.message
 
 
 @pytest.mark.slow
-def test_a_student_does_not_write_the_verdicts(tmp_path):
-    (mark,) = graded(handed_in(tmp_path / "eve", NONSENSE))
-    assert mark.passed and mark.says == "right in 3 cases."  # what the check said, of an answer that is right
+def test_a_student_cannot_write_verdicts(tmp_path):
+    (mark,) = grade_notebook(submitted(tmp_path / "eve", NONSENSE))
+    assert mark.passed and mark.message == "right in 3 cases."  # the check's own verdict on a right answer
 
 
 @pytest.mark.slow
-def test_more_memory_than_allowed_is_not_given(tmp_path):
+def test_the_memory_limit_is_enforced(tmp_path):
     pytest.importorskip("resource")
-    path = handed_in(tmp_path / "eve", HUNGRY)
+    path = submitted(tmp_path / "eve", HUNGRY)
     notebook = nbformat.read(path, 4)
     notebook.cells[2].source = f"if had: raise SystemExit\n{notebook.cells[2].source}"
     nbformat.write(notebook, path)
-    (mark,) = graded(path, memory=8)
+    (mark,) = grade_notebook(path, memory=8)
     assert mark.passed
 
 
-def test_lines_that_no_check_wrote_are_left_out(tmp_path):
-    lines = ["nonsense", '["name"]', '{"name": "a"}', '{"name": "b", "passed": true, "says": "right."}', ""]
+def test_lines_that_no_check_wrote_are_ignored(tmp_path):
+    lines = ["nonsense", '["name"]', '{"name": "a"}', '{"name": "b", "passed": true, "message": "right."}', ""]
     (tmp_path / "v").write_text("\n".join(lines))
-    assert verdicts(tmp_path / "v") == {"b": {"passed": True, "says": "right."}}
-    assert verdicts(tmp_path / "none") == {}
+    assert read_verdicts(tmp_path / "v") == {"b": {"passed": True, "message": "right."}}
+    assert read_verdicts(tmp_path / "none") == {}
