@@ -31,6 +31,19 @@ def _load(model: str, device: str | None = None, dtype: str | None = None, **how
         return fe.load(model, device=device, dtype=dtype, **how)
 
 
+def _from_checkout(name: str):
+    """The package ``training`` or ``benchmarks``, which stand beside ``fluxedu`` in the repository and are not installed."""
+    import sys
+    from importlib import import_module
+
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "pyproject.toml").is_file() or not (root / name).is_dir():
+        raise fail(f"this command needs a checkout, which has {name}/: git clone fluxedu's repository, pip install -e it.")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return import_module(name)
+
+
 def _picture(path: Path):
     """A picture from a file, wholly read."""
     from PIL import Image
@@ -117,7 +130,7 @@ def trace(
     width: int | None = None,
 ) -> None:
     """Draw a prompt and write down the whole run as one page, every stage of the diagram to click on."""
-    from fluxedu.checkpoints.save import write_text
+    from fluxedu.files import write_text
     from fluxedu.trace import page, stages
 
     can_write(html)
@@ -196,22 +209,12 @@ def train(
         Path | None, typer.Option(help="Where the finished weights go; OUT/weights if not given.")
     ] = None,
 ) -> None:
-    """Train the miniature from nothing. It can be stopped at any time and goes on where it was."""
+    """Train the miniature's networks from scratch. Stopped at any time, the same command continues from there."""
+    checkout = _from_checkout("training")
     with sentences():
-        import transformers  # noqa: F401  (for the tokenizers; better missed now than in an hour)
-
-        from fluxedu.nano.training.family import train_variant
-        from fluxedu.nano.training.rivals import RECIPES, train_rival
-        from fluxedu.nano.training.stages import STAGES, run_stages
-
-    if all_stages + (stage is not None) + (variant is not None) != 1 or (stage is not None and stage not in STAGES):
-        raise fail(f"say --all, --variant, or --stage with one of {', '.join(STAGES)}.")
+        import transformers  # noqa: F401  (makes the tokenizers; better missed now than in an hour)
     with resumable():
-        if variant is not None:
-            one = train_rival if variant in RECIPES else train_variant
-            one(variant, out, resume, ship_to or out / "weights")
-            return
-        run_stages(list(STAGES) if all_stages else [stage], out, resume, ship_to or out / "weights")
+        checkout.train(all_stages, stage, variant, out, resume, ship_to or out / "weights")
 
 
 @app.command(epilog="Example: fluxedu judge --model nano --prompts 500 --json judge.json")
@@ -226,13 +229,13 @@ def judge(
     as_json: Json = None,
 ) -> None:
     """Draw held-out prompts, let the judge read them, print the table."""
-    from fluxedu.nano.report import examine, table
-    from fluxedu.nano.rivals import opened
+    from fluxedu.nano.exam import evaluate, format_table
+    from fluxedu.nano.stable_diffusion import open_model
 
     can_write(as_json)
     with sentences():
-        figures = examine(opened(model), model, prompts, steps, guidance, for_shapes)
-    typer.echo(table(figures))
+        figures = evaluate(open_model(model), model, prompts, steps, guidance, for_shapes)
+    typer.echo(format_table(figures))
     write_json(as_json, figures)
 
 
@@ -285,12 +288,11 @@ def bench(
     quick: Annotated[bool, typer.Option(help="Fewer rounds.")] = False,
 ) -> None:
     """Time the models beside diffusers', as ratios in one run."""
-    from fluxedu.bench import run, table
-
+    benchmarks = _from_checkout("benchmarks")
     can_write(as_json)
     with sentences():
-        figures = run(rounds=5 if quick else 15)
-    typer.echo(table(figures))
+        figures = benchmarks.run(rounds=5 if quick else 15)
+    typer.echo(benchmarks.table(figures))
     write_json(as_json, figures)
 
 
@@ -306,10 +308,10 @@ def lab(
     import subprocess
     import sys
 
-    from fluxedu.course.files import copied
+    from fluxedu.course.build import copy_notebooks
 
     with sentences():
-        new, kept = copied(folder)
+        new, kept = copy_notebooks(folder)
     typer.echo(f"{folder}: {len(new)} notebooks copied, {len(kept)} left as they are")
     root = ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # as in most containers
     raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", f"--port={port}", *root, str(folder)]))
@@ -329,8 +331,8 @@ def grade(
     memory: Annotated[int, typer.Option(min=1, help="GB of memory that a notebook may ask for.")] = 16,
 ) -> None:
     """Run students' notebooks, each in a process of its own, and mark the exercises. This is no sandbox."""
-    from fluxedu.checkpoints.save import write_text
-    from fluxedu.course.grade import as_csv, graded, table, write_csv
+    from fluxedu.files import write_text
+    from fluxedu.course.grade import as_csv, class_table, grade_notebook, write_csv
     from fluxedu.errors import CourseError
 
     can_write(csv)
@@ -338,14 +340,14 @@ def grade(
     marks = []
     for path in notebooks:
         try:
-            marks += (mine := graded(path, timeout, whole, memory))
+            marks += (mine := grade_notebook(path, timeout, whole, memory))
         except CourseError as error:
             fail(error)  # said, and on to the next
             continue
         typer.echo(f"{mine[0].student}: {sum(m.passed for m in mine)} of {len(mine)}  {path.name}")
         for mark in mine:
-            typer.echo(f"  {'✓' if mark.passed else '✗'} {mark.exercise}: {mark.says}")
-    rows = table(marks)
+            typer.echo(f"  {'✓' if mark.passed else '✗'} {mark.exercise}: {mark.message}")
+    rows = class_table(marks)
     if len(rows) > 2:  # of one student all is said already
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         typer.echo("\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows))

@@ -7,10 +7,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import fluxedu as fe
-from fluxedu.nano.scenes import Scene, Thing, render
-from fluxedu.nano.training.members import depths, outlines
+from fluxedu.nano.scenes import Scene, SceneObject, depth_map, edge_map, render
 
-THINGS = Thing("star", "yellow", "large", 38, 42, 24), Thing("ring", "red", "small", 92, 88, 15)
+THINGS = SceneObject("star", "yellow", "large", 38, 42, 24), SceneObject("ring", "red", "small", 92, 88, 15)
 SCENE = Scene("gray", THINGS, 128, 128)
 WORDS = "a large yellow star above a small red ring on a gray background"
 OTHER = "a large cyan star above a small orange ring on a navy background"
@@ -32,8 +31,8 @@ if __name__ == "__main__":
     four = {name: drawn(name, OTHER, seed=2, steps=4) for name in ("nano", "nano-schnell")}
     shown = {  # member: what it was given (of schnell, the miniature's own four steps), the words, what it drew
         "4 steps: nano, schnell": (four["nano"], OTHER, four["nano-schnell"]),
-        "canny": (outlines(SCENE), WORDS, drawn("nano-canny", WORDS, control=outlines(SCENE))),
-        "depth": (depths(SCENE), OTHER, drawn("nano-depth", OTHER, control=depths(SCENE))),
+        "canny": (edge_map(SCENE), WORDS, drawn("nano-canny", WORDS, control=edge_map(SCENE))),
+        "depth": (depth_map(SCENE), OTHER, drawn("nano-depth", OTHER, control=depth_map(SCENE))),
         "fill": (holed, filled, drawn("nano-fill", filled, image=picture, mask=mask)),
         "kontext": (picture, EDIT, drawn("nano-kontext", EDIT, reference=picture)),
         "redux": (picture, "(no words)", drawn("nano-redux", "", image_prompt=picture)),

@@ -13,8 +13,8 @@ import torch
 import fluxedu as fe
 from fluxedu.nano.exam import questions
 from fluxedu.nano.judge import judge
-from fluxedu.nano.rivals import load_sd
-from fluxedu.nano.training.rivals import GUIDANCE, SHIPS_AS, TWIN
+from fluxedu.nano.stable_diffusion import load_sd
+from training.baselines import GUIDANCE, SHIPS_AS, TWIN
 
 SHOWN = 7
 

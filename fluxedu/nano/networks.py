@@ -1,4 +1,9 @@
-"""The sizes of the miniature: the official networks with smaller numbers, nothing else."""
+"""The miniature's networks: the official ones with smaller sizes, and two small image encoders.
+
+The official Redux uses the vision encoder google/siglip-so400m-patch14-384; the miniature has its own. CLIP's image
+tower is no part of FLUX.1; the lesson on retrieval uses it. Sources: arXiv 2010.11929 (vision transformer), 2103.00020
+(CLIP).
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.clip import CLIPLayer
+from fluxedu.models.clip import CLIPLayer, CLIPTextEncoder
 from fluxedu.models.config import AutoEncoderConfig, CLIPTextConfig, FluxConfig, T5Config
 
 AUTOENCODER = AutoEncoderConfig(
     ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, norm_groups=8, scale_factor=1.0, shift_factor=0.0
 )
-TEXT_LENGTH = 32  # T5 tokens of a prompt, padding included
+TEXT_LENGTH = 32  # T5 tokens per prompt, including padding
 
 T5 = T5Config(vocab_size=192, d_model=128, d_kv=32, d_ff=256, num_layers=4, num_heads=4)
 CLIP = CLIPTextConfig(
@@ -40,19 +45,11 @@ FLUX = FluxConfig(
 )
 
 
-# ------------------------------------------------------------ nano/networks.py
-# The miniature's eye, in the place of SigLIP in front of the Redux head.
-#
-# It is ours in size, not FLUX.1's: the official Redux looks through google/siglip-so400m-patch14-384.
-# Source: arXiv 2010.11929 (vision transformer).
-#
+class VisionEncoder(nn.Module):
+    """Redux's vision encoder: images ``[B, 3, H, W]`` -> one vector for each cell of an 8 x 8 grid, ``[B, 64, D]``.
 
-
-class Eye(nn.Module):
-    """Redux's eye: a picture of any size ``[B, 3, H, W]`` -> what is seen in each of 8 x 8 places, ``[B, 64, D]``.
-
-    It sees finer than CLIP's image tower, which knows colours but hardly forms: all 128 pixels a side, through a few
-    small convolutions in place of one coarse cut into patches (arXiv 2106.14881).
+    It keeps finer detail than CLIP's image tower, which recognises colours but hardly forms: it works at 128 x 128
+    pixels, and a few small convolutions take the place of one coarse patch embedding (arXiv 2106.14881).
     """
 
     SIZE, TOKENS = 128, 64
@@ -64,26 +61,21 @@ class Eye(nn.Module):
         self.stem = nn.Sequential(
             *(nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.SiLU()) for i, o in pairwise(widths))
         )
+        # learned position embeddings, under the name that the shipped weights have
         self.place_embed = nn.Parameter(0.02 * torch.randn(self.TOKENS, dim))
         self.layers = nn.ModuleList(CLIPLayer(config, causal=False) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
 
-    def forward(self, picture: Tensor) -> Tensor:
-        small = F.interpolate(picture, (self.SIZE, self.SIZE), mode="area")
+    def forward(self, image: Tensor) -> Tensor:
+        small = F.interpolate(image, (self.SIZE, self.SIZE), mode="area")
         x = self.stem(small).flatten(2).transpose(1, 2) + self.place_embed
         for layer in self.layers:
             x = layer(x)
         return self.norm(x)
 
 
-# ------------------------------------------------------------ nano/networks.py
-# CLIP's other half: the tower that looks at pictures. FLUX.1 does not use it; the lesson on retrieval does.
-#
-# Source: arXiv 2103.00020 (CLIP), 2010.11929 (vision transformer).
-#
-
 PATCH = 8
-SIZE = 64  # pixels a side after halving the 128 x 128 picture
+SIZE = 64  # pixels along each side, after the 128 x 128 image is halved
 
 
 class ImageTower(nn.Module):
@@ -104,3 +96,28 @@ class ImageTower(nn.Module):
             x = layer(x)
         x = self.norm(x)
         return self.projection(torch.cat([x.mean(1), x.amax(1)], dim=-1))
+
+
+class CLIPModel(nn.Module):
+    """Both CLIP towers, the projection of the text vector, and the learned (log) inverse temperature."""
+
+    def __init__(self):
+        super().__init__()
+        self.text = CLIPTextEncoder(CLIP)
+        self.image = ImageTower(CLIP)
+        self.text_projection_head = nn.Linear(CLIP.hidden_size, CLIP.hidden_size, bias=False)
+        self.temperature_head = nn.Parameter(torch.tensor(2.3))
+
+    def similarity(self, images: Tensor, ids: Tensor) -> Tensor:
+        """Cosine similarity of every image with every caption: ``[B, B]``."""
+        image_vectors = F.normalize(self.image(images), dim=-1)
+        text_vectors = F.normalize(self.text_projection_head(self.text(ids)[1]), dim=-1)
+        return image_vectors @ text_vectors.T
+
+
+def contrastive_loss(model: CLIPModel, images: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """CLIP's loss on a batch of matching pairs, and the share of images whose own caption scores highest."""
+    scores = model.similarity(images, ids) * model.temperature_head.exp().clamp(max=100)
+    target = torch.arange(len(ids), device=scores.device)
+    loss = 0.5 * (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target))
+    return loss, {"accuracy": float((scores.argmax(1) == target).float().mean())}

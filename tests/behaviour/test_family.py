@@ -13,15 +13,14 @@ from safetensors.torch import load_file
 import fluxedu as fe
 from fluxedu.errors import RequestError
 from fluxedu.loading import FAMILY, LORAS, WEIGHTS, widened
-from fluxedu.nano import family
-from fluxedu.nano.judge import read
-from fluxedu.nano.scenes import ASPECTS, HOLLOW, render, sample_scene
-from fluxedu.nano.training import family as training
-from fluxedu.nano.training.card import called, write_member
-from fluxedu.nano.training.edits import EDITS, sample_edit
-from fluxedu.nano.training.members import depths, hole, outlines
-from fluxedu.nano.training.schnell import without_guidance
-from fluxedu.sampling.conditions import reads
+from fluxedu.nano.judge import detect
+from fluxedu.nano.scenes import ASPECTS, HOLLOW, depth_map, edge_map, render, sample_scene
+from fluxedu.sampling.conditions import extra_input
+from training import family as training
+from training import family_exam
+from training.card import add_entry, load_call
+from training.edits import EDITS, random_mask, sample_edit
+from training.schnell import without_guidance
 
 PICTURE = Image.new("RGB", (32, 32), "red")
 MASK = np.zeros((32, 32), np.uint8)
@@ -55,7 +54,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(by_channels, channels, pictu
 
 
 def test_channels_tell_what_is_read(by_channels):
-    kinds = {n: reads(pipe.flux.config, 8) for n, pipe in by_channels.items()}
+    kinds = {n: extra_input(pipe.flux.config, 8) for n, pipe in by_channels.items()}
     assert kinds == {64: "text", 128: "control", 384: "mask"}
 
 
@@ -117,28 +116,25 @@ def test_every_edit_is_done_in_the_picture_afterwards_and_not_before():
     for i in range(80):
         edit = sample_edit(rng, size=ASPECTS[i % len(ASPECTS)])
         kinds.add(edit.kind)
-        right.append(family._done(edit, read(render(edit.after))))
-        wrong.append(family._done(edit, read(render(edit.before))))
-        assert (
-            family._kept(edit, render(edit.before), render(edit.after), render(edit.after)) > 28 or edit.index is None
-        )
+        right.append(family_exam.edit_is_done(edit, detect(render(edit.after))))
+        wrong.append(family_exam.edit_is_done(edit, detect(render(edit.before))))
+        assert family_exam.unchanged_psnr(edit, render(edit.before), render(edit.after)) > 28 or edit.index is None
     assert kinds == set(EDITS) and np.mean(right) >= 0.98 and np.mean(wrong) <= 0.02
 
 
-def test_control_pictures_show_every_thing():
+def test_control_images_show_every_object():
     for seed in range(20):
         scene = sample_scene(np.random.default_rng(seed), count=3)
-        for picture in (outlines(scene), depths(scene)):
-            for thing in scene.things:
-                y, x = int(thing.y), int(thing.x)
-                r = int(thing.radius)
+        for picture in (edge_map(scene), depth_map(scene)):
+            for obj in scene.objects:
+                y, x, r = int(obj.y), int(obj.x), int(obj.radius)
                 assert picture[y - r : y + r, x - r : x + r].max() > 100
             assert picture.shape == (scene.height, scene.width, 3)
 
 
-def test_holes_cover_things_and_grounds():
+def test_masks_are_small_and_large():
     rng = np.random.default_rng(0)
-    shares = [hole(sample_scene(rng), rng).mean() for _ in range(200)]
+    shares = [random_mask(sample_scene(rng), rng).mean() for _ in range(200)]
     assert min(shares) < 0.2 and max(shares) > 0.8
 
 
@@ -159,17 +155,17 @@ class Truth:
 
 @pytest.mark.parametrize(("name", "seed"), [("fill", 1), ("canny", 2), ("redux", 5)])
 def test_the_exam_knows_the_truth(name, seed):
-    scenes = [scene for scene, _, _ in family._scenes(12, seed)]
+    scenes = [scene for scene, _, _ in family_exam.exam_scenes(12, seed)]
     if name == "fill":  # its masks are drawn from the same generator, between the scenes
         scenes = []
-        for scene, _, rng in family._scenes(12, seed):
-            hole(scene, rng)
+        for scene, _, rng in family_exam.exam_scenes(12, seed):
+            random_mask(scene, rng)
             scenes.append(scene)
-    true = family.sit(name, Truth([render(s) for s in scenes]), 12)
-    for row, bar in family.BARS[name].items():
+    true = family_exam.examine(name, Truth([render(s) for s in scenes]), 12)
+    for row, bar in family_exam.BARS[name].items():
         assert true[row] >= max(bar, 95 if row != "outside_db" else 90)
-    blank = family.sit(name, Truth([np.full((s.height, s.width, 3), 243, np.uint8) for s in scenes]), 12)
-    assert all(blank[row] < bar for row, bar in family.BARS[name].items())
+    blank = family_exam.examine(name, Truth([np.full((s.height, s.width, 3), 243, np.uint8) for s in scenes]), 12)
+    assert all(blank[row] < bar for row, bar in family_exam.BARS[name].items())
 
 
 def opened(name):
@@ -184,7 +180,7 @@ def test_a_shipped_member_draws_as_its_card_says(name):
     """A few scenes of its exam again: no share may be further off than chance allows."""
     of = CARD[name]
     assert of["guidance"] == opened(name).defaults.guidance
-    again = family.sit(name, opened(name), 20)
+    again = family_exam.examine(name, opened(name), 20)
     for row in (row for row in of["bars"] if not row.endswith("_db")):
         share = of["figures"][row] / 100
         allowed = 100 * (4 * (share * (1 - share) / again["n"]) ** 0.5 + 1 / again["n"])
@@ -193,7 +189,7 @@ def test_a_shipped_member_draws_as_its_card_says(name):
 
 @pytest.mark.parametrize(("name", "row"), [(name, row) for name, of in CARD.items() for row in of["bars"]])
 def test_a_member_that_ships_meets_its_bars(name, row):
-    assert CARD[name]["figures"][row] >= CARD[name]["bars"][row] == family.BARS[name][row]
+    assert CARD[name]["figures"][row] >= CARD[name]["bars"][row] == family_exam.BARS[name][row]
     assert f"{CARD[name]['figures'][row]:.1f}" in (WEIGHTS / "README.md").read_text()
 
 
@@ -207,8 +203,8 @@ def test_a_member_that_does_not_ship_says_so(name):
 @pytest.mark.parametrize("name", ["fill", "canny", "kontext", "redux", "schnell", "hollow"])
 def test_a_member_is_trained_written_judged_and_noted(name, tmp_path, monkeypatch):
     """A step or two of everything that ``fluxedu train --variant`` does; what is written opens again."""
-    monkeypatch.setattr(training, "faster", lambda flux: None)
-    monkeypatch.setitem(training.EACH, name, 2)
+    monkeypatch.setattr(training, "try_compile", lambda flux: None)
+    monkeypatch.setitem(training.DATA, name, 2)
     monkeypatch.setitem(training.RECIPES, name, replace(training.RECIPES[name], steps=2, batch=2, warmup=1))
     (tmp_path / "README.md").write_text("# card\n\n## Known failures\n\nnone\n")
     training.train_variant(name, tmp_path / "run", True, tmp_path, scenes=2)
@@ -218,9 +214,9 @@ def test_a_member_is_trained_written_judged_and_noted(name, tmp_path, monkeypatc
         assert all(value.any() for name, value in tensors.items() if name.endswith("lora_B.weight"))
     assert noted["steps"] == 2 and set(noted["bars"]) <= set(noted["figures"])
     card = (tmp_path / "README.md").read_text()
-    assert called(name) in card and card.endswith("## Known failures\n\nnone\n") and card.startswith("# card\n")
+    assert load_call(name) in card and card.endswith("## Known failures\n\nnone\n") and card.startswith("# card\n")
     training.train_variant(name, tmp_path / "run", True, tmp_path, scenes=2)  # finished: judged and noted again
-    assert (tmp_path / "README.md").read_text().count(called(name)) == 1
+    assert (tmp_path / "README.md").read_text().count(load_call(name)) == 1
     for part in WEIGHTS.iterdir():
         if part.is_dir() and not (tmp_path / part.name).exists():
             (tmp_path / part.name).symlink_to(part)
@@ -261,10 +257,10 @@ def test_a_lora_that_does_not_fit_is_refused(asked, sentence):
 
 def test_the_middle_of_an_outline_is_empty_and_of_a_shape_full():
     found = {4.0: [], None: []}
-    for scene, _, _ in family._scenes(40, 6):
+    for scene, _, _ in family_exam.exam_scenes(40, 6):
         for outline, of in found.items():
             picture = render(scene, outline)
-            of += [family.is_hollow(picture, t, scene.background) for t in scene.things if t.form in HOLLOW]
+            of += [family_exam.is_hollow(picture, t, scene.background) for t in scene.objects if t.form in HOLLOW]
     assert len(found[None]) > 20 and all(found[4.0]) and not any(found[None])
 
 
@@ -284,7 +280,7 @@ def test_the_card_keeps_its_sections_apart(tmp_path):
     }
     (tmp_path / "arena.json").write_text(json.dumps({"overall": rated, "prompt": {"a": rated["a"]}}))
     for _ in range(2):
-        write_member(tmp_path, "fill", CARD["fill"])
+        add_entry(tmp_path, "fill", CARD["fill"])
     card = (tmp_path / "README.md").read_text()
     titles = [line for line in card.splitlines() if line.startswith("## ")]
     assert titles == ["## The family", "## In the arena", "## Known failures"]

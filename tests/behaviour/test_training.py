@@ -12,9 +12,9 @@ from torch import nn
 
 from fluxedu.models import AutoEncoder, AutoEncoderConfig
 from fluxedu.nano.scenes import caption, render, sample_scene
-from fluxedu.nano.training import latents, stages, t5
-from fluxedu.nano.training.loop import Recipe, Run, bfloat16_pays, mixed_precision
-from fluxedu.nano.training.muon import Muon, orthogonal
+from fluxedu.nano.text_tasks import facts
+from training import data, stages, t5
+from training.loop import Muon, Recipe, Run, bfloat16_is_faster, mixed_precision, orthogonalise
 
 RECIPE = Recipe(steps=8, lr=0.01, batch=4, warmup=2, decay=0.5, muon=True)
 
@@ -52,7 +52,7 @@ def test_resumed_is_uninterrupted(tmp_path):
 
 
 def test_ctrl_c_stops_between_steps_and_loses_none(tmp_path):
-    """The signal comes in the middle of step 5: that step is finished, saved, and gone on from."""
+    """The signal comes in the middle of step 5: that step is finished, saved and resumed from."""
     whole = run_of(tmp_path / "whole")
     whole.train(loss_for(whole))
 
@@ -72,7 +72,7 @@ def test_ctrl_c_stops_between_steps_and_loses_none(tmp_path):
         assert torch.equal(value, second.average[key]), key
 
 
-def test_a_state_made_from_something_else_is_not_gone_on_with(tmp_path):
+def test_a_state_made_from_something_else_is_not_resumed(tmp_path):
     run = run_of(tmp_path)
     run.train(loss_for(run))
     for other in (dict(recipe=dataclasses.replace(RECIPE, steps=9)), dict(made_from="other weights")):
@@ -108,23 +108,23 @@ def test_no_resume_is_for_the_named_stage_only(tmp_path, monkeypatch):
     monkeypatch.setattr(
         stages.clip, "train", lambda *args: asked.setdefault("clip", args[-1]) and SimpleNamespace(text=0)
     )
-    monkeypatch.setattr(stages.latents, "make_shards", stand_in("latents"))
+    monkeypatch.setattr(stages.data, "make_shards", stand_in("latents"))
     monkeypatch.setattr(stages.flow, "train", stand_in("flow"))
     monkeypatch.setattr(stages, "fingerprint", lambda *networks: "")
-    monkeypatch.setattr(stages, "reporter", lambda *args: None)
+    monkeypatch.setattr(stages, "sample_report", lambda *args: None)
     stages.run_stages(["flow"], tmp_path, resume=False, ship_to=tmp_path)
     assert asked == {"autoencoder": True, "t5": True, "clip": True, "latents": True, "flow": False}
 
 
 def test_latents_of_another_autoencoder_are_made_again(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(latents, "make_shard", lambda index, *_: made.append(index) or {"latents": torch.zeros(1)})
+    monkeypatch.setattr(data, "make_shard", lambda index, *_: made.append(index) or {"latents": torch.zeros(1)})
     torch.manual_seed(0)
     one, other = (AutoEncoder(AutoEncoderConfig(ch=4, ch_mult=(1,), num_res_blocks=1, norm_groups=2)) for _ in range(2))
-    latents.make_shards(2, tmp_path, one)
-    latents.make_shards(3, tmp_path, one)
+    data.make_shards(2, tmp_path, one)
+    data.make_shards(3, tmp_path, one)
     assert made == [0, 1, 2]
-    latents.make_shards(3, tmp_path, other)
+    data.make_shards(3, tmp_path, other)
     assert made == [0, 1, 2] * 2
 
 
@@ -160,16 +160,16 @@ def test_facts_keep_what_the_caption_says():
     rng = np.random.default_rng(0)
     for _ in range(50):
         _, claim = caption(sample_scene(rng), rng)
-        told = t5.facts(claim)
-        assert all(color in told and form in told for color, form, _ in claim.things)
+        told = facts(claim)
+        assert all(color in told and form in told for color, form, _ in claim.objects)
         assert all(name in told for _, name, _ in claim.relations)
 
 
 def test_patch_labels_name_what_is_drawn():
     rng = np.random.default_rng(1)
     scene = dataclasses.replace(sample_scene(rng, size=(128, 128), count=1), texture=0)
-    labels = latents.patch_labels(scene)
-    thing = scene.things[0]
+    labels = data.patch_labels(scene)
+    thing = scene.objects[0]
     assert labels.shape == (2, 8, 8)
     here = labels[:, int(thing.y) // 16, int(thing.x) // 16]
     assert thing.form in ("ring", "C", "U", "L") or (here > 0).all()
@@ -196,7 +196,7 @@ def test_muon_makes_all_directions_alike(shape):
     """Against the singular value decomposition: the same directions, all singular values near 1."""
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    inside = u.T @ orthogonal(matrix, torch.float32) @ v.T  # diagonal, where the directions are the same
+    inside = u.T @ orthogonalise(matrix, torch.float32) @ v.T  # diagonal, where the directions are the same
     assert (inside - inside.diag().diag()).abs().max() < 1e-4
     assert 0.5 < inside.diag().min() and inside.diag().max() < 1.5
 
@@ -205,4 +205,4 @@ def test_bfloat16_only_where_it_pays():
     """What autocast does is what was measured, and float32 where bfloat16 is emulated."""
     with mixed_precision():
         product = torch.ones(4, 4) @ torch.ones(4, 4)
-    assert product.dtype == (torch.bfloat16 if bfloat16_pays() else torch.float32)
+    assert product.dtype == (torch.bfloat16 if bfloat16_is_faster() else torch.float32)

@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 from fluxedu.arena.contestants import Contestant, Gallery
 from fluxedu.checkpoints import save_file
-from fluxedu.checkpoints.save import write_text
-from fluxedu.nano.training.card import write_member
+from fluxedu.files import write_text
+from training.card import add_entry
 me = sys.argv[1]
 print("ready", flush=True)
 for line in sys.stdin:
@@ -37,7 +37,7 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def pair():
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[2]}
     both = [subprocess.Popen([sys.executable, "-c", LISTENER, number], **pipes) for number in "01"]
     try:
         assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
@@ -93,7 +93,7 @@ def test_one_checkpoint_is_written_by_both(pair, tmp_path):
 
 def test_both_note_their_figures_in_one_file(pair, tmp_path):
     """Two trainings that end at once: each member is in the family."""
-    begin(pair, 'for n in range(40): write_member(place, f"{me} {n}", {"figures": {}})', tmp_path)
+    begin(pair, 'for n in range(40): add_entry(place, f"{me} {n}", {"figures": {}})', tmp_path)
     end(pair)
     told = json.loads((tmp_path / "family.json").read_text())
     assert set(told) == {f"{me} {n}" for me in "01" for n in range(40)}
@@ -117,7 +117,11 @@ for seed in range(100):
 
 
 def test_two_labs_are_opened_in_one_folder(pair, tmp_path):
-    begin(pair, "from fluxedu.course.files import copied; from pathlib import Path; copied(Path(place))", tmp_path)
+    begin(
+        pair,
+        "from fluxedu.course.build import copy_notebooks; from pathlib import Path; copy_notebooks(Path(place))",
+        tmp_path,
+    )
     end(pair)
     files = sorted(tmp_path.iterdir())
     assert len(files) == 16 and all(json.loads(file.read_text())["cells"] for file in files)

@@ -111,11 +111,11 @@ def quick(pipe, tmp_path, monkeypatch):
         return kept[key]
 
     monkeypatch.setattr("fluxedu.load", small, raising=False)
-    for slow in ("nano.training.stages.run_stages", "nano.training.family.load", "nano.training.rivals.load"):
-        monkeypatch.setattr(f"fluxedu.{slow}", refusing(ValueError("not now.")))
-    monkeypatch.setattr("fluxedu.nano.report.examine", refusing(ValueError("not now.")))
-    monkeypatch.setattr("fluxedu.bench.run", refusing(ModuleNotFoundError(name="diffusers")))
-    monkeypatch.setattr("fluxedu.course.files.copied", refusing(CourseError("not now.")))
+    for slow in ("stages.run_stages", "family.load", "baselines.load"):
+        monkeypatch.setattr(f"training.{slow}", refusing(ValueError("not now.")))
+    monkeypatch.setattr("fluxedu.nano.exam.evaluate", refusing(ValueError("not now.")))
+    monkeypatch.setattr("benchmarks.run", refusing(ModuleNotFoundError(name="diffusers")))
+    monkeypatch.setattr("fluxedu.course.build.copy_notebooks", refusing(CourseError("not now.")))
     monkeypatch.setattr("fluxedu.arena.contestants.pictured", lambda p, _, seed, h, w, n: Image.new("RGB", (w, h)))
     monkeypatch.setattr("fluxedu.arena.contestants._opened", lambda *_: None)
     monkeypatch.setattr("socketserver.BaseServer.serve_forever", refusing(KeyboardInterrupt()))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from fluxedu.bench import instruments, speed
-from fluxedu.bench.speed import WIDE
+from benchmarks import instruments, speed
+from benchmarks.speed import WIDE
 
 #: figure -> what it is a ratio of, and the ratio it must not pass (None: there is no bar)
 BARS = {

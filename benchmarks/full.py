@@ -1,8 +1,8 @@
-"""The large model on a GPU, a step at a time: ``python -m fluxedu.bench.full --device cuda --json h100.json``.
+"""The large model on a GPU, a step at a time: ``python -m benchmarks.full --device cuda --json h100.json``.
 
 A step of 1024 x 1024 beside the floor (its arithmetic at the speed of the card's best matrix product) and beside
 diffusers, both eager and both compiled; other sizes and batches; what maps of every block cost; how soon the attention
-explorer answers at as many tokens; and, with ``--folder`` (:mod:`fluxedu.bench.synthetic` writes one), how long from a
+explorer answers at as many tokens; and, with ``--folder`` (:mod:`benchmarks.synthetic` writes one), how long from a
 cold start to the first picture. Weights are random. ``--small`` tries the same lines with small widths on any device.
 """
 
@@ -23,11 +23,11 @@ import typer
 from PIL import Image
 
 import fluxedu as fe
-from fluxedu.bench.instruments import WORDS, a_step
-from fluxedu.bench.speed import asked_of, in_turns, inputs_of, matmul_peak, reference_of, settled
-from fluxedu.bench.synthetic import SMALL
+from benchmarks.instruments import WORDS, a_step
+from benchmarks.speed import asked_of, in_turns, inputs_of, matmul_peak, reference_of, settled
+from benchmarks.synthetic import SMALL
 from fluxedu.loading import compile_blocks
-from fluxedu.memory.peak import PeakBytes
+from fluxedu.memory.placement import PeakBytes
 from fluxedu.models import Flux, FluxConfig
 from fluxedu.models.meta_init import meta_init
 from fluxedu.sampling.request import checked_device, checked_dtype
@@ -186,7 +186,7 @@ def main(
     peak = matmul_peak(kind, 512 if small else 8192, device=place)
     flux = random_flux(config, place, kind)
     figures = {
-        "command": " ".join(["python -m fluxedu.bench.full", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.full", *sys.argv[1:]]),
         "gpu": named(place), "torch": torch.__version__, "variant": variant, "dtype": dtype, "small": small,
         "matmul_peak_tflops": peak / 1e12, "step_tflop": flop(config, middle, text) / 1e12, "bars": BARS,
         "sizes and batches": sizes(flux, sides, text, rounds, place, kind, peak),

@@ -1,7 +1,7 @@
-"""What each size of card holds, and how long a step takes there: ``python -m fluxedu.bench.memory --folder /disk/dev``.
+"""What each size of card holds, and how long a step takes there: ``python -m benchmarks.memory --folder /disk/dev``.
 
 On one GPU every card is played by limiting the allocator, each in a process of its own that loads the checkpoint with
-``memory="auto"`` and draws twice (:mod:`fluxedu.bench.synthetic` writes a checkpoint of the true size). Without
+``memory="auto"`` and draws twice (:mod:`benchmarks.synthetic` writes a checkpoint of the true size). Without
 ``--folder`` nothing is measured: the figures are those that ``auto`` foresees, and say so.
 """
 
@@ -18,10 +18,10 @@ import torch
 import typer
 
 import fluxedu as fe
-from fluxedu.bench.full import named, peak_of
-from fluxedu.bench.speed import settled
-from fluxedu.memory.quantised import known
-from fluxedu.memory.tables import predicted
+from benchmarks.full import named, peak_of
+from benchmarks.speed import settled
+from fluxedu.memory.placement import predicted
+from fluxedu.memory.quantised import check_format
 from fluxedu.sampling.request import checked_device
 from fluxedu.terminal import can_write, sentences, write_json
 
@@ -56,7 +56,7 @@ def in_a_process(folder: Path, device: str, card: float, size: int, quantise: st
     """:func:`one_card` in a process of its own; what it said on the way, or why it did not come to the end."""
     given = ["--folder", str(folder), "--device", device, "--size", str(size), "--only", str(card)]
     given += ["--quantise", quantise] if quantise else []
-    done = subprocess.run([sys.executable, "-m", "fluxedu.bench.memory", *given], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *given], capture_output=True, text=True)
     said = [line for line in done.stderr.splitlines() if line.startswith(("memory=", "fluxedu:"))]
     if done.returncode:
         own = [line for line in said if line.startswith("fluxedu:")]
@@ -79,12 +79,12 @@ def main(
         if only is not None and folder is not None:
             typer.echo(json.dumps(one_card(folder, place, int(only * 1e9), size, quantise)))
             return
-        known(quantise)
-        rows = predicted(size=size, small=quantise)
+        check_format(quantise)
+        rows = predicted(size=size, quantised=quantise)
     if folder is not None:
         for row in rows:
             row["measured"] = in_a_process(folder, device, float(row["card"].split()[0]), size, quantise)
-    command = " ".join(["python -m fluxedu.bench.memory", *sys.argv[1:]])
+    command = " ".join(["python -m benchmarks.memory", *sys.argv[1:]])
     figures = {"command": command, "gpu": named(place), "measured": folder is not None, "size": size, "rows": rows}
     typer.echo(json.dumps(figures, indent=2))
     write_json(as_json, figures)

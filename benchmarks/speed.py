@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fluxedu.checkpoints import convert, to_diffusers_config
-from fluxedu.memory.peak import PeakBytes
+from fluxedu.memory.placement import PeakBytes
 from fluxedu.models import Flux, FluxConfig
 from fluxedu.models.meta_init import meta_init
 from fluxedu.sampling.latents import image_ids, text_ids
@@ -153,8 +153,8 @@ def matmul_peak(dtype: torch.dtype, size: int = 1536, rounds: int = 8, device: t
 def training_speed(rounds: int) -> dict:
     """Training samples and steps a second of the flow, and the share of the matmul peak they make."""
     from fluxedu.nano import networks
-    from fluxedu.nano.training.flow import RECIPE, WithAlignment, initialise
-    from fluxedu.nano.training.loop import mixed_precision, product_dtype
+    from training.flow import RECIPE, WithAlignment, initialise
+    from training.loop import mixed_precision, product_dtype
 
     torch.manual_seed(0)
     model, side, batch = WithAlignment(initialise(Flux(networks.FLUX))), 8, RECIPE.batch

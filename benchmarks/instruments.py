@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fluxedu as fe
-from fluxedu.bench.speed import STEPS, PeakBytes, asked_of, in_turns, inputs_of, reference_of
+from benchmarks.speed import STEPS, PeakBytes, asked_of, in_turns, inputs_of, reference_of
 from fluxedu.models import Flux, FluxConfig, attention, blocks, modulation
 from fluxedu.models import flux as flux_module
 from fluxedu.models.attention_map import AttentionMap

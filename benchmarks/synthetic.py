@@ -1,7 +1,7 @@
 """A checkpoint of the true names and shapes with random values: for speed and memory, not for pictures.
 
-    python -m fluxedu.bench.synthetic dev /big/disk/dev          # 33.7 GB; any variant
-    python -m fluxedu.bench.synthetic dev /tmp/dev --small       # the same layout, a few MB
+    python -m benchmarks.synthetic dev /big/disk/dev          # 33.7 GB; any variant
+    python -m benchmarks.synthetic dev /tmp/dev --small       # the same layout, a few MB
 
 The folder is as on the hub and opens with ``fe.load("/big/disk/dev")``. Its tokenizers are the miniature's, the
 official ones being somebody else's files, and CLIP's end of text is theirs. Values are made a tensor at a time.
@@ -18,7 +18,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from fluxedu.checkpoints.save import save_folder
+from fluxedu.checkpoints import save_folder
 from fluxedu.files import atomic_path
 from fluxedu.models import (
     AutoEncoder,

@@ -1,7 +1,7 @@
-"""How fast weights come from files, and what the host holds meanwhile: ``python -m fluxedu.bench.loading``.
+"""How fast weights come from files, and what the host holds meanwhile: ``python -m benchmarks.loading``.
 
 A flow of the official widths with fewer blocks is written to a temporary folder, or a network's folder is named
-(``python -m fluxedu.bench.loading dev/text_encoder_2``). It is read as ``cat files > /dev/null`` reads it and as we
+(``python -m benchmarks.loading dev/text_encoder_2``). It is read as ``cat files > /dev/null`` reads it and as we
 load it, in turns, another one first in each round, each in a process of its own. The files are put out of the system's
 cache before each reading, or read once before ("cached"). "Through the buffers" is the host's part of the way to a
 GPU: file to buffer, then to the meta device, which holds nothing; the bus is not in the figure.
@@ -28,13 +28,13 @@ CONFIG = FluxConfig(depth=3, depth_single_blocks=4)  # 3.3 GB in bfloat16
 _HOW = {
     # what is mapped is read when it is used: here, all of it is looked at
     "mapped and used": "flux = load_model(path); [p.view(torch.int16).max() for p in flux.parameters()]",
-    "copied to memory": "module, tensors = outline(path); carry._Carrier._may_stay = lambda *_: False\n"
+    "copied to memory": "module, tensors = open_model(path); reading._Streamer.can_stay = lambda *_: False\n"
     "flux = load_into(module, tensors)",
-    "through the buffers": "module, tensors = outline(path); carry.carried(tensors, None, lambda name: 'meta')",
+    "through the buffers": "module, tensors = open_model(path); reading.stream(tensors, None, lambda name: 'meta')",
 }
 _CHILD = """
 import sys, time, torch
-from fluxedu.checkpoints import carry, load_into, load_model, outline
+from fluxedu.checkpoints import load_into, load_model, open_model, reading
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 torch.empty(1).to("meta")  # imports what it needs
@@ -105,5 +105,5 @@ def _medians(times: dict[str, list[tuple[float, int]]]) -> dict:
 
 
 if __name__ == "__main__":
-    told = {"command": " ".join(["python -m fluxedu.bench.loading", *sys.argv[1:]]), "gpu": None}
+    told = {"command": " ".join(["python -m benchmarks.loading", *sys.argv[1:]]), "gpu": None}
     print(json.dumps({**told, **loading(*map(Path, sys.argv[1:2]))}, indent=2))

@@ -1,4 +1,4 @@
-"""What fewer bits cost each block of the miniature, by our recorder: ``python -m fluxedu.bench.quantised``."""
+"""What fewer bits cost each block of the miniature, by our recorder: ``python -m benchmarks.quantised``."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def errors(to: str, model: str = "nano", seed: int = 1) -> dict[str, float]:
 
 if __name__ == "__main__":
     versions = {name: version(name) for name in ("torch", "torchao", "bitsandbytes")}
-    figures = {"command": "python -m fluxedu.bench.quantised", "gpu": None, **versions}
+    figures = {"command": "python -m benchmarks.quantised", "gpu": None, **versions}
     print(json.dumps({**figures, "relative_errors": {to: errors(to) for to in FORMATS}}, indent=2))

@@ -1,0 +1,8 @@
+"""``python -m benchmarks --json bench.json`` is ``fluxedu bench --json bench.json``."""
+
+import sys
+
+from fluxedu.cli import app
+
+if __name__ == "__main__":
+    app(["bench", *sys.argv[1:]], prog_name="python -m benchmarks")

@@ -1,1 +1,0 @@
-"""How the miniature was trained: ``fluxedu train --all`` runs every stage of this package in order."""

@@ -1,0 +1,34 @@
+"""How every network of the miniature was trained. Not part of the installed package: it needs a checkout.
+
+    fluxedu train --all               every stage, from scratch (stages.py)
+    fluxedu train --variant kontext   one model of the family, starting from the miniature (family.py)
+    fluxedu train --variant sd        a Stable Diffusion on a comparable budget (baselines.py)
+
+``python -m training`` takes the same options.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+VARIANTS = ("schnell", "fill", "canny", "depth", "kontext", "redux", "hollow", "sd", "twin")
+
+
+def train(all_stages: bool, stage: str | None, variant: str | None, out: Path, resume: bool, ship_to: Path) -> None:
+    """Run every stage, one stage, or one variant; exactly one of the first three arguments must be set.
+
+    ``out`` is the folder with the state of every run; with ``resume`` a run continues from there. The finished weights
+    are written to ``ship_to``. Raises ValueError for unknown names.
+    """
+    from training.baselines import RECIPES, train_baseline
+    from training.family import train_variant
+    from training.stages import STAGES, run_stages
+
+    if all_stages + (stage is not None) + (variant is not None) != 1 or (stage is not None and stage not in STAGES):
+        raise ValueError(f"give --all, --variant NAME, or --stage with one of {', '.join(STAGES)}.")
+    if variant is None:
+        run_stages(list(STAGES) if all_stages else [stage], out, resume, ship_to)
+    elif variant in RECIPES:
+        train_baseline(variant, out, resume, ship_to)
+    else:
+        train_variant(variant, out, resume, ship_to)
