@@ -11,8 +11,6 @@ from fluxedu.models.blocks import SingleStreamBlock
 from fluxedu.models.modulation import Modulation
 from fluxedu.sampling.latents import image_ids
 
-# ---------------------------------------------------------------- single.fuse
-
 
 def _layers() -> list[tuple]:
     g = torch.Generator().manual_seed(80)
@@ -62,14 +60,12 @@ def _no_bias(*layers):
     return fused
 
 
-@wrong("single.fuse", "the rows of the MLP come first in your layer; the order is q, k, v, MLP.")
-def _mlp_first(to_q, to_k, to_v, proj_mlp):
-    return fuse(proj_mlp, to_q, to_k, to_v)
-
-
-@wrong("single.fuse", "keys and values are exchanged: the order is q, k, v, MLP.")
-def _values_first(to_q, to_k, to_v, proj_mlp):
-    return fuse(to_q, to_v, to_k, proj_mlp)
+wrong("single.fuse", "the rows of the MLP come first in your layer; the order is q, k, v, MLP.")(
+    lambda to_q, to_k, to_v, proj_mlp: fuse(proj_mlp, to_q, to_k, to_v)
+)
+wrong("single.fuse", "keys and values are exchanged: the order is q, k, v, MLP.")(
+    lambda to_q, to_k, to_v, proj_mlp: fuse(to_q, to_v, to_k, proj_mlp)
+)
 
 
 @wrong("single.fuse", "the weights are right, but the biases are in a different order than the rows.")
@@ -77,9 +73,6 @@ def _biases_reversed(*layers):
     fused = fuse(*layers)
     fused.bias.data = torch.cat([layer.bias for layer in reversed(layers)])
     return fused
-
-
-# ---------------------------------------------------------------- single.split
 
 
 def _fused_outputs() -> list[tuple]:
@@ -156,9 +149,6 @@ def _wrong_end(linear2, dim):
     attn_proj, mlp_proj = split(linear2, dim)
     attn_proj.weight.data, mlp_proj.weight.data = linear2.weight[:, -dim:], linear2.weight[:, :-dim]
     return attn_proj, mlp_proj
-
-
-# ---------------------------------------------------------------- single.block
 
 
 def _block_inputs() -> list[tuple]:

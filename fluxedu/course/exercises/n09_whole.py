@@ -20,8 +20,6 @@ SMALL = FluxConfig(
 )  # fmt: skip
 UNGUIDED = SMALL.with_(guidance_embed=False, depth=1, depth_single_blocks=3)
 
-# ---------------------------------------------------------------- whole.flux
-
 
 def _inputs() -> list[tuple]:
     cases = []
@@ -166,9 +164,6 @@ for _mistake, _message in (
     wrong("whole.flux", _message)(_flux_with(_mistake))
 
 
-# ---------------------------------------------------------------- whole.count
-
-
 def _configs() -> list[tuple]:
     return [(FluxConfig.variant("dev"),), (FluxConfig.variant("schnell"),), (FluxConfig.variant("fill"),), (SMALL,)]
 
@@ -220,32 +215,22 @@ def count(config: FluxConfig) -> int:
     return c.depth * 2 * stream + c.depth_single_blocks * single + inputs + last
 
 
-@wrong("whole.count", "the biases are missing: every linear layer has one more number for each output.")
-def _no_biases(config):
-    return count(config) - _parameters(config, "bias")
+wrong("whole.count", "the biases are missing: every linear layer has one more number for each output.")(
+    lambda config: count(config) - _parameters(config, "bias")
+)
+wrong("whole.count", "the norms of queries and keys are missing: head_dim numbers for q and as many for k.")(
+    lambda config: count(config) - _parameters(config, "norm.")
+)
+wrong("whole.count", "a double block is counted with one stream; it has two.")(
+    lambda config: count(config) - _parameters(config, ".txt_")
+)
+wrong("whole.count", "you gave every variant a guidance input; schnell has none.")(
+    lambda config: count(config.with_(guidance_embed=True))
+)
+wrong("whole.count", "each stream of a double block has six modulations: three for the attention, three for the MLP.")(
+    lambda config: count(config) - _parameters(config, "_mod.") // 2
+)
 
-
-@wrong("whole.count", "the norms of queries and keys are missing: head_dim numbers for q and as many for k.")
-def _no_norms(config):
-    return count(config) - _parameters(config, "norm.")
-
-
-@wrong("whole.count", "a double block is counted with one stream; it has two.")
-def _one_stream(config):
-    return count(config) - _parameters(config, ".txt_")
-
-
-@wrong("whole.count", "you gave every variant a guidance input; schnell has none.")
-def _all_guided(config):
-    return count(config.with_(guidance_embed=True))
-
-
-@wrong("whole.count", "each stream of a double block has six modulations: three for the attention, three for the MLP.")
-def _half_modulated(config):
-    return count(config) - _parameters(config, "_mod.") // 2
-
-
-# ---------------------------------------------------------------- whole.unfused
 
 NAMES = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out", "norm.linear")
 
@@ -329,11 +314,9 @@ def _mlp_on_top(block, dim):
     return unfused(block | rolled, dim)
 
 
-@wrong("whole.unfused", "the weights are right, but the biases are not cut in the same way.")
-def _biases_differ(block, dim):
-    return unfused(block | {"linear1.bias": block["linear1.bias"].flip(0)}, dim)
-
-
-@wrong("whole.unfused", "norm_q and norm_k are exchanged.")
-def _norms_exchanged(block, dim):
-    return _exchanged(unfused(block, dim), "attn.norm_q.weight", "attn.norm_k.weight")
+wrong("whole.unfused", "the weights are right, but the biases are not cut in the same way.")(
+    lambda block, dim: unfused(block | {"linear1.bias": block["linear1.bias"].flip(0)}, dim)
+)
+wrong("whole.unfused", "norm_q and norm_k are exchanged.")(
+    lambda block, dim: _exchanged(unfused(block, dim), "attn.norm_q.weight", "attn.norm_k.weight")
+)

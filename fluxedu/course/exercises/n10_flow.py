@@ -9,231 +9,230 @@ from torch import Tensor
 from fluxedu.course.exercise import exercise, wrong
 
 
-def _pairs() -> list[tuple]:
+def _data_and_noise() -> list[tuple]:
     g = torch.Generator().manual_seed(10)
-    flat = torch.randn(3, 2, generator=g) + 1, torch.randn(3, 2, generator=g), torch.tensor([0.2, 0.5, 0.9])
+    plane = torch.randn(3, 2, generator=g) + 1, torch.randn(3, 2, generator=g), torch.tensor([0.2, 0.5, 0.9])
     latents = torch.randn(2, 3, 4, 5, generator=g), torch.randn(2, 3, 4, 5, generator=g), torch.tensor([0.1, 0.7])
-    return [flat, latents]
+    return [plane, latents]
 
 
-def _lerp(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    pairs = [(torch.lerp(a, b, w), torch.sub(b, a)) for a, b, w in zip(x0, noise, t, strict=True)]
-    return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
+def _by_lerp(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The reference: `torch.lerp`, one sample at a time."""
+    x_t = torch.stack([torch.lerp(x0[i], noise[i], t[i]) for i in range(len(x0))])
+    return x_t, torch.sub(noise, x0)
 
 
 @exercise(
     "flow.between",
     minutes=6,
     difficulty=1,
-    cases=_pairs,
-    against=_lerp,
+    cases=_data_and_noise,
+    against=_by_lerp,
     hints=(
-        "At t = 0 the state is the picture, at t = 1 the noise, and half way it is half of each.",
-        "`t` has one number a picture. To multiply a whole picture by it, it needs as many axes as the picture has.",
+        "At t = 0 the state is the image, at t = 1 it is the noise, and at t = 0.5 it is the mean of both.",
+        "`t` has one number per sample. To multiply a whole sample by it, give it as many axes as `x0` has.",
         "`t = t.view(-1, *[1] * (x0.ndim - 1))`, then `(1 - t) * x0 + t * noise`; the velocity is its derivative by t.",
     ),
 )
 def between(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """The state at time `t [B]` on the straight line from `x0 [B, ...]` to `noise [B, ...]`, and its velocity.
 
-    Gives two tensors of the shape of `x0`. Time 0 is the picture, time 1 the noise; the velocity is the change of the
-    state per unit of time.
+    Return two tensors of the shape of `x0`. Time 0 is the image, time 1 the noise. The velocity is the derivative of
+    the state with respect to time.
     """
     t = t.view(-1, *[1] * (x0.ndim - 1))  # [B] -> [B, 1, ...]
     return (1 - t) * x0 + t * noise, noise - x0
 
 
-@wrong("flow.between", "time runs the other way: here t = 0 is the picture and t = 1 the noise.")
-def _reversed(x0, noise, t):
-    return between(noise, x0, t)
+wrong("flow.between", "time runs the other way: here t = 0 is the image and t = 1 the noise.")(
+    lambda x0, noise, t: between(noise, x0, t)
+)
+wrong("flow.between", "the velocity has the wrong sign: the state moves towards the noise as t grows, noise - x0.")(
+    lambda x0, noise, t: (between(x0, noise, t)[0], x0 - noise)
+)
+wrong("flow.between", "you return the noise, which DDPM-style models predict; the velocity of a flow is noise - x0.")(
+    lambda x0, noise, t: (between(x0, noise, t)[0], noise)
+)
 
 
-@wrong("flow.between", "the velocity's sign is turned: the state moves towards the noise as t grows, noise - x0.")
-def _wrong_sign(x0, noise, t):
-    return between(x0, noise, t)[0], x0 - noise
-
-
-@wrong("flow.between", "the second is the noise, which older diffusion models predict; a flow predicts noise - x0.")
-def _noise(x0, noise, t):
-    return between(x0, noise, t)[0], noise
-
-
-@wrong("flow.between", "the weights are square roots, as in older diffusion models; a straight line needs 1 - t and t.")
+@wrong("flow.between", "the weights are square roots, as in DDPM; a straight line needs 1 - t and t.")
 def _roots(x0, noise, t):
     t = t.view(-1, *[1] * (x0.ndim - 1))
     return (1 - t).sqrt() * x0 + t.sqrt() * noise, noise - x0
 
 
-def _fields() -> list[tuple]:
-    def field(x: Tensor, t: Tensor) -> Tensor:
+def _models() -> list[tuple]:
+    def model(x: Tensor, t: Tensor) -> Tensor:
         return (1 + t.view(-1, *[1] * (x.ndim - 1))) * x.cos()
 
-    return [(field, *pair) for pair in _pairs()]
+    return [(model, *case) for case in _data_and_noise()]
 
 
-def _loss(model: Callable, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    x, v = _lerp(x0, noise, t)
-    return F.mse_loss(model(x, t), v)
+def _mse(model: Callable, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    x_t, v = _by_lerp(x0, noise, t)
+    return F.mse_loss(model(x_t, t), v)
 
 
 @exercise(
     "flow.loss",
     minutes=8,
     difficulty=1,
-    cases=_fields,
-    against=_loss,
+    cases=_models,
+    against=_mse,
     hints=(
-        "Put the network on the line between a picture and a noise, tell it the time, and ask which way the line goes.",
-        "`between(x0, noise, t)` gives both what the network sees and what it should say.",
-        "`x, v = between(x0, noise, t)`, then the mean of `(model(x, t) - v) ** 2`.",
+        "Give the network a state between image and noise together with its time, and compare its output with the "
+        "velocity of that line.",
+        "`between(x0, noise, t)` returns both the network's input and its target.",
+        "`x_t, v = between(x0, noise, t)`, then the mean of `(model(x_t, t) - v) ** 2`.",
     ),
 )
 def loss(model: Callable, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """How far `model(x, t)` is from the velocity: one number, the mean of the squared differences.
+    """The training loss of rectified flow: the mean squared difference of `model(x_t, t)` and the velocity.
 
-    `x0 [B, ...]` are pictures, `noise [B, ...]` as many noises, `t [B]` a time for each.
+    `x0 [B, ...]` are images, `noise [B, ...]` is noise, and `t [B]` has one time per sample. Return one number.
     """
-    t_ = t.view(-1, *[1] * (x0.ndim - 1))  # [B] -> [B, 1, ...]
-    x, v = (1 - t_) * x0 + t_ * noise, noise - x0
-    return (model(x, t) - v).square().mean()
+    t_view = t.view(-1, *[1] * (x0.ndim - 1))  # [B] -> [B, 1, ...]
+    x_t = (1 - t_view) * x0 + t_view * noise
+    v = noise - x0
+    return (model(x_t, t) - v).square().mean()
 
 
-@wrong("flow.loss", "the network sees the clean pictures; it must see the states between picture and noise.")
-def _clean(model, x0, noise, t):
-    return (model(x0, t) - (noise - x0)).square().mean()
+wrong("flow.loss", "the network gets the clean images; it must get the states between image and noise.")(
+    lambda model, x0, noise, t: (model(x0, t) - (noise - x0)).square().mean()
+)
+wrong("flow.loss", "the target is x0 - noise: with t = 1 as noise, the velocity is noise - x0.")(
+    lambda model, x0, noise, t: (model(_by_lerp(x0, noise, t)[0], t) + noise - x0).square().mean()
+)
+wrong("flow.loss", "you return the sum; the mean does not grow with batch size and image size.")(
+    lambda model, x0, noise, t: _mse(model, x0, noise, t) * x0.numel()
+)
 
 
-@wrong("flow.loss", "the target is x0 - noise: with t = 1 as noise, the velocity is noise - x0.")
-def _target_turned(model, x0, noise, t):
-    return (model(_lerp(x0, noise, t)[0], t) + noise - x0).square().mean()
-
-
-@wrong("flow.loss", "it is a sum; a mean does not grow with the batch and the size of the pictures.")
-def _summed(model, x0, noise, t):
-    return _loss(model, x0, noise, t) * x0.numel()
-
-
-@wrong("flow.loss", "the network is told 1 - t; the state and the time it is told must be of the same moment.")
+@wrong("flow.loss", "the network gets 1 - t as its time; it must be the time t of the state that it gets.")
 def _other_time(model, x0, noise, t):
-    x, v = _lerp(x0, noise, t)
-    return F.mse_loss(model(x, 1 - t), v)
+    x_t, v = _by_lerp(x0, noise, t)
+    return F.mse_loss(model(x_t, 1 - t), v)
 
 
-def _clouds() -> list[tuple]:
+def _data_sets() -> list[tuple]:
     g = torch.Generator().manual_seed(11)
-    plane = torch.randn(5, 2, generator=g), 0.6, torch.randn(3, 2, generator=g)
-    space = torch.randn(2, 4, generator=g) * 1.5, 0.9, torch.randn(4, 4, generator=g)
-    return [plane, space, (torch.randn(3, 2, generator=g), 0.35, 0.5 * torch.randn(4, 2, generator=g))]
+    return [
+        (torch.randn(5, 2, generator=g), 0.6, torch.randn(3, 2, generator=g)),
+        (torch.randn(2, 4, generator=g) * 1.5, 0.9, torch.randn(4, 4, generator=g)),
+        (torch.randn(3, 2, generator=g), 0.35, 0.5 * torch.randn(4, 2, generator=g)),
+    ]
 
 
 def _by_bayes(x: Tensor, t: float, points: Tensor) -> Tensor:
-    """Each point by itself: its chance by the normal density, and the velocity if it were the one."""
-    rows = []
-    for one in x.double():
-        noises = (one - (1 - t) * points.double()) / t
-        chance = torch.distributions.Normal(0, 1).log_prob(noises).sum(-1).softmax(0)
-        rows.append((chance[:, None] * (noises - points)).sum(0))
-    return torch.stack(rows).float()
+    """The reference: for each state the posterior over the points by Bayes' rule, and the mean velocity under it."""
+    velocities = []
+    for state in x.double():
+        noises = (state - (1 - t) * points.double()) / t  # [K, D]: the noise, if point k were the data
+        posterior = torch.distributions.Normal(0, 1).log_prob(noises).sum(-1).softmax(0)  # [K]
+        velocities.append((posterior[:, None] * (noises - points)).sum(0))
+    return torch.stack(velocities).float()
 
 
 @exercise(
     "flow.best",
     minutes=15,
     difficulty=3,
-    cases=_clouds,
+    cases=_data_sets,
     against=_by_bayes,
     hints=(
-        "If you knew which point the state came from, you would know the velocity. You do not, so average over the "
-        "points, each by its chance of being the one.",
-        "The state is `(1 - t) * point + t * noise`, so its chance under a point falls as "
-        "`exp(-|x - (1 - t) point|**2 / (2 t**2))`; a softmax over the points makes chances of these.",
-        "`chance = (-far / (2 * t**2)).softmax(-1)  # [N, K]`, the expected point is `chance @ points`, and the "
-        "velocity that leads there is `(x - chance @ points) / t`.",
+        "If you knew which point a state came from, you would know its velocity. You do not, so average over the "
+        "points, each weighted by its posterior probability of being the one.",
+        "The state is `(1 - t) * point + t * noise`, so its likelihood under a point is proportional to "
+        "`exp(-|x - (1 - t) point|**2 / (2 t**2))`. A softmax over the points turns this into probabilities.",
+        "`p = (-dist2 / (2 * t**2)).softmax(-1)  # [N, K]`, the expected point is `p @ points`, and the velocity is "
+        "`(x - p @ points) / t`.",
     ),
 )
 def best(x: Tensor, t: float, points: Tensor) -> Tensor:
-    """The velocity of smallest expected loss when the data are just `points [K, D]`, equally likely.
+    """The velocity with the smallest expected loss when the data are just `points [K, D]`, equally likely.
 
-    `x [N, D]` are states at time `t` in (0, 1]. Gives `[N, D]`: the mean of `noise - point` over all the ways in which
-    a state like this can have come about.
+    `x [N, D]` are states at one time `t` in (0, 1]. Return `[N, D]`: for each state, the mean of `noise - point` over
+    all pairs (point, noise) that could have produced it.
     """
-    far = torch.cdist(x, (1 - t) * points).square()  # [N, K]
-    chance = (-far / (2 * t**2)).softmax(dim=-1)  # [N, K]
-    return (x - chance @ points) / t
+    dist2 = torch.cdist(x, (1 - t) * points).square()  # [N, K], squared distances
+    p = (-dist2 / (2 * t**2)).softmax(dim=-1)  # [N, K], the probability of each point given the state
+    return (x - p @ points) / t
 
 
-@wrong("flow.best", "it takes the likeliest point; the smallest squared error is that of the mean over all of them.")
-def _likeliest(x, t, points):
-    return (x - points[torch.cdist(x, (1 - t) * points).argmin(-1)]) / t
+wrong("flow.best", "you take the most likely point only; the squared error is smallest for the mean over all points.")(
+    lambda x, t, points: (x - points[torch.cdist(x, (1 - t) * points).argmin(-1)]) / t
+)
 
 
-@wrong("flow.best", "the distances are to the points themselves; at time t a point has shrunk to (1 - t) * point.")
-def _unshrunk(x, t, points):
-    chance = (-torch.cdist(x, points).square() / (2 * t**2)).softmax(-1)
-    return (x - chance @ points) / t
+@wrong("flow.best", "the distances are to the points themselves; at time t a point is scaled to (1 - t) * point.")
+def _unscaled(x, t, points):
+    p = (-torch.cdist(x, points).square() / (2 * t**2)).softmax(-1)
+    return (x - p @ points) / t
 
 
-@wrong("flow.best", "all points count alike; the ones near the state are likelier to be where it came from.")
-def _plain_mean(x, t, points):
-    return (x - points.mean(0)) / t
+wrong("flow.best", "all points have the same weight; those near the state are more likely to be its origin.")(
+    lambda x, t, points: (x - points.mean(0)) / t
+)
 
 
-@wrong("flow.best", "the squared distance is divided by 2 t; the noise has spread t, so its variance is t squared.")
-def _spread(x, t, points):
-    far = torch.cdist(x, (1 - t) * points).square()
-    return (x - (-far / (2 * t)).softmax(-1) @ points) / t
+@wrong(
+    "flow.best", "the squared distance is divided by 2 t; the noise has standard deviation t, so variance t squared."
+)
+def _not_squared(x, t, points):
+    dist2 = torch.cdist(x, (1 - t) * points).square()
+    return (x - (-dist2 / (2 * t)).softmax(-1) @ points) / t
 
 
-def _paths() -> list[tuple]:
+def _trajectories() -> list[tuple]:
     g = torch.Generator().manual_seed(12)
-    bent = torch.randn(6, 3, 2, generator=g).cumsum(0)
-    return [(bent,), (torch.randn(4, 2, 3, 2, 2, generator=g).cumsum(0),)]
+    plane = torch.randn(6, 3, 2, generator=g).cumsum(0)
+    return [(plane,), (torch.randn(4, 2, 3, 2, 2, generator=g).cumsum(0),)]
 
 
-def _by_steps(path: Tensor) -> Tensor:
-    pairs = zip(path[:-1], path[1:], strict=True)
-    walked = sum(torch.linalg.vector_norm((b - a).reshape(len(a), -1), dim=1) for a, b in pairs)
-    return walked / torch.linalg.vector_norm((path[-1] - path[0]).reshape(path.shape[1], -1), dim=1)
+def _length(vectors: Tensor) -> Tensor:
+    """The length of each sample's vector, `[B, ...] -> [B]`."""
+    return torch.linalg.vector_norm(vectors.reshape(len(vectors), -1), dim=1)
+
+
+def _step_by_step(path: Tensor) -> Tensor:
+    return sum(_length(path[i + 1] - path[i]) for i in range(len(path) - 1)) / _length(path[-1] - path[0])
 
 
 @exercise(
     "flow.detour",
     minutes=6,
     difficulty=1,
-    cases=_paths,
-    against=_by_steps,
+    cases=_trajectories,
+    against=_step_by_step,
     hints=(
-        "Walk along the path and add up the lengths of the steps; then compare with the straight way.",
-        "`path[1:] - path[:-1]` are the steps; flatten what belongs to one picture before taking the length.",
-        "`(path[1:] - path[:-1]).flatten(2).norm(dim=-1).sum(0)` is the way walked, and "
-        "`(path[-1] - path[0]).flatten(1).norm(dim=-1)` the straight one.",
+        "Add up the lengths of all steps, then divide by the distance between the two ends.",
+        "`path[1:] - path[:-1]` are the steps. Flatten all axes of a sample before you take the length.",
+        "`(path[1:] - path[:-1]).flatten(2).norm(dim=-1).sum(0)` is the length of the path, and "
+        "`(path[-1] - path[0]).flatten(1).norm(dim=-1)` the distance between its ends.",
     ),
 )
 def detour(path: Tensor) -> Tensor:
-    """How many times as long is a path as the straight line between its ends? `path [N + 1, B, ...]` -> `[B]`.
+    """The length of a trajectory divided by the distance between its ends: `path [N + 1, B, ...]` -> `[B]`.
 
-    The states of a run, step by step, as in `out.trajectory.latents`; one number a picture, 1 being straight.
+    `path` holds the states of a run, step by step, as in `out.trajectory.latents`. A straight trajectory has the
+    value 1.
     """
-    walked = (path[1:] - path[:-1]).flatten(2).norm(dim=-1).sum(0)  # [N, B, D] -> [B]
-    return walked / (path[-1] - path[0]).flatten(1).norm(dim=-1)
+    length = (path[1:] - path[:-1]).flatten(2).norm(dim=-1).sum(0)  # [N, B, D] -> [B]
+    return length / (path[-1] - path[0]).flatten(1).norm(dim=-1)
 
 
-@wrong("flow.detour", "you measured from the last state back to 0; the straight line goes from the first to the last.")
-def _from_zero(path):
-    return detour(path) * (path[-1] - path[0]).flatten(1).norm(dim=-1) / path[-1].flatten(1).norm(dim=-1)
+wrong("flow.detour", "you measured from the last state to 0; the straight line goes from the first state to the last.")(
+    lambda path: detour(path) * _length(path[-1] - path[0]) / _length(path[-1])
+)
+wrong(
+    "flow.detour", "the ratio is inverted: divide the path's length by the straight distance, which gives at least 1."
+)(lambda path: 1 / detour(path))
+wrong("flow.detour", "you averaged the steps' lengths; the length of the path is their sum.")(
+    lambda path: detour(path) / (len(path) - 1)
+)
 
 
-@wrong("flow.detour", "it is upside down: the way walked over the straight one, so that a detour is above 1.")
-def _upside_down(path):
-    return 1 / detour(path)
-
-
-@wrong("flow.detour", "you averaged the steps; the way walked is their sum.")
-def _mean_step(path):
-    return detour(path) / (len(path) - 1)
-
-
-@wrong("flow.detour", "the squares of the lengths were added; lengths themselves add up to a way.")
+@wrong("flow.detour", "you added squared lengths; add the lengths themselves.")
 def _squares(path):
-    walked = (path[1:] - path[:-1]).flatten(2).square().sum(-1).sum(0)
-    return walked / (path[-1] - path[0]).flatten(1).square().sum(-1)
+    length2 = (path[1:] - path[:-1]).flatten(2).square().sum(-1).sum(0)
+    return length2 / (path[-1] - path[0]).flatten(1).square().sum(-1)

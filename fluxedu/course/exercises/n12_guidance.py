@@ -22,58 +22,56 @@ def _velocities() -> list[tuple]:
     cases=_velocities,
     against=library.guide,
     hints=(
-        "The difference of the two velocities is what the prompt changes. Go further in that direction.",
+        "The difference of the two velocities is the effect of the prompt. Go further in that direction.",
         "Scale 0 must give the negative velocity, scale 1 the prompted one; it is a straight line through both.",
-        "Begin at `negative` and add `scale` times the way from it to `prompted`.",
+        "Start at `negative` and add `scale` times the difference `prompted - negative`.",
     ),
 )
 def guide(negative: Tensor, prompted: Tensor, scale: float) -> Tensor:
     """The guided velocity: on the line from `negative` through `prompted`, `scale` times as far as `prompted`.
 
-    Both are `[B, N, D]`, the network's answers without and with the prompt.
+    Both are `[B, N, D]`: the network's velocities without and with the prompt.
     """
     return negative + scale * (prompted - negative)
 
 
-@wrong("guidance.guide", "it begins at the prompted velocity; then scale 0 would be no guidance, and here 1 is.")
-def _from_prompted(negative, prompted, scale):
-    return prompted + scale * (prompted - negative)
-
-
-@wrong("guidance.guide", "the two have changed places: it leads away from the prompt.")
-def _away(negative, prompted, scale):
-    return prompted + scale * (negative - prompted)
-
-
-@wrong("guidance.guide", "the difference alone is no velocity; it is added to the negative one.")
-def _difference(negative, prompted, scale):
-    return scale * (prompted - negative)
-
-
-@wrong("guidance.guide", "the prompted velocity is scaled, but the negative one is not taken away from it.")
-def _not_taken(negative, prompted, scale):
-    return negative + scale * prompted
+wrong(
+    "guidance.guide", "you start at the prompted velocity; then scale 0 would be no guidance, but it is scale 1 here."
+)(lambda negative, prompted, scale: prompted + scale * (prompted - negative))
+wrong("guidance.guide", "the two velocities are exchanged: the result leads away from the prompt.")(
+    lambda negative, prompted, scale: prompted + scale * (negative - prompted)
+)
+wrong("guidance.guide", "you return the scaled difference alone; it has to be added to the negative velocity.")(
+    lambda negative, prompted, scale: scale * (prompted - negative)
+)
+wrong("guidance.guide", "you scale the prompted velocity without subtracting the negative one from it first.")(
+    lambda negative, prompted, scale: negative + scale * prompted
+)
 
 
 def _networks() -> list[tuple]:
-    def ask(x: Tensor, text: Tensor) -> Tensor:
+    def network(x: Tensor, text: Tensor) -> Tensor:
         return x.cos() + text.exp().mean(dim=-1).view(-1, 1, 1) * x
 
     g = torch.Generator().manual_seed(13)
-    made = [(ask, *(torch.randn(*s, generator=g) for s in ((b, 3, 4), (b, 5), (b, 5))), 2.5) for b in (1, 2)]
-    return made
+    cases = []
+    for b in (1, 2):
+        x, empty, prompt = (torch.randn(*shape, generator=g) for shape in ((b, 3, 4), (b, 5), (b, 5)))
+        cases.append((network, x, empty, prompt, 2.5))
+    return cases
 
 
-def _one_by_one(ask: Callable, x: Tensor, empty: Tensor, said: Tensor, scale: float) -> Tensor:
-    rows = zip(x.split(1), empty.split(1), said.split(1), strict=True)
-    return torch.cat([library.guide(ask(a, e), ask(a, s), scale) for a, e, s in rows])
+def _one_by_one(network: Callable, x: Tensor, empty: Tensor, prompt: Tensor, scale: float) -> Tensor:
+    """The reference: one sample and one text at a time."""
+    rows = zip(x.split(1), empty.split(1), prompt.split(1), strict=True)
+    return torch.cat([library.guide(network(a, e), network(a, p), scale) for a, e, p in rows])
 
 
-def _counted(answer: Callable, ask: Callable, *given) -> tuple[Tensor, int]:
-    """The answer, and how often the network was asked; of the reference, which asks a picture at a time, once."""
-    asked = []
-    said = answer(lambda *x: asked.append(1) or ask(*x), *given)
-    return said, 1 if answer is _one_by_one else len(asked)
+def _with_count(answer: Callable, network: Callable, *inputs) -> tuple[Tensor, int]:
+    """The result and the number of network calls, which should be 1 (the reference is allowed more)."""
+    calls = []
+    result = answer(lambda *x: calls.append(1) or network(*x), *inputs)
+    return result, 1 if answer is _one_by_one else len(calls)
 
 
 @exercise(
@@ -81,50 +79,46 @@ def _counted(answer: Callable, ask: Callable, *given) -> tuple[Tensor, int]:
     minutes=10,
     difficulty=2,
     cases=_networks,
-    call=_counted,
+    call=_with_count,
     against=_one_by_one,
     hints=(
-        "The same state twice, once with each text: the rows of a batch know nothing of each other.",
-        "`torch.cat([x, x])` is a batch of twice the size; put the texts together in the same way, and take the answer "
-        "apart again with `chunk(2)`.",
-        "`negative, prompted = ask(torch.cat([x, x]), torch.cat([empty, said])).chunk(2)`, then your `guide`.",
+        "Use the same state twice, once with each text: the samples of a batch do not influence each other.",
+        "`torch.cat([x, x])` is a batch of twice the size. Concatenate the texts in the same way, and split the "
+        "result with `chunk(2)`.",
+        "`negative, prompted = network(torch.cat([x, x]), torch.cat([empty, prompt])).chunk(2)`, then your `guide`.",
     ),
 )
-def two(ask: Callable, x: Tensor, empty: Tensor, said: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance with a single call of the network, `ask(x, text)`.
+def two(network: Callable, x: Tensor, empty: Tensor, prompt: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance with a single call of the network, `network(x, text)`.
 
-    x `[B, N, D]` is the state; `empty [B, T]` and `said [B, T]` are the texts, the prompt in `said`. Put both questions
-    into one batch of `2 B` rows.
+    `x [B, N, D]` is the state. `empty [B, T]` is the encoded empty prompt, `prompt [B, T]` the encoded prompt. Put both
+    evaluations into one batch of `2 B` samples.
     """
-    answers = ask(torch.cat([x, x]), torch.cat([empty, said]))  # [2 B, N, D]
-    negative, prompted = answers.chunk(2)  # [B, N, D] each
+    velocities = network(torch.cat([x, x]), torch.cat([empty, prompt]))  # [2 B, N, D]
+    negative, prompted = velocities.chunk(2)  # [B, N, D] each
     return negative + scale * (prompted - negative)
 
 
-@wrong("guidance.two", "the halves have changed places: the first half of the answer belongs to the first half asked.")
-def _halves(ask, x, empty, said, scale):
-    prompted, negative = ask(torch.cat([x, x]), torch.cat([empty, said])).chunk(2)
+@wrong(
+    "guidance.two", "the halves of the output are exchanged: they have the order in which you concatenated the inputs."
+)
+def _halves(network, x, empty, prompt, scale):
+    prompted, negative = network(torch.cat([x, x]), torch.cat([empty, prompt])).chunk(2)
     return negative + scale * (prompted - negative)
 
 
-@wrong("guidance.two", "both halves were asked with the prompt, so that there is nothing to guide by.")
-def _both_said(ask, x, empty, said, scale):
-    return ask(x, said)
-
-
-@wrong("guidance.two", "the network is asked twice; one call with twice the rows does it.")
-def _two_calls(ask, x, empty, said, scale):
-    return library.guide(ask(x, empty), ask(x, said), scale)
-
-
-@wrong("guidance.two", "the texts are mixed before the network is asked; its answers are what is to be mixed.")
-def _mixed_texts(ask, x, empty, said, scale):
-    return ask(x, empty + scale * (said - empty))
-
-
-@wrong("guidance.two", "it begins at the prompted velocity, so that the scale is one too many.")
-def _one_more(ask, x, empty, said, scale):
-    return two(ask, x, empty, said, scale + 1)
+wrong("guidance.two", "both halves were evaluated with the prompt, so their difference is 0.")(
+    lambda network, x, empty, prompt, scale: network(x, prompt)
+)
+wrong("guidance.two", "the network is called twice; make it one call with twice as many samples.")(
+    lambda network, x, empty, prompt, scale: library.guide(network(x, empty), network(x, prompt), scale)
+)
+wrong("guidance.two", "you combine the texts before the network runs; combine its outputs instead.")(
+    lambda network, x, empty, prompt, scale: network(x, empty + scale * (prompt - empty))
+)
+wrong("guidance.two", "you start at the prompted velocity, which makes the scale one too large.")(
+    lambda network, x, empty, prompt, scale: two(network, x, empty, prompt, scale + 1)
+)
 
 
 def _intervals() -> list[tuple]:
@@ -140,47 +134,39 @@ def _intervals() -> list[tuple]:
     against=lambda t, interval: library.active(t, interval),
     tolerance=0,
     hints=(
-        "It is a question of two comparisons.",
-        "Python can say both at once: `a <= b <= c`.",
+        "The condition consists of two comparisons.",
+        "Python can chain them: `a <= b <= c`.",
         "`low, high = interval`, and then `low <= t <= high`.",
     ),
 )
 def within(t: float, interval: tuple[float, float]) -> bool:
-    """Is guidance on at time `t`? `interval` is (low, high), both ends in it; t = 1 is noise."""
+    """Is guidance on at time `t`? `interval` is (low, high), and includes both ends; t = 1 is noise."""
     low, high = interval
     return low <= t <= high
 
 
-@wrong("guidance.within", "times are counted from the picture's end as 1 here; in FLUX t = 1 is the noise.")
-def _counted_back(t, interval):
-    return interval[0] <= 1 - t <= interval[1]
+wrong("guidance.within", "your times are counted with the image as 1; in FLUX t = 1 is the noise.")(
+    lambda t, interval: interval[0] <= 1 - t <= interval[1]
+)
+wrong("guidance.within", "it is on outside the interval and off inside.")(
+    lambda t, interval: not interval[0] <= t <= interval[1]
+)
+wrong("guidance.within", "your interval excludes its ends; it should include them.")(
+    lambda t, interval: interval[0] < t < interval[1]
+)
+wrong("guidance.within", "only the upper end is checked.")(lambda t, interval: t <= interval[1])
 
 
-@wrong("guidance.within", "it is on outside the interval, and off inside.")
-def _outside(t, interval):
-    return not interval[0] <= t <= interval[1]
-
-
-@wrong("guidance.within", "the ends do not belong to your interval; they should.")
-def _open(t, interval):
-    return interval[0] < t < interval[1]
-
-
-@wrong("guidance.within", "only the upper end is looked at.")
-def _one_end(t, interval):
-    return t <= interval[1]
-
-
-def _by_projection(negative: Tensor, prompted: Tensor, scale: float) -> Tensor:
-    """Row by row, with least squares in place of a formula."""
+def _by_least_squares(negative: Tensor, prompted: Tensor, scale: float) -> Tensor:
+    """The reference: sample by sample, with a least-squares solver instead of a formula."""
     rows = []
     for n, p in zip(negative, prompted, strict=True):
-        share = torch.linalg.lstsq(n.reshape(-1, 1).double(), p.reshape(-1, 1).double()).solution.item()
-        rows.append(library.guide(share * n, p, scale))
+        factor = torch.linalg.lstsq(n.reshape(-1, 1).double(), p.reshape(-1, 1).double()).solution.item()
+        rows.append(library.guide(factor * n, p, scale))
     return torch.stack(rows)
 
 
-def _pictures() -> list[tuple]:
+def _batches() -> list[tuple]:
     g = torch.Generator().manual_seed(14)
     shapes = ((2, 3, 4), 4.0), ((1, 5, 4), 0.3), ((3, 2, 6), 7.0)
     return [(*(torch.randn(shape, generator=g) + 0.5 for _ in range(2)), scale) for shape, scale in shapes]
@@ -190,45 +176,48 @@ def _pictures() -> list[tuple]:
     "guidance.fitted",
     minutes=12,
     difficulty=3,
-    cases=_pictures,
-    against=_by_projection,
+    cases=_batches,
+    against=_by_least_squares,
     hints=(
-        "Which multiple of one vector is nearest to another? The foot of the perpendicular: dot product over square.",
-        "Each picture has its own multiple: sum over all axes but the first, and keep them for broadcasting.",
-        "`share = (prompted * negative).flatten(1).sum(1) / negative.flatten(1).square().sum(1)`, as `[B, 1, 1]`; then "
-        "guide from `share * negative`.",
+        "Which multiple of one vector is nearest to another? The orthogonal projection: their dot product divided by "
+        "the squared length of the first.",
+        "Each sample has its own factor: sum over all axes but the first, and keep those axes for broadcasting.",
+        "`factor = (prompted * negative).flatten(1).sum(1) / negative.flatten(1).square().sum(1)`, as `[B, 1, 1]`; "
+        "then guide from `factor * negative`.",
     ),
 )
 def fitted(negative: Tensor, prompted: Tensor, scale: float) -> Tensor:
-    """Guidance from a rescaled start (CFG-Zero*): `negative` times the number that brings it nearest to `prompted`.
+    """CFG-Zero*: multiply `negative` by the factor that brings it nearest to `prompted`, then guide from there.
 
-    One number for each picture of the batch `[B, N, D]`, by least squares. From there, guide as before.
+    Fit one factor for each sample of the batch `[B, N, D]`, by least squares.
     """
-    inner = (prompted * negative).flatten(1).sum(1)  # [B]
-    share = inner / negative.flatten(1).square().sum(1)  # [B]
-    start = share.view(-1, *[1] * (negative.ndim - 1)) * negative
+    dot = (prompted * negative).flatten(1).sum(1)  # [B]
+    factor = dot / negative.flatten(1).square().sum(1)  # [B]
+    start = factor.view(-1, *[1] * (negative.ndim - 1)) * negative
     return start + scale * (prompted - start)
 
 
-@wrong("guidance.fitted", "one number was fitted for the whole batch; each picture needs its own.")
+@wrong("guidance.fitted", "you fitted one factor for the whole batch; each sample needs its own.")
 def _one_for_all(negative, prompted, scale):
     start = (prompted * negative).sum() / negative.square().sum() * negative
     return start + scale * (prompted - start)
 
 
-@wrong("guidance.fitted", "the dot product is divided by the prompted one's square; it is the negative that is scaled.")
-def _other_square(negative, prompted, scale):
-    share = (prompted * negative).flatten(1).sum(1) / prompted.flatten(1).square().sum(1)
-    start = share.view(-1, *[1] * (negative.ndim - 1)) * negative
+@wrong(
+    "guidance.fitted", "you divide by the squared length of prompted; negative is what is scaled, so divide by its own."
+)
+def _wrong_square(negative, prompted, scale):
+    factor = (prompted * negative).flatten(1).sum(1) / prompted.flatten(1).square().sum(1)
+    start = factor.view(-1, *[1] * (negative.ndim - 1)) * negative
     return start + scale * (prompted - start)
 
 
-@wrong("guidance.fitted", "that is plain guidance: the negative velocity is to be rescaled first.")
-def _plain(negative, prompted, scale):
-    return library.guide(negative, prompted, scale)
+wrong("guidance.fitted", "that is plain guidance: multiply the negative velocity by its factor first.")(
+    lambda negative, prompted, scale: library.guide(negative, prompted, scale)
+)
 
 
-@wrong("guidance.fitted", "it begins at the rescaled velocity, but the difference is still from the old one.")
+@wrong("guidance.fitted", "it starts at the rescaled velocity, but the difference still uses the original one.")
 def _half_done(negative, prompted, scale):
-    share = (prompted * negative).flatten(1).sum(1) / negative.flatten(1).square().sum(1)
-    return share.view(-1, *[1] * (negative.ndim - 1)) * negative + scale * (prompted - negative)
+    factor = (prompted * negative).flatten(1).sum(1) / negative.flatten(1).square().sum(1)
+    return factor.view(-1, *[1] * (negative.ndim - 1)) * negative + scale * (prompted - negative)
