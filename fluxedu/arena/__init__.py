@@ -1,31 +1,31 @@
-"""The arena: which model draws better, by votes on pairs of pictures whose makers are not named.
+"""The arena: which model generates better images, by votes on pairs whose models are not named.
 
     from fluxedu import arena
     a = arena.Arena(["nano", "nano@4", "nano-base"], "votes.sqlite")
-    arena.judged(a, votes=60)                    # the judge of the scene world votes
-    arena.booth(a)                               # you vote: the keys are left, right, and down for the same
+    arena.judge_votes(a, votes=60)               # the scene judge votes
+    arena.booth(a)                               # you vote, with the keys left, right, and down for a tie
     print(a.ratings("overall").table())
 
-Votes become strengths by the model of Bradley and Terry: the better of two wins with probability
-``sigmoid(strength - strength)``. They are reported on the Elo scale, with intervals.
+A Bradley-Terry model turns votes into strengths: one model is preferred to another with probability
+``sigmoid(strength - strength)``. Strengths are reported on the Elo scale, with intervals.
 """
 
 from importlib import import_module
 
-# name -> where it lives; imported when first asked for, so that the command line stays light
+# name -> module; imported on first use, so that the command line starts quickly
 _PUBLIC = {
-    "AXES": "fluxedu.arena.axes",
+    "AXES": "fluxedu.arena.votes",
     "Arena": "fluxedu.arena.match",
     "ArenaError": "fluxedu.errors",
-    "Contestant": "fluxedu.arena.contestants",
+    "Contestant": "fluxedu.arena.match",
     "Ratings": "fluxedu.arena.rating",
     "Votes": "fluxedu.arena.votes",
-    "booth": "fluxedu.arena.widget",
-    "contestant": "fluxedu.arena.contestants",
+    "booth": "fluxedu.arena.server",
+    "contestant": "fluxedu.arena.match",
+    "create_server": "fluxedu.arena.server",
     "fit": "fluxedu.arena.rating",
-    "judged": "fluxedu.arena.judges",
-    "rated": "fluxedu.arena.rating",
-    "serving": "fluxedu.arena.server",
+    "judge_votes": "fluxedu.arena.match",
+    "rate": "fluxedu.arena.rating",
 }
 __all__ = list(_PUBLIC)
 

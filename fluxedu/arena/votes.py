@@ -1,8 +1,8 @@
-"""Ballots and votes in one SQLite file: nothing that was acknowledged is lost, and nothing counts twice.
+"""Ballots and votes in one SQLite file: no acknowledged vote is lost, and none counts twice.
 
-A ballot says which two pictures a voter was shown, and on which axis. A vote answers a ballot: the ballot must have
-been issued, to this voter, and its number is the vote's key, so that a second vote on it cannot be stored. The file is
-in WAL mode with full synchronisation: a vote is on the disk before the voter hears that it counts.
+A ballot records which two models' images a voter was shown, and on which axis. A vote answers a ballot that was issued
+to this voter. The ballot's id is the vote's primary key, so a second vote on it cannot be stored. The file is in WAL
+mode with full synchronisation: a vote is on the disk before the voter is told that it counts.
 """
 
 from __future__ import annotations
@@ -20,15 +20,35 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fluxedu.arena.axes import checked_axis
-from fluxedu.checkpoints.save import write_text
-from fluxedu.errors import ArenaError
+from fluxedu.errors import ArenaError, check_choice, describe
+from fluxedu.files import write_text
 
-CHOICES = {"left": 1.0, "right": 0.0, "tie": 0.5}  # the left one's share of the win
-JUDGE = "judge"  # the scene world's judge as a voter; all others are people
-PATIENCE = 600.0  # seconds after which an unanswered ballot is no longer waited for
-OURS = 0x666C7861  # "flxa": how SQLite knows whose file it is
-_VOTER = re.compile(r"\w[\w .-]{0,39}")  # no name that a spreadsheet takes for a formula
+CHOICES = {"left": 1.0, "right": 0.0, "tie": 0.5}  # the left model's share of the win
+JUDGE = "judge"  # the voter's name under which the scene judge votes; everyone else is a person
+#: whose votes to count, as a condition in SQL
+WHOSE = {"judge": f"voter = '{JUDGE}'", "people": f"voter != '{JUDGE}'", "all": "1"}
+PATIENCE = 600.0  # seconds after which an open ballot no longer counts as pending
+APPLICATION_ID = 0x666C7861  # "flxa", which marks the SQLite file as ours
+_VOTER = re.compile(r"\w[\w .-]{0,39}")  # excludes names that a spreadsheet would read as a formula
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One way to compare two models; ``question`` is shown below the images."""
+
+    title: str
+    question: str
+
+
+#: the six axes of the published comparison
+AXES = {
+    "overall": Axis("Overall", "Which image is better overall?"),
+    "prompt": Axis("Prompt following", "Which image follows the prompt more exactly?"),
+    "size": Axis("Size/aspect variability", "Which set of three image sizes follows the prompt better?"),
+    "typography": Axis("Typography", "Which image has the better letters?"),
+    "diversity": Axis("Output diversity", "Which set of four images of the prompt is more diverse?"),
+    "quality": Axis("Visual quality", "Which image is drawn more cleanly, whatever the prompt says?"),
+}
 
 _TABLES = """
 CREATE TABLE ballots (
@@ -46,7 +66,7 @@ CREATE INDEX ballots_of_an_axis ON ballots (axis, voter);
 
 @dataclass(frozen=True)
 class Ballot:
-    """Two models' pictures of one prompt, one seed and one size, as one voter is shown them on one axis."""
+    """Two models' images of one prompt, seed and size, as one voter is shown them on one axis."""
 
     id: str
     axis: str
@@ -59,71 +79,77 @@ class Ballot:
     voter: str
 
 
-def checked_voter(voter: str) -> str:
-    """The voter's name; raises ArenaError for one that could be mistaken in a table."""
+_BALLOT = ", ".join(Ballot.__dataclass_fields__)  # the columns of a ballot, for SELECT
+
+
+def check_axis(axis: str) -> str:
+    """``axis`` if it is one of :data:`AXES`; raises ArenaError otherwise."""
+    return check_choice("axis", axis, AXES, error=ArenaError)
+
+
+def check_voter(voter: str) -> str:
+    """``voter`` if it is a name that is safe in a table; raises ArenaError otherwise."""
     if not isinstance(voter, str) or not _VOTER.fullmatch(voter):
-        raise ArenaError(f"a voter's name is up to 40 letters, digits, spaces, dots and dashes, not {voter!r:.60}.")
+        raise ArenaError(
+            f"a voter's name must be up to 40 letters, digits, spaces, dots and dashes, not {describe(voter)}."
+        )
     return voter
 
 
-def _of(who: str) -> str:
-    """The condition that leaves the judge's votes, the people's, or all."""
-    conditions = {"judge": f"voter = '{JUDGE}'", "people": f"voter != '{JUDGE}'", "all": "1"}
-    if who not in conditions:
-        raise ArenaError(f"votes are those of judge, people or all, not of {who!r}.")
-    return conditions[who]
+def _whose(who: str) -> str:
+    return WHOSE[check_choice("who", who, WHOSE, error=ArenaError)]
 
 
 class Votes:
-    """The file ``path``, made when it is not there. Threads and processes may share it."""
+    """The file of votes at ``path``; it is created if it does not exist. Threads and processes may share it."""
 
     def __init__(self, path: Path | str):
         self.path, self.lock = Path(path), threading.Lock()
-        with self._in_order():
+        with self._readable_errors():
             self.db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
             self.db.row_factory = sqlite3.Row
-            self._prepare()
+            for setting in ("foreign_keys = ON", "journal_mode = WAL", "synchronous = FULL"):
+                self.db.execute(f"PRAGMA {setting}")
+            self._create_tables()
 
-    def _prepare(self) -> None:
-        for told in ("foreign_keys = ON", "journal_mode = WAL", "synchronous = FULL"):
-            self.db.execute(f"PRAGMA {told}")
-        with self._writing() as db:
-            mark = db.execute("PRAGMA application_id").fetchone()[0]
-            if mark == OURS:
+    def _create_tables(self) -> None:
+        with self._transaction() as db:
+            application_id = db.execute("PRAGMA application_id").fetchone()[0]
+            if application_id == APPLICATION_ID:
                 return
-            if mark or db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                raise ArenaError(f"{self.path} is another program's file; name a new one.")
+            if application_id or db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                raise ArenaError(f"{self.path} belongs to another program; choose a new file name.")
             for statement in filter(str.strip, _TABLES.split(";")):
                 db.execute(statement)
-            db.execute(f"PRAGMA application_id = {OURS}")
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
 
     @contextmanager
-    def _in_order(self) -> Iterator[None]:
-        """A file that is damaged, or a disk that is full, in a sentence."""
+    def _readable_errors(self) -> Iterator[None]:
+        """Turns errors of SQLite, such as a damaged file or a full disk, into one sentence."""
         try:
             yield
         except sqlite3.Error as error:
             raise ArenaError(f"{self.path} cannot be used as a file of votes: {error}.") from None
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """All of it happens, or nothing; nobody else writes meanwhile."""
-        with self.lock, self._in_order():
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Everything inside happens, or nothing; nobody else can write meanwhile."""
+        with self.lock, self._readable_errors():
             self.db.execute("BEGIN IMMEDIATE")
             try:
                 yield self.db
                 self.db.execute("COMMIT")
             except BaseException:
-                if self.db.in_transaction:  # a full disk ends it by itself
+                if self.db.in_transaction:  # a full disk has ended it already
                     self.db.execute("ROLLBACK")
                 raise
 
-    def _read(self, query: str, *values) -> list[sqlite3.Row]:
-        with self.lock, self._in_order():
-            return self.db.execute(query, values).fetchall()
+    def _select(self, query: str, *values) -> list[sqlite3.Row]:
+        with self.lock, self._readable_errors():
+            return self.db.execute(f"SELECT {query}", values).fetchall()
 
     def close(self) -> None:
-        """Fold the log into the file."""
+        """Close the file, which also merges SQLite's write-ahead log into it."""
         with self.lock:
             self.db.close()
 
@@ -132,90 +158,87 @@ class Votes:
     def issue(
         self, axis: str, left: str, right: str, prompt: str, seed: int, size: tuple[int, int], voter: str
     ) -> Ballot:
-        """A new ballot, on the disk when this returns."""
-        ballot = Ballot(secrets.token_urlsafe(12), checked_axis(axis), left, right, prompt, seed, *size,
-                        checked_voter(voter))  # fmt: skip
-        with self._writing() as db:
+        """A new ballot, stored on the disk when this returns."""
+        height, width = size
+        id = secrets.token_urlsafe(12)
+        ballot = Ballot(id, check_axis(axis), left, right, prompt, seed, height, width, check_voter(voter))
+        with self._transaction() as db:
             marks = ",".join("?" * 10)
             db.execute(f"INSERT INTO ballots VALUES ({marks})", (*asdict(ballot).values(), time.time()))
         return ballot
 
     def vote(self, ballot: str, choice: str, voter: str) -> bool:
-        """Store a vote: left, right or tie. False when the very same one is there, as after a repeated click."""
-        if not isinstance(choice, str) or choice not in CHOICES:
-            raise ArenaError(f"a vote is left, right or tie, not {choice!r:.60}.")
-        issued = self.ballot(ballot)
-        if issued.voter != voter:
+        """Store a vote: left, right or tie. False if the same vote is there already, as after a repeated click."""
+        check_choice("a vote", choice, CHOICES, error=ArenaError)
+        if self.ballot(ballot).voter != voter:
             raise ArenaError(f"ballot {ballot} was issued to another voter.")
-        with self._writing() as db:
+        with self._transaction() as db:
             row = (ballot, choice, time.time())
             if db.execute("INSERT INTO votes VALUES (?,?,?) ON CONFLICT DO NOTHING", row).rowcount:
                 return True
             first = db.execute("SELECT choice FROM votes WHERE ballot = ?", (ballot,)).fetchone()[0]
         if first != choice:
-            raise ArenaError(f"ballot {ballot} has been answered already, with {first}; a vote is not changed.")
+            raise ArenaError(f"ballot {ballot} has already been answered with {first}, and a vote cannot be changed.")
         return False
 
     # -- reading
 
     def ballot(self, id: str) -> Ballot:
-        """The ballot with this number; raises ArenaError when none was issued."""
-        columns = ", ".join(Ballot.__dataclass_fields__)
-        rows = self._read(f"SELECT {columns} FROM ballots WHERE id = ?", id) if isinstance(id, str) else []
+        """The ballot with this id; raises ArenaError if there is none."""
+        rows = self._select(f"{_BALLOT} FROM ballots WHERE id = ?", id) if isinstance(id, str) else []
         if not rows:
-            raise ArenaError(f"no ballot {id!r:.60} was ever issued.")
+            raise ArenaError(f"there is no ballot {describe(id)}.")
         return Ballot(**rows[0])
 
     def open(self, axis: str, voter: str) -> list[Ballot]:
-        """The voter's ballots that are not answered, the oldest first."""
-        columns = ", ".join(Ballot.__dataclass_fields__)
-        query = f"SELECT {columns} FROM ballots LEFT JOIN votes ON ballot = id WHERE ballot IS NULL AND axis = ? "
-        return [Ballot(**row) for row in self._read(query + "AND voter = ? ORDER BY issued", axis, voter)]
+        """The voter's unanswered ballots, the oldest first."""
+        query = "FROM ballots LEFT JOIN votes ON ballot = id WHERE ballot IS NULL AND axis = ? AND voter = ?"
+        return [Ballot(**row) for row in self._select(f"{_BALLOT} {query} ORDER BY issued", axis, voter)]
 
     def outcomes(self, axis: str, who: str = "all") -> list[tuple[str, str, float, int]]:
-        """Votes on an axis: (left, right, the left one's share, how many alike), in a fixed order."""
-        query = "SELECT left, right, choice, count(*) FROM votes JOIN ballots ON id = ballot WHERE axis = ? AND "
-        rows = self._read(query + _of(who) + " GROUP BY 1, 2, 3 ORDER BY 1, 2, 3", checked_axis(axis))
-        if strange := {choice for _, _, choice, _ in rows} - set(CHOICES):
-            raise ArenaError(f"{self.path} is damaged: it holds a vote for {strange.pop()!r:.60}.")
+        """Votes on an axis as (left, right, the left model's share, number of such votes), in a fixed order."""
+        query = (
+            f"FROM votes JOIN ballots ON id = ballot WHERE axis = ? AND {_whose(who)} GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
+        )
+        rows = self._select(f"left, right, choice, count(*) {query}", check_axis(axis))
+        if unknown := {choice for _, _, choice, _ in rows} - set(CHOICES):
+            raise ArenaError(f"{self.path} is damaged: it contains a vote for {describe(unknown.pop())}.")
         return [(left, right, CHOICES[choice], n) for left, right, choice, n in rows]
 
     def pending(self, axis: str, who: str = "all") -> list[tuple[str, str, int]]:
-        """Ballots that voters have before them at this moment: (left, right, how many)."""
-        query = (
-            "SELECT left, right, count(*) FROM ballots LEFT JOIN votes ON ballot = id WHERE ballot IS NULL AND axis = ?"
-            " AND issued > ? AND "
-        )
-        return [tuple(row) for row in self._read(query + _of(who) + " GROUP BY 1, 2", axis, time.time() - PATIENCE)]
+        """Ballots that voters are looking at now, as (left, right, number of them)."""
+        query = f"WHERE ballot IS NULL AND axis = ? AND issued > ? AND {_whose(who)} GROUP BY 1, 2"
+        query = f"left, right, count(*) FROM ballots LEFT JOIN votes ON ballot = id {query}"
+        return [tuple(row) for row in self._select(query, axis, time.time() - PATIENCE)]
 
     def shown(self, axis: str, pair: tuple[str, str], who: str, voter: str) -> dict[tuple[str, int], tuple[int, int]]:
-        """For two models: (prompt, seed) -> how often it was shown, and how often to this voter; sides apart."""
-        query = "SELECT prompt, seed, count(*), sum(voter = ?) FROM ballots WHERE axis = ? AND left IN (?, ?) AND "
-        rows = self._read(query + "right IN (?, ?) AND " + _of(who) + " GROUP BY 1, 2", voter, axis, *pair, *pair)
-        return {(prompt, seed): (n, mine) for prompt, seed, n, mine in rows}
+        """How often two models were shown, on either side: (prompt, seed) -> (to everybody, to this voter)."""
+        query = f"WHERE axis = ? AND left IN (?, ?) AND right IN (?, ?) AND {_whose(who)} GROUP BY 1, 2"
+        query = f"prompt, seed, count(*), sum(voter = ?) FROM ballots {query}"
+        return {(prompt, seed): (n, own) for prompt, seed, n, own in self._select(query, voter, axis, *pair, *pair)}
 
     def issued(self) -> int:
-        """How many ballots there are."""
-        return self._read("SELECT count(*) FROM ballots")[0][0]
+        """The number of ballots."""
+        return self._select("count(*) FROM ballots")[0][0]
 
     def rows(self) -> list[dict]:
         """Every vote with its ballot, as plain values, the earliest first."""
-        query = "SELECT ballots.*, choice, given FROM votes JOIN ballots ON id = ballot ORDER BY given, id"
-        return [dict(row) for row in self._read(query)]
+        query = "ballots.*, choice, given FROM votes JOIN ballots ON id = ballot ORDER BY given, id"
+        return [dict(row) for row in self._select(query)]
 
     def export(self, path: Path | str) -> int:
-        """Write every vote to a ``.csv`` or ``.json`` file; how many there were."""
+        """Write every vote to a ``.csv`` or ``.json`` file and return their number."""
         path, rows = Path(path), self.rows()
-        columns = [*Ballot.__dataclass_fields__, "issued", "choice", "given"]
         if path.suffix == ".json":
             text = json.dumps(rows, indent=1) + "\n"
         elif path.suffix == ".csv":
             lines = io.StringIO()
+            columns = [*Ballot.__dataclass_fields__, "issued", "choice", "given"]
             writer = csv.DictWriter(lines, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
             text = lines.getvalue()
         else:
-            raise ArenaError(f"votes are written to a file that ends in .csv or .json, not to {path.name}.")
+            raise ArenaError(f"votes can be exported to a .csv or .json file, not to {path.name}.")
         write_text(path, text)
         return len(rows)

@@ -1,4 +1,4 @@
-"""The arena as a reader meets it: in a notebook, as figures, on the command line."""
+"""The arena for its users: in a notebook, as figures, on the command line."""
 
 import json
 
@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from fluxedu import arena, plots
 from fluxedu.arena import AXES, Arena, Contestant
-from fluxedu.arena.widget import booth_view
+from fluxedu.arena.server import booth_view
 from fluxedu.cli import app
 from fluxedu.errors import ArenaError, InstrumentError
 
@@ -30,7 +30,7 @@ def two(tmp_path):
 
 def test_a_booth_shows_the_two_sides_of_its_ballot(two):
     booth = arena.booth(two, voter="ann")
-    shown = [tuple(panel.image[0, 0]) for panel in booth.now().panels]
+    shown = [tuple(panel.image[0, 0]) for panel in booth.current_view().panels]
     colours = {"alpha": (255, 0, 0), "beta": (0, 0, 255)}
     assert shown == [colours[booth.ballot.left], colours[booth.ballot.right]]
     assert booth.ballot.prompt in booth.view["text"]
@@ -47,7 +47,7 @@ def test_a_vote_is_stored_and_the_next_ballot_opens(two):
 
 def test_a_key_pressed_twice_answers_one_question(two):
     booth = arena.booth(two, voter="ann")
-    for moves in (1, 2, 3):  # as the browser would send it: always about question 0
+    for moves in (1, 2, 3):  # as the browser would send it: always for ballot number 0
         booth.state = {"vote": [0, 3], "moves": moves}
         assert booth.view["moves"] == moves, "the page waits for an answer"
     assert [r["choice"] for r in two.votes.rows()] == ["right"]
@@ -56,8 +56,8 @@ def test_a_key_pressed_twice_answers_one_question(two):
 def test_a_booth_is_blind(two):
     booth = arena.booth(two, voter="ann")
     for _ in range(3):
-        told = repr((booth.state, booth.view, booth.controls, booth.title))
-        assert "alpha" not in told and "beta" not in told
+        content = repr((booth.state, booth.view, booth.controls, booth.title))
+        assert "alpha" not in content and "beta" not in content
         booth.set("right")
 
 
@@ -66,7 +66,7 @@ def test_the_last_ballot_is_followed_by_a_sentence(two):
     for _ in range(6):
         booth.set("left")
     assert len(two.votes.rows()) == 4 and "has judged every pair" in booth.view["text"]
-    with pytest.raises(ArenaError, match="more prompts make more"):
+    with pytest.raises(ArenaError, match="use more prompts"):
         arena.booth(two, voter="ann")
 
 
@@ -88,7 +88,7 @@ def test_the_view_is_a_function_of_pictures():
 
 @pytest.mark.parametrize("wrong", [lambda a: arena.booth(a).set("up"), lambda a: arena.booth(a, axis="beauty")])
 def test_errors_are_one_sentence(two, wrong):
-    with pytest.raises((InstrumentError, ArenaError), match="is one of"):
+    with pytest.raises((InstrumentError, ArenaError), match="must be one of"):
         wrong(two)
     assert two.votes.rows() == []
 
@@ -127,7 +127,7 @@ def test_axes_share_a_scale_and_an_order():
         (lambda: plots.elo_axes({"x": rows(a=1.0, b=2.0), "y": rows(a=1.0)}), "the same models"),
     ],
 )
-def test_what_cannot_be_drawn_is_said(wrong, says):
+def test_malformed_rows_are_refused(wrong, says):
     with pytest.raises(InstrumentError, match=says):
         wrong()
 
@@ -159,10 +159,10 @@ def test_every_command_helps_with_an_example(command):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["run", "nano"], "two contestants or more"),
+        (["run", "nano"], "at least two contestants"),
         (["run", "nano", "nano@0"], "a number of steps from 1 to 1000"),
         (["run", "nano", "sdxl"], "there is no model 'sdxl'"),
-        (["run", "nano", "nano@2", "--axis", "beauty"], "an axis is one of overall"),
+        (["run", "nano", "nano@2", "--axis", "beauty"], "axis must be one of overall"),
         (["run", "nano", "nano@2", "--votes", "no/folder.sqlite"], "no/folder.sqlite cannot be used"),
         (["serve", "nano@1", "nano@2", "--host", "256.1.1.1"], "256.1.1.1:8765 cannot be served"),
         (["table"], "there is no file of votes votes.sqlite"),

@@ -1,4 +1,4 @@
-"""The class votes: sixty at once, a server that is killed, and visitors who ask for what is not theirs."""
+"""A class votes: sixty voters at once, a killed server, and requests for what a visitor must not have."""
 
 import io
 import json
@@ -12,16 +12,16 @@ from http.client import HTTPConnection, HTTPException
 import pytest
 from PIL import Image
 
-from fluxedu.arena import Arena, Contestant, Votes, serving
+from fluxedu.arena import Arena, Contestant, Votes, create_server
 
-#: three painters, an arena and a server, as a process of its own: (file of votes)
+#: an arena of three contestants and its server, as a separate process; argument: the file of votes
 SCRIPT = """
 import sys
 from PIL import Image
-from fluxedu.arena import Arena, Contestant, serving
+from fluxedu.arena import Arena, Contestant, create_server
 flat = lambda name, colour: Contestant(name, lambda prompt, seed, h, w: Image.new("RGB", (w, h), colour))
 arena = Arena([flat("alpha", "red"), flat("beta", "blue"), flat("gamma", "green")], sys.argv[1])
-server = serving(arena, port=0)
+server = create_server(arena, port=0)
 print(server.server_address[1], flush=True)
 server.serve_forever()
 """
@@ -34,7 +34,7 @@ def flat(name, colour):
 @pytest.fixture
 def server(tmp_path):
     arena = Arena([flat("alpha", "red"), flat("beta", "blue"), flat("gamma", "green")], tmp_path / "v.sqlite")
-    with serving(arena, port=0) as server:
+    with create_server(arena, port=0) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield server
@@ -43,7 +43,7 @@ def server(tmp_path):
 
 
 def ask(port, path, sent=None, raw=None, headers=None):
-    """(status, what came back) of one request."""
+    """The status and body of the response to one request."""
     connection = HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         body = raw if raw is not None else None if sent is None else json.dumps(sent)
@@ -54,7 +54,7 @@ def ask(port, path, sent=None, raw=None, headers=None):
         connection.close()
 
 
-def told(port, path, sent=None):
+def request(port, path, sent=None):
     status, body = ask(port, path, sent)
     return (status, json.loads(body))
 
@@ -83,10 +83,10 @@ def test_sixty_voters_at_once_lose_no_vote_and_double_none(server):
     def vote(number):
         rng, voter = random.Random(number), f"voter {number}"
         for _ in range(5):
-            _, ballot = told(port, "/ballot", {"voter": voter, "axis": "overall"})
+            _, ballot = request(port, "/ballot", {"voter": voter, "axis": "overall"})
             choice = rng.choice(["left", "right", "tie"])
             sent = {"voter": voter, "ballot": ballot["id"], "choice": choice}
-            first, again = told(port, "/vote", sent), told(port, "/vote", sent)  # everybody clicks twice
+            first, again = request(port, "/vote", sent), request(port, "/vote", sent)  # everybody clicks twice
             assert (first, again) == ((200, {"counted": True}), (200, {"counted": False}))
             with lock:
                 cast[ballot["id"]] = (voter, choice)
@@ -97,7 +97,7 @@ def test_sixty_voters_at_once_lose_no_vote_and_double_none(server):
     assert server.arena.ratings(who="people").total == 300
 
 
-def test_a_killed_server_goes_on_where_it_was(tmp_path):
+def test_a_killed_server_continues_where_it_stopped(tmp_path):
     path, acknowledged, lock = tmp_path / "votes.sqlite", {}, threading.Lock()
 
     def start():
@@ -107,20 +107,20 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path):
     def vote(port, number, most):
         for _ in range(most):
             try:
-                _, ballot = told(port, "/ballot", {"voter": f"v{number}", "axis": "overall"})
+                _, ballot = request(port, "/ballot", {"voter": f"v{number}", "axis": "overall"})
                 sent = {"voter": f"v{number}", "ballot": ballot["id"], "choice": "left"}
-                if told(port, "/vote", sent)[0] == 200:
+                if request(port, "/vote", sent)[0] == 200:
                     with lock:
                         acknowledged[ballot["id"]] = f"v{number}"
             except (OSError, HTTPException, ValueError):  # the server has gone
                 return
 
-    def kill_in_the_midst():
+    def kill_midway():
         wait_for(lambda: len(acknowledged) >= 40)
         process.send_signal(signal.SIGKILL)
 
     process, port = start()
-    threading.Thread(target=kill_in_the_midst).start()
+    threading.Thread(target=kill_midway).start()
     at_once(12, lambda number: vote(port, number, 1000))
     process.wait(30)
     before = dict(acknowledged)
@@ -129,7 +129,7 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path):
     try:
         stored = {row["id"] for row in Votes(path).rows()}
         assert set(before) <= stored, "an acknowledged vote was lost"
-        assert len(stored - set(before)) <= 12, "at most the vote that each had just sent is not known to them"
+        assert len(stored - set(before)) <= 12, "more votes are stored than were acknowledged or in flight"
         at_once(12, lambda number: vote(port, number, 2))
         assert len(acknowledged) == len(before) + 24
         assert set(acknowledged) <= {row["id"] for row in Votes(path).rows()}
@@ -182,9 +182,9 @@ def test_no_path_leads_to_a_file(server, path):
 
 
 BAD = [
-    (dict(path="/vote", sent={"voter": "v", "ballot": "made-up", "choice": "left"}), "no ballot 'made-up'"),
-    (dict(path="/vote", sent={"voter": "v", "ballot": 7, "choice": "left"}), "no ballot 7"),
-    (dict(path="/vote", sent={}), "a vote is left, right or tie, not None"),
+    (dict(path="/vote", sent={"voter": "v", "ballot": "made-up", "choice": "left"}), "there is no ballot 'made-up'"),
+    (dict(path="/vote", sent={"voter": "v", "ballot": 7, "choice": "left"}), "there is no ballot 7"),
+    (dict(path="/vote", sent={}), "a vote must be one of left, right, tie, not None"),
     (dict(path="/vote", raw="[1, 2"), "a JSON object"),
     (dict(path="/vote", raw="[" * 4000), "a JSON object"),
     (dict(path="/vote", raw=b"\xff\xfe"), "a JSON object"),
@@ -193,27 +193,27 @@ BAD = [
     (dict(path="/ballot", sent={"voter": "judge"}), "the judge does not vote in a browser"),
     (dict(path="/ballot", sent={"voter": {"a": 1}}), "a voter's name"),
     (dict(path="/ballot", sent={"voter": "x" * 41}), "a voter's name"),
-    (dict(path="/ballot", sent={"voter": "v", "axis": ["overall"]}), "asks about overall"),
-    (dict(path="/picture/made-up/left"), "no ballot 'made-up'"),
+    (dict(path="/ballot", sent={"voter": "v", "axis": ["overall"]}), "axis must be one of overall"),
+    (dict(path="/picture/made-up/left"), "there is no ballot 'made-up'"),
 ]
 
 
 @pytest.mark.parametrize(("request_", "says"), BAD, ids=range(len(BAD)))
-def test_what_is_wrong_is_said_in_one_sentence(server, request_, says):
+def test_bad_requests_get_a_one_sentence_error(server, request_, says):
     status, body = ask(server.server_address[1], **request_)
     assert status == 400 and says in json.loads(body)["error"]
     assert server.arena.votes.rows() == []
 
 
-def test_nobody_votes_on_anothers_ballot(server):
+def test_nobody_votes_on_another_voters_ballot(server):
     port = server.server_address[1]
-    _, ballot = told(port, "/ballot", {"voter": "ann", "axis": "overall"})
-    status, said = told(port, "/vote", {"voter": "bob", "ballot": ballot["id"], "choice": "left"})
-    assert status == 400 and "issued to another voter" in said["error"]
-    assert told(port, "/ratings")[1]["overall"]["alpha"]["votes"] == 0
-    told(port, "/vote", {"voter": "ann", "ballot": ballot["id"], "choice": "left"})
-    assert sum(row["votes"] for row in told(port, "/ratings")[1]["overall"].values()) == 2
+    _, ballot = request(port, "/ballot", {"voter": "ann", "axis": "overall"})
+    status, response = request(port, "/vote", {"voter": "bob", "ballot": ballot["id"], "choice": "left"})
+    assert status == 400 and "issued to another voter" in response["error"]
+    assert request(port, "/ratings")[1]["overall"]["alpha"]["votes"] == 0
+    request(port, "/vote", {"voter": "ann", "ballot": ballot["id"], "choice": "left"})
+    assert sum(row["votes"] for row in request(port, "/ratings")[1]["overall"].values()) == 2
 
 
-def test_the_server_listens_to_this_machine_only_unless_told_otherwise(server):
+def test_the_server_listens_only_locally_by_default(server):
     assert server.server_address[0] == "127.0.0.1"

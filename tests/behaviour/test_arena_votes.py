@@ -1,4 +1,4 @@
-"""Ballots and votes: each counts once, none is lost, and what is wrong is said."""
+"""Ballots and votes: each counts once, none is lost, and mistakes are reported in one sentence."""
 
 import csv
 import json
@@ -12,9 +12,8 @@ import pytest
 from PIL import Image
 
 from fluxedu.arena import Arena, Contestant, Votes, contestant
-from fluxedu.arena.axes import AXES, asked, sheet, shots
-from fluxedu.arena.contestants import Gallery
-from fluxedu.arena.judges import choice, judged, score
+from fluxedu.arena.match import Gallery, axis_questions, contact_sheet, judge_votes, preference, score, side_images
+from fluxedu.arena.votes import AXES
 from fluxedu.errors import ArenaError
 from fluxedu.nano.exam import questions
 from fluxedu.nano.scenes import LETTERS, caption, render, sample_scene
@@ -45,7 +44,7 @@ def test_a_vote_counts_once(votes):
     ballot = issue(votes)
     assert votes.vote(ballot.id, "left", "ann") is True
     assert votes.vote(ballot.id, "left", "ann") is False
-    with pytest.raises(ArenaError, match="has been answered already, with left"):
+    with pytest.raises(ArenaError, match="has already been answered with left"):
         votes.vote(ballot.id, "right", "ann")
     assert votes.outcomes("overall") == [("alpha", "beta", 1.0, 1)]
 
@@ -69,8 +68,8 @@ def test_two_processes_share_a_file(votes):
 
 
 def test_axes_and_kinds_of_voter_are_apart(votes):
-    for voter, axis, said in (("ann", "overall", "left"), ("judge", "overall", "right"), ("judge", "quality", "tie")):
-        votes.vote(issue(votes, voter, axis).id, said, voter)
+    for voter, axis, choice in (("ann", "overall", "left"), ("judge", "overall", "right"), ("judge", "quality", "tie")):
+        votes.vote(issue(votes, voter, axis).id, choice, voter)
     assert votes.outcomes("overall", "people") == [("alpha", "beta", 1.0, 1)]
     assert votes.outcomes("overall", "judge") == [("alpha", "beta", 0.0, 1)]
     assert len(votes.outcomes("overall")) == 2 and votes.outcomes("typography") == []
@@ -87,8 +86,8 @@ def test_votes_are_there_when_the_file_is_opened_again(votes):
 
 
 def test_export_holds_every_vote(votes, tmp_path):
-    for i, said in enumerate(("left", "right", "tie")):
-        votes.vote(issue(votes, seed=i).id, said, "ann")
+    for i, choice in enumerate(("left", "right", "tie")):
+        votes.vote(issue(votes, seed=i).id, choice, "ann")
     issue(votes)  # not answered
     assert votes.export(tmp_path / "x.csv") == votes.export(tmp_path / "x.json") == 3
     table = json.loads((tmp_path / "x.json").read_text())
@@ -101,16 +100,16 @@ def test_export_holds_every_vote(votes, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (lambda v: v.vote("nonsense", "left", "ann"), "no ballot 'nonsense' was ever issued"),
-        (lambda v: v.vote(None, "left", "ann"), "no ballot None was ever issued"),
-        (lambda v: v.vote(issue(v).id, "up", "ann"), "left, right or tie, not 'up'"),
-        (lambda v: v.vote(issue(v).id, ["left"], "ann"), "left, right or tie"),
+        (lambda v: v.vote("nonsense", "left", "ann"), "there is no ballot 'nonsense'"),
+        (lambda v: v.vote(None, "left", "ann"), "there is no ballot None"),
+        (lambda v: v.vote(issue(v).id, "up", "ann"), "a vote must be one of left, right, tie, not 'up'"),
+        (lambda v: v.vote(issue(v).id, ["left"], "ann"), "a vote must be one of left, right, tie"),
         (lambda v: v.vote(issue(v).id, "left", "bob"), "issued to another voter"),
-        (lambda v: issue(v, voter="=1+1"), "a voter's name is"),
-        (lambda v: issue(v, voter=""), "a voter's name is"),
-        (lambda v: issue(v, axis="beauty"), "an axis is one of overall, prompt"),
-        (lambda v: v.outcomes("overall", "cats"), "judge, people or all"),
-        (lambda v: v.export("votes.xlsx"), "ends in .csv or .json"),
+        (lambda v: issue(v, voter="=1+1"), "a voter's name must be"),
+        (lambda v: issue(v, voter=""), "a voter's name must be"),
+        (lambda v: issue(v, axis="beauty"), "axis must be one of overall, prompt"),
+        (lambda v: v.outcomes("overall", "cats"), "who must be one of judge, people, all"),
+        (lambda v: v.export("votes.xlsx"), "to a .csv or .json file"),
     ],
 )
 def test_errors_are_one_sentence(wrong, says, votes):
@@ -119,14 +118,14 @@ def test_errors_are_one_sentence(wrong, says, votes):
     assert votes.rows() == []
 
 
-def test_another_programs_file_is_left_alone(tmp_path):
+def test_another_programs_file_is_not_touched(tmp_path):
     (tmp_path / "text.sqlite").write_text("dear diary, " * 100)
     with pytest.raises(ArenaError, match="cannot be used as a file of votes"):
         Votes(tmp_path / "text.sqlite")
     with sqlite3.connect(tmp_path / "other.sqlite") as other:
         other.execute("CREATE TABLE votes (x)")
     other.close()
-    with pytest.raises(ArenaError, match="another program's file"):
+    with pytest.raises(ArenaError, match="belongs to another program"):
         Votes(tmp_path / "other.sqlite")
     with pytest.raises(ArenaError, match="cannot be used as a file of votes"):
         Votes(tmp_path / "no" / "folder.sqlite")
@@ -144,7 +143,7 @@ def test_an_open_ballot_is_shown_again_and_no_pair_twice(tmp_path):
         seen.append((ballot.prompt, ballot.seed))
         arena.vote(ballot.id, "tie", "ann")
     assert len(set(seen)) == 5
-    with pytest.raises(ArenaError, match="voter ann has judged every pair there is on overall"):
+    with pytest.raises(ArenaError, match="voter ann has judged every pair on the axis overall"):
         arena.ballot("ann")
     assert arena.ballot("bob").voter == "bob"
 
@@ -152,17 +151,17 @@ def test_an_open_ballot_is_shown_again_and_no_pair_twice(tmp_path):
 def test_an_arena_is_reproducible(tmp_path):
     def first(seed, name):
         arena = Arena([flat("alpha", "red"), flat("beta", "blue")], tmp_path / name, seed=seed)
-        asked = []
+        issued = []
         for _ in range(6):
             ballot = arena.ballot("ann")
             arena.vote(ballot.id, "left", "ann")
-            asked.append((ballot.left, ballot.right, ballot.prompt))
-        return asked
+            issued.append((ballot.left, ballot.right, ballot.prompt))
+        return issued
 
     assert first(1, "a.sqlite") == first(1, "b.sqlite") != first(2, "c.sqlite")
 
 
-def test_contestants_that_have_left_do_not_disturb(arena, tmp_path):
+def test_votes_on_absent_contestants_are_ignored(arena, tmp_path):
     gone = issue(arena.votes, left="alpha", right="delta")
     assert arena.ballot("ann") != gone
     arena.vote(gone.id, "left", "ann")
@@ -176,10 +175,10 @@ def test_pictures_are_drawn_once_and_kept_for_the_next_time(tmp_path):
         drawn.append(seed)
         return Image.new("RGB", (width, height), (seed, 0, 0))
 
-    for stamp, count in (("1", 2), ("1", 2), ("2", 4)):  # the same weights, and others
-        gallery = Gallery([Contestant("x", draw, stamp), flat("y", "red")], tmp_path / "pictures")
+    for version, count in (("1", 2), ("1", 2), ("2", 4)):  # the same weights, and others
+        gallery = Gallery([Contestant("x", draw, version), flat("y", "red")], tmp_path / "pictures")
         for seed in (3, 4, 3):
-            assert gallery.picture("x", "p", seed, 8, 16).getpixel((0, 0)) == (seed, 0, 0)
+            assert gallery.image("x", "p", seed, 8, 16).getpixel((0, 0)) == (seed, 0, 0)
         assert len(drawn) == count
 
 
@@ -189,9 +188,12 @@ def test_pictures_are_drawn_once_and_kept_for_the_next_time(tmp_path):
         (lambda: contestant("nano@x"), "a number of steps from 1 to 1000"),
         (lambda: contestant("nano@0"), "a number of steps from 1 to 1000"),
         (lambda: contestant("sdxl"), "there is no model 'sdxl'"),
-        (lambda: Gallery([flat("x", "red")]), "two contestants or more"),
+        (lambda: Gallery([flat("x", "red")]), "at least two contestants"),
         (lambda: Gallery([flat("x", "red"), flat("x", "blue")]), "different names, not x, x"),
-        (lambda: Gallery([flat("x", "red"), flat("y", "red")]).picture("z", "p", 0, 8, 8), "'z' takes no part here"),
+        (
+            lambda: Gallery([flat("x", "red"), flat("y", "red")]).image("z", "p", 0, 8, 8),
+            "'z' is not a contestant here",
+        ),
     ],
 )
 def test_wrong_contestants_are_refused(wrong, says):
@@ -199,20 +201,20 @@ def test_wrong_contestants_are_refused(wrong, says):
         wrong()
 
 
-def test_steps_are_asked_for_after_the_name():
+def test_the_number_of_steps_follows_the_name():
     one, two, again = (contestant(name) for name in ("nano@1", "nano@2", "nano@1"))
     pictures = [c.draw("a red circle", 0, 64, 96) for c in (one, two, again)]
     assert pictures[0].size == (96, 64) and pictures[0].tobytes() == pictures[2].tobytes() != pictures[1].tobytes()
-    assert one.stamp == two.stamp != contestant("nano-base").stamp
+    assert one.version == two.version != contestant("nano-base").version
 
 
 def test_a_side_shows_what_its_axis_is_about():
-    assert len(shots("overall", 5, (96, 160))) == 1
-    assert len({(h, w) for _, h, w in shots("size", 5, (128, 128))}) == 3
-    assert len({seed for seed, _, _ in shots("diversity", 5, (96, 160))}) == 4
-    assert all(any(form in LETTERS for _, form, _ in q.claim.things) for q in asked("typography", 30))
-    assert len(asked("typography", 30)) == 30
-    four = sheet([Image.new("RGB", (10, 6), c) for c in ("red", "green", "blue", "black")])
+    assert len(side_images("overall", 5, (96, 160))) == 1
+    assert len({(h, w) for _, h, w in side_images("size", 5, (128, 128))}) == 3
+    assert len({seed for seed, _, _ in side_images("diversity", 5, (96, 160))}) == 4
+    assert all(any(form in LETTERS for _, form, _ in q.claim.objects) for q in axis_questions("typography", 30))
+    assert len(axis_questions("typography", 30)) == 30
+    four = contact_sheet([Image.new("RGB", (10, 6), c) for c in ("red", "green", "blue", "black")])
     assert four.size == (24, 16) and four.getpixel((14, 10)) == (0, 0, 0)
 
 
@@ -220,7 +222,7 @@ def test_a_side_shows_what_its_axis_is_about():
 
 
 def truth(index=0):
-    """A scene's own picture, and what its caption claims."""
+    """A rendered scene and the claim of its caption."""
     rng = np.random.default_rng(100 + index)
     scene = sample_scene(rng, size=(128, 128), count=2)
     return Image.fromarray(render(scene)), caption(scene, rng)[1]
@@ -232,17 +234,17 @@ def test_the_judge_prefers_the_true_picture_and_calls_equals_equal(axis):
     bad = Image.new("RGB", (128, 128), "white")
     grain = np.random.default_rng(0).normal(0, 40, (128, 128, 3))
     noisy = Image.fromarray(np.clip(np.asarray(bad) + grain, 0, 255).astype(np.uint8))
-    assert choice(axis, [good], [noisy], claim) == "left"
-    assert choice(axis, [noisy], [good], claim) == "right"
-    assert choice(axis, [good], [good], claim) == "tie"
+    assert preference(axis, [good], [noisy], claim) == "left"
+    assert preference(axis, [noisy], [good], claim) == "right"
+    assert preference(axis, [good], [good], claim) == "tie"
 
 
 def test_the_judge_of_letters_and_of_diversity():
-    lettered = next(q for q in questions(50) if any(form in LETTERS for _, form, _ in q.claim.things))
+    lettered = next(q for q in questions(50) if any(form in LETTERS for _, form, _ in q.claim.objects))
     assert score("typography", [Image.new("RGB", (128, 128))], lettered.claim) == (0.0,)
     good, claim = truth()
     moved = [Image.fromarray(np.roll(np.asarray(good), 9 * k, 1)) for k in range(4)]
-    assert choice("diversity", [good] * 4, moved, claim) == "right"
+    assert preference("diversity", [good] * 4, moved, claim) == "right"
 
 
 def test_the_judge_votes_on_all_axes_and_stops_when_all_is_judged(tmp_path):
@@ -252,9 +254,9 @@ def test_the_judge_votes_on_all_axes_and_stops_when_all_is_judged(tmp_path):
         return Image.fromarray(render(sample_scene(np.random.default_rng([seed, height]), size=(height, width))))
 
     arena = Arena([Contestant("other", other), flat("black", "black")], tmp_path / "v.sqlite", prompts=2)
-    assert judged(arena, 8) == 8
+    assert judge_votes(arena, 8) == 8
     counts = [arena.ratings(axis, "judge").total for axis in AXES]
     assert sum(counts) == 8 and max(counts) - min(counts) <= 1
-    assert judged(arena, 100) == 4  # two prompts on each of six axes, one pair
+    assert judge_votes(arena, 100) == 4  # two prompts on each of six axes, one pair
     assert arena.ratings("diversity").order == [0, 1] and arena.ratings("overall", "people").total == 0
     assert set(r["prompt"] for r in arena.votes.rows()) <= set(scenes)
