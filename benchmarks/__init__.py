@@ -1,7 +1,14 @@
-"""Speed, memory and the cost of looking, as ratios measured in one run: ``fluxedu bench``.
+"""Speed, memory and the cost of recording, as ratios measured in one run: ``fluxedu bench``, ``python -m benchmarks``.
 
-Absolute times mean little on a shared machine, so both sides run in turns, equal weights, equal
-input, float32, and the figure is the ratio of their medians; below 1 fluxedu is faster.
+Absolute times mean little on a shared machine. So the two sides of a comparison run alternately, with equal weights,
+equal input and float32, and a figure is the ratio of their medians; below 1, fluxedu is faster. Not part of the
+installed package: it needs a checkout. The other modules are commands of their own:
+
+    python -m benchmarks.full        the large model on a GPU, one step at a time
+    python -m benchmarks.memory      what fits on each size of card
+    python -m benchmarks.loading     reading weights beside ``cat``
+    python -m benchmarks.quantised   the error that fewer bits make
+    python -m benchmarks.synthetic   a checkpoint of the true names and shapes with random values
 """
 
 from __future__ import annotations
@@ -11,7 +18,7 @@ import torch
 from benchmarks import instruments, speed
 from benchmarks.speed import WIDE
 
-#: figure -> what it is a ratio of, and the ratio it must not pass (None: there is no bar)
+#: figure -> what it is compared with, and the ratio it must not exceed (None: no bar)
 BARS = {
     "miniature step": ("diffusers", 0.85),
     "wide step": ("diffusers", 1.0),
@@ -26,36 +33,37 @@ BARS = {
 
 
 def run(rounds: int = 15) -> dict:
-    """Every figure, as plain values."""
+    """All figures as plain values."""
     from fluxedu.nano import networks
 
-    nano, text, few = networks.FLUX.with_(guidance_embed=True), networks.TEXT_LENGTH, max(3, rounds // 3)
+    nano, txt_len, fewer = networks.FLUX.with_(guidance_embed=True), networks.TEXT_LENGTH, max(3, rounds // 3)
     return {
         "threads": torch.get_num_threads(),
-        "miniature step": speed.step_ratio(nano, 8, text, 4 * rounds),
+        "miniature step": speed.step_ratio(nano, 8, txt_len, 4 * rounds),
         "wide step": speed.step_ratio(WIDE, 32, 128, rounds),
-        "prompt to image": speed.picture_ratio(rounds),
+        "prompt to image": speed.image_ratio(rounds),
         "peak memory, wide step": speed.memory_ratio(WIDE, 32, 128),
         "training": speed.training_speed(rounds),
-        "idle sites, miniature step": instruments.idle(nano, 8, text, 10 * rounds),
-        "idle sites, wide step": instruments.idle(WIDE, 32, 128, rounds),
-        "word maps of every block, wide step": instruments.word_maps(WIDE, 32, 128, few),
-        "whole map of one block": instruments.whole_map(WIDE, 32, 128, few),
-        "word maps, wide forward": instruments.beside_diffusers(WIDE, 32, 128, few),
+        "idle sites, miniature step": instruments.idle_sites(nano, 8, txt_len, 10 * rounds),
+        "idle sites, wide step": instruments.idle_sites(WIDE, 32, 128, rounds),
+        "word maps of every block, wide step": instruments.word_maps(WIDE, 32, 128, fewer),
+        "whole map of one block": instruments.whole_map(WIDE, 32, 128, fewer),
+        "word maps, wide forward": instruments.word_maps_beside_diffusers(WIDE, 32, 128, fewer),
     }
 
 
 def table(figures: dict) -> str:
     """The ratios and their bars as text."""
-    lines = [f"{'ratio of':<37} {'to':<16} {'is':>6} {'bar':>6}"]
-    for name, (beside, bar) in BARS.items():
-        lines.append(f"{name:<37} {beside:<16} {figures[name]['ratio']:>6.3f} {bar or '':>6}")
-    t, maps = figures["training"], figures["word maps of every block, wide step"]
+    lines = [f"{'figure':<37} {'compared with':<16} {'ratio':>6} {'bar':>6}"]
+    for name, (other, bar) in BARS.items():
+        lines.append(f"{name:<37} {other:<16} {figures[name]['ratio']:>6.3f} {bar or '':>6}")
+    training, maps = figures["training"], figures["word maps of every block, wide step"]
     memory = figures["word maps, wide forward"]["memory_ratio"]
-    lines.append(f"{'word maps, wide forward, peak memory':<37} {'diffusers maps':<16} {memory:>6.3f}")
-    lines.append(f"word maps take {maps['bytes']:,} bytes a step; the values alone are {maps['least_bytes']:,}")
-    lines.append(
-        f"training the miniature: {t['samples_per_second']:.0f} samples/s, {t['steps_per_second']:.2f} steps/s, "
-        f"{100 * t['share_of_matmul_peak']:.0f} % of the {t['dtype']} matmul peak, {figures['threads']} threads"
-    )
+    lines += [
+        f"{'word maps, wide forward, peak memory':<37} {'diffusers maps':<16} {memory:>6.3f}",
+        f"word maps take {maps['bytes']:,} bytes per step; their values alone are {maps['least_bytes']:,}",
+        f"training the miniature: {training['samples_per_second']:.0f} samples/s, "
+        f"{training['steps_per_second']:.2f} steps/s, {100 * training['share_of_matmul_peak']:.0f} % of the "
+        f"{training['dtype']} matmul peak, {figures['threads']} threads",
+    ]
     return "\n".join(lines)

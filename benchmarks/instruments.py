@@ -1,132 +1,119 @@
-"""What looking costs: nobody looking, word maps of everything, a whole map, and diffusers made to do the same."""
+"""The cost of sites: with nothing recorded, and with attention maps recorded, also beside diffusers."""
 
 from __future__ import annotations
 
-import ast
-import inspect
-import sys
+import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 import fluxedu as fe
-from benchmarks.speed import STEPS, PeakBytes, asked_of, in_turns, inputs_of, reference_of
-from fluxedu.models import Flux, FluxConfig, attention, blocks, modulation
-from fluxedu.models import flux as flux_module
+from benchmarks.speed import diffusers_inputs, diffusers_model, random_inputs, time_alternately, velocity_step
+from fluxedu import probe
+from fluxedu.memory.placement import PeakBytes
+from fluxedu.models import Flux, FluxConfig
 from fluxedu.models.attention_map import AttentionMap
+from fluxedu.models.blocks import DoubleStreamBlock
 
-WORDS = 20  # tokens of a prompt that are looked at
-MODULES = (attention, modulation, blocks, flux_module)  # each imports from those before it
-
-
-# ---------------------------------------------------------------- the same code without its sites
+WORDS = 20  # text tokens whose maps are recorded
 
 
-class _WithoutSites(ast.NodeTransformer):
-    """``x.probe("name", value)`` and ``seen("name", value)`` become ``value``, ``x.is_watched("name")`` becomes False."""
-
-    def visit_Call(self, node: ast.Call) -> ast.expr:
-        self.generic_visit(node)
-        called = getattr(node.func, "attr", getattr(node.func, "id", None))
-        if called in ("probe", "seen") and len(node.args) == 2:
-            return node.args[1]
-        return ast.Constant(False) if called == "wanted" else node
+# ---------------------------------------------------------------- nothing recorded
 
 
-def without_sites() -> type[Flux]:
-    """The transformer built from the same source with every site taken out."""
-    made: dict[str, ModuleType] = {}
-    with mock.patch.dict(sys.modules):
-        for module in MODULES:
-            bare = ModuleType(module.__name__)
-            bare.__file__ = module.__file__
-            tree = ast.fix_missing_locations(_WithoutSites().visit(ast.parse(inspect.getsource(module))))
-            sys.modules[module.__name__] = made[module.__name__] = bare
-            exec(compile(tree, module.__file__, "exec"), bare.__dict__)
-    return made[transformer.__name__].Flux
+class CallCounter:
+    """A watcher that counts the calls of ``probe`` and ``is_watched``, and changes nothing."""
 
+    def __init__(self):
+        self.calls = 0
 
-def a_step(flux: Flux, x: dict[str, Tensor]):
-    """One step of a run, as the sampler asks for it."""
-    rope = flux.rope(x["img_ids"], x["txt_ids"])
-    plan = flux.plan(torch.linspace(1, 0.05, STEPS, device=x["img"].device)[:, None], x["guidance"], x["y"])[3]
-    return lambda: flux.velocity(x["img"], x["txt"], rope, plan)
+    def __call__(self, owner: probe.Sited, name: str, value: object) -> object:
+        self.calls += 1
+        return value
+
+    def wants(self, owner: probe.Sited, name: str) -> bool:
+        self.calls += 1
+        return False
 
 
 @torch.no_grad()
-def idle(config: FluxConfig, side: int, text: int, rounds: int) -> dict:
-    """A step with its sites, nobody looking, beside a step of the code without them."""
+def idle_sites(config: FluxConfig, side: int, txt_len: int, rounds: int) -> dict:
+    """What sites cost while nothing is watched: calls per step x time per call, as a share of the step without them.
+
+    Timing a step with and without sites would measure noise, because the difference is far below it. Counting and
+    timing the calls on their own resolves it. On a GPU it is an upper bound, since the calls overlap with running
+    kernels.
+    """
     flux = Flux(config).eval()
-    bare = without_sites()(config).eval()
-    bare.load_state_dict(flux.state_dict())
-    x = inputs_of(config, side, text)
-    ours, theirs = a_step(flux, x), a_step(bare, x)
-    assert torch.equal(ours(), theirs())
-    with_them, without = in_turns(ours, theirs, rounds)
-    return {"with_sites_s": with_them, "without_s": without, "ratio": with_them / without}
+    step = velocity_step(flux, random_inputs(config, side, txt_len))
+    counter = CallCounter()
+    previous = probe.watch(counter)
+    try:
+        step()
+    finally:
+        probe.watch(previous)
+    names = {"block": flux.double_blocks[0], "value": torch.zeros(1)}
+    per_call = min(timeit.repeat('block.probe("img", value)', globals=names, number=100_000, repeat=5)) / 100_000
+    seconds, _ = time_alternately(step, lambda: None, rounds)
+    cost = counter.calls * per_call
+    return {"calls": counter.calls, "call_s": per_call, "step_s": seconds, "ratio": seconds / (seconds - cost)}
 
 
 # ---------------------------------------------------------------- recording
 
 
 @torch.no_grad()
-def word_maps(config: FluxConfig, side: int, text: int, rounds: int) -> dict:
-    """A step that keeps what the image takes from 20 words, of every block, the mean over heads, in 16 bits."""
+def word_maps(config: FluxConfig, side: int, txt_len: int, rounds: int) -> dict:
+    """A step that records in every block how much the image attends to 20 words: mean over heads, in 16 bits."""
     flux = Flux(config).eval()
-    step = a_step(flux, inputs_of(config, side, text))
-    kept: list[int] = []
+    step = velocity_step(flux, random_inputs(config, side, txt_len))
+    sizes: list[int] = []
 
     def recorded() -> None:
         with fe.record("*.attn.map", tokens=list(range(WORDS)), reduce="head-mean", dtype=torch.float16) as rec:
             step()
-        kept.append(rec.nbytes)
+        sizes.append(rec.nbytes)
 
-    looking, plain = in_turns(recorded, step, rounds)
-    smallest = (config.depth + config.depth_single_blocks) * side * side * WORDS * 2
-    return {
-        "recorded_s": looking,
-        "plain_s": plain,
-        "ratio": looking / plain,
-        "bytes": kept[-1],
-        "least_bytes": smallest,
-    }
+    recording, plain = time_alternately(recorded, step, rounds)
+    least = (config.depth + config.depth_single_blocks) * side * side * WORDS * 2
+    ratio = recording / plain
+    return {"recorded_s": recording, "plain_s": plain, "ratio": ratio, "bytes": sizes[-1], "least_bytes": least}
 
 
 @torch.no_grad()
-def whole_map(config: FluxConfig, side: int, text: int, rounds: int) -> dict:
-    """The whole map of one block through a recorder, beside the same formula written out by hand."""
+def whole_map(config: FluxConfig, side: int, txt_len: int, rounds: int) -> dict:
+    """The whole attention map of one block from a recorder, beside the same formula written out by hand."""
     g = torch.Generator().manual_seed(0)
-    shape = (1, config.num_heads, side * side + text, config.head_dim)
+    shape = (1, config.num_heads, side * side + txt_len, config.head_dim)
     q, k, v = (torch.randn(shape, generator=g) for _ in range(3))
-    block = blocks.DoubleStreamBlock(config)
+    block = DoubleStreamBlock(config)
     block.site_path = "double.0"
-    kept: list[Tensor] = []
+    result: list[Tensor] = []  # keeps the map alive, as a user would
 
     def recorded() -> None:
         with fe.record("double.0.attn.map") as rec:
-            block.probe("attn.map", AttentionMap(q, k, v, text))
-        kept[:] = [rec["double.0.attn.map"].tensor[0]]
+            block.probe("attn.map", AttentionMap(q, k, v, txt_len))
+        result[:] = [rec["double.0.attn.map"].tensor[0]]
 
     def by_hand() -> None:
-        kept[:] = [(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)[0].clone()]
+        result[:] = [(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)[0].clone()]
 
-    ours, hand = in_turns(recorded, by_hand, rounds)
+    ours, hand = time_alternately(recorded, by_hand, rounds)
     return {"recorded_s": ours, "by_hand_s": hand, "ratio": ours / hand}
 
 
 @contextmanager
-def materialised(kept: list[Tensor], text: int) -> Iterator[None]:
-    """Let diffusers' processors compute attention as a map, and keep of it what :func:`word_maps` keeps."""
+def diffusers_word_maps(maps: list[Tensor], txt_len: int) -> Iterator[None]:
+    """Make diffusers' attention compute the whole map, and append to ``maps`` what :func:`word_maps` records of it."""
     from diffusers.models.transformers import transformer_flux
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **_) -> Tensor:  # [B, N, H, d]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-        kept.append(weights[:, :, text:, :WORDS].mean(1).half())
+        maps.append(weights[:, :, txt_len:, :WORDS].mean(1).half())
         return (weights @ v).transpose(1, 2)
 
     with mock.patch.object(transformer_flux, "dispatch_attention_fn", attend):
@@ -134,30 +121,31 @@ def materialised(kept: list[Tensor], text: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def beside_diffusers(config: FluxConfig, side: int, text: int, rounds: int) -> dict:
-    """The same word maps, ours and from processors that make the map: time and peak memory."""
+def word_maps_beside_diffusers(config: FluxConfig, side: int, txt_len: int, rounds: int) -> dict:
+    """Time and peak memory of the same word maps, from our recorder and from diffusers."""
     flux = Flux(config).eval()
-    x, reference, kept = inputs_of(config, side, text), reference_of(flux), []
-    asked = asked_of(x)
+    x, reference = random_inputs(config, side, txt_len), diffusers_model(flux)
+    inputs = diffusers_inputs(x)
+    result: list[object] = []  # keeps the maps alive, as a user would
 
     def ours() -> None:
         with fe.record("*.attn.map", tokens=list(range(WORDS)), reduce="head-mean", dtype=torch.float16) as rec:
             flux(**x)
-        kept[:] = [rec]
+        result[:] = [rec]
 
     def theirs() -> None:
         maps: list[Tensor] = []
-        with materialised(maps, text):
-            reference(**asked)
-        kept[:] = maps
+        with diffusers_word_maps(maps, txt_len):
+            reference(**inputs)
+        result[:] = maps
 
-    seconds, their_seconds = in_turns(ours, theirs, rounds)
+    seconds, their_seconds = time_alternately(ours, theirs, rounds)
     peaks = []
-    for side_of in (ours, theirs):
-        kept.clear()
-        with PeakBytes() as held:
-            side_of()
-        peaks.append(held.peak)
+    for run in (ours, theirs):
+        result.clear()
+        with PeakBytes() as memory:
+            run()
+        peaks.append(memory.peak)
     return {
         "ours_s": seconds, "diffusers_s": their_seconds, "ratio": seconds / their_seconds,
         "ours_bytes": peaks[0], "diffusers_bytes": peaks[1], "memory_ratio": peaks[0] / peaks[1],

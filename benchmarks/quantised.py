@@ -1,4 +1,4 @@
-"""What fewer bits cost each block of the miniature, by our recorder: ``python -m benchmarks.quantised``."""
+"""The error that fewer bits make after each block of the miniature: ``python -m benchmarks.quantised``."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ SITES = ("double.*.img_out", "double.*.txt_out", "single.*.out", "velocity")
 PROMPT = "a red circle left of a blue square"
 
 
-def errors(to: str, model: str = "nano", seed: int = 1) -> dict[str, float]:
-    """``|quantised - exact| / |exact|`` after each block in the first step, and of the picture's latent at the end.
+def relative_errors(quantise: str, model: str = "nano", seed: int = 1) -> dict[str, float]:
+    """``|quantised - exact| / |exact|`` after each block in the first step, and of the final latent.
 
-    A block's error has that of all blocks before it in it.
+    The error after a block includes that of all blocks before it.
     """
     recorded, latents = [], []
-    for pipe in (fe.load(model, memory="full"), fe.load(model, memory="full", quantise=to)):
+    for pipe in (fe.load(model, memory="full"), fe.load(model, memory="full", quantise=quantise)):
         with fe.record(*SITES, steps=[0]) as rec:
             latents.append(pipe(PROMPT, seed=seed, progress=False).latents)
         recorded.append({name: rec[name].tensor for name in rec})
-    exact, changed = recorded
-    found = {name: float((changed[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
-    return {**found, "latent": float((latents[1] - latents[0]).norm() / latents[0].norm())}
+    exact, quantised = recorded
+    errors = {name: float((quantised[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
+    return {**errors, "latent": float((latents[1] - latents[0]).norm() / latents[0].norm())}
 
 
 if __name__ == "__main__":
     versions = {name: version(name) for name in ("torch", "torchao", "bitsandbytes")}
     figures = {"command": "python -m benchmarks.quantised", "gpu": None, **versions}
-    print(json.dumps({**figures, "relative_errors": {to: errors(to) for to in FORMATS}}, indent=2))
+    errors = {quantise: relative_errors(quantise) for quantise in FORMATS}
+    print(json.dumps({**figures, "relative_errors": errors}, indent=2))

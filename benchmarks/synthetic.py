@@ -1,10 +1,10 @@
-"""A checkpoint of the true names and shapes with random values: for speed and memory, not for pictures.
+"""A checkpoint of the true names and shapes with random values, to measure speed and memory.
 
     python -m benchmarks.synthetic dev /big/disk/dev          # 33.7 GB; any variant
     python -m benchmarks.synthetic dev /tmp/dev --small       # the same layout, a few MB
 
-The folder is as on the hub and opens with ``fe.load("/big/disk/dev")``. Its tokenizers are the miniature's, the
-official ones being somebody else's files, and CLIP's end of text is theirs. Values are made a tensor at a time.
+The folder has the layout of the hub and opens with ``fe.load("/big/disk/dev")``. The official tokenizers may not be
+copied, so it has the miniature's, with their end-of-text token for CLIP. One tensor is in memory at a time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fluxedu.nano import networks
 from fluxedu.nano.tokenizers import save_tokenizers
 from fluxedu.terminal import sentences
 
-#: instead of the true widths, heads of 128 as there
+#: small widths, with the true 128 channels per head
 SMALL = {
     Flux: {"hidden_size": 256, "num_heads": 2, "depth": 2, "depth_single_blocks": 3,
            "context_in_dim": 32, "vec_in_dim": 24},
@@ -52,8 +52,8 @@ KINDS = {
 }
 
 
-class Drawn(Mapping[str, Tensor]):
-    """A network's tensors, each made when it is asked for and the same every time."""
+class RandomTensors(Mapping[str, Tensor]):
+    """A network's state dict whose tensors are drawn on access, with the same values every time."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype = torch.bfloat16):
         self.shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -63,9 +63,11 @@ class Drawn(Mapping[str, Tensor]):
         shape, dtype = self.shapes[name], self.dtypes[name]
         fan = max(1, torch.Size(shape[1:]).numel())
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        drawn = torch.empty(shape, dtype=dtype).uniform_(-1, 1, generator=generator).mul_((3 / fan) ** 0.5)
+        values = torch.empty(shape, dtype=dtype).uniform_(-1, 1, generator=generator).mul_((3 / fan) ** 0.5)
         is_scale = len(shape) == 1 and not name.endswith("bias")
-        return drawn.mul_(0.1).add_(1) if is_scale else drawn.mul_(0.1) if len(shape) == 1 else drawn
+        if len(shape) == 1:
+            values.mul_(0.1)
+        return values.add_(1) if is_scale else values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -75,7 +77,7 @@ class Drawn(Mapping[str, Tensor]):
 
 
 def synthetic(folder: str | Path, variant: str = "dev", small: bool = False) -> Path:
-    """Write a whole folder for ``variant``; it appears whole or not at all. Raises ConfigError, CheckpointError."""
+    """Write a folder with all networks of ``variant``, atomically. Raises ConfigError, CheckpointError."""
     with atomic_path(Path(folder), folder=True) as part:
         for name, (kind, config_of) in KINDS.items():
             config = FluxConfig.variant(variant) if kind is Flux else config_of()
@@ -84,7 +86,7 @@ def synthetic(folder: str | Path, variant: str = "dev", small: bool = False) -> 
                 config = config.with_(eos_token_id=networks.CLIP.eos_token_id)
             with meta_init():
                 network = kind(config)
-            save_folder(Drawn(network), part / name, config)
+            save_folder(RandomTensors(network), part / name, config)
         save_tokenizers(part)
     return Path(folder)
 

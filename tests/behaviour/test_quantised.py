@@ -22,9 +22,9 @@ def to(request):
 @pytest.mark.parametrize(("to", "most"), [("int8", 0.01), ("fp8", 0.03), ("nf4", 0.1)], indirect=["to"])
 def test_what_fewer_bits_cost_a_block(to, most):
     """Measured on the miniature, first step: up to 0.7 % after a block in int8, 1.7 % in fp8, 6.4 % in nf4."""
-    from fluxedu.bench.quantised import errors
+    from benchmarks.quantised import relative_errors
 
-    found = {name: error for name, error in errors(to).items() if name.startswith(("double", "single"))}
+    found = {name: error for name, error in relative_errors(to).items() if name.startswith(("double", "single"))}
     assert len(found) == 2 * 2 + 6 and all(0 < error < most for error in found.values())
 
 
@@ -67,15 +67,15 @@ def held(flux) -> int:
 
 def test_what_is_counted_is_what_is_held(to):
     flux = fe.load().flux
-    counted, largest = Placement(small=to).held(flux, 4)
+    counted, largest = Placement(quantised=to).resident_bytes(flux, 4), Placement(quantised=to).dequantised_bytes(flux, 4)
     assert largest == 4 * max(b.linear1.weight.numel() for b in flux.single_blocks)
-    assert held(quantise(flux, to)) == counted < 0.4 * Placement().held(fe.load().flux, 4)[0]
+    assert held(quantise(flux, to)) == counted < 0.4 * Placement().resident_bytes(fe.load().flux, 4)
 
 
 def test_the_modulations_stay_exact_where_they_visit(to):
     """Of small blocks with ``memory="no-modulations"``, the plan is the exact one, to the bit."""
     exact, small = fe.load(), fe.load(memory="no-modulations", quantise=to)
-    assert small.flux.quantised == to and small.flux.double_blocks[0].img_mlp[0].weight.dtype != torch.float32 or True
+    assert small.flux.placement.quantised == to and small.flux.double_blocks[0].img_mlp[0].weight.dtype != torch.float32 or True
     run = {"seed": 1, "steps": 2, "progress": False}
     gates = []
     for pipe in (exact, small):
@@ -89,18 +89,18 @@ def test_the_modulations_stay_exact_where_they_visit(to):
 
 def test_auto_leaves_the_modulations_away_where_small_blocks_do_not_fit_with_them():
     dev = Networks.official()
-    assert choose(dev, "auto", 23e9, small="nf4") == Placement("full", small="nf4")
-    least = choose(dev, "auto", 7e9, small="nf4")  # a card of 8 GB: no block travels while it draws
-    assert least == Placement("no-modulations", small="nf4") and dev.need(least, 1024, 1024, 512).peak < 7e9
-    assert choose(dev, "auto", 1e9, small="int8") == Placement("no-modulations", tiled=True, small="int8")
+    assert choose(dev, "auto", 23e9, quantised="nf4") == Placement("full", quantised="nf4")
+    least = choose(dev, "auto", 7e9, quantised="nf4")  # a card of 8 GB: no block travels while it draws
+    assert least == Placement("no-modulations", quantised="nf4") and dev.need(least, 1024, 1024, 512).peak < 7e9
+    assert choose(dev, "auto", 1e9, quantised="int8") == Placement("no-modulations", tiled=True, quantised="int8")
 
 
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"quantise": "int3"}, "quantised to one of int8, fp8, nf4, not 'int3'"),
-        ({"quantise": 4}, "quantised to one of int8, fp8, nf4, not 4"),
-        ({"quantise": "int8", "memory": "stream"}, "blocks that visit are not quantised"),
+        ({"quantise": "int3"}, "quantise must be one of int8, fp8, nf4, not 'int3'"),
+        ({"quantise": 4}, "quantise must be one of int8, fp8, nf4, not 4"),
+        ({"quantise": "int8", "memory": "stream"}, "streamed blocks cannot be quantised"),
         ({"quantise": "int8", "dtype": "float64"}, "quantised from float32 or bfloat16, not from float64"),
         ({"quantise": "int8", "lora": "hollow"}, "load without quantise, then quantise pipe.flux"),
     ],
@@ -118,17 +118,17 @@ def test_small_weights_are_neither_moved_nor_made_small_again():
         pipe.to(torch.bfloat16)
     with pytest.raises(ValueError, match="int8 already; load again"):
         quantise(pipe.flux, "fp8")
-    with pytest.raises(ValueError, match='blocks that visit cannot be quantised; load with memory="full"'):
+    with pytest.raises(ValueError, match='streamed blocks cannot be quantised; load with memory="full"'):
         quantise(fe.load(memory="stream").flux)
 
 
 def test_lenses_see_small_blocks_and_advice_knows_them(to):
-    from fluxedu.memory.shortage import advice
-    from fluxedu.widgets.contributions import shares
+    from fluxedu.memory.placement import advice
+    from fluxedu.widgets.contributions import measure_contributions
 
     pipe = fe.load(quantise=to)
-    sizes, given, _ = shares(pipe, PROMPT, steps=1, progress=False)
-    whole, parts, _ = shares(fe.load(), PROMPT, steps=1, progress=False)
+    sizes, given, _ = measure_contributions(pipe, PROMPT, steps=1, progress=False)
+    whole, parts, _ = measure_contributions(fe.load(), PROMPT, steps=1, progress=False)
     assert float((sizes.tensor - whole.tensor).norm() / whole.tensor.norm()) < 0.1
     assert float((given.tensor - parts.tensor).norm() / parts.tensor.norm()) < 0.2
     four = Networks(**pipe.networks(), dtype=torch.float32)

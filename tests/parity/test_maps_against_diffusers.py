@@ -1,13 +1,13 @@
-"""Attention maps beside those of diffusers' processors, made to write the map down; and the code without its sites."""
+"""Attention maps beside those of diffusers' processors, made to compute the map; and the network without its sites."""
 
 import pytest
 import torch
 
 import fluxedu as fe
-from fluxedu import bench
-from fluxedu.bench.instruments import WORDS, materialised, without_sites
-from fluxedu.bench.speed import asked_of, inputs_of, reference_of
+from benchmarks.instruments import WORDS, diffusers_word_maps
+from benchmarks.speed import diffusers_inputs, diffusers_model, random_inputs
 from fluxedu.models import Flux, FluxConfig
+from fluxedu.probe import Sited
 
 SMALL = FluxConfig(
     hidden_size=96,
@@ -31,9 +31,9 @@ def flux():
 
 
 def test_maps_of_every_block(flux):
-    x, kept = inputs_of(SMALL, 5, 24), []
-    with torch.no_grad(), materialised(kept, 24):
-        (theirs,) = reference_of(flux)(**asked_of(x))
+    x, kept = random_inputs(SMALL, 5, 24), []
+    with torch.no_grad(), diffusers_word_maps(kept, 24):
+        (theirs,) = diffusers_model(flux)(**diffusers_inputs(x))
     how = {"tokens": list(range(WORDS)), "reduce": "head-mean", "dtype": torch.float16}
     with fe.record("*.attn.map", **how) as rec, fe.record("*.attn.map") as whole:
         ours = flux(**x)
@@ -46,19 +46,16 @@ def test_maps_of_every_block(flux):
         assert float((whole[site].tensor[0].mean(0)[24:, :WORDS] - map_[0].float()).abs().max()) <= 2**-11
 
 
-def test_the_code_without_sites_is_the_code(flux):
-    bare = without_sites()(SMALL).eval()
-    bare.load_state_dict(flux.state_dict())
-    x = inputs_of(SMALL, 3, 8)
-    with fe.record("double.*", "single.*", "vec*", "*_in", "velocity") as rec, torch.no_grad():
-        there = bare(**x)
-        assert len(rec) == 0
-        assert torch.equal(there, flux(**x))
+def test_sites_change_nothing(flux, monkeypatch):
+    """Watched, unwatched, or taken out altogether: the same result to the last bit."""
+    x, everything = random_inputs(SMALL, 3, 8), ("double.*", "single.*", "vec*", "*_in", "velocity")
+    with torch.no_grad():
+        unwatched = flux(**x)
+        with fe.record(*everything) as rec:
+            assert torch.equal(flux(**x), unwatched)
         assert len(rec) > 90
-
-
-def test_every_bar_has_a_figure():
-    ratio = {"ratio": 1.0, "memory_ratio": 1.0, "bytes": 1, "least_bytes": 1}
-    training = {"samples_per_second": 1.0, "steps_per_second": 1.0, "share_of_matmul_peak": 0.5, "dtype": "float32"}
-    said = bench.table({name: ratio for name in bench.BARS} | {"training": training, "threads": 2})
-    assert all(name in said for name in bench.BARS)
+        monkeypatch.setattr(Sited, "probe", lambda self, name, value: value)
+        monkeypatch.setattr(Sited, "is_watched", lambda self, name: False)
+        with fe.record(*everything) as rec:
+            assert torch.equal(flux(**x), unwatched)
+        assert len(rec) == 0
