@@ -66,7 +66,7 @@ newest:         ## the tests with the newest versions the bounds allow, in a fre
 	rm -rf .venv-newest
 	$(MAKE) test VENV=.venv-newest
 
-train: $(STAMP) ## train the miniature again from nothing
+train: $(STAMP) ## train the miniature from scratch
 	$(BIN)/fluxedu train --all
 
 docs: $(STAMP)  ## build the site into docs/_build/html, offline; check its links, its pages in a browser, every example in a docstring

@@ -1,4 +1,4 @@
-"""Draws a small Stable Diffusion beside two FLUXes: ``python docs/images/make_rivals.py WEIGHTS``.
+"""Draws a small Stable Diffusion beside two FLUXes: ``python docs/images/make_baselines.py WEIGHTS``.
 
 WEIGHTS is the folder that ``fluxedu train --variant twin`` wrote; the twin does not ship.
 """
@@ -13,14 +13,13 @@ import torch
 import fluxedu as fe
 from fluxedu.nano.exam import questions
 from fluxedu.nano.judge import judge
-from fluxedu.nano.stable_diffusion import load_sd
-from training.baselines import GUIDANCE, SHIPS_AS, TWIN
+from fluxedu.nano.stable_diffusion import GUIDANCE, load_sd
 
 SHOWN = 7
 
 if __name__ == "__main__":
     base, twin = fe.load("nano-base"), fe.load("nano-base")
-    twin.flux = fe.checkpoints.load_model(Path(sys.argv[1]) / SHIPS_AS[TWIN], dtype=torch.float32)
+    twin.flux = fe.checkpoints.load_model(Path(sys.argv[1]) / "transformer_twin", dtype=torch.float32)
     models = {"Stable Diffusion": load_sd(), "FLUX, the same cost": twin, "FLUX, long trained": base}
     asked = [q for q in questions(200) if q.size == (128, 128)][:SHOWN]
     fig, axes = plt.subplots(len(models), SHOWN, figsize=(13, 7), layout="constrained")
@@ -36,4 +35,4 @@ if __name__ == "__main__":
     for ax, q in zip(axes[-1], asked, strict=True):
         ax.set_xlabel(textwrap.fill(q.prompt, 26), fontsize=9, color="#444", labelpad=6)
     fig.suptitle("Blue: all that the prompt says is there. Orange: not all.", fontsize=10.5, color="#222")
-    fig.savefig(Path(__file__).parent / "rivals.png", dpi=85, facecolor="white")
+    fig.savefig(Path(__file__).parent / "baselines.png", dpi=85, facecolor="white")
