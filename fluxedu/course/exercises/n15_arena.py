@@ -10,7 +10,7 @@ from torch import Tensor
 from fluxedu.course.exercise import exercise, wrong
 
 
-def _tables() -> list[tuple]:
+def _win_tables() -> list[tuple]:
     g = torch.Generator().manual_seed(15)
     cases = []
     for models in (3, 5):
@@ -19,8 +19,8 @@ def _tables() -> list[tuple]:
     return cases
 
 
-def _by_weights(strengths: Tensor, wins: Tensor) -> Tensor:
-    """The same vote by vote: i and j share the chance as e^s_i and e^s_j."""
+def _pair_by_pair(strengths: Tensor, wins: Tensor) -> Tensor:
+    """The reference: i is preferred to j with probability e^s_i / (e^s_i + e^s_j); add up the logarithms."""
     weight, total = [math.exp(s) for s in strengths.tolist()], 0.0
     for i, row in enumerate(wins.tolist()):
         total += sum(n * math.log(weight[i] / (weight[i] + weight[j])) for j, n in enumerate(row))
@@ -31,164 +31,147 @@ def _by_weights(strengths: Tensor, wins: Tensor) -> Tensor:
     "arena.likelihood",
     minutes=6,
     difficulty=1,
-    cases=_tables,
-    against=_by_weights,
+    cases=_win_tables,
+    against=_pair_by_pair,
     hints=(
-        "Every vote has a probability under these strengths. Votes are independent, so the probabilities multiply, and "
-        "their logarithms add.",
-        "`strengths[:, None] - strengths[None, :]` is the table of all differences, row less column, as `wins` has it.",
+        "Every vote has a probability under these strengths. Votes are independent, so their probabilities multiply "
+        "and the logarithms add up.",
+        "`strengths[:, None] - strengths[None, :]` is the table of all differences, row minus column, like `wins`.",
         "`gaps = strengths[:, None] - strengths[None, :]`, then `(wins * F.logsigmoid(gaps)).sum()`.",
     ),
 )
 def likelihood(strengths: Tensor, wins: Tensor) -> Tensor:
-    """How probable the votes are, as a logarithm: `strengths [M]`, `wins [M, M]` -> a number.
+    """The log-likelihood of the votes in the Bradley-Terry model: `strengths [M]`, `wins [M, M]` -> one number.
 
-    `wins[i, j]` says how often i was preferred to j; a tie counts half for each. The model of Bradley and Terry:
-    i is preferred to j with probability `sigmoid(strengths[i] - strengths[j])`.
+    `wins[i, j]` is how often i was preferred to j; a tie counts as half a win for each. In this model, i is preferred
+    to j with probability `sigmoid(strengths[i] - strengths[j])`.
     """
     gaps = strengths[:, None] - strengths[None, :]  # [M, M]: s_i - s_j
     return (wins * F.logsigmoid(gaps)).sum()
 
 
-@wrong("arena.likelihood", "the difference is the wrong way round: `wins[i, j]` are i's wins, so it is s_i - s_j.")
-def _turned(strengths, wins):
-    return (wins * F.logsigmoid(strengths[None, :] - strengths[:, None])).sum()
+def _likelihood_with(mistake: str):
+    """The solution with one mistake in it."""
+
+    def mistaken(strengths, wins):
+        gaps = strengths[:, None] - strengths[None, :]
+        if mistake == "transposed":
+            gaps = -gaps
+        counts = (wins > 0).float() if mistake == "once" else wins
+        total = (counts * (torch.sigmoid(gaps) if mistake == "no log" else F.logsigmoid(gaps))).sum()
+        if mistake == "mean":
+            total = total / wins.sum()
+        return -total if mistake == "loss" else total
+
+    return mistaken
 
 
-@wrong("arena.likelihood", "these are probabilities; before they are added up, take the logarithm.")
-def _no_log(strengths, wins):
-    return (wins * torch.sigmoid(strengths[:, None] - strengths[None, :])).sum()
+for _mistake, _message in (
+    ("transposed", "the difference has the wrong sign: `wins[i, j]` are wins of i, so it is s_i - s_j."),
+    ("no log", "you add up probabilities; take their logarithms first."),
+    ("once", "each pair counts once in your sum; multiply by the number of its votes."),
+    ("mean", "you return the mean over the votes; the log-likelihood is the sum."),
+    ("loss", "the sign is wrong: you return a loss; the log-likelihood is the sum itself."),
+):
+    wrong("arena.likelihood", _message)(_likelihood_with(_mistake))
 
 
-@wrong("arena.likelihood", "every pair counts once; it should count as often as it was voted for.")
-def _once(strengths, wins):
-    return ((wins > 0) * F.logsigmoid(strengths[:, None] - strengths[None, :])).sum()
-
-
-@wrong("arena.likelihood", "that is a mean over the votes; the likelihood of all of them is the sum.")
-def _mean(strengths, wins):
-    return likelihood(strengths, wins) / wins.sum()
-
-
-@wrong("arena.likelihood", "the sign is turned: that is a loss; the likelihood's logarithm is the sum itself.")
-def _loss(strengths, wins):
-    return -likelihood(strengths, wins)
-
-
-def _with_an_anchor() -> list[tuple]:
-    return [(0.7 * strengths[:-1], wins) for strengths, wins in _tables()]
+def _tables_with_anchor() -> list[tuple]:
+    return [(0.7 * strengths[:-1], wins) for strengths, wins in _win_tables()]
 
 
 def _by_autograd(strengths: Tensor, wins: Tensor) -> Tensor:
-    """The same from derivatives that torch takes of the likelihood itself."""
+    """The reference: gradient and Hessian of the log-likelihood from automatic differentiation."""
 
-    def height(s: Tensor) -> Tensor:
+    def log_likelihood(s: Tensor) -> Tensor:
         return likelihood(torch.cat([s, torch.zeros(1, dtype=s.dtype)]), wins.double())
 
     with torch.enable_grad():
         start = strengths.double()
-        slope = torch.autograd.functional.jacobian(height, start)
-        bend = torch.autograd.functional.hessian(height, start)
-    return (start - torch.linalg.solve(bend, slope)).float()
+        gradient = torch.autograd.functional.jacobian(log_likelihood, start)
+        hessian = torch.autograd.functional.hessian(log_likelihood, start)
+    return (start - torch.linalg.solve(hessian, gradient)).float()
 
 
 @exercise(
     "arena.newton",
     minutes=20,
     difficulty=3,
-    cases=_with_an_anchor,
+    cases=_tables_with_anchor,
     against=_by_autograd,
     hints=(
-        "The slope of the likelihood along s_i is a difference that you can say in words: the wins of i, less the wins "
-        "that the strengths let expect, `games * p` with `games = wins + wins.T`.",
-        "How the slope changes is the information. A vote on i and j adds `p (1 - p)` to places (i, i) and (j, j), and "
-        "takes it away from (i, j) and (j, i): `weights.sum(1).diag() - weights`.",
-        "`p = sigmoid(all_s[:, None] - all_s)`, `slope = (wins - games * p).sum(1)`, `weights = games * p * (1 - p)`. "
-        "Leave the last player out of both, and return `strengths + torch.linalg.solve(information, slope)`.",
+        "The derivative of the log-likelihood by s_i is the number of wins of i minus the number that the strengths "
+        "predict, which is a sum of `games * p` with `games = wins + wins.T`.",
+        "The information is minus the second derivative. A vote on i and j adds `p (1 - p)` to the entries (i, i) and "
+        "(j, j), and subtracts it from (i, j) and (j, i): `weights.sum(1).diag() - weights`.",
+        "`p = sigmoid(all_s[:, None] - all_s)`, `gradient = (wins - games * p).sum(1)`, "
+        "`weights = games * p * (1 - p)`. Leave the last player out of gradient and information, and return "
+        "`strengths + torch.linalg.solve(information, gradient)`.",
     ),
 )
 def newton(strengths: Tensor, wins: Tensor) -> Tensor:
-    """One Newton step up the likelihood: `strengths [M]`, `wins [M + 1, M + 1]` -> the next strengths `[M]`.
+    """One Newton step that increases the log-likelihood: `strengths [M]`, `wins [M + 1, M + 1]` -> new strengths `[M]`.
 
-    Only differences matter, so somebody must stand still: the table has one player more, its last, whose strength is
-    0 and stays 0. The step is the inverse of the information times the slope.
+    Only differences of strengths matter, so one strength must be fixed: the table has one more player, the last one,
+    whose strength is 0 and stays 0. The step is the inverse of the information matrix times the gradient.
     """
     everyone = torch.cat([strengths, torch.zeros(1)])  # [M + 1]
     p = torch.sigmoid(everyone[:, None] - everyone[None, :])  # [M + 1, M + 1]
     games = wins + wins.T
-    slope = (wins - games * p).sum(1)  # [M + 1]: the wins, less those to be expected
+    gradient = (wins - games * p).sum(1)  # [M + 1]: actual wins minus expected wins
     weights = games * p * (1 - p)
     information = weights.sum(1).diag() - weights  # [M + 1, M + 1]
-    return strengths + torch.linalg.solve(information[:-1, :-1], slope[:-1])
+    return strengths + torch.linalg.solve(information[:-1, :-1], gradient[:-1])
 
 
-def _parts(strengths: Tensor, wins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    everyone = torch.cat([strengths, torch.zeros(1)])
-    p = torch.sigmoid(everyone[:, None] - everyone[None, :])
-    games = wins + wins.T
-    return p, games, (wins - games * p).sum(1)[:-1]
+def _newton_with(mistake: str):
+    """The solution with one mistake in it."""
+
+    def mistaken(strengths, wins):
+        if mistake == "no anchor":
+            wins = wins[:-1, :-1]
+        everyone = torch.cat([strengths, torch.zeros(len(wins) - len(strengths))])
+        p = torch.sigmoid(everyone[:, None] - everyone[None, :])
+        games = wins + wins.T
+        gradient = (wins - (wins if mistake == "won games" else games) * p).sum(1)[: len(strengths)]
+        weights = games / 4 if mistake == "equal weights" else games * p * (1 - p)
+        information = (weights.sum(1).diag() - weights)[: len(strengths), : len(strengths)]
+        if mistake == "gradient":
+            return strengths + gradient
+        if mistake == "diagonal":
+            return strengths + gradient / information.diag()
+        step = torch.linalg.pinv(information) @ gradient
+        return strengths - step if mistake == "sign" else strengths + step
+
+    return mistaken
 
 
-def _information(weights: Tensor) -> Tensor:
-    return (weights.sum(1).diag() - weights)[:-1, :-1]
-
-
-@wrong("arena.newton", "that is a step along the slope; Newton's divides by the information, `linalg.solve`.")
-def _slope_only(strengths, wins):
-    return strengths + _parts(strengths, wins)[2]
-
-
-@wrong("arena.newton", "only the information's diagonal is used; a vote on i and j is about both at once.")
-def _diagonal(strengths, wins):
-    p, games, slope = _parts(strengths, wins)
-    return strengths + slope / (games * p * (1 - p)).sum(1)[:-1]
-
-
-@wrong("arena.newton", "the sign is turned, so that it leads down: the information is the Hessian with a minus.")
-def _down(strengths, wins):
-    return 2 * strengths - newton(strengths, wins)
-
-
-@wrong("arena.newton", "every game counts alike in your information; one with a sure winner tells less: p (1 - p).")
-def _alike(strengths, wins):
-    _, games, slope = _parts(strengths, wins)
-    return strengths + torch.linalg.solve(_information(games / 4), slope)
-
-
-@wrong(
-    "arena.newton", "your expected wins come from `wins`, which lacks the games that were lost: use `wins + wins.T`."
-)
-def _won_games(strengths, wins):
-    p, games, _ = _parts(strengths, wins)
-    slope = (wins - wins * p).sum(1)[:-1]
-    return strengths + torch.linalg.solve(_information(games * p * (1 - p)), slope)
-
-
-@wrong("arena.newton", "the last player, who stands still at 0, is left out; the games against them count too.")
-def _nobody_still(strengths, wins):
-    wins = wins[:-1, :-1]
-    p = torch.sigmoid(strengths[:, None] - strengths[None, :])
-    games = wins + wins.T
-    weights = games * p * (1 - p)
-    information = weights.sum(1).diag() - weights
-    return strengths + torch.linalg.pinv(information) @ (wins - games * p).sum(1)
+for _mistake, _message in (
+    ("gradient", "you step along the gradient; Newton's step solves with the information matrix, `linalg.solve`."),
+    ("diagonal", "you use only the diagonal of the information; a vote on i and j is about both strengths at once."),
+    ("sign", "the sign is wrong, so the likelihood falls: the information is minus the Hessian."),
+    ("equal weights", "all games have the same weight in your information; a predictable one has less, p (1 - p)."),
+    ("won games", "your expected wins come from `wins`, which lacks the games that were lost: use `wins + wins.T`."),
+    ("no anchor", "you leave out the last player, whose strength is 0; the games against that player count too."),
+):
+    wrong("arena.newton", _message)(_newton_with(_mistake))
 
 
 def _draws() -> list[tuple]:
     g = torch.Generator().manual_seed(16)
     shared = torch.randn(1, 401, 1, generator=g)
-    made = torch.randn(2, 401, 4, generator=g).exp() * torch.tensor([0.2, 0.5, 1.0, 0.3]) + 2 * shared
-    return [(made[0], 0.95), (made[1, :, :3], 0.8)]
+    draws = torch.randn(2, 401, 4, generator=g).exp() * torch.tensor([0.2, 0.5, 1.0, 0.3]) + 2 * shared
+    return [(draws[0], 0.95), (draws[1, :, :3], 0.8)]
 
 
 def _by_sorting(draws: Tensor, level: float) -> Tensor:
-    """The same in base 10, by hand: sort, and go in from both ends."""
+    """The reference: powers of 10, and quantiles by sorting and linear interpolation."""
     elo = 1000 + 400 * math.log10(math.e) * (draws.double().numpy() - draws.double().numpy().mean(1, keepdims=True))
-    rows, edge = np.sort(elo, axis=0), (1 - level) / 2 * (len(elo) - 1)
-    low, part = int(edge + 1e-9), edge - int(edge + 1e-9)
-    at = lambda k: rows[k]  # noqa: E731
-    ends = ((1 - part) * at(low) + part * at(low + 1), (1 - part) * at(-1 - low) + part * at(-2 - low))
-    return torch.tensor(np.stack(ends, axis=1)).float()
+    ordered, cut = np.sort(elo, axis=0), (1 - level) / 2 * (len(elo) - 1)
+    k, rest = int(cut + 1e-9), cut - int(cut + 1e-9)
+    low = (1 - rest) * ordered[k] + rest * ordered[k + 1]
+    high = (1 - rest) * ordered[-1 - k] + rest * ordered[-2 - k]
+    return torch.tensor(np.stack([low, high], axis=1)).float()
 
 
 @exercise(
@@ -198,68 +181,65 @@ def _by_sorting(draws: Tensor, level: float) -> Tensor:
     cases=_draws,
     against=_by_sorting,
     hints=(
-        "Three things: only differences mean something, so each draw is measured from its own mean; strengths become "
-        "points; and what is cut off is cut off at both ends.",
-        "400 points are ten to one, and one unit of strength is e to one: a unit is `400 / log(10)` points. At a level "
-        "of 0.95, 0.025 are cut off below and above.",
+        "Three steps: subtract the mean of each draw, since only differences matter; convert strengths to Elo points; "
+        "take a quantile at each end.",
+        "400 points mean odds of ten to one, and one unit of strength means e to one, so a unit is `400 / log(10)` "
+        "points. For a level of 0.95, 0.025 is cut off at each end.",
         "`points = 1000 + 400 / math.log(10) * (draws - draws.mean(1, keepdim=True))`, then `torch.quantile(points, "
         "torch.tensor([(1 - level) / 2, (1 + level) / 2]), dim=0).T`.",
     ),
 )
 def interval(draws: Tensor, level: float) -> Tensor:
-    """From strengths fitted again and again, `draws [R, M]`, the ends of each model's interval in Elo, `[M, 2]`.
+    """The ends of each model's interval in Elo, `[M, 2]`, from `draws [R, M]`: strengths fitted to R resampled votes.
 
-    In each draw the mean of the models is 1000. `level` is the share of the draws that the interval holds.
+    Shift each draw so that the mean of its models is 1000. `level` is the fraction of draws inside the interval.
     """
     points = 1000 + 400 / math.log(10) * (draws - draws.mean(1, keepdim=True))  # [R, M]
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2])
     return torch.quantile(points, ends, dim=0).T  # [M, 2]
 
 
-@wrong("arena.interval", "the mean of each draw is not taken away; what all models share says nothing.")
-def _no_mean(draws, level):
-    points = 1000 + 400 / math.log(10) * draws
-    return torch.quantile(points, torch.tensor([(1 - level) / 2, (1 + level) / 2]), dim=0).T
+def _interval_with(mistake: str):
+    """The solution with one mistake in it."""
+
+    def mistaken(draws, level):
+        mean = draws.mean(1, keepdim=True)
+        if mistake == "no mean":
+            mean = 0
+        if mistake == "mean of draws":
+            mean = draws.mean(0)
+        if mistake == "one mean":
+            mean = draws.mean()
+        points = 1000 + (400 if mistake == "times 400" else 400 / math.log(10)) * (draws - mean)
+        if mistake == "normal":
+            return torch.stack([points.mean(0) - 1.96 * points.std(0), points.mean(0) + 1.96 * points.std(0)], dim=1)
+        cut = 1 - level if mistake == "cut twice" else (1 - level) / 2
+        return torch.quantile(points, torch.tensor([cut, 1 - cut]), dim=0).T
+
+    return mistaken
 
 
-@wrong(
-    "arena.interval", "the mean is taken over the draws, so that every model stands at 1000; take it over the models."
-)
-def _over_draws(draws, level):
-    return _no_mean(draws - draws.mean(0), level)
+for _mistake, _message in (
+    ("no mean", "the mean of each draw is not subtracted; a constant that all models share has no meaning."),
+    ("mean of draws", "you take the mean over the draws, so every model is at 1000; take it over the models."),
+    ("one mean", "you subtract one mean of everything; each draw has its own mean over the models."),
+    ("times 400", "you multiply strengths by 400; strengths are powers of e, Elo points powers of 10."),
+    ("cut twice", "each end cuts off all of 1 - level, so the interval is too narrow; cut off half at each end."),
+    ("normal", "mean and 1.96 deviations suit a normal distribution; these draws are skewed, so use their quantiles."),
+):
+    wrong("arena.interval", _message)(_interval_with(_mistake))
 
 
-@wrong("arena.interval", "one mean is taken over everything; every draw is measured from the mean of its own models.")
-def _one_mean(draws, level):
-    return _no_mean(draws - draws.mean(), level)
-
-
-@wrong("arena.interval", "the strengths are multiplied by 400; they are in powers of e, Elo in powers of 10.")
-def _times_400(draws, level):
-    return 1000 + math.log(10) * (interval(draws, level) - 1000)
-
-
-@wrong("arena.interval", "each end cuts off the whole rest, so that the interval holds too little; halve it.")
-def _twice_cut(draws, level):
-    return interval(draws, 2 * level - 1)
-
-
-@wrong("arena.interval", "mean and 1.96 deviations suit a bell; these draws are lopsided, so take their quantiles.")
-def _bell(draws, level):
-    points = 1000 + 400 / math.log(10) * (draws - draws.mean(1, keepdim=True))
-    return torch.stack([points.mean(0) - 1.96 * points.std(0), points.mean(0) + 1.96 * points.std(0)], dim=1)
-
-
-def _uncertain() -> list[tuple]:
+def _covariances() -> list[tuple]:
     g, cases = torch.Generator().manual_seed(17), []
     for models, p, i, j in ((3, 0.5, 0, 2), (5, 0.9, 3, 1), (4, 0.2, 1, 0)):
-        some = torch.randn(models, models, generator=g)
-        cases.append((some @ some.T + 0.3 * torch.eye(models), p, i, j))
+        root = torch.randn(models, models, generator=g)
+        cases.append((root @ root.T + 0.3 * torch.eye(models), p, i, j))
     return cases
 
 
 def _by_inverse(covariance: Tensor, p: float, i: int, j: int) -> float:
-    """The same without a formula: add the vote to the information, and invert again."""
+    """The reference, without a formula: add the vote to the information, and invert again."""
     c = covariance.double()
     d = torch.zeros(len(c), dtype=torch.float64)
     d[i], d[j] = 1, -1
@@ -271,57 +251,50 @@ def _by_inverse(covariance: Tensor, p: float, i: int, j: int) -> float:
     "arena.gain",
     minutes=15,
     difficulty=3,
-    cases=_uncertain,
+    cases=_covariances,
     against=_by_inverse,
     tolerance=1e-4,  # the answer is in float32, and the reference inverts twice
     hints=(
-        "A vote adds `w d d^T` to the information, with w = p (1 - p), and d is 1 at i, -1 at j, 0 elsewhere. What "
-        "that does to the inverse is known without inverting anything, by Sherman and Morrison's formula: "
+        "A vote adds `w d d^T` to the information, with w = p (1 - p), where d is 1 at i, -1 at j and 0 elsewhere. The "
+        "Sherman-Morrison formula gives the new inverse without inverting anything: "
         "(A + u u^T)^-1 = A^-1 - A^-1 u u^T A^-1 / (1 + u^T A^-1 u).",
-        "The covariance loses `w (C d)(C d)^T / (1 + w d^T C d)`. Its trace is what is asked for, and the trace of "
+        "The covariance decreases by `w (C d)(C d)^T / (1 + w d^T C d)`. Return the trace of this; the trace of "
         "`u u^T` is `u @ u`.",
-        "`moved = covariance[:, i] - covariance[:, j]`, `along = moved[i] - moved[j]`, and then "
-        "`w * moved @ moved / (1 + w * along)`.",
+        "`c_d = covariance[:, i] - covariance[:, j]`, `d_c_d = c_d[i] - c_d[j]`, and then "
+        "`w * c_d @ c_d / (1 + w * d_c_d)`.",
     ),
 )
 def gain(covariance: Tensor, p: float, i: int, j: int) -> Tensor:
-    """How much one more vote on i and j takes from the summed variance of the strengths: a number.
+    """By how much one more vote on i and j reduces the summed variance of the strengths: one number.
 
-    `covariance [M, M]` is that of the strengths around their mean; `p` is the chance that i is preferred. A vote adds
-    `p (1 - p)` of information about the one difference `s_i - s_j`.
+    `covariance [M, M]` is the covariance of the strengths around their mean, a symmetric matrix; `p` is the probability
+    that i is preferred. A vote adds the information `p (1 - p)` about the difference `s_i - s_j`.
     """
     w = p * (1 - p)
-    moved = covariance[:, i] - covariance[:, j]  # [M]: C d
-    along = moved[i] - moved[j]  # d' C d, the variance of the difference
-    return w * moved @ moved / (1 + w * along)
+    c_d = covariance[:, i] - covariance[:, j]  # [M]: C d
+    d_c_d = c_d[i] - c_d[j]  # d^T C d, the variance of the difference
+    return w * c_d @ c_d / (1 + w * d_c_d)
 
 
-def _of_pair(covariance, p, i, j):
-    moved = covariance[:, i] - covariance[:, j]
-    return p * (1 - p), moved, moved[i] - moved[j]
+def _gain_with(mistake: str):
+    """The solution with one mistake in it."""
+
+    def mistaken(covariance, p, i, j):
+        w = 1 / 4 if mistake == "certain" else p * (1 - p)
+        sign = 1 if mistake == "sum" else -1
+        c_d = covariance[:, i] + sign * covariance[:, j]
+        d_c_d = c_d[i] + sign * c_d[j]
+        if mistake == "one difference":
+            return w * d_c_d**2 / (1 + w * d_c_d)
+        return w * c_d @ c_d / (1 if mistake == "undivided" else 1 + w * d_c_d)
+
+    return mistaken
 
 
-@wrong("arena.gain", "that is the variance of the one difference; the vote also tells about all who met these two.")
-def _only_difference(covariance, p, i, j):
-    w, _, along = _of_pair(covariance, p, i, j)
-    return w * along**2 / (1 + w * along)
-
-
-@wrong("arena.gain", "it is not divided by 1 + w d'Cd, so that a vote could take away more variance than there is.")
-def _undivided(covariance, p, i, j):
-    w, moved, _ = _of_pair(covariance, p, i, j)
-    return w * moved @ moved
-
-
-@wrong(
-    "arena.gain",
-    "every vote is taken to tell the same; when the winner is known beforehand it tells little: p (1 - p).",
-)
-def _certain(covariance, p, i, j):
-    return gain(covariance, 0.5, i, j)
-
-
-@wrong("arena.gain", "d is 1 at both; what a vote compares is a difference, so it is 1 and -1.")
-def _sum(covariance, p, i, j):
-    w, moved = p * (1 - p), covariance[:, i] + covariance[:, j]
-    return w * moved @ moved / (1 + w * (moved[i] + moved[j]))
+for _mistake, _message in (
+    ("one difference", "that is the variance of one difference; the vote also tells about all others who met i or j."),
+    ("undivided", "the division by 1 + w d^T C d is missing, so a vote could remove more variance than there is."),
+    ("certain", "every vote counts the same in your answer; a predictable one tells less, p (1 - p)."),
+    ("sum", "your d is 1 at both models; a vote compares a difference, so it is 1 and -1."),
+):
+    wrong("arena.gain", _message)(_gain_with(_mistake))
