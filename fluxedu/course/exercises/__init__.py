@@ -1,1 +1,22 @@
-"""The exercises, a file a notebook. Each is told in ``fluxedu.course.exercise``."""
+"""The exercises, one file per notebook; `fluxedu.course.exercise` explains what an exercise consists of."""
+
+import torch
+from torch import Tensor, nn
+
+
+def random_weights(module: nn.Module, seed: int, mean: float = 0.0, std: float = 0.7) -> dict[str, Tensor]:
+    """Random tensors with the names and shapes of a module's weights."""
+    g = torch.Generator().manual_seed(seed)
+    return {name: std * torch.randn(x.shape, generator=g) + mean for name, x in module.state_dict().items()}
+
+
+def build_module(answer: type[nn.Module], arguments: tuple, weights: dict[str, Tensor]) -> nn.Module:
+    """A student's module with the given weights. Raises an error in one sentence if the names of its tensors differ."""
+    module = answer(*arguments)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{type(module).__name__} is not a torch.nn.Module")
+    if module.state_dict().keys() != weights.keys():
+        actual, expected = (", ".join(sorted(names)) or "none" for names in (module.state_dict(), weights))
+        raise ValueError(f"its tensors are named {actual}; the names should be {expected}")
+    module.load_state_dict(weights)
+    return module

@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, wrong
-from fluxedu.models.autoencoder import Downsample as OurDownsample
-from fluxedu.sampling.latents import pack as our_pack
-from fluxedu.sampling.latents import unpack as our_unpack
+from fluxedu.course.exercises import build_module
+from fluxedu.models.autoencoder import Downsample as LibraryDownsample
+from fluxedu.sampling.latents import pack as library_pack
+from fluxedu.sampling.latents import unpack as library_unpack
 
 
 def _latents() -> list[tuple]:
@@ -20,14 +21,14 @@ def _latents() -> list[tuple]:
     minutes=10,
     difficulty=2,
     cases=_latents,
-    against=our_pack,
+    against=library_pack,
     tolerance=0,
     hints=(
-        "Cut rows into (token row, row inside the token) and columns likewise, without moving a number; then say in "
-        "which order the axes are to be read.",
-        "`latent.reshape(b, c, h // 2, 2, w // 2, 2)` has the axes (picture, channel, row, inner row, column, inner "
-        "column). `permute` puts the two that number the tokens in front.",
-        "`.permute(0, 2, 4, 1, 3, 5)` gives (picture, row, column, channel, inner row, inner column); reshape it to "
+        "Split the row axis into (token row, row inside the token), and the column axis likewise. A reshape does this "
+        "without moving a number. Then put the axes into the right order.",
+        "`latent.reshape(b, c, h // 2, 2, w // 2, 2)` has the axes (image, channel, row, inner row, column, inner "
+        "column). `permute` moves the two axes that number the tokens to the front.",
+        "`.permute(0, 2, 4, 1, 3, 5)` gives (image, row, column, channel, inner row, inner column); reshape it to "
         "`(b, h // 2 * (w // 2), 4 * c)`.",
     ),
 )
@@ -42,31 +43,28 @@ def pack(latent: Tensor) -> Tensor:
     return x.reshape(b, h // 2 * (w // 2), 4 * c)
 
 
-@wrong(
-    "latents.pack",
-    "inside a token your channel changes fastest; FLUX's tokens hold all four numbers of channel 0, then of channel 1.",
-)
+@wrong("latents.pack", "inside a token your channel changes fastest; FLUX's tokens hold all of channel 0 first.")
 def _channel_last(latent):
     b, c, h, w = latent.shape
     x = latent.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1)
     return x.reshape(b, h // 2 * (w // 2), 4 * c)
 
 
-@wrong("latents.pack", "the tokens are numbered column by column; they go row by row, as one reads.")
-def _columns_first(latent):
+@wrong("latents.pack", "your tokens are numbered column by column; number them row by row, as you read.")
+def _column_by_column(latent):
     b, c, h, w = latent.shape
     x = latent.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 4, 2, 1, 3, 5)
     return x.reshape(b, h // 2 * (w // 2), 4 * c)
 
 
-@wrong("latents.pack", "a reshape alone moves nothing: the axes must be permuted before the last reshape.")
+@wrong("latents.pack", "a reshape alone does not reorder numbers: permute the axes before the last reshape.")
 def _no_permute(latent):
     b, c, h, w = latent.shape
     return latent.reshape(b, h // 2 * (w // 2), 4 * c)
 
 
-@wrong("latents.pack", "rows and columns inside each 2 x 2 square have changed places.")
-def _inner_swapped(latent):
+@wrong("latents.pack", "rows and columns inside each 2 x 2 square are exchanged.")
+def _inner_exchanged(latent):
     b, c, h, w = latent.shape
     x = latent.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 5, 3)
     return x.reshape(b, h // 2 * (w // 2), 4 * c)
@@ -82,32 +80,32 @@ def _tokens() -> list[tuple]:
     minutes=8,
     difficulty=2,
     cases=_tokens,
-    against=our_unpack,
+    against=library_unpack,
     tolerance=0,
     hints=(
-        "It is `pack` read backwards: first give every axis its name again, then put them in the latent's order.",
-        "A token's numbers are (channel, inner row, inner column): reshape to `(b, height // 2, width // 2, d // 4, 2, "
-        "2)`.",
-        "`.permute(0, 3, 1, 4, 2, 5)` gives (picture, channel, row, inner row, column, inner column); reshape it to "
+        "Undo the steps of `pack` in reverse order: first split every axis, then put the axes into the latent's order.",
+        "The numbers of a token are (channel, inner row, inner column): reshape to `(b, height // 2, width // 2, "
+        "d // 4, 2, 2)`.",
+        "`.permute(0, 3, 1, 4, 2, 5)` gives (image, channel, row, inner row, column, inner column); reshape it to "
         "`(b, d // 4, height, width)`.",
     ),
 )
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The way back: tokens `[B, N, D]` to a latent `[B, D/4, height, width]`, both sides counted in latent cells."""
+    """The inverse of `pack`: tokens `[B, N, D]` to a latent `[B, D/4, height, width]`, both sides in latent cells."""
     b, _, d = tokens.shape
     x = tokens.reshape(b, height // 2, width // 2, d // 4, 2, 2)  # [B, rows, columns, C, 2, 2]
     x = x.permute(0, 3, 1, 4, 2, 5)  # [B, C, rows, 2, columns, 2]
     return x.reshape(b, d // 4, height, width)
 
 
-@wrong("latents.unpack", "you took a token's numbers as (row, column, channel); they are (channel, row, column).")
+@wrong("latents.unpack", "you read a token's numbers as (row, column, channel); they are (channel, row, column).")
 def _channel_was_last(tokens, height, width):
     b, _, d = tokens.shape
     x = tokens.reshape(b, height // 2, width // 2, 2, 2, d // 4)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, d // 4, height, width)
 
 
-@wrong("latents.unpack", "you took the tokens as numbered column by column; they go row by row.")
+@wrong("latents.unpack", "you read the tokens as numbered column by column; they are numbered row by row.")
 def _were_columns(tokens, height, width):
     b, _, d = tokens.shape
     x = tokens.reshape(b, width // 2, height // 2, d // 4, 2, 2)
@@ -116,10 +114,10 @@ def _were_columns(tokens, height, width):
 
 @wrong(
     "latents.unpack",
-    "the last reshape must meet the axes in the order (row, inner row, column, inner column); yours are still "
+    "before the last reshape the axes must be in the order (row, inner row, column, inner column); yours are "
     "(row, column, inner row, inner column).",
 )
-def _not_woven(tokens, height, width):
+def _not_interleaved(tokens, height, width):
     b, _, d = tokens.shape
     x = tokens.reshape(b, height // 2, width // 2, d // 4, 2, 2)
     return x.permute(0, 3, 1, 2, 4, 5).reshape(b, d // 4, height, width)
@@ -139,37 +137,39 @@ def _moments() -> list[tuple]:
     difficulty=1,
     cases=_moments,
     hints=(
-        "The encoder gives twice as many channels as the latent has: means first, then logarithms of variances.",
-        "`moments.chunk(2, dim=1)` gives the two halves. The latent is made from the means alone.",
-        "`mean, logvar = moments.chunk(2, dim=1)`, then shift first and scale after: `scale * (mean - shift)`.",
+        "The encoder's output has twice as many channels as the latent: first the means, then the logarithms of the "
+        "variances.",
+        "`moments.chunk(2, dim=1)` gives the two halves. The latent is computed from the means alone.",
+        "`mean, logvar = moments.chunk(2, dim=1)`, then subtract the shift first and scale after: "
+        "`scale * (mean - shift)`.",
     ),
 )
 def standardise(moments: Tensor, scale: float, shift: float) -> Tensor:
-    """What the encoder gives, `[B, 2 C, h, w]`, to the latent that the flow is trained on, `[B, C, h, w]`.
+    """Turn the encoder's output `[B, 2 C, h, w]` into the latent on which the flow is trained, `[B, C, h, w]`.
 
-    The first half of the channels is the mean, the second the logarithm of the variance. The official code takes the
-    mean, subtracts `shift` and multiplies by `scale`.
+    The first half of the channels are the means, the second half the logarithms of the variances. The official code
+    takes the mean, subtracts `shift` and multiplies by `scale`.
     """
     mean, _ = moments.chunk(2, dim=1)
     return scale * (mean - shift)
 
 
-@wrong("latents.standardise", "the shift is subtracted before the scaling, not after it.")
+@wrong("latents.standardise", "you subtract the shift after the scaling; subtract it before.")
 def _scaled_first(moments, scale, shift):
     return scale * moments.chunk(2, dim=1)[0] - shift
 
 
-@wrong("latents.standardise", "it goes the way back, divide and add: that is what stands before the decoder.")
-def _decoders(moments, scale, shift):
+@wrong("latents.standardise", "that is the inverse, divide and add, which is used before the decoder.")
+def _inverse(moments, scale, shift):
     return moments.chunk(2, dim=1)[0] / scale + shift
 
 
-@wrong("latents.standardise", "you took the second half, the variances; the means are the first half.")
+@wrong("latents.standardise", "you took the second half, the log variances; the means are the first half.")
 def _variances(moments, scale, shift):
     return scale * (moments.chunk(2, dim=1)[1] - shift)
 
 
-@wrong("latents.standardise", "means and variances do not alternate: the first half of the channels are the means.")
+@wrong("latents.standardise", "means and variances do not alternate: the means are the first half of the channels.")
 def _alternating(moments, scale, shift):
     return scale * (moments[:, 0::2] - shift)
 
@@ -184,10 +184,8 @@ def _grids() -> list[tuple]:
     return cases
 
 
-def _tried(answer: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    module = answer(x.shape[1])
-    module.load_state_dict({"conv.weight": weight, "conv.bias": bias})
-    return module(x)
+def _downsampled(answer: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return build_module(answer, (x.shape[1],), {"conv.weight": weight, "conv.bias": bias})(x)
 
 
 @exercise(
@@ -195,14 +193,14 @@ def _tried(answer: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor) -> 
     minutes=8,
     difficulty=2,
     cases=_grids,
-    call=_tried,
-    against=OurDownsample,
+    call=_downsampled,
+    against=LibraryDownsample,
     stub='''
     class Downsample(nn.Module):
-        """Halve the grid `[B, C, h, w]` with a 3 x 3 convolution that moves by 2.
+        """Halve the grid `[B, C, h, w]` with a 3 x 3 convolution of stride 2.
 
-        It is made with the number of channels, and its convolution must be called `conv`, or the trained weights do
-        not fit. One row of zeros is added **below** and one column **right**, none above and none left.
+        The constructor gets the number of channels. The convolution must be named `conv`, so that the trained weights
+        fit. One row of zeros is added **below** and one column **on the right**, none above and none on the left.
         """
 
         def __init__(self, channels: int):
@@ -213,16 +211,16 @@ def _tried(answer: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor) -> 
             raise NotImplementedError("your turn")
     ''',
     hints=(
-        "A convolution's own padding adds the same on both sides. Here the sides differ, so pad before it.",
+        "The padding argument of a convolution adds the same on both sides. Here the sides differ, so pad before it.",
         "`F.pad(x, (left, right, above, below))`: the last axis comes first.",
         "`return self.conv(F.pad(x, (0, 1, 0, 1)))`.",
     ),
 )
 class Downsample(nn.Module):
-    """Halve the grid `[B, C, h, w]` with a 3 x 3 convolution that moves by 2.
+    """Halve the grid `[B, C, h, w]` with a 3 x 3 convolution of stride 2.
 
-    It is made with the number of channels, and its convolution must be called `conv`, or the trained weights do
-    not fit. One row of zeros is added **below** and one column **right**, none above and none left.
+    The constructor gets the number of channels. The convolution must be named `conv`, so that the trained weights
+    fit. One row of zeros is added **below** and one column **on the right**, none above and none on the left.
     """
 
     def __init__(self, channels: int):
@@ -233,32 +231,23 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class _Padded(nn.Module):
-    sides = (0, 0, 0, 0)
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, self.sides))
-
-
 @wrong(
     "latents.Downsample",
-    "you pad left and above, as padding=1 does too: every cell then looks one pixel further up and left than it was "
-    "trained to.",
+    "you pad on the left and above, as padding=1 does too: every cell then reads pixels one further up and left than "
+    "in training.",
 )
-class _AllSides(_Padded):
-    sides = (1, 1, 1, 1)
+class _PadLeftAbove(Downsample):
+    def forward(self, x):
+        return self.conv(F.pad(x, (1, 1, 1, 1)))
 
 
-@wrong("latents.Downsample", "you pad right, but above; the numbers of F.pad are left, right, above, below.")
-class _RightAbove(_Padded):
-    sides = (0, 1, 1, 0)
+@wrong("latents.Downsample", "you pad above instead of below; the numbers of F.pad are left, right, above, below.")
+class _PadRightAbove(Downsample):
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 1, 0)))
 
 
 @wrong("latents.Downsample", "you pad by repeating the edge; the weights were trained with zeros there.")
-class _Repeated(_Padded):
+class _PadReplicate(Downsample):
     def forward(self, x):
         return self.conv(F.pad(x, (0, 1, 0, 1), mode="replicate"))

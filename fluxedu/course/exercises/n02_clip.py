@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, wrong
+from fluxedu.course.exercises import build_module
 from fluxedu.models.clip import CLIPAttention
-from fluxedu.models.clip import quick_gelu as our_gelu
+from fluxedu.models.clip import quick_gelu as library_quick_gelu
 
 
 def _numbers() -> list[tuple]:
@@ -19,15 +20,15 @@ def _numbers() -> list[tuple]:
     minutes=4,
     difficulty=1,
     cases=_numbers,
-    against=our_gelu,
+    against=library_quick_gelu,
     hints=(
         "It is a gate: x times a number between 0 and 1 that grows with x.",
-        "`torch.sigmoid` is the gate; 1.702 makes it steep.",
+        "`torch.sigmoid` is the gate; 1.702 makes it steeper.",
         "`return x * torch.sigmoid(1.702 * x)`.",
     ),
 )
 def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's activation: every number times the sigmoid of 1.702 times itself. Any shape."""
+    """CLIP's activation function: multiply every number by the sigmoid of 1.702 times that number. Any shape."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -36,7 +37,7 @@ def _exact(x):
     return F.gelu(x)
 
 
-@wrong("clip.quick_gelu", "that is the tanh approximation, which FLUX's and T5's MLPs use; CLIP's is the quick one.")
+@wrong("clip.quick_gelu", "that is the tanh approximation, which the MLPs of FLUX and T5 use; CLIP's is the quick one.")
 def _tanh(x):
     return F.gelu(x, approximate="tanh")
 
@@ -51,23 +52,19 @@ def _outside(x):
     return 1.702 * x * torch.sigmoid(1.702 * x)
 
 
-_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
-
-
 def _sequences() -> list[tuple]:
     g = torch.Generator().manual_seed(2)
+    layers = ("q_proj", "k_proj", "v_proj", "out_proj")
     cases = []
     for batch, length, dim, heads in ((2, 5, 12, 3), (1, 7, 8, 2)):
-        weights = {f"{name}.weight": 0.8 * torch.randn(dim, dim, generator=g) for name in _LAYERS}
-        weights |= {f"{name}.bias": torch.randn(dim, generator=g) for name in _LAYERS}
+        weights = {f"{name}.weight": 0.8 * torch.randn(dim, dim, generator=g) for name in layers}
+        weights |= {f"{name}.bias": torch.randn(dim, generator=g) for name in layers}
         cases.append((torch.randn(batch, length, dim, generator=g), heads, weights))
     return cases
 
 
-def _tried(answer: type[nn.Module], x: Tensor, heads: int, weights: dict[str, Tensor]) -> Tensor:
-    module = answer(x.shape[-1], heads)
-    module.load_state_dict(weights)
-    return module(x)
+def _attended(answer: type[nn.Module], x: Tensor, heads: int, weights: dict[str, Tensor]) -> Tensor:
+    return build_module(answer, (x.shape[-1], heads), weights)(x)
 
 
 @exercise(
@@ -75,78 +72,76 @@ def _tried(answer: type[nn.Module], x: Tensor, heads: int, weights: dict[str, Te
     minutes=15,
     difficulty=2,
     cases=_sequences,
-    call=_tried,
+    call=_attended,
     against=CLIPAttention,
     stub='''
     class CausalAttention(nn.Module):
-        """Self-attention in which a token sees itself and what stands before it: `[B, L, D] -> [B, L, D]`.
+        """Self-attention in which a token attends only to itself and to earlier tokens: `[B, L, D] -> [B, L, D]`.
 
-        Scores are divided by the root of a head's width. The tokens that lie ahead must get a share of exactly 0.
+        Scores are divided by the square root of a head's width. Later tokens must get a weight of exactly 0.
         """
 
         def __init__(self, dim: int, num_heads: int):
             super().__init__()
             self.num_heads = num_heads
-            for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
-                self.add_module(name, nn.Linear(dim, dim))
+            self.q_proj = nn.Linear(dim, dim)
+            self.k_proj = nn.Linear(dim, dim)
+            self.v_proj = nn.Linear(dim, dim)
+            self.out_proj = nn.Linear(dim, dim)
 
         def forward(self, x: Tensor) -> Tensor:  # [B, L, D]
             b, n, _ = x.shape
-            q, k, v = (  # [B, H, L, d] each
-                proj(x).reshape(b, n, self.num_heads, -1).transpose(1, 2)
-                for proj in (self.q_proj, self.k_proj, self.v_proj)
-            )
-            raise NotImplementedError("your turn: scores, mask, softmax, sum of values, out_proj")
+            q = self.q_proj(x).reshape(b, n, self.num_heads, -1).transpose(1, 2)  # [B, H, L, d]
+            k = self.k_proj(x).reshape(b, n, self.num_heads, -1).transpose(1, 2)  # [B, H, L, d]
+            v = self.v_proj(x).reshape(b, n, self.num_heads, -1).transpose(1, 2)  # [B, H, L, d]
+            raise NotImplementedError("your turn: scores, mask, softmax, weighted sum of values, out_proj")
     ''',
     hints=(
-        "Whoever lies ahead of the query must not be looked at. Setting a share to 0 afterwards leaves rows that do "
-        "not sum to 1; setting its score to minus infinity before the softmax does both.",
-        "`torch.ones(n, n, dtype=torch.bool).triu(1)` is True where the key lies ahead; `masked_fill` puts "
-        "`-torch.inf` there. A head's width is `q.shape[-1]`.",
+        "If you set the weights of later tokens to 0 after the softmax, rows no longer sum to 1. Set their scores to "
+        "minus infinity before the softmax instead.",
+        "`torch.ones(n, n, dtype=torch.bool).triu(1)` is True where the key comes after the query; `masked_fill` "
+        "writes `-torch.inf` there. The width of a head is `q.shape[-1]`.",
         "`scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5`, mask it, then "
         "`heads = scores.softmax(dim=-1) @ v`, and `self.out_proj(heads.transpose(1, 2).reshape(x.shape))`.",
     ),
 )
 class CausalAttention(nn.Module):
-    """Self-attention in which a token sees itself and what stands before it: `[B, L, D] -> [B, L, D]`.
+    """Self-attention in which a token attends only to itself and to earlier tokens: `[B, L, D] -> [B, L, D]`.
 
-    Scores are divided by the root of a head's width. The tokens that lie ahead must get a share of exactly 0.
+    Scores are divided by the square root of a head's width. Later tokens must get a weight of exactly 0.
     """
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            self.add_module(name, nn.Linear(dim, dim))
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, L, D]
         b, n, _ = x.shape
-        q, k, v = (  # [B, H, L, d] each
-            proj(x).reshape(b, n, self.num_heads, -1).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, H, L, L], a row a query
-        ahead = torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1)
-        heads = scores.masked_fill(ahead, -torch.inf).softmax(dim=-1) @ v  # [B, H, L, d]
-        return self.out_proj(heads.transpose(1, 2).reshape(x.shape))  # heads side by side again, [B, L, D]
+        q = self.q_proj(x).reshape(b, n, self.num_heads, -1).transpose(1, 2)  # [B, H, L, d]
+        k = self.k_proj(x).reshape(b, n, self.num_heads, -1).transpose(1, 2)  # [B, H, L, d]
+        v = self.v_proj(x).reshape(b, n, self.num_heads, -1).transpose(1, 2)  # [B, H, L, d]
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, H, L, L], one row per query
+        later = torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1)  # the key comes after the query
+        heads = scores.masked_fill(later, -torch.inf).softmax(dim=-1) @ v  # [B, H, L, d]
+        return self.out_proj(heads.transpose(1, 2).reshape(x.shape))  # [B, L, D], heads side by side
 
 
-class _Attention(nn.Module):
-    """The same with the places where people slip as switches."""
+class _Attention(CausalAttention):
+    """The same attention in steps, for the wrong answers to override."""
 
-    scale, over, woven = True, -1, True
+    def scores(self, q, k):
+        return q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
 
-    def __init__(self, dim, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        for name in _LAYERS:
-            self.add_module(name, nn.Linear(dim, dim))
+    def weights(self, scores):
+        later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        return scores.masked_fill(later, -torch.inf).softmax(dim=-1)
 
-    def seen(self, n):
-        return torch.ones(n, n, dtype=torch.bool).tril()
-
-    def shares(self, scores):
-        return scores.masked_fill(~self.seen(scores.shape[-1]), -torch.inf).softmax(dim=self.over)
+    def merge(self, heads):
+        return heads.transpose(1, 2)
 
     def forward(self, x):
         b, n, _ = x.shape
@@ -154,57 +149,51 @@ class _Attention(nn.Module):
             proj(x).reshape(b, n, self.num_heads, -1).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        scores = q @ k.transpose(-1, -2) * (q.shape[-1] if self.scale else x.shape[-1]) ** -0.5
-        heads = self.shares(scores) @ v
-        return self.out_proj((heads.transpose(1, 2) if self.woven else heads).reshape(x.shape))
+        heads = self.weights(self.scores(q, k)) @ v
+        return self.out_proj(self.merge(heads).reshape(x.shape))
 
 
-@wrong("clip.CausalAttention", "every token sees every other: the mask is missing.")
-class _Unmasked(_Attention):
-    def seen(self, n):
-        return torch.ones(n, n, dtype=torch.bool)
+@wrong("clip.CausalAttention", "every token attends to every other: the mask is missing.")
+class _NoMask(_Attention):
+    def weights(self, scores):
+        return scores.softmax(dim=-1)
 
 
-@wrong("clip.CausalAttention", "the mask is the wrong way round: your tokens see what lies ahead, not what is behind.")
-class _Forward(_Attention):
-    def seen(self, n):
-        return torch.ones(n, n, dtype=torch.bool).triu()
+@wrong("clip.CausalAttention", "the mask is reversed: your tokens attend to later tokens instead of earlier ones.")
+class _MaskReversed(_Attention):
+    def weights(self, scores):
+        earlier = torch.ones_like(scores, dtype=torch.bool).tril(-1)
+        return scores.masked_fill(earlier, -torch.inf).softmax(dim=-1)
 
 
-@wrong(
-    "clip.CausalAttention",
-    "the shares are cut after the softmax, so a row no longer sums to 1; cut the scores before it.",
-)
-class _CutAfter(_Attention):
-    def shares(self, scores):
-        return scores.softmax(dim=-1) * self.seen(scores.shape[-1])
+@wrong("clip.CausalAttention", "you mask the weights after the softmax, so a row no longer sums to 1; mask the scores.")
+class _MaskAfterSoftmax(_Attention):
+    def weights(self, scores):
+        return scores.softmax(dim=-1).tril()
 
 
-@wrong(
-    "clip.CausalAttention", "a score of 0 is not a share of 0: e to the 0 is 1. What lies ahead needs minus infinity."
-)
-class _Zeroed(_Attention):
-    def shares(self, scores):
-        return (scores * self.seen(scores.shape[-1])).softmax(dim=-1)
+@wrong("clip.CausalAttention", "a score of 0 gives the weight exp(0) = 1 before normalisation; use minus infinity.")
+class _ZeroScores(_Attention):
+    def weights(self, scores):
+        return scores.tril().softmax(dim=-1)
 
 
-@wrong("clip.CausalAttention", "the scores are divided by the root of the whole width; take that of one head.")
+@wrong("clip.CausalAttention", "you divide the scores by the root of the whole width; use the width of one head.")
 class _WholeWidth(_Attention):
-    scale = False
+    def scores(self, q, k):
+        return q @ k.transpose(-1, -2) * (q.shape[1] * q.shape[-1]) ** -0.5
 
 
-@wrong(
-    "clip.CausalAttention",
-    "the heads are put together without transposing first, so numbers of different tokens get mixed.",
-)
-class _Unwoven(_Attention):
-    woven = False
+@wrong("clip.CausalAttention", "you reshape the heads without transposing first, which mixes up the tokens.")
+class _NoTranspose(_Attention):
+    def merge(self, heads):
+        return heads
 
 
 def _states() -> list[tuple]:
     g = torch.Generator().manual_seed(3)
     ids = torch.tensor([[8, 3, 2, 9, 9, 9], [8, 4, 4, 5, 1, 9], [8, 9, 9, 9, 9, 9]])
-    more = torch.tensor([[20, 31, 7, 25, 7, 7, 7], [20, 7, 7, 7, 7, 7, 7]])  # the end is not the largest id here
+    more = torch.tensor([[20, 31, 7, 25, 7, 7, 7], [20, 7, 7, 7, 7, 7, 7]])  # here the end token is not the largest id
     return [(torch.randn(3, 6, 4, generator=g), ids, 9), (torch.randn(2, 7, 5, generator=g), more, 7)]
 
 
@@ -214,45 +203,42 @@ def _states() -> list[tuple]:
     difficulty=2,
     cases=_states,
     hints=(
-        "For each prompt, find the place of its first end token; then take from each row the state at that place.",
-        "`(ids == end)` is True at every end token, and `argmax` of whole numbers gives the first of the largest. One "
-        "index a row: pair `torch.arange(batch)` with the places.",
+        "For each prompt, find the position of its first end token; then take the state at that position.",
+        "`(ids == end)` is True at every end token, and `argmax` of integers returns the first of the largest. To take "
+        "one position per row, index with `torch.arange(batch)` and the positions.",
         "`first = (ids == end).int().argmax(dim=1)`, then `states[torch.arange(len(ids)), first]`.",
     ),
 )
 def pooled(states: Tensor, ids: Tensor, end: int) -> Tensor:
-    """The one vector of each prompt: `states [B, L, D]` at the **first** `end` token of `ids [B, L]`, as `[B, D]`.
+    """One vector per prompt: `states [B, L, D]` at the **first** `end` token of `ids [B, L]`, as `[B, D]`.
 
-    CLIP pads with the same token, so a row ends in many of them; and prompts have different lengths.
+    CLIP pads with the same token, so a row may end with many of them; and prompts have different lengths.
     """
     first = (ids == end).int().argmax(dim=1)  # [B]
     return states[torch.arange(len(ids), device=ids.device), first]
 
 
-@wrong("clip.pooled", "you take the last token, which is padding; the first end token is the one that counts.")
+@wrong("clip.pooled", "you take the last token, which is usually padding; take the first end token.")
 def _last(states, ids, end):
     return states[:, -1]
 
 
-@wrong("clip.pooled", "you take the first token, which has seen nothing but itself.")
+@wrong("clip.pooled", "you take the first token, which attends only to itself.")
 def _first(states, ids, end):
     return states[:, 0]
 
 
-@wrong("clip.pooled", "you average over the tokens; CLIP picks one.")
+@wrong("clip.pooled", "you average over the tokens; CLIP takes the state of one token.")
 def _mean(states, ids, end):
     return states.mean(dim=1)
 
 
-@wrong(
-    "clip.pooled",
-    "you look for the largest id: right for a vocabulary that ends with the end token, wrong for any other.",
-)
+@wrong("clip.pooled", "you look for the largest id, which is the end token only if it is the vocabulary's last token.")
 def _largest(states, ids, end):
     return states[torch.arange(len(ids)), ids.argmax(dim=1)]
 
 
-@wrong("clip.pooled", "you take the token before the end, the last word; the end token itself has read that word too.")
+@wrong("clip.pooled", "you take the last word, the token before the end token; CLIP takes the state of the end token.")
 def _last_word(states, ids, end):
     return states[torch.arange(len(ids)), (ids == end).int().argmax(dim=1) - 1]
 
@@ -265,16 +251,14 @@ def _pairs() -> list[tuple]:
     ]
 
 
-def _by_hand(pictures: Tensor, captions: Tensor, temperature: float) -> Tensor:
-    """Term by term, as the paper says it: minus the logarithm of the share of the right one, both ways."""
-    n, terms = len(pictures), []
-    score = [
-        [temperature * F.cosine_similarity(p, c, dim=0).double() for c in captions] for p in pictures
-    ]  # [picture][caption]
-    for i in range(n):
-        row = torch.stack(score[i])
-        column = torch.stack([score[j][i] for j in range(n)])
-        terms += [row.exp().sum().log() - row[i], column.exp().sum().log() - column[i]]
+def _term_by_term(images: Tensor, captions: Tensor, temperature: float) -> Tensor:
+    """The paper's formula, one pair at a time: the mean of -log(softmax of the right pair), in both directions."""
+    terms = []
+    for i in range(len(images)):
+        row = temperature * F.cosine_similarity(images[i].double(), captions.double(), dim=-1)  # captions of image i
+        column = temperature * F.cosine_similarity(captions[i].double(), images.double(), dim=-1)  # images of caption i
+        terms.append(row.exp().sum().log() - row[i])
+        terms.append(column.exp().sum().log() - column[i])
     return torch.stack(terms).mean().float()
 
 
@@ -283,54 +267,53 @@ def _by_hand(pictures: Tensor, captions: Tensor, temperature: float) -> Tensor:
     minutes=12,
     difficulty=3,
     cases=_pairs,
-    against=_by_hand,
+    against=_term_by_term,
     hints=(
-        "Make a table of scores, a row a picture, a column a caption. The right answers lie on its diagonal; so it is "
-        "a classification, once over each row and once over each column.",
-        "`F.normalize(x, dim=-1)` makes a matrix product give cosines. `F.cross_entropy(scores, right)` wants the "
-        "right column of each row: `torch.arange(len(scores))`. The transposed table asks the other way round.",
-        "`scores = temperature * F.normalize(pictures, dim=-1) @ F.normalize(captions, dim=-1).T`, then the mean of "
-        "`F.cross_entropy(scores, right)` and `F.cross_entropy(scores.T, right)`.",
+        "Make a table of scores with one row per image and one column per caption. The right pairs are on its "
+        "diagonal, so this is a classification, once over each row and once over each column.",
+        "After `F.normalize(x, dim=-1)` a matrix product gives cosines. `F.cross_entropy(scores, target)` needs the "
+        "right column of each row, `torch.arange(len(scores))`. For the other direction, transpose the table.",
+        "`scores = temperature * F.normalize(images, dim=-1) @ F.normalize(captions, dim=-1).T`, then the mean of "
+        "`F.cross_entropy(scores, target)` and `F.cross_entropy(scores.T, target)`.",
     ),
 )
-def contrast(pictures: Tensor, captions: Tensor, temperature: float) -> Tensor:
-    """CLIP's loss for N pictures and their captions, `[N, D]` each, row i belonging to row i: one number.
+def contrast(images: Tensor, captions: Tensor, temperature: float) -> Tensor:
+    """CLIP's loss for the vectors of N images and of their captions, `[N, D]` each, in the same order: one number.
 
-    The score of a pair is `temperature` times its cosine. Every picture must find its caption among the N (softmax
-    over captions), and every caption its picture; the loss is the mean of the two cross-entropies.
+    The score of a pair is `temperature` times its cosine similarity. Every image must find its caption among the N
+    (softmax over captions), and every caption its image; the loss is the mean of the two cross-entropies.
     """
-    scores = temperature * F.normalize(pictures, dim=-1) @ F.normalize(captions, dim=-1).T  # [N, N]
-    right = torch.arange(len(scores), device=scores.device)
-    return (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
+    scores = temperature * F.normalize(images, dim=-1) @ F.normalize(captions, dim=-1).T  # [N, N]
+    target = torch.arange(len(scores), device=scores.device)
+    return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
 
 
-@wrong("clip.contrast", "the vectors are not normalised, so long ones win whatever they say.")
-def _long(pictures, captions, temperature):
-    scores = temperature * pictures @ captions.T
-    right = torch.arange(len(scores))
-    return (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
+def _loss(scores: Tensor) -> Tensor:
+    target = torch.arange(len(scores))
+    return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
 
 
-@wrong("clip.contrast", "only pictures look for captions; captions must look for pictures too.")
-def _one_way(pictures, captions, temperature):
-    scores = temperature * F.normalize(pictures, dim=-1) @ F.normalize(captions, dim=-1).T
+@wrong("clip.contrast", "the vectors are not normalised, so longer vectors get higher scores whatever their direction.")
+def _not_normalised(images, captions, temperature):
+    return _loss(temperature * images @ captions.T)
+
+
+@wrong("clip.contrast", "only images look for captions; captions must look for images too.")
+def _one_direction(images, captions, temperature):
+    scores = temperature * F.normalize(images, dim=-1) @ F.normalize(captions, dim=-1).T
     return F.cross_entropy(scores, torch.arange(len(scores)))
 
 
-@wrong("clip.contrast", "you divide by the temperature; here it multiplies (CLIP keeps the factor, not its inverse).")
-def _divided(pictures, captions, temperature):
-    scores = F.normalize(pictures, dim=-1) @ F.normalize(captions, dim=-1).T / temperature
-    right = torch.arange(len(scores))
-    return (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
+@wrong("clip.contrast", "you divide by the temperature; here it multiplies (CLIP stores the factor, not its inverse).")
+def _divided(images, captions, temperature):
+    return contrast(images, captions, 1 / temperature)
 
 
 @wrong("clip.contrast", "the two cross-entropies are added; take their mean.")
-def _summed(pictures, captions, temperature):
-    return 2 * contrast(pictures, captions, temperature)
+def _summed(images, captions, temperature):
+    return 2 * contrast(images, captions, temperature)
 
 
-@wrong("clip.contrast", "you normalise over the batch; each vector must have length 1 by itself (dim=-1).")
-def _over_batch(pictures, captions, temperature):
-    scores = temperature * F.normalize(pictures, dim=0) @ F.normalize(captions, dim=0).T
-    right = torch.arange(len(scores))
-    return (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
+@wrong("clip.contrast", "you normalise over the batch; each vector must have length 1 (dim=-1).")
+def _over_batch(images, captions, temperature):
+    return _loss(temperature * F.normalize(images, dim=0) @ F.normalize(captions, dim=0).T)

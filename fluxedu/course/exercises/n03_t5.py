@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, wrong
+from fluxedu.course.exercises import build_module
 from fluxedu.models.config import T5Config
 from fluxedu.models.t5 import T5GatedMLP, T5Norm, distance_buckets
 
@@ -15,8 +16,8 @@ def _lengths() -> list[tuple]:
     return [(9, 8, 6), (40, 32, 128), (21, 16, 20)]
 
 
-def _ours(length: int, count: int, furthest: int) -> Tensor:
-    config = T5Config(relative_attention_num_buckets=count, relative_attention_max_distance=furthest)
+def _library_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor:
+    config = T5Config(relative_attention_num_buckets=num_buckets, relative_attention_max_distance=max_distance)
     return distance_buckets(length, config)
 
 
@@ -26,71 +27,80 @@ def _ours(length: int, count: int, furthest: int) -> Tensor:
     difficulty=3,
     cases=_lengths,
     call=lambda answer, *case: answer(*case).long(),
-    against=_ours,
+    against=_library_buckets,
     tolerance=0,
     hints=(
-        "Two tables of offsets come first: key minus query, and its size without the sign. Then one rule for near "
-        "distances, one for far ones, and `torch.where` to choose.",
-        "`place[None, :] - place[:, None]` is key minus query. With `half = count // 2` and `near = half // 2`, the "
-        "far rule goes from `near` at distance `near` to `half` at distance `furthest`, evenly in the logarithm.",
-        "`far = near + (torch.log(distance.clamp(min=1) / near) / math.log(furthest / near) * (half - near)).long()`, "
-        "clamped to `half - 1`; choose with `torch.where(distance < near, distance, far)`, and add `half` where the "
-        "offset is above 0.",
+        "Compute two tables first: the offset, which is key position minus query position, and the distance, its "
+        "absolute value. Then compute one formula for near distances and one for far ones, and choose with "
+        "`torch.where`.",
+        "`position[None, :] - position[:, None]` is the offset. With `half = num_buckets // 2` and `near = half // 2`, "
+        "the formula for far distances goes from `near` at distance `near` to `half` at `max_distance`, linearly in "
+        "the logarithm of the distance.",
+        "`far = near + (torch.log(distance.clamp(min=1) / near) / math.log(max_distance / near) * (half - near))"
+        ".long()`, clamped to `half - 1`; choose with `torch.where(distance < near, distance, far)`, and add `half` "
+        "where the offset is above 0.",
     ),
 )
-def buckets(length: int, count: int, furthest: int) -> Tensor:
-    """Which row of the bias table serves a query and a key: whole numbers `[length, length]`, a row a query.
+def buckets(length: int, num_buckets: int, max_distance: int) -> Tensor:
+    """The row of the bias table for each query and key: integers `[length, length]`, one row per query.
 
-    Half of the `count` buckets are for keys at or before the query (numbers from 0), half for keys after it (numbers
-    from `count // 2`). In each half, the first half of the buckets are for one distance each: 0, 1, 2, ... The rest
-    share the distances up to `furthest`, evenly in the logarithm and rounded down; what is further gets the last one.
+    Half of the `num_buckets` buckets are for keys at or before the query (numbers from 0), half for keys after it
+    (numbers from `num_buckets // 2`). In each half, the first half of the buckets hold one distance each: 0, 1, 2, ...
+    The rest share the distances up to `max_distance`, with limits that are equally spaced in the logarithm; round the
+    bucket number down. Distances from `max_distance` on get the last bucket.
     """
-    half = count // 2
+    half = num_buckets // 2
     near = half // 2
-    place = torch.arange(length)
-    offset = place[None, :] - place[:, None]  # key minus query, [L, L]
+    position = torch.arange(length)
+    offset = position[None, :] - position[:, None]  # key minus query, [L, L]
     distance = offset.abs()
-    share = torch.log(distance.clamp(min=1) / near) / math.log(furthest / near)  # 0 at near, 1 at furthest
-    far = (near + (share * (half - near)).long()).clamp(max=half - 1)
+    fraction = torch.log(distance.clamp(min=1) / near) / math.log(max_distance / near)  # 0 at near, 1 at max_distance
+    far = (near + (fraction * (half - near)).long()).clamp(max=half - 1)
     return torch.where(distance < near, distance, far) + half * (offset > 0)
 
 
-@wrong("t5.buckets", "the two halves have changed places: the offset is key minus query, and the upper half is ahead.")
-def _mirrored(length, count, furthest):
-    return buckets(length, count, furthest).T
+@wrong("t5.buckets", "the two halves are exchanged: the upper half is for keys after the query.")
+def _halves_exchanged(length, num_buckets, max_distance):
+    return buckets(length, num_buckets, max_distance).T
 
 
-@wrong("t5.buckets", "behind and ahead share their buckets; each direction needs a half of its own.")
-def _undirected(length, count, furthest):
-    return buckets(length, count, furthest) % (count // 2)
+@wrong("t5.buckets", "earlier and later keys share their buckets; each direction needs its own half.")
+def _one_direction(length, num_buckets, max_distance):
+    return buckets(length, num_buckets, max_distance) % (num_buckets // 2)
 
 
-@wrong("t5.buckets", "every distance has a bucket of its own until they run out; the far ones must share them.")
-def _all_near(length, count, furthest):
-    place = torch.arange(length)
-    offset = place[None, :] - place[:, None]
-    return offset.abs().clamp(max=count // 2 - 1) + count // 2 * (offset > 0)
+@wrong("t5.buckets", "every distance has its own bucket until they run out; far distances must share buckets.")
+def _none_shared(length, num_buckets, max_distance):
+    position = torch.arange(length)
+    offset = position[None, :] - position[:, None]
+    return offset.abs().clamp(max=num_buckets // 2 - 1) + num_buckets // 2 * (offset > 0)
 
 
-@wrong("t5.buckets", "the far distances share their buckets evenly in the distance; it is evenly in its logarithm.")
-def _linear(length, count, furthest):
-    half, near = count // 2, count // 4
-    place = torch.arange(length)
-    offset = place[None, :] - place[:, None]
+def _with_far_formula(length: int, num_buckets: int, formula) -> Tensor:
+    """The buckets with another formula for far distances, `formula(distance, near, half)`."""
+    half, near = num_buckets // 2, num_buckets // 4
+    position = torch.arange(length)
+    offset = position[None, :] - position[:, None]
     distance = offset.abs()
-    far = (near + ((distance - near) / (furthest - near) * (half - near)).long()).clamp(max=half - 1)
+    far = formula(distance, near, half).long().clamp(max=half - 1)
     return torch.where(distance < near, distance, far) + half * (offset > 0)
 
 
-@wrong("t5.buckets", "the far ones are rounded to the nearest; round them down.")
-def _rounded(length, count, furthest):
-    half, near = count // 2, count // 4
-    place = torch.arange(length)
-    offset = place[None, :] - place[:, None]
-    distance = offset.abs()
-    share = torch.log(distance.clamp(min=1) / near) / math.log(furthest / near)
-    far = (near + (share * (half - near)).round().long()).clamp(max=half - 1)
-    return torch.where(distance < near, distance, far) + half * (offset > 0)
+@wrong("t5.buckets", "your far buckets are equally spaced in the distance; use its logarithm.")
+def _linear(length, num_buckets, max_distance):
+    def formula(distance, near, half):
+        return near + (distance - near) / (max_distance - near) * (half - near)
+
+    return _with_far_formula(length, num_buckets, formula)
+
+
+@wrong("t5.buckets", "the bucket numbers of far distances are rounded to the nearest; round them down.")
+def _rounded(length, num_buckets, max_distance):
+    def formula(distance, near, half):
+        fraction = torch.log(distance.clamp(min=1) / near) / math.log(max_distance / near)
+        return near + (fraction * (half - near)).round()
+
+    return _with_far_formula(length, num_buckets, formula)
 
 
 def _vectors() -> list[tuple]:
@@ -102,10 +112,8 @@ def _vectors() -> list[tuple]:
     ]
 
 
-def _normed(answer: type[nn.Module], x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    module = answer(len(weight), eps)
-    module.load_state_dict({"weight": weight})
-    return module(x)
+def _normalised(answer: type[nn.Module], x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return build_module(answer, (len(weight), eps), {"weight": weight})(x)
 
 
 @exercise(
@@ -113,13 +121,13 @@ def _normed(answer: type[nn.Module], x: Tensor, weight: Tensor, eps: float) -> T
     minutes=6,
     difficulty=1,
     cases=_vectors,
-    call=_normed,
+    call=_normalised,
     against=T5Norm,
     stub='''
     class RMSNorm(nn.Module):
-        """Every vector (the last axis) divided by its root mean square, then times `weight`, number by number.
+        """Divide every vector (the last axis) by its root mean square, then multiply element by element by `weight`.
 
-        `eps` is added to the mean of the squares, under the root. No mean is subtracted and there is no bias.
+        `eps` is added to the mean square, under the root. No mean is subtracted, and there is no bias.
         """
 
         def __init__(self, dim: int, eps: float):
@@ -130,16 +138,16 @@ def _normed(answer: type[nn.Module], x: Tensor, weight: Tensor, eps: float) -> T
             raise NotImplementedError("your turn")
     ''',
     hints=(
-        "Root mean square, read backwards: square, take the mean over the vector, take the root.",
-        "`x.square().mean(dim=-1, keepdim=True)` keeps the axis, so that it divides x as it is. `torch.rsqrt` is one "
-        "over the root.",
+        "Read *root mean square* backwards: square, take the mean over the vector, take the root.",
+        "`x.square().mean(dim=-1, keepdim=True)` keeps the last axis, so that x can be divided by it. `torch.rsqrt` is "
+        "one over the square root.",
         "`return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps) * self.weight`.",
     ),
 )
 class RMSNorm(nn.Module):
-    """Every vector (the last axis) divided by its root mean square, then times `weight`, number by number.
+    """Divide every vector (the last axis) by its root mean square, then multiply element by element by `weight`.
 
-    `eps` is added to the mean of the squares, under the root. No mean is subtracted and there is no bias.
+    `eps` is added to the mean square, under the root. No mean is subtracted, and there is no bias.
     """
 
     def __init__(self, dim: int, eps: float):
@@ -150,43 +158,34 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps) * self.weight
 
 
-class _Norm(nn.Module):
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-
-@wrong("t5.RMSNorm", "that is LayerNorm: T5's does not subtract the mean.")
-class _Layer(_Norm):
+@wrong("t5.RMSNorm", "that is LayerNorm: T5's norm does not subtract the mean.")
+class _LayerNorm(RMSNorm):
     def forward(self, x):
         return F.layer_norm(x, x.shape[-1:], self.weight, None, self.eps)
 
 
-@wrong("t5.RMSNorm", "eps stands outside of the root; it is added to the mean of the squares, under it.")
-class _Outside(_Norm):
+@wrong("t5.RMSNorm", "you add eps outside the root; add it to the mean square, under the root.")
+class _EpsOutside(RMSNorm):
     def forward(self, x):
         return x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps) * self.weight
 
 
-@wrong("t5.RMSNorm", "you divide by the vector's length, the root of the sum; it is the root of the mean.")
-class _Sum(_Norm):
+@wrong("t5.RMSNorm", "you divide by the vector's length, the root of the sum of squares; use the root of their mean.")
+class _Length(RMSNorm):
     def forward(self, x):
         return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + self.eps) * self.weight
 
 
 @wrong("t5.RMSNorm", "the weight is missing.")
-class _Bare(_Norm):
+class _NoWeight(RMSNorm):
     def forward(self, x):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
 
-@wrong("t5.RMSNorm", "the root is missing: you divide by the mean of the squares.")
-class _NoRoot(_Norm):
+@wrong("t5.RMSNorm", "the root is missing: you divide by the mean square.")
+class _NoRoot(RMSNorm):
     def forward(self, x):
         return x / (x.square().mean(-1, keepdim=True) + self.eps) * self.weight
-
-
-_MATRICES = ("wi_0", "wi_1", "wo")
 
 
 def _tokens() -> list[tuple]:
@@ -200,13 +199,10 @@ def _tokens() -> list[tuple]:
     return cases
 
 
-def _gated(answer: type[nn.Module], x: Tensor, hidden: int, weights: dict[str, Tensor]) -> Tensor:
+def _mlp_output(answer: type[nn.Module], x: Tensor, hidden: int, weights: dict[str, Tensor]) -> Tensor:
     if answer is T5GatedMLP:
-        module = T5GatedMLP(T5Config(d_model=x.shape[-1], d_ff=hidden))
-    else:
-        module = answer(x.shape[-1], hidden)
-    module.load_state_dict(weights)
-    return module(x)
+        return build_module(answer, (T5Config(d_model=x.shape[-1], d_ff=hidden),), weights)(x)
+    return build_module(answer, (x.shape[-1], hidden), weights)(x)
 
 
 @exercise(
@@ -214,13 +210,13 @@ def _gated(answer: type[nn.Module], x: Tensor, hidden: int, weights: dict[str, T
     minutes=8,
     difficulty=1,
     cases=_tokens,
-    call=_gated,
+    call=_mlp_output,
     against=T5GatedMLP,
     stub='''
     class GatedMLP(nn.Module):
-        """T5's MLP: what `wi_1` makes of a token, each number let through as far as `wi_0` says, brought back by `wo`.
+        """T5's MLP: multiply the output of `wi_1` element by element by a gate, then apply `wo`.
 
-        The gate is the GELU, in its tanh approximation, of what `wi_0` makes of the same token.
+        The gate is the GELU, in its tanh approximation, of the output of `wi_0`. Both layers get the same token.
         """
 
         def __init__(self, dim: int, hidden: int):
@@ -233,15 +229,16 @@ def _gated(answer: type[nn.Module], x: Tensor, hidden: int, weights: dict[str, T
             raise NotImplementedError("your turn")
     ''',
     hints=(
-        "Two widenings of the same token are multiplied, number by number; only one of them is bent.",
+        "Apply both hidden layers to the same token and multiply their outputs element by element. Only one of the two "
+        "goes through the activation function.",
         "`F.gelu(x, approximate='tanh')` is the GELU that T5 v1.1 was trained with.",
         "`return self.wo(F.gelu(self.wi_0(x), approximate='tanh') * self.wi_1(x))`.",
     ),
 )
 class GatedMLP(nn.Module):
-    """T5's MLP: what `wi_1` makes of a token, each number let through as far as `wi_0` says, brought back by `wo`.
+    """T5's MLP: multiply the output of `wi_1` element by element by a gate, then apply `wo`.
 
-    The gate is the GELU, in its tanh approximation, of what `wi_0` makes of the same token.
+    The gate is the GELU, in its tanh approximation, of the output of `wi_0`. Both layers get the same token.
     """
 
     def __init__(self, dim: int, hidden: int):
@@ -254,39 +251,32 @@ class GatedMLP(nn.Module):
         return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
 
 
-class _MLP(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        for name in _MATRICES:
-            self.add_module(name, nn.Linear(*((hidden, dim) if name == "wo" else (dim, hidden)), bias=False))
-
-
-@wrong("t5.GatedMLP", "gate and content have changed places: wi_0 goes through the GELU, wi_1 does not.")
-class _Exchanged(_MLP):
+@wrong("t5.GatedMLP", "the two hidden layers are exchanged: wi_0 goes through the GELU, wi_1 does not.")
+class _Exchanged(GatedMLP):
     def forward(self, x):
         return self.wo(F.gelu(self.wi_1(x), approximate="tanh") * self.wi_0(x))
 
 
-@wrong("t5.GatedMLP", "that is the exact GELU, with the error function; T5 v1.1 was trained with the tanh one.")
-class _Exact(_MLP):
+@wrong("t5.GatedMLP", "that is the exact GELU, with the error function; T5 v1.1 uses the tanh approximation.")
+class _Exact(GatedMLP):
     def forward(self, x):
         return self.wo(F.gelu(self.wi_0(x)) * self.wi_1(x))
 
 
 @wrong("t5.GatedMLP", "there is no gate: wi_1 is not used.")
-class _Plain(_MLP):
+class _NoGate(GatedMLP):
     def forward(self, x):
         return self.wo(F.gelu(self.wi_0(x), approximate="tanh"))
 
 
-@wrong("t5.GatedMLP", "the gate is a sigmoid, as in the first gated units; T5's is a GELU.")
-class _Sigmoid(_MLP):
+@wrong("t5.GatedMLP", "your gate is a sigmoid, as in the first gated linear units; T5's is a GELU.")
+class _Sigmoid(GatedMLP):
     def forward(self, x):
         return self.wo(torch.sigmoid(self.wi_0(x)) * self.wi_1(x))
 
 
-@wrong("t5.GatedMLP", "both halves are bent; the content passes straight.")
-class _BothBent(_MLP):
+@wrong("t5.GatedMLP", "both hidden layers go through the GELU; wi_1 has no activation function.")
+class _TwoGELUs(GatedMLP):
     def forward(self, x):
         return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * F.gelu(self.wi_1(x), approximate="tanh"))
 
@@ -300,52 +290,48 @@ def _heads() -> list[tuple]:
     return cases
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
-
-
 @exercise(
     "t5.attend",
     minutes=8,
     difficulty=2,
     cases=_heads,
-    against=_fused,
+    against=lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0),
     hints=(
-        "Scores, shares, sum of values. The bias is part of the scores.",
-        "`q @ k.transpose(-1, -2)` is `[B, H, L, L]`, a row a query; the shares of a row sum to 1, so the softmax is "
-        "over the last axis.",
+        "Compute the scores, then the weights, then the weighted sum of the values. The bias is part of the scores.",
+        "`q @ k.transpose(-1, -2)` is `[B, H, L, L]`, one row per query; the weights of a row sum to 1, so the softmax "
+        "is over the last axis.",
         "`return (q @ k.transpose(-1, -2) + bias).softmax(dim=-1) @ v`.",
     ),
 )
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """T5's attention: `q`, `k`, `v [B, H, L, d]` and `bias [1, H, L, L]` give the heads `[B, H, L, d]`.
+    """T5's attention: `q`, `k`, `v [B, H, L, d]` and `bias [1, H, L, L]` give the heads' outputs `[B, H, L, d]`.
 
-    The bias is added to the scores. The scores are **not** divided by the root of d: T5 was trained so from the start.
+    The bias is added to the scores. The scores are **not** divided by the root of d: T5 was trained without that.
     """
-    scores = q @ k.transpose(-1, -2) + bias  # [B, H, L, L], a row a query
+    scores = q @ k.transpose(-1, -2) + bias  # [B, H, L, L], one row per query
     return scores.softmax(dim=-1) @ v
 
 
-@wrong("t5.attend", "the scores are divided by the root of d; T5's are not.")
+@wrong("t5.attend", "you divide the scores by the root of d; T5 does not.")
 def _divided(q, k, v, bias):
     return attend(q * q.shape[-1] ** -0.5, k, v, bias)
 
 
-@wrong("t5.attend", "the bias is missing, so nobody knows where anybody stands.")
-def _unbiased(q, k, v, bias):
+@wrong("t5.attend", "the bias is missing, so the attention has no information about positions.")
+def _no_bias(q, k, v, bias):
     return attend(q, k, v, 0 * bias)
 
 
-@wrong("t5.attend", "the bias is added after the softmax; it belongs to the scores, before it.")
-def _late(q, k, v, bias):
+@wrong("t5.attend", "you add the bias after the softmax; add it to the scores, before the softmax.")
+def _bias_after_softmax(q, k, v, bias):
     return ((q @ k.transpose(-1, -2)).softmax(dim=-1) + bias) @ v
 
 
-@wrong("t5.attend", "the softmax runs over the queries; it is the keys that share a query's attention (dim=-1).")
+@wrong("t5.attend", "your softmax is over the queries; the weights of one query must sum to 1 over the keys (dim=-1).")
 def _over_queries(q, k, v, bias):
     return (q @ k.transpose(-1, -2) + bias).softmax(dim=-2) @ v
 
 
 @wrong("t5.attend", "the bias is transposed: its rows are queries, its columns keys.")
-def _turned(q, k, v, bias):
+def _transposed(q, k, v, bias):
     return attend(q, k, v, bias.transpose(-1, -2))

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from fluxedu.course.exercise import exercise, wrong
-from fluxedu.models.attention import rotate as ours
-from fluxedu.sampling.latents import image_ids as our_ids
+from fluxedu.models.attention import rotate as library_rotate
+from fluxedu.sampling.latents import image_ids
 
 
-def _angles() -> list[tuple]:
+def _positions() -> list[tuple]:
     return [(torch.arange(5.0), 8, 10_000.0), (torch.tensor([0.0, 3.0, 100.0]), 6, 100.0)]
 
 
@@ -16,24 +16,24 @@ def _angles() -> list[tuple]:
     "rope.angles",
     minutes=8,
     difficulty=1,
-    cases=_angles,
+    cases=_positions,
     hints=(
-        "There is one frequency per pair, so `dim / 2` of them. The first is 1, and each next one is smaller.",
-        "`torch.arange(0, dim, 2)` gives 0, 2, 4, ...: twice the pair's number, which is what the exponent needs.",
-        "The frequencies are `theta ** (-torch.arange(0, dim, 2) / dim)`; every position times every frequency is an "
-        "outer product.",
+        "There is one frequency per pair, so there are `dim / 2`. The first is 1, and each next one is smaller.",
+        "`torch.arange(0, dim, 2)` gives 0, 2, 4, ...: twice the index of the pair, which is what the exponent needs.",
+        "The frequencies are `theta ** (-torch.arange(0, dim, 2) / dim)`; multiply every position by every frequency "
+        "(an outer product).",
     ),
 )
 def angles(positions: Tensor, dim: int, theta: float) -> Tensor:
-    """By how much is each pair turned at each position? `positions [N]` -> angles `[N, dim / 2]` in radians.
+    """The rotation angle of each pair at each position: `positions [N]` -> angles `[N, dim / 2]` in radians.
 
-    Pair `i` of `dim` numbers turns by `position * theta ** (-2 i / dim)`.
+    Pair `i` of `dim` numbers rotates by `position * theta ** (-2 i / dim)`.
     """
     frequency = theta ** (-torch.arange(0, dim, 2) / dim)  # [dim / 2]
     return positions[:, None] * frequency[None, :]
 
 
-@wrong("rope.angles", "the exponent runs over pairs 0, 1, 2, ... divided by dim: pair i needs 2 i / dim.")
+@wrong("rope.angles", "your exponent is -i / dim for pair i; it should be -2 i / dim.")
 def _half_exponent(positions, dim, theta):
     return positions[:, None] * theta ** (-torch.arange(0, dim // 2) / dim)
 
@@ -44,11 +44,11 @@ def _growing(positions, dim, theta):
 
 
 @wrong("rope.angles", "the slowest pair comes first; the fastest should.")
-def _backwards(positions, dim, theta):
-    return (positions[:, None] * theta ** (-torch.arange(0, dim, 2) / dim)).flip(-1)
+def _reversed(positions, dim, theta):
+    return angles(positions, dim, theta).flip(-1)
 
 
-def _turns() -> list[tuple]:
+def _pairs() -> list[tuple]:
     g = torch.Generator().manual_seed(4)
     return [
         (torch.randn(1, 2, 5, 8, generator=g), torch.randn(5, 4, generator=g)),
@@ -56,48 +56,43 @@ def _turns() -> list[tuple]:
     ]
 
 
-def _by_table(x: Tensor, angles: Tensor) -> Tensor:
-    return ours(x, torch.polar(torch.ones_like(angles), angles)[None])
-
-
 @exercise(
     "rope.rotate",
     minutes=12,
     difficulty=2,
-    cases=_turns,
-    against=_by_table,
+    cases=_pairs,
+    against=lambda x, angles: library_rotate(x, torch.polar(torch.ones_like(angles), angles)[None]),
     hints=(
-        "A pair is two neighbours, (x0, x1), (x2, x3), ...; as points of the plane they turn by their angle.",
-        "Turning (a, b) by an angle gives (a cos - b sin, a sin + b cos). `x[..., 0::2]` are all the a, `x[..., 1::2]` "
-        "all the b.",
-        "To interleave again: `torch.stack([new_a, new_b], dim=-1).flatten(-2)`.",
+        "A pair is two neighbours, (x0, x1), (x2, x3), ... Take each pair as a point in the plane and rotate it by its "
+        "angle.",
+        "Rotating (a, b) by an angle gives (a cos - b sin, a sin + b cos). `x[..., 0::2]` are all the a, "
+        "`x[..., 1::2]` all the b.",
+        "To interleave the results again: `torch.stack([new_a, new_b], dim=-1).flatten(-2)`.",
     ),
 )
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn every pair of neighbours of `x [B, H, N, d]` by its angle, `angles [N, d / 2]`.
+    """Rotate every pair of neighbouring numbers of `x [B, H, N, d]` by its angle, `angles [N, d / 2]`.
 
-    Every head and every picture of the batch is turned alike. Positive angles turn (1, 0) towards (0, 1).
+    All heads and all images of the batch use the same angles. Positive angles rotate (1, 0) towards (0, 1).
     """
-    cos, sin = angles.cos(), angles.sin()  # [N, d/2], the same for every head
+    cos, sin = angles.cos(), angles.sin()  # [N, d/2]
     a, b = x[..., 0::2], x[..., 1::2]  # [B, H, N, d/2] each
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
-@wrong("rope.rotate", "your pairs are halves, (x0, x[d/2]), as in Llama; FLUX turns neighbours, (x0, x1).")
+@wrong("rope.rotate", "your pairs are halves, (x0, x[d/2]), as in Llama; FLUX pairs neighbours, (x0, x1).")
 def _halves(x, angles):
     cos, sin = angles.cos(), angles.sin()
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-@wrong("rope.rotate", "it turns the other way round: check the sign of the two sines.")
-def _other_way(x, angles):
+@wrong("rope.rotate", "you rotate in the opposite direction: check the sign of the two sines.")
+def _opposite(x, angles):
     return rotate(x, -angles)
 
 
-@wrong(
-    "rope.rotate", "the numbers are right, but the order is not: pairs must be interleaved again, not put end to end."
-)
+@wrong("rope.rotate", "the numbers are right, but not their order: interleave the pairs instead of concatenating them.")
 def _not_interleaved(x, angles):
     cos, sin = angles.cos(), angles.sin()
     a, b = x[..., 0::2], x[..., 1::2]
@@ -114,33 +109,33 @@ def _grids() -> list[tuple]:
     difficulty=1,
     cases=_grids,
     call=lambda answer, rows, columns: answer(rows, columns).float(),
-    against=lambda rows, columns: our_ids(2 * rows, 2 * columns),
+    against=lambda rows, columns: image_ids(2 * rows, 2 * columns),
     tolerance=0,
     hints=(
-        "The patches are numbered row by row, as one reads. The first coordinate is 0 for every one.",
+        "The patches are numbered row by row, as you read. The first coordinate is 0 for all of them.",
         "Make a grid `[rows, columns, 3]` of zeros, fill the second coordinate with the row and the third with the "
         "column.",
-        "`grid[..., 1] = torch.arange(rows)[:, None]`, `grid[..., 2] = torch.arange(columns)[None, :]`, then flatten.",
+        "`grid[..., 1] = torch.arange(rows)[:, None]`, `grid[..., 2] = torch.arange(columns)[None, :]`, then reshape.",
     ),
 )
 def ids(rows: int, columns: int) -> Tensor:
-    """The positions of the patches of a picture, `[rows * columns, 3]`: (0, row, column) each, counted from 0."""
+    """The position ids of an image's patches, `[rows * columns, 3]`: (0, row, column) each, counted from 0."""
     grid = torch.zeros(rows, columns, 3)
     grid[..., 1] = torch.arange(rows)[:, None]
     grid[..., 2] = torch.arange(columns)[None, :]
     return grid.reshape(rows * columns, 3)
 
 
-@wrong("rope.ids", "rows and columns have changed places.")
-def _swapped(rows, columns):
+@wrong("rope.ids", "rows and columns are exchanged.")
+def _exchanged(rows, columns):
     return ids(rows, columns)[:, [0, 2, 1]]
 
 
-@wrong("rope.ids", "it counts from 1; FLUX counts rows and columns from 0.")
+@wrong("rope.ids", "you count from 1; FLUX counts rows and columns from 0.")
 def _from_one(rows, columns):
     return ids(rows, columns) + torch.tensor([0.0, 1.0, 1.0])
 
 
-@wrong("rope.ids", "the patches come column by column; they are numbered row by row.")
-def _by_columns(rows, columns):
+@wrong("rope.ids", "your patches are numbered column by column; number them row by row.")
+def _column_by_column(rows, columns):
     return ids(columns, rows)[:, [0, 2, 1]]

@@ -8,7 +8,7 @@ from fluxedu.course.exercise import exercise, wrong
 from fluxedu.models import FluxConfig
 from fluxedu.models.attention import SelfAttention, attend, rope_table, rotate
 from fluxedu.models.blocks import MLP, DoubleStreamBlock
-from fluxedu.models.modulation import Modulation, modulate, normalised
+from fluxedu.models.modulation import Modulation, layer_norm, modulate
 from fluxedu.probe import Probed
 from fluxedu.sampling.latents import image_ids
 
@@ -18,7 +18,7 @@ CONFIG = FluxConfig(
 
 
 def _random(module: nn.Module, g: torch.Generator) -> nn.Module:
-    """Every tensor random, norm scales too, so that no part is 0 or 1 by chance."""
+    """The module with random weights, norm scales included, so that no weight is exactly 0 or 1."""
     for name, p in module.named_parameters():
         noise = torch.randn(p.shape, generator=g)
         p.data = 1 + 0.3 * noise if name.endswith("scale") else noise * p.shape[-1] ** -0.5
@@ -29,12 +29,12 @@ def _mod(g: torch.Generator, batch: int) -> tuple[Tensor, ...]:
     return tuple(torch.randn(batch, 1, 24, generator=g) for _ in range(6))
 
 
-def _entering() -> list[tuple]:
+def _enter_cases() -> list[tuple]:
     g = torch.Generator().manual_seed(70)
     attn = _random(SelfAttention(24, 2, True), g)
     return [
         (torch.randn(2, 5, 24, generator=g) * 4 + 1, _mod(g, 2), attn),
-        (torch.randn(1, 3, 24, generator=g) * 0.01, _mod(g, 1), attn),  # so small that eps is seen
+        (torch.randn(1, 3, 24, generator=g) * 0.01, _mod(g, 1), attn),  # so small that the value of eps matters
     ]
 
 
@@ -42,126 +42,134 @@ def _entering() -> list[tuple]:
     "double.enter",
     minutes=8,
     difficulty=1,
-    cases=_entering,
-    against=lambda x, mod, attn: attn(modulate(normalised(x), mod[0], mod[1])),
+    cases=_enter_cases,
+    against=lambda x, mod, attn: attn(modulate(layer_norm(x), mod[0], mod[1])),
     hints=(
-        "Three things in a row: make every token mean 0 and variance 1, move and stretch it, hand it to `attn`.",
-        "`F.layer_norm(x, x.shape[-1:], eps=1e-6)` normalises each token without weights of its own.",
+        "Three steps: normalise every token, scale and shift it, call `attn` with the result.",
+        "`F.layer_norm(x, x.shape[-1:], eps=1e-6)` normalises each token, without weights.",
         "`shift, scale = mod[0], mod[1]`, then `attn((1 + scale) * normed + shift)`.",
     ),
 )
 def enter(x: Tensor, mod: tuple[Tensor, ...], attn: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """One stream into the attention: `x [B, N, D]` -> q, k, v, each `[B, H, N, d]`.
+    """From one stream to its q, k and v: `x [B, N, D]` -> three tensors `[B, H, N, d]`.
 
-    `mod` is (shift1, scale1, gate1, shift2, scale2, gate2), each `[B, 1, D]`: the first three are the attention's.
-    Normalise every token (LayerNorm without weights, eps 1e-6), modulate it, `(1 + scale) * normed + shift`, and give
-    it to `attn`, which makes q, k and v with this stream's weights and has QKNorm in it.
+    `mod` is (shift1, scale1, gate1, shift2, scale2, gate2), each `[B, 1, D]`: the first three are for the attention.
+    Normalise every token (LayerNorm without weights, eps 1e-6), modulate it, `(1 + scale) * normed + shift`, and pass
+    it to `attn`, which computes q, k and v with this stream's weights, QKNorm included.
     """
-    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)  # [B, N, D], each token for itself
-    return attn((1 + mod[1]) * normed + mod[0])
+    shift, scale = mod[0], mod[1]
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)  # [B, N, D], each token separately
+    return attn((1 + scale) * normed + shift)
 
 
-@wrong("double.enter", "the tokens are modulated, but were not normalised first.")
-def _raw(x, mod, attn):
+@wrong("double.enter", "the tokens are modulated, but not normalised before.")
+def _not_normalised(x, mod, attn):
     return attn((1 + mod[1]) * x + mod[0])
 
 
-@wrong("double.enter", "it multiplies by scale; FLUX multiplies by 1 + scale, so that a scale of 0 changes nothing.")
+@wrong("double.enter", "you multiply by scale; FLUX multiplies by 1 + scale, so that a scale of 0 changes nothing.")
 def _scale_alone(x, mod, attn):
-    return attn(mod[1] * normalised(x) + mod[0])
+    return attn(mod[1] * layer_norm(x) + mod[0])
 
 
-@wrong("double.enter", "shift and scale have changed places: shift comes first in mod.")
-def _swapped(x, mod, attn):
-    return attn((1 + mod[0]) * normalised(x) + mod[1])
+@wrong("double.enter", "shift and scale are exchanged: shift comes first in mod.")
+def _exchanged(x, mod, attn):
+    return attn((1 + mod[0]) * layer_norm(x) + mod[1])
 
 
-@wrong("double.enter", "eps is 1e-5, torch's own; FLUX uses 1e-6.")
-def _torch_eps(x, mod, attn):
+@wrong("double.enter", "your eps is 1e-5, PyTorch's default; FLUX uses 1e-6.")
+def _default_eps(x, mod, attn):
     return attn((1 + mod[1]) * F.layer_norm(x, x.shape[-1:]) + mod[0])
 
 
-@wrong("double.enter", "these are the MLP's shift and scale; the attention's are the first two of mod.")
-def _second_pair(x, mod, attn):
-    return attn((1 + mod[4]) * normalised(x) + mod[3])
+@wrong("double.enter", "you use the MLP's shift and scale; the attention's are the first two of mod.")
+def _mlp_modulation(x, mod, attn):
+    return attn((1 + mod[4]) * layer_norm(x) + mod[3])
 
 
-def _meetings() -> list[tuple]:
+def _rope(txt_len: int) -> Tensor:
+    return rope_table(torch.cat([torch.zeros(txt_len, 3), image_ids(4, 6)]), (2, 4, 6)).to(torch.complex64)
+
+
+def _joint_cases() -> list[tuple]:
     g = torch.Generator().manual_seed(71)
-    some = lambda batch, n: tuple(torch.randn(batch, 2, n, 12, generator=g) for _ in range(3))  # noqa: E731
-    turns = lambda words: rope_table(  # noqa: E731
-        torch.cat([torch.zeros(words, 3), image_ids(4, 6)]), (2, 4, 6)
-    ).to(torch.complex64)
-    return [(some(2, 4), some(2, 6), turns(4)), (some(1, 7), some(1, 6), turns(7))]
+
+    def qkv(batch: int, n: int) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(batch, 2, n, 12, generator=g) for _ in range(3))
+
+    return [(qkv(2, 4), qkv(2, 6), _rope(4)), (qkv(1, 7), qkv(1, 6), _rope(7))]
 
 
-def _by_attend(txt, img, rope):
-    words, both = txt[0].shape[2], [torch.cat(pair, dim=2) for pair in zip(txt, img, strict=True)]
-    heard = attend(*both, rope, words, Probed())
-    return heard[:, :words], heard[:, words:]
+def _library_joint(txt, img, rope):
+    txt_len = txt[0].shape[2]
+    q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt, img, strict=True))
+    attn_out = attend(q, k, v, rope, txt_len, Probed())
+    return attn_out[:, :txt_len], attn_out[:, txt_len:]
 
 
 @exercise(
     "double.joint",
     minutes=12,
     difficulty=2,
-    cases=_meetings,
-    against=_by_attend,
+    cases=_joint_cases,
+    against=_library_joint,
     hints=(
-        "Lay the text's tokens and the image's end to end, attend once, and cut the result where you joined it.",
+        "Concatenate the tokens of text and image, apply the attention once, and split the result at the same token.",
         "Tokens are axis 2 of `[B, H, N, d]`. `F.scaled_dot_product_attention(q, k, v)` is notebook 06's attention; "
-        "turn q and k first.",
-        "`q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt, img))`; afterwards `heard.transpose(1, 2).flatten(2)` "
-        "puts the heads side by side, and `txt[0].shape[2]` is where to cut.",
+        "rotate q and k first.",
+        "`q = torch.cat([txt[0], img[0]], dim=2)`, and likewise k and v; afterwards "
+        "`attn_out.transpose(1, 2).flatten(2)` merges the heads, and `txt[0].shape[2]` is the number of text tokens.",
     ),
 )
 def joint(txt: tuple[Tensor, ...], img: tuple[Tensor, ...], rope: Tensor) -> tuple[Tensor, Tensor]:
-    """Both streams in one attention: what the text and what the image heard, `[B, L, D]` and `[B, N, D]`.
+    """Attention over both streams: return the attention output of text `[B, L, D]` and image `[B, N, D]`.
 
-    `txt` is (q, k, v), each `[B, H, L, d]`; `img` is the same with N tokens. Text comes first. Turn q and k by position
-    with `rotate(x, rope)`; v is not turned.
+    `txt` is (q, k, v), each `[B, H, L, d]`; `img` is the same with N tokens. Text comes first. Rotate q and k by
+    position with `rotate(x, rope)`; do not rotate v.
     """
-    q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt, img, strict=True))  # [B, H, L + N, d]
-    heard = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
-    heard = heard.transpose(1, 2).flatten(2)  # [B, H, L + N, d] -> [B, L + N, D]
-    words = txt[0].shape[2]
-    return heard[:, :words], heard[:, words:]
+    q = torch.cat([txt[0], img[0]], dim=2)  # [B, H, L + N, d]
+    k = torch.cat([txt[1], img[1]], dim=2)
+    v = torch.cat([txt[2], img[2]], dim=2)
+    attn_out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
+    attn_out = attn_out.transpose(1, 2).flatten(2)  # [B, H, L + N, d] -> [B, L + N, D]
+    txt_len = txt[0].shape[2]
+    return attn_out[:, :txt_len], attn_out[:, txt_len:]
 
 
-@wrong("double.joint", "each stream hears only itself: join them before the attention, not after it.")
-def _apart(txt, img, rope):
-    words = txt[0].shape[2]
-    one = lambda x, r: attend(*x, r, 0, Probed())  # noqa: E731
-    return one(txt, rope[..., :words, :]), one(img, rope[..., words:, :])
+@wrong("double.joint", "each stream attends only to itself: concatenate them before the attention, not after it.")
+def _separate(txt, img, rope):
+    txt_len = txt[0].shape[2]
+    return attend(*txt, rope[..., :txt_len, :], 0, Probed()), attend(*img, rope[..., txt_len:, :], 0, Probed())
 
 
-@wrong("double.joint", "queries and keys are not turned: without positions the image is a bag of patches.")
-def _unturned(txt, img, rope):
-    return _by_attend(txt, img, torch.ones_like(rope))
+@wrong("double.joint", "queries and keys are not rotated: without positions the order of the patches is lost.")
+def _not_rotated(txt, img, rope):
+    return _library_joint(txt, img, torch.ones_like(rope))
 
 
-@wrong("double.joint", "the image comes first here, and so the turns, which count the text first, go to wrong tokens.")
+@wrong("double.joint", "you put the image first, so tokens get the rotations of other tokens; rope has the text first.")
 def _image_first(txt, img, rope):
-    image, text = _by_attend(img, txt, rope)
+    image, text = _library_joint(img, txt, rope)
     return text, image
 
 
-@wrong("double.joint", "the values are turned too; only queries and keys are.")
-def _values_turned(txt, img, rope):
-    words = txt[0].shape[2]
-    turned = lambda x, r: (x[0], x[1], rotate(x[2], r))  # noqa: E731
-    return _by_attend(turned(txt, rope[..., :words, :]), turned(img, rope[..., words:, :]), rope)
+@wrong("double.joint", "you rotate the values too; rotate only queries and keys.")
+def _values_rotated(txt, img, rope):
+    txt_len = txt[0].shape[2]
+    txt = (txt[0], txt[1], rotate(txt[2], rope[..., :txt_len, :]))
+    img = (img[0], img[1], rotate(img[2], rope[..., txt_len:, :]))
+    return _library_joint(txt, img, rope)
 
 
-@wrong("double.joint", "the heads are put together in the wrong order: transpose to [B, N, H, d] before you flatten.")
-def _scrambled(txt, img, rope):
+@wrong("double.joint", "the heads are merged in the wrong order: transpose to [B, N, H, d] before you flatten.")
+def _no_transpose(txt, img, rope):
     q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt, img, strict=True))
-    heard = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
-    heard = heard.reshape(len(q), q.shape[2], -1)
-    return heard[:, : txt[0].shape[2]], heard[:, txt[0].shape[2] :]
+    attn_out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
+    attn_out = attn_out.reshape(len(q), q.shape[2], -1)
+    return attn_out[:, : txt[0].shape[2]], attn_out[:, txt[0].shape[2] :]
 
 
-def _leaving() -> list[tuple]:
+def _leave_cases() -> list[tuple]:
     g = torch.Generator().manual_seed(72)
     attn, mlp = _random(SelfAttention(24, 2, True), g), _random(MLP(24, 60), g)
     return [
@@ -170,78 +178,80 @@ def _leaving() -> list[tuple]:
     ]
 
 
-def _by_library(x, heard, mod, attn, mlp):
-    x = torch.addcmul(x, mod[2], attn.proj(heard))
-    return torch.addcmul(x, mod[5], mlp(modulate(normalised(x), mod[3], mod[4])))
+def _library_leave(x, attn_out, mod, attn, mlp):
+    x = torch.addcmul(x, mod[2], attn.proj(attn_out))
+    return torch.addcmul(x, mod[5], mlp(modulate(layer_norm(x), mod[3], mod[4])))
 
 
 @exercise(
     "double.leave",
     minutes=10,
     difficulty=2,
-    cases=_leaving,
-    against=_by_library,
+    cases=_leave_cases,
+    against=_library_leave,
     hints=(
-        "Two residual steps: x grows by the attention's share, and the new x by the MLP's.",
-        "A step is `x + gate * what_is_added`; `attn.proj(heard)` is added first. The MLP reads the new x.",
-        "`x = x + mod[2] * attn.proj(heard)`, normalise and modulate that x with `mod[3]`, `mod[4]`, and give back "
+        "Two residual steps: first add the attention's contribution to x, then the MLP's to the new x.",
+        "A residual step is `x + gate * output`, where the first output is `attn.proj(attn_out)`. The MLP gets the new "
+        "x.",
+        "`x = x + mod[2] * attn.proj(attn_out)`, normalise and modulate this x with `mod[3]`, `mod[4]`, and return "
         "`x + mod[5] * mlp(...)`.",
     ),
 )
-def leave(x: Tensor, heard: Tensor, mod: tuple[Tensor, ...], attn: nn.Module, mlp: nn.Module) -> Tensor:
-    """One stream out of the attention: `x [B, N, D]` and what it `heard [B, N, D]` -> the new `x [B, N, D]`.
+def leave(x: Tensor, attn_out: Tensor, mod: tuple[Tensor, ...], attn: nn.Module, mlp: nn.Module) -> Tensor:
+    """The rest of the block for one stream: `x [B, N, D]` and `attn_out [B, N, D]` -> the new `x [B, N, D]`.
 
-    First x grows by `gate1 * attn.proj(heard)`. Then the new x is normalised and modulated once more, with shift2 and
-    scale2, goes through `mlp`, and x grows by `gate2` times the result. `mod` is in the order of `enter`.
+    First add `gate1 * attn.proj(attn_out)` to x. Then normalise the new x, modulate it with shift2 and scale2, apply
+    `mlp`, and add `gate2` times the result. `mod` has the same order as in `enter`.
     """
-    x = x + mod[2] * attn.proj(heard)
+    gate1, shift2, scale2, gate2 = mod[2:]
+    x = x + gate1 * attn.proj(attn_out)
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return x + mod[5] * mlp((1 + mod[4]) * normed + mod[3])
+    return x + gate2 * mlp((1 + scale2) * normed + shift2)
 
 
-@wrong("double.leave", "the gate blends, (1 - gate) x + gate f: in FLUX the stream is kept whole, x + gate f.")
-def _blend(x, heard, mod, attn, mlp):
-    x = (1 - mod[2]) * x + mod[2] * attn.proj(heard)
-    return (1 - mod[5]) * x + mod[5] * mlp(modulate(normalised(x), mod[3], mod[4]))
+@wrong("double.leave", "your gate blends, (1 - gate) x + gate f; in FLUX all of x is kept: x + gate f.")
+def _blend(x, attn_out, mod, attn, mlp):
+    x = (1 - mod[2]) * x + mod[2] * attn.proj(attn_out)
+    return (1 - mod[5]) * x + mod[5] * mlp(modulate(layer_norm(x), mod[3], mod[4]))
 
 
-@wrong("double.leave", "the MLP reads the x from before the attention; here it comes after and reads the new one.")
-def _side_by_side(x, heard, mod, attn, mlp):
-    return x + mod[2] * attn.proj(heard) + mod[5] * mlp(modulate(normalised(x), mod[3], mod[4]))
+@wrong("double.leave", "your MLP gets the x from before the attention; it should get the new one.")
+def _parallel(x, attn_out, mod, attn, mlp):
+    return x + mod[2] * attn.proj(attn_out) + mod[5] * mlp(modulate(layer_norm(x), mod[3], mod[4]))
 
 
 @wrong("double.leave", "both steps use the attention's gate; the MLP has its own, the last of mod.")
-def _one_gate(x, heard, mod, attn, mlp):
-    return _by_library(x, heard, (*mod[:5], mod[2]), attn, mlp)
+def _one_gate(x, attn_out, mod, attn, mlp):
+    return _library_leave(x, attn_out, (*mod[:5], mod[2]), attn, mlp)
 
 
-@wrong("double.leave", "what was heard is added as it is; it first goes through attn.proj, which mixes the heads.")
-def _no_proj(x, heard, mod, attn, mlp):
-    x = x + mod[2] * heard
-    return x + mod[5] * mlp(modulate(normalised(x), mod[3], mod[4]))
+@wrong("double.leave", "you add the attention output directly; apply attn.proj first, which mixes the heads.")
+def _no_proj(x, attn_out, mod, attn, mlp):
+    x = x + mod[2] * attn_out
+    return x + mod[5] * mlp(modulate(layer_norm(x), mod[3], mod[4]))
 
 
-@wrong("double.leave", "the MLP's input is not normalised again.")
-def _unnormed(x, heard, mod, attn, mlp):
-    x = x + mod[2] * attn.proj(heard)
+@wrong("double.leave", "the MLP's input is not normalised.")
+def _mlp_not_normalised(x, attn_out, mod, attn, mlp):
+    x = x + mod[2] * attn.proj(attn_out)
     return x + mod[5] * mlp(modulate(x, mod[3], mod[4]))
 
 
-def _blocks() -> list[tuple]:
+def _block_cases() -> list[tuple]:
     cases = []
-    for seed, batch, words, side in ((73, 2, 3, (4, 4)), (74, 1, 5, (2, 6))):
+    for seed, batch, txt_len, side in ((73, 2, 3, (4, 4)), (74, 1, 5, (2, 6))):
         g = torch.Generator().manual_seed(seed)
-        state = _random(DoubleStreamBlock(CONFIG), g).state_dict()
+        weights = _random(DoubleStreamBlock(CONFIG), g).state_dict()
         ids = image_ids(*side)
-        rope = rope_table(torch.cat([torch.zeros(words, 3), ids]), CONFIG.axes_dim).to(torch.complex64)
-        img, txt = torch.randn(batch, len(ids), 24, generator=g), 3 * torch.randn(batch, words, 24, generator=g)
-        cases.append((state, img, txt, torch.randn(batch, 24, generator=g), rope))
+        rope = rope_table(torch.cat([torch.zeros(txt_len, 3), ids]), CONFIG.axes_dim).to(torch.complex64)
+        img, txt = torch.randn(batch, len(ids), 24, generator=g), 3 * torch.randn(batch, txt_len, 24, generator=g)
+        cases.append((weights, img, txt, torch.randn(batch, 24, generator=g), rope))
     return cases
 
 
-def _run(made, state, img, txt, vec, rope):
-    block = made(24, 2, 48)
-    block.load_state_dict(state)
+def _block_output(answer, weights, img, txt, vec, rope):
+    block = answer(24, 2, 48)
+    block.load_state_dict(weights)
     return block(img, txt, block.plan(vec), rope)
 
 
@@ -249,57 +259,69 @@ def _run(made, state, img, txt, vec, rope):
     "double.block",
     minutes=12,
     difficulty=2,
-    cases=_blocks,
-    call=_run,
-    against=lambda dim, num_heads, hidden: DoubleStreamBlock(CONFIG),
+    cases=_block_cases,
+    call=_block_output,
+    against=lambda dim, num_heads, mlp_hidden: DoubleStreamBlock(CONFIG),
     hints=(
-        "Everything is there: enter once per stream, join once, leave once per stream.",
-        "`mods['img'].unsqueeze(-2).chunk(6, dim=-1)` gives the image's six modulations, each `[B, 1, D]`.",
-        "`txt_heard, img_heard = joint(enter(txt, mod['txt'], self.txt_attn), enter(img, mod['img'], self.img_attn), "
-        "rope)`; then `leave` for each with its own `mod`, `attn` and `mlp`, and give back `img, txt`.",
+        "You have all the parts: `enter` for each stream, `joint` once, `leave` for each stream.",
+        "`mods['img'].unsqueeze(-2).chunk(6, dim=-1)` gives the image's six modulation vectors, each `[B, 1, D]`.",
+        "`img_qkv = enter(img, img_mod, self.img_attn)`, likewise for txt; `txt_attn_out, img_attn_out = "
+        "joint(txt_qkv, img_qkv, rope)`; then `leave` for each stream with its own `mod`, `attn` and `mlp`, and return "
+        "`img, txt`.",
     ),
     stub='''
     class Block(nn.Module):
-        """Two streams, one attention. `forward(img, txt, mods, rope)`."""
+        """The whole block, from your three functions: `forward(img, txt, mods, rope)` returns the new `(img, txt)`.
+
+        `img [B, N, D]`, `txt [B, L, D]`, `mods` a dict with both streams' modulation, `rope` the rotations of
+        [text, image]. The modules have the official names, so that the trained weights fit.
+        """
 
         def __init__(self, dim: int, num_heads: int, mlp_hidden: int):
             super().__init__()
-            for stream in ("img", "txt"):  # the same three parts twice
-                self.add_module(f"{stream}_mod", Modulation(dim, double=True))
-                self.add_module(f"{stream}_attn", SelfAttention(dim, num_heads, qkv_bias=True))
-                self.add_module(f"{stream}_mlp", MLP(dim, mlp_hidden))
+            self.img_mod = Modulation(dim, double=True)
+            self.img_attn = SelfAttention(dim, num_heads, qkv_bias=True)
+            self.img_mlp = MLP(dim, mlp_hidden)
+            self.txt_mod = Modulation(dim, double=True)
+            self.txt_attn = SelfAttention(dim, num_heads, qkv_bias=True)
+            self.txt_mlp = MLP(dim, mlp_hidden)
 
         def plan(self, vec: Tensor) -> dict[str, Tensor]:  # [..., D] -> [..., 6 D] for each stream
             return {"txt": self.txt_mod(vec), "img": self.img_mod(vec)}
 
         def forward(self, img: Tensor, txt: Tensor, mods: dict[str, Tensor], rope: Tensor) -> tuple[Tensor, Tensor]:
-            mod = {s: row.unsqueeze(-2).chunk(6, dim=-1) for s, row in mods.items()}  # 6 x [B, 1, D]
+            img_mod = mods["img"].unsqueeze(-2).chunk(6, dim=-1)  # six times [B, 1, D]
+            txt_mod = mods["txt"].unsqueeze(-2).chunk(6, dim=-1)
             raise NotImplementedError("your turn")
     ''',
 )
 class Block(nn.Module):
-    """The whole block from your three functions: `forward(img, txt, mods, rope)` gives the new `(img, txt)`.
+    """The whole block, from your three functions: `forward(img, txt, mods, rope)` returns the new `(img, txt)`.
 
-    `img [B, N, D]`, `txt [B, L, D]`, `mods` a dict with the rows of both streams, `rope` the turns of [text, image].
-    The parts have the official names, so that official weights fit; write `forward`.
+    `img [B, N, D]`, `txt [B, L, D]`, `mods` a dict with both streams' modulation, `rope` the rotations of
+    [text, image]. The modules have the official names, so that the trained weights fit.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_hidden: int):
         super().__init__()
-        for stream in ("img", "txt"):  # the same three parts twice
-            self.add_module(f"{stream}_mod", Modulation(dim, double=True))
-            self.add_module(f"{stream}_attn", SelfAttention(dim, num_heads, qkv_bias=True))
-            self.add_module(f"{stream}_mlp", MLP(dim, mlp_hidden))
+        self.img_mod = Modulation(dim, double=True)
+        self.img_attn = SelfAttention(dim, num_heads, qkv_bias=True)
+        self.img_mlp = MLP(dim, mlp_hidden)
+        self.txt_mod = Modulation(dim, double=True)
+        self.txt_attn = SelfAttention(dim, num_heads, qkv_bias=True)
+        self.txt_mlp = MLP(dim, mlp_hidden)
 
     def plan(self, vec: Tensor) -> dict[str, Tensor]:  # [..., D] -> [..., 6 D] for each stream
         return {"txt": self.txt_mod(vec), "img": self.img_mod(vec)}
 
     def forward(self, img: Tensor, txt: Tensor, mods: dict[str, Tensor], rope: Tensor) -> tuple[Tensor, Tensor]:
-        mod = {s: row.unsqueeze(-2).chunk(6, dim=-1) for s, row in mods.items()}  # 6 x [B, 1, D]
-        of_txt, of_img = enter(txt, mod["txt"], self.txt_attn), enter(img, mod["img"], self.img_attn)
-        txt_heard, img_heard = joint(of_txt, of_img, rope)
-        img = leave(img, img_heard, mod["img"], self.img_attn, self.img_mlp)
-        txt = leave(txt, txt_heard, mod["txt"], self.txt_attn, self.txt_mlp)
+        img_mod = mods["img"].unsqueeze(-2).chunk(6, dim=-1)  # six times [B, 1, D]
+        txt_mod = mods["txt"].unsqueeze(-2).chunk(6, dim=-1)
+        img_qkv = enter(img, img_mod, self.img_attn)
+        txt_qkv = enter(txt, txt_mod, self.txt_attn)
+        txt_attn_out, img_attn_out = joint(txt_qkv, img_qkv, rope)
+        img = leave(img, img_attn_out, img_mod, self.img_attn, self.img_mlp)
+        txt = leave(txt, txt_attn_out, txt_mod, self.txt_attn, self.txt_mlp)
         return img, txt
 
 
@@ -310,20 +332,20 @@ class _Shared(Block):
         return super().forward(img, txt, mods, rope)
 
 
-@wrong("double.block", "the two streams' modulations have changed places.")
-class _Crossed(Block):
+@wrong("double.block", "the two streams' modulations are exchanged.")
+class _ModulationsExchanged(Block):
     def forward(self, img, txt, mods, rope):
         return super().forward(img, txt, {"txt": mods["img"], "img": mods["txt"]}, rope)
 
 
-@wrong("double.block", "the text comes out as it went in: both streams leave the attention changed.")
-class _OneSided(Block):
+@wrong("double.block", "the text is returned unchanged; the block changes both streams.")
+class _ImageOnly(Block):
     def forward(self, img, txt, mods, rope):
         return super().forward(img, txt, mods, rope)[0], txt
 
 
-@wrong("double.block", "the text hears the image as it is after this block; both streams enter before either leaves.")
-class _InTurn(Block):
+@wrong("double.block", "the text attends to the image's new tokens; compute both streams' q, k and v first.")
+class _OneAfterTheOther(Block):
     def forward(self, img, txt, mods, rope):
         new = super().forward(img, txt, mods, rope)[0]
         return new, super().forward(new, txt, mods, rope)[1]
