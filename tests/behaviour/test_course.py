@@ -172,8 +172,8 @@ def test_a_known_mistake_is_reported_before_the_error():
 
 def test_a_wider_dtype_than_the_input_is_reported():
     class Wide(all_exercises()["attention.qknorm"].solution):
-        def one(self, x, scale):
-            return super().one(x.float(), scale)
+        def rms_norm(self, x, scale):
+            return super().rms_norm(x.float(), scale)
 
     said = assess(all_exercises()["attention.qknorm"], Wide).message
     assert said.startswith("the dtype is float32 but should be bfloat16")
