@@ -3,11 +3,11 @@
 #
 # **What is one vector of text good for?** FLUX encodes a prompt twice. CLIP, the first text encoder, gives a single
 # vector for the whole prompt, the *pooled vector*. You will build the parts that make this vector, put them into the
-# trained model, use the vector for the task it was trained for (finding the caption of an image), and then measure what
-# that task does not need.
+# trained model, use the vector for the task it was trained for (finding the caption of an image), and then measure
+# which details of a caption that task depends on.
 #
-# Afterwards you can say which token the vector is taken from and why, write CLIP's loss, and say what an image owes to
-# CLIP and what to T5.
+# Afterwards you can say which token the vector is taken from and why, write CLIP's loss, and say what CLIP's
+# prompt and T5's prompt each contribute to an image.
 #
 # 55 minutes · needs notebook 00
 
@@ -42,6 +42,9 @@ course.where(pipe, "clip", "vec")
 # can attend to it.
 #
 # ## Predict
+#
+# For the third question one detail of a caption is changed. The change counts as noticed if more than 90 % of the
+# images match their own caption better than the changed one.
 
 # %%
 earlier = fe.predict("The prompt's last word changes. How many of CLIP's tokens before it change?", 0)  # answer

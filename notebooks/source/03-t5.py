@@ -27,7 +27,7 @@ from fluxedu.nano.judge import detect
 from fluxedu.nano.scenes import COLORS, FORMS, caption, sample_scene
 from fluxedu.nano.tokenizers import t5_tokenizer
 from fluxedu.nano.text_tasks import TAGS, corrupt_spans, tag_labels
-from fluxedu.widgets.tokens import by_layer, tokens
+from fluxedu.widgets.tokens import layer_states, tokens
 
 device = course.begin()
 _ = torch.set_grad_enabled(False)  # nothing is trained here, except one linear map

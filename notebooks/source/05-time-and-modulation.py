@@ -38,11 +38,14 @@ course.where(pipe, "vec", "double", "single", "final")
 # ## Predict
 #
 # In the second question one of the three is set to 0 in all blocks; the velocity is the network's output. In the third,
-# all three are 0 in all blocks, and T5's token vectors are replaced by those of another prompt.
+# all three are 0 in all blocks, and T5's token vectors are replaced by those of another prompt; below 10 % counts as
+# 'a little'.
 
 # %%
 share = fe.predict("What percentage of FLUX.1-dev's parameters only compute shifts, scales and gates?", 27)  # answer
-knob = fe.predict("Setting which one to 0 changes the velocity most: 'shift', 'scale' or 'gate'?", "gate")  # answer
+component = fe.predict(
+    "Setting which one to 0 changes the velocity most: 'shift', 'scale' or 'gate'?", "gate"
+)  # answer
 words = fe.predict(
     "All three are 0, T5's prompt is exchanged. The velocity changes: 'nothing', 'a little' or 'much'?", "nothing"
 )  # answer
@@ -250,7 +253,7 @@ fig
 
 # %% [markdown]
 # The explorer shows every channel. Change the guidance scale: does the modulation change much? Change the prompt: the
-# pooled text changes it as well. Point at a layer and time in the left picture.
+# pooled text changes it as well. Point at a layer and time in the left panel.
 
 # %%
 widgets.modulation(pipe, [prompt, other])
@@ -348,7 +351,7 @@ for kind in ("shift", "scale", "gate"):
     with fe.intervene(f"double.*_mod.{kind}?", f"single.*.{kind}", zero):
         changes[kind] = relative_difference(velocity(), unchanged)
 print("change of the velocity, relative to its size:", {kind: f"{change:.1f}" for kind, change in changes.items()})
-knob.against(max(changes, key=changes.get))
+component.against(max(changes, key=changes.get))
 
 # %% [markdown]
 # Without gates no block adds anything; only the first layer, `img_in`, and the last layer are left. Without shifts or

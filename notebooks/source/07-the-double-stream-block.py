@@ -141,9 +141,9 @@ print(f"a double block of FLUX.1 has {sum(p.numel() for p in official.parameters
 # tokens, the root mean square of their numbers, through all blocks of the miniature.
 
 # %%
-from fluxedu.widgets.contributions import over_tokens, shares
+from fluxedu.widgets.contributions import measure_contributions, rms_over_tokens
 
-sizes, added, _ = shares(pipe, prompt, seed=4, progress=False)
+sizes, added, _ = measure_contributions(pipe, prompt, seed=4, progress=False)
 txt_len = pipe.prompt_encoder.t5_tokenizer.length
 step, blocks = 10, sizes.coords["block"]
 token_ranges = {"text": slice(0, txt_len), "image": slice(txt_len, None)}
@@ -151,7 +151,7 @@ colours = {"text": "#0072B2", "image": "#D55E00"}
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.3), layout="constrained", width_ratios=[1.15, 1])
 for name, tokens in token_ranges.items():
-    left.plot(over_tokens(sizes.tensor[:, step], tokens), "o-", label=name, color=colours[name])
+    left.plot(rms_over_tokens(sizes.tensor[:, step], tokens), "o-", label=name, color=colours[name])
 left.set_xticks(range(len(blocks)), [b.replace(".", "\n") for b in blocks], fontsize=8)
 left.set_xlabel("block that the tokens enter")
 left.set_ylabel("root mean square of a token")
@@ -162,13 +162,13 @@ left.set_title("Text tokens become several times as large as image tokens", font
 bars = {}
 for name, tokens in token_ranges.items():
     for i, part in enumerate(("attention", "MLP")):
-        bars[f"{name}\n{part}"] = float(over_tokens(added.tensor[1, i, step], tokens))
+        bars[f"{name}\n{part}"] = float(rms_over_tokens(added.tensor[1, i, step], tokens))
 right.bar(list(bars), list(bars.values()), color=[colours[label.split("\n")[0]] for label in bars])
 right.set_ylabel("size of what double.1 adds")
 right.set_title("In double.1 the MLP adds most to text tokens", fontsize=10)
 plt.show()
 
-entering = [float(over_tokens(sizes.tensor[config.depth, step], tokens)) for tokens in token_ranges.values()]
+entering = [float(rms_over_tokens(sizes.tensor[config.depth, step], tokens)) for tokens in token_ranges.values()]
 larger.against("text" if entering[0] > entering[1] else "image")
 feeds.against("MLP" if bars["text\nMLP"] > bars["text\nattention"] else "attention")
 
