@@ -1,17 +1,17 @@
-"""Checkpoints: read, write, rename, merge. Strict, and safetensors only.
+"""Checkpoints: reading, writing, converting and merging weights. Strict, and safetensors only.
 
-fe.checkpoints.convert(state_dict, to="diffusers")          names and rows, exactly, both ways
+fe.checkpoints.convert(state_dict, to="diffusers")          names and rows, exactly, in both directions
 fe.checkpoints.load_model("flux1-dev.safetensors")          the network with these weights
 fe.checkpoints.convert_file("flux1-dev.safetensors", "transformer", to="diffusers")
 fe.checkpoints.merge(flux, fe.checkpoints.read("lora.safetensors"), scale=0.85).unmerge()
 """
 
-from fluxedu.checkpoints.configs import from_diffusers_config, to_diffusers_config
-from fluxedu.checkpoints.layouts import convert, converted, infer_config
-from fluxedu.checkpoints.load import config_of, load_into, load_model, outline, read
-from fluxedu.checkpoints.lora import Merged, extract, inputs_of, merge, widen_input
+from fluxedu.checkpoints.configs import from_diffusers_config, infer_config, to_diffusers_config
+from fluxedu.checkpoints.layouts import convert, convert_lazily, shapes
+from fluxedu.checkpoints.lora import Merged, extract, lora_in_channels, merge, widen_input
 from fluxedu.checkpoints.official import OFFICIAL, Official, find
-from fluxedu.checkpoints.save import convert_file, save_file, save_folder
+from fluxedu.checkpoints.reading import config_of, load_into, load_model, open_model, read
+from fluxedu.checkpoints.writing import convert_file, save_file, save_folder
 from fluxedu.errors import CheckpointError
 
 __all__ = [
@@ -22,19 +22,20 @@ __all__ = [
     "config_of",
     "convert",
     "convert_file",
-    "converted",
+    "convert_lazily",
     "extract",
     "find",
     "from_diffusers_config",
     "infer_config",
-    "inputs_of",
     "load_into",
     "load_model",
+    "lora_in_channels",
     "merge",
-    "outline",
+    "open_model",
     "read",
     "save_file",
     "save_folder",
+    "shapes",
     "to_diffusers_config",
     "widen_input",
 ]

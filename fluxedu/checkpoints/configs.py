@@ -1,23 +1,26 @@
-"""Configurations beside the weights: diffusers' ``config.json``, and what the shapes alone tell.
+"""Configurations: diffusers' ``config.json``, and what the shapes of the tensors reveal.
 
-Neither layout's files say everything. An official file has no configuration at all: most of it can be
-read off the shapes, but not how a head's numbers are shared by the axes (``axes_dim``). diffusers'
-configuration has no room for another theta, MLP ratio or a qkv without bias.
+Neither layout stores everything. An official (BFL) file has no configuration at all: most of it follows from the
+shapes, but not how RoPE divides a head between the axes (``axes_dim``). diffusers' ``config.json`` has no field for
+another theta, another MLP ratio, or a qkv without bias.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from functools import partial
+from collections.abc import Callable, Mapping
 
-from fluxedu.checkpoints.tables import Shape
-from fluxedu.errors import CheckpointError, ConfigError, describe
+from torch import Tensor
+
+from fluxedu.errors import CheckpointError, ConfigError, describe, first_of
 from fluxedu.models import VARIANTS, AutoEncoderConfig, CLIPTextConfig, FluxConfig, T5Config
 from fluxedu.models.config import LARGEST, Config
 
-#: our field -> the name in the other config.json, and the value that code takes when it is not there
-_FLUX = {
+Shape = tuple[int, ...]
+
+#: our field -> its name in config.json, and the default that diffusers uses where it is absent
+_FLUX_FIELDS = {
     "in_channels": ("in_channels", 64),
     "out_channels": ("out_channels", None),
     "vec_in_dim": ("pooled_projection_dim", 768),
@@ -28,7 +31,7 @@ _FLUX = {
     "axes_dim": ("axes_dims_rope", (16, 56, 56)),
     "guidance_embed": ("guidance_embeds", False),
 }
-_AUTOENCODER = {
+_AUTOENCODER_FIELDS = {
     "in_channels": ("in_channels", 3),
     "out_ch": ("out_channels", 3),
     "num_res_blocks": ("layers_per_block", 1),
@@ -37,7 +40,7 @@ _AUTOENCODER = {
     "scale_factor": ("scaling_factor", 0.18215),
     "shift_factor": ("shift_factor", 0.0),
 }
-#: what must be so for the network to be ours
+#: settings that have only one value in FLUX.1
 _FLUX_FIXED = {"patch_size": 1}
 _AUTOENCODER_FIXED = {
     "act_fn": "silu",
@@ -45,121 +48,99 @@ _AUTOENCODER_FIXED = {
     "use_post_quant_conv": False,
     "mid_block_add_attention": True,
 }
-#: read elsewhere, or of no consequence
-_INDIFFERENT = {"attention_head_dim", "block_out_channels", "sample_size", "force_upcast"}
-_INDIFFERENT |= {"down_block_types", "up_block_types"}
-_TEXT = {
-    CLIPTextConfig: {"_": "CLIPTextModel", "model_type": "clip_text_model", "hidden_act": "quick_gelu"},
-    T5Config: {"_": "T5EncoderModel", "model_type": "t5", "feed_forward_proj": "gated-gelu"},
+_TEXT_FIXED = {CLIPTextConfig: {"hidden_act": "quick_gelu"}, T5Config: {"feed_forward_proj": "gated-gelu"}}
+#: settings that are read separately, or have no effect
+_IGNORED = {"attention_head_dim", "block_out_channels", "sample_size", "force_upcast"}
+_IGNORED |= {"down_block_types", "up_block_types"}
+#: the class that diffusers or transformers builds from each configuration, and what we call it in messages
+_CLASSES = {
+    FluxConfig: ("FluxTransformer2DModel", "a flow transformer"),
+    AutoEncoderConfig: ("AutoencoderKL", "an autoencoder"),
+    CLIPTextConfig: ("CLIPTextModel", "a CLIP text encoder"),
+    T5Config: ("T5EncoderModel", "a T5 encoder"),
 }
 
 
+# ---------------------------------------------------------------- config.json
+
+
 def to_diffusers_config(config: Config) -> dict:
-    """The ``config.json`` that diffusers (or transformers) puts beside these weights.
+    """The ``config.json`` that diffusers (or transformers) stores beside these weights.
 
-    Raises CheckpointError for a network that diffusers has no words for.
+    Raises CheckpointError for a network that diffusers' layout cannot describe.
     """
-    if isinstance(config, FluxConfig):
-        return _flux_to_diffusers(config)
-    if isinstance(config, AutoEncoderConfig):
-        return _autoencoder_to_diffusers(config)
-    known = dict(_TEXT[type(config)])
-    return {"architectures": [known.pop("_")], **known, **config.to_dict()}
-
-
-def _flux_to_diffusers(config: FluxConfig) -> dict:
-    for name, only in (("theta", 10_000), ("mlp_ratio", 4.0), ("qkv_bias", True)):
-        value = getattr(config, name)
-        if value != only:
-            raise CheckpointError(f"diffusers' layout has {name} {only} built in and cannot say {value}.")
-    if len(config.axes_dim) != 3:
-        raise CheckpointError(f"diffusers' layout has three axes and cannot say axes_dim {config.axes_dim}.")
+    class_name = _CLASSES[type(config)][0]
     values = config.to_dict()
-    named = {theirs: values[ours] for ours, (theirs, _) in _FLUX.items()}
-    return {"_class_name": "FluxTransformer2DModel", **_FLUX_FIXED, "attention_head_dim": config.head_dim, **named}
-
-
-def _autoencoder_to_diffusers(config: AutoEncoderConfig) -> dict:
-    if config.ch_mult[0] != 1:
-        raise CheckpointError(
-            f"diffusers' layout takes ch for the first level's width and cannot say ch_mult {config.ch_mult}."
-        )
-    levels = len(config.ch_mult)
-    return {
-        "_class_name": "AutoencoderKL",
-        **_AUTOENCODER_FIXED,
-        "block_out_channels": [config.ch * mult for mult in config.ch_mult],
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        **{theirs: getattr(config, ours) for ours, (theirs, _) in _AUTOENCODER.items()},
-    }
+    if isinstance(config, FluxConfig):
+        for name, only in (("theta", 10_000), ("mlp_ratio", 4.0), ("qkv_bias", True)):
+            if values[name] != only:
+                raise CheckpointError(f"diffusers' layout always has {name} {only} and cannot store {values[name]}.")
+        if len(config.axes_dim) != 3:
+            raise CheckpointError(f"diffusers' layout has three axes and cannot store axes_dim {config.axes_dim}.")
+        fields = {theirs: values[ours] for ours, (theirs, _) in _FLUX_FIELDS.items()}
+        return {"_class_name": class_name, **_FLUX_FIXED, "attention_head_dim": config.head_dim, **fields}
+    if isinstance(config, AutoEncoderConfig):
+        if config.ch_mult[0] != 1:
+            raise CheckpointError(
+                f"diffusers' layout takes ch as the width of the first level and cannot store ch_mult {config.ch_mult}."
+            )
+        levels = len(config.ch_mult)
+        return {
+            "_class_name": class_name,
+            **_AUTOENCODER_FIXED,
+            "block_out_channels": [config.ch * mult for mult in config.ch_mult],
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            **{theirs: values[ours] for ours, (theirs, _) in _AUTOENCODER_FIELDS.items()},
+        }
+    model_type = "clip_text_model" if isinstance(config, CLIPTextConfig) else "t5"
+    return {"architectures": [class_name], "model_type": model_type, **_TEXT_FIXED[type(config)], **values}
 
 
 def from_diffusers_config(values: dict, kind: type[Config] | None = None) -> Config:
-    """The other way: our configuration for a ``config.json``'s values.
+    """Our configuration for the values of a ``config.json``.
 
-    ``kind`` is the configuration that is wanted, if that is known. Raises CheckpointError for another
-    network, or for a setting that ours does not have.
+    ``kind`` is the expected class of configuration, if it is known. Raises CheckpointError for another network, and
+    for a setting that FLUX.1 does not have.
     """
     if not isinstance(values, dict):
-        raise CheckpointError(f"config.json is made of names and values, not {describe(values)}.")
-    classes = values.get("architectures")
-    named = values.get("_class_name") or (classes[0] if isinstance(classes, list) and classes else None)
-    readers = {
-        "FluxTransformer2DModel": (FluxConfig, _flux_from_diffusers),
-        "AutoencoderKL": (AutoEncoderConfig, _autoencoder_from_diffusers),
-        "CLIPTextModel": (CLIPTextConfig, partial(_text_from_transformers, CLIPTextConfig)),
-        "T5EncoderModel": (T5Config, partial(_text_from_transformers, T5Config)),
-    }
-    wanted = [name for name, (made, _) in readers.items() if kind in (None, made)]
-    if named is None and len(wanted) == 1:
-        named = wanted[0]
-    if named not in wanted:
-        raise CheckpointError(f"config.json is for {describe(named)}, but should be for {' or '.join(wanted)}.")
+        raise CheckpointError(f"config.json must hold names and values, not {describe(values)}.")
+    architectures = values.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    class_name = values.get("_class_name") or first
+    expected = {name: known for known, (name, _) in _CLASSES.items() if kind in (None, known)}
+    if class_name is None and len(expected) == 1:
+        (class_name,) = expected
+    if not isinstance(class_name, str) or class_name not in expected:
+        raise CheckpointError(f"config.json is for {describe(class_name)}, but should be for {' or '.join(expected)}.")
+    kind = expected[class_name]
     try:
-        return readers[named][1](values)
+        if kind is FluxConfig:
+            return _flux_from_diffusers(values)
+        if kind is AutoEncoderConfig:
+            return _autoencoder_from_diffusers(values)
+        return _text_from_transformers(kind, values)
     except ConfigError as error:
-        raise CheckpointError(f"config.json describes no network: {error}") from None
-
-
-def _read(values: dict, names: dict[str, tuple], fixed: dict) -> dict:
-    """Our fields from theirs, strictly."""
-    for name, value in values.items():
-        if name in fixed and value != fixed[name]:
-            raise CheckpointError(f"config.json has {name} {describe(value)}, but FLUX.1's is {fixed[name]!r}.")
-        if name not in fixed and name not in _INDIFFERENT and name not in {theirs for theirs, _ in names.values()}:
-            if not name.startswith("_") and value is not None:
-                raise CheckpointError(f"config.json has an unknown setting {describe(name)} ({describe(value)}).")
-    found = {ours: values.get(theirs, default) for ours, (theirs, default) in names.items()}
-    return {ours: tuple(value) if isinstance(value, list) else value for ours, value in found.items()}
-
-
-def _whole(**values) -> None:
-    """Numbers that are reckoned with before a configuration looks at them."""
-    for name, value in values.items():
-        if type(value) is not int or not 0 < value <= LARGEST:
-            raise CheckpointError(
-                f"config.json has {name} {describe(value)}, not a whole number of at most {LARGEST:,}."
-            )
+        raise CheckpointError(f"config.json describes no valid network: {error}") from None
 
 
 def _flux_from_diffusers(values: dict) -> FluxConfig:
-    fields = _read(values, _FLUX, _FLUX_FIXED)
+    fields = _our_fields(values, _FLUX_FIELDS, _FLUX_FIXED)
     fields["out_channels"] = fields["out_channels"] or fields["in_channels"]
-    head = values.get("attention_head_dim", 128)
-    _whole(num_attention_heads=fields["num_heads"], attention_head_dim=head)
-    return FluxConfig(**fields, hidden_size=fields["num_heads"] * head)
+    head_dim = values.get("attention_head_dim", 128)
+    _check_size("num_attention_heads", fields["num_heads"])
+    _check_size("attention_head_dim", head_dim)
+    return FluxConfig(**fields, hidden_size=fields["num_heads"] * head_dim)
 
 
 def _autoencoder_from_diffusers(values: dict) -> AutoEncoderConfig:
-    # left out, diffusers takes these as True
-    values = {"use_quant_conv": True, "use_post_quant_conv": True, **values}
-    fields = _read(values, _AUTOENCODER, _AUTOENCODER_FIXED)
+    values = {"use_quant_conv": True, "use_post_quant_conv": True, **values}  # diffusers' defaults
+    fields = _our_fields(values, _AUTOENCODER_FIELDS, _AUTOENCODER_FIXED)
     widths = values.get("block_out_channels", [64])
     if not isinstance(widths, list) or not widths:
         raise CheckpointError(f"config.json has block_out_channels {describe(widths)}, not a list of whole numbers.")
     for width in widths:
-        _whole(block_out_channels=width)
+        _check_size("block_out_channels", width)
     if any(width % widths[0] for width in widths):
         raise CheckpointError(
             f"config.json has block_out_channels {describe(widths)}, which are not multiples of the first."
@@ -169,134 +150,222 @@ def _autoencoder_from_diffusers(values: dict) -> AutoEncoderConfig:
 
 
 def _text_from_transformers(kind: type[Config], values: dict) -> Config:
-    for name, only in _TEXT[kind].items():
-        if name not in ("_", "model_type") and values.get(name, only) != only:
+    for name, only in _TEXT_FIXED[kind].items():
+        if values.get(name, only) != only:
             raise CheckpointError(f"config.json has {name} {describe(values[name])}, but FLUX.1's is {only!r}.")
     config = kind(**{name: values[name] for name in kind().to_dict() if name in values})
-    if kind is CLIPTextConfig and config.eos_token_id == 2:  # an old mistake in CLIP's own file: 2 means the last token
+    if kind is CLIPTextConfig and config.eos_token_id == 2:
+        # an error in CLIP's own file, which transformers corrects too: 2 stands for the last token of the vocabulary
         config = config.with_(eos_token_id=config.vocab_size - 1)
     return config
 
 
-_NAMES = {AutoEncoderConfig: "an autoencoder", CLIPTextConfig: "a CLIP text encoder", T5Config: "a T5 encoder"}
+def _our_fields(values: dict, names: dict[str, tuple], fixed: dict) -> dict:
+    """Our fields, read from diffusers' ``values``; CheckpointError for an unknown or unsupported setting."""
+    known = {theirs for theirs, _ in names.values()} | _IGNORED
+    for name, value in values.items():
+        if name in fixed:
+            if value != fixed[name]:
+                raise CheckpointError(f"config.json has {name} {describe(value)}, but FLUX.1's is {fixed[name]!r}.")
+        elif name not in known and not name.startswith("_") and value is not None:
+            raise CheckpointError(f"config.json has an unknown setting {describe(name)} ({describe(value)}).")
+    fields = {ours: values.get(theirs, default) for ours, (theirs, default) in names.items()}
+    return {ours: tuple(value) if isinstance(value, list) else value for ours, value in fields.items()}
+
+
+def _check_size(name: str, value) -> None:
+    """For numbers that are multiplied before a configuration checks the result."""
+    if type(value) is not int or not 0 < value <= LARGEST:
+        raise CheckpointError(f"config.json has {name} {describe(value)}, not a whole number of at most {LARGEST:,}.")
+
+
+# ---------------------------------------------------------------- shapes
+
+#: names by which a network and its layout are recognised; any one of them is enough
+_MARKS: dict[tuple[type[Config], str], tuple[str, ...]] = {
+    (FluxConfig, "bfl"): ("img_in.weight", "final_layer.linear.weight", "txt_in.weight"),
+    (FluxConfig, "diffusers"): ("x_embedder.weight", "norm_out.linear.weight", "context_embedder.weight"),
+    (AutoEncoderConfig, "bfl"): ("encoder.mid.block_1.norm1.weight", "decoder.mid.block_1.norm1.weight"),
+    (AutoEncoderConfig, "diffusers"): (
+        "encoder.mid_block.resnets.0.norm1.weight",
+        "decoder.mid_block.resnets.0.norm1.weight",
+    ),
+    (CLIPTextConfig, "bfl"): ("text_model.embeddings.token_embedding.weight", "text_model.final_layer_norm.weight"),
+    (T5Config, "bfl"): ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+}
+
+
+def recognise(names: Mapping[str, object]) -> tuple[type[Config], str] | None:
+    """The network and the layout that these tensor names belong to; None if they are of neither."""
+    return next((known for known, marks in _MARKS.items() if any(mark in names for mark in marks)), None)
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """Name -> shape, without reading any data if the tensors come from a file."""
+    known = getattr(tensors, "shapes", None)
+    return known if known is not None else {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def label_of(tensors: Mapping[str, Tensor]) -> str:
+    """What an error message calls these tensors: the name of their file, or "the state dict"."""
+    return getattr(tensors, "label", "the state dict")
+
+
+def infer_config(tensors: Mapping[str, Tensor], like: Config | None = None) -> Config:
+    """The configuration that follows from the shapes of these tensors.
+
+    What the shapes leave open is taken from ``like``. Without it the official value is used where one fits:
+    ``axes_dim`` for heads of 128, 32 norm groups for an autoencoder, heads of 64 for CLIP. Raises CheckpointError
+    where none does.
+    """
+    shapes, label = shapes_of(tensors), label_of(tensors)
+    recognised = recognise(shapes)
+    if recognised is None:
+        raise CheckpointError(f"{label} is no network of FLUX.1: {first_of(shapes)} is none of its names.")
+    kind = recognised[0]
+    try:
+        fields = fields_from_shapes(kind, shapes)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{label} is too incomplete to infer its configuration ({error.args[0]}); pass config."
+        ) from None
+    base = like if isinstance(like, kind) else kind()
+    if kind is CLIPTextConfig and like is None:
+        fields["num_attention_heads"] = max(1, fields["hidden_size"] // 64)
+    try:
+        return base.with_(**fields)
+    except ConfigError as error:
+        raise CheckpointError(f"the shapes in {label} leave the configuration open, pass config: {error}") from None
+
+
+def fields_from_shapes(kind: type[Config], shapes: dict[str, Shape]) -> dict:
+    """The fields of a configuration that follow from the shapes, in either layout.
+
+    Raises KeyError, with the reason, if tensors are missing or have impossible shapes.
+    """
+    readers: dict[type[Config], Callable[[_Shapes], dict]] = {
+        FluxConfig: _flux_fields,
+        AutoEncoderConfig: _autoencoder_fields,
+        CLIPTextConfig: _clip_fields,
+        T5Config: _t5_fields,
+    }
+    lookup = _Shapes(shapes)
+    try:
+        return readers[kind](lookup)
+    except (TypeError, ValueError, IndexError, ZeroDivisionError):
+        raise KeyError(lookup.last_fault()) from None
 
 
 class _Shapes:
-    """Shapes asked for by a name in either layout."""
+    """Looks shapes up by a name in either layout, and remembers the last lookup for the error message."""
 
     def __init__(self, shapes: dict[str, Shape]):
         self.shapes = shapes
-        self.last: tuple[str, ...] = ()  # the names of the tensor asked for last, in one layout or another
-
-    def describe(self) -> str:
-        """What is wrong with the tensor asked for last."""
-        there = next((name for name in self.last if name in self.shapes), None)
-        return f"{self.last[0]!r} is missing" if there is None else f"{there!r} is {list(self.shapes[there])}"
+        self.last: tuple[str, ...] = ()
 
     def __call__(self, *names: str) -> Shape | None:
+        """The shape of the tensor that has one of ``names``; None if there is none."""
         self.last = names
         return next((self.shapes[name] for name in names if name in self.shapes), None)
 
-    def count(self, pattern: str) -> int:
-        """One more than the largest number in the place of ``#``."""
-        found = (re.match(pattern.replace(".", r"\.").replace("#", r"(\d+)"), name) for name in self.shapes)
-        return max((int(match[1]) + 1 for match in found if match), default=0)
+    def count(self, *prefixes: str) -> int:
+        """How many numbered modules there are under any of ``prefixes``: one more than the largest number."""
+        pattern = re.compile("|".join(rf"{re.escape(prefix)}\.(\d+)\." for prefix in prefixes))
+        matches = [pattern.match(name) for name in self.shapes]
+        return max((int(match[match.lastindex]) + 1 for match in matches if match), default=0)
+
+    def last_fault(self) -> str:
+        """What is wrong with the tensor that was looked up last."""
+        present = next((name for name in self.last if name in self.shapes), None)
+        return f"{self.last[0]!r} is missing" if present is None else f"{present!r} is {list(self.shapes[present])}"
 
 
-def read_off(kind: type[Config], shapes: dict[str, Shape]) -> dict:
-    """The fields of a configuration that the shapes tell, in either layout; raises KeyError if they are too few."""
-    text = {CLIPTextConfig: _read_clip, T5Config: _read_t5}
-    readers = {FluxConfig: _read_flux, AutoEncoderConfig: _read_autoencoder, **text}
-    at = _Shapes(shapes)
-    try:
-        return readers[kind](at)
-    except (TypeError, ValueError, IndexError, ZeroDivisionError):
-        raise KeyError(at.said()) from None
-
-
-def _read_flux(at: _Shapes) -> dict:
-    dim, in_channels = at("img_in.weight", "x_embedder.weight")
-    bias = at("double_blocks.0.img_attn.qkv.bias", "transformer_blocks.0.attn.to_q.bias")
-    double = max(at.count("double_blocks.#."), at.count("transformer_blocks.#."))
+def _flux_fields(shape: _Shapes) -> dict:
+    dim, in_channels = shape("img_in.weight", "x_embedder.weight")
+    bias = shape("double_blocks.0.img_attn.qkv.bias", "transformer_blocks.0.attn.to_q.bias")
+    depth = shape.count("double_blocks", "transformer_blocks")
     fields = {
         "in_channels": in_channels,
-        "out_channels": at("final_layer.linear.weight", "proj_out.weight")[0],
-        "vec_in_dim": at("vector_in.in_layer.weight", "time_text_embed.text_embedder.linear_1.weight")[1],
-        "context_in_dim": at("txt_in.weight", "context_embedder.weight")[1],
+        "out_channels": shape("final_layer.linear.weight", "proj_out.weight")[0],
+        "vec_in_dim": shape("vector_in.in_layer.weight", "time_text_embed.text_embedder.linear_1.weight")[1],
+        "context_in_dim": shape("txt_in.weight", "context_embedder.weight")[1],
         "hidden_size": dim,
-        "depth": double,
-        "depth_single_blocks": max(at.count("single_blocks.#."), at.count("single_transformer_blocks.#.")),
-        "guidance_embed": any("guidance" in name for name in at.shapes),
-        "qkv_bias": not double or bias is not None,
+        "depth": depth,
+        "depth_single_blocks": shape.count("single_blocks", "single_transformer_blocks"),
+        "guidance_embed": any("guidance" in name for name in shape.shapes),
+        "qkv_bias": not depth or bias is not None,
     }
-    hidden = at("double_blocks.0.img_mlp.2.weight", "transformer_blocks.0.ff.net.2.weight")
-    joined = at("single_blocks.0.linear2.weight", "single_transformer_blocks.0.proj_out.weight")
-    if hidden or joined:
-        fields["mlp_ratio"] = _ratio(hidden[1] if hidden else joined[1] - dim, dim)
-        ours = "double_blocks.0.img_attn.norm.query_norm.scale", "single_blocks.0.norm.query_norm.scale"
-        theirs = (f"{kind}transformer_blocks.0.attn.norm_q.weight" for kind in ("", "single_"))
-        (head,) = at(*ours, *theirs)
-        if dim % head:
-            raise KeyError(at.said())
-        fields["num_heads"] = dim // head
+    mlp_out = shape("double_blocks.0.img_mlp.2.weight", "transformer_blocks.0.ff.net.2.weight")
+    attn_and_mlp_out = shape("single_blocks.0.linear2.weight", "single_transformer_blocks.0.proj_out.weight")
+    if mlp_out or attn_and_mlp_out:
+        mlp_hidden = mlp_out[1] if mlp_out else attn_and_mlp_out[1] - dim
+        ratio = mlp_hidden / dim  # the next larger number where rounding makes int(dim * ratio) one too small
+        fields["mlp_ratio"] = ratio if int(dim * ratio) == mlp_hidden else math.nextafter(ratio, math.inf)
+        (head_dim,) = shape(
+            "double_blocks.0.img_attn.norm.query_norm.scale",
+            "single_blocks.0.norm.query_norm.scale",
+            "transformer_blocks.0.attn.norm_q.weight",
+            "single_transformer_blocks.0.attn.norm_q.weight",
+        )
+        if dim % head_dim:
+            raise KeyError(shape.last_fault())
+        fields["num_heads"] = dim // head_dim
     return fields
 
 
-def _ratio(hidden: int, dim: int) -> float:
-    """The mlp_ratio for which ``int(dim * mlp_ratio)`` is ``hidden``, whatever the rounding."""
-    ratio = hidden / dim
-    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
-def _read_autoencoder(at: _Shapes) -> dict:
-    ch, in_channels = at("encoder.conv_in.weight")[:2]
-    levels = max(at.count("encoder.down.#."), at.count("encoder.down_blocks.#."))
-    rows = [
-        at(f"encoder.down.{i}.block.0.conv1.weight", f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0]
-        for i in range(levels)
+def _autoencoder_fields(shape: _Shapes) -> dict:
+    ch, in_channels = shape("encoder.conv_in.weight")[:2]
+    widths = [
+        shape(f"encoder.down.{i}.block.0.conv1.weight", f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0]
+        for i in range(shape.count("encoder.down", "encoder.down_blocks"))
     ]
     return {
         "in_channels": in_channels,
-        "out_ch": at("decoder.conv_out.weight")[0],
+        "out_ch": shape("decoder.conv_out.weight")[0],
         "ch": ch,
-        "ch_mult": tuple(row // ch for row in rows),
-        "num_res_blocks": max(at.count("encoder.down.0.block.#."), at.count("encoder.down_blocks.0.resnets.#.")),
-        "z_channels": at("decoder.conv_in.weight")[1],
+        "ch_mult": tuple(width // ch for width in widths),
+        "num_res_blocks": shape.count("encoder.down.0.block", "encoder.down_blocks.0.resnets"),
+        "z_channels": shape("decoder.conv_in.weight")[1],
     }
 
 
-def _read_clip(at: _Shapes) -> dict:
-    vocabulary, dim = at("text_model.embeddings.token_embedding.weight")
+def _clip_fields(shape: _Shapes) -> dict:
+    vocab_size, dim = shape("text_model.embeddings.token_embedding.weight")
     return {
-        "vocab_size": vocabulary,
+        "vocab_size": vocab_size,
         "hidden_size": dim,
-        "intermediate_size": at("text_model.encoder.layers.0.mlp.fc1.weight")[0],
-        "num_hidden_layers": at.count("text_model.encoder.layers.#."),
-        "max_position_embeddings": at("text_model.embeddings.position_embedding.weight")[0],
-        "eos_token_id": vocabulary - 1,
+        "intermediate_size": shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": shape.count("text_model.encoder.layers"),
+        "max_position_embeddings": shape("text_model.embeddings.position_embedding.weight")[0],
+        "eos_token_id": vocab_size - 1,
     }
 
 
-def _read_t5(at: _Shapes) -> dict:
+def _t5_fields(shape: _Shapes) -> dict:
     attention = "encoder.block.0.layer.0.SelfAttention"
-    buckets, heads = at(f"{attention}.relative_attention_bias.weight")
-    vocabulary, dim = at("shared.weight")
+    buckets, heads = shape(f"{attention}.relative_attention_bias.weight")
+    vocab_size, dim = shape("shared.weight")
     return {
-        "vocab_size": vocabulary,
+        "vocab_size": vocab_size,
         "d_model": dim,
-        "d_kv": at(f"{attention}.q.weight")[0] // heads,
-        "d_ff": at("encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
-        "num_layers": at.count("encoder.block.#."),
+        "d_kv": shape(f"{attention}.q.weight")[0] // heads,
+        "d_ff": shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
+        "num_layers": shape.count("encoder.block"),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
     }
 
 
-def described(config: Config) -> str:
-    """``FLUX.1 dev``, or ``a FLUX network of 2 + 3 blocks, 64 wide``; the name of another network."""
+def kind_name(kind: type[Config]) -> str:
+    """``a flow transformer``, ``an autoencoder``, … for a class of configuration."""
+    return _CLASSES[kind][1]
+
+
+def network_name(config: Config) -> str:
+    """``FLUX.1 dev``, ``a FLUX network of 2 + 3 blocks, 64 wide``, or the kind of another network."""
     if not isinstance(config, FluxConfig):
-        return _NAMES[type(config)]
-    names = [name for name, variant in VARIANTS.items() if variant.flux == config]
-    if names:
-        return "FLUX.1 " + (names[0] if len(names) == 1 else f"{names[0]} (or {', '.join(names[1:])})")
+        return kind_name(type(config))
+    variants = [name for name, variant in VARIANTS.items() if variant.flux == config]
+    if variants:
+        return "FLUX.1 " + (variants[0] if len(variants) == 1 else f"{variants[0]} (or {', '.join(variants[1:])})")
     return f"a FLUX network of {config.depth} + {config.depth_single_blocks} blocks, {config.hidden_size} wide"

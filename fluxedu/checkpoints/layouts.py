@@ -1,4 +1,15 @@
-"""From one layout to the other, strictly: what the tensors are, whether they are all there, and the conversion.
+"""The same weights under two sets of names: the official (BFL) layout and diffusers'.
+
+Almost everything is renaming. The exceptions:
+
+- BFL stacks the rows of queries, keys and values in one matrix (in single blocks also the first layer of the MLP);
+  diffusers has a matrix for each;
+- the last layer's modulation is (shift, scale) in BFL's layout and (scale, shift) in diffusers';
+- the autoencoder's attention consists of 1x1 convolutions in BFL's layout and of linear layers in diffusers', which
+  also numbers the decoder's levels from the lowest resolution up.
+
+All of that moves whole rows. So a list of pairs, "these rows here are those rows there", joins the layouts; it is
+derived from one table and works in both directions. Values are only copied: there and back is exact to the bit.
 
 >>> from fluxedu.models import Flux, FluxConfig
 >>> config = FluxConfig(hidden_size=16, num_heads=2, axes_dim=(2, 2, 4), depth=1, depth_single_blocks=1)
@@ -12,37 +23,304 @@ torch.Size([48, 16])
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
+import torch
 from torch import Tensor
 
-from fluxedu.checkpoints.configs import described, from_diffusers_config, read_off, to_diffusers_config
-from fluxedu.checkpoints.tables import LAYOUTS, TABLES, Converted, Shape, label_of, recipes, shapes, shapes_of
+from fluxedu.checkpoints.configs import (
+    Shape,
+    fields_from_shapes,
+    infer_config,
+    kind_name,
+    label_of,
+    network_name,
+    recognise,
+    shapes_of,
+    to_diffusers_config,
+)
 from fluxedu.errors import CheckpointError, ConfigError, first_of
-from fluxedu.models import AutoEncoderConfig, CLIPTextConfig, FluxConfig, T5Config
+from fluxedu.models import (
+    AutoEncoder,
+    AutoEncoderConfig,
+    CLIPTextConfig,
+    CLIPTextEncoder,
+    Flux,
+    FluxConfig,
+    T5Config,
+    T5Encoder,
+)
 from fluxedu.models.config import Config
+from fluxedu.models.meta_init import meta_init
 
-__all__ = ["check", "convert", "converted", "from_diffusers_config", "infer_config", "to_diffusers_config"]
-
-#: by which names a network and its layout are known; any one will do
-_MARKS: dict[tuple[type[Config], str], tuple[str, ...]] = {
-    (FluxConfig, "bfl"): ("img_in.weight", "final_layer.linear.weight", "txt_in.weight"),
-    (FluxConfig, "diffusers"): ("x_embedder.weight", "norm_out.linear.weight", "context_embedder.weight"),
-    (AutoEncoderConfig, "bfl"): ("encoder.mid.block_1.norm1.weight", "decoder.mid.block_1.norm1.weight"),
-    (AutoEncoderConfig, "diffusers"): tuple(f"{half}coder.mid_block.resnets.0.norm1.weight" for half in ("en", "de")),
-    (CLIPTextConfig, "bfl"): ("text_model.embeddings.token_embedding.weight", "text_model.final_layer_norm.weight"),
-    (T5Config, "bfl"): ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"),
-}
-#: what others put before every name
+LAYOUTS = ("bfl", "diffusers")
+MODELS = {FluxConfig: Flux, AutoEncoderConfig: AutoEncoder, CLIPTextConfig: CLIPTextEncoder, T5Config: T5Encoder}
+#: prefixes that other programs put before every name
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "vae.", "model.")
 
 
-def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """The names without what others put before them: plain name -> the name as stored.
+# ---------------------------------------------------------------- the table of names
 
-    A prefix is only one if every name has it. CLIP gets its ``text_model.`` back where a newer
-    transformers left it out, and loses ``position_ids``, which are 0, 1, 2… and no weight. T5's token
-    table is often stored twice: it keeps the name ``shared.weight``.
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table. ``#`` is a number, ``~`` the same number counted from the other end."""
+
+    bfl: str
+    diffusers: tuple[str, ...]  # if there are several, BFL stacks their rows
+    swaps_halves: bool = False  # the upper and the lower half of the rows are exchanged
+    is_conv1x1: bool = False  # BFL's weight is a 1x1 convolution, diffusers' a matrix
+
+
+_FLUX_RENAMED = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "double_blocks.#.img_mod.lin": "transformer_blocks.#.norm1.linear",
+    "double_blocks.#.txt_mod.lin": "transformer_blocks.#.norm1_context.linear",
+    "double_blocks.#.img_attn.norm.query_norm": "transformer_blocks.#.attn.norm_q",
+    "double_blocks.#.img_attn.norm.key_norm": "transformer_blocks.#.attn.norm_k",
+    "double_blocks.#.txt_attn.norm.query_norm": "transformer_blocks.#.attn.norm_added_q",
+    "double_blocks.#.txt_attn.norm.key_norm": "transformer_blocks.#.attn.norm_added_k",
+    "double_blocks.#.img_attn.proj": "transformer_blocks.#.attn.to_out.0",
+    "double_blocks.#.txt_attn.proj": "transformer_blocks.#.attn.to_add_out",
+    "double_blocks.#.img_mlp.0": "transformer_blocks.#.ff.net.0.proj",
+    "double_blocks.#.img_mlp.2": "transformer_blocks.#.ff.net.2",
+    "double_blocks.#.txt_mlp.0": "transformer_blocks.#.ff_context.net.0.proj",
+    "double_blocks.#.txt_mlp.2": "transformer_blocks.#.ff_context.net.2",
+    "single_blocks.#.modulation.lin": "single_transformer_blocks.#.norm.linear",
+    "single_blocks.#.norm.query_norm": "single_transformer_blocks.#.attn.norm_q",
+    "single_blocks.#.norm.key_norm": "single_transformer_blocks.#.attn.norm_k",
+    "single_blocks.#.linear2": "single_transformer_blocks.#.proj_out",
+    "final_layer.linear": "proj_out",
+}
+_FLUX_STACKED = {
+    "double_blocks.#.img_attn.qkv": [f"transformer_blocks.#.attn.to_{x}" for x in "qkv"],
+    "double_blocks.#.txt_attn.qkv": [f"transformer_blocks.#.attn.add_{x}_proj" for x in "qkv"],
+    "single_blocks.#.linear1": [
+        *(f"single_transformer_blocks.#.attn.to_{x}" for x in "qkv"),
+        "single_transformer_blocks.#.proj_mlp",
+    ],
+}
+
+
+def _autoencoder_rules() -> Iterator[Rule]:
+    resnet_blocks = {
+        "encoder.down.#.block.#": "encoder.down_blocks.#.resnets.#",
+        "decoder.up.#.block.#": "decoder.up_blocks.~.resnets.#",
+    }
+    renamed = {
+        "encoder.down.#.downsample.conv": "encoder.down_blocks.#.downsamplers.0.conv",
+        "decoder.up.#.upsample.conv": "decoder.up_blocks.~.upsamplers.0.conv",
+    }
+    for half in ("encoder", "decoder"):
+        resnet_blocks[f"{half}.mid.block_1"] = f"{half}.mid_block.resnets.0"
+        resnet_blocks[f"{half}.mid.block_2"] = f"{half}.mid_block.resnets.1"
+        renamed[f"{half}.conv_in"] = f"{half}.conv_in"
+        renamed[f"{half}.conv_out"] = f"{half}.conv_out"
+        renamed[f"{half}.norm_out"] = f"{half}.conv_norm_out"
+        attention = f"{half}.mid_block.attentions.0"
+        renamed[f"{half}.mid.attn_1.norm"] = f"{attention}.group_norm"
+        for ours, theirs in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
+            yield Rule(f"{half}.mid.attn_1.{ours}", (f"{attention}.{theirs}",), is_conv1x1=True)
+    for ours, theirs in resnet_blocks.items():
+        for layer in ("norm1", "conv1", "norm2", "conv2"):
+            renamed[f"{ours}.{layer}"] = f"{theirs}.{layer}"
+        renamed[f"{ours}.nin_shortcut"] = f"{theirs}.conv_shortcut"
+    yield from (Rule(ours, (theirs,)) for ours, theirs in renamed.items())
+
+
+#: the rules of the networks whose two layouts differ; the text encoders have the same names in both
+RULES = {
+    FluxConfig: (
+        *(Rule(ours, (theirs,)) for ours, theirs in _FLUX_RENAMED.items()),
+        *(Rule(ours, tuple(theirs)) for ours, theirs in _FLUX_STACKED.items()),
+        Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swaps_halves=True),
+    ),
+    AutoEncoderConfig: tuple(_autoencoder_rules()),
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The rows ``start:stop`` of the tensor ``name``."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@lru_cache(maxsize=64)
+def shapes(config: Config, layout: str = "bfl") -> dict[str, Shape]:
+    """Name -> shape of every tensor of the network, in either layout. The result is cached: do not modify it."""
+    if layout == "diffusers":
+        return _join(config)[1]
+    with meta_init():
+        network = MODELS[type(config)](config)
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+@lru_cache(maxsize=64)
+def _join(config: Config) -> tuple[list[tuple[Piece, Piece]], dict[str, Shape]]:
+    """Which rows of the BFL tensors are which rows of diffusers' tensors; and the shapes of diffusers' tensors."""
+    pairs, theirs = [], {}
+    for name, shape in shapes(config).items():
+        rule, targets = _rule_for(name, config)
+        heights = [shape[0]]  # the rows of each target
+        if len(targets) > 1:  # q, k, v, and in single blocks the MLP
+            dim = config.hidden_size
+            heights = [dim, dim, dim, shape[0] - 3 * dim][: len(targets)]
+        row = 0
+        for target, height in zip(targets, heights, strict=True):
+            theirs[target] = (height, *(shape[1:2] if rule.is_conv1x1 else shape[1:]))
+            if rule.swaps_halves:
+                half = height // 2
+                pairs.append((Piece(name, 0, half), Piece(target, half, height)))
+                pairs.append((Piece(name, half, height), Piece(target, 0, half)))
+            else:
+                pairs.append((Piece(name, row, row + height), Piece(target, 0, height)))
+            row += height
+    return pairs, theirs
+
+
+def _rule_for(name: str, config: Config) -> tuple[Rule, list[str]]:
+    """The rule for a BFL tensor, and the names of its diffusers tensors."""
+    module, leaf = name.rsplit(".", 1)
+    for rule in RULES.get(type(config), ()):
+        match = re.fullmatch(re.escape(rule.bfl).replace(r"\#", r"(\d+)"), module)
+        if match is None:
+            continue
+        targets = []
+        for target in rule.diffusers:
+            for number in match.groups():
+                marker = re.search("[#~]", target)[0]
+                if marker == "~":
+                    number = str(len(config.ch_mult) - 1 - int(number))
+                target = target.replace(marker, number, 1)
+            targets.append(f"{target}.{'weight' if leaf == 'scale' else leaf}")
+        return rule, targets
+    return Rule(name, (name,)), [name]
+
+
+# ---------------------------------------------------------------- from one layout to the other
+
+
+def recipes(config: Config, source: str, to: str) -> dict[str, list[Piece]]:
+    """Each tensor of the layout ``to`` -> the pieces of tensors of the layout ``source`` that it concatenates."""
+    if source == to:
+        return {name: [Piece(name, 0, shape[0])] for name, shape in shapes(config, to).items()}
+    found: dict[str, list[tuple[int, Piece]]] = {}
+    for ours, theirs in _join(config)[0]:
+        target, piece = (theirs, ours) if to == "diffusers" else (ours, theirs)
+        found.setdefault(target.name, []).append((target.start, piece))
+    return {name: [piece for _, piece in sorted(pieces)] for name, pieces in found.items()}
+
+
+class ConvertedTensors(Mapping):
+    """The tensors of another layout; each is made from ``source`` when it is looked up."""
+
+    def __init__(self, source: Mapping[str, Tensor], recipes: dict[str, list[Piece]], shapes: dict[str, Shape]):
+        self.source, self.label, self.recipes, self.shapes = source, label_of(source), recipes, shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A view of the source where the tensor is one piece of it, a copy where it is several."""
+        parts = [self.source[piece.name][piece.start : piece.stop] for piece in self.recipes[name]]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.recipes)
+
+    def __len__(self) -> int:
+        return len(self.recipes)
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Name -> dtype; raises CheckpointError where the pieces of one tensor have different dtypes."""
+        known = dtypes_of(self.source)
+        for name, (first, *others) in self.recipes.items():
+            for piece in others:
+                if known[piece.name] != known[first.name]:
+                    raise CheckpointError(
+                        f"{first.name!r} is {known[first.name]} and {piece.name!r} is {known[piece.name]}, "
+                        f"but they are parts of one tensor, {name!r}, and must have the same dtype."
+                    )
+        return {name: known[pieces[0].name] for name, pieces in self.recipes.items()}
+
+
+def dtypes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """Name -> dtype, without reading any data if the tensors come from a file."""
+    known = getattr(tensors, "dtypes", None)
+    return known if known is not None else {name: tensor.dtype for name, tensor in tensors.items()}
+
+
+def convert(state_dict: Mapping[str, Tensor], to: str, config: Config | None = None) -> dict[str, Tensor]:
+    """The same weights in the other layout.
+
+    ``state_dict`` is that of a flow transformer or an autoencoder, in either layout; ``to`` is ``"bfl"`` or
+    ``"diffusers"``; ``config`` may be omitted where it follows from the shapes. Values are only copied, so converting
+    there and back is exact to the bit. Tensors that are only renamed, cut or reshaped share memory with ``state_dict``.
+
+    Raises CheckpointError for a missing or unexpected name, a wrong shape, the tensors of another variant, or a
+    network that the other layout cannot describe.
+    """
+    return dict(convert_lazily(state_dict, to, config))
+
+
+def convert_lazily(tensors: Mapping[str, Tensor], to: str, config: Config | None = None) -> ConvertedTensors:
+    """Like :func:`convert`, but each tensor is made when it is looked up."""
+    if to not in LAYOUTS:
+        raise CheckpointError(f"there is no layout called {to!r}; there are {' and '.join(LAYOUTS)}.")
+    tensors = without_prefixes(tensors)
+    found = shapes_of(tensors)
+    config = config or _config_for_names(tensors, found)
+    layout = "bfl"
+    if type(config) in RULES:
+        layout = max(LAYOUTS, key=lambda layout: len(found.keys() & shapes(config, layout).keys()))
+    check_network(found, config, layout, label_of(tensors))
+    if to == "diffusers":
+        to_diffusers_config(config)  # raises if that layout cannot describe the network
+    converted = ConvertedTensors(tensors, recipes(config, layout, to), shapes(config, to))
+    converted.dtypes  # noqa: B018  (raises for mixed dtypes, before anything is made)
+    return converted
+
+
+def _config_for_names(tensors: Mapping[str, Tensor], found: dict[str, Shape]) -> Config:
+    """A configuration with these names and shapes; for a flow transformer, ``axes_dim`` makes no difference to them."""
+    recognised = recognise(found)
+    if recognised and recognised[0] is FluxConfig:
+        try:
+            return _with_fields(FluxConfig(), fields_from_shapes(FluxConfig, found))
+        except (KeyError, ConfigError):
+            pass
+    return infer_config(tensors)
+
+
+def _with_fields(config: Config, fields: dict) -> Config:
+    """``config`` with other fields, and an ``axes_dim`` that adds up to a head."""
+    if not isinstance(config, FluxConfig):
+        return config.with_(**fields)
+    head_dim = fields["hidden_size"] // fields.get("num_heads", config.num_heads)
+    axes_dim = config.axes_dim if sum(config.axes_dim) == head_dim else (2, 2, head_dim - 4)
+    return config.with_(**fields, axes_dim=axes_dim)
+
+
+# ---------------------------------------------------------------- names and checks
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Name without prefixes -> name as stored.
+
+    Something is a prefix only if every name has it. CLIP gets its ``text_model.`` back where a newer transformers
+    omitted it, and loses ``position_ids``, which are 0, 1, 2, … and no weight. T5's token embedding is often stored
+    twice: it is called ``shared.weight`` here.
     """
     names = {name: name for name in names}
     while prefix := next((p for p in PREFIXES if names and all(name.startswith(p) for name in names)), None):
@@ -51,154 +329,54 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
         names = {f"text_model.{name}": stored for name, stored in names.items()}
     names.pop("text_model.embeddings.position_ids", None)
     if "encoder.block.0.layer.0.SelfAttention.q.weight" in names and "encoder.embed_tokens.weight" in names:
-        twin = names.pop("encoder.embed_tokens.weight")
-        names.setdefault("shared.weight", twin)
+        duplicate = names.pop("encoder.embed_tokens.weight")
+        names.setdefault("shared.weight", duplicate)
     return names
 
 
-def kind_of(names: Iterable[str]) -> tuple[type[Config], str] | None:
-    """Which network and which layout these (plain) names belong to; None if they are of neither."""
-    names = set(names)
-    return next((known for known, marks in _MARKS.items() if names.intersection(marks)), None)
-
-
-def infer_config(tensors: Mapping[str, Tensor], like: Config | None = None) -> Config:
-    """The configuration that these tensors' shapes tell.
-
-    What shapes do not tell is taken from ``like``, or is the official value where it can be: ``axes_dim``
-    for heads of 128, 32 norm groups for an autoencoder, heads of 64 for CLIP. Raises CheckpointError
-    where it cannot.
-    """
-    found, label = shapes_of(tensors), label_of(tensors)
-    known = kind_of(found)
-    if known is None:
-        raise CheckpointError(f"{label} is no network of FLUX.1: {first_of(found)} is none of its names.")
-    kind = known[0]
-    try:
-        fields = read_off(kind, found)
-    except KeyError as error:
-        raise CheckpointError(
-            f"{label} is too incomplete to tell its configuration ({error.args[0]}); give config."
-        ) from None
-    base = like if isinstance(like, kind) else kind()
-    if kind is CLIPTextConfig and like is None:
-        fields["num_attention_heads"] = max(1, fields["hidden_size"] // 64)
-    try:
-        return base.with_(**fields)
-    except ConfigError as error:
-        raise CheckpointError(f"the shapes in {label} do not tell everything, give config: {error}") from None
-
-
-def check(found: dict[str, Shape], expected: dict[str, Shape], label: str) -> None:
-    """Every expected tensor, no other, each in its shape; or a CheckpointError that names the first."""
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected]
-    faults = []
-    if missing:
-        faults.append(f"lacks the key {first_of(missing)}")
-    if extra:
-        faults.append(f"has an unexpected key {first_of(extra)}")
-    if faults:
-        raise CheckpointError(f"{label} {' and '.join(faults)}.")
-    wrong = [name for name in expected if tuple(found[name]) != tuple(expected[name])]
-    if wrong:
-        name = wrong[0]
-        raise CheckpointError(
-            f"{label} has {first_of(wrong)} in shape {list(found[name])}, but it should be {list(expected[name])}."
-        )
-
-
-def check_variant(found: dict[str, Shape], config: Config, layout: str, label: str) -> None:
-    """Refuse tensors that are in order, but another network's than ``config`` says."""
-    known = kind_of(found)
-    if known is not None and known[0] is not type(config):
-        raise CheckpointError(f"{label} is {_name_of_kind(known[0])}, but {_name_of_kind(type(config))} is wanted.")
-    if known is not None and known[1] != layout and type(config) in TABLES:
-        raise CheckpointError(f"{label} is in {known[1]}'s layout, but {layout}'s is wanted; convert it first.")
-    try:
-        fields = read_off(type(config), found)
-        theirs = _fitted(config, fields)
-        whole = found.keys() == shapes(theirs, layout).keys() and shapes(theirs, layout) == found
-    except (KeyError, ConfigError):
-        return
-    if whole:
-        told = [f"{n} is {v}, not {getattr(config, n)}" for n, v in fields.items() if v != getattr(config, n)]
-        who, wanted = described(theirs), described(config)
-        raise CheckpointError(f"{label} is {who}, but the config is that of {wanted}: {', '.join(told)}.")
-
-
-def _fitted(config: Config, fields: dict) -> Config:
-    """``config`` with other fields, and any axes that add up to a head (no shape depends on them)."""
-    if not isinstance(config, FluxConfig):
-        return config.with_(**fields)
-    head = fields["hidden_size"] // fields.get("num_heads", config.num_heads)
-    axes = config.axes_dim if sum(config.axes_dim) == head else (2, 2, head - 4)
-    return config.with_(**fields, axes_dim=axes)
-
-
-def _name_of_kind(kind: type[Config]) -> str:
-    return "a flow transformer" if kind is FluxConfig else described(kind())
-
-
-def layout_of(found: dict[str, Shape], config: Config) -> str:
-    """The layout these names are in, for a network with ``config``."""
-    if type(config) not in TABLES:
-        return "bfl"
-    return max(LAYOUTS, key=lambda layout: len(found.keys() & shapes(config, layout).keys()))
-
-
-def plain(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors under their plain names; those of a file have them already."""
+def without_prefixes(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors under their plain names; those that come from a file have them already."""
     if hasattr(tensors, "shapes"):
         return tensors
     return {name: tensors[stored] for name, stored in plain_names(tensors).items()}
 
 
-def converted(tensors: Mapping[str, Tensor], to: str, config: Config | None = None) -> Converted:
-    """Like :func:`convert`, but each tensor is made when it is asked for."""
-    if to not in LAYOUTS:
-        raise CheckpointError(f"there is no layout called {to!r}; there are {' and '.join(LAYOUTS)}.")
-    tensors = plain(tensors)
-    config = config or _told_config(tensors)
-    found, label = shapes_of(tensors), label_of(tensors)
-    layout = layout_of(found, config)
-    require(found, config, layout, label)
-    if to == "diffusers":
-        to_diffusers_config(config)  # refuses what that layout cannot say
-    lazy = Converted(tensors, recipes(config, layout, to), label)
-    lazy.dtypes  # noqa: B018  (refuses parts of one tensor in two dtypes, before anything is made)
-    return lazy
-
-
-def _told_config(tensors: Mapping[str, Tensor]) -> Config:
-    """As told by the shapes; how a head is shared by the axes does not matter to a state dict."""
-    found = shapes_of(tensors)
-    known = kind_of(found)
-    if known and known[0] is FluxConfig:
-        try:
-            return _fitted(FluxConfig(), read_off(FluxConfig, found))
-        except (KeyError, ConfigError):
-            pass
-    return infer_config(tensors)
-
-
-def require(found: dict[str, Shape], config: Config, layout: str, label: str) -> None:
-    """Exactly the tensors of a network with ``config``; or a CheckpointError, the most telling one."""
-    if found == shapes(config, layout):
+def check_network(found: dict[str, Shape], config: Config, layout: str, label: str) -> None:
+    """Raises CheckpointError, with the most helpful reason, unless these are all tensors of the network ``config``."""
+    expected = shapes(config, layout)
+    if found == expected:
         return
-    check_variant(found, config, layout, label)
-    check(found, shapes(config, layout), label)
+    recognised = recognise(found)
+    if recognised is not None:
+        kind, its_layout = recognised
+        if kind is not type(config):
+            raise CheckpointError(f"{label} is {kind_name(kind)}, but {kind_name(type(config))} is needed.")
+        if its_layout != layout and type(config) in RULES:
+            raise CheckpointError(f"{label} is in {its_layout}'s layout, but {layout}'s is needed; convert it first.")
+    try:
+        fields = fields_from_shapes(type(config), found)
+        theirs = _with_fields(config, fields)
+        is_complete = found == shapes(theirs, layout)
+    except (KeyError, ConfigError):
+        is_complete = False
+    if is_complete:  # a sound checkpoint, but of another network
+        differences = [f"{n} is {v}, not {getattr(config, n)}" for n, v in fields.items() if v != getattr(config, n)]
+        raise CheckpointError(
+            f"{label} is {network_name(theirs)}, but the config is that of {network_name(config)}: "
+            f"{', '.join(differences)}."
+        )
+    check_names_and_shapes(found, expected, label)
 
 
-def convert(state_dict: Mapping[str, Tensor], to: str, config: Config | None = None) -> dict[str, Tensor]:
-    """The same weights under the other layout's names.
-
-    ``state_dict`` is a flow transformer's or an autoencoder's, in either layout; ``to`` is ``"bfl"`` or
-    ``"diffusers"``; ``config`` may be left out where the shapes tell it. Values are not computed with:
-    there and back is exact to the bit. Tensors that are only renamed, cut or reshaped share memory
-    with ``state_dict``.
-
-    Raises CheckpointError for a missing or unexpected name, a wrong shape, another variant's tensors, or
-    a network the wanted layout cannot express.
-    """
-    return dict(converted(state_dict, to, config))
+def check_names_and_shapes(found: dict[str, Shape], expected: dict[str, Shape], label: str) -> None:
+    """Raises CheckpointError unless every expected tensor is there, no other, and each in its shape."""
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    faults = [f"lacks the key {first_of(missing)}"] if missing else []
+    faults += [f"has an unexpected key {first_of(extra)}"] if extra else []
+    if faults:
+        raise CheckpointError(f"{label} {' and '.join(faults)}.")
+    wrong = [name for name in expected if tuple(found[name]) != tuple(expected[name])]
+    if wrong:
+        shape, right = list(found[wrong[0]]), list(expected[wrong[0]])
+        raise CheckpointError(f"{label} has {first_of(wrong)} in shape {shape}, but it should be {right}.")

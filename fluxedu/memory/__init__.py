@@ -1,24 +1,22 @@
-"""Where weights are while they are not needed: FLUX.1 on cards smaller than FLUX.1.
+"""Where weights are while they are not needed: FLUX.1 on cards that are smaller than FLUX.1.
 
-fe.load("dev", device="cuda", memory="auto")     picks from what is free, and says what it chose
-print(fe.memory.table())                         what each size of card is predicted to hold
+fe.load("dev", device="cuda", memory="auto")     chooses by the free memory, and says what it chose
+print(fe.memory.table())                         what is predicted for each size of card
 """
 
 from fluxedu.errors import OutOfMemory
-from fluxedu.memory.opening import open_networks
-from fluxedu.memory.placement import MODES, Networks, Placement, choose, modulations
-from fluxedu.memory.tables import predicted, table
-from fluxedu.memory.tiles import decode_tiled
-from fluxedu.memory.visits import Visits
+from fluxedu.memory.offload import WeightStreamer, decode_tiled, open_networks
+from fluxedu.memory.placement import MODES, Networks, Placement, choose, memory_advice, modulations, predicted, table
 
 __all__ = [
     "MODES",
     "Networks",
-    "Placement",
     "OutOfMemory",
-    "Visits",
+    "Placement",
+    "WeightStreamer",
     "choose",
     "decode_tiled",
+    "memory_advice",
     "modulations",
     "open_networks",
     "predicted",

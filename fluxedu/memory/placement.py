@@ -1,99 +1,127 @@
-"""Which weights stay on the device and which only visit it, chosen from what is free.
+"""Which weights stay on the device and which are streamed to it, chosen from the memory that is free.
 
-    full             everything stays
-    no-modulations   the layers that make shift, scale and gate, 27 % of the flow, visit while a run is planned;
-                     the text encoders visit while a prompt is read
-    stream           the flow's blocks visit too, all of them or as many as must
+    full             all weights stay on the device
+    no-modulations   the layers that compute shift, scale and gate (27 % of the flow) are streamed while a run is planned,
+                     the text encoders while a prompt is encoded
+    stream           blocks of the flow are streamed in every step too: all of them, or as many as necessary
 
-All three give the same result to the bit. Needs are counted, not measured: the bytes of weights, and the bytes of
-tensors alive at once in a pass on the meta device (:class:`Need`). Not counted are what the CUDA context, its
-libraries' workspaces and a fragmented allocator take: ``RESERVE`` of a card is left for them.
+All three give the same result, exact to the bit. What they need is counted, not measured: the bytes of the weights, and
+the bytes of tensors that are alive at once in a pass on the meta device (:class:`Need`). Not counted is what the CUDA
+context, the workspaces of its libraries and fragmentation take: ``RESERVE`` bytes of a card are left for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import weakref
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from fluxedu.errors import PlacementError
-from fluxedu.memory.peak import FusedAttention, PeakBytes
-from fluxedu.memory.quantised import FORMATS, linears
-from fluxedu.memory.tiles import TILE
-from fluxedu.memory.visits import owned
+from fluxedu.errors import OutOfMemory, PlacementError, check_choice
+from fluxedu.memory.quantised import FORMATS, linear_layers
 from fluxedu.models import AutoEncoder, AutoEncoderConfig, CLIPTextEncoder, Flux, FluxConfig, T5Encoder
 from fluxedu.models.meta_init import meta_init
 
 MODES = ("auto", "full", "no-modulations", "stream")
+CARDS = (80, 24, 16, 12, 8)  # GB
 GB = 10**9
-STEPS = 50  # of a run whose needs are counted
+TILE = 64  # side of a tile in latent cells, where images are decoded in tiles: 512 pixels
+STEPS = 50  # of the run whose needs are counted
 RESERVE = 1.0 * GB
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How the weights lie.
+    """Where the weights are.
 
-    mode: one of ``MODES`` but auto · streamed: how many of the flow's blocks visit · tiled: decode in tiles? ·
-    small: what the linear layers of the blocks are quantised to, one of ``quantised.FORMATS``; those that visit
-    are not
+    mode: one of ``MODES`` except auto · streamed: how many blocks of the flow are streamed · tiled: whether images are
+    decoded in tiles · quantised: the format of the blocks' linear layers, one of ``quantised.FORMATS``; layers that are
+    streamed keep their dtype
     """
 
     mode: str = "full"
     streamed: int = 0
     tiled: bool = False
-    small: str | None = None
+    quantised: str | None = None
 
-    def visitors(self, network: nn.Module) -> list[list[nn.Module]]:
-        """The modules of one network that visit, in the order in which they run; those in one list fetch ahead."""
+    def streamed_modules(self, network: nn.Module) -> list[list[nn.Module]]:
+        """The modules of a network that are streamed, in the order in which they run.
+
+        There are up to two lists; within a list, each module is fetched while the one before it computes.
+        """
         if self.mode == "full":
             return []
         if isinstance(network, Flux):
-            return [modulations(network), self._blocks(network)]
+            return [modulations(network), self._streamed_blocks(network)]
         if isinstance(network, T5Encoder):
             blocks = list(network.encoder.block)
-            return [[network.shared, *(b.attention.relative_attention_bias for b in blocks[:1]), *blocks]]
+            biases = [block.attention.relative_attention_bias for block in blocks[:1]]
+            return [[network.shared, *biases, *blocks]]
         return [[network]] if isinstance(network, CLIPTextEncoder) else []
 
-    def _blocks(self, flux: Flux) -> list[nn.Module]:
-        """So many blocks, spread evenly, so that there is something to compute while one travels."""
-        blocks = [*flux.double_blocks, *flux.single_blocks]
+    def _streamed_blocks(self, flux: Flux) -> list[nn.Module]:
+        """``streamed`` blocks, evenly spaced, so that others compute while one is copied."""
+        blocks = _blocks(flux)
         count = min(self.streamed, len(blocks))
         return [block for i, block in enumerate(blocks) if (i + 1) * count // len(blocks) > i * count // len(blocks)]
 
-    def away(self, network: nn.Module) -> set[str]:
-        """The names of the tensors that stay on the host."""
-        ids = {id(p) for group in self.visitors(network) for module in group for p in module.parameters()}
-        return {name for name, p in network.named_parameters() if id(p) in ids}
+    def streamed_names(self, network: nn.Module) -> set[str]:
+        """The names of the parameters that stay on the host."""
+        modules = [module for group in self.streamed_modules(network) for module in group]
+        ids = {id(parameter) for module in modules for parameter in module.parameters()}
+        return {name for name, parameter in network.named_parameters() if id(parameter) in ids}
 
-    def made_small(self, network: nn.Module) -> dict[str, nn.Linear]:
+    def quantised_layers(self, network: nn.Module) -> dict[str, nn.Linear]:
         """The linear layers that are quantised, by name."""
-        if self.small is None or not isinstance(network, Flux):
+        if self.quantised is None or not isinstance(network, Flux):
             return {}
-        away = {module for group in self.visitors(network) for module in group}
-        chosen = {m for b in (*network.double_blocks, *network.single_blocks) for m in linears(b, away)}
-        return {name: module for name, module in network.named_modules() if module in chosen}
+        streamed = {module for group in self.streamed_modules(network) for module in group}
+        layers = {layer for block in _blocks(network) for layer in linear_layers(block, streamed)}
+        return {name: module for name, module in network.named_modules() if module in layers}
 
-    def held(self, network: nn.Module, size: int) -> tuple[int, int]:
-        """Bytes of the weights that stay, ``size`` a number; and of the largest small one when it is made whole."""
-        away, small = self.away(network), self.made_small(network)
-        whole = [
-            p.numel() for n, p in network.named_parameters() if n not in away and n.rpartition(".")[0] not in small
-        ]
-        shapes = [module.weight.shape for module in small.values()]
-        biases = sum(module.out_features for module in small.values() if module.bias is not None)
-        least = sum(FORMATS[self.small].held(*shape) for shape in shapes)
-        return size * (sum(whole) + biases) + least, size * max((shape.numel() for shape in shapes), default=0)
+    def dequantised_bytes(self, network: nn.Module, itemsize: int) -> int:
+        """Bytes of the largest quantised weight, which is dequantised when its layer is called."""
+        return itemsize * max((layer.weight.numel() for layer in self.quantised_layers(network).values()), default=0)
+
+    def resident_bytes(self, network: nn.Module, itemsize: int) -> int:
+        """Bytes of the weights that stay on the device, with ``itemsize`` bytes for a number that is not quantised."""
+        streamed, quantised = self.streamed_names(network), self.quantised_layers(network)
+        total = 0
+        for name, parameter in network.named_parameters():
+            layer, _, leaf = name.rpartition(".")
+            if leaf == "weight" and layer in quantised:
+                total += FORMATS[self.quantised].nbytes(*parameter.shape)
+            elif name not in streamed:
+                total += itemsize * parameter.numel()
+        return total
 
 
 def modulations(flux: Flux) -> list[nn.Module]:
-    """The linear layers that make every shift, scale and gate, in the order in which a plan calls them."""
-    double = [block.get_submodule(f"{s}_mod").lin for block in flux.double_blocks for s in block.STREAMS]
+    """The linear layers that compute every shift, scale and gate, in the order in which a plan calls them."""
+    double = [mod.lin for block in flux.double_blocks for mod in (block.txt_mod, block.img_mod)]
     single = [block.modulation.lin for block in flux.single_blocks]
     return [*double, *single, flux.final_layer.adaLN_modulation[1]]
+
+
+def own_parameters(module: nn.Module, others: Collection[nn.Module] = ()) -> Iterator[nn.Parameter]:
+    """The parameters of a module and of all below it, except those of the modules ``others`` below it."""
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if child not in others:
+            yield from own_parameters(child, others)
+
+
+def _blocks(flux: Flux) -> list[nn.Module]:
+    return [*flux.double_blocks, *flux.single_blocks]
 
 
 # ---------------------------------------------------------------- what a placement needs
@@ -101,12 +129,12 @@ def modulations(flux: Flux) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes on the device: weights that stay, the most that visit at once, and the activations of each stage."""
+    """Bytes on the device: the weights that stay, and what each stage of a run needs in addition."""
 
     resident: int
-    planning: int  # two neighbouring modulations
-    step: int  # two neighbouring blocks that visit, one small layer made whole, and the activations of a step
-    text: int  # of the encoders
+    planning: int  # two consecutive modulation layers, and the plan
+    step: int  # two consecutive streamed blocks, one dequantised layer, the plan, and the activations of a step
+    text: int  # the text encoders
     decode: int  # the autoencoder's activations
 
     @property
@@ -116,7 +144,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Networks:
-    """The four networks without numbers; ``dtype`` is what they are used in."""
+    """The four networks, of which only shapes are used; ``dtype`` is the dtype that they will have."""
 
     flux: Flux
     ae: AutoEncoder
@@ -129,80 +157,122 @@ class Networks:
         with meta_init():
             return cls(Flux(config or FluxConfig()), AutoEncoder(), CLIPTextEncoder(), T5Encoder())
 
-    def need(self, placement: Placement, height: int, width: int, words: int) -> Need:
-        """Of one picture ``height x width`` with ``words`` text tokens."""
-        size = self.dtype.itemsize
-        held = [placement.held(network, size) for network in (self.flux, self.ae, self.clip, self.t5)]
-        resident, whole = sum(stays for stays, _ in held), held[0][1]
-        step, decode = activations(self.flux.config, self.ae.config, height, width, words, self.dtype, placement.tiled)
-        rows = size * STEPS * sum(linear.out_features for linear in modulations(self.flux))  # of the plan
-        visits = lambda network: [size * n for n in _largest_pairs(placement.visitors(network))]  # noqa: E731
-        planning, blocks = visits(self.flux) or (0, 0)
-        text = max([*visits(self.clip), *visits(self.t5), 0])
-        return Need(resident, planning + rows, blocks + rows + step + whole, text, decode)
+    def need(self, placement: Placement, height: int, width: int, txt_len: int) -> Need:
+        """The need of one image of ``height x width`` pixels with ``txt_len`` text tokens."""
+        itemsize = self.dtype.itemsize
+        resident = sum(placement.resident_bytes(n, itemsize) for n in (self.flux, self.ae, self.clip, self.t5))
+        dequantised = placement.dequantised_bytes(self.flux, itemsize)
+        step, decode = activations(
+            self.flux.config, self.ae.config, height, width, txt_len, self.dtype, placement.tiled
+        )
+        plan = itemsize * STEPS * sum(linear.out_features for linear in modulations(self.flux))
+        planning, blocks = self._streaming(placement, self.flux) or (0, 0)
+        text = max([*self._streaming(placement, self.clip), *self._streaming(placement, self.t5), 0])
+        return Need(resident, planning + plan, blocks + plan + step + dequantised, text, decode)
 
-
-def _largest_pairs(groups: list[list[nn.Module]]) -> list[int]:
-    """Of each group, the most numbers of two neighbours: one computes, the next one is on its way."""
-    apart = {module for group in groups for module in group}
-    sizes = [[sum(p.numel() for p in owned(module, apart)) for module in group] for group in groups]
-    return [max((a + b for a, b in zip(s, [*s[1:], 0], strict=True)), default=0) if s else 0 for s in sizes]
+    def _streaming(self, placement: Placement, network: nn.Module) -> list[int]:
+        """For each list of streamed modules, the most bytes that two consecutive ones have together."""
+        groups = placement.streamed_modules(network)
+        streamed = {module for group in groups for module in group}
+        largest = []
+        for group in groups:
+            sizes = [self.dtype.itemsize * sum(p.numel() for p in own_parameters(m, streamed)) for m in group]
+            largest.append(max((a + b for a, b in pairwise([*sizes, 0])), default=0))
+        return largest
 
 
 @lru_cache(maxsize=64)
 def activations(
-    flux: FluxConfig, ae: AutoEncoderConfig, height: int, width: int, words: int, dtype: torch.dtype, tiled: bool
+    flux: FluxConfig, ae: AutoEncoderConfig, height: int, width: int, txt_len: int, dtype: torch.dtype, tiled: bool
 ) -> tuple[int, int]:
-    """The most bytes of tensors alive at once, in a step of the flow and in decoding; counted on the meta device.
+    """The most bytes of tensors alive at once in a step of the flow and in decoding, counted on the meta device.
 
-    One block of each kind is enough: the others run after it and hold no more.
+    One block of each kind is enough: the others run after it and need no more.
     """
-    with meta_init(), torch.no_grad(), FusedAttention():
+    with meta_init(), torch.no_grad(), _NoAttentionMap():
         network = Flux(flux.with_(depth=min(flux.depth, 1), depth_single_blocks=min(flux.depth_single_blocks, 1)))
         decoder, network = AutoEncoder(ae).to(dtype), network.to(dtype)
         rows, columns = height // ae.downscale, width // ae.downscale
-        tokens = rows * columns // 4
+        img_len = rows * columns // 4
         plan = network.plan(torch.empty(1), torch.empty(1), torch.empty(1, flux.vec_in_dim))
-        rope = torch.empty(1, words + tokens, flux.head_dim // 2, dtype=torch.complex64)
-        img, txt = (
-            torch.empty(1, n, w).to(dtype) for n, w in ((tokens, flux.in_channels), (words, flux.context_in_dim))
-        )
+        rope = torch.empty(1, txt_len + img_len, flux.head_dim // 2, dtype=torch.complex64)
+        img = torch.empty(1, img_len, flux.in_channels, dtype=dtype)
+        txt = torch.empty(1, txt_len, flux.context_in_dim, dtype=dtype)
         with PeakBytes() as step:
             network.velocity(img, txt, rope, plan)
-        side = (min(rows, TILE), min(columns, TILE)) if tiled else (rows, columns)
-        latent = torch.empty(1, ae.z_channels, *side).to(dtype)
+        sides = (min(rows, TILE), min(columns, TILE)) if tiled else (rows, columns)
+        latent = torch.empty(1, ae.z_channels, *sides, dtype=dtype)
         with PeakBytes() as decode:
             decoder.decode(latent)
     return step.peak, decode.peak
 
 
-# ---------------------------------------------------------------- choosing
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside and alive at once, as torch.cuda.max_memory_allocated does."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.known | inputs:
+                storage = x.untyped_storage()
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return out
+
+    def _freed(self, key: int, nbytes: int) -> None:
+        self.known.discard(key)
+        self.now -= nbytes
+
+
+class _NoAttentionMap(TorchFunctionMode):
+    """On the meta device, attention would allocate its whole map; the fused kernel of a GPU does not."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            q, _, v = args[:3]
+            return q.new_empty(*q.shape[:-1], v.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+# ---------------------------------------------------------------- the choice
 
 
 def choose(
-    networks: Networks, mode: str, free: float, size: int = 1024, words: int = 512, small: str | None = None
+    networks: Networks, mode: str, free: float, size: int = 1024, txt_len: int = 512, quantised: str | None = None
 ) -> Placement:
-    """The placement for ``mode``; for auto, the one that moves least and needs no more than ``free`` bytes.
+    """The placement for ``mode``; for auto, the one that streams least among those that need at most ``free`` bytes.
 
-    Blocks that are quantised (``small``) stay: of all that is small, the least is without the modulations.
+    Quantised blocks are not streamed, so with them the smallest placement is no-modulations.
     """
-    if mode not in MODES:
-        raise PlacementError(f"memory must be one of {', '.join(MODES)}, not {mode!r}.")
-    blocks = len(networks.flux.double_blocks) + len(networks.flux.single_blocks)
-    if small is not None and mode == "stream":
-        raise PlacementError('blocks that visit are not quantised: say memory="no-modulations", or leave quantise out.')
-    if mode != "auto" and small is None:
+    check_choice("memory", mode, MODES, error=PlacementError)
+    blocks = len(_blocks(networks.flux))
+
+    def fits(placement: Placement) -> bool:
+        return networks.need(placement, size, size, txt_len).peak <= free
+
+    if quantised is not None:
+        if mode == "stream":
+            raise PlacementError(
+                'streamed blocks cannot be quantised; choose memory="no-modulations", or leave quantise out.'
+            )
+        modes = ("full", "no-modulations") if mode == "auto" else (mode,)
+        options = [Placement(mode, tiled=tiled, quantised=quantised) for tiled in (False, True) for mode in modes]
+        return next(filter(fits, options), options[-1]) if mode == "auto" else options[0]
+    if mode != "auto":
         return Placement(mode, blocks if mode == "stream" else 0)
-    fits: Callable[[Placement], bool] = lambda p: networks.need(p, size, size, words).peak <= free  # noqa: E731
-    if small is not None:
-        modes = MODES[1:3] if mode == "auto" else (mode,)
-        ways = [Placement(way, tiled=tiled, small=small) for tiled in (False, True) for way in modes]
-        return next(filter(fits, ways), ways[-1]) if mode == "auto" else ways[0]
     for placement in (Placement(), Placement("no-modulations")):
         if fits(placement):
             return placement
     tiled = not fits(Placement("stream", blocks))
-    low, high = 1, blocks  # the fewest that fit
+    low, high = 1, blocks  # bisection: the smallest number of streamed blocks that fits
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(Placement("stream", middle, tiled)) else (middle + 1, high)
@@ -210,27 +280,130 @@ def choose(
 
 
 def free_bytes(device: torch.device) -> float:
-    """What may be used of a device. Of the CPU's, no end: what is mapped the system takes back by itself."""
+    """The memory of a device that may be used; infinite for the CPU, where mapped weights need no memory of their own."""
     if device.type == "cuda":
-        free, whole = torch.cuda.mem_get_info(device)
-        allowed = whole * torch.cuda.get_per_process_memory_fraction(device) - torch.cuda.memory_reserved(device)
+        free, total = torch.cuda.mem_get_info(device)
+        allowed = total * torch.cuda.get_per_process_memory_fraction(device) - torch.cuda.memory_reserved(device)
         return min(free, allowed) - RESERVE
     if device.type == "mps":
         return float(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()) - RESERVE
     return float("inf")
 
 
-def describe(placement: Placement, need: Need, free: float, device: torch.device) -> str:
-    """One line: what was chosen, why, and what it is predicted to take."""
-    what = {
-        "full": "everything stays on it",
-        "no-modulations": "the modulations visit it while a run is planned, the text encoders while a prompt is read",
-        "stream": f"{placement.streamed} of the flow's blocks visit it in turn, the modulations and text encoders too",
+def summary(placement: Placement, need: Need, free: float, device: torch.device) -> str:
+    """One line: what was chosen, and what it is predicted to need."""
+    text = {
+        "full": "all weights stay on it",
+        "no-modulations": "the modulation layers and the text encoders are streamed to it when they are needed",
+        "stream": f"{placement.streamed} of the flow's blocks, the modulation layers and the text encoders are streamed "
+        "to it when they are needed",
     }[placement.mode]
-    what += f"; the blocks' weights are {placement.small}" if placement.small else ""
-    tiled = "; pictures are decoded in tiles" if placement.tiled else ""
+    text += f"; the blocks' weights are {placement.quantised}" if placement.quantised else ""
+    text += "; images are decoded in tiles" if placement.tiled else ""
     room = "" if free == float("inf") else f" of {free / GB:.1f} GB free"
     return (
-        f"memory={placement.mode!r} on {device}: {what}{tiled}; "
-        f"about {need.peak / GB:.1f} GB{room} for a picture of 1024 x 1024 (predicted)."
+        f"memory={placement.mode!r} on {device}: {text}; "
+        f"about {need.peak / GB:.1f} GB{room} for an image of 1024 x 1024 (predicted)."
+    )
+
+
+def predicted(
+    cards: tuple[int, ...] = CARDS,
+    networks: Networks | None = None,
+    size: int = 1024,
+    quantised: str | None = None,
+) -> list[dict]:
+    """One row per size of card, in GB: what auto chooses there, what stays on the card, and the peak of each stage."""
+    networks, rows = networks or Networks.official(), []
+    for card in cards:
+        free = card * GB - RESERVE
+        placement = choose(networks, "auto", free, size, quantised=quantised)
+        need = networks.need(placement, size, size, 512)
+        row = {"card": f"{card} GB", **asdict(placement), "resident": need.resident / GB}
+        for stage in ("text", "planning", "step", "decode"):
+            row[stage] = (need.resident + getattr(need, stage)) / GB
+        rows.append({**row, "peak": need.peak / GB, "fits": need.peak <= free})
+    return rows
+
+
+def table(size: int = 1024) -> str:
+    """The prediction as text."""
+    lines = [
+        f"predicted, not measured: FLUX.1 dev in bfloat16, one image of {size} x {size}, 512 text tokens, in GB;",
+        f"{RESERVE / GB:g} GB of each card is left to CUDA itself",
+        f"{'card':<7} {'memory':<15} {'blocks streamed':>15} {'tiles':>6} {'resident':>8} {'text':>6} "
+        f"{'plan':>6} {'step':>6} {'decode':>7} {'peak':>6}",
+    ]
+    for r in predicted(size=size):
+        lines.append(
+            f"{r['card']:<7} {r['mode']:<15} {r['streamed']:>15} {'yes' if r['tiled'] else 'no':>6} "
+            f"{r['resident']:>8.1f} {r['text']:>6.1f} {r['planning']:>6.1f} {r['step']:>6.1f} {r['decode']:>7.1f} "
+            f"{r['peak']:>6.1f}{'' if r['fits'] else '  does not fit'}"
+        )
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- when memory runs out
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is what PyTorch raises when memory runs out, on a GPU or on the CPU."""
+    text = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError)
+        and any(words in text for words in ("out of memory", "not enough memory", "alloc_cpu"))
+    )
+
+
+@contextmanager
+def memory_advice(
+    networks: Networks, device: torch.device, height: int, width: int, txt_len: int, quantised: str | None = None
+) -> Iterator[None]:
+    """Turn an allocator's error into OutOfMemory, with the needs of an image of ``height x width`` in each mode."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        error.__traceback__ = None  # its frames hold the tensors that filled the memory
+        try:
+            message = advice(networks, device, height, width, txt_len, quantised)
+        except Exception:  # counting needs some memory too
+            message = (
+                f"memory ran out on {device}: choose a size below {height} x {width}, or load with another memory=."
+            )
+        raise OutOfMemory(message) from None
+
+
+def advice(
+    networks: Networks, device: torch.device, height: int, width: int, txt_len: int, quantised: str | None = None
+) -> str:
+    """What each memory mode needs, what is free, and what needs less. Reads only the networks' configurations."""
+    if quantised is None and networks.flux.placement is not None:
+        quantised = networks.flux.placement.quantised
+    with meta_init():  # built anew, because blocks may have been swapped
+        networks = Networks(
+            Flux(networks.flux.config),
+            AutoEncoder(networks.ae.config),
+            CLIPTextEncoder(networks.clip.config),
+            T5Encoder(networks.t5.config),
+            networks.dtype,
+        )
+
+    def gigabytes(mode: str, height: int, width: int) -> str:
+        streamed = len(_blocks(networks.flux)) if mode == "stream" else 0
+        placement = Placement(mode, streamed, quantised=quantised)
+        return f"{networks.need(placement, height, width, txt_len).peak / GB:.2f} GB"
+
+    modes = MODES[1:3] if quantised else MODES[1:]  # quantised blocks are not streamed
+    needs = ", ".join(f"about {gigabytes(mode, height, width)} with memory={mode!r}" for mode in modes)
+    free = free_bytes(device)
+    room = "" if free == float("inf") else f"; {max(free, 0) / GB:.2f} GB are free"
+    weights = f" and {quantised} weights" if quantised else ""
+    half_height, half_width = max(16, height // 32 * 16), max(16, width // 32 * 16)
+    half = f"{half_height} x {half_width} needs about {gigabytes('full', half_height, half_width)} with memory='full'"
+    fewer_bits = "" if quantised else "use quantise= (fewer bits, not exact), "
+    return (
+        f"memory ran out on {device}: an image of {height} x {width}{weights} needs {needs}{room}; {half}. "
+        f"Load with a memory= further to the right, {fewer_bits}or choose a smaller image."
     )

@@ -133,19 +133,19 @@ def test_the_wrong_variant_is_named():
 
 def test_another_network_or_another_layout():
     flux, ae = Flux(TINY), AutoEncoder(AE)
-    says("the state dict is an autoencoder, but a flow transformer is wanted.", load_into, flux, ae.state_dict())
+    says("the state dict is an autoencoder, but a flow transformer is needed.", load_into, flux, ae.state_dict())
     says(
-        "the state dict is a T5 encoder, but an autoencoder is wanted.",
+        "the state dict is a T5 encoder, but an autoencoder is needed.",
         load_into,
         ae,
         T5Encoder(T5Config(9, 8, 2, 4, 1, 2)).state_dict(),
     )
     theirs = convert(flux.state_dict(), to="diffusers")
-    says("the state dict is in diffusers's layout, but bfl's is wanted; convert it first.", load_into, flux, theirs)
+    says("the state dict is in diffusers's layout, but bfl's is needed; convert it first.", load_into, flux, theirs)
     says("there is no layout called 'kohya'; there are bfl and diffusers.", convert, theirs, to="kohya")
     says("the state dict is no network of FLUX.1: 'a' is none of its names.", convert, {"a": torch.ones(1)}, to="bfl")
     part = {"img_in.weight": torch.ones(4, 4)}
-    too_little = "the state dict is too incomplete to tell its configuration ({}); give config."
+    too_little = "the state dict is too incomplete to infer its configuration ({}); pass config."
     says(too_little.format("'final_layer.linear.weight' is missing"), convert, part, to="bfl")
     part = {"img_in.weight": torch.ones(4), "final_layer.linear.weight": torch.ones(4, 4)}
     says(too_little.format("'img_in.weight' is [4]"), convert, part, to="bfl")
@@ -157,7 +157,7 @@ def test_parts_of_one_tensor_in_two_dtypes():
     says(
         "'transformer_blocks.0.attn.to_q.weight' is torch.float32 "
         "and 'transformer_blocks.0.attn.to_k.weight' is torch.float16, "
-        "but they are parts of one tensor, 'double_blocks.0.img_attn.qkv.weight', and must be of one dtype.",
+        "but they are parts of one tensor, 'double_blocks.0.img_attn.qkv.weight', and must have the same dtype.",
         convert,
         theirs,
         to="bfl",
@@ -169,7 +169,7 @@ def test_axes_that_no_shape_tells(tmp_path):
 
     plain_save(flux_state(), tmp_path / "f.safetensors")
     says(
-        re.compile("the shapes in f.safetensors do not tell everything, give config: .*axes_dim.*"),
+        re.compile("the shapes in f.safetensors leave the configuration open, pass config: .*axes_dim.*"),
         convert_file,
         tmp_path / "f.safetensors",
         tmp_path / "out",
@@ -213,21 +213,28 @@ def handmade(path, header, data=b""):
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def test_headers_that_lie(tmp_path):
+def damaged(reason):
+    """The sentence about a damaged header; the reason is in the safetensors library's words."""
+    return re.compile(rf"f.safetensors has a damaged header \(.*({reason}).*\)\.")
+
+
+def test_headers_that_do_not_fit_the_data(tmp_path):
     path = tmp_path / "f.safetensors"
     handmade(path, {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, bytes(8))
-    says("f.safetensors has 'a' in 8 bytes, which is not [3].", read, path)
-    handmade(path, {"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 12]}}, bytes(12))
-    says(re.compile("f.safetensors has 'a' in dtype F4, not one of F64, .*"), read, path)
+    says(damaged("shape, data type, or offset|TensorInvalidInfo"), read, path)
+    handmade(path, {"a": {"dtype": "F5", "shape": [3], "data_offsets": [0, 12]}}, bytes(12))
+    says(damaged("F5"), read, path)
+    handmade(path, {"a": {"dtype": "U16", "shape": [3], "data_offsets": [0, 6]}}, bytes(6))
+    says(re.compile("f.safetensors has 'a' in dtype U16, not one of F64, .*"), read, path)
     handmade(path, {"a": {"dtype": "F32"}})
     says("f.safetensors has a damaged header and is no safetensors file.", read, path)
     handmade(path, {})
     says("f.safetensors holds no tensors.", read, path)
     one, two = ({"dtype": "U8", "shape": [2], "data_offsets": ends} for ends in ([0, 2], [1, 3]))
     handmade(path, {"a": one, "b": two}, bytes(3))
-    says("f.safetensors has 'b' where another tensor or none should be.", read, path)
+    says(damaged(".*offset.*b"), read, path)
     handmade(path, {"a": one, "b": {**one, "data_offsets": [3, 5]}}, bytes(5))
-    says("f.safetensors has 'b' where another tensor or none should be.", read, path)
+    says(damaged(".*offset.*b"), read, path)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +252,7 @@ def test_headers_that_lie(tmp_path):
 )
 def test_headers_of_other_kinds_of_values(header, tmp_path):
     handmade(tmp_path / "f.safetensors", header, bytes(8))
-    says("f.safetensors has a damaged header and is no safetensors file.", read, tmp_path / "f.safetensors")
+    says(re.compile(r"f.safetensors has a damaged header( \(.*\)| and .*)\."), read, tmp_path / "f.safetensors")
 
 
 def test_a_key_that_comes_twice(tmp_path):
@@ -273,7 +280,7 @@ def test_paths_that_are_nothing(tmp_path):
     for part in ("transformer", "vae"):
         (tmp_path / part).mkdir()
         save_file({"a": torch.ones(1)}, tmp_path / part / "a.safetensors")
-    says(f"{tmp_path} holds no .safetensors file; its parts transformer, vae do.", read, tmp_path)
+    says(f"{tmp_path} holds no .safetensors file; its subfolders transformer, vae do.", read, tmp_path)
     for name in "ab":
         save_file({"a": torch.ones(1)}, tmp_path / f"{name}.safetensors")
     says(
@@ -309,11 +316,11 @@ def test_shards_and_their_index(tmp_path):
 def test_targets_that_are_taken(tmp_path):
     source, folder = save_file(flux_state(), tmp_path / "f.safetensors", config=TINY), tmp_path / "t"
     copy = convert_file(source, tmp_path / "g.safetensors", to="bfl")
-    says(f"{copy} exists already; choose another name, or say overwrite.", convert_file, source, copy, to="bfl")
+    says(f"{copy} exists already; choose another name, or set overwrite.", convert_file, source, copy, to="bfl")
     folder.mkdir()
     convert_file(source, folder, to="diffusers")  # an empty folder is no loss
     says(
-        f"{folder} exists already; choose another name, or say overwrite.", convert_file, source, folder, to="diffusers"
+        f"{folder} exists already; choose another name, or set overwrite.", convert_file, source, folder, to="diffusers"
     )
     convert_file(source, folder, to="diffusers", overwrite=True)
     (folder / "thesis.tex").write_text("…")
@@ -326,14 +333,14 @@ def test_targets_that_are_taken(tmp_path):
         overwrite=True,
     )
     says(
-        "a file of tensors is called something.safetensors, not 'g.pt'.",
+        "a file of tensors must be called something.safetensors, not 'g.pt'.",
         convert_file,
         source,
         tmp_path / "g.pt",
         to="bfl",
     )
     says(
-        "diffusers' layout is a folder, and 'h.safetensors' is a file's name.",
+        "diffusers' layout is a folder, and 'h.safetensors' is the name of a file.",
         convert_file,
         source,
         tmp_path / "h.safetensors",
@@ -364,7 +371,7 @@ def test_targets_that_are_taken(tmp_path):
         ({"_class_name": "UNet"}, "config.json is for 'UNet', but should be for FluxTransformer2DModel."),
         ({"patch_size": 2}, "config.json has patch_size 2, but FLUX.1's is 1."),
         ({"norm": "batch"}, "config.json has an unknown setting 'norm' ('batch')."),
-        ({"num_attention_heads": 3}, re.compile("config.json describes no network: hidden_size .*|.*axes_dim.*")),
+        ({"num_attention_heads": 3}, re.compile("config.json describes no valid network: hidden_size .*|.*axes_dim.*")),
     ],
 )
 def test_a_config_json_that_is_not_ours(values, sentence):
@@ -379,10 +386,10 @@ def test_an_autoencoder_config_that_is_not_ours(tmp_path):
     (folder / "config.json").write_text(json.dumps({**values, "use_quant_conv": True}))
     says("vae: config.json has use_quant_conv True, but FLUX.1's is False.", load_model, folder)
     (folder / "config.json").write_text("{")
-    says("vae carries a configuration that cannot be read.", load_model, folder)
+    says("vae has a configuration that cannot be read.", load_model, folder)
     wide = AE.with_(ch_mult=(2, 2))
     says(
-        "diffusers' layout takes ch for the first level's width and cannot say ch_mult (2, 2).",
+        "diffusers' layout takes ch as the width of the first level and cannot store ch_mult (2, 2).",
         convert,
         AutoEncoder(wide).state_dict(),
         to="diffusers",

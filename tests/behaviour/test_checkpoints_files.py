@@ -17,7 +17,7 @@ from torch import nn
 from transformers import CLIPTextModel, T5EncoderModel
 
 from fluxedu.checkpoints import config_of, convert, convert_file, load_into, load_model, read, save_file, save_folder
-from fluxedu.checkpoints.save import write_text
+from fluxedu.files import write_text
 from fluxedu.errors import CheckpointError
 from fluxedu.models import (
     AutoEncoder,

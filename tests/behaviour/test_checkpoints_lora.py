@@ -6,7 +6,7 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 import fluxedu as fe
-from fluxedu.checkpoints import convert, extract, inputs_of, load_into, merge, to_diffusers_config, widen_input
+from fluxedu.checkpoints import convert, extract, lora_in_channels, load_into, merge, to_diffusers_config, widen_input
 from fluxedu.errors import CheckpointError
 from fluxedu.models import Flux, FluxConfig
 
@@ -100,7 +100,7 @@ def test_unmerge_is_exact_to_the_bit_also_of_two(dtype):
     first, second = official(flux), official(flux)
     one = merge(flux, first, scale=0.85)
     after_one = bits(flux)
-    assert one.bytes_kept == sum(p.nbytes for n, p in flux.named_parameters())
+    assert one.nbytes == sum(p.nbytes for n, p in flux.named_parameters())
     two = merge(flux, second, scale=-2.0)
     with pytest.raises(CheckpointError, match="was replaced after this LoRA was merged; undo the later change first."):
         one.unmerge()
@@ -109,7 +109,7 @@ def test_unmerge_is_exact_to_the_bit_also_of_two(dtype):
     one.unmerge()
     assert all(torch.equal(never[n], b) for n, b in bits(flux).items())
     assert all(a is b for a, b in zip(parameters, flux.parameters(), strict=True))  # optimisers keep their grip
-    assert one.bytes_kept == 0
+    assert one.nbytes == 0
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer.", "base_model.model."])
@@ -147,7 +147,7 @@ def test_what_is_extracted_leads_from_one_network_to_the_other():
         return load_into(Flux(CONFIG.with_(in_channels=14)), widen_input(before.state_dict(), 14))
 
     whole = extract(after.state_dict(), before.state_dict(), rank=10_000)
-    assert inputs_of(whole) == 14 and inputs_of({"x.lora_A.weight": draw(2, 3), "x.lora_B.weight": draw(3, 2)}) is None
+    assert lora_in_channels(whole) == 14 and lora_in_channels({"x.lora_A.weight": draw(2, 3), "x.lora_B.weight": draw(3, 2)}) is None
     there = wide()
     merge(there, whole)
     for name, tensor in after.state_dict().items():
@@ -158,7 +158,7 @@ def test_what_is_extracted_leads_from_one_network_to_the_other():
     change = torch.linalg.svdvals((wide().state_dict()[name] - after.state_dict()[name]).double())
     torch.testing.assert_close(left.norm(), change[3:].norm(), rtol=1e-3, atol=1e-5)  # no rank 3 leaves less
     for rank in (0, True, "3"):
-        with pytest.raises(CheckpointError, match="a rank is a whole number from 1 on"):
+        with pytest.raises(CheckpointError, match="rank must be a whole number of at least 1"):
             extract(after.state_dict(), before.state_dict(), rank)
     with pytest.raises(CheckpointError, match="only one of these has"):
         extract({**after.state_dict(), "more": draw(1)}, before.state_dict(), 3)
@@ -173,9 +173,9 @@ def test_widened_by_zeros_is_the_same_network():
         merge(flux, official(wide))
     assert str(error.value) == (
         "the change of 'img_in' is [32, 14], but 'img_in.weight' here takes [32, 8]; "
-        "widen_input makes room for more inputs."
+        "widen_input adds input channels."
     )
-    with pytest.raises(CheckpointError, match="the state dict has 8 of the inputs that are to become 4."):
+    with pytest.raises(CheckpointError, match="the state dict has 8 input channels and cannot be widened to 4."):
         widen_input(flux.state_dict(), 4)
 
 
@@ -229,5 +229,5 @@ def test_a_whole_network_is_no_lora():
 
 @pytest.mark.parametrize("scale", [float("nan"), "1", float("inf"), True, None])
 def test_a_scale_is_a_number(scale):
-    with pytest.raises(CheckpointError, match="scale is a number"):
+    with pytest.raises(CheckpointError, match="scale must be a number"):
         merge(torch.nn.Linear(2, 2), {}, scale)

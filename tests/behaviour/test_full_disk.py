@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import fluxedu as fe
 from fluxedu import cli
 from fluxedu.checkpoints import convert_file, save_file, save_folder
-from fluxedu.checkpoints.save import write_text
+from fluxedu.files import write_text
 from fluxedu.course.grade import Mark, write_csv
 from fluxedu.models import Flux, FluxConfig
 from fluxedu.sweep import from_dict, open_sweep, work

@@ -10,11 +10,10 @@ from sizes import TINY
 
 import fluxedu as fe
 from fluxedu.checkpoints import merge
-from fluxedu.memory import Networks, Placement, Visits, choose, decode_tiled, modulations, predicted, table
-from fluxedu.memory import visits as visiting
-from fluxedu.memory.peak import PeakBytes
-from fluxedu.memory.placement import GB, activations
-from fluxedu.memory.tiles import starts
+from fluxedu.memory import Networks, Placement, WeightStreamer, choose, decode_tiled, modulations, predicted, table
+from fluxedu.memory import offload
+from fluxedu.memory.offload import TiledAutoEncoder, tile_starts
+from fluxedu.memory.placement import GB, PeakBytes, activations
 from fluxedu.models import Flux, FluxConfig
 from fluxedu.models.meta_init import meta_init
 from fluxedu.sampling.latents import image_ids, text_ids
@@ -27,9 +26,9 @@ def lodge(pipe, placement: Placement, device="cpu"):
     """Have a pipeline's networks visit."""
     for network in pipe.networks().values():
         network.requires_grad_(False)
-        groups = placement.visitors(network)
+        groups = placement.streamed_modules(network)
         for group in groups:
-            Visits(group, device, apart=(module for group in groups for module in group))
+            WeightStreamer(group, device, others=[module for group in groups for module in group])
     return pipe
 
 
@@ -79,7 +78,7 @@ def test_what_visits_cannot_be_moved():
 def guests(monkeypatch):
     """Every copy that was ever on the device, and the most that were there at once."""
     seen = {"alive": [], "most": 0, "count": 0}
-    fetch = Visits._fetch
+    fetch = WeightStreamer._copy
 
     def counted(self, weights):
         arrival = fetch(self, weights)
@@ -88,7 +87,7 @@ def guests(monkeypatch):
         seen["count"] += 1
         return arrival
 
-    monkeypatch.setattr(Visits, "_fetch", counted)
+    monkeypatch.setattr(WeightStreamer, "_copy", counted)
     return seen
 
 
@@ -99,7 +98,7 @@ def still_there(guests) -> int:
 def test_two_at_a_time_and_none_afterwards(make_pipe, guests):
     pipe = lodge(make_pipe(), Placement("stream", 4))
     drawn(pipe, steps=3)
-    parts = {n: len(Placement("stream", 4).visitors(net)[0]) for n, net in pipe.networks().items() if n != "ae"}
+    parts = {n: len(Placement("stream", 4).streamed_modules(net)[0]) for n, net in pipe.networks().items() if n != "ae"}
     once_a_picture = parts["clip"] + parts["t5"] + parts["flux"]
     assert guests["count"] == once_a_picture + 3 * 4
     assert guests["most"] <= 2
@@ -133,7 +132,7 @@ def test_a_weight_changed_after_it_was_fetched_is_fetched_again(how):
     first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     for module in (first, second):
         module.requires_grad_(False)
-    Visits([first, second], "cpu")
+    WeightStreamer([first, second], "cpu")
     x = torch.ones(1, 3)
     first(x)  # the second's weights are on their way
     if how == "in place":
@@ -159,13 +158,13 @@ def test_a_lora_is_merged_into_weights_at_home(make_pipe):
 
 def test_the_next_one_travels_while_one_computes(monkeypatch):
     """The second module's weights are sent for before the first one has computed."""
-    order, fetch = [], Visits._fetch
-    monkeypatch.setattr(Visits, "_fetch", lambda self, weights: (order.append("fetch"), fetch(self, weights))[1])
+    order, fetch = [], WeightStreamer._copy
+    monkeypatch.setattr(WeightStreamer, "_copy", lambda self, weights: (order.append("fetch"), fetch(self, weights))[1])
     layers = [torch.nn.Linear(2, 2).requires_grad_(False) for _ in range(3)]
-    Visits(layers, "cpu")
+    WeightStreamer(layers, "cpu")
 
     def computed(*_):
-        visiting._porter.submit(int).result()  # what was sent for before has arrived
+        offload._copy_thread.submit(int).result()  # what was sent for before has arrived
         order.append("computed")
 
     layers[0].register_forward_hook(computed)
@@ -246,7 +245,7 @@ def test_every_modulation_is_in_the_list():
     with meta_init():
         flux = Flux(FluxConfig())
     names = {n for n, p in flux.named_parameters() if "_mod." in n or ".modulation." in n or "adaLN" in n}
-    assert Placement("no-modulations").away(flux) == names
+    assert Placement("no-modulations").streamed_names(flux) == names
 
 
 # ---------------------------------------------------------------- tiles
@@ -254,7 +253,7 @@ def test_every_modulation_is_in_the_list():
 
 def test_tiles_cover_and_overlap():
     for length in range(1, 40):
-        begin = starts(length, 12, 4)
+        begin = tile_starts(length, 12, 4)
         assert begin[0] == 0 and begin[-1] == max(0, length - 12)
         assert all(0 < b - a <= 8 for a, b in pairwise(begin))
 

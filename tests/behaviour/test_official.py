@@ -17,9 +17,8 @@ from safetensors.torch import save_file as their_save_file
 from sizes import TINY_CLIP, TINY_T5
 
 import fluxedu as fe
-from fluxedu.checkpoints import OFFICIAL, convert, find, load_model, outline, save_folder
-from fluxedu.checkpoints import carry as carrying
-from fluxedu.checkpoints.load import TensorFile
+from fluxedu.checkpoints import OFFICIAL, convert, find, load_model, open_model, reading, save_folder
+from fluxedu.checkpoints.reading import TensorFile
 from fluxedu.errors import CheckpointError
 from fluxedu.models import (
     VARIANTS,
@@ -250,7 +249,7 @@ def test_a_file_of_the_true_size_opens_at_once(tmp_path, variant):
     with meta_init():
         flux = Flux(FluxConfig.variant(variant))
     empty_file(tmp_path / "flux.safetensors", flux.state_dict())
-    module, tensors = outline(tmp_path / "flux.safetensors")
+    module, tensors = open_model(tmp_path / "flux.safetensors")
     assert module.config == flux.config
     assert sum(p.numel() for p in module.parameters()) > 11_890_000_000 and len(tensors) in (776, 780)
 
@@ -293,10 +292,10 @@ def test_carrying_holds_less_than_the_largest_group(tmp_path, layout):
     empty_file(tmp_path / "flux.safetensors", state)
     largest = 2 * sum(p.numel() for p in flux.double_blocks[0].parameters())
     code = (
-        "import sys, torch; from fluxedu.checkpoints import outline\n"
-        "from fluxedu.checkpoints.carry import carried\n"
-        "module, tensors = outline(sys.argv[1])\n"
-        "before = peak(); carried(tensors, torch.float32, lambda name: 'meta'); print(peak() - before)"
+        "import sys, torch; from fluxedu.checkpoints import open_model\n"
+        "from fluxedu.checkpoints.reading import stream\n"
+        "module, tensors = open_model(sys.argv[1])\n"
+        "before = peak(); stream(tensors, torch.float32, lambda name: 'meta'); print(peak() - before)"
     )
     (held,) = run_measured(code, tmp_path / "flux.safetensors")
     assert held < 0.5 * largest  # the bar is 1.2
@@ -305,7 +304,7 @@ def test_carrying_holds_less_than_the_largest_group(tmp_path, layout):
 @pytest.mark.parametrize("buffer", [1, 999, 4096, 1 << 20])
 @pytest.mark.parametrize("layout", ["bfl", "diffusers"])
 def test_carried_values_are_the_files(tmp_path, monkeypatch, buffer, layout):
-    monkeypatch.setattr(carrying, "BUFFER", buffer)
+    monkeypatch.setattr(reading, "BUFFER", buffer)
     flux = flux_of("dev")
     state = convert(flux.state_dict(), layout, flux.config)
     their_save_file({name: t.contiguous() for name, t in state.items()}, tmp_path / "flux.safetensors")
@@ -318,7 +317,7 @@ def test_carried_values_are_the_files(tmp_path, monkeypatch, buffer, layout):
 def test_what_goes_to_a_device_is_read_and_not_mapped(tmp_path, monkeypatch):
     flux = flux_of("dev")
     their_save_file(flux.state_dict(), tmp_path / "flux.safetensors")
-    monkeypatch.setattr(TensorFile, "_mapped", None)
+    monkeypatch.setattr(TensorFile, "_window", None)
     moved = load_model(tmp_path / "flux.safetensors", flux.config, device="meta").state_dict()
     assert all(tensor.is_meta and tensor.shape == flux.state_dict()[name].shape for name, tensor in moved.items())
     with pytest.raises(TypeError):

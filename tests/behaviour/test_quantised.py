@@ -102,7 +102,7 @@ def test_auto_leaves_the_modulations_away_where_small_blocks_do_not_fit_with_the
         ({"quantise": 4}, "quantise must be one of int8, fp8, nf4, not 4"),
         ({"quantise": "int8", "memory": "stream"}, "streamed blocks cannot be quantised"),
         ({"quantise": "int8", "dtype": "float64"}, "quantised from float32 or bfloat16, not from float64"),
-        ({"quantise": "int8", "lora": "hollow"}, "load without quantise, then quantise pipe.flux"),
+        ({"quantise": "int8", "lora": "hollow"}, "load without quantise=, then quantise pipe.flux"),
     ],
 )
 def test_what_cannot_be_had_is_said(asked, said):

@@ -8,7 +8,7 @@ import torch
 from test_checkpoints_errors import TINY
 
 from fluxedu.checkpoints import convert_file, load_model, save_file, save_folder
-from fluxedu.checkpoints.save import write_text
+from fluxedu.files import write_text
 from fluxedu.errors import CheckpointError
 from fluxedu.models import AutoEncoder, AutoEncoderConfig, Flux
 

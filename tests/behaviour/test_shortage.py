@@ -9,8 +9,7 @@ import torch
 
 import fluxedu as fe
 from fluxedu.errors import OutOfMemory
-from fluxedu.memory.placement import GB, Networks, Placement
-from fluxedu.memory.shortage import advice, ran_out
+from fluxedu.memory.placement import GB, Networks, Placement, advice, is_out_of_memory
 
 
 def networks(pipe):
@@ -31,7 +30,7 @@ def test_what_allocators_raise_becomes_advice(pipe, monkeypatch, error):
         raise error
 
     monkeypatch.setattr("fluxedu.sampling.pipeline.to_images", fails)
-    with pytest.raises(OutOfMemory, match=r"a picture of 64 x 96 needs, with memory='full' about [\d.]+ GB") as told:
+    with pytest.raises(OutOfMemory, match=r"an image of 64 x 96 needs about [\d.]+ GB with memory='full'") as told:
         pipe("a red circle", steps=1, height=64, width=96, progress=False)
     assert isinstance(told.value, ValueError) and isinstance(told.value, MemoryError)
     monkeypatch.undo()
@@ -45,7 +44,7 @@ def test_other_errors_stay_what_they_are(pipe, monkeypatch):
     monkeypatch.setattr("fluxedu.sampling.pipeline.to_images", fails)
     with pytest.raises(RuntimeError, match="something else"):
         pipe("a red circle", steps=1, progress=False)
-    assert not ran_out(KeyError("memory"))
+    assert not is_out_of_memory(KeyError("memory"))
 
 
 def test_the_numbers_are_those_that_auto_chooses_by():
@@ -74,7 +73,7 @@ import fluxedu as fe
 pipe = fe.load()
 pipe("a red circle", steps=1)
 try:
-    with fe.sampling.pipeline.advised(fe.memory.Networks.official(), pipe.device, 64, 64, 8):  # its imports
+    with fe.sampling.pipeline.memory_advice(fe.memory.Networks.official(), pipe.device, 64, 64, 8):  # its imports
         raise MemoryError
 except fe.memory.OutOfMemory:
     pass
@@ -90,5 +89,5 @@ app()
     ran = subprocess.run([sys.executable, "-c", code, str(tmp_path / "o.png")], capture_output=True, text=True)
     assert ran.returncode == 2, ran.stderr
     assert "Traceback" not in ran.stderr
-    assert "fluxedu: memory ran out on cpu: a picture of 1024 x 1024 needs" in ran.stderr
+    assert "fluxedu: memory ran out on cpu: an image of 1024 x 1024 needs" in ran.stderr
     assert not (tmp_path / "o.png").exists()

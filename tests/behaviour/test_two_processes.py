@@ -19,7 +19,7 @@ LISTENER = """
 import json, sys, traceback
 import torch
 from PIL import Image
-from fluxedu.arena.contestants import Contestant, Gallery
+from fluxedu.arena.match import Contestant, Gallery
 from fluxedu.checkpoints import save_file
 from fluxedu.files import write_text
 from training.card import add_entry
@@ -106,7 +106,7 @@ draw = lambda prompt, seed, height, width: Image.effect_noise((width, height), s
 gallery = Gallery([Contestant("a", draw), Contestant("b", draw)], place)
 for seed in range(100):
     for name in "ab":
-        gallery.picture(name, "x", seed, 64, 64)
+        gallery.image(name, "x", seed, 64, 64)
 """
     begin(pair, code, tmp_path)
     end(pair)

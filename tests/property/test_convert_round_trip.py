@@ -1,4 +1,4 @@
-"""Converting is a renaming of rows: there and back is exact to the bit, and diffusers has the same names."""
+"""Converting renames rows: there and back is exact to the bit, and the names are those of diffusers."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fluxedu.checkpoints import convert, from_diffusers_config, infer_config, to_diffusers_config
-from fluxedu.checkpoints.tables import shapes
+from fluxedu.checkpoints.layouts import shapes
 from fluxedu.errors import CheckpointError
 from fluxedu.models import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig
 
@@ -116,7 +116,7 @@ def test_diffusers_autoencoder_has_these_names_and_shapes(config):
 
 @DRAWN
 @given(flux_configs(), st.sampled_from(["bfl", "diffusers"]))
-def test_the_shapes_tell_the_configuration(config, layout):
+def test_the_configuration_follows_from_the_shapes(config, layout):
     state = filled(shapes(config, layout), torch.float32)
     if config.depth + config.depth_single_blocks == 0:
         return  # then nothing in the file knows how many heads there are
@@ -137,13 +137,13 @@ def test_official_counts(layout, count):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"theta": 5000}, "diffusers' layout has theta 10000 built in and cannot say 5000."),
-        ({"mlp_ratio": 2.0}, "diffusers' layout has mlp_ratio 4.0 built in and cannot say 2.0."),
-        ({"qkv_bias": False}, "diffusers' layout has qkv_bias True built in and cannot say False."),
-        ({"axes_dim": (4, 4)}, "diffusers' layout has three axes and cannot say axes_dim (4, 4)."),
+        ({"theta": 5000}, "diffusers' layout always has theta 10000 and cannot store 5000."),
+        ({"mlp_ratio": 2.0}, "diffusers' layout always has mlp_ratio 4.0 and cannot store 2.0."),
+        ({"qkv_bias": False}, "diffusers' layout always has qkv_bias True and cannot store False."),
+        ({"axes_dim": (4, 4)}, "diffusers' layout has three axes and cannot store axes_dim (4, 4)."),
     ],
 )
-def test_what_diffusers_cannot_say_is_refused_and_bfl_keeps_it(changes, sentence):
+def test_what_diffusers_cannot_store_is_refused_and_bfl_can(changes, sentence):
     config = FluxConfig(hidden_size=16, num_heads=2, axes_dim=(2, 2, 4), depth=1, depth_single_blocks=1).with_(
         **changes
     )

@@ -1,0 +1,396 @@
+"""Reading safetensors files, and folders of them, as mappings from names to tensors.
+
+    tensors = read("flux1-dev.safetensors")      # opens and checks, loads nothing
+    tensors.shapes["img_in.weight"]              # (3072, 64)
+    tensors["img_in.weight"]                     # a tensor whose memory is the file's pages
+    flux = load_model("flux1-dev.safetensors")   # the network with these weights
+
+Only safetensors is read: a pickle can run code when it is opened.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fluxedu.checkpoints.configs import Shape, from_diffusers_config, infer_config, label_of, shapes_of
+from fluxedu.checkpoints.layouts import (
+    MODELS,
+    ConvertedTensors,
+    Piece,
+    check_names_and_shapes,
+    check_network,
+    convert_lazily,
+    dtypes_of,
+    plain_names,
+    without_prefixes,
+)
+from fluxedu.errors import CheckpointError, describe, first_of
+from fluxedu.files import WEIGHTS, read_json
+from fluxedu.models.config import Config
+from fluxedu.models.meta_init import meta_init
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+_WINDOW = 1 << 30  # bytes of a file that are mapped at once
+BUFFER = 32 << 20  # bytes that are on their way to a device at once, in each of two buffers
+
+
+# ---------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor is stored: ``offset`` bytes into ``path``."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: Shape
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of a safetensors file, and its metadata; raises CheckpointError if the file is damaged.
+
+    The safetensors library checks the file. Read here are the offsets, which it does not tell, and what it does not
+    refuse: a key that occurs twice. Format: https://huggingface.co/docs/safetensors/index#format.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(9)  # the length of the header, and its first character
+        length = int.from_bytes(start[:8], "little")
+        text = start[8:] + file.read(min(length, size) - 1) if length else b""
+    if start[8:] != b"{":
+        if path.suffix in PICKLES or re.match(rb"PK|\x80[\x02-\x05]", start):
+            raise pickle_error(path)
+        if size < 9:
+            raise CheckpointError(f"{path.name} is cut short: it has only {size} bytes.")
+        raise CheckpointError(f"{path.name} is no safetensors file (it begins with {start[:8]!r}).")
+    if size < 8 + length:
+        raise CheckpointError(f"{path.name} is cut short: it has {size:,} bytes, its header alone {8 + length:,}.")
+    try:
+        header = read_json(text)
+        metadata = header.pop("__metadata__", None) or {}
+        end = 8 + length + max((max(values["data_offsets"]) for values in header.values()), default=0)
+        with safe_open(path, "np"):
+            pass
+    except SafetensorError as error:
+        if size != end:
+            fault = "cut short" if size < end else "too long"
+            raise CheckpointError(
+                f"{path.name} is {fault}: it has {size:,} bytes, its header promises {end:,}."
+            ) from None
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise CheckpointError(f"{path.name} has a damaged header ({' '.join(reason.split())[:150]}).") from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise CheckpointError(f"{path.name} has a damaged header and is no safetensors file.") from None
+    entries = {}
+    for name, values in header.items():
+        dtype = values["dtype"]
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{path.name} has {describe(name)} in dtype {dtype}, not one of {', '.join(DTYPES)}.")
+        offset = 8 + length + values["data_offsets"][0]
+        entries[name] = Entry(path, DTYPES[dtype], tuple(values["shape"]), offset)
+    return entries, metadata
+
+
+def pickle_error(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path.name} is a pickle, which can run code when opened; fluxedu reads .safetensors only.")
+
+
+class TensorFile(Mapping):
+    """The tensors of a file or folder, each opened when it is looked up; see :func:`read`."""
+
+    def __init__(self, path: Path, entries: dict[str, Entry], metadata: dict[str, str]):
+        self.path, self.metadata, self.label = path, metadata, path.name or str(path)
+        self.entries = {name: entries[stored] for name, stored in plain_names(entries).items()}
+        self._windows: dict[tuple[Path, int], mmap.mmap] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor, its memory being the file's pages."""
+        entry = self.entries[name]
+        if not entry.nbytes:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        start = entry.offset // _WINDOW * _WINDOW
+        window, count = self._window(entry.path, start), math.prod(entry.shape)
+        flat = torch.frombuffer(window, dtype=entry.dtype, count=count, offset=entry.offset - start)
+        return flat.reshape(entry.shape)
+
+    def _window(self, path: Path, start: int) -> mmap.mmap:
+        """The mapped part of a file with all tensors that begin within ``_WINDOW`` bytes of ``start``.
+
+        Writing changes the memory and never the file. safetensors maps a whole file in this way, which systems refuse
+        if it is larger than the machine's memory; in parts they allow it.
+        """
+        if (path, start) not in self._windows:
+            inside = [e for e in self.entries.values() if e.path == path and start <= e.offset < start + _WINDOW]
+            length = max(entry.offset + entry.nbytes for entry in inside) - start
+            with path.open("rb") as file:
+                window = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+            self._windows[path, start] = window
+        return self._windows[path, start]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: entry.dtype for name, entry in self.entries.items()}
+
+    def read_into(self, rows: Tensor, name: str, start: int) -> None:
+        """Fill ``rows`` (on the CPU, contiguous) from the file, beginning with the tensor's row ``start``.
+
+        Mapped pages would count as memory of this process; these bytes are read and not mapped.
+        """
+        entry = self.entries[name]
+        memory = rows.reshape(-1).view(torch.uint8).numpy()
+        with entry.path.open("rb", buffering=0) as file:
+            file.seek(entry.offset + start * entry.dtype.itemsize * math.prod(entry.shape[1:]))
+            while len(memory):  # a system reads at most 2 GiB at once
+                count = file.readinto(memory)
+                if not count:
+                    raise CheckpointError(f"{entry.path.name} has become shorter while it was read.")
+                memory = memory[count:]
+
+
+def read(path: str | Path) -> TensorFile:
+    """Open ``path`` without loading it: a ``.safetensors`` file, or a folder with one file or an index of shards.
+
+    Prefixes such as ``model.diffusion_model.`` are removed from the names. Raises CheckpointError if there is nothing,
+    or if what is there is cut short, damaged, a pickle, or ambiguous.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"there is no file or folder {path}.")
+    files = _files_of_folder(path) if path.is_dir() else {path: None}
+    entries, metadata = {}, {}
+    for file, indexed in files.items():
+        found, metadata = read_header(file)
+        if indexed is not None:
+            if missing := sorted(indexed - found.keys()):
+                raise CheckpointError(f"{file.name} lacks the key {first_of(missing)} that the index promises.")
+            if extra := sorted(found.keys() - indexed):
+                raise CheckpointError(f"{file.name} has the key {first_of(extra)}, which the index does not name.")
+        entries |= found
+    if not entries:
+        raise CheckpointError(f"{path.name} holds no tensors.")
+    return TensorFile(path, entries, metadata)
+
+
+def _files_of_folder(folder: Path) -> dict[Path, set[str] | None]:
+    """The files of a folder, each with the names that the index gives it (None: there is no index)."""
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indices) > 1:
+        raise CheckpointError(f"{folder.name} has several indices, among them {first_of(i.name for i in indices)}.")
+    if indices:
+        return _read_index(indices[0])
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return {files[0]: None}
+    if files:
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(f"{folder.name} has no index but {len(files)} .safetensors files; name one of {names}.")
+    pickles = sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
+    if pickles:
+        raise pickle_error(pickles[0])
+    parts = sorted(d.name for d in folder.iterdir() if d.is_dir() and any(d.glob("*.safetensors")))
+    hint = f"; its subfolders {', '.join(parts)} do" if parts else ""
+    raise CheckpointError(f"{folder} holds no .safetensors file{hint}.")
+
+
+def _read_index(index: Path) -> dict[Path, set[str]]:
+    """Shard -> the names of its tensors."""
+    try:
+        weight_map = dict(read_json(index.read_bytes())["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{index.name} is not an index of shards (JSON with a weight_map).") from None
+    shards: dict[Path, set[str]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{index.name} names the shard {describe(shard)}, which is not a file beside it.")
+        shards.setdefault(index.parent / shard, set()).add(name)
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise CheckpointError(f"{index.parent.name} lacks the shard {first_of(missing)} that its index names.")
+    return shards
+
+
+# ---------------------------------------------------------------- networks
+
+
+def config_of(tensors: TensorFile) -> Config:
+    """The configuration of a file or folder: from its metadata, from its config.json, or inferred from the shapes.
+
+    A file with the usual name in a folder (``diffusion_pytorch_model.safetensors``) belongs to the config.json beside
+    it.
+    """
+    stored, path = tensors.metadata.get("fluxedu_config"), tensors.path
+    config_json = (path.parent if re.fullmatch(WEIGHTS, path.name) else path) / "config.json"
+    try:
+        if stored:
+            class_name, fields = read_json(stored)
+            return {kind.__name__: kind for kind in MODELS}[class_name].from_dict(fields)
+        if config_json.is_file():
+            return from_diffusers_config(read_json(config_json.read_bytes()))
+    except CheckpointError as error:
+        raise CheckpointError(f"{tensors.label}: {error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{tensors.label} has a configuration that cannot be read.") from None
+    return infer_config(tensors)
+
+
+def load_into(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | Callable[[str], torch.device | str] | None = None,
+) -> nn.Module:
+    """Give ``module`` these weights, strictly, and return it.
+
+    The tensors become the weights, without a second copy: ``module`` may have been built on the meta device, and the
+    weights of a file stay in the file until they are used. ``dtype=None`` keeps the file's dtype; ``device`` may also
+    be a function of the name. Weights that go to another device or dtype pass through a few megabytes of memory.
+
+    Raises CheckpointError, before anything is changed, for a missing or unexpected key or a wrong shape.
+    """
+    tensors = without_prefixes(tensors)
+    found, label = shapes_of(tensors), label_of(tensors)
+    config = getattr(module, "config", None)
+    if type(config) in MODELS:
+        check_network(found, config, "bfl", label)
+    else:
+        expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        check_names_and_shapes(found, expected, label)
+    device_of = device if callable(device) else lambda name: device
+    module.load_state_dict(stream(tensors, dtype, device_of), strict=True, assign=True)
+    return module
+
+
+def open_model(path: str | Path, config: Config | None = None) -> tuple[nn.Module, Mapping[str, Tensor]]:
+    """The network stored at ``path`` on the meta device, and the tensors that :func:`load_into` gives it."""
+    tensors = read(path)
+    config = config or config_of(tensors)
+    with meta_init():
+        module = MODELS[type(config)](config)
+    return module.eval(), convert_lazily(tensors, "bfl", config)
+
+
+def load_model(
+    path: str | Path,
+    config: Config | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """The network stored at ``path``, in either layout: a Flux, AutoEncoder, CLIPTextEncoder or T5Encoder."""
+    module, tensors = open_model(path, config)
+    return load_into(module, tensors, dtype, device)
+
+
+# ---------------------------------------------------------------- from a file to a device
+
+
+def stream(
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    device_of: Callable[[str], torch.device | str | None],
+) -> dict[str, Tensor]:
+    """Every tensor in ``dtype`` (None: its own) on the device ``device_of(name)`` (None: where it is).
+
+    Tensors that can stay in a file (for the CPU, in the file's dtype and in one piece) are mapped, which takes no
+    memory until they are used. All others are read into one of two buffers and copied from there while the other buffer
+    is filled, so the host holds 2 x 32 MiB, however large the model is.
+    """
+    streamer, streamed = _Streamer(tensors), {}
+    for name in streamer.shapes:
+        device = device_of(name)
+        if streamer.can_stay(name, dtype, torch.device(device or "cpu")):
+            streamed[name] = tensors[name].to(device=device, dtype=dtype)
+        else:
+            streamed[name] = streamer.copy(name, dtype or streamer.dtypes[name], torch.device(device or "cpu"))
+    if any(streamer.copied):
+        torch.cuda.synchronize()  # before the buffers are freed
+    return streamed
+
+
+class _Streamer:
+    """Two buffers, and the file that is behind ``tensors``, if there is one."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.shapes, self.dtypes = shapes_of(tensors), dtypes_of(tensors)
+        self.recipes = tensors.recipes if isinstance(tensors, ConvertedTensors) else {}
+        self.file = tensors.source if isinstance(tensors, ConvertedTensors) else tensors
+        self.buffers: list[Tensor] = []
+        self.copied: list[torch.cuda.Event | None] = [None, None]  # when each buffer may be filled again
+        self.turn = 0
+
+    def pieces(self, name: str) -> list[Piece]:
+        """The rows of the file that a tensor is made of."""
+        shape = self.shapes[name]
+        return self.recipes[name] if self.recipes else [Piece(name, 0, shape[0] if shape else 1)]
+
+    def can_stay(self, name: str, dtype: torch.dtype | None, device: torch.device) -> bool:
+        """Whether the tensor needs no copy (or is not from a file, or so small that it makes no difference)."""
+        if not isinstance(self.file, TensorFile) or math.prod(self.shapes[name]) == 0 or not self.shapes[name]:
+            return True
+        return device.type == "cpu" and dtype in (None, self.dtypes[name]) and len(self.pieces(name)) == 1
+
+    def copy(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A copy of one tensor, made in chunks of rows that fit into a buffer."""
+        tensor = torch.empty(self.shapes[name], dtype=dtype, device=device)
+        rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]  # [rows, numbers per row]
+        row, row_bytes = 0, self.dtypes[name].itemsize * rows.shape[1]
+        for piece in self.pieces(name):
+            for start in range(piece.start, piece.stop, step := max(1, BUFFER // row_bytes)):
+                count = min(step, piece.stop - start)
+                self._copy_rows(rows[row : row + count], piece.name, start, self.dtypes[name])
+                row += count
+        return tensor
+
+    def _copy_rows(self, rows: Tensor, source: str, start: int, file_dtype: torch.dtype) -> None:
+        if rows.device.type == "cpu" and rows.dtype == file_dtype:
+            return self.file.read_into(rows, source, start)
+        nbytes = rows.numel() * file_dtype.itemsize
+        if not self.buffers or nbytes > len(self.buffers[0]):  # a single row may be larger than a buffer
+            size, pinned = max(nbytes, BUFFER), rows.is_cuda
+            self.buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        elif self.copied[self.turn] is not None:
+            self.copied[self.turn].synchronize()
+        chunk = self.buffers[self.turn][:nbytes].view(file_dtype).view(rows.shape)
+        self.file.read_into(chunk, source, start)
+        rows.copy_(chunk.to(rows.device, non_blocking=True))  # cast on the device
+        if rows.is_cuda:
+            self.copied[self.turn] = torch.cuda.current_stream(rows.device).record_event()
+        self.turn = 1 - self.turn
