@@ -1,13 +1,13 @@
-"""Sites: the one mechanism by which anything in fluxedu is seen or changed.
+"""Sites: the one mechanism by which any value in fluxedu is recorded or changed.
 
-Whatever has something worth seeing derives from :class:`Probed` (a module) or :class:`Sited` (anything
-else) and passes the value through a named site::
+A class with values worth seeing derives from :class:`Probed` (a module) or :class:`Sited` (anything else) and passes
+each value through a named site, with its shape and meaning in a comment on the same line::
 
-    q = self.probe("q", q)
+    q = self.probe("q", q)  # [B, H, N, d] queries, before QKNorm
 
-Nobody looking, that is one test of one plain module-level variable. Somebody looking, the watcher
-receives ``(owner, name, value)`` and returns the value to go on with: the same one if it only
-records, another one if it intervenes. There is no second mechanism; ``fluxedu.instruments`` is built on it.
+An unwatched site costs one ``is None`` check. While something is watched, the watcher is called with
+``(owner, name, value)`` and returns the value that the computation continues with: the same one if it only records,
+another one if it intervenes. ``fluxedu.instruments`` is built on this and on nothing else.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from torch import nn
 
 Watcher = Callable[["Sited", str, Any], Any]
 
-# A plain global on purpose: torch.compile guards on it once and emits no code while it is None.
-# A ContextVar breaks the graph and a threading.local is read stale inside compiled code.
+# A plain module-level variable on purpose: torch.compile guards on it once and emits no code while it is None.
+# A ContextVar breaks the graph, and a threading.local is read stale inside compiled code.
 _watcher: Watcher | None = None
 
-#: every network whose sites were named and that is still alive
+#: every live network whose sites have been named
 networks: WeakSet[nn.Module] = WeakSet()
 
 
 class Sited:
     """Something with sites."""
 
-    #: where the sites are, e.g. ``double.2.img_attn``; of a module, set by :func:`name_sites`
+    #: where its sites are, such as ``double.2.img_attn``; :func:`name_sites` sets it for modules
     site_path: str = ""
 
     def probe(self, name: str, value: Any) -> Any:
-        """Pass ``value`` through the site ``name``; returns what the computation goes on with."""
+        """Pass ``value`` through the site ``name``; returns the value that the computation continues with."""
         if _watcher is None:
             return value
         return _watcher(self, name, value)
 
     def is_watched(self, name: str) -> bool:
-        """Is anybody looking at this site? For values that are not even made when nobody is.
+        """Whether anything watches this site; for values that are computed only if so.
 
-        A watcher may have a method ``wants(owner, name)``; one without it is given everything.
+        A watcher may have a method ``wants(owner, name)``; one without it receives every value.
         """
         if _watcher is None:
             return False
@@ -56,42 +56,41 @@ class Probed(Sited, nn.Module):
 
 
 def site(owner: Sited, name: str) -> str:
-    """A site's whole name: ``double.2.img_attn.q``."""
+    """The full name of a site, such as ``double.2.img_attn.q``."""
     return f"{owner.site_path}.{name}" if owner.site_path else name
 
 
 def name_sites(network: nn.Module, prefix: str = "") -> None:
-    """Give every :class:`Probed` module below ``network`` its site path.
+    """Set ``site_path`` of every :class:`Probed` module of ``network``, and register the network.
 
-    The path is the module's path in the state dict with ``double_blocks.2`` said as ``double.2`` and
-    ``single_blocks.2`` as ``single.2`` (an attribute called ``double`` would shadow
-    ``nn.Module.double``, so the modules cannot carry the short name themselves); a single block's one
-    modulation is the block's own, ``single.2.gate``.
+    The path is the module's path in the state dict, with ``double_blocks.2`` shortened to ``double.2`` and
+    ``single_blocks.2`` to ``single.2`` (a module attribute called ``double`` would shadow ``nn.Module.double``). The
+    modulation of a single block belongs to the block itself: ``single.2.gate``.
     """
-    name_parts(network, prefix)
+    name_submodules(network, prefix)
     networks.add(network)
 
 
-def name_parts(module: nn.Module, prefix: str) -> None:
-    """The same for the parts of a module that stands at ``prefix`` in a network."""
-    for path, part in module.named_modules():
-        if isinstance(part, Probed):
-            whole = ".".join(name for name in (prefix, short_path(path)) if name)
-            part.site_path = whole.removesuffix(".modulation")
+def name_submodules(module: nn.Module, prefix: str) -> None:
+    """Set ``site_path`` of the :class:`Probed` modules in ``module``, which stands at ``prefix`` in a network."""
+    for path, submodule in module.named_modules():
+        if isinstance(submodule, Probed):
+            full = ".".join(name for name in (prefix, short_path(path)) if name)
+            submodule.site_path = full.removesuffix(".modulation")
 
 
 def short_path(path: str) -> str:
-    """A module's path in the state dict with the blocks' short names."""
+    """A state-dict path with the short names of the blocks."""
     return path.replace("double_blocks.", "double.").replace("single_blocks.", "single.")
 
 
 def watch(watcher: Watcher | None) -> Watcher | None:
-    """Install ``watcher`` (or ``None`` to stop watching) and return the one it replaces."""
+    """Install ``watcher`` (``None``: stop watching) and return the one that it replaces."""
     global _watcher
     previous, _watcher = _watcher, watcher
     return previous
 
 
-def watched() -> bool:
-    """Is anybody looking at anything?"""
+def is_watching() -> bool:
+    """Whether any watcher is installed."""
     return _watcher is not None

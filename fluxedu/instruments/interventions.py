@@ -29,7 +29,7 @@ from fluxedu.instruments.tokens import Word, contains_words, listed, token_indic
 from fluxedu.instruments.watching import Instrument, takes
 from fluxedu.models.attention_map import AttentionMap
 from fluxedu.probe import Sited
-from fluxedu.sampling.conditions import reference_cells, reference_ids
+from fluxedu.sampling.conditions import reference_shape, reference_ids
 from fluxedu.sampling.latents import image_ids, text_ids
 from fluxedu.sampling.step_context import StepContext, current_context
 
@@ -273,7 +273,7 @@ def _mask(value: Tensor, ctx: Context, heads, streams, tokens) -> Tensor:
 
 def _prompted(value: Tensor, ctx: Context, tokens: Sequence[Word] | Word) -> Tensor:
     """Words are the prompt's: of the two passes of classifier-free guidance, only the prompted one says them."""
-    guided = ctx.step_context is not None and ctx.step_context.request.guided and ctx.step_context.text is None
+    guided = ctx.step_context is not None and ctx.step_context.request.uses_cfg and ctx.step_context.text is None
     both = guided and contains_words(tokens) and len(value) == 2
     mask = torch.ones(len(value) if both else 1, dtype=torch.bool, device=value.device)
     if both:
@@ -331,7 +331,7 @@ def positions(
         context = ctx._step_context()
         ids = image_ids(*context.request.shape)
         if context.request.reference is not None:
-            cells = reference_cells(context.request, context.pipe.autoencoder.config.downscale)
+            cells = reference_shape(context.request, context.pipe.autoencoder.config.downscale)
             ids = torch.cat([ids, reference_ids(*cells)])
         ids = edit(ids)
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[-1] != 3:

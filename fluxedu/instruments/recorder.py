@@ -24,7 +24,7 @@ from fluxedu.instruments.tokens import Word, contains_words, listed, prompt_at, 
 from fluxedu.instruments.watching import Instrument
 from fluxedu.models.attention_map import AttentionMap
 from fluxedu.probe import Sited
-from fluxedu.sampling.solvers import evaluation_times
+from fluxedu.sampling.solvers import solver_called
 from fluxedu.sampling.step_context import StepContext, current_context
 
 BUDGET = 2 * 2**30
@@ -111,7 +111,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         """Does only the pass that is not wanted go by here?"""
         if self.passes is None or context is None or context.step is None:
             return False
-        if not context.request.guided:  # one pass only, and it is prompted
+        if not context.request.uses_cfg:  # one pass only, and it is prompted
             return self.passes == "negative" and not site.startswith("sample.")
         if site in ("sample.negative", "sample.prompted"):
             return not site.endswith(self.passes)
@@ -166,7 +166,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
 
     def _of_pass(self, value: Named | AttentionMap, context: StepContext | None) -> Named | AttentionMap:
         """Of the two passes of guidance, the one that is wanted, before anything is made of both."""
-        which = self._one_pass() if context is not None and context.request.guided else None
+        which = self._one_pass() if context is not None and context.request.uses_cfg else None
         if which is None or "batch" not in getattr(value, "axes", ("batch",)):
             return value
         size = value.shape[0] if isinstance(value, AttentionMap) else value.sizes["batch"]
@@ -233,7 +233,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
     def _plain(self, value: Named, context: StepContext | None) -> Named:
         """A copy on the CPU without axes of one place that mean nothing, its batch axis said as what it is."""
         tensor, axes = value.tensor, list(value.axes)
-        guided = context is not None and context.request.guided and "batch" in axes
+        guided = context is not None and context.request.uses_cfg and "batch" in axes
         if guided and tensor.shape[axes.index("batch")] == 2:
             axes[axes.index("batch")] = "pass"
             which = self._one_pass()
@@ -282,7 +282,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
     @staticmethod
     def _questions(context: StepContext | None) -> int:
         """How often a step asks the network."""
-        return 1 if context is None or context.stage < 0 else len(evaluation_times(context.request.solver, [1.0, 0.0]))
+        return 1 if context is None or context.stage < 0 else len(solver_called(context.request.solver).stages)
 
     # -- coming and going
 

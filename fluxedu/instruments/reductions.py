@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fluxedu.errors import BudgetError, InstrumentError, describe
 from fluxedu.instruments.named import Named
-from fluxedu.models.attention_map import AttentionMap, wide
+from fluxedu.models.attention_map import AttentionMap, at_least_float32
 
 MAP_AXES = ("batch", "head", "query", "key")
 
@@ -167,7 +167,7 @@ def top(count: int) -> Reduction:
         x = real(value)
         if count > x.shape[-1]:
             raise InstrumentError(f"axis {x.axes[-1]!r} has {x.shape[-1]} places, so there is no top {count}.")
-        largest = wide(x.tensor).topk(count, dim=-1)  # float32 at least, or the places would be rounded
+        largest = at_least_float32(x.tensor).topk(count, dim=-1)  # float32 at least, or the places would be rounded
         pair = torch.stack([largest.values, largest.indices.to(largest.values.dtype)], dim=-1)
         return Named(pair, (*x.axes[:-1], "rank", "what"), {"what": ["value", "place"]})
 

@@ -25,7 +25,7 @@ from fluxedu.models.modulation import MLPEmbedder, Modulation
 _MADE_WITH: dict[type, Callable[[nn.Module], tuple]] = {
     SelfAttention: lambda m: (m.qkv.in_features, m.num_heads, m.qkv.bias is not None),
     MLP: lambda m: (m[0].in_features, m[0].out_features),
-    Modulation: lambda m: (m.lin.in_features, m.layers == 2),
+    Modulation: lambda m: (m.lin.in_features, m.is_double),
     LastLayer: lambda m: (m.linear.in_features, m.linear.out_features),
     MLPEmbedder: lambda m: (m.in_layer.in_features, m.in_layer.out_features),
     QKNorm: lambda m: (len(m.query_norm.scale),),
@@ -122,7 +122,7 @@ class swap:  # noqa: N801 - used like a function
             module.train(old.training) if first is None else module.to(first.device, first.dtype).train(old.training)
         )
         if isinstance(module, probe.Probed):
-            probe.name_parts(module, getattr(old, "site_path", path))
+            probe.name_submodules(module, getattr(old, "site_path", path))
         self.checks.append(_check_first_output(module, old, path))
         return module
 

@@ -53,7 +53,7 @@ def prompt_at(context: StepContext, negative: bool = False) -> str:
     """The prompt that is being encoded or drawn."""
     if context.text is not None:
         return context.text
-    return context.request.negative if negative else context.request.prompt
+    return context.request.negative_prompt if negative else context.request.prompt
 
 
 def _spans(tokenizer: Tokenizer, prompt: str) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from fluxedu import probe
 from fluxedu.errors import InstrumentError, WordNotInPrompt, describe
-from fluxedu.instruments.catalogue import is_own, names_of
+from fluxedu.instruments.catalogue import is_own, site_names
 from fluxedu.probe import Sited, site
 from fluxedu.sampling.step_context import current_context
 
@@ -154,7 +154,7 @@ def _remove(instrument: Instrument) -> None:
 
 def known_sites() -> set[str]:
     """The names of all sites of the networks that are alive in this process, and the sampler's."""
-    return {name for network in list(probe.networks) for name in names_of(network)} | set(names_of(None))
+    return {name for network in list(probe.networks) for name in site_names(network)} | set(site_names(None))
 
 
 def _refuse_unknown(globs: tuple[str, ...]) -> None:

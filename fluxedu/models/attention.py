@@ -1,27 +1,24 @@
-"""Attention: queries and keys are normalised, turned by position, and compared.
+"""Attention: queries and keys are normalised, rotated by position, and compared.
 
     out = softmax(q k^T / sqrt(d)) v
 
-Source: black-forest-labs/flux, modules/layers.py and math.py; QKNorm: arXiv 2302.05442.
+Source: black-forest-labs/flux, modules/layers.py and math.py; QKNorm: arXiv 2302.05442; RoPE: arXiv 2104.09864.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.attention_map import AttentionMap
+from fluxedu.models.attention_map import AttentionMap, at_least_float32, softmax_attention, weighted_sum
 from fluxedu.probe import Probed
 
 RMS_EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, computed in float32 at least."""
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, computed in float32 or better."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -32,8 +29,8 @@ class RMSNorm(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """Each head's query and key vector (``[B, H, N, d]``) is brought to root mean square 1, that is to length
-    ``sqrt(d)``, then scaled by a learned number a channel: no score can explode, whatever comes in.
+    """Normalises the query and key vector of each head, ``[B, H, N, d]``, to root mean square 1 (length ``sqrt(d)``),
+    then scales each channel by a learned number. This bounds the attention scores, whatever the input.
     """
 
     def __init__(self, head_dim: int):
@@ -46,17 +43,17 @@ class QKNorm(nn.Module):
 
 
 def split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
-    """``[B, N, parts * D] -> parts x [B, H, N, d]`` with ``D = H d``, copied once so that each is in one piece."""
+    """``[B, N, parts * D] -> parts x [B, H, N, d]`` with ``D = H * d``; each part is contiguous (one copy in all)."""
     return x.unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous().unbind(0)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """``[B, H, N, d] -> [B, N, H d]``."""
+    """``[B, H, N, d] -> [B, N, H * d]``."""
     return x.transpose(1, 2).flatten(2)
 
 
 class SelfAttention(Probed):
-    """The weights of one stream's attention: in to q, k, v, and out again.
+    """The attention weights of one stream: input to q, k, v, and attention output back to the stream (``proj``).
 
     The attention itself happens in between, over both streams together: see :func:`attend`.
     """
@@ -69,81 +66,54 @@ class SelfAttention(Probed):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``x [B, N, D]`` -> q, k (normalised) and v, each ``[B, H, N, d]``."""
-        return normed_qkv(self.probe, self.norm, *split_heads(self.qkv(x), 3, self.num_heads))
+        """``x [B, N, D]`` -> q, k (both after QKNorm) and v, each ``[B, H, N, d]``."""
+        q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
+        q = self.probe("q", q)  # [B, H, S, d] queries, before QKNorm
+        k = self.probe("k", k)  # [B, H, S, d] keys, before QKNorm
+        v = self.probe("v", v)  # [B, H, S, d] values: what a token passes on to the tokens that attend to it
+        q, k = self.norm(q, k)
+        q = self.probe("q_norm", q)  # [B, H, S, d] queries after QKNorm
+        k = self.probe("k_norm", k)  # [B, H, S, d] keys after QKNorm
+        return q, k, v
 
 
-def normed_qkv(seen: Callable[[str, Any], Any], norm: QKNorm, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """Pass q, k, v through their sites and the QKNorm."""
-    q, k, v = seen("q", q), seen("k", k), seen("v", v)
-    q, k = norm(q, k)
-    return seen("q_norm", q), seen("k_norm", k), v
+def attend(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, txt_len: int, block: Probed) -> Tensor:
+    """Joint attention: rotate q and k by position, attend, merge heads. ``3 x [B, H, N, d] -> [B, N, H * d]``.
 
-
-SHORT = 256  # tokens up to which three plain steps train faster on a CPU than the fused kernel
-
-
-def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``softmax(q k^T / sqrt(d)) v``, ``[B, H, N, d]``, by the fastest exact way for the size."""
-    if q.requires_grad and q.device.type == "cpu" and q.shape[2] <= SHORT:
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, words: int, block: Probed) -> Tensor:
-    """Turn q and k by position, attend, merge heads: ``3 x [B, H, N, d] -> [B, N, H d]``.
-
-    The sites are ``block``'s: ``attn.rope``, ``attn.q``, ``attn.k`` (turned), ``attn.map`` (a lazy
-    :class:`AttentionMap`; give back a tensor ``[B, H, N, N]`` to replace the map) and ``heads``.
-    ``words`` is how many tokens are text.
+    The sites belong to ``block``. ``rope [..., 1, N, d/2]`` is from :func:`rope_table`; ``txt_len`` is the number of
+    text tokens. An intervention may replace the lazy ``attn.map`` by a tensor ``[B, H, N, N]``.
     """
-    rope = block.probe("attn.rope", rope)
-    q, k = block.probe("attn.q", rotate(q, rope)), block.probe("attn.k", rotate(k, rope))
-    heads = attention_or_map(block, "attn.map", lambda: AttentionMap(q, k, v, words), lambda: mix(q, k, v))
-    return merge_heads(block.probe("heads", heads))
+    rope = block.probe("attn.rope", rope)  # [1, T, d/2] the rotation of each pair of channels, as complex numbers
+    q = block.probe("attn.q", rotate(q, rope))  # [B, H, T, d] queries, rotated by position
+    k = block.probe("attn.k", rotate(k, rope))  # [B, H, T, d] keys, rotated by position
+    if block.is_watched("attn.map"):
+        attn_map = AttentionMap(q, k, v, txt_len)
+        attn_map = block.probe("attn.map", attn_map)  # [B, H, T, T] attention map (lazy), one row per query
+        out = weighted_sum(attn_map, v)
+    else:
+        out = softmax_attention(q, k, v)
+    out = block.probe("heads", out)  # [B, H, T, d] the output of each head; ablate heads here
+    return merge_heads(out)
 
 
-def attention_or_map(
-    block: Probed, site: str, promised: Callable[[], AttentionMap], attended: Callable[[], Tensor]
-) -> Tensor:
-    """What attention gives, ``[B, H, N, d]``; its map is promised only if somebody looks at it or changes it."""
-    if not block.is_watched(site):
-        return attended()
-    lazy = promised()
-    weights = block.probe(site, lazy)
-    if isinstance(weights, Tensor):
-        return weights.to(lazy.v.dtype) @ lazy.v
-    return attended() if lazy.out is None else lazy.out  # asked for its log-sum-exp, the map has attended already
-
-
-# ------------------------------------------------------------ models/attention.py
-# Rotary positions: how a token knows where it is.
-#
-# Every token has a position of three integers, (frame, row, column). A head's numbers are taken in
-# pairs; each pair is a point in the plane, and it is turned by an angle proportional to one of the
-# three coordinates. Positions then enter the score of a query and a key through their *difference* only,
-# since turning both by the same angle changes nothing.
-#
-#     head of 128 numbers = 8 pairs turned by the frame, 28 by the row, 28 by the column
-#
-# Turning a point of the plane is multiplying a complex number, and that is how it is written here.
-# Source: RoFormer (arXiv 2104.09864); black-forest-labs/flux, math.py.
-#
+# ---------------------------------------------------------------- rotary position embedding (RoPE)
 
 
 def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: float = 10_000) -> Tensor:
-    """The turn of every pair of every token: ``ids [..., N, axes] -> complex [..., 1, N, d/2]``.
+    """The rotation of every channel pair of every token: ``ids [..., N, axes] -> complex [..., 1, N, d/2]``.
 
-    Pair ``i`` of an axis with ``d_axis`` numbers turns by ``position * theta ** (-2 i / d_axis)``
-    radians: the first pair turns fast, the last almost not at all. Angles are taken in float64, since
-    a position times a frequency loses digits in float32. The 1 is for the heads, which share the table.
+    Every token has one position id per axis, (frame, row, column). A head's channels are taken in pairs; each pair is a
+    point in the plane, rotated by an angle proportional to one of the ids. Rotating query and key by the same angle
+    leaves their product unchanged, so a score depends on positions only through their difference.
 
-    Raises ValueError when ``ids`` has not one coordinate per axis.
+    Pair ``i`` of an axis with ``d_axis`` channels rotates by ``id * theta ** (-2 i / d_axis)`` radians: the first pair
+    fast, the last hardly at all. At head width 128, 8 pairs rotate with the frame, 28 with the row, 28 with the column.
+    Angles are float64, since float32 loses digits of id times frequency. The 1 is for the heads, which share the table.
+
+    Raises ValueError when ``ids`` does not have one id per axis.
     """
     if ids.shape[-1] != len(axes_dim):
-        raise ValueError(
-            f"ids have {ids.shape[-1]} coordinates a token, but axes_dim {axes_dim} needs {len(axes_dim)}."
-        )
+        raise ValueError(f"ids must have {len(axes_dim)} ids per token, as axes_dim {axes_dim}, not {ids.shape[-1]}.")
     ids = ids.cpu() if ids.device.type == "mps" else ids  # which has no float64
     angles = []
     for axis, dim in enumerate(axes_dim):
@@ -154,15 +124,16 @@ def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: float = 10_000) ->
     return torch.polar(torch.ones_like(angle), angle).unsqueeze(-3)
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn every pair of ``x [B, H, N, d]`` by ``table [..., 1, N, d/2]``; keeps shape and dtype.
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate every channel pair of ``x [B, H, N, d]`` by ``rope [..., 1, N, d/2]``; keeps shape and dtype.
 
-    Pairs are neighbours, (x0, x1), (x2, x3), ..., not halves as in Llama.
+    Pairs are neighbours, (x0, x1), (x2, x3), ..., not halves as in Llama. Rotating a point of the plane is multiplying
+    a complex number by one of absolute value 1.
     """
-    wide = x if x.dtype == torch.float64 else x.float()
-    if torch.compiler.is_compiling():  # compilers fuse plain arithmetic, not complex numbers: the same by hand
-        cos, sin = torch.view_as_real(table).to(wide.dtype).unbind(-1)
+    wide = at_least_float32(x)
+    if torch.compiler.is_compiling():  # compilers fuse real arithmetic, not complex: the same multiplication spelt out
+        cos, sin = torch.view_as_real(rope).to(wide.dtype).unbind(-1)
         a, b = wide.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # [B, H, N, d/2]
-    return torch.view_as_real(pairs * table.to(pairs.dtype)).flatten(-2).type_as(x)
+    return torch.view_as_real(pairs * rope.to(pairs.dtype)).flatten(-2).type_as(x)

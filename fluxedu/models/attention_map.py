@@ -1,12 +1,12 @@
-"""The attention map as a promise: exact, and only the part that is asked for.
+"""The attention map as a lazy object: exact, and only the part that is requested is computed.
 
-A fused kernel never writes the map down, but it knows of every query how large its row is before the
-softmax divides it: the log-sum-exp. With it any entry can be had alone,
+A fused attention kernel never writes the map to memory, but it does compute the log-sum-exp of every row of scores.
+With it, any entry can be recovered on its own,
 
     P[i, j] = exp(q_i . k_j / sqrt(d) - lse_i),
 
-so a few columns (what every token takes from some words) cost a few columns, not a map. Queries and keys
-are taken to float32 first: in bfloat16 the score would be off by more than the map is worth.
+so a few columns (how much every token attends to some words) cost a few columns, not a whole map. Queries and keys are
+converted to float32 first: in bfloat16 the error of a score would exceed the differences that the map shows.
 """
 
 from __future__ import annotations
@@ -15,28 +15,53 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Index = int | slice | list[int] | Tensor
-CHUNK = 512  # rows at a time where there is no log-sum-exp to be had
+ROWS_AT_ONCE = 512  # where no kernel gives the log-sum-exp
+SHORT = 256  # number of tokens up to which three plain steps train faster on a CPU than the fused kernel
 
 
-def wide(x: Tensor) -> Tensor:
-    """Float32, or float64 if it is that."""
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """``softmax(q k^T * scale + bias) v`` for ``q, k, v [B, H, N, d]``, by the fastest exact method for the size.
+
+    ``scale`` is ``1 / sqrt(d)`` by default; ``causal``: a token attends only to itself and earlier ones.
+    """
+    is_plain = bias is None and not causal and scale is None
+    if is_plain and q.requires_grad and q.device.type == "cpu" and q.shape[2] <= SHORT:
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+    mask = None if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+
+
+def weighted_sum(attn_map: AttentionMap | Tensor, v: Tensor) -> Tensor:
+    """``attn_map @ v``, ``[B, H, N, d]``; the map is lazy, or a tensor that an intervention put in its place."""
+    return attn_map.to(v.dtype) @ v if isinstance(attn_map, Tensor) else attn_map.output()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32, or unchanged if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _listed(index: Index) -> slice | list[int] | Tensor:
+def _as_index(index: Index) -> slice | list[int] | Tensor:
     return [index] if isinstance(index, int) else index
 
 
 class AttentionMap:
-    """``softmax(q k^T / sqrt(d))`` of one block, ``[B, H, N, N]``, of which any part is made when asked for.
+    """``softmax(q k^T * scale + bias)`` of one block, ``[B, H, N, N]``; any part of it is computed on request.
 
-    Attributes: ``q``, ``k``, ``v`` ``[B, H, N, d]``, turned by position · ``words``, how many of the N tokens
-    are text; they come first · ``bias``, broadcastable to the map, added to the scores: T5's distances, or minus
-    infinity where CLIP must not look · ``scale`` of the scores, ``1 / sqrt(d)`` if not said. All parts are
-    float32, or float64 if q is.
+    Attributes: ``q``, ``k``, ``v`` ``[B, H, N, d]``, after RoPE · ``txt_len``, the number of text tokens, which come
+    first · ``bias``, broadcastable to the map, added to the scores (T5's distances) · ``causal``: later tokens are
+    masked (CLIP) · ``scale`` of the scores, ``1 / sqrt(d)`` by default. Parts are float32, or float64 if q is.
     """
 
     def __init__(
@@ -44,13 +69,14 @@ class AttentionMap:
         q: Tensor,
         k: Tensor,
         v: Tensor | None = None,
-        words: int = 0,
+        txt_len: int = 0,
         bias: Tensor | None = None,
+        causal: bool = False,
         scale: float | None = None,
     ):
-        self.q, self.k, self.v, self.txt_len, self.bias = q, k, v, words, bias
-        self.scale = q.shape[-1] ** -0.5 if scale is None else scale
-        self.out: Tensor | None = None  # attention's result, if the log-sum-exp was asked for and gave it as well
+        self.q, self.k, self.v, self.txt_len = q, k, v, txt_len
+        self.bias, self.causal, self.scale = bias, causal, scale
+        self._output: Tensor | None = None  # of the kernel that also computed the log-sum-exp
         self._lse: Tensor | None = None
 
     @property
@@ -58,27 +84,33 @@ class AttentionMap:
         b, h, n, _ = self.q.shape
         return (b, h, n, self.k.shape[2])
 
+    def output(self) -> Tensor:
+        """The attention output ``[B, H, N, d]``, to the last bit what an unwatched block computes."""
+        if self._output is None:
+            self._output = softmax_attention(self.q, self.k, self.v, self.bias, self.causal, self.scale)
+        return self._output
+
     @property
     def lse(self) -> Tensor:
-        """The log-sum-exp of every row, ``[B, H, N]``."""
+        """The log-sum-exp of every row of scores, ``[B, H, N]``."""
         if self._lse is None:
-            training = any(x is not None and x.requires_grad for x in (self.q, self.k, self.v))
-            plain = self.v is not None and self.bias is None and self.scale == self.q.shape[-1] ** -0.5
-            fused = _fused(self.q.device.type, self.q.dtype) if plain and not training else None
-            if fused is not None:
-                self.out, self._lse = fused(self.q, self.k, self.v)
+            needs_grad = any(x is not None and x.requires_grad for x in (self.q, self.k, self.v))
+            is_plain = self.bias is None and not self.causal and self.scale is None
+            kernel = _kernel_with_lse(self.q.device.type, self.q.dtype) if is_plain and self.v is not None else None
+            if kernel is not None and not needs_grad:
+                self._output, self._lse = kernel(self.q, self.k, self.v)
             else:
-                chunks = (slice(i, i + CHUNK) for i in range(0, self.shape[2], CHUNK))
+                chunks = (slice(i, i + ROWS_AT_ONCE) for i in range(0, self.shape[2], ROWS_AT_ONCE))
                 self._lse = torch.cat([self._scores(rows).logsumexp(-1) for rows in chunks], dim=2)
         return self._lse
 
     def rows(self, index: Index) -> Tensor:
-        """What the queries at ``index`` look at: ``[B, H, how many, N]``."""
-        return self._scores(_listed(index)).softmax(-1)
+        """What the queries at ``index`` attend to: ``[B, H, len(index), N]``."""
+        return self._scores(_as_index(index)).softmax(-1)
 
     def columns(self, index: Index, rows: Index = slice(None)) -> Tensor:
-        """How much the queries (all, or those at ``rows``) take from the keys at ``index``: ``[B, H, N, how many]``."""
-        rows, index = _listed(rows), _listed(index)
+        """How much all queries (or those at ``rows``) attend to the keys at ``index``: ``[B, H, N, len(index)]``."""
+        rows, index = _as_index(rows), _as_index(index)
         return (self._scores(rows, index) - self.lse[:, :, rows, None]).exp()
 
     def weights(self) -> Tensor:
@@ -87,82 +119,89 @@ class AttentionMap:
 
     def heads(self, index: slice | list[int]) -> AttentionMap:
         """The same map of some heads."""
-        return self._part(lambda x: x[:, index])
+        return self._slice(lambda x: x[:, index])
 
     def picture(self, index: int) -> AttentionMap:
-        """The same map of one picture of the batch, which keeps its axis."""
-        return self._part(lambda x: x[index : index + 1])
+        """The same map of one image of the batch; the batch axis stays."""
+        return self._slice(lambda x: x[index : index + 1])
 
-    def _part(self, of: Callable[[Tensor], Tensor]) -> AttentionMap:
-        """The same map of some pictures or heads."""
-        q, k, v = (None if x is None else of(x) for x in (self.q, self.k, self.v))
-        bias = None if self.bias is None else of(self.bias.expand(self.shape))
-        part = AttentionMap(q, k, v, self.txt_len, bias, self.scale)
-        part._lse = None if self._lse is None else of(self._lse)
+    def _slice(self, take: Callable[[Tensor], Tensor]) -> AttentionMap:
+        q, k, v = (None if x is None else take(x) for x in (self.q, self.k, self.v))
+        bias = None if self.bias is None else take(self.bias.expand(self.shape))
+        part = AttentionMap(q, k, v, self.txt_len, bias, self.causal, self.scale)
+        part._lse = None if self._lse is None else take(self._lse)
         return part
 
     def head_mean(self, rows: Index = slice(None), columns: Index | None = None) -> Tensor:
-        """The map, or a part of it, averaged over heads, ``[B, N, N]``: a head at a time, never all at once."""
+        """The map, or a part of it, averaged over heads, ``[B, N, N]``; computed one head at a time."""
         if columns is not None:
-            _ = self.lse  # of all heads at once
+            _ = self.lse  # of all heads in one kernel call
         total: Tensor | float = 0.0
         for h in range(self.shape[1]):
-            one = self.heads(slice(h, h + 1))
-            total = total + (one.rows(rows) if columns is None else one.columns(columns, rows))[:, 0]
+            head = self.heads(slice(h, h + 1))
+            total = total + (head.rows(rows) if columns is None else head.columns(columns, rows))[:, 0]
         return total / self.shape[1]
 
     def entropy(self) -> Tensor:
-        """How widely every query looks, in nats, ``[B, H, N]``: 0 on one token, ``log N`` on all alike.
+        """The entropy of every query's attention in nats, ``[B, H, N]``: 0 on one token, ``log N`` if uniform.
 
-        ``H_i = lse_i - sum_j P_ij s_ij``, and the sum is attention once more with the keys as values:
+        ``H_i = lse_i - sum_j P_ij s_ij``, and the sum is one more attention call with the keys as values:
         ``q_i . sum_j P_ij k_j / sqrt(d)``.
         """
-        if self.bias is not None:
+        if self.bias is not None or self.causal:
             return torch.special.entr(self.weights()).sum(-1)
-        q, k = wide(self.q), wide(self.k)
-        meant = torch.nn.functional.scaled_dot_product_attention(q, k, k, scale=self.scale)
-        return (self.lse - self.scale * (q * meant).sum(-1)).clamp(min=0)
+        q, k = at_least_float32(self.q), at_least_float32(self.k)
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        mean_key = F.scaled_dot_product_attention(q, k, k, scale=scale)
+        return (self.lse - scale * (q * mean_key).sum(-1)).clamp(min=0)  # rounding may give -1e-7
 
     def _scores(self, rows: slice | list[int] | Tensor, columns: slice | list[int] | Tensor = slice(None)) -> Tensor:
-        scores = wide(self.q[:, :, rows]) @ wide(self.k[:, :, columns]).transpose(-1, -2) * self.scale
-        return scores if self.bias is None else scores + wide(self.bias.expand(self.shape)[:, :, rows][..., columns])
+        scale = self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        q, k = at_least_float32(self.q[:, :, rows]), at_least_float32(self.k[:, :, columns])
+        scores = q @ k.transpose(-1, -2) * scale
+        if self.bias is not None:
+            scores = scores + at_least_float32(self.bias.expand(self.shape)[:, :, rows][..., columns])
+        if self.causal:
+            later = torch.ones(self.shape[2:], dtype=torch.bool, device=self.q.device).triu(1)
+            scores = scores.masked_fill(later[rows][:, columns], -torch.inf)
+        return scores
 
 
-# ---------------------------------------------------------------- the kernels that tell their log-sum-exp
+# ---------------------------------------------------------------- kernels that return their log-sum-exp
 
-Fused = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Kernel = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def _cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _cpu_flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _cuda_flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
 
 
-def _efficient(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _cuda_efficient(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
-    return out, lse[:, :, : q.shape[2]]  # it pads the rows to a multiple of 32
+    return out, lse[:, :, : q.shape[2]]  # the kernel pads the rows to a multiple of 32
 
 
 @cache
-def _fused(device: str, dtype: torch.dtype) -> Fused | None:
-    """A kernel whose log-sum-exp is right here, or None. They are private, so each is tried once, not trusted."""
-    for kernel in {"cpu": (_cpu,), "cuda": (_flash, _efficient)}.get(device, ()):
+def _kernel_with_lse(device: str, dtype: torch.dtype) -> Kernel | None:
+    """A kernel whose log-sum-exp is correct here, or None. These are private functions of torch, so each is tested."""
+    for kernel in {"cpu": (_cpu_flash,), "cuda": (_cuda_flash, _cuda_efficient)}.get(device, ()):
         try:
-            if _right(kernel, device, dtype):
+            if _is_correct(kernel, device, dtype):
                 return kernel
         except (RuntimeError, AttributeError, NotImplementedError, TypeError):
             continue
     return None
 
 
-def _right(kernel: Fused, device: str, dtype: torch.dtype) -> bool:
-    """Is it attention itself, bit for bit, and is its log-sum-exp the formula's?"""
+def _is_correct(kernel: Kernel, device: str, dtype: torch.dtype) -> bool:
+    """Whether the output equals F.scaled_dot_product_attention to the bit, and the log-sum-exp the formula."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 2, 45, 32, generator=g).to(device, dtype) for _ in range(3))
     out, lse = kernel(q, k, v)
-    exact = (wide(q) @ wide(k).transpose(-1, -2) * 32**-0.5).logsumexp(-1)
-    same = torch.equal(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
-    return same and lse.shape == exact.shape and float((lse - exact).abs().max()) <= 2e-6
+    expected = (at_least_float32(q) @ at_least_float32(k).transpose(-1, -2) * 32**-0.5).logsumexp(-1)
+    same_output = torch.equal(out, F.scaled_dot_product_attention(q, k, v))
+    return same_output and lse.shape == expected.shape and float((lse - expected).abs().max()) <= 2e-6

@@ -1,11 +1,11 @@
-"""The autoencoder: 8x8 pixels become one latent cell of 16 numbers, and back.
+"""The autoencoder: 8x8 pixels become one latent cell of 16 channels, and back.
 
     image [B, 3, H, W] in [-1, 1]  --encode-->  latent [B, 16, H/8, W/8]  --decode-->  image
 
-A pyramid of residual blocks: three halvings on the way in, three doublings on the way out, and one
-self-attention at the bottom where every cell may look at every other. Names of modules and tensors
-are those of the official ``ae.safetensors`` (black-forest-labs/flux, modules/autoencoder.py), so the
-official file loads with no rename.
+A pyramid of residual blocks: three downsamplings in the encoder, three upsamplings in the decoder, and one
+self-attention at the lowest resolution, where every cell attends to every other. Names of modules and tensors are those
+of the official ``ae.safetensors``, so the official file loads without renaming.
+Source: black-forest-labs/flux, modules/autoencoder.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.attention import attention_or_map
-from fluxedu.models.attention_map import AttentionMap
+from fluxedu.models.attention_map import AttentionMap, weighted_sum
 from fluxedu.models.config import AutoEncoderConfig
 from fluxedu.probe import Probed, name_sites
 
@@ -25,7 +24,7 @@ def _norm(channels: int, groups: int) -> nn.GroupNorm:
 
 
 class ResnetBlock(Probed):
-    """``x + conv(silu(norm(conv(silu(norm(x))))))``: what the block adds is learned, x passes."""
+    """Residual block: ``x + conv(silu(norm(conv(silu(norm(x))))))``."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
@@ -33,20 +32,24 @@ class ResnetBlock(Probed):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = _norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:  # the passing x must change width too
+        if in_channels != out_channels:  # the skip connection must change width too
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, C', h, w]
-        h = self.conv1(F.silu(self.probe("norm1", self.norm1(x))))
-        h = self.conv2(F.silu(self.probe("norm2", self.norm2(h))))
-        h = self.probe("residual", h)
+        h = self.probe(
+            "norm1", self.norm1(x)
+        )  # [B, C, h, w] group-normalised: the first convolution's input, before SiLU
+        h = self.conv1(F.silu(h))
+        h = self.probe("norm2", self.norm2(h))  # [B, C, h, w] group-normalised: the second one's input, before SiLU
+        h = self.conv2(F.silu(h))
+        h = self.probe("residual", h)  # [B, C, h, w] what the block adds
         if hasattr(self, "nin_shortcut"):
             x = self.nin_shortcut(x)
-        return self.probe("out", x + h)
+        return self.probe("out", x + h)  # [B, C, h, w] the block's output
 
 
 class AttnBlock(Probed):
-    """Single-head self-attention over the cells of the bottom of the pyramid."""
+    """Single-head self-attention over the cells at the lowest resolution."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -57,19 +60,29 @@ class AttnBlock(Probed):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
-        normed = self.probe("norm", self.norm(x))
-        q, k, v = (  # each [B, 1, h*w, C]: the cells are the tokens, the channels their features
-            self.probe(name, conv(normed).flatten(2).transpose(1, 2).unsqueeze(1))
-            for name, conv in (("q", self.q), ("k", self.k), ("v", self.v))
-        )
-        attended = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
-        h = attention_or_map(self, "map", lambda: AttentionMap(q, k, v), attended)
-        h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # [B, C, h, w]
-        return self.probe("out", x + self.proj_out(h))
+        normed = self.probe("norm", self.norm(x))  # [B, C, h, w] group-normalised: the attention's input
+        q = self.probe("q", _as_tokens(self.q(normed)))  # [B, 1, G, C] queries of the cells, row by row
+        k = self.probe("k", _as_tokens(self.k(normed)))  # [B, 1, G, C] keys
+        v = self.probe("v", _as_tokens(self.v(normed)))  # [B, 1, G, C] values
+        if self.is_watched("map"):
+            attn_map = AttentionMap(q, k, v)
+            attn_map = self.probe(
+                "map", attn_map
+            )  # [B, 1, G, G] attention map (lazy) of the one head, one row per query
+            out = weighted_sum(attn_map, v)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        out = out.squeeze(1).transpose(1, 2).reshape(x.shape)  # [B, C, h, w]
+        return self.probe("out", x + self.proj_out(out))  # [B, C, h, w] the cells after the attention
+
+
+def _as_tokens(x: Tensor) -> Tensor:
+    """``[B, C, h, w] -> [B, 1, h*w, C]``: one head, the cells as tokens."""
+    return x.flatten(2).transpose(1, 2).unsqueeze(1)
 
 
 class Downsample(nn.Module):
-    """Halve the grid; the padding is only right and below, as in the official weights."""
+    """Halve the resolution; padded only on the right and below, as the official weights require."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -80,7 +93,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the grid by repeating cells, then smooth with a convolution."""
+    """Double the resolution by repeating cells, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -90,8 +103,8 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Level(nn.Module):
-    """Residual blocks at one resolution; attributes ``downsample``/``upsample`` are set by the owner."""
+class Level(Probed):
+    """The residual blocks of one resolution, then ``downsample`` or ``upsample`` where the owner sets one."""
 
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, groups: int):
         super().__init__()
@@ -101,11 +114,15 @@ class Level(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
             x = block(x)
-        return x
+        if hasattr(self, "downsample"):
+            x = self.downsample(x)
+        if hasattr(self, "upsample"):
+            x = self.upsample(x)
+        return self.probe("out", x)  # [B, C, h, w] a level's output, at the next resolution
 
 
 class Middle(nn.Module):
-    """The bottom of the pyramid: residual, attention, residual."""
+    """The lowest resolution: residual block, attention, residual block."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -136,17 +153,15 @@ class Encoder(Probed):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
-        for i, level in enumerate(self.down):
+        for level in self.down:
             h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
-            h = self.probe(f"level.{i}", h)
-        h = self.probe("mid", self.mid(h))
-        return self.probe("moments", self.conv_out(F.silu(self.norm_out(h))))
+        h = self.probe("mid", self.mid(h))  # [B, C, h, w] the lowest resolution, after its attention
+        moments = self.conv_out(F.silu(self.norm_out(h)))
+        return self.probe("moments", moments)  # [B, C, h, w] mean and log-variance of the raw latent, stacked
 
 
 class Decoder(Probed):
-    """Latent -> image. ``up[0]`` is the finest level, as in the official file; it runs last."""
+    """Latent -> image. ``up[0]`` is the highest resolution, as in the official file; it runs last."""
 
     def __init__(self, config: AutoEncoderConfig):
         super().__init__()
@@ -163,21 +178,18 @@ class Decoder(Probed):
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.probe("mid", self.mid(self.conv_in(z)))
-        for i, level in reversed(list(enumerate(self.up))):
+        h = self.probe("mid", self.mid(self.conv_in(z)))  # [B, C, h, w] the lowest resolution, after its attention
+        for level in reversed(self.up):
             h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
-            h = self.probe(f"level.{i}", h)
-        return self.probe("image", self.conv_out(F.silu(self.norm_out(h))))
+        image = self.conv_out(F.silu(self.norm_out(h)))
+        return self.probe("image", image)  # [B, C, h, w] the image, about -1 to 1; h and w are pixels
 
 
 class AutoEncoder(Probed):
-    """The variational autoencoder of FLUX.1, ``AutoEncoder()`` being the official size (83.8 M).
+    """The variational autoencoder of FLUX.1; ``AutoEncoder()`` has the official size (83.8 M).
 
-    ``encode`` gives latents already shifted and scaled to about unit variance,
-    ``z = scale_factor * (z_raw - shift_factor)``, which is what the flow is trained on; ``decode``
-    undoes it. Source: black-forest-labs/flux, modules/autoencoder.py.
+    ``encode`` returns latents shifted and scaled to about unit variance, ``z = scale_factor * (z_raw - shift_factor)``,
+    which is what the flow is trained on; ``decode`` inverts that.
     """
 
     def __init__(self, config: AutoEncoderConfig | None = None):
@@ -202,7 +214,8 @@ class AutoEncoder(Probed):
         if generator is not None:
             noise = torch.randn(z.shape, generator=generator, device=generator.device, dtype=torch.float32)
             z = z + torch.exp(0.5 * logvar) * noise.to(z)
-        return self.probe("latent", self.config.scale_factor * (z - self.config.shift_factor))
+        latent = self.config.scale_factor * (z - self.config.shift_factor)
+        return self.probe("latent", latent)  # [B, C, h, w] the image as the flow sees it, of variance about 1
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latent ``[B, z, h, w]`` -> image ``[B, 3, 8h, 8w]``, about [-1, 1] (not clipped)."""

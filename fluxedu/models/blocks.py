@@ -1,10 +1,7 @@
-"""The double-stream block: text and image have their own weights and one attention in common.
+"""The three blocks of the transformer: double-stream, single-stream, and the last layer.
 
-    for each stream:  q, k, v  <-  qkv(modulate(x));   q, k  <-  QKNorm(q, k)
-    together:         attention over [text, image], q and k turned by RoPE
-    for each stream:  x += gate1 * proj(attention);   x += gate2 * mlp(modulate(x))
-
-Source: black-forest-labs/flux, modules/layers.py (DoubleStreamBlock).
+Source: black-forest-labs/flux, modules/layers.py (DoubleStreamBlock, SingleStreamBlock, LastLayer); parallel attention
+and MLP: arXiv 2302.05442.
 """
 
 from __future__ import annotations
@@ -13,92 +10,109 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.attention import QKNorm, SelfAttention, attend, normed_qkv, split_heads
+from fluxedu.models.attention import QKNorm, SelfAttention, attend, split_heads
 from fluxedu.models.config import FluxConfig
-from fluxedu.models.modulation import Modulation, ShiftScaleGate, gated, modulate, normalised
+from fluxedu.models.modulation import Modulation, gated, layer_norm, modulate
 from fluxedu.probe import Probed
 
 
 class MLP(Probed, nn.Sequential):
-    """Widen, bend (GELU, its tanh approximation), narrow; each token for itself."""
+    """Linear, GELU (tanh approximation), Linear; applied to each token independently."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, N, D]
-        widen, bend, narrow = self
-        return narrow(self.probe("hidden", bend(widen(x))))
+    def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
+        hidden = self.probe("hidden", self[1](self[0](x)))  # [B, S, M] inside the MLP, after the GELU
+        return self[2](hidden)
 
 
 class DoubleStreamBlock(Probed):
-    """Two streams, one attention. ``forward(img, txt, mods, rope)``; ``mods`` from :meth:`plan`."""
+    """Text and image have their own weights and share one attention.
 
-    STREAMS = ("txt", "img")  # also the order of the tokens in the joint attention
+    for each stream:  q, k, v = QKNorm(qkv(modulate(LN(x))))
+    jointly:          attention over [text, image], with RoPE on q and k
+    for each stream:  x = x + gate1 * proj(attention);   x = x + gate2 * mlp(modulate(LN(x)))
+    """
 
     def __init__(self, config: FluxConfig):
         super().__init__()
         self.config = config
-        dim = config.hidden_size
-        for stream in ("img", "txt"):
-            self.add_module(f"{stream}_mod", Modulation(dim, double=True))
-            self.add_module(f"{stream}_attn", SelfAttention(dim, config.num_heads, config.qkv_bias))
-            self.add_module(f"{stream}_mlp", MLP(dim, config.mlp_hidden))
+        dim, heads = config.hidden_size, config.num_heads
+        self.img_mod = Modulation(dim, double=True)
+        self.img_attn = SelfAttention(dim, heads, config.qkv_bias)
+        self.img_mlp = MLP(dim, config.mlp_hidden)
+        self.txt_mod = Modulation(dim, double=True)
+        self.txt_attn = SelfAttention(dim, heads, config.qkv_bias)
+        self.txt_mlp = MLP(dim, config.mlp_hidden)
 
     def plan(self, vec: Tensor) -> dict[str, Tensor]:
-        """Both streams' modulation for ``vec [..., D]``: a dict stream -> ``[..., 6 D]``."""
-        return {s: self.get_submodule(f"{s}_mod")(vec) for s in self.STREAMS}
+        """Both streams' modulation for ``vec [..., D]``: stream name -> ``[..., 6 D]``."""
+        return {"txt": self.txt_mod(vec), "img": self.img_mod(vec)}
 
     def forward(self, img: Tensor, txt: Tensor, mods: dict[str, Tensor], rope: Tensor) -> tuple[Tensor, Tensor]:
-        """``img [B, N, D]``, ``txt [B, L, D]``, ``rope [..., 1, L + N, d/2]`` -> the new (img, txt)."""
-        x = {"txt": self.probe("txt", txt), "img": self.probe("img", img)}
-        mod = {s: self.get_submodule(f"{s}_mod").split(mods[s]) for s in self.STREAMS}
+        """``img [B, N, D]``, ``txt [B, L, D]``, ``mods`` of :meth:`plan`, ``rope [..., 1, L + N, d/2]`` -> img, txt."""
+        img = self.probe("img", img)  # [B, N, D] the image stream as it enters the block
+        txt = self.probe("txt", txt)  # [B, L, D] the text stream as it enters the block
+        img_mod1, img_mod2 = self.img_mod.split(mods["img"])
+        txt_mod1, txt_mod2 = self.txt_mod.split(mods["txt"])
 
-        entered = (self._enter(s, x[s], mod[s][0]) for s in self.STREAMS)
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(*entered, strict=True))  # [B, H, L + N, d]
-        joint = attend(q, k, v, rope, txt.shape[1], self)  # [B, L + N, D]
-        heard = dict(zip(self.STREAMS, joint.split([txt.shape[1], img.shape[1]], dim=1), strict=True))
+        # image: norm, modulate, q k v
+        img_in = self.probe("img_norm1", layer_norm(img))  # [B, N, D] layer-normalised, before shift and scale
+        img_in = modulate(img_in, img_mod1.shift, img_mod1.scale)
+        img_in = self.probe("img_modulated1", img_in)  # [B, N, D] shifted and scaled: the attention's input
+        img_q, img_k, img_v = self.img_attn(img_in)  # [B, H, N, d] each
 
-        for s in self.STREAMS:
-            x[s] = self._leave(s, x[s], heard[s], *mod[s])
-        return self.probe("img_out", x["img"]), self.probe("txt_out", x["txt"])
+        # text: the same with its own weights
+        txt_in = self.probe("txt_norm1", layer_norm(txt))  # [B, L, D] layer-normalised, before shift and scale
+        txt_in = modulate(txt_in, txt_mod1.shift, txt_mod1.scale)
+        txt_in = self.probe("txt_modulated1", txt_in)  # [B, L, D] shifted and scaled: the attention's input
+        txt_q, txt_k, txt_v = self.txt_attn(txt_in)  # [B, H, L, d] each
 
-    def _enter(self, stream: str, x: Tensor, mod: ShiftScaleGate) -> tuple[Tensor, ...]:
-        """One stream into the attention: modulated, then q, k, v."""
-        normed = self.probe(f"{stream}_norm1", normalised(x))
-        x = self.probe(f"{stream}_modulated1", modulate(normed, mod.shift, mod.scale))
-        del normed
-        return self.get_submodule(f"{stream}_attn")(x)
+        # joint attention, text first
+        q = torch.cat([txt_q, img_q], dim=2)  # [B, H, L + N, d]
+        k = torch.cat([txt_k, img_k], dim=2)
+        v = torch.cat([txt_v, img_v], dim=2)
+        attn = attend(q, k, v, rope, txt.shape[1], self)  # [B, L + N, D]
+        txt_attn, img_attn = attn.split([txt.shape[1], img.shape[1]], dim=1)
 
-    def _leave(self, stream: str, x: Tensor, heard: Tensor, attn: ShiftScaleGate, mlp: ShiftScaleGate) -> Tensor:
-        """One stream out of the attention and through its MLP, each added through its gate."""
-        added = self.probe(f"{stream}_attn_out", self.get_submodule(f"{stream}_attn").proj(heard))
-        x = gated(x, attn.gate, added, self, f"{stream}_attn_contribution")
-        normed = self.probe(f"{stream}_norm2", normalised(x))
-        inner = self.probe(f"{stream}_modulated2", modulate(normed, mlp.shift, mlp.scale))
-        del normed
-        added = self.probe(f"{stream}_mlp_out", self.get_submodule(f"{stream}_mlp")(inner))
-        return gated(x, mlp.gate, added, self, f"{stream}_mlp_contribution")
+        # image: add the attention, then the MLP, each scaled by its gate
+        img_out = self.probe("img_attn_out", self.img_attn.proj(img_attn))  # [B, N, D] output of attention, ungated
+        img = gated(img, img_mod1.gate, img_out, self, "img_attn_contribution")  # [B, N, D] gate * attention
+        img_in = self.probe("img_norm2", layer_norm(img))  # [B, N, D] layer-normalised, before shift and scale
+        img_in = modulate(img_in, img_mod2.shift, img_mod2.scale)
+        img_in = self.probe("img_modulated2", img_in)  # [B, N, D] shifted and scaled: the MLP's input
+        img_out = self.probe("img_mlp_out", self.img_mlp(img_in))  # [B, N, D] output of the MLP, ungated
+        img = gated(img, img_mod2.gate, img_out, self, "img_mlp_contribution")  # [B, N, D] gate * MLP
 
+        # text: the same
+        txt_out = self.probe("txt_attn_out", self.txt_attn.proj(txt_attn))  # [B, L, D] output of attention, ungated
+        txt = gated(txt, txt_mod1.gate, txt_out, self, "txt_attn_contribution")  # [B, L, D] gate * attention
+        txt_in = self.probe("txt_norm2", layer_norm(txt))  # [B, L, D] layer-normalised, before shift and scale
+        txt_in = modulate(txt_in, txt_mod2.shift, txt_mod2.scale)
+        txt_in = self.probe("txt_modulated2", txt_in)  # [B, L, D] shifted and scaled: the MLP's input
+        txt_out = self.probe("txt_mlp_out", self.txt_mlp(txt_in))  # [B, L, D] output of the MLP, ungated
+        txt = gated(txt, txt_mod2.gate, txt_out, self, "txt_mlp_contribution")  # [B, L, D] gate * MLP
 
-# ------------------------------------------------------------ models/blocks.py
-# The single-stream block: one sequence, and attention and MLP side by side.
-#
-#     q, k, v, hidden  <-  linear1(modulate(x))
-#     x += gate * linear2([attention(q, k, v), gelu(hidden)])
-#
-# Two wide matrix products instead of four narrow ones, and one modulation for both halves.
-# Source: black-forest-labs/flux, modules/layers.py (SingleStreamBlock); arXiv 2302.05442.
-#
+        img = self.probe("img_out", img)  # [B, N, D] the image stream as it leaves the block
+        txt = self.probe("txt_out", txt)  # [B, L, D] the text stream as it leaves the block
+        return img, txt
 
 
 class SingleStreamBlock(Probed):
-    """``forward(x, mods, rope)`` over text and image as one sequence; ``mods`` from :meth:`plan`."""
+    """Text and image as one sequence; attention and MLP side by side, with one modulation for both.
+
+    qkv, hidden = linear1(modulate(LN(x)))
+    x = x + gate * linear2([attention(qkv), gelu(hidden)])
+
+    That is two wide matrix products in place of four narrower ones.
+    """
 
     def __init__(self, config: FluxConfig):
         super().__init__()
         self.config = config
         dim, self.num_heads = config.hidden_size, config.num_heads
-        self.widths = [3 * dim, config.mlp_hidden]
+        self.widths = [3 * dim, config.mlp_hidden]  # of linear1's output: qkv, hidden
         self.linear1 = nn.Linear(dim, sum(self.widths))
         self.linear2 = nn.Linear(dim + config.mlp_hidden, dim)
         self.norm = QKNorm(config.head_dim)
@@ -108,21 +122,51 @@ class SingleStreamBlock(Probed):
         """The modulation for ``vec [..., D]``: ``[..., 3 D]``."""
         return self.modulation(vec)
 
-    def forward(self, x: Tensor, mods: Tensor, rope: Tensor, words: int = 0) -> Tensor:
-        """``x [B, L + N, D]``, ``rope [..., 1, L + N, d/2]`` -> the new x; of the tokens, ``words`` are text."""
-        x = self.probe("x", x)
+    def forward(self, x: Tensor, mods: Tensor, rope: Tensor, txt_len: int = 0) -> Tensor:
+        """``x [B, L + N, D]``, ``mods`` from :meth:`plan`, ``rope [..., 1, L + N, d/2]`` -> x; ``txt_len`` is L."""
+        x = self.probe("x", x)  # [B, T, D] text and image tokens as they enter the block
         (mod,) = self.modulation.split(mods)
-        added = self.probe("added", self.linear2(self._side_by_side(x, mod, rope, words)))
-        return self.probe("out", gated(x, mod.gate, added, self, "contribution"))
 
-    def _side_by_side(self, x: Tensor, mod: ShiftScaleGate, rope: Tensor, words: int) -> Tensor:
-        """What attention and MLP make of the same tokens, one behind the other: ``[B, L + N, D + M]``, M wide."""
-        normed = self.probe("norm", normalised(x))
-        wide = self.linear1(self.probe("modulated", modulate(normed, mod.shift, mod.scale)))
-        del normed
-        qkv, hidden = wide.split(self.widths, dim=-1)  # [B, L + N, 3 D], [B, L + N, M]
-        hidden = self.probe("mlp_hidden", F.gelu(hidden, approximate="tanh"))
-        q, k, v = split_heads(qkv, 3, self.num_heads)
-        del wide, qkv  # the widest tensor of the network need not wait out the attention
-        heard = attend(*normed_qkv(self.probe, self.norm, q, k, v), rope, words, self)
-        return torch.cat([heard, hidden], dim=-1)
+        # norm, modulate, and both halves of the first linear layer
+        x_in = self.probe("norm", layer_norm(x))  # [B, T, D] layer-normalised, before shift and scale
+        x_in = modulate(x_in, mod.shift, mod.scale)
+        x_in = self.probe("modulated", x_in)  # [B, T, D] shifted and scaled: the input of attention and MLP
+        qkv, hidden = self.linear1(x_in).split(self.widths, dim=-1)  # [B, T, 3 D], [B, T, M]
+        hidden = self.probe("mlp_hidden", F.gelu(hidden, approximate="tanh"))  # [B, T, M] MLP half, after the GELU
+
+        # attention
+        q, k, v = split_heads(qkv, 3, self.num_heads)  # [B, H, T, d] each
+        del x_in, qkv  # the widest tensors of the network need not stay in memory during the attention
+        q = self.probe("q", q)  # [B, H, T, d] queries, before QKNorm
+        k = self.probe("k", k)  # [B, H, T, d] keys, before QKNorm
+        v = self.probe("v", v)  # [B, H, T, d] values: what a token passes on to the tokens that attend to it
+        q, k = self.norm(q, k)
+        q = self.probe("q_norm", q)  # [B, H, T, d] queries after QKNorm
+        k = self.probe("k_norm", k)  # [B, H, T, d] keys after QKNorm
+        attn = attend(q, k, v, rope, txt_len, self)  # [B, T, D]
+
+        # both halves through the second linear layer, added through the gate
+        out = self.linear2(torch.cat([attn, hidden], dim=-1))
+        out = self.probe("added", out)  # [B, T, D] output of attention and MLP together, before the gate
+        x = gated(x, mod.gate, out, self, "contribution")  # [B, T, D] gate * output
+        return self.probe("out", x)  # [B, T, D] the tokens as they leave the block
+
+
+class LastLayer(Probed):
+    """A last modulation (shift and scale, no gate), then each token is mapped to its patch of velocity."""
+
+    def __init__(self, dim: int, out_channels: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def plan(self, vec: Tensor) -> Tensor:  # [..., D] -> [..., 2 D]
+        return self.adaLN_modulation(vec)
+
+    def forward(self, x: Tensor, mods: Tensor) -> Tensor:  # [B, N, D] -> [B, N, out_channels]
+        shift, scale = mods.unsqueeze(-2).chunk(2, dim=-1)
+        shift = self.probe("shift", shift)  # [B, 1, D] added to the normalised image tokens
+        scale = self.probe("scale", scale)  # [B, 1, D] plus 1, the factor of the normalised image tokens
+        x = self.probe("norm", layer_norm(x))  # [B, N, D] image tokens, layer-normalised
+        x = self.probe("modulated", modulate(x, shift, scale))  # [B, N, D] shifted and scaled: the last linear's input
+        return self.linear(x)

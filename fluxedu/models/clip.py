@@ -1,59 +1,54 @@
 """CLIP's text encoder: a prompt becomes one vector.
 
-A causal transformer over at most 77 tokens. FLUX takes from it only the pooled vector: the state of
-the end-of-text token, which has seen the whole prompt, after the last LayerNorm and without CLIP's
-projection. Tensor names are those of the official ``text_encoder`` folder.
-Source: arXiv 2103.00020; transformers, models/clip/modeling_clip.py.
+A causal transformer over at most 77 tokens. FLUX uses only its pooled vector: the state of the end-of-text token, which
+attends to the whole prompt, after the final LayerNorm and without CLIP's projection. Tensor names are those of the
+official ``text_encoder`` folder. Source: arXiv 2103.00020; transformers, models/clip/modeling_clip.py.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.attention import attention_or_map, merge_heads
-from fluxedu.models.attention_map import AttentionMap
+from fluxedu.models.attention import merge_heads
+from fluxedu.models.attention_map import AttentionMap, softmax_attention, weighted_sum
 from fluxedu.models.config import CLIPTextConfig
 from fluxedu.probe import Probed, name_sites
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's cheap GELU: ``x * sigmoid(1.702 x)``."""
+    """CLIP's approximation of GELU: ``x * sigmoid(1.702 x)``."""
     return x * torch.sigmoid(1.702 * x)
 
 
 class CLIPAttention(Probed):
-    """Multi-head self-attention; ``causal`` lets a token look only back."""
+    """Multi-head self-attention; if ``causal``, a token attends only to itself and earlier tokens."""
 
     def __init__(self, dim: int, num_heads: int, causal: bool = True):
         super().__init__()
         self.num_heads, self.causal = num_heads, causal
-        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            self.add_module(name, nn.Linear(dim, dim))
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.q_proj = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, L, D]
-        q, k, v = (  # [B, H, L, d]
-            self.probe(name, proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
-            for name, proj in (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj))
-        )
-        heads = attention_or_map(
-            self,
-            "map",
-            lambda: AttentionMap(q, k, v, x.shape[1], only_back(x) if self.causal else None),
-            lambda: F.scaled_dot_product_attention(q, k, v, is_causal=self.causal),
-        )
-        return self.out_proj(merge_heads(self.probe("heads", heads)))
-
-
-def only_back(x: Tensor) -> Tensor:
-    """Minus infinity on the scores of what comes later, 0 elsewhere: ``[1, 1, L, L]`` for ``x [B, L, D]``."""
-    later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-    return torch.zeros(later.shape, device=x.device).masked_fill(later, -torch.inf)[None, None]
+    def forward(self, x: Tensor) -> Tensor:  # [B, L, D] -> [B, L, D]
+        heads = self.num_heads
+        q = self.probe("q", self.q_proj(x).unflatten(-1, (heads, -1)).transpose(1, 2))  # [B, H, L, d] queries
+        k = self.probe("k", self.k_proj(x).unflatten(-1, (heads, -1)).transpose(1, 2))  # [B, H, L, d] keys
+        v = self.probe("v", self.v_proj(x).unflatten(-1, (heads, -1)).transpose(1, 2))  # [B, H, L, d] values
+        if self.is_watched("map"):
+            attn_map = AttentionMap(q, k, v, x.shape[1], causal=self.causal)
+            attn_map = self.probe("map", attn_map)  # [B, H, L, L] attention map (lazy), one row per query
+            out = weighted_sum(attn_map, v)
+        else:
+            out = softmax_attention(q, k, v, causal=self.causal)
+        out = self.probe("heads", out)  # [B, H, L, d] the output of each head
+        return self.out_proj(merge_heads(out))
 
 
 class CLIPMLP(Probed):
-    """Widen, bend, narrow."""
+    """Linear, quick GELU, Linear."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -61,11 +56,12 @@ class CLIPMLP(Probed):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.probe("hidden", quick_gelu(self.fc1(x))))
+        hidden = self.probe("hidden", quick_gelu(self.fc1(x)))  # [B, L, M] inside the MLP, after the quick GELU
+        return self.fc2(hidden)
 
 
 class CLIPLayer(Probed):
-    """Pre-norm transformer layer: ``x += attn(norm(x)); x += mlp(norm(x))``."""
+    """Pre-norm transformer layer: ``x = x + attn(norm(x)); x = x + mlp(norm(x))``."""
 
     def __init__(self, config: CLIPTextConfig, causal: bool = True):
         super().__init__()
@@ -75,14 +71,16 @@ class CLIPLayer(Probed):
         self.mlp = CLIPMLP(dim, config.intermediate_size)
         self.layer_norm2 = nn.LayerNorm(dim, eps=eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.probe("attn_out", self.self_attn(self.probe("norm1", self.layer_norm1(x))))
-        x = x + self.probe("mlp_out", self.mlp(self.probe("norm2", self.layer_norm2(x))))
-        return self.probe("out", x)
+    def forward(self, x: Tensor) -> Tensor:  # [B, L, D] -> [B, L, D]
+        normed = self.probe("norm1", self.layer_norm1(x))  # [B, L, D] layer-normalised: the attention's input
+        x = x + self.probe("attn_out", self.self_attn(normed))  # [B, L, D] the attention's contribution
+        normed = self.probe("norm2", self.layer_norm2(x))  # [B, L, D] layer-normalised: the MLP's input
+        x = x + self.probe("mlp_out", self.mlp(normed))  # [B, L, D] the MLP's contribution
+        return self.probe("out", x)  # [B, L, D] the tokens as they leave the layer
 
 
 class CLIPEmbeddings(nn.Module):
-    """A vector per word piece plus a vector per place."""
+    """Token embedding plus learned position embedding."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -90,12 +88,12 @@ class CLIPEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:  # [B, L] -> [B, L, D]
-        places = torch.arange(ids.shape[1], device=ids.device)
-        return self.token_embedding(ids) + self.position_embedding(places)
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        return self.token_embedding(ids) + self.position_embedding(positions)
 
 
 class CLIPTextTransformer(Probed):
-    """Embeddings, layers, last norm."""
+    """Embeddings, layers, final norm."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
@@ -105,7 +103,7 @@ class CLIPTextTransformer(Probed):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.probe("embedded", self.embeddings(ids))
+        x = self.probe("embedded", self.embeddings(ids))  # [B, L, D] token plus position embeddings
         for layer in self.encoder.layers:
             x = layer(x)
         return self.final_layer_norm(x)
@@ -114,8 +112,8 @@ class CLIPTextTransformer(Probed):
 class CLIPTextEncoder(Probed):
     """``forward(ids [B, L]) -> (states [B, L, D], pooled [B, D])``; ``CLIPTextEncoder()`` is CLIP-L.
 
-    Raises ValueError for more tokens than there are places, or a prompt without its end-of-text token
-    (other codes then silently pool the first token).
+    Raises ValueError for more tokens than positions, or for a prompt without its end-of-text token (other
+    implementations then silently pool the first token).
     """
 
     def __init__(self, config: CLIPTextConfig | None = None):
@@ -127,11 +125,16 @@ class CLIPTextEncoder(Probed):
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         length, most = ids.shape[1], self.config.max_position_embeddings
         if length > most:
-            raise ValueError(f"CLIP has {most} places, but the prompt has {length} tokens; cut it to {most}.")
+            raise ValueError(
+                f"the prompt must have at most {most} tokens, CLIP's positions, not {length}; truncate it."
+            )
         ends = ids == self.config.eos_token_id
         if not ends.any(dim=1).all():
             raise ValueError(f"every prompt needs its end-of-text token {self.config.eos_token_id}: CLIP pools there.")
-        states = self.probe("states", self.text_model(ids))
+        states = self.probe("states", self.text_model(ids))  # [B, L, D] normalised; each has read only earlier tokens
         first_end = ends.int().argmax(dim=1)
         pooled = states[torch.arange(len(ids), device=ids.device), first_end]
-        return states, self.probe("pooled", pooled)
+        pooled = self.probe(
+            "pooled", pooled
+        )  # [B, D] the end-of-text state: all that modulation receives of the prompt
+        return states, pooled

@@ -1,4 +1,4 @@
-"""Networks without numbers: shapes and names only, on the meta device, of any size and at once."""
+"""Networks of any size without memory for their weights: shapes and names only, on PyTorch's meta device."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 
-class _SkipInit(TorchFunctionMode):
-    """Leave out the random filling: there is nothing to fill, and on the meta device it imports the compiler, 2 s."""
+class _SkipRandomInit(TorchFunctionMode):
+    """Skip torch.nn.init: meta tensors have no values, and running it on them imports the compiler (2 s)."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -20,6 +20,6 @@ class _SkipInit(TorchFunctionMode):
 
 @contextmanager
 def meta_init() -> Iterator[None]:
-    """``with meta_init(): flux = Flux(config)`` makes the network without its numbers."""
-    with torch.device("meta"), _SkipInit():
+    """``with meta_init(): flux = Flux(config)`` builds the network without its weights."""
+    with torch.device("meta"), _SkipRandomInit():
         yield

@@ -1,10 +1,12 @@
-"""AdaLN modulation: how time, guidance and the pooled text steer every block.
+"""AdaLN modulation: how the time, the guidance scale and the pooled text control every block.
+
+    vec = time_in(embed(t)) + guidance_in(embed(g)) + vector_in(pooled)
 
     y = (1 + scale) * LN(x) + shift          before a layer
     x = x + gate * layer(y)                  after it
 
-LN has no weights of its own; shift, scale and gate are linear in ``silu(vec)``. With gate 0 a block
-does nothing, which is how such networks are usually begun ("AdaLN-Zero", DiT, arXiv 2212.09748).
+LN has no weights of its own; shift, scale and gate are linear in ``silu(vec)``. With gate 0 a block does nothing, which
+is how such networks are usually initialised ("AdaLN-Zero", DiT, arXiv 2212.09748).
 Source: black-forest-labs/flux, modules/layers.py.
 """
 
@@ -20,81 +22,17 @@ from torch import Tensor, nn
 from fluxedu.probe import Probed
 
 LN_EPS = 1e-6
+TIMESTEP_DIM = 256
 
 
-class ShiftScaleGate(NamedTuple):
-    """What modulates one layer, each ``[B, 1, D]``: the same for every token of a picture."""
+def timestep_embedding(
+    t: Tensor, dim: int = TIMESTEP_DIM, max_period: float = 10_000, time_factor: float = 1000.0
+) -> Tensor:
+    """Sinusoidal embedding of a number: ``t [B]`` -> ``[B, dim]`` in float32, cosines first, then sines.
 
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor
-
-
-def normalised(x: Tensor) -> Tensor:
-    """``LN(x)``: every token ``[..., D]`` to mean 0 and variance 1, without weights."""
-    return F.layer_norm(x, x.shape[-1:], eps=LN_EPS)
-
-
-def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``(1 + scale) * LN(x) + shift`` for ``LN(x) [B, N, D]``."""
-    return torch.addcmul(shift, normed, 1 + scale)
-
-
-def gated(x: Tensor, gate: Tensor, added: Tensor, block: Probed, site: str) -> Tensor:
-    """The residual step ``x + gate * added``; what it adds passes through ``block``'s ``site``."""
-    if block.is_watched(site):  # made as a value of its own for who wants to see it
-        step = gate * added
-        seen = block.probe(site, step)
-        if seen is not step:
-            return x + seen
-    return torch.addcmul(x, gate, added)
-
-
-class Modulation(Probed):
-    """The linear layer that turns ``vec`` into one or two (shift, scale, gate).
-
-    Two steps, because the first depends only on the time, the guidance and the pooled text and can be
-    done for all steps of a picture before the first one: ``row = lin(silu(vec))``, then ``split``.
-    """
-
-    def __init__(self, dim: int, double: bool):
-        super().__init__()
-        self.layers = 2 if double else 1
-        self.lin = nn.Linear(dim, 3 * self.layers * dim)
-
-    def forward(self, vec: Tensor) -> Tensor:  # [..., D] -> [..., 3 D] or [..., 6 D]
-        return self.lin(F.silu(vec))
-
-    def split(self, row: Tensor) -> list[ShiftScaleGate]:
-        """``row [B, 3 D * layers]`` -> a (shift, scale, gate) per layer, through their sites."""
-        parts = row.unsqueeze(-2).chunk(3 * self.layers, dim=-1)  # each [B, 1, D]
-        if self.layers == 1:
-            names = ("shift", "scale", "gate")
-        else:  # the attention's, then the MLP's
-            names = ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2")
-        seen = [self.probe(name, part) for name, part in zip(names, parts, strict=True)]
-        return [ShiftScaleGate(*seen[i : i + 3]) for i in range(0, len(seen), 3)]
-
-
-# ------------------------------------------------------------ models/modulation.py
-# Numbers become vectors: the time, the guidance strength and the pooled text.
-#
-#     vec = time_in(wave(t)) + guidance_in(wave(g)) + vector_in(pooled)
-#
-# ``vec`` is one vector a picture; it never meets the tokens directly, it only sets every block's
-# shift, scale and gate. Source: black-forest-labs/flux, modules/layers.py.
-#
-
-WAVES = 256
-
-
-def timestep_embedding(t: Tensor, dim: int = WAVES, max_period: float = 10_000, time_factor: float = 1000.0) -> Tensor:
-    """A number as waves: ``t [B]`` -> ``[B, dim]`` in float32, cosines first, then sines.
-
-    A time in [0, 1] or a guidance strength such as 3.5 is multiplied by 1000 and stays a real number (it is
-    not the index of a step). The waves get slower, from 1 radian per unit of ``1000 t`` to
-    ``1 / max_period``. Always float32, as in both public codes: in bfloat16 ``t * 1000``
-    would be off by whole units. Source: Vaswani et al. 2017.
+    A time in [0, 1] or a guidance scale such as 3.5 is multiplied by 1000 and stays a real number (it is not the index
+    of a step). Frequencies fall from 1 radian per unit of ``1000 t`` to ``1 / max_period``. Always float32, as in BFL's
+    code and diffusers: in bfloat16 ``1000 t`` would be off by whole units. Source: Vaswani et al. 2017.
     """
     half = dim // 2
     frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -112,3 +50,65 @@ class MLPEmbedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in_dim] -> [..., hidden]
         return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class ShiftScaleGate(NamedTuple):
+    """The modulation of one layer, each ``[B, 1, D]``: the same for every token of an image."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+class Modulation(Probed):
+    """The linear layer that maps ``vec`` to one or two (shift, scale, gate).
+
+    It has two stages, because the first depends only on the time, the guidance scale and the pooled text, and can be
+    computed ahead of the sampling loop: ``row = mod(vec)``, then ``mod.split(row)``.
+    """
+
+    def __init__(self, dim: int, double: bool):
+        super().__init__()
+        self.is_double = double
+        self.lin = nn.Linear(dim, 6 * dim if double else 3 * dim)
+
+    def forward(self, vec: Tensor) -> Tensor:  # [..., D] -> [..., 3 D] or [..., 6 D]
+        return self.lin(F.silu(vec))
+
+    def split(self, row: Tensor) -> list[ShiftScaleGate]:
+        """``row [B, 6 D]`` -> the attention's and the MLP's modulation; ``[B, 3 D]`` -> one, for a single block."""
+        row = row.unsqueeze(-2)  # [B, 1, 6 D]: the 1 is for the tokens, which share it
+        if not self.is_double:
+            shift, scale, gate = row.chunk(3, dim=-1)
+            shift = self.probe("shift", shift)  # [B, 1, D] added to the normalised tokens before attention and MLP
+            scale = self.probe("scale", scale)  # [B, 1, D] plus 1, the factor of the normalised tokens
+            gate = self.probe("gate", gate)  # [B, 1, D] the factor of the block's contribution to the residual stream
+            return [ShiftScaleGate(shift, scale, gate)]
+        shift1, scale1, gate1, shift2, scale2, gate2 = row.chunk(6, dim=-1)
+        shift1 = self.probe("shift1", shift1)  # [B, 1, D] added to the normalised tokens before the attention
+        scale1 = self.probe("scale1", scale1)  # [B, 1, D] plus 1, the factor of the normalised tokens
+        gate1 = self.probe("gate1", gate1)  # [B, 1, D] the factor of the attention's contribution
+        shift2 = self.probe("shift2", shift2)  # [B, 1, D] added to the normalised tokens before the MLP
+        scale2 = self.probe("scale2", scale2)  # [B, 1, D] plus 1, the factor of the normalised tokens
+        gate2 = self.probe("gate2", gate2)  # [B, 1, D] the factor of the MLP's contribution
+        return [ShiftScaleGate(shift1, scale1, gate1), ShiftScaleGate(shift2, scale2, gate2)]
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """``LN(x)``: every token ``[..., D]`` to mean 0 and variance 1; no weights."""
+    return F.layer_norm(x, x.shape[-1:], eps=LN_EPS)
+
+
+def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``(1 + scale) * LN(x) + shift`` for ``LN(x) [B, N, D]``."""
+    return torch.addcmul(shift, normed, 1 + scale)
+
+
+def gated(x: Tensor, gate: Tensor, out: Tensor, block: Probed, site: str) -> Tensor:
+    """The residual step ``x + gate * out`` for a layer's output ``out``; ``gate * out`` passes ``block``'s ``site``."""
+    if block.is_watched(site):
+        contribution = gate * out
+        probed = block.probe(site, contribution)
+        if probed is not contribution:
+            return x + probed
+    return torch.addcmul(x, gate, out)  # the same in one kernel, without the product in memory

@@ -22,14 +22,14 @@ class ReduxHead(nn.Module):
 
 
 class Redux(nn.Module):
-    """An eye and the head behind it: a picture ``[1, 3, H, W]`` in [-1, 1] to ``tokens`` text-like tokens.
+    """A vision encoder and the Redux head: a picture ``[1, 3, H, W]`` in [-1, 1] to ``tokens`` text-like tokens.
 
-    ``eye`` takes the picture to features ``[1, tokens, redux_dim]``: the miniature's ``Eye``, or SigLIP.
+    ``vision_encoder`` maps the picture to features ``[1, tokens, redux_dim]``: SigLIP, or the miniature's own.
     """
 
-    def __init__(self, eye: nn.Module, head: ReduxHead, tokens: int):
+    def __init__(self, vision_encoder: nn.Module, head: ReduxHead, tokens: int):
         super().__init__()
-        self.eye, self.head, self.tokens = eye, head, tokens
+        self.vision_encoder, self.head, self.tokens = vision_encoder, head, tokens
 
     def forward(self, picture: Tensor) -> Tensor:
-        return self.head(self.eye(picture))
+        return self.head(self.vision_encoder(picture))

@@ -1,8 +1,8 @@
-"""T5's encoder: a prompt becomes a vector per token, each having read the whole prompt.
+"""T5's encoder: a prompt becomes one vector per token, each computed from the whole prompt.
 
-Different from CLIP: every token sees every other; places enter only as a bias on the scores that
-depends on the distance (the first layer's table, shared by all); RMSNorm; a gated MLP; scores are not
-divided by sqrt(d). FLUX gives it padded prompts and **no padding mask**: pads take part.
+Different from CLIP: every token attends to every other; positions enter only as a bias on the scores that depends on
+the distance (the first layer's table, shared by all layers); RMSNorm; a gated MLP; scores are not divided by sqrt(d).
+FLUX passes padded prompts and **no padding mask**: padding tokens take part in the attention.
 Tensor names are those of the official ``text_encoder_2`` folder.
 Source: arXiv 1910.10683, v1.1; transformers, models/t5/modeling_t5.py.
 """
@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.attention import attention_or_map, merge_heads
-from fluxedu.models.attention_map import AttentionMap
+from fluxedu.models.attention import merge_heads
+from fluxedu.models.attention_map import AttentionMap, softmax_attention, weighted_sum
 from fluxedu.models.config import T5Config
 from fluxedu.probe import Probed, name_sites
 
 
 class T5Norm(nn.Module):
-    """RMSNorm: ``x / sqrt(mean(x^2) + eps) * weight``, in float32 at least."""
+    """RMSNorm: ``x / sqrt(mean(x^2) + eps) * weight``, computed in float32 or better."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -34,57 +34,59 @@ class T5Norm(nn.Module):
 
 
 def distance_buckets(length: int, config: T5Config, device: torch.device | None = None) -> Tensor:
-    """Which row of the bias table serves each (query, key): int ``[L, L]``.
+    """The row of the bias table for each (query, key): int ``[L, L]``.
 
-    Half of the buckets are for keys behind, half for keys ahead; in each half the near distances have
-    a bucket each and the far ones share buckets that widen logarithmically up to the largest distance.
+    Half of the buckets are for keys before the query, half for keys after it. In each half the small distances have one
+    bucket each; larger ones share buckets that widen logarithmically up to the maximum distance.
     """
     half = config.relative_attention_num_buckets // 2
     near = half // 2
-    place = torch.arange(length, device=device)
-    offset = place[None, :] - place[:, None]  # key - query
+    position = torch.arange(length, device=device)
+    offset = position[None, :] - position[:, None]  # key - query
     distance = offset.abs()
-    reach = math.log(config.relative_attention_max_distance / near)
-    far = near + (torch.log(distance.float().clamp(min=1) / near) / reach * (half - near)).long()
+    log_range = math.log(config.relative_attention_max_distance / near)
+    far = near + (torch.log(distance.float().clamp(min=1) / near) / log_range * (half - near)).long()
     bucket = torch.where(distance < near, distance, far.clamp(max=half - 1))
     return bucket + half * (offset > 0)
 
 
 class T5Attention(Probed):
-    """Self-attention with a distance bias; the first layer owns the table, the others are handed it."""
+    """Self-attention with a distance bias. The first layer owns the bias table; the others receive its result."""
 
     def __init__(self, config: T5Config, owns_bias: bool):
         super().__init__()
         self.config = config
         inner = config.num_heads * config.d_kv
-        for name in ("q", "k", "v"):
-            self.add_module(name, nn.Linear(config.d_model, inner, bias=False))
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
         if owns_bias:
             self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
 
     def bias(self, length: int) -> Tensor:
-        """What each head adds to the scores: ``[1, H, L, L]``."""
+        """The term that each head adds to its scores: ``[1, H, L, L]``."""
         table = self.relative_attention_bias
         bias = table(distance_buckets(length, self.config, table.weight.device)).permute(2, 0, 1).unsqueeze(0)
-        return self.probe("bias", bias)
+        return self.probe("bias", bias)  # [1, H, L, L] added to the scores of every layer; depends on distance only
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # [B, L, D]
-        q, k, v = (  # [B, H, L, d]
-            self.probe(name, proj(x).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2))
-            for name, proj in (("q", self.q), ("k", self.k), ("v", self.v))
-        )
-        heads = attention_or_map(
-            self,
-            "map",
-            lambda: AttentionMap(q, k, v, x.shape[1], bias, scale=1.0),
-            lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0),
-        )
-        return self.o(merge_heads(self.probe("heads", heads)))
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # [B, L, D] -> [B, L, D]
+        heads = self.config.num_heads
+        q = self.probe("q", self.q(x).unflatten(-1, (heads, -1)).transpose(1, 2))  # [B, H, L, d] queries
+        k = self.probe("k", self.k(x).unflatten(-1, (heads, -1)).transpose(1, 2))  # [B, H, L, d] keys
+        v = self.probe("v", self.v(x).unflatten(-1, (heads, -1)).transpose(1, 2))  # [B, H, L, d] values
+        if self.is_watched("map"):
+            attn_map = AttentionMap(q, k, v, x.shape[1], bias, scale=1.0)
+            attn_map = self.probe("map", attn_map)  # [B, H, L, L] attention map (lazy), one row per query
+            out = weighted_sum(attn_map, v)
+        else:
+            out = softmax_attention(q, k, v, bias, scale=1.0)
+        out = self.probe("heads", out)  # [B, H, L, d] the output of each head
+        return self.o(merge_heads(out))
 
 
 class T5GatedMLP(Probed):
-    """``wo(gelu(wi_0 x) * wi_1 x)``, GELU in its tanh approximation."""
+    """``wo(gelu(wi_0 x) * wi_1 x)``, with the tanh approximation of GELU."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -93,43 +95,51 @@ class T5GatedMLP(Probed):
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.wo(self.probe("hidden", F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)))
+        hidden = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
+        hidden = self.probe("hidden", hidden)  # [B, L, M] inside the gated MLP
+        return self.wo(hidden)
 
 
-class T5Sublayer(nn.Module):
-    """A norm and the one thing that follows it, under the official name."""
+class T5SelfAttentionLayer(nn.Module):
+    """The norm and the attention, under their official names."""
 
-    def __init__(self, config: T5Config, name: str, inner: nn.Module):
+    def __init__(self, config: T5Config, owns_bias: bool):
         super().__init__()
-        self.add_module(name, inner)
+        self.SelfAttention = T5Attention(config, owns_bias)
+        self.layer_norm = T5Norm(config.d_model, config.layer_norm_epsilon)
+
+
+class T5MLPLayer(nn.Module):
+    """The norm and the gated MLP, under their official names."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.DenseReluDense = T5GatedMLP(config)
         self.layer_norm = T5Norm(config.d_model, config.layer_norm_epsilon)
 
 
 class T5Block(Probed):
-    """``x += attention(norm(x)); x += mlp(norm(x))``."""
+    """``x = x + attention(norm(x)); x = x + mlp(norm(x))``."""
 
     def __init__(self, config: T5Config, owns_bias: bool):
         super().__init__()
-        self.layer = nn.ModuleList(
-            [
-                T5Sublayer(config, "SelfAttention", T5Attention(config, owns_bias)),
-                T5Sublayer(config, "DenseReluDense", T5GatedMLP(config)),
-            ]
-        )
+        self.layer = nn.ModuleList([T5SelfAttentionLayer(config, owns_bias), T5MLPLayer(config)])
 
     @property
     def attention(self) -> T5Attention:
         return self.layer[0].SelfAttention
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # [B, L, D] -> [B, L, D]
         attn, mlp = self.layer
-        x = x + self.probe("attn_out", attn.SelfAttention(self.probe("norm1", attn.layer_norm(x)), bias))
-        x = x + self.probe("mlp_out", mlp.DenseReluDense(self.probe("norm2", mlp.layer_norm(x))))
-        return self.probe("out", x)
+        normed = self.probe("norm1", attn.layer_norm(x))  # [B, L, D] after RMSNorm: the attention's input
+        x = x + self.probe("attn_out", attn.SelfAttention(normed, bias))  # [B, L, D] the attention's contribution
+        normed = self.probe("norm2", mlp.layer_norm(x))  # [B, L, D] after RMSNorm: the MLP's input
+        x = x + self.probe("mlp_out", mlp.DenseReluDense(normed))  # [B, L, D] the MLP's contribution
+        return self.probe("out", x)  # [B, L, D] the tokens as they leave the block
 
 
 class T5Stack(nn.Module):
-    """The blocks and the last norm."""
+    """The blocks and the final norm."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -154,5 +164,5 @@ class T5Encoder(Probed):
         name_sites(self, "t5")
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.probe("embedded", self.shared(ids))
-        return self.probe("states", self.encoder(x))
+        x = self.probe("embedded", self.shared(ids))  # [B, L, D] token embeddings, without positions
+        return self.probe("states", self.encoder(x))  # [B, L, D] the output: what the transformer reads of the prompt

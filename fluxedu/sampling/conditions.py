@@ -1,9 +1,9 @@
-"""What the members of the family read besides text, as tokens.
+"""The pictures that members of the FLUX.1 family read besides text, as tokens.
 
-    fill      channels after the noise: [64 noise | 64 masked picture | 256 mask]
-    control   channels after the noise: [64 noise | 64 control picture]           (canny, depth)
-    kontext   tokens after the picture's own, at ids (1, row, column)
-    redux     tokens after T5's, made from a picture by the Redux head
+    fill      extra channels: [64 noise | 64 masked picture | 256 mask]
+    control   extra channels: [64 noise | 64 control picture]              (canny, depth)
+    kontext   extra tokens after the image's own, with position ids (1, row, column)
+    redux     extra tokens after T5's, from the Redux head
 
 Source: black-forest-labs/flux, sampling.py (prepare_fill, prepare_control, prepare_kontext, prepare_redux).
 """
@@ -19,18 +19,53 @@ from torch import Tensor
 
 from fluxedu.errors import RequestError
 from fluxedu.models.config import FluxConfig
-from fluxedu.sampling.images import fitted
+from fluxedu.sampling.images import resized
 from fluxedu.sampling.latents import image_ids, pack
 from fluxedu.sampling.request import Request
 
 Encode = Callable[[Tensor], Tensor]  # pictures [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]
 
 
-def fold_mask(mask: Tensor, downscale: int = 8) -> Tensor:
-    """A mask of pixels, ``[B, 1, H, W]``, 1 where to paint, as tokens ``[B, N, 4 * downscale**2]``.
+@dataclass(frozen=True)
+class Conditions:
+    """The pictures of a request as the transformer reads them; the same in every step."""
 
-    The ``downscale x downscale`` pixels of a latent cell become that cell's channels, so nothing of the
-    mask's edge is lost; then 2 x 2 cells are one token, as for any latent.
+    channels: Tensor | None = None  # [1, N, C], concatenated to every token's own channels
+    tokens: Tensor | None = None  # [1, M, 64], concatenated after the image's own tokens
+    ids: Tensor | None = None  # [M, 3], the position ids of those tokens
+
+    def join(self, x: Tensor) -> Tensor:
+        """The state ``[B, N, 64]`` with the extra channels and tokens."""
+        if self.channels is not None:
+            x = torch.cat([x, self.channels.expand(len(x), -1, -1)], dim=-1)
+        if self.tokens is not None:
+            x = torch.cat([x, self.tokens.expand(len(x), -1, -1)], dim=1)
+        return x
+
+    def join_ids(self, ids: Tensor) -> Tensor:
+        """The position ids of the state's tokens and of the extra ones."""
+        return ids if self.ids is None else torch.cat([ids, self.ids.to(ids)])
+
+
+def encode_conditions(request: Request, encode: Encode, downscale: int) -> Conditions:
+    """Encode the pictures of a request."""
+    if request.mask is not None:
+        picture, mask = picture_and_mask(request, downscale)
+        return Conditions(channels=fill_channels(picture, mask, encode, downscale))
+    if request.control is not None:
+        return Conditions(channels=pack(encode(resized(request.control, request.shape, downscale))))
+    if request.reference is not None:
+        shape = reference_shape(request, downscale)
+        latent = encode(resized(request.reference, shape, downscale))
+        return Conditions(tokens=pack(latent), ids=reference_ids(*shape))
+    return Conditions()
+
+
+def fold_mask(mask: Tensor, downscale: int = 8) -> Tensor:
+    """A pixel mask ``[B, 1, H, W]``, 1 where to paint, as tokens ``[B, N, 4 * downscale**2]``.
+
+    The ``downscale x downscale`` pixels of a latent cell become channels of that cell, so the mask keeps its full
+    resolution; then 2 x 2 cells are one token, as for any latent.
     """
     b, _, h, w = mask.shape
     d = downscale
@@ -38,101 +73,64 @@ def fold_mask(mask: Tensor, downscale: int = 8) -> Tensor:
     return pack(cells.reshape(b, d * d, h // d, w // d))
 
 
-def hidden(picture: Tensor, mask: Tensor) -> Tensor:
-    """The picture ``[B, 3, H, W]`` in [-1, 1] with grey, 0, where the mask is 1."""
+def masked(picture: Tensor, mask: Tensor) -> Tensor:
+    """The picture ``[B, 3, H, W]`` in [-1, 1], grey (0) where the mask is 1."""
     return picture * (1 - mask)
 
 
 def fill_channels(picture: Tensor, mask: Tensor, encode: Encode, downscale: int = 8) -> Tensor:
-    """What fill reads beside the noise, ``[B, N, 64 + 256]``: the picture with its hole, and the hole's mask."""
-    seen = pack(encode(hidden(picture, mask)))
-    return torch.cat([seen, fold_mask(mask, downscale).to(seen)], dim=-1)
+    """The extra channels of fill, ``[B, N, 64 + 256]``: the masked picture's latent and the mask."""
+    latent = pack(encode(masked(picture, mask)))
+    return torch.cat([latent, fold_mask(mask, downscale).to(latent)], dim=-1)
 
 
 def reference_ids(height: int, width: int) -> Tensor:
-    """Positions of a reference picture's tokens, (1, row, column): the same places, another frame."""
+    """Position ids of a reference picture's tokens: (1, row, column), frame 1 instead of 0."""
     ids = image_ids(height, width)
     ids[:, 0] = 1
     return ids
 
 
-def reference_cells(asked: Request, downscale: int) -> tuple[int, int]:
-    """Rows and columns of a reference picture's latent: its own size, in whole patches."""
-    height, width = (2 * max(1, round(side / (2 * downscale))) for side in asked.reference.shape[-2:])
-    return height, width
+def reference_shape(request: Request, downscale: int) -> tuple[int, int]:
+    """Rows and columns of a reference picture's latent: its own size in whole patches."""
+    height, width = request.reference.shape[-2:]
+    return 2 * max(1, round(height / (2 * downscale))), 2 * max(1, round(width / (2 * downscale)))
 
 
-# ---------------------------------------------------------------- what a request brings, ready for every step
+def picture_and_mask(request: Request, downscale: int) -> tuple[Tensor, Tensor]:
+    """A request's image and mask at the size of the result: ``[1, 3, H, W]`` and ``[1, 1, H, W]``."""
+    picture = resized(request.image, request.shape, downscale)
+    return picture, F.interpolate(request.mask, picture.shape[-2:], mode="nearest")
 
 
-@dataclass(frozen=True)
-class Given:
-    """What the pictures of a request are to the transformer, the same in every step."""
-
-    channels: Tensor | None = None  # [1, N, C], after each token's own
-    tokens: Tensor | None = None  # [1, M, 64], behind the picture's own
-    ids: Tensor | None = None  # [M, 3], where those are
-
-    def around(self, x: Tensor) -> Tensor:
-        """The state ``[B, N, 64]`` with what is given beside and behind its tokens."""
-        if self.channels is not None:
-            x = torch.cat([x, self.channels.expand(len(x), -1, -1)], dim=-1)
-        if self.tokens is not None:
-            x = torch.cat([x, self.tokens.expand(len(x), -1, -1)], dim=1)
-        return x
-
-    def places(self, ids: Tensor) -> Tensor:
-        """The ids of the state's tokens, and of those behind them."""
-        return ids if self.ids is None else torch.cat([ids, self.ids.to(ids)])
+def paste_outside(drawn: Tensor, request: Request, downscale: int) -> Tensor:
+    """``drawn`` inside the mask; outside it the request's own pixels, which the autoencoder would soften."""
+    picture, mask = picture_and_mask(request, downscale)
+    return torch.where(mask.to(drawn) > 0.5, drawn, picture.to(drawn))
 
 
-def picture_and_mask(asked: Request, downscale: int) -> tuple[Tensor, Tensor]:
-    """A request's image and mask, in the size that is drawn: ``[1, 3, H, W]`` and ``[1, 1, H, W]``."""
-    picture = fitted(asked.image, asked.shape, downscale)
-    return picture, F.interpolate(asked.mask, picture.shape[-2:], mode="nearest")
-
-
-def read(asked: Request, encode: Encode, downscale: int) -> Given:
-    """Encode the pictures of a request."""
-    if asked.mask is not None:
-        return Given(channels=fill_channels(*picture_and_mask(asked, downscale), encode, downscale))
-    if asked.control is not None:
-        return Given(channels=pack(encode(fitted(asked.control, asked.shape, downscale))))
-    if asked.reference is not None:
-        cells = reference_cells(asked, downscale)
-        latent = encode(fitted(asked.reference, cells, downscale))
-        return Given(tokens=pack(latent), ids=reference_ids(*cells))
-    return Given()
-
-
-def pasted(drawn: Tensor, asked: Request, downscale: int) -> Tensor:
-    """What was drawn inside the mask, and the request's own pixels outside it, which the autoencoder would soften."""
-    picture, mask = (of.to(drawn) for of in picture_and_mask(asked, downscale))
-    return torch.where(mask > 0.5, drawn, picture)
-
-
-def reads(config: FluxConfig, downscale: int) -> str:
-    """What a transformer's channels are for: ``text`` (no more than noise), ``mask`` or ``control``."""
-    more = config.in_channels - config.out_channels
+def extra_input(config: FluxConfig, downscale: int) -> str:
+    """What a transformer's input channels are for besides noise: ``text`` (nothing), ``mask`` or ``control``."""
+    extra = config.in_channels - config.out_channels
     kinds = {0: "text", config.out_channels: "control", config.out_channels + 4 * downscale**2: "mask"}
-    return kinds.get(more, "unknown")
+    return kinds.get(extra, "unknown")
 
 
-def check_fits(config: FluxConfig, downscale: int, has_redux: bool, **pictures) -> None:
-    """Refuse pictures the model cannot read, and the lack of one that it must have: RequestError."""
-    kind = reads(config, downscale)
-    brought = {name for name, picture in pictures.items() if picture is not None}
-    if kind == "mask" and not {"image", "mask"} <= brought:
-        raise RequestError("this model fills holes: give it image= and mask=, the mask white where it is to paint.")
-    if kind == "control" and "control" not in brought:
-        raise RequestError("this model follows a control picture: give it control=, edges or depths as it was trained.")
-    if "mask" in brought and kind != "mask":
+def check_pictures(config: FluxConfig, downscale: int, has_redux: bool, pictures: dict[str, Tensor | None]) -> None:
+    """Raises RequestError for pictures that the model cannot read, and for missing ones that it needs."""
+    kind = extra_input(config, downscale)
+    names = {name for name, picture in pictures.items() if picture is not None}
+    if kind == "mask" and not {"image", "mask"} <= names:
+        raise RequestError("this model fills holes: pass image= and mask=, the mask white where it is to paint.")
+    if kind == "control" and "control" not in names:
+        raise RequestError("this model follows a control picture: pass control=, edges or depths as in its training.")
+    if "mask" in names and kind != "mask":
         raise RequestError("mask= needs a model that fills holes, such as nano-fill; this one does not read a mask.")
-    if "control" in brought and kind != "control":
+    if "control" in names and kind != "control":
         raise RequestError("control= needs a model such as nano-canny; this one does not read a control picture.")
-    if "reference" in brought and kind != "text":
+    if "reference" in names and kind != "text":
         raise RequestError("reference= needs a model such as nano-kontext; this one reads another kind of picture.")
-    if "image_prompt" in brought and not has_redux:
-        raise RequestError("image_prompt= needs a Redux head, as nano-redux has; this model reads words only.")
-    if {"image", "reference"} <= brought:
-        raise RequestError("give image= (to begin from) or reference= (to be edited), not both.")
+    if "image_prompt" in names and not has_redux:
+        raise RequestError("image_prompt= needs a Redux head, as nano-redux has; this model reads text only.")
+    if {"image", "reference"} <= names:
+        raise RequestError("pass image= (to start from) or reference= (to be edited), not both.")

@@ -1,4 +1,4 @@
-"""Pictures in and out: PIL, arrays and tensors to the autoencoder's range, and back."""
+"""Pictures as tensors: PIL images and arrays to the autoencoder's range and back, and their edges for canny."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Picture = Image.Image | np.ndarray | Tensor
 
 
 def to_tensor(image: Picture) -> Tensor:
-    """A picture as ``[1, 3, H, W]`` in [-1, 1]: PIL, uint8 ``[H, W, 3]``, or a tensor already so."""
+    """A picture as ``[1, 3, H, W]`` in [-1, 1]: from PIL, uint8 ``[H, W, 3]``, or a tensor in that form."""
     if isinstance(image, Tensor):
         batch = image if image.ndim == 4 else image[None]
         if batch.ndim != 4 or batch.shape[1] != 3:
@@ -33,7 +33,7 @@ def to_tensor(image: Picture) -> Tensor:
 
 
 def to_mask(mask: Picture) -> Tensor:
-    """A mask as ``[B, 1, H, W]``, 1 where to paint: PIL (white), an array or tensor ``[H, W]`` (above half)."""
+    """A mask as ``[B, 1, H, W]``, 1 where to paint: from PIL (white), or an array or tensor ``[H, W]`` (from 0.5)."""
     if isinstance(mask, Image.Image):
         mask = np.asarray(mask.convert("L"))
     values = torch.from_numpy(mask.copy()) if isinstance(mask, np.ndarray) else mask
@@ -45,8 +45,8 @@ def to_mask(mask: Picture) -> Tensor:
     return (levels >= 0.5).float().reshape(-1, 1, *levels.shape[-2:])
 
 
-def fitted(picture: Tensor, shape: tuple[int, int], downscale: int) -> Tensor:
-    """The picture resampled to the pixels of a latent ``shape``."""
+def resized(picture: Tensor, shape: tuple[int, int], downscale: int) -> Tensor:
+    """The picture, resampled to the pixel size of a latent ``shape``."""
     size = [side * downscale for side in shape]
     if list(picture.shape[-2:]) == size:
         return picture
@@ -59,35 +59,27 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(level) for level in levels]
 
 
-# ------------------------------------------------------------ sampling/images.py
-# The edges of any picture, as canny reads them: OpenCV's, with the numbers of the official code.
-#
-#     fe.load("nano-canny")("a pink circle", control=edges("photo.png"))
-#
-# Source: Canny 1986; black-forest-labs/flux, modules/image_embedders.py (CannyImageEncoder).
-#
-
-
 def edges(image: Image.Image | np.ndarray | str | Path, low: float = 50, high: float = 200) -> np.ndarray:
-    """White lines on black where the picture changes: uint8 ``[H, W, 3]``, for ``control=``.
+    """The edges of a picture, white on black, uint8 ``[H, W, 3]``: what canny models read as ``control=``.
 
-    ``image``: a PIL picture, uint8 ``[H, W, 3]``, or a file's path. ``low`` and ``high`` bound the gradient's size
-    (of 8-bit grey): a line begins above ``high`` and goes on while above ``low``.
+    image: a PIL image, uint8 ``[H, W, 3]``, or the path of a file · low, high: thresholds of the gradient of the 8-bit
+    grey values; an edge starts above ``high`` and continues while above ``low``. Source: Canny 1986 by OpenCV, with
+    the thresholds of black-forest-labs/flux, modules/image_embedders.py. Raises RequestError when OpenCV is not
+    installed, for what is no picture, and for thresholds that are not 0 <= low <= high.
 
-    Raises:
-        RequestError: OpenCV is not installed; this is no picture; the bounds are not 0 <= low <= high.
+        fe.load("nano-canny")("a pink circle", control=edges("photo.png"))
     """
     try:
         import cv2
     except ImportError:
-        raise RequestError("edges are found by OpenCV: pip install 'fluxedu[edges]'.") from None
+        raise RequestError("edges needs OpenCV: pip install 'fluxedu[edges]'.") from None
     if not 0 <= low <= high:
-        raise RequestError(f"the bounds are 0 <= low <= high, not low={low} and high={high}.")
+        raise RequestError(f"low and high must be 0 <= low <= high, not {low} and {high}.")
     try:
         picture = Image.open(image) if isinstance(image, str | Path) else image
         pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
     except OSError as error:
-        raise RequestError(f"{image} is no picture that can be read: {error}.") from None
+        raise RequestError(f"image must be a picture, and {image} cannot be read as one: {error}.") from None
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.size:
-        raise RequestError(f"edges are found in uint8 [H, W, 3], not in {pixels.dtype} {list(pixels.shape)}.")
+        raise RequestError(f"image must be uint8 [H, W, 3], not {pixels.dtype} {list(pixels.shape)}.")
     return np.repeat(cv2.Canny(np.ascontiguousarray(pixels), low, high)[..., None], 3, axis=-1)

@@ -1,42 +1,33 @@
-"""From a sentence to a picture. This file alone knows the order of things:
+"""From a prompt to an image. This file alone knows the order of the stages:
 
-prompt -> tokenizers -> CLIP pooled + T5 tokens -> noise packed to tokens -> schedule -> Flux per step
--> solver -> unpack -> autoencoder -> image
+prompt -> tokenizers -> CLIP pooled vector + T5 tokens -> noise packed to tokens -> schedule
+-> for each step: Flux, solver -> unpack -> autoencoder -> image
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, pairwise
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fluxedu.errors import RequestError
-from fluxedu.memory.placement import Networks
-from fluxedu.memory.shortage import advised
+from fluxedu.errors import RequestError, describe
+from fluxedu.memory.placement import Networks, memory_advice
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
-from fluxedu.models.flux import Flux, Plan
-from fluxedu.probe import Sited, watched
-from fluxedu.sampling.conditions import Given, check_fits, pasted, read
-from fluxedu.sampling.images import Picture, fitted, to_images, to_mask, to_tensor
-from fluxedu.sampling.latents import draw_noise, image_ids, pack, text_ids, unpack
+from fluxedu.models.flux import Flux
+from fluxedu.probe import Sited
+from fluxedu.sampling.conditions import check_pictures, encode_conditions, paste_outside
+from fluxedu.sampling.images import Picture, resized, to_images, to_mask, to_tensor
+from fluxedu.sampling.latents import draw_noise, pack, unpack
 from fluxedu.sampling.prompts import Conditioning, PromptEncoder
-from fluxedu.sampling.request import Request, checked_device, requests_of
-from fluxedu.sampling.solvers import (
-    SOLVERS,
-    Velocity,
-    active,
-    doubled,
-    evaluation_times,
-    from_strength,
-    guide,
-    schedule,
-)
-from fluxedu.sampling.step_context import StepContext, count_evaluation, entered
+from fluxedu.sampling.request import Request, checked_device, make_requests
+from fluxedu.sampling.solvers import from_strength, schedule, solver_called
+from fluxedu.sampling.step_context import StepContext, entered
+from fluxedu.sampling.velocity_field import VelocityField
 
 _RUNS = count()
 
@@ -51,44 +42,36 @@ class Trajectory:
 
     @property
     def x0(self) -> Tensor:
-        """Where each step's tangent would end: the picture foreseen, ``x_t - t v``, ``[N, B, C, h, w]``."""
+        """The predicted x0 of each step, ``x_t - t v``: where its tangent ends. ``[N, B, C, h, w]``."""
         return self.latents[:-1] - self.times[:-1].view(-1, 1, 1, 1, 1).to(self.latents) * self.velocities
 
 
 @dataclass(frozen=True)
 class Output:
-    """What the pipeline gives: PIL ``images``, their ``latents [B, C, h, w]``, and the ``trajectory``."""
+    """The pipeline's result: PIL ``images``, their ``latents [B, C, h, w]``, and the ``trajectory`` (or None)."""
 
     images: list[Image.Image]
     latents: Tensor
     trajectory: Trajectory | None
 
-    @classmethod
-    def of(cls, drawn: list[tuple[Image.Image, Trajectory]], keep: bool) -> Output:
-        """Single pictures side by side; all share the times."""
-        images, runs = zip(*drawn, strict=True)
-        latents = torch.cat([run.latents for run in runs], dim=1)  # [N+1, B, C, h, w]
-        velocities = torch.cat([run.velocities for run in runs], dim=1)
-        return cls(list(images), latents[-1], Trajectory(runs[0].times, latents, velocities) if keep else None)
-
 
 class FluxPipeline(Sited):
     """The whole of FLUX.1: ``pipe("a red circle", seed=0).images[0]``.
 
-    Attributes: ``prompt_encoder``, ``flux``, ``autoencoder``, the ``defaults`` of its variant, and ``redux``
-    (a :class:`fluxedu.models.redux.Redux`, or None), which turns a picture into tokens beside the words; and ``lora``,
-    the :class:`fluxedu.checkpoints.Merged` of ``load(lora=...)``, or None.
+    Attributes: ``prompt_encoder``, ``flux``, ``autoencoder`` · ``defaults`` and ``size``, the variant's sampling
+    settings and image side in pixels · ``redux``, a :class:`fluxedu.models.redux.Redux` or None, which turns a picture
+    into tokens after T5's · ``lora``, the :class:`fluxedu.checkpoints.Merged` of ``load(lora=...)``, or None.
     """
 
     site_path = "sample"
-    redux: torch.nn.Module | None = None
-    lora = None
 
     def __init__(
         self, prompt_encoder: PromptEncoder, flux: Flux, autoencoder: AutoEncoder, defaults: Sampling, size: int
     ):
         self.prompt_encoder, self.flux, self.autoencoder = prompt_encoder, flux, autoencoder
         self.defaults, self.size = defaults, size
+        self.redux = None
+        self.lora = None
 
     @property
     def device(self) -> torch.device:
@@ -99,24 +82,21 @@ class FluxPipeline(Sited):
         return self.flux.img_in.weight.dtype
 
     def networks(self) -> dict[str, torch.nn.Module]:
-        """The four networks by name, and Redux where there is one."""
-        four = {
-            "clip": self.prompt_encoder.clip,
-            "t5": self.prompt_encoder.t5,
-            "flux": self.flux,
-            "ae": self.autoencoder,
-        }
-        return four if self.redux is None else {**four, "redux": self.redux}
+        """The networks by name: clip, t5, flux, ae, and redux if there is one."""
+        networks = {"clip": self.prompt_encoder.clip, "t5": self.prompt_encoder.t5}
+        networks |= {"flux": self.flux, "ae": self.autoencoder}
+        return networks if self.redux is None else networks | {"redux": self.redux}
 
     def to(self, *args, **kwargs) -> FluxPipeline:
         """Move or cast all networks, as ``nn.Module.to``; raises RequestError for a device that is not there."""
-        for place in (*args, *kwargs.values()):
-            if isinstance(place, (str, torch.device)):
-                checked_device(place)
-        if any(getattr(network, "visitors", ()) for network in self.networks().values()):
-            raise RequestError("weights that visit a device cannot be moved; load again with another device or memory.")
-        if small := getattr(self.flux, "quantised", None):
-            raise RequestError(f"{small} weights cannot be moved or cast; load again with another device or dtype.")
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, (str, torch.device)):
+                checked_device(argument)
+        placement = self.flux.placement
+        if placement is not None and placement.mode != "full":
+            raise RequestError("weights that are streamed cannot be moved; load again with another device or memory.")
+        if placement is not None and placement.quantised:
+            raise RequestError(f"{placement.quantised} weights cannot be moved or cast; load again.")
         for network in self.networks().values():
             network.to(*args, **kwargs)
         return self
@@ -148,27 +128,28 @@ class FluxPipeline(Sited):
     ) -> Output:
         """Draw ``prompt`` (or each of a list).
 
-        seed: a number, or a list to draw one picture per seed; a picture depends on its own seed and
-        prompt only · steps, guidance, height, width: the variant's own when not given · guidance: the
-        strength, through the model's guidance input where it has one, else by classifier-free guidance, 0 being off ·
-        true_cfg_scale: classifier-free guidance for a model that has the input, with negative_prompt ·
-        guidance_interval: times between which classifier-free guidance is on · solver: euler, midpoint or
-        heun · image, strength: begin from a picture instead of from noise · rounding: see ``latent_size``.
+        seed: a number, or a list to draw one image per seed; an image depends only on its own seed and prompt · steps,
+        guidance, height, width (pixels): the variant's own by default · guidance: the guidance scale, through the
+        model's guidance input where it has one, else by classifier-free guidance, 0 is off · true_cfg_scale: the scale
+        of classifier-free guidance for a model that has the input, with negative_prompt · guidance_interval: times
+        between which classifier-free guidance is on · solver: euler, midpoint, heun, or one added to
+        ``fe.sampling.SOLVERS`` · image, strength: start from a picture instead of noise · trajectory: keep the states
+        of all steps · rounding: see :func:`fluxedu.sampling.latents.latent_size`.
 
-        Pictures that members of the family read: image and mask (fill), the mask white where to paint · paste: put the
-        image's own pixels back outside the mask, in ``images`` only · control (canny, depth) · reference (kontext): the
-        picture that the prompt edits · image_prompt (redux).
+        Pictures for members of the family: image and mask (fill), the mask white where to paint · paste: put the
+        image's own pixels back outside the mask, in ``images`` only · control (canny, depth) · reference (kontext):
+        the picture that the prompt edits · image_prompt (redux).
 
-        Raises RequestError, one sentence that says what would be right; OutOfMemory, where memory ran out.
+        Raises RequestError, one sentence, for arguments that do not fit; OutOfMemory when memory runs out.
         """
-        given = {"image": image, "control": control, "reference": reference, "image_prompt": image_prompt}
-        pictures = {name: None if of is None else to_tensor(of) for name, of in given.items()}
+        pictures = {"image": image, "control": control, "reference": reference, "image_prompt": image_prompt}
+        pictures = {name: None if picture is None else to_tensor(picture) for name, picture in pictures.items()}
         pictures["mask"] = None if mask is None else to_mask(mask)
         downscale = self.autoencoder.config.downscale
-        check_fits(self.flux.config, downscale, self.redux is not None, **pictures)
-        sized = next((pictures[n] for n in ("image", "control", "reference") if pictures[n] is not None), None)
-        own_size = (self.size, self.size) if sized is None else sized.shape[-2:]
-        asked = requests_of(
+        check_pictures(self.flux.config, downscale, self.redux is not None, pictures)
+        sized = [pictures[name] for name in ("image", "control", "reference") if pictures[name] is not None]
+        own_height, own_width = sized[0].shape[-2:] if sized else (self.size, self.size)
+        requests = make_requests(
             prompt=prompt,
             negative_prompt=negative_prompt,
             seed=seed,
@@ -176,146 +157,129 @@ class FluxPipeline(Sited):
             guidance=self.defaults.guidance if guidance is None else guidance,
             true_cfg_scale=true_cfg_scale,
             guidance_interval=guidance_interval,
-            height=own_size[0] if height is None else height,
-            width=own_size[1] if width is None else width,
+            height=own_height if height is None else height,
+            width=own_width if width is None else width,
             rounding=rounding,
             solver=solver,
             strength=strength,
-            embedded=self.flux.config.guidance_embed,
+            guidance_embed=self.flux.config.guidance_embed,
             downscale=downscale,
             paste=paste,
             **pictures,
         )
-        times = self.times(asked[0])
-        words = self.prompt_encoder.t5_tokenizer.length
-        words += 0 if image_prompt is None else self.redux.tokens
-        here = StepContext(self, asked[0], next(_RUNS), words, 0, len(asked), len(times) - 1)
+        times = self.times(requests[0])
+        txt_len = self.prompt_encoder.t5_tokenizer.length
+        txt_len += 0 if image_prompt is None else self.redux.tokens
+        context = StepContext(self, requests[0], next(_RUNS), txt_len, 0, len(requests), len(times) - 1)
         networks = Networks(self.flux, self.autoencoder, self.prompt_encoder.clip, self.prompt_encoder.t5, self.dtype)
-        sides = (side * downscale for side in asked[0].shape)
-        with advised(networks, self.device, *sides, words, getattr(self.flux, "quantised", None)):
-            return Output.of(self._each(asked, times, here, progress), keep=trajectory)
-
-    def _each(self, asked: list[Request], times: Tensor, here: StepContext, progress: bool) -> list:
-        """One picture after the other, so that a picture is the same to the last bit alone and in a batch.
-
-        (A matrix product rounds differently when it has more rows.)
-        """
-        with entered(here):
-            texts = self.encode(asked)
-        with tqdm(total=len(asked) * (len(times) - 1), disable=not progress, delay=1.0, desc="sampling") as bar:
+        height, width = (side * downscale for side in requests[0].shape)
+        with (
+            memory_advice(networks, self.device, height, width, txt_len),
+            tqdm(total=len(requests) * (len(times) - 1), disable=not progress, delay=1.0, desc="sampling") as bar,
+        ):
+            with entered(context):
+                texts = self.encode(requests)
             drawn = []
-            for picture, one in enumerate(zip(asked, texts, strict=True)):
-                with entered(replace(here, request=one[0], picture=picture)):
-                    drawn.append(self.draw(*one, times, bar))
-            return drawn
+            # one image at a time: products of larger matrices round differently, and no image may depend on others
+            for i, request in enumerate(requests):
+                with entered(replace(context, request=request, picture=i)):
+                    drawn.append(self.draw(request, texts[i], times, bar, trajectory))
+        latents = torch.cat([latents[-1] for _, latents, _ in drawn])
+        if not trajectory:
+            return Output([picture for picture, _, _ in drawn], latents, None)
+        all_latents = torch.cat([latents for _, latents, _ in drawn], dim=1)  # [N+1, B, C, h, w]
+        velocities = torch.cat([velocities for _, _, velocities in drawn], dim=1)
+        return Output([picture for picture, _, _ in drawn], latents, Trajectory(times, all_latents, velocities))
 
-    # -- stage by stage
+    def draw(
+        self, request: Request, texts: Conditioning, times: Tensor, bar: tqdm, keep_all: bool = True
+    ) -> tuple[Image.Image, Tensor, Tensor]:
+        """One image: noise, steps, decoding. Returns it with its latents ``[N+1, 1, C, h, w]`` and velocities.
 
-    def encode(self, asked: list[Request]) -> list[Conditioning]:
-        """Prompts to vectors, each different one once; with classifier-free guidance the negative comes first."""
-        said = [[one.negative, one.prompt] if one.guided else [one.prompt] for one in asked]
-        texts = self.prompt_encoder([prompt for row in said for prompt in row])
-        return [self.with_image_prompt(*one) for one in zip(asked, texts.split(len(said[0])), strict=True)]
+        ``keep_all=False`` keeps only the last latent and velocity.
+        """
+        txt = self.probe("txt", texts.txt)  # [B, L, D] the prompt's T5 tokens, once per image: edit words here
+        pooled = self.probe("pooled", texts.pooled)  # [B, D] the prompt's CLIP vector, once per image
+        velocity = self.velocity_field(times, Conditioning(txt, pooled), request)
+        solver = solver_called(request.solver)
 
-    def with_image_prompt(self, asked: Request, texts: Conditioning) -> Conditioning:
-        """Redux: what is seen in a picture, as tokens behind T5's."""
-        if asked.image_prompt is None:
-            return texts
-        seen = self.redux(asked.image_prompt.to(self.device, self.dtype))  # [1, M, D]
-        return Conditioning(torch.cat([texts.txt, seen.expand(len(texts.txt), -1, -1)], dim=1), texts.pooled)
-
-    def given(self, asked: Request) -> Given:
-        """What the request's pictures are to the transformer."""
-        encode = lambda picture: self.autoencoder.encode(picture.to(self.device, self.dtype))  # noqa: E731
-        return read(asked, encode, self.autoencoder.config.downscale)
-
-    def draw(self, asked: Request, texts: Conditioning, times: Tensor, bar: tqdm) -> tuple[Image.Image, Trajectory]:
-        """One picture: noise, steps, decoding."""
-        texts = Conditioning(self.probe("txt", texts.txt), self.probe("pooled", texts.pooled))
-        x = self.probe("noise", self.start(asked, times[0]))
-        xs, vs = self.integrate(pack(x), times, texts, asked, bar)
-        latents, velocities = (torch.stack([unpack(v, *asked.shape) for v in kept]) for kept in (xs, vs))
-        picture = self.probe("image", self.autoencoder.decode(self.probe("latent", latents[-1])))
-        if asked.mask is not None and asked.paste:
-            picture = pasted(picture, asked, self.autoencoder.config.downscale)
-        (image,) = to_images(picture)
-        return image, Trajectory(times, latents, velocities)
-
-    def times(self, asked: Request) -> Tensor:
-        """The schedule; of it only the end where a picture is begun from."""
-        rows, columns = asked.shape
-        times = schedule(asked.steps, rows * columns // 4, self.defaults.shift, self.defaults.shift_ends)
-        return from_strength(times, asked.strength) if asked.begins_from_image else times
-
-    def start(self, asked: Request, t: Tensor) -> Tensor:
-        """The latent at the first time ``t``: noise, or a picture with noise on it."""
-        noise = draw_noise(asked.seed, self.autoencoder.config.z_channels, *asked.shape).to(self.device, self.dtype)
-        if not asked.begins_from_image:
-            return noise
-        picture = fitted(asked.image, asked.shape, self.autoencoder.config.downscale).to(self.device, self.dtype)
-        return (1 - t) * self.autoencoder.encode(picture) + t * noise
-
-    def integrate(
-        self, x: Tensor, times: Tensor, texts: Conditioning, asked: Request, bar: tqdm
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """From noise tokens to picture tokens: every state on the way, N + 1 of them, and every velocity, N."""
-        velocity = self.velocity_field(times, texts, asked)
-        step, clock = SOLVERS[asked.solver], times.tolist()
-        xs, vs = [x], []
-        for i, (t, t_next) in enumerate(zip(clock, clock[1:], strict=False)):
+        noise = self.start(request, times[0])
+        noise = self.probe("noise", noise)  # [B, C, h, w] the state at the beginning of the run
+        x = pack(noise)
+        latents, velocities = [x], []
+        for i, (t, t_next) in enumerate(pairwise(times.tolist())):
             with entered(step=i, time=t, stage=-1):
-                x = xs[-1] = self._as_latent("x", x, asked)
-                x, v = step(x, t, t_next, velocity)
-            xs.append(x)
-            vs.append(v)
+                if self.is_watched("x"):
+                    latent = unpack(x, *request.shape)
+                    probed = self.probe("x", latent)  # [B, C, h, w] the state at the beginning of each step
+                    x = latents[-1] = x if probed is latent else pack(probed)
+                x, v = _checked_step(solver.step(x, t, t_next, velocity), x, request.solver)
+            if not keep_all:
+                latents, velocities = [], []
+            latents.append(x)
+            velocities.append(v)
             bar.update()
-        return xs, vs
 
-    def velocity_field(self, times: Tensor, texts: Conditioning, asked: Request) -> Velocity:
-        """``velocity(x, t)``, guided; all that depends on the time and the pooled text is planned here, once."""
-        given = self.given(asked)
-        ids = given.places(image_ids(*asked.shape)), text_ids(texts.txt.shape[1])
-        rope = self.flux.rope(*(i.to(self.device) for i in ids))
-        clock = list(dict.fromkeys(evaluation_times(asked.solver, times.tolist())))
-        strength = torch.tensor([asked.guidance], device=self.device) if self.flux.config.guidance_embed else None
+        latents = torch.stack([unpack(x, *request.shape) for x in latents])
+        velocities = torch.stack([unpack(v, *request.shape) for v in velocities])
+        latent = self.probe("latent", latents[-1])  # [B, C, h, w] the state at the end of the run
+        image = self.autoencoder.decode(latent)
+        image = self.probe("image", image)  # [B, C, h, w] the image, about -1 to 1; h and w are pixels
+        if request.mask is not None and request.paste:
+            image = paste_outside(image, request, self.autoencoder.config.downscale)
+        return to_images(image)[0], latents, velocities
 
-        def planned(said: Conditioning) -> dict[float, Plan]:
-            moments = torch.tensor(clock, device=self.device)[:, None]
-            return dict(zip(clock, self.flux.plan(moments, strength, said.pooled), strict=True))
+    # ---------------------------------------------------------------- the stages
 
-        prompted = texts.split(1)[-1]
-        alone, both = planned(prompted), planned(texts) if asked.guided else {}
+    def encode(self, requests: list[Request]) -> list[Conditioning]:
+        """Encode the prompts, each distinct one once; with classifier-free guidance, negative prompts come first."""
+        uses_cfg = requests[0].uses_cfg
+        prompts = []
+        for request in requests:
+            prompts += [request.negative_prompt, request.prompt] if uses_cfg else [request.prompt]
+        texts = self.prompt_encoder(prompts).split(2 if uses_cfg else 1)
+        return [self._add_image_prompt(request, text) for request, text in zip(requests, texts, strict=True)]
 
-        def asks(x: Tensor, said: Conditioning, plan: Plan) -> Tensor:
-            return self.flux.velocity(given.around(x), said.txt, rope, plan)[:, : x.shape[1]]
+    def _add_image_prompt(self, request: Request, texts: Conditioning) -> Conditioning:
+        """Redux: a picture as tokens after T5's."""
+        if request.image_prompt is None:
+            return texts
+        tokens = self.redux(request.image_prompt.to(self.device, self.dtype))  # [1, M, D]
+        return Conditioning(torch.cat([texts.txt, tokens.expand(len(texts.txt), -1, -1)], dim=1), texts.pooled)
 
-        def velocity(x: Tensor, t: float) -> Tensor:
-            if not (asked.guided and active(t, asked.interval)):
-                return asks(x, prompted, alone[t])
-            negative, positive = asks(doubled(x), texts, both[t]).chunk(2)
-            negative, positive = self.probe("negative", negative), self.probe("prompted", positive)
-            return guide(negative, positive, asked.true_cfg_scale)
+    def times(self, request: Request) -> Tensor:
+        """The schedule; for image-to-image, its last part."""
+        rows, columns = request.shape
+        times = schedule(request.steps, rows * columns // 4, self.defaults.shift, self.defaults.shift_ends)
+        return from_strength(times, request.strength) if request.is_image_to_image else times
 
-        def seen(x: Tensor, t: float) -> Tensor:
-            count_evaluation(t)
-            # cheaper calls; what a watcher keeps stays ordinary. (inference_mode(False) would bring gradients back.)
-            with torch.no_grad() if watched() else torch.inference_mode():
-                return self._foreseen(x, self._as_latent("velocity", velocity(x, t), asked), t, asked)
+    def start(self, request: Request, t: Tensor) -> Tensor:
+        """The latent at the first time ``t``: noise, or the request's image with noise added."""
+        noise = draw_noise(request.seed, self.autoencoder.config.z_channels, *request.shape)
+        noise = noise.to(self.device, self.dtype)
+        if not request.is_image_to_image:
+            return noise
+        return (1 - t) * self._encode_picture(resized(request.image, request.shape, self._downscale)) + t * noise
 
-        return seen
+    def velocity_field(self, times: Tensor, texts: Conditioning, request: Request) -> VelocityField:
+        """The function ``velocity(x, t)`` that the solver integrates."""
+        conditions = encode_conditions(request, self._encode_picture, self._downscale)
+        evaluation_times = solver_called(request.solver).evaluation_times(times.tolist())
+        return VelocityField(self.flux, texts, conditions, request, evaluation_times)
 
-    def _as_latent(self, site: str, tokens: Tensor, asked: Request) -> Tensor:
-        """Show tokens as the latent they are, ``[1, C, h, w]``."""
-        if not self.is_watched(site):
-            return tokens
-        shown = unpack(tokens, *asked.shape)
-        seen = self.probe(site, shown)
-        return tokens if seen is shown else pack(seen)
+    @property
+    def _downscale(self) -> int:
+        return self.autoencoder.config.downscale
 
-    def _foreseen(self, x: Tensor, v: Tensor, t: float, asked: Request) -> Tensor:
-        """Show the picture that ``v`` leads to, ``x0 = x - t v``; another one put in its place gives another ``v``."""
-        if t == 0 or not self.is_watched("x0"):  # at t = 0 the state is the picture
-            return v
-        foreseen = unpack(x - t * v, *asked.shape)
-        seen = self.probe("x0", foreseen)
-        return v if seen is foreseen else (x - pack(seen)) / t
+    def _encode_picture(self, picture: Tensor) -> Tensor:
+        return self.autoencoder.encode(picture.to(self.device, self.dtype))
+
+
+def _checked_step(result, x: Tensor, solver: str) -> tuple[Tensor, Tensor]:
+    """A solver's result, if it is ``(x_next, v)``; users register solvers of their own."""
+    if isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, Tensor) for part in result):
+        if all(part.shape == x.shape for part in result):
+            return result
+    raise RequestError(
+        f"solver {solver!r} must return (x_next, v), two tensors {list(x.shape)}, not {describe(result)}."
+    )

@@ -1,7 +1,7 @@
-"""Prompts: words to ids to vectors, through the two encoders.
+"""Prompts to vectors: two tokenizers and two text encoders.
 
-CLIP cuts what is beyond its places (77 in the official model), as the public codes do: the vector it
-gives is a summary. T5 carries the prompt's content, so a prompt too long for it is refused.
+CLIP truncates a prompt that is longer than its context (77 tokens in the official model), as other implementations do:
+its vector is a summary. T5 carries the content of the prompt, so a prompt that is too long for it is an error.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from fluxedu.sampling.step_context import entered
 class Tokenizer:
     """A tokenizer folder in the official layout, with padding to a fixed length.
 
-    Reads ``tokenizer.json``; a folder with ``vocab.json`` and ``merges.txt`` only is read through
-    ``transformers``.
+    pad, end: the padding and the end-of-text token · length: number of tokens, padding included · truncate: whether a
+    longer text is cut (else it is a RequestError). Reads ``tokenizer.json``; a folder that has only ``vocab.json`` and
+    ``merges.txt`` is read through ``transformers``.
     """
 
-    def __init__(self, folder: str | Path, pad: str, end: str, length: int, cut: bool):
+    def __init__(self, folder: str | Path, pad: str, end: str, length: int, truncate: bool):
         self.fast = self._read(Path(folder))
-        self.length, self.cut = length, cut
+        self.length, self.truncate = length, truncate
         self.pad_id, self.end_id = self.fast.token_to_id(pad), self.fast.token_to_id(end)
         if self.pad_id is None or self.end_id is None:
-            raise RequestError(f"the tokenizer in {folder} does not know {pad if self.pad_id is None else end}.")
+            missing = pad if self.pad_id is None else end
+            raise RequestError(f"the tokenizer in {folder} must have the token {missing}, which it does not.")
         self.fast.no_padding()
         self.fast.no_truncation()
 
@@ -40,8 +42,8 @@ class Tokenizer:
         if (folder / "tokenizer.json").exists():
             try:
                 return FastTokenizer.from_file(str(folder / "tokenizer.json"))
-            except Exception as error:  # tokenizers has no error of its own
-                raise RequestError(f"{folder / 'tokenizer.json'} is no tokenizer: {describe(error)}.") from None
+            except Exception as error:  # tokenizers has no error class of its own
+                raise RequestError(f"{folder / 'tokenizer.json'} is not a tokenizer: {describe(error)}.") from None
         if not folder.is_dir():
             raise RequestError(f"there is no tokenizer at {folder}.")
         from transformers import AutoTokenizer
@@ -53,13 +55,13 @@ class Tokenizer:
         return self.fast.encode(prompt).tokens
 
     def __call__(self, prompts: list[str], length: int | None = None) -> Tensor:
-        """Ids ``[B, length]``, padded; raises RequestError for a prompt that does not fit (unless it may be cut)."""
+        """Token ids ``[B, length]``, padded; raises RequestError for a prompt that is too long (unless truncated)."""
         length = length or self.length
         rows = []
         for prompt in prompts:
             ids = self.fast.encode(prompt).ids
-            if len(ids) > length and not self.cut:
-                raise RequestError(f"the prompt has {len(ids)} tokens, but T5 reads at most {length}; make it shorter.")
+            if len(ids) > length and not self.truncate:
+                raise RequestError(f"prompt must have at most {length} T5 tokens, not {len(ids)}; make it shorter.")
             if len(ids) > length:
                 ids = [*ids[: length - 1], self.end_id]
             rows.append(ids + [self.pad_id] * (length - len(ids)))
@@ -68,19 +70,14 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the flow knows of prompts: ``txt [B, L, context_in_dim]`` and ``pooled [B, vec_in_dim]``."""
+    """Encoded prompts: ``txt [B, L, context_in_dim]`` (T5's tokens) and ``pooled [B, vec_in_dim]`` (CLIP's vector)."""
 
     txt: Tensor
     pooled: Tensor
 
-    @classmethod
-    def of(cls, rows: list[Conditioning]) -> Conditioning:
-        """Several as one batch."""
-        return cls(torch.cat([row.txt for row in rows]), torch.cat([row.pooled for row in rows]))
-
-    def split(self, rows: int) -> list[Conditioning]:
-        """Batches of ``rows`` prompts each."""
-        return [Conditioning(*pair) for pair in zip(self.txt.split(rows), self.pooled.split(rows), strict=True)]
+    def split(self, size: int) -> list[Conditioning]:
+        """Batches of ``size`` prompts each."""
+        return [Conditioning(*pair) for pair in zip(self.txt.split(size), self.pooled.split(size), strict=True)]
 
 
 class PromptEncoder:
@@ -91,13 +88,14 @@ class PromptEncoder:
         self.t5_tokenizer, self.t5 = t5_tokenizer, t5
 
     def __call__(self, prompts: list[str]) -> Conditioning:
-        """A row a prompt; every different one is encoded once, alone, so that no other can change its vectors."""
-        known = {prompt: self._one(prompt) for prompt in dict.fromkeys(prompts)}
-        return Conditioning.of([known[prompt] for prompt in prompts])
-
-    def _one(self, prompt: str) -> Conditioning:
+        """One row per prompt. Each distinct prompt is encoded once and alone, so no other changes its vectors."""
         device = self.t5.shared.weight.device
-        with entered(text=prompt):
-            txt = self.t5(self.t5_tokenizer([prompt]).to(device))
-            _, pooled = self.clip(self.clip_tokenizer([prompt]).to(device))
+        encoded = {}
+        for prompt in dict.fromkeys(prompts):
+            with entered(text=prompt):
+                txt = self.t5(self.t5_tokenizer([prompt]).to(device))
+                _, pooled = self.clip(self.clip_tokenizer([prompt]).to(device))
+            encoded[prompt] = Conditioning(txt, pooled)
+        txt = torch.cat([encoded[prompt].txt for prompt in prompts])
+        pooled = torch.cat([encoded[prompt].pooled for prompt in prompts])
         return Conditioning(txt, pooled)
