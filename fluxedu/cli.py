@@ -32,13 +32,13 @@ def _load(model: str, device: str | None = None, dtype: str | None = None, **how
 
 
 def _from_checkout(name: str):
-    """The package ``training`` or ``benchmarks``, which stand beside ``fluxedu`` in the repository and are not installed."""
+    """The module ``training`` or ``benchmarks``, which only a checkout has, beside ``fluxedu/``."""
     import sys
     from importlib import import_module
 
     root = Path(__file__).resolve().parents[1]
     if not (root / "pyproject.toml").is_file() or not (root / name).is_dir():
-        raise fail(f"this command needs a checkout, which has {name}/: git clone fluxedu's repository, pip install -e it.")
+        raise fail(f"{name}/ is not installed with the package; git clone the repository and pip install -e it first.")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     return import_module(name)
