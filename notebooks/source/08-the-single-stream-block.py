@@ -1,12 +1,13 @@
 # %% [markdown]
 # # 08 · The single-stream block
 #
-# **Why merge?** After the double blocks, FLUX lays text and image end to end and sends both through one set of
-# weights, attention and MLP side by side. You will prove that its two wide matrices are the usual six in
-# disguise, write the block, and put it into the trained model.
+# **Why merge the streams?** After its double-stream blocks (notebook 07), FLUX concatenates text and image tokens into
+# one sequence and processes both with one set of weights; attention and MLP run in parallel. In this notebook you will
+# show that the block's two wide matrices are the usual six in a different arrangement, write the block, and put it into
+# the trained model.
 #
-# Afterwards you can undo the fusion in either direction, say which half of a block did what, and say what the
-# text is still there for.
+# Afterwards you can undo the fusion in either direction, measure what each half of a block contributes, and say what
+# the text tokens are still needed for.
 #
 # 55 minutes · needs notebook 07
 
@@ -22,171 +23,198 @@ from torch import Tensor, nn
 import fluxedu as fe
 from fluxedu import course
 from fluxedu.models import FluxConfig
-from fluxedu.models.attention import QKNorm, split_heads
-from fluxedu.models.blocks import DoubleStreamBlock
+from fluxedu.models.attention import QKNorm, rotate, split_heads
+from fluxedu.models.blocks import DoubleStreamBlock, SingleStreamBlock
 from fluxedu.models.meta_init import meta_init
-from fluxedu.models.modulation import Modulation, modulate, normalised
-from fluxedu.models.attention import rotate
-from fluxedu.models.blocks import SingleStreamBlock
+from fluxedu.models.modulation import Modulation
 
 device = course.begin()
 pipe = fe.load(device=device)
 prompt = "a red circle left of a blue square"
-picture = pipe(prompt, seed=4, progress=False)
+original = pipe(prompt, seed=4, progress=False)
 course.where(pipe, "single")
 
+
+def relative_change(out) -> float:
+    """The distance of a run's final latent from the original one, divided by the length of the original."""
+    return float((out.latents - original.latents).norm() / original.latents.norm())
+
+
 # %% [markdown]
-# FLUX.1 has 38 of these blocks behind its 19 double ones, the miniature six behind two.
+# FLUX.1 has 38 single-stream blocks after its 19 double-stream blocks. The miniature has six after two.
 #
 # ## Predict
+#
+# We call a change of the final latent “none” below 1 % of its length, “small” below 10 %, and “large” from there on.
 
 # %%
-ratio = fe.predict("FLUX.1: how many times the weights of a single block has a double block?", 2.4)  # answer
+ratio = fe.predict("In FLUX.1, a double block has how many times as many weights as a single block?", 2.4)  # answer
 last = fe.predict(
-    "the text skips the last single block: the picture moves not (below 1 %) / a little (below 10 %) / much", "not"
+    "The last single block does not update the text tokens. Change of the image: none / small / large", "none"
 )  # answer
-needs = fe.predict("where does the image need to hear the text more? double / single", "single")  # answer
-order = fe.predict("the MLP reads after the attention and not beside it: not / a little / much", "much")  # answer
+needs = fe.predict(
+    "Image patches may not attend to text. In which blocks does this change the image more? double / single", "single"
+)  # answer
+order = fe.predict(
+    "The MLP runs after the attention, not in parallel. Change of the image: none / small / large", "large"
+)  # answer
 
 # %% [markdown]
 # ## Six matrices become two
 #
-# A transformer block usually multiplies by six matrices: q, k, v, the projection behind the attention, and the
-# MLP's two. q, k, v and the first of the MLP's all read the same tokens here, so they can be one.
+# A transformer block usually multiplies by six matrices: those for queries, keys and values (q, k, v), the output
+# projection of the attention, and the two of the MLP (two linear layers with an activation function in between). Here
+# q, k, v and the first layer of the MLP all read the same tokens, so these four can be one layer, `linear1`.
 
 # %% exercise="single.fuse"
 
 # %% [markdown]
-# At the other end, `linear2` reads what attention and MLP have made, laid end to end. A product with a row of two
-# parts is a sum of two products, so `linear2` holds two layers and the addition between them.
+# `linear2` reads the attention output and the MLP's hidden layer, concatenated. For a concatenated input, a matrix
+# product is the sum of two smaller products:
+#
+# $$W_2 \begin{bmatrix} a \\ h \end{bmatrix} = W_a\, a + W_h\, h \qquad \text{with} \qquad W_2 = [\,W_a \;\; W_h\,]$$
+#
+# So `linear2` contains two layers and the addition of their outputs.
 
 # %% exercise="single.split"
 
 # %% [markdown]
-# Try both on the trained block: take its matrices apart and put them together again.
+# Try both on a trained block: split its matrices and fuse them again.
 
 # %%
 config = pipe.flux.config
-dim, hidden = config.hidden_size, config.mlp_hidden
+dim, mlp_hidden = config.hidden_size, config.mlp_hidden
 block = pipe.flux.single_blocks[2]
-print("linear1", tuple(block.linear1.weight.shape), "=", [dim, dim, dim, hidden], "rows that read", dim)
-print("linear2", tuple(block.linear2.weight.shape), "=", dim, "rows that read", [dim, hidden])
+print("linear1", tuple(block.linear1.weight.shape), "=", [dim, dim, dim, mlp_hidden], "outputs,", dim, "inputs")
+print("linear2", tuple(block.linear2.weight.shape), "=", dim, "outputs,", [dim, mlp_hidden], "inputs")
 
 
-def cut(linear: nn.Linear, sizes: list[int]) -> list[nn.Linear]:
-    """A linear layer as several, by its rows."""
-    parts = []
+def split_rows(linear: nn.Linear, sizes: list[int]) -> list[nn.Linear]:
+    """Several linear layers, each with some of the outputs of `linear`."""
+    layers = []
     for weight, bias in zip(linear.weight.split(sizes), linear.bias.split(sizes)):
-        parts.append(nn.Linear(linear.in_features, len(weight)))
-        parts[-1].weight.data, parts[-1].bias.data = weight, bias
-    return parts
+        layer = nn.Linear(linear.in_features, len(weight))
+        layer.weight.data, layer.bias.data = weight, bias
+        layers.append(layer)
+    return layers
 
 
 with torch.no_grad():
-    x, heard, inner = (torch.randn(7, n).to(device, pipe.dtype) for n in (dim, dim, hidden))
-    six = torch.cat([layer(x) for layer in cut(block.linear1, [dim, dim, dim, hidden])], dim=-1)
-    print("one wide product is the four narrow ones:", torch.allclose(block.linear1(x), six, atol=1e-5))
+    x, attn_out, hidden = (torch.randn(7, n).to(device, pipe.dtype) for n in (dim, dim, mlp_hidden))
+    q_k_v_mlp = split_rows(block.linear1, [dim, dim, dim, mlp_hidden])
+    separate = torch.cat([layer(x) for layer in q_k_v_mlp], dim=-1)
+    print("linear1 equals the four separate layers:", torch.allclose(block.linear1(x), separate, atol=1e-5))
     if passed:
-        again = fuse(*cut(block.linear1, [dim, dim, dim, hidden]))
-        print("cut and fused again, linear1 is the same to the bit:", torch.equal(again.weight, block.linear1.weight))
-        proj, narrow = split(block.linear2, dim)
-        both = proj(heard) + narrow(inner)
-        whole = block.linear2(torch.cat([heard, inner], dim=-1))
-        print("linear2 is two layers and a sum:", torch.allclose(whole, both, atol=1e-4))
+        fused = fuse(*q_k_v_mlp)
+        print("split and fused again, linear1 is bit-identical:", torch.equal(fused.weight, block.linear1.weight))
+        attn_proj, mlp_proj = split(block.linear2, dim)
+        separate = attn_proj(attn_out) + mlp_proj(hidden)
+        fused = block.linear2(torch.cat([attn_out, hidden], dim=-1))
+        print("linear2 equals two layers and a sum:", torch.allclose(fused, separate, atol=1e-4))
 
 # %% [markdown]
-# So the fusion changes no number. It saves trips: a GPU is asked twice for a wide product instead of six times
-# for a narrower one. What does change the function is that the MLP no longer reads what the attention has
-# added: the two work **in parallel** on the same input (arXiv 2302.05442 does so in a vision transformer).
+# Fusion does not change the result. It saves overhead: a GPU computes two wide products instead of six narrow ones.
+# What does change the function is that the MLP no longer reads the output of the attention: both run **in parallel** on
+# the same input (arXiv 2302.05442 does this in a vision transformer). With shift, scale and gate from the modulation,
+# and LN for layer normalisation, the block computes
+#
+# $$y = (1 + \text{scale}) \cdot \mathrm{LN}(x) + \text{shift}, \qquad
+# x' = x + \text{gate} \cdot W_2\,[\,\mathrm{attention}(y),\; \mathrm{GELU}(W_h\, y)\,]$$
 #
 # ## Build it
+#
+# Two more parts return from earlier notebooks: *QKNorm* normalises the queries and keys of each head (notebook 06), and
+# *RoPE* rotates them by angles that depend on their positions (notebook 04).
 
 # %% exercise="single.block"
 
 # %% [markdown]
-# Yours against the library's, with trained weights and the tokens of a real step:
+# Compare your block with the library's, using trained weights and the tokens of a real step. `fe.record` stores the
+# values at named points of the model, called *sites*:
 
 # %%
 names = ("single.2.x", "single.2.attn.rope", "single.2.norm", "single.2.modulated", "single.2.mlp_hidden", "vec")
 with fe.record(*names, steps=10) as rec:
     pipe(prompt, seed=4, progress=False)
-x, rope, normed, modulated, inner, vec = (rec[name].at(step=0).tensor.to(device)[None] for name in names)
+x, rope, normed, modulated, hidden, vec = (rec[name].at(step=0).tensor.to(device)[None] for name in names)
 rope = rope[None]  # [1, 1, L + N, d / 2]: the same for every head
-words = pipe.prompt_encoder.t5_tokenizer.length
-print("text and image as one:", tuple(x.shape), "of which", words, "are text")
+txt_len = pipe.prompt_encoder.t5_tokenizer.length
+print("one sequence of text and image tokens:", tuple(x.shape), "of which", txt_len, "are text")
 
 with torch.no_grad():
-    theirs = block(x, block.plan(vec), rope, words)
+    expected = block(x, block.plan(vec), rope, txt_len)
     if passed:
-        mine = Block(dim, config.num_heads, hidden).to(device, pipe.dtype)
-        mine.load_state_dict(block.state_dict())
-        far = (mine(x, mine.plan(vec), rope) - theirs).norm() / theirs.norm()
-        print("farthest from the library's below 1 in 100,000:", bool(far < 1e-5))
+        my_block = Block(dim, config.num_heads, mlp_hidden).to(device, pipe.dtype)
+        my_block.load_state_dict(block.state_dict())
+        error = (my_block(x, my_block.plan(vec), rope) - expected).norm() / expected.norm()
+        print("relative error below 1 in 100,000:", bool(error < 1e-5))
 
 # %% [markdown]
-# One more thing to settle. A common caption of the block's diagram says that in the single stream the MLP's modulation
-# is not computed. There is one (shift, scale, gate) and not two, but the MLP does read modulated tokens, and its
-# output does pass the gate: attention and MLP **share** the one modulation.
+# One misunderstanding to clear up: a common caption of the block's diagram says that the modulation of the MLP is not
+# computed in the single stream. There is one (shift, scale, gate) and not two, but the MLP does read modulated tokens,
+# and its output does pass through the gate: attention and MLP **share** one modulation.
 
 # %%
 with torch.no_grad():
-    print(
-        "numbers a channel from vec: a double block",
-        len(pipe.flux.double_blocks[0].img_mod.lin.bias) // dim,
-        "a stream, a single block",
-        len(block.modulation.lin.bias) // dim,
-    )
+    per_stream = len(pipe.flux.double_blocks[0].img_mod.lin.bias) // dim
+    per_block = len(block.modulation.lin.bias) // dim
+    print("modulation vectors:", per_stream, "per stream of a double block,", per_block, "per single block")
     for name, y in {"modulated": modulated, "only normalised": normed}.items():
-        made = F.gelu(block.linear1(y)[..., 3 * dim :], approximate="tanh")
-        print(f"the MLP's hidden numbers come from the {name} tokens:", torch.allclose(made, inner, atol=1e-3))
+        computed = F.gelu(block.linear1(y)[..., 3 * dim :], approximate="tanh")
+        print(f"the MLP's hidden layer comes from the {name} tokens:", torch.allclose(computed, hidden, atol=1e-3))
 
 # %% [markdown]
 # ## What merging saves
 
 # %%
-with meta_init():  # names and shapes only
+with meta_init():  # names and shapes only, no memory
     dev = FluxConfig.variant("dev")
-    double, single = (sum(p.numel() for p in kind(dev).parameters()) for kind in (DoubleStreamBlock, SingleStreamBlock))
-print(f"double block {double:,} · single block {single:,}")
+    double = sum(p.numel() for p in DoubleStreamBlock(dev).parameters())
+    single = sum(p.numel() for p in SingleStreamBlock(dev).parameters())
+print(f"double block {double:,} parameters, single block {single:,}")
 ratio.against(double / single)
-print(f"FLUX.1's blocks: {(19 * double + 38 * single) / 1e9:.1f} B; all 57 of them double: {57 * double / 1e9:.1f} B")
+print(f"FLUX.1's blocks: {(19 * double + 38 * single) / 1e9:.1f} B; if all 57 were double: {57 * double / 1e9:.1f} B")
 
 # %% [markdown]
 # ## See it
 #
-# You can cut `linear2` in two, so you know exactly what each half adds. Beside the size of the tokens it is added to:
+# Since `linear2` can be split, we know exactly what each half adds to a token. Here is the size of each addition,
+# divided by the size of the token to which it is added, at one step of the run:
 
 # %%
-from fluxedu.widgets.contributions import contributions, over_tokens, shares
+from fluxedu.widgets.contributions import contributions, measure_contributions, rms_over_tokens
 
-sizes, given, _ = shares(pipe, prompt, seed=4, progress=False)
+sizes, added, _ = measure_contributions(pipe, prompt, seed=4, progress=False)
 step, first = 10, config.depth
-of = {"image": slice(words, None), "text": slice(0, words)}
-share = {}  # [block, part] each, parts being attention, MLP, together
-for name, tokens in of.items():
-    added, there = given.tensor[first:, :, step], sizes.tensor[first:, step, None]
-    share[name] = over_tokens(added, tokens) / over_tokens(there, tokens)
+streams = {"image": slice(txt_len, None), "text": slice(0, txt_len)}
+share = {}  # [block, source] for each stream; the sources are attention, MLP, and their sum
+for name, tokens in streams.items():
+    added_size = rms_over_tokens(added.tensor[first:, :, step], tokens)
+    token_size = rms_over_tokens(sizes.tensor[first:, step, None], tokens)
+    share[name] = added_size / token_size
 
 fig, axes = plt.subplots(1, 2, figsize=(8.4, 3), layout="constrained", sharey=True)
-places = torch.arange(len(sizes.coords["block"]) - first)
+block_numbers = torch.arange(len(sizes.coords["block"]) - first)
 for ax, (name, values) in zip(axes, share.items()):
-    for i, (part, colour) in enumerate((("attention", "#0072B2"), ("MLP", "#D55E00"))):
-        ax.bar(places + 0.36 * i - 0.18, 100 * values[:, i], 0.36, label=part, color=colour)
+    for i, (source, colour) in enumerate((("attention", "#0072B2"), ("MLP", "#D55E00"))):
+        ax.bar(block_numbers + 0.36 * i - 0.18, 100 * values[:, i], 0.36, label=source, color=colour)
     ax.set_xlabel(f"single block, {name} tokens")
-axes[0].set_ylabel("added, percent of the token")
+axes[0].set_ylabel("size added / size of token, %")
 axes[1].legend()
-fig.suptitle("In every single block the image changes at least twice as much as the text", fontsize=11)
+fig.suptitle("Step 10, seed 4: relative to their size, image tokens change more than text tokens", fontsize=11)
 plt.show()
 more = (share["image"] > share["text"])[:, 2]
-print("in every single block the image changes more than the text:", bool(more.all()))
-print("attention and MLP apart, at least twice as much:", bool((share["image"] >= 2 * share["text"])[:, :2].all()))
+twice = (share["image"] >= 2 * share["text"])[:, :2]
+print("at this step the image's share is larger in every single block:", bool(more.all()))
+print("for attention and MLP separately it is at least twice as large:", bool(twice.all()))
 
 # %% [markdown]
-# That is the use of merged weights here: the text changes much less. It is mostly a page that the image goes on reading.
-# (Not only: hold the text still, and below the background turns out another.)
+# Read this figure with care. It shows one step of one run, and each share is a quotient: text tokens are larger, so the
+# same addition is a smaller share of them. At other steps the image's share is only 1.2 to 1.8 times the text's, and the
+# absolute sizes of the additions are about equal. It does not follow that the text is static.
 #
-# The explorer shows all blocks and steps. Move over the table (Tab, then the arrow keys; or the mouse). Where do
-# attention and MLP pull the same way, where do they work against each other, and where in the picture?
+# The explorer shows all blocks and steps. Move over the table with the mouse, or with Tab and the arrow keys. Where do
+# attention and MLP reinforce each other, where do they oppose each other, and in which part of the image?
 
 # %%
 contributions(pipe, prompt, seed=4, progress=False)
@@ -194,44 +222,49 @@ contributions(pipe, prompt, seed=4, progress=False)
 # %% [markdown]
 # ## Put yours into the trained model
 #
-# All six single blocks are now yours, with the trained weights. The picture must stay the same.
+# `fe.swap` replaces all six single blocks by yours, with the trained weights. The image must stay the same.
 
 # %%
 if passed:
-    with fe.swap("single.*", lambda old: Block(dim, config.num_heads, hidden), pipe):
-        again = pipe(prompt, seed=4, progress=False)
-    far = (again.latents - picture.latents).norm() / picture.latents.norm()
-    print("the latent stays the same to 1 in 1,000:", bool(far < 1e-3))
+    with fe.swap("single.*", lambda old: Block(dim, config.num_heads, mlp_hidden), pipe):
+        out = pipe(prompt, seed=4, progress=False)
+    print("the latent is the same to 1 in 1,000:", relative_change(out) < 1e-3)
 else:
     print("solve the exercises above first; then run this cell again")
 
 # %% [markdown]
 # ## Break it
 #
-# First a block with the same weights and the MLP behind the attention, as in a double block. Then the halves, cut out
-# in turn. Then the text: it stands still, or the image does not hear it.
+# First, a block with the same weights in which the MLP runs after the attention, as in a double block. Then we remove
+# each half in turn. Finally we change how the text takes part: single blocks do not update the text tokens, or image
+# patches may not attend to text.
 
 # %%
 from fluxedu.instruments.interventions import ablate
-from fluxedu.models.attention import attend, normed_qkv
 
 
-class InTurn(SingleStreamBlock):
-    """Attention first, then the MLP on what came of it."""
+class MLPAfterAttention(SingleStreamBlock):
+    """First the attention, then the MLP on its result, with the weights of a single block."""
 
-    def forward(self, x: Tensor, mods: Tensor, rope: Tensor, words: int = 0) -> Tensor:
-        (mod,), d = self.modulation.split(mods), x.shape[-1]
-        attn_weight, mlp_weight = self.linear2.weight[:, :d], self.linear2.weight[:, d:]
-        qkv = self.linear1(modulate(normalised(x), mod.shift, mod.scale))[..., : 3 * d]
-        qkv = normed_qkv(self.probe, self.norm, *split_heads(qkv, 3, self.num_heads))
-        x = x + mod.gate * F.linear(attend(*qkv, rope, words, self), attn_weight, self.linear2.bias)
-        inner = self.linear1(modulate(normalised(x), mod.shift, mod.scale))[..., 3 * d :]  # the new x
-        return x + mod.gate * F.linear(F.gelu(inner, approximate="tanh"), mlp_weight)
+    def forward(self, x: Tensor, mods: Tensor, rope: Tensor, txt_len: int = 0) -> Tensor:
+        shift, scale, gate = mods.unsqueeze(-2).chunk(3, dim=-1)  # each [B, 1, D]
+        attn_weight, mlp_weight = self.linear2.weight[:, :dim], self.linear2.weight[:, dim:]
+
+        y = (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
+        q, k, v = split_heads(self.linear1(y)[..., : 3 * dim], 3, self.num_heads)  # each [B, H, L + N, d]
+        q, k = self.norm(q, k)
+        attn_out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
+        attn_out = attn_out.transpose(1, 2).flatten(2)  # [B, L + N, D]
+        x = x + gate * F.linear(attn_out, attn_weight, self.linear2.bias)
+
+        y = (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift  # of the new x
+        hidden = F.gelu(self.linear1(y)[..., 3 * dim :], approximate="tanh")
+        return x + gate * F.linear(hidden, mlp_weight)
 
 
 @contextmanager
-def without(columns: slice):
-    """All single blocks with these columns of `linear2` at 0."""
+def zero_columns(columns: slice):
+    """Set these columns of `linear2` to 0 in all single blocks."""
     with ExitStack() as stack:
         for i, old in enumerate(pipe.flux.single_blocks):
             new = copy.deepcopy(old)
@@ -240,72 +273,74 @@ def without(columns: slice):
         yield
 
 
-def deaf(weights, ctx):
-    """The image's patches look at no text."""
-    seen = weights.weights().clone()  # [B, H, L + N, L + N], a row a query
-    seen[..., ctx.places("img"), ctx.places("txt")] = 0
-    return seen / seen.sum(-1, keepdim=True)
+def no_attention_to_text(attention_map, ctx):
+    """Set the attention from image patches to text tokens to 0, and rescale each row to sum to 1."""
+    weights = attention_map.weights().clone()  # [B, H, L + N, L + N], one row per query
+    weights[..., ctx.places("img"), ctx.places("txt")] = 0
+    return weights / weights.sum(-1, keepdim=True)
 
 
-breaks = {
-    "MLP after attention": fe.swap("single.*", lambda old: InTurn(config), pipe),
-    "no attention": without(slice(0, dim)),
-    "no MLP": without(slice(dim, None)),
-    "text stands still in the last": ablate(f"single.{config.depth_single_blocks - 1}", streams="txt"),
-    "text stands still in all six": ablate("single.*", streams="txt"),
-    "image hears no text, single": fe.intervene("single.*.attn.map", deaf),
-    "image hears no text, double": fe.intervene("double.*.attn.map", deaf),
+changes = {
+    "MLP after attention": fe.swap("single.*", lambda old: MLPAfterAttention(config), pipe),
+    "no attention": zero_columns(slice(0, dim)),
+    "no MLP": zero_columns(slice(dim, None)),
+    "text not updated, last block": ablate(f"single.{config.depth_single_blocks - 1}", streams="txt"),
+    "text not updated, all six": ablate("single.*", streams="txt"),
+    "no attention to text, single": fe.intervene("single.*.attn.map", no_attention_to_text),
+    "no attention to text, double": fe.intervene("double.*.attn.map", no_attention_to_text),
 }
-outs, moves = [picture], {}
-for name, change in breaks.items():
-    with change:
+outs, change = [original], {}
+for name, intervention in changes.items():
+    with intervention:
         outs.append(pipe(prompt, seed=4, progress=False))
-    moves[name] = float((outs[-1].latents - picture.latents).norm() / picture.latents.norm())
-    print(f"{name:30} the latent moves by {moves[name]:.0%}")
+    change[name] = relative_change(outs[-1])
+    print(f"{name:30} the latent changes by {change[name]:.0%}")
 
 
-def word(move: float) -> str:
-    return "not" if move < 0.01 else "a little" if move < 0.1 else "much"
+def in_words(size: float) -> str:
+    return "none" if size < 0.01 else "small" if size < 0.1 else "large"
 
 
-last.against(word(moves["text stands still in the last"]))
-order.against(word(moves["MLP after attention"]))
-needs.against("single" if moves["image hears no text, single"] > moves["image hears no text, double"] else "double")
+last.against(in_words(change["text not updated, last block"]))
+order.against(in_words(change["MLP after attention"]))
+single_more = change["no attention to text, single"] > change["no attention to text, double"]
+needs.against("single" if single_more else "double")
 
 # %%
 from textwrap import fill
 
 fig, axes = plt.subplots(2, 4, figsize=(8.4, 4.9), layout="constrained")
-for ax, out, name in zip(axes.flat, outs, ["as it is", *breaks]):
+for ax, out, name in zip(axes.flat, outs, ["original", *changes]):
     ax.imshow(out.images[0])
     ax.set_title(fill(name, 20), fontsize=9)
     ax.axis("off")
-fig.suptitle("Six blocks deaf to the text: no shapes. Six that leave it alone: the shapes stay", fontsize=11)
+fig.suptitle("Seed 4: without attention to text in the single blocks, no shapes are drawn", fontsize=11)
 plt.show()
 
 # %% [markdown]
-# The last block's text changes nothing at all, because nobody reads it: behind the last block the text's tokens are
-# dropped. FLUX computes them all the same.
+# Updating the text in the last block has no effect at all, because nobody reads the result: after the last block the
+# text tokens are discarded. FLUX computes them all the same.
 #
-# Attention and MLP side by side is not the better or the worse design; these weights were trained for it. A network
-# trained for the other order would be as badly off in this one.
+# Parallel attention and MLP are neither better nor worse than the usual order; these weights were trained for them.
+# A network trained with the usual order would fail in the same way if its blocks ran in parallel.
+#
+# Everything on this page was measured with one prompt and one seed. Change both before you rely on a number.
 #
 # ## In five lines
 #
-# 1. A single block treats text and image as one sequence with one set of weights.
-# 2. linear1 is q, k, v and the MLP's first layer; linear2 is the projection, the MLP's second, and their sum.
+# 1. A single block processes text and image as one sequence, with one set of weights.
+# 2. linear1 computes q, k, v and the MLP's hidden layer; linear2 is both output projections and their sum.
 # 3. Attention and MLP read the same tokens and share one shift, one scale and one gate.
-# 4. A double block has 2.4 times the weights; 38 of 57 blocks are single.
-# 5. In the miniature's single blocks the text changes much less than the image, and is read all the more.
+# 4. A double block has 2.4 times as many weights; 38 of FLUX.1's 57 blocks are single.
+# 5. In this run, image patches need the text in the single blocks; the text's last update is never read.
 #
-# **People ask**: *why do attention-map tools leave the single blocks out?* (attention-map-diffusers 15,
-# 21). Here `single.2.attn.map` is a site like any other, and the last picture but one says what you would
-# miss. *Why is it `linear1` in one file and `proj_mlp` in another?* (diffusers 10450) Because layouts fuse differently: the official one
-# keeps the matrix whole, diffusers cuts it in four. Notebook 09 goes from one to the other.
+# **People ask**: *why do attention-map tools leave out the single blocks?* (attention-map-diffusers 15, 21). Here
+# `single.2.attn.map` is a site like any other, and the figure above shows what such a tool would miss. *Why is it
+# `linear1` in one file and `proj_mlp` in another?* (diffusers 10450) The layouts fuse differently: the official one
+# keeps the matrix whole, diffusers splits it into four. Notebook 09 converts one into the other.
 #
 # **Read**: *Scaling Vision Transformers to 22 Billion Parameters*, arXiv 2302.05442, section 2 (parallel layers,
-# QKNorm) · `black-forest-labs/flux`, `modules/layers.py`, `SingleStreamBlock` · ours:
-# `fluxedu/models/blocks.py`, 55 lines.
+# QKNorm) · `black-forest-labs/flux`, `modules/layers.py`, `SingleStreamBlock` · ours: `fluxedu/models/blocks.py`.
 
 # %%
 fe.score()

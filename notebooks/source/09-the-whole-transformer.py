@@ -1,11 +1,12 @@
 # %% [markdown]
 # # 09 · The whole transformer
 #
-# **Where are 12 B parameters?** You have written every block. Now you put them together, load the trained weights
-# into your own network, let it draw, and then count: each variant of FLUX.1 to the last parameter, on a laptop.
+# **Where are the 12 billion parameters?** You have written every block. Now you assemble them, load the trained weights
+# into your own network, generate an image with it, and then count the parameters of every variant of FLUX.1, exactly
+# and on a laptop.
 #
-# Afterwards you can read the official code from top to bottom, say what the weights are spent on, and carry a
-# checkpoint from one layout to the other without the mistakes that give no error.
+# Afterwards you can read the official code from top to bottom, say what the weights are spent on, and convert a
+# checkpoint between the two common layouts without the mistakes that raise no error.
 #
 # 65 minutes · needs notebooks 07 and 08
 
@@ -19,104 +20,115 @@ from torch import Tensor, nn
 import fluxedu as fe
 from fluxedu import course
 from fluxedu.models import VARIANTS, Flux, FluxConfig
-from fluxedu.models.blocks import DoubleStreamBlock
-from fluxedu.models.modulation import MLPEmbedder, timestep_embedding
-from fluxedu.models.meta_init import meta_init
 from fluxedu.models.attention import rope_table
-from fluxedu.models.blocks import SingleStreamBlock
+from fluxedu.models.blocks import DoubleStreamBlock, SingleStreamBlock
 from fluxedu.models.flux import LastLayer
+from fluxedu.models.meta_init import meta_init
+from fluxedu.models.modulation import MLPEmbedder, timestep_embedding
 from fluxedu.sampling.latents import image_ids, pack, text_ids
 
 device = course.begin()
 pipe = fe.load(device=device)
 prompt = "a red circle left of a blue square"
-picture = pipe(prompt, seed=4, progress=False)
+original = pipe(prompt, seed=4, progress=False)
 course.where(pipe, "in", "vec", "double", "single", "final")
 
+
+def relative_change(out) -> float:
+    """The distance of a run's final latent from the original one, divided by the length of the original."""
+    return float((out.latents - original.latents).norm() / original.latents.norm())
+
+
 # %% [markdown]
-# The marked parts are one network, `pipe.flux`. What surrounds it (the text encoders, the autoencoder, the solver) is
-# not counted in the 12 billion.
+# The highlighted parts form one network, `pipe.flux`. The rest of the pipeline (the text encoders, the autoencoder, the
+# solver) is not included in the 12 billion.
 #
 # ## Predict
+#
+# The weights that compute shifts, scales and gates are called the *modulation* (notebook 05).
 
 # %%
 larger = fe.predict("FLUX.1-dev: which blocks hold more of the weights? 19 double / 38 single", "19 double")  # answer
-steering = fe.predict("how many percent of its weights make shifts, scales and gates?", 27)  # answer
-guided = fe.predict("how many million weights has dev more than schnell?", 10)  # answer
-apart = fe.predict("dev has 780 tensors in the official layout; how many in diffusers'?", 1160)  # answer
+steering = fe.predict("What percentage of its weights compute shifts, scales and gates?", 27)  # answer
+guided = fe.predict("How many million weights does dev have more than schnell?", 10)  # answer
+apart = fe.predict("dev has 780 tensors in the official layout. How many in diffusers'?", 1160)  # answer
 
 # %% [markdown]
 # ## Build it
+#
+# The transformer computes a *velocity* for every image token (noise minus image, notebook 10). Its inputs are image
+# tokens, text tokens from T5, and `vec`: the sum of the embeddings of the time, of the pooled text vector from CLIP
+# and, in some variants, of the guidance scale (how strongly the image should follow the prompt, notebook 12).
 
 # %% exercise="whole.flux"
-# `final_layer` modulates once more, with shift and scale and no gate, and maps each token to the velocity of its patch.
+# `final_layer` modulates the tokens once more, with shift and scale but no gate, and maps each token to the velocity of
+# its patch (2 × 2 cells of the latent).
 
 # %% [markdown]
-# Load the miniature's weights, strictly: every tensor has to be there, no other, each in its shape. Then ask both
-# networks the same question, on a grid that is not square, two pictures at once.
+# Load the miniature's weights strictly: every tensor must be present with the right shape, and no other tensor. Then
+# evaluate both networks on the same inputs: a batch of two, with a grid of patches that is not square.
 
 # %%
 config = pipe.flux.config
 g = torch.Generator().manual_seed(9)
-ids, words = image_ids(8, 12).to(device), pipe.prompt_encoder.t5_tokenizer.length
-question = (
+ids, txt_len = image_ids(8, 12).to(device), pipe.prompt_encoder.t5_tokenizer.length
+inputs = (
     torch.randn(2, len(ids), config.in_channels, generator=g).to(device, pipe.dtype),  # [B, N, 64], noise
     ids,  # [N, 3]
-    torch.randn(2, words, config.context_in_dim, generator=g).to(device, pipe.dtype),  # [B, L, 128]
-    text_ids(words).to(device),  # [L, 3], all zero
+    torch.randn(2, txt_len, config.context_in_dim, generator=g).to(device, pipe.dtype),  # [B, L, 128]
+    text_ids(txt_len).to(device),  # [L, 3], all zero
     torch.tensor([0.9, 0.3], device=device),  # [B], times
     torch.randn(2, config.vec_in_dim, generator=g).to(device, pipe.dtype),  # [B, 96]
-    torch.tensor([2.0, 6.0], device=device),  # [B], guidance
+    torch.tensor([2.0, 6.0], device=device),  # [B], guidance scales
 )
 with torch.no_grad():
-    theirs = pipe.flux(*question)
-print("velocity:", tuple(theirs.shape))
-whole = passed
-if whole:
-    mine = MyFlux(config).to(device, pipe.dtype)
-    print(mine.load_state_dict(pipe.flux.state_dict(), strict=True))
+    expected = pipe.flux(*inputs)
+print("velocity:", tuple(expected.shape))
+flux_done = passed
+if flux_done:
+    my_flux = MyFlux(config).to(device, pipe.dtype)
+    print(my_flux.load_state_dict(pipe.flux.state_dict(), strict=True))
     with torch.no_grad():
-        far = (mine(*question) - theirs).norm() / theirs.norm()
-    print("farthest from the library's below 1 in 100,000:", bool(far < 1e-5))
+        error = (my_flux(*inputs) - expected).norm() / expected.norm()
+    print("relative error below 1 in 100,000:", bool(error < 1e-5))
 
 # %% [markdown]
 # ## Put yours into the trained model
 #
-# Let your network draw. At each step of the running pipeline, the state `x` is caught at the site `sample.x`, and
-# at the site `velocity` the library's answer is thrown away and yours goes on to the solver.
+# Generate an image with your network. `fe.intervene` calls a function at a *site*, a named point of the model, and
+# continues with what the function returns. At each step, one function stores the state at the site `sample.x`; the
+# other replaces the library's velocity by yours at the site `velocity`, before the solver uses it.
 
 # %%
-if whole:
+if flux_done:
     text = pipe.prompt_encoder([prompt])
-    grid, state = image_ids(*picture.latents.shape[-2:]).to(device), {}
+    grid, state = image_ids(*original.latents.shape[-2:]).to(device), {}
 
-    def catch(x, ctx):
+    def store_state(x, ctx):
         state["x"] = x  # [1, 16, 16, 16]
         return x
 
-    def answer(velocity, ctx):
-        time, strength = (torch.tensor([v], device=device) for v in (ctx.time, pipe.defaults.guidance))
+    def my_velocity(velocity, ctx):
+        time, guidance = (torch.tensor([value], device=device) for value in (ctx.time, pipe.defaults.guidance))
         with torch.no_grad():
-            return mine(pack(state["x"]), grid, text.txt, text_ids(words).to(device), time, text.pooled, strength)
+            return my_flux(pack(state["x"]), grid, text.txt, text_ids(txt_len).to(device), time, text.pooled, guidance)
 
-    with fe.intervene("sample.x", catch), fe.intervene("velocity", answer):
-        again = pipe(prompt, seed=4, progress=False)
-    far = (again.latents - picture.latents).norm() / picture.latents.norm()
-    print("the latent stays the same to 1 in 1,000:", bool(far < 1e-3))
+    with fe.intervene("sample.x", store_state), fe.intervene("velocity", my_velocity):
+        out = pipe(prompt, seed=4, progress=False)
+    print("the latent is the same to 1 in 1,000:", relative_change(out) < 1e-3)
 else:
     print("solve the exercise above first; then run this cell again")
 
 # %% [markdown]
 # ## Count it
 #
-# The same class with larger numbers in its config is FLUX.1-dev. How many parameters it has follows from the config
-# alone.
+# FLUX.1-dev is the same class with larger numbers in its config. Its number of parameters follows from the config alone.
 
 # %% exercise="whole.count"
 
 # %% [markdown]
-# Against the network itself: on PyTorch's *meta* device a tensor has a shape and no numbers, so all 12 billion cost
-# nothing. `fe.models` has every published variant as a config.
+# Compare with the network itself. On PyTorch's *meta* device a tensor has a shape but no data, so all 12 billion
+# parameters need no memory. `fe.models` has every published variant as a config.
 
 # %%
 flux = {}
@@ -132,24 +144,24 @@ if passed:
     print("your count is right for all of them:", all(count(FluxConfig.variant(n)) == total[n] for n in VARIANTS))
 
 # %% [markdown]
-# Members of the family differ in two places. **schnell** has no guidance input. **fill**, **canny** and **depth** have
-# more input channels: to a token's 64 numbers of noise, fill adds 64 of the masked picture and 256 of the mask, canny
-# and depth 64 of the control picture. Everything else has the same shapes, with other values in it.
+# The variants differ in two places. **schnell** has no guidance input. **fill**, **canny** and **depth** have more input
+# channels: to the 64 numbers of noise per token, fill adds 64 of the masked image and 256 of the mask; canny and depth
+# add 64 of a control image. All other tensors have the same shapes, with different values.
 
 # %%
 guided.against((total["dev"] - total["schnell"]) / 1e6)
-print("fill's extra channels:", total["fill"] - total["dev"], "=", (384 - 64), "x", flux["fill"].config.hidden_size)
-print(f"dev in bfloat16: {2 * total['dev'] / 1e9:.1f} GB; in float32 twice that")
+print("fill's extra weights:", total["fill"] - total["dev"], "=", (384 - 64), "x", flux["fill"].config.hidden_size)
+print(f"dev in bfloat16: {2 * total['dev'] / 1e9:.1f} GB; twice as much in float32")
 
 # %% [markdown]
 # ## See it
 #
-# Each tensor's name says where it belongs, so counting by name is counting by part.
+# Each tensor's name says which part it belongs to, so we can count the parameters of each part by name.
 
 # %%
-from fluxedu.plots.parameters import parts_of
+from fluxedu.plots import count_parameters
 
-sizes = parts_of(flux["dev"])  # by the first two parts of the name, the numbers of blocks left out
+sizes = count_parameters(flux["dev"])  # by the first two parts of the name, without the block numbers
 kind = {"double": 0, "single": 0, "modulation": 0}
 for name, size in sizes.items():
     kind["double"] += size * name.startswith("double")
@@ -158,11 +170,11 @@ for name, size in sizes.items():
 larger.against("19 double" if kind["double"] > kind["single"] else "38 single")
 steering.against(round(100 * kind["modulation"] / total["dev"]))
 
-tokens = 4096 + 512  # of a picture of 1024 x 1024 and its text
-once, often = 2 * kind["modulation"], 2 * tokens * (sizes["single_blocks.linear1"] + sizes["single_blocks.linear2"])
-print(
-    f"operations of a step: modulations {once / 1e12:.3f} T, the single blocks' linear1 and linear2 {often / 1e12:.0f} T"
-)
+tokens = 4096 + 512  # image tokens of 1024 x 1024 pixels, and text tokens
+per_step = 2 * kind["modulation"]
+per_token = 2 * (sizes["single_blocks.linear1"] + sizes["single_blocks.linear2"])
+print(f"operations per step: modulation {per_step / 1e12:.3f} T, ", end="")
+print(f"linear1 and linear2 of the single blocks {tokens * per_token / 1e12:.0f} T")
 
 short = {"img": "image", "txt": "text", "modulation": "single"}
 areas: dict[str, int] = {}
@@ -171,16 +183,16 @@ for name, size in sizes.items():
     stream, job = last.split("_") if block == "double_blocks" else (last, "mod" if last == "modulation" else "")
     label = f"{job}.{short[stream]}" if job else f"single.{last}" if last.startswith("linear") and block else "rest"
     areas[label] = areas.get(label, 0) + size
-fe.plots.treemap(areas, title="FLUX.1-dev: over a quarter of 12 B parameters only steer the others (mod)")
+fe.plots.treemap(areas, title="FLUX.1-dev: the modulation (mod) is 27 % of the 12 B parameters")
 
 # %% [markdown]
-# The modulations are worth a thought: they read *one* vector a step, where all others read thousands of tokens. So
-# they are 27 % of the weights and next to none of the work. As they depend on time, guidance and the pooled text only,
-# they can be computed for all steps ahead, and then need not stay on the GPU: `Flux.plan` does that.
+# The modulation layers read *one* vector per step, where all other layers read thousands of tokens. So they are 27 % of
+# the weights and almost none of the computation. They depend only on time, guidance scale and pooled text, so they can
+# be computed ahead of the run, and then need not stay on the GPU: `Flux.plan` does that.
 #
-# The explorer has this map for every variant, and for the miniature. Point at a part for its tensors, at a tensor
-# for its official name and what becomes of it at diffusers (or Tab and the arrow keys). Which part is the first
-# to differ when you go from dev to fill?
+# The explorer shows this map for every variant, and for the miniature. Point at a part to see its tensors, and at a
+# tensor to see its official name and what diffusers makes of it (or use Tab and the arrow keys). Which is the first
+# part that differs between dev and fill?
 
 # %%
 from fluxedu.widgets.parameters import parameters
@@ -190,48 +202,49 @@ parameters({"miniature": config})
 # %% [markdown]
 # ## Two layouts
 #
-# The same weights go about under two sets of names: the official files' and diffusers'. Most of it is renaming.
-# What is not: diffusers cuts the fused matrices apart. You know enough to do a single block by yourself.
+# The same weights are published in two layouts: that of the official files and that of diffusers. Most of the
+# conversion is renaming. In addition, diffusers splits the fused matrices. You know enough to convert a single block
+# yourself.
 
 # %% exercise="whole.unfused"
 
 # %% [markdown]
-# The package's table covers the rest, in both directions, and refuses what does not fit.
+# The package converts the rest too, in both directions, and rejects tensors that do not fit.
 
 # %%
-from fluxedu.checkpoints.tables import shapes
+from fluxedu.checkpoints.layouts import shapes
 
 official = pipe.flux.state_dict()
 diffusers = fe.checkpoints.convert(official, to="diffusers", config=config)
 back = fe.checkpoints.convert(diffusers, to="bfl", config=config)
-print("the miniature:", len(official), "tensors, at diffusers'", len(diffusers))
-print("there and back, the same to the bit:", all(torch.equal(back[name], t) for name, t in official.items()))
+print("the miniature:", len(official), "tensors in the official layout,", len(diffusers), "in diffusers'")
+print("converted and back, bit-identical:", all(torch.equal(back[name], t) for name, t in official.items()))
 apart.against(len(shapes(FluxConfig.variant("dev"), "diffusers")))
 if passed:
-    yours = unfused(dict(pipe.flux.single_blocks[3].state_dict()), config.hidden_size)
-    same = (torch.equal(t, diffusers[f"single_transformer_blocks.3.{name}"]) for name, t in yours.items())
-    print("yours of single block 3 are the package's:", all(same))
+    mine = unfused(dict(pipe.flux.single_blocks[3].state_dict()), config.hidden_size)
+    equal = [torch.equal(t, diffusers[f"single_transformer_blocks.3.{name}"]) for name, t in mine.items()]
+    print("your tensors of single block 3 equal the package's:", all(equal))
 
 # %% [markdown]
 # ## Break it
 #
-# What goes wrong in a conversion is rarely an error. Queries and keys have one shape, shift and scale have one shape:
-# a wrong table loads without a word. Here are four such files, made on purpose, and what they draw.
+# Mistakes in a conversion rarely raise an error. Queries and keys have the same shape, and so have shift and scale, so a
+# file in which they are exchanged loads silently. Here are four such files and the images they give.
 
 # %%
 dim = config.hidden_size
 
 
-def exchanged(tensor: Tensor, one: int, other: int) -> Tensor:
-    """The tensor with two groups of `dim` rows in each other's place."""
+def exchange_rows(tensor: Tensor, i: int, j: int) -> Tensor:
+    """The tensor with its groups i and j of `dim` rows exchanged."""
     rows = list(tensor.split(dim))
-    rows[one], rows[other] = rows[other], rows[one]
+    rows[i], rows[j] = rows[j], rows[i]
     return torch.cat(rows)
 
 
-def altered(ending: str, one: int, other: int) -> dict[str, Tensor]:
-    """The miniature's tensors with those rows exchanged wherever a name contains `ending`."""
-    return {name: exchanged(t, one, other) if ending in name else t for name, t in official.items()}
+def altered(part: str, i: int, j: int) -> dict[str, Tensor]:
+    """The miniature's tensors, with rows exchanged in every tensor whose name contains `part`."""
+    return {name: exchange_rows(t, i, j) if part in name else t for name, t in official.items()}
 
 
 files = {
@@ -240,26 +253,27 @@ files = {
     "last: scale, shift": altered("final_layer.adaLN_modulation", 0, 1),
     "single: shift, gate": altered("modulation.lin", 0, 2),
 }
-outs, other = [picture], copy.deepcopy(pipe)
+outs, other_pipe = [original], copy.deepcopy(pipe)
 for name, file in files.items():
-    said = other.flux.load_state_dict(file, strict=True)
-    outs.append(other(prompt, seed=4, progress=False))
-    far = float((outs[-1].latents - picture.latents).norm() / picture.latents.norm())
-    print(f"{name:20} {said} · the latent moves by " + (f"{far:.0%}" if far < 3 else "more than 300%"))
+    message = other_pipe.flux.load_state_dict(file, strict=True)
+    outs.append(other_pipe(prompt, seed=4, progress=False))
+    change = relative_change(outs[-1])
+    print(f"{name:20} {message} · the latent changes by " + (f"{change:.0%}" if change < 3 else "more than 300%"))
 
 # %%
 fig, axes = plt.subplots(1, 5, figsize=(9, 2.2), layout="constrained")
-for ax, out, name in zip(axes, outs, ["as it is", *files]):
+for ax, out, name in zip(axes, outs, ["original", *files]):
     ax.imshow(out.images[0])
     ax.set_title(name, fontsize=9)
     ax.axis("off")
-fig.suptitle("Every one of these files loads without an error", fontsize=11)
+fig.suptitle("Four files with exchanged rows: all load without an error", fontsize=11)
 plt.show()
 
 # %% [markdown]
-# diffusers does store the last layer's scale before its shift, so a converter that only renames makes the third of
-# them. That is why a conversion is compared by what the network answers, with random values in all tensors, and never
-# by whether it loads. What can be refused at loading is refused, with the name:
+# diffusers really does store the scale of the last layer before its shift, so a converter that only renames tensors
+# produces the third of these files. That is why a conversion is tested by comparing the outputs of the networks, with
+# random values in all tensors, and not by whether the file loads. Errors that can be detected at loading are reported
+# with the name of the tensor:
 
 # %%
 file = dict(official)
@@ -272,21 +286,21 @@ except fe.checkpoints.CheckpointError as error:
 # %% [markdown]
 # ## In five lines
 #
-# 1. FLUX is: two ways in, one vector that steers, double blocks, single blocks, one way out.
-# 2. dev has 11,901,408,320 parameters; variants differ in the channels they take in and in the guidance input.
-# 3. The 19 double blocks hold more than the 38 single ones.
-# 4. 27 % of all weights are modulations: much memory, hardly any work, computable ahead of the run.
-# 5. Layouts fuse and order rows differently, and a wrong order loads as well as the right one.
+# 1. FLUX consists of input projections for image and text, `vec`, double blocks, single blocks and a last layer.
+# 2. dev has 11,901,408,320 parameters; variants differ in their input channels and in the guidance input.
+# 3. The 19 double blocks hold more weights than the 38 single blocks.
+# 4. 27 % of all weights are modulation: much memory, hardly any computation, computable ahead of the run.
+# 5. Layouts fuse and order rows differently, and a wrong order loads just as well as the right one.
 #
-# **People ask**: *is there a report?* (flux issue 68) Not of its own; the one on Kontext (arXiv 2506.15742) has a
-# section, without numbers. So counts like these are read off the code and the files.
-# *Why do I run out of memory?* (flux issues 7, 185) 23.8 GB of bfloat16 weights are the transformer alone; T5-XXL adds
+# **People ask**: *is there a report?* (flux issue 68) There is none of its own; the report on Kontext (arXiv 2506.15742)
+# has a section, without numbers. Counts like these come from the code and the files.
+# *Why do I run out of memory?* (flux issues 7, 185) The transformer alone is 23.8 GB of bfloat16 weights; T5-XXL adds
 # 4.8 B parameters. *How do I get from diffusers back to the official names?* (diffusers issue 11165) As above, or for
-# files `fluxedu convert IN OUT --to bfl`. *Guidance embedding or CFG?* (flux issues 63, 159) dev has the input you
-# counted, schnell has none, and real classifier-free guidance runs the network twice: notebook 12.
+# files with `fluxedu convert IN OUT --to bfl`. *Guidance embedding or CFG?* (flux issues 63, 159) dev has the input that
+# you counted, schnell has none, and classifier-free guidance (CFG) evaluates the network twice: notebook 12.
 #
-# **Read**: `black-forest-labs/flux`, `model.py` and `util.py` · ours: `fluxedu/models/flux.py`, 171 lines,
-# `fluxedu/models/config.py` and, for the layouts, `fluxedu/checkpoints/tables.py`.
+# **Read**: `black-forest-labs/flux`, `model.py` and `util.py` · ours: `fluxedu/models/flux.py`,
+# `fluxedu/models/config.py` and, for the layouts, `fluxedu/checkpoints/layouts.py`.
 
 # %%
 fe.score()

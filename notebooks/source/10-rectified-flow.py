@@ -1,12 +1,12 @@
 # %% [markdown]
 # # 10 · Rectified flow
 #
-# **What is being learned?** An arrow for every point of a space: which way, and how fast, a mixture of picture and
-# noise moves when it gets noisier. The recipe has three lines. You will write them, train a flow of your own in the
-# plane, and then look at the same thing inside the miniature.
+# **What does the network learn?** A velocity for every mixture of image and noise: in which direction, and how fast, the
+# mixture changes as it gets noisier. The training loss fits on three lines. You will write it, train a flow of your own
+# in the plane, and then look at the same quantities in the miniature.
 #
-# Afterwards you can say which sign the velocity has and why, what a network that learns without limits would
-# draw, and why paths bend although every line they were taught is straight.
+# Afterwards you can say which sign the velocity has and why, what a network that minimises this loss exactly would
+# generate, and why trajectories are curved although every line in the training data is straight.
 #
 # 60 minutes · needs notebook 00
 
@@ -22,35 +22,40 @@ import fluxedu as fe
 from fluxedu import course, widgets
 from fluxedu.instruments.lenses.flow import straightness
 from fluxedu.nano.scenes import caption, render, sample_scene
-from fluxedu.plots.canvas import quiet
-from fluxedu.sampling.latents import image_ids, pack, text_ids, unpack
+from fluxedu.plots import hide_axes
 from fluxedu.sampling.images import to_tensor
-from fluxedu.widgets.particles import particles, walk
+from fluxedu.sampling.latents import image_ids, pack, text_ids, unpack
+from fluxedu.widgets.particles import euler_path, particles
 
 device = course.begin()
 pipe = fe.load(device=device)
 prompt = "a red circle left of a blue square"
-picture = pipe(prompt, seed=4, progress=False)
-library = {name: task.solution for name, task in course.all_exercises().items()}  # until yours are written
+original = pipe(prompt, seed=4, progress=False)
+library = {name: task.solution for name, task in course.all_exercises().items()}  # used until yours are written
 course.where(pipe, "final", "solver")
 
 # %% [markdown]
-# The transformer's last layer gives a velocity, and the solver walks along it. Time runs from t = 1, noise, to t = 0,
-# the picture. (Other texts count the other way and call the clean end 1. Check that first, always.)
+# The transformer's last layer computes a velocity, and the solver follows it step by step. Time runs from t = 1 (noise)
+# to t = 0 (the image). Other texts use the opposite convention, with the image at 1, so always check that first.
+#
+# A *trajectory* is the sequence of states of one run. The *predicted x0* is the image that a velocity implies if it
+# stayed constant: $\hat{x}_0 = x_t - t\, v$.
 #
 # ## Predict
 
 # %%
-way = fe.predict("half way, does the velocity point to the noise or to the picture?", "the noise")  # answer
-floor = fe.predict("trained for ever, without limits: the loss ends at zero / above zero", "above zero")  # answer
-bends = fe.predict("every line it is trained on is straight. Are its paths? yes / no", "no")  # answer
-decided = fe.predict("six known pictures, 20 steps: at which step is it decided which one comes out?", 4)  # answer
+way = fe.predict("Halfway through a run, where does the velocity point? the noise / the image", "the noise")  # answer
+floor = fe.predict("Trained perfectly, for ever: the loss ends at zero / above zero", "above zero")  # answer
+bends = fe.predict("Every line of the training data is straight. Are the trajectories? yes / no", "no")  # answer
+decided = fe.predict("Six known images, 20 steps: at which step is it decided which image comes out?", 4)  # answer
 
 # %% [markdown]
 # ## Build it
 #
-# Take a picture, take a noise, draw the straight line between them. Somewhere on the line is a state; the line's
-# direction is what the network is to say there.
+# Take an image $x_0$ and noise $\varepsilon$, and draw the straight line between them. A point on this line is a state
+# $x_t$, and the direction of the line is the velocity that the network should learn:
+#
+# $$x_t = (1 - t)\, x_0 + t\, \varepsilon, \qquad v = \frac{d x_t}{d t} = \varepsilon - x_0$$
 
 # %% exercise="flow.between"
 
@@ -58,14 +63,19 @@ decided = fe.predict("six known pictures, 20 steps: at which step is it decided 
 used_between = between if passed else library["flow.between"]
 
 # %% [markdown]
-# The sign is half of what people get wrong here. As t grows the state gets noisier, so `noise - x0` is the way
-# **to the noise**, and a sampler, whose time falls, goes against it: `x + (t_next - t) * v` with a negative step.
+# The sign is the most common mistake here. As t grows the state gets noisier, so `noise - x0` points **towards the
+# noise**. A sampler, whose time falls, moves against it: `x + (t_next - t) * v` with a negative step.
 
 # %%
-half = int((picture.trajectory.times - 0.5).abs().argmin())
-v, latents = picture.trajectory.velocities[half, 0], picture.trajectory.latents[:, 0]
-with_noise = torch.cosine_similarity(v.flatten(), (latents[0] - latents[-1]).flatten(), dim=0)
-way.against("the noise" if with_noise > 0 else "the picture")
+half = int((original.trajectory.times - 0.5).abs().argmin())
+v, latents = original.trajectory.velocities[half, 0], original.trajectory.latents[:, 0]
+similarity = torch.cosine_similarity(v.flatten(), (latents[0] - latents[-1]).flatten(), dim=0)
+way.against("the noise" if similarity > 0 else "the image")
+
+# %% [markdown]
+# The loss is the mean squared error of the predicted velocity, over random images, noise and times:
+#
+# $$L = \mathbb{E}_{x_0,\, \varepsilon,\, t}\; \| v_\theta(x_t, t) - (\varepsilon - x_0) \|^2$$
 
 # %% exercise="flow.loss"
 
@@ -73,13 +83,13 @@ way.against("the noise" if with_noise > 0 else "the picture")
 used_loss = loss if passed else library["flow.loss"]
 
 # %% [markdown]
-# That is all of the training: draw pictures, noises and times at random, and go down the loss. Our pictures are
-# six points of a plane, our network has three layers, and the run takes some seconds.
+# That is all there is to training: draw images, noise and times at random, and minimise the loss. To begin with, our
+# “images” are six points of a plane, and our network has three layers. Training takes a few seconds.
 
 
 # %%
 class Velocity(nn.Module):
-    """A point and a time in, a velocity out."""
+    """From a point and a time to a velocity."""
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -88,29 +98,29 @@ class Velocity(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:  # [B, 2], [B] -> [B, 2]
-        waves = t[:, None] * torch.pi * torch.tensor([0.5, 1.0, 2.0, 4.0])  # [B, 4]
-        return self.layers(torch.cat([x, t[:, None], waves.cos(), waves.sin()], dim=-1))
+        angles = t[:, None] * torch.pi * torch.tensor([0.5, 1.0, 2.0, 4.0])  # [B, 4]
+        return self.layers(torch.cat([x, t[:, None], angles.cos(), angles.sin()], dim=-1))
 
 
-def trained(pairs: Callable, steps: int, rate: float, begin: Velocity | None = None) -> Velocity:
-    """Train on `pairs(256)`, which gives pictures and noises."""
+def train(pairs: Callable, steps: int, learning_rate: float, initial: Velocity | None = None) -> Velocity:
+    """Train a network on batches `x0, noise = pairs(256)`, starting from the weights of `initial` if given."""
     torch.manual_seed(1)
     model = Velocity()
-    if begin is not None:
-        model.load_state_dict(begin.state_dict())
-    optimiser = torch.optim.Adam(model.parameters(), lr=rate)
-    plan = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
+    if initial is not None:
+        model.load_state_dict(initial.state_dict())
+    optimiser = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps)
     for _ in range(steps):
         x0, noise = pairs(256)
         optimiser.zero_grad()
         used_loss(model, x0, noise, torch.rand(256)).backward()
         optimiser.step()
-        plan.step()
+        scheduler.step()
     return model.requires_grad_(False)
 
 
-def at(model: Velocity) -> Callable:
-    """The model with one time for all: `velocity(x, t)`, as a solver asks."""
+def velocity_of(model: Velocity) -> Callable:
+    """The model as `velocity(x, t)` with one time for the whole batch, as a solver calls it."""
 
     def velocity(x: Tensor, t: float) -> Tensor:
         return model(x, torch.full((len(x),), t))
@@ -120,13 +130,13 @@ def at(model: Velocity) -> Callable:
 
 angles = torch.arange(6) * torch.pi / 3
 points = 2 * torch.stack([angles.cos(), angles.sin()], dim=1)  # [6, 2]: the data
-flow = trained(lambda count: (points[torch.randint(6, (count,))], torch.randn(count, 2)), steps=900, rate=0.01)
+flow = train(lambda count: (points[torch.randint(6, (count,))], torch.randn(count, 2)), steps=900, learning_rate=0.01)
 
-clock = torch.linspace(1, 0, 41).tolist()
+times = torch.linspace(1, 0, 41).tolist()
 start = torch.randn(300, 2)
-path, _ = walk(at(flow), start, clock)  # [41, 300, 2]
+path, _ = euler_path(velocity_of(flow), start, times)  # [41, 300, 2]
 near = torch.cdist(path[-1], points).amin(dim=1) < 0.3
-print("more than 8 of 10 noises arrive at one of the six points:", bool(near.float().mean() > 0.8))
+print("more than 8 of 10 samples end near one of the six points:", bool(near.float().mean() > 0.8))
 
 # %% [markdown]
 # ## See it
@@ -136,7 +146,7 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 4.1), layout="constrained"
 for noise, point in zip(start[:70], points[torch.randint(6, (70,))]):
     left.plot(*zip(noise, point), color="#56b4e9", linewidth=0.8)
 right.plot(*path[:, :70].permute(2, 0, 1).numpy(), color="#56b4e9", linewidth=0.8)
-titles = "The lines it was trained on cross", "The paths it learned turn aside instead"
+titles = "Training data: straight lines", "Learned flow: curved trajectories"
 for ax, title in zip((left, right), titles):
     ax.plot(*start[:70].T, ".", color="0.5", markersize=4, label="noise, t = 1")
     ax.plot(*points.T, "o", color="#d55e00", label="data, t = 0")
@@ -146,9 +156,16 @@ left.legend(loc="lower left", fontsize=8)
 plt.show()
 
 # %% [markdown]
-# Two lines that cross ask for two velocities at one place and one time. The network can say only one, and the
-# squared error is smallest when it says their **mean**. So what is learned is no line at all: it is, at
-# every place, the average over all lines that pass there. For a few known points that average can be written down.
+# Two training lines can pass through the same point *at the same time* with different velocities. The network has one
+# output for that point and time, and the squared error is smallest if it predicts the **mean** of the velocities. So it
+# does not learn any single line, but the average over all lines that pass through $x$ at time $t$, called the *marginal
+# velocity*:
+#
+# $$v^*(x, t) = \mathbb{E}\,[\,\varepsilon - x_0 \mid x_t = x\,]$$
+#
+# Since there is only one velocity for each point and time, two trajectories never meet at the same time. In a picture of
+# the plane they may still cross, where one passes at another time than the other. When the data are a few known points,
+# the marginal velocity can be written down.
 
 # %% exercise="flow.best"
 
@@ -159,186 +176,193 @@ losses = []
 for t in (0.3, 0.6, 1.0):
     state = (1 - t) * x0 + t * noise
     exact = used_best(state, t, points)
-    off = (at(flow)(state, t) - exact).norm() / exact.norm()
+    error = (velocity_of(flow)(state, t) - exact).norm() / exact.norm()
     losses.append(float((exact - (noise - x0)).square().mean()))
-    print(f"t = {t}: the trained network is within 40 % of the best velocity: {bool(off < 0.4)}")
+    print(f"t = {t}: the relative error of the trained network is below 40 %: {bool(error < 0.4)}")
 floor.against("above zero" if losses[-1] > 0.01 else "zero")
 
 # %% [markdown]
-# The best velocity has a loss too, and near the noise a large one: at t = 1 nobody can know which point it
-# will be. So a flow's training loss says little by its height; compare it with another run, not with zero.
+# Even the best possible velocity has a loss above zero, and a large one near the noise: at t = 1 the state does not
+# contain any information about the point it belongs to. So the value of a flow's training loss means little by itself;
+# compare it with that of another run, not with zero.
 
 # %%
 g = torch.linspace(-2.6, 2.6, 13)
-places = torch.cartesian_prod(g, g)  # [169, 2]
+grid_points = torch.cartesian_prod(g, g)  # [169, 2]
 fig, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained", sharey=True)
 for ax, t in zip(axes, (1.0, 0.6, 0.2)):
-    arrows = -used_best(places, t, points)
-    ax.quiver(*places.T, *arrows.T, angles="xy", color="#0072b2", width=0.005)
+    arrows = -used_best(grid_points, t, points)
+    ax.quiver(*grid_points.T, *arrows.T, angles="xy", color="#0072b2", width=0.005)
     ax.plot(*points.T, "o", color="#d55e00")
     ax.set(title=f"t = {t:g}", xlabel="x", aspect="equal")
 axes[0].set_ylabel("y")
-fig.suptitle("The best field, as the sampler walks it: first to the middle, in the end to the nearest point")
+fig.suptitle("Direction of sampling, -v: towards the mean of the data at t = 1, to the nearest point near t = 0")
 plt.show()
 
 # %% [markdown]
-# Now follow single particles, through the field that was learned and through the best one. On the right is what each
-# *foresees*, `x - t v`: where it would end if it went straight on. (Tab to the controls, then the arrow keys.)
+# Now follow single particles through the learned velocity field and through the best possible one. The right panel
+# shows each particle's predicted x0, `x - t v`: where it would end if it continued straight ahead. (Reach the controls
+# with Tab, then use the arrow keys.)
 
 # %%
-particles({"learned": at(flow), "best possible": lambda x, t: used_best(x, t, points)}, points)
+particles({"learned": velocity_of(flow), "best possible": lambda x, t: used_best(x, t, points)}, points)
 
 # %% [markdown]
-# At t = 1 they all foresee the same place, and no point of the data is there. How straight are the paths?
+# At t = 1 all particles have the same predicted x0, the mean of the data, although no data point is there. How straight
+# are the trajectories?
 
 # %% exercise="flow.detour"
 
 # %%
 used_detour = detour if passed else library["flow.detour"]
-longer = float(used_detour(path).median()) - 1
-print("the median path is longer than straight by more than a fifth:", longer > 0.2)
-bends.against("yes" if longer < 0.02 else "no")
+extra = float(used_detour(path).median()) - 1
+print("the median trajectory is longer than its straight distance by more than a fifth:", extra > 0.2)
+bends.against("yes" if extra < 0.02 else "no")
 
 # %% [markdown]
-# There is a cure, from the paper that gave rectified flow its name: train once more, on the pairs (noise, where the
-# flow took it) instead of random pairs. Those lines no longer cross.
+# The paper that introduced rectified flow makes trajectories straighter by *reflow*: train again, but on pairs of noise
+# and the point to which the first flow takes it, instead of random pairs. Two such lines rarely meet at the same time.
 
 # %%
 noises = torch.randn(2000, 2)
-ends = walk(at(flow), noises, clock)[0][-1]
+ends = euler_path(velocity_of(flow), noises, times)[0][-1]
 
 
-def own_pairs(count: int) -> tuple[Tensor, Tensor]:
+def reflow_pairs(count: int) -> tuple[Tensor, Tensor]:
     i = torch.randint(len(noises), (count,))
     return ends[i], noises[i]
 
 
-straight = trained(own_pairs, steps=300, rate=0.005, begin=flow)
-again, _ = walk(at(straight), start, clock)
-print("now longer than straight by less than 5 %:", bool(used_detour(again).median() < 1.05))
+straight = train(reflow_pairs, steps=300, learning_rate=0.005, initial=flow)
+straight_path, _ = euler_path(velocity_of(straight), start, times)
+print("after reflow the median is less than 5 % longer:", bool(used_detour(straight_path).median() < 1.05))
 
-few = [1, 2, 4, 8, 16]
+step_counts = [1, 2, 4, 8, 16]
 fig, ax = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
 misses = {}
-for name, model, colour, mark in (("random pairs", flow, "#0072b2", "o"), ("its own pairs", straight, "#d55e00", "s")):
-    ended = [walk(at(model), start, torch.linspace(1, 0, n + 1).tolist())[0][-1] for n in few]
-    misses[name] = [float(torch.cdist(end, points).amin(dim=1).mean()) for end in ended]
-    ax.plot(few, misses[name], marker=mark, color=colour, label=f"trained on {name}")
+for name, model, colour, mark in (("random pairs", flow, "#0072b2", "o"), ("reflow pairs", straight, "#d55e00", "s")):
+    misses[name] = []
+    for n in step_counts:
+        end = euler_path(velocity_of(model), start, torch.linspace(1, 0, n + 1).tolist())[0][-1]
+        misses[name].append(float(torch.cdist(end, points).amin(dim=1).mean()))
+    ax.plot(step_counts, misses[name], marker=mark, color=colour, label=f"trained on {name}")
 ax.set_xscale("log", base=2)
-ax.set_xticks(few, few)
+ax.set_xticks(step_counts, step_counts)
 ax.set(xlabel="steps", ylabel="distance to the nearest point", ylim=0)
-ax.set_title("With one or two steps the straightened flow misses by far less")
+ax.set_title("After reflow, one or two steps end much closer to the data")
 ax.legend()
 plt.show()
-print("one step misses by less than half of what it did:", misses["its own pairs"][0] < 0.5 * misses["random pairs"][0])
+print("one step misses by less than half as much:", misses["reflow pairs"][0] < 0.5 * misses["random pairs"][0])
 
 # %% [markdown]
-# With eight steps the advantage is gone: straight paths buy few steps, not better ends.
+# With eight steps the advantage is gone: straighter trajectories allow fewer steps, they do not give better samples.
 #
-# ## The miniature's own field
+# ## The miniature's own velocity field
 #
-# The miniature was trained with the same loss, and you can ask for it: six pictures of its world with their captions,
-# and with no caption. (The times of its training were drawn mostly near the noise. It is the miniature that is asked
-# here, whatever model you have opened.)
+# The miniature was trained with the same loss, so we can measure it: for six images of its kind with their captions, and
+# with empty captions. (Its training times were drawn mostly from near the noise. This section always uses the
+# miniature, whatever model you have loaded.)
 
 # %%
 rng = np.random.default_rng(3)
 scenes = [sample_scene(rng, size=(128, 128)) for _ in range(6)]
 captions = [caption(scene, rng)[0] for scene in scenes]
-base = fe.load("nano-base", device=device)  # the network before guidance was built into it (notebook 12)
+base = fe.load("nano-base", device=device)  # the network before guidance was distilled into it (notebook 12)
 with torch.no_grad():
-    pictures = torch.cat([to_tensor(render(scene)) for scene in scenes]).to(device)  # [6, 3, 128, 128]
-    data = base.autoencoder.encode(pictures)  # [6, 16, 16, 16]
+    images = torch.cat([to_tensor(render(scene)) for scene in scenes]).to(device)  # [6, 3, 128, 128]
+    data = base.autoencoder.encode(images)  # [6, 16, 16, 16]
 
 
-def asked(captions: list[str]) -> Callable:
-    """The miniature as `model(x, t)` on latents [6, 16, 16, 16]."""
-    said = base.prompt_encoder(captions)
-    ids = image_ids(16, 16).to(device), text_ids(said.txt.shape[1]).to(device)
-    return lambda x, t: unpack(base.flux(pack(x), ids[0], said.txt, ids[1], t, said.pooled), 16, 16)
+def model_for(captions: list[str]) -> Callable:
+    """The miniature as `model(x, t)` on latents [6, 16, 16, 16], with these captions."""
+    text = base.prompt_encoder(captions)
+    img_ids, txt_ids = image_ids(16, 16).to(device), text_ids(text.txt.shape[1]).to(device)
+    return lambda x, t: unpack(base.flux(pack(x), img_ids, text.txt, txt_ids, t, text.pooled), 16, 16)
 
 
-moments = [0.1, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0]
+loss_times = [0.1, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0]
 noise = torch.randn(6, 16, 16, 16, generator=torch.Generator().manual_seed(0)).to(device)
-rows = {"with its caption": [], "without": []}
+curves = {"with caption": [], "empty caption": []}
 with torch.no_grad():
-    for name, model in zip(rows, (asked(captions), asked([""] * 6))):
-        rows[name] = [float(used_loss(model, data, noise, torch.full((6,), t, device=device))) for t in moments]
+    for name, model in zip(curves, (model_for(captions), model_for([""] * 6))):
+        curves[name] = [float(used_loss(model, data, noise, torch.full((6,), t, device=device))) for t in loss_times]
 fig, ax = plt.subplots(figsize=(5.6, 3), layout="constrained")
-for (name, row), colour, mark in zip(rows.items(), ("#0072b2", "#d55e00"), "os"):
-    ax.plot(moments, row, marker=mark, color=colour, label=name)
-ax.set(xlabel="time (1 is noise)", ylabel="loss, mean squared", ylim=0)
-ax.set_title("The words help most where there is most noise")
+for (name, curve), colour, mark in zip(curves.items(), ("#0072b2", "#d55e00"), "os"):
+    ax.plot(loss_times, curve, marker=mark, color=colour, label=name)
+ax.set(xlabel="time (1 is noise)", ylabel="loss (mean squared error)", ylim=0)
+ax.set_title("Six images: the caption reduces the loss most near the noise")
 ax.legend()
 plt.show()
-ends_at = [row[-1] for row in rows.values()]
-print("at t = 1 the caption saves more than a third of the loss:", ends_at[0] < 0.67 * ends_at[1])
+with_caption, without = curves["with caption"][-1], curves["empty caption"][-1]
+print("at t = 1 the caption reduces the loss by more than a third:", with_caption < 0.67 * without)
 
 # %% [markdown]
-# In the middle of the run the picture can be read from the state itself, and words add little. Near the picture
-# the loss rises again: there the velocity asks for the noise, of which little is left to be seen.
+# At intermediate times the state itself shows the image, and the caption adds little. Near t = 0 the loss rises again:
+# the velocity contains the noise, and the state hardly shows it any more.
 #
-# Runs of two prompts from the same noises, on a plane through their pictures:
+# Runs of two prompts from the same noise, projected to a plane through their final images:
 
 # %%
 widgets.velocity(pipe, [prompt, "a green star above a yellow ring"], seeds=5, steps=6, progress=False)
 
 # %%
-bent = used_detour(picture.trajectory.latents)
-print("the miniature's path is longer than straight by less than 10 %:", bool(bent < 1.1))
+ratio = used_detour(original.trajectory.latents)
+print("the miniature's trajectory is less than 10 % longer than straight:", bool(ratio < 1.1))
 print(
-    "and its velocities differ from the straight way's (the library's straightness is 0 on a line):",
-    bool(straightness(picture.trajectory).tensor[0] > 0.01),
+    "but its velocities differ from the straight direction (straightness is 0 for a line):",
+    bool(straightness(original.trajectory).tensor[0] > 0.01),
 )
 
 # %% [markdown]
 # ## Put yours into the trained model
 #
-# Your `best` needs no plane: points may be latents. Give it the six pictures above, 4,096 numbers each, and let the
-# pipeline run on *its* velocity instead of the transformer's. What will come out?
+# Your `best` is not limited to the plane: its points can be latents. Give it the six images above, 4,096 numbers each,
+# and let the pipeline follow *its* velocity instead of the transformer's. `fe.intervene` replaces the value at a named
+# point of the model, a *site*. What will the pipeline generate?
 
 # %%
 with torch.no_grad():
-    flat = pipe.autoencoder.encode(pictures.to(pipe.dtype)).float().flatten(1)  # [6, 4096]
-seen = {}
+    known = pipe.autoencoder.encode(images.to(pipe.dtype)).float().flatten(1)  # [6, 4096]
+state = {}
 
 
-def keep_state(x: Tensor, ctx) -> Tensor:
-    seen["x"] = x.flatten(1)
+def store_state(x: Tensor, ctx) -> Tensor:
+    state["x"] = x.flatten(1)
     return x
 
 
-def known_pictures(v: Tensor, ctx) -> Tensor:
-    return used_best(seen["x"].float(), ctx.time, flat).view_as(v).to(v)
+def best_velocity(v: Tensor, ctx) -> Tensor:
+    return used_best(state["x"].float(), ctx.time, known).view_as(v).to(v)
 
 
-with fe.intervene("sample.x", keep_state), fe.intervene("sample.velocity", known_pictures):
-    drawn = pipe(prompt, seed=[0, 1, 2, 3, 4, 5], height=128, width=128, progress=False)
-nearest = torch.cdist(drawn.latents.flatten(1).float(), flat)  # [6, 6]
-print("every latent is one of the six to 1 in 1,000:", bool((nearest.amin(1) < 1e-3 * flat.norm(dim=1).mean()).all()))
+with fe.intervene("sample.x", store_state), fe.intervene("sample.velocity", best_velocity):
+    generated = pipe(prompt, seed=[0, 1, 2, 3, 4, 5], height=128, width=128, progress=False)
+distances = torch.cdist(generated.latents.flatten(1).float(), known)  # [6, 6]
+scale = known.norm(dim=1).mean()
+print("every latent is one of the six to 1 in 1,000:", bool((distances.amin(1) < 1e-3 * scale).all()))
 
-foreseen = drawn.trajectory.x0.flatten(2).float()  # [20, 6, 4096]
-settled = (torch.cdist(foreseen, flat).amin(-1) < 0.05 * flat.norm(dim=1).mean()).float()  # [20, 6]
+predicted_x0 = generated.trajectory.x0.flatten(2).float()  # [20, 6, 4096]
+settled = (torch.cdist(predicted_x0, known).amin(-1) < 0.05 * scale).float()  # [20, 6]
 decided.against(int(settled.argmax(dim=0).median()) + 1)
 
 fig, axes = plt.subplots(2, 6, figsize=(9, 3.3), layout="constrained")
 for k in range(6):
     axes[0, k].imshow(render(scenes[k]))
-    axes[1, k].imshow(drawn.images[k])
-for ax, name in zip(axes[:, 0], ("known", "drawn")):
+    axes[1, k].imshow(generated.images[k])
+for ax, name in zip(axes[:, 0], ("known", "generated")):
     ax.set_ylabel(name)
 for ax in axes.flat:
-    quiet(ax)
-fig.suptitle("The perfect learner of six pictures draws only those")
+    hide_axes(ax)
+fig.suptitle("The exact minimiser of the loss on six images generates only these six")
 plt.show()
 
 # %% [markdown]
-# Of six noises two came to the same picture, and one picture was not met. (Stripes are lost in the autoencoder, not in
-# the flow.) And it is decided early: by the fourth of twenty steps, at t = 0.94, half of the runs foresee one of the six
-# to within 5 %.
+# Two of the six seeds gave the same image, and one known image was not generated. (Stripes are lost in the autoencoder,
+# not in the flow.) And it is decided early: by the fourth of twenty steps, at t = 0.94, the predicted x0 of half of the
+# runs is within 5 % of one of the six.
 #
-# So the goal of the loss, reached exactly, is to know the training set by heart. All that we like about a flow
-# model, a circle where none was before, comes from the network *not* reaching it.
+# So a network that minimised the loss exactly would have memorised its training set. Everything that we like about a
+# flow model, such as a combination that was never in the data, exists because the network does *not* reach that minimum.
 #
 # ## Break it
 #
@@ -348,56 +372,56 @@ plt.show()
 from fluxedu.models.modulation import timestep_embedding
 
 
-def turned_time(part: Tensor, ctx) -> Tensor:
-    other = 1 - torch.tensor([ctx.time], device=part.device)
-    return pipe.flux.time_in(timestep_embedding(other).to(part)).view_as(part)
+def reversed_time(embedding: Tensor, ctx) -> Tensor:
+    other = 1 - torch.tensor([ctx.time], device=embedding.device)
+    return pipe.flux.time_in(timestep_embedding(other).to(embedding)).view_as(embedding)
 
 
-def as_noise(v: Tensor, ctx) -> Tensor:
-    return seen["x"].view_as(v) + (1 - ctx.time) * v  # what a model that predicts noise would say
+def predicted_noise(v: Tensor, ctx) -> Tensor:
+    return state["x"].view_as(v) + (1 - ctx.time) * v  # the output of a model that predicts the noise
 
 
 breaks = {
-    "x0 - noise": ("sample.velocity", lambda v, ctx: -v),
-    "told 1 - t": ("vec.time", turned_time),
-    "noise as velocity": ("sample.velocity", as_noise),
+    "sign: x0 - noise": ("sample.velocity", lambda v, ctx: -v),
+    "time: 1 - t": ("vec.time", reversed_time),
+    "noise as velocity": ("sample.velocity", predicted_noise),
 }
-outs = [picture]
+outs = [original]
 for name, (site, change) in breaks.items():
-    with fe.intervene("sample.x", keep_state), fe.intervene(site, change):
+    with fe.intervene("sample.x", store_state), fe.intervene(site, change):
         outs.append(pipe(prompt, seed=4, progress=False))
-    far = (outs[-1].latents - picture.latents).norm() / picture.latents.norm()
-    print(f"{name:18} the latent is far from what it was, by more than half its length: {bool(far > 0.5)}")
+    size = (outs[-1].latents - original.latents).norm() / original.latents.norm()
+    print(f"{name:18} the latent changes by more than half of its length: {bool(size > 0.5)}")
 
 fig, axes = plt.subplots(1, 4, figsize=(8, 2.3), layout="constrained")
-for ax, out, name in zip(axes, outs, ["as it is", *breaks]):
+for ax, out, name in zip(axes, outs, ["original", *breaks]):
     ax.imshow(out.images[0])
     ax.set_title(name, fontsize=9)
     ax.axis("off")
-fig.suptitle("Three mistakes that raise no error: noise, a ghost, and a clean picture that is another", fontsize=10)
+fig.suptitle("Three mistakes that raise no error (seed 4)", fontsize=10)
 plt.show()
 
 # %% [markdown]
-# None of the three raises an error. The first runs away from every picture, the second leaves a ghost of the prompt, the
-# third a clean picture that is another one: such mistakes pass for a badly trained network. When samples are odd, look
-# at the sign, the time and the kind of prediction first.
+# None of the three raises an error. With this seed, the first moves away from every image, the second leaves a faint
+# trace of the prompt, and the third gives a clean image, but a different one. Such mistakes are easily mistaken for a
+# badly trained network. When samples look odd, check the sign, the time and the kind of prediction first.
 #
 # ## In five lines
 #
 # 1. `x_t = (1 - t) x0 + t noise`, `v = noise - x0`, loss = mean of `(network - v)²`. Time 1 is noise.
-# 2. The network learns a mean: over all lines that pass through a place at a time.
-# 3. So lines cross and paths do not; paths bend, and each step foresees a better picture.
-# 4. Training on the flow's own pairs straightens the paths, and then few steps do.
-# 5. For a finite set of pictures the exact optimum is known, and it draws only them.
+# 2. The network learns the marginal velocity: the mean over all lines that pass through a point at a time.
+# 3. At one time, trajectories never meet, though training lines do; so trajectories are curved.
+# 4. Training on pairs from the flow itself (reflow) straightens trajectories, and then few steps suffice.
+# 5. For a finite set of images the exact minimum is known, and it generates only these images.
 #
-# **People ask**: *which sign has the velocity?* (friendly-stable-audio-tools issue 9). With t = 1 as noise, `noise - x0`, and the sampler
-# steps by `t_next - t`, which is negative; a code whose time grows towards the picture has both turned. *How was FLUX
-# trained?* (flux issue 68 asks for a report.) As a rectified flow, its model cards say; data, times and settings are not
-# published.
-# What the official sampler shows is the sign, the schedule and the kind of prediction, and those are as here.
+# **People ask**: *which sign does the velocity have?* (friendly-stable-audio-tools issue 9). With t = 1 as noise it is
+# `noise - x0`, and the sampler's step `t_next - t` is negative. In code whose time grows towards the image, both signs
+# are reversed. *How was FLUX trained?* (flux issue 68 asks for a report.) As a rectified flow, according to its model
+# cards; data, distribution of times and settings are not published. The official sampler shows the sign, the schedule
+# and the kind of prediction, and those are the same here.
 #
 # **Read**: Flow Straight and Fast, arXiv 2209.03003 (the second training is its *reflow*) · Scaling Rectified Flow
-# Transformers, arXiv 2403.03206 · `cloneofsimo/minRF`, `rf.py` · ours: `fluxedu/nano/training/flow.py`.
+# Transformers, arXiv 2403.03206 · `cloneofsimo/minRF`, `rf.py` · ours: `training/flow.py`.
 
 # %%
 fe.score()
