@@ -31,7 +31,7 @@ from fluxedu.arena.votes import AXES, JUDGE, Ballot, Votes, check_axis, check_vo
 from fluxedu.checkpoints import find
 from fluxedu.errors import ArenaError
 from fluxedu.files import atomic_path
-from fluxedu.loading import OURS, WEIGHTS
+from fluxedu.loading import SHIPPED_MODELS, WEIGHTS
 from fluxedu.nano.exam import Question, questions
 from fluxedu.nano.judge import Verdict, diversity, judge, quality
 from fluxedu.nano.scenes import LETTERS, Claim
@@ -109,14 +109,16 @@ def contestant(spec: str, device: str | torch.device | None = None) -> Contestan
     if steps and (not steps.isdecimal() or not 1 <= int(steps) <= 1000):
         raise ArenaError(f"the number after @ must be a number of steps from 1 to 1000, as in nano@4, not {spec!r}.")
     if model == SD:
-        parts = [WEIGHTS / FILE]
+        weights = [WEIGHTS / FILE]
+    elif model in SHIPPED_MODELS:
+        weights = find(WEIGHTS, SHIPPED_MODELS[model].transformer).parts.values()
     else:
-        parts = (find(WEIGHTS, OURS[model].transformer) if model in OURS else find(model)).parts.values()
+        weights = find(model).parts.values()
 
     def draw(prompt: str, seed: int, height: int, width: int) -> Image.Image:
         return sample_image(_load(model, device), prompt, seed, height, width, int(steps) if steps else None)
 
-    return Contestant(spec, draw, _version(parts))
+    return Contestant(spec, draw, _version(weights))
 
 
 def sample_image(pipe, prompt: str, seed: int, height: int, width: int, steps: int | None) -> Image.Image:

@@ -23,8 +23,6 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-Cases = Callable[[], Sequence[tuple]]
-
 
 @dataclass(frozen=True)
 class WrongAnswer:
@@ -53,11 +51,11 @@ class Exercise:
     minutes: int
     difficulty: int
     hints: tuple[str, str, str]
-    cases: Cases
-    call: Callable[..., Any]
-    against: Callable | None
-    tolerance: float
-    stub: str | None
+    cases: Callable[[], Sequence[tuple]]
+    call: Callable[..., Any] = lambda answer, *case: answer(*case)
+    against: Callable | None = None
+    tolerance: float = 1e-5
+    stub: str | None = None
     wrong: list[WrongAnswer] = field(default_factory=list)
 
     @property
@@ -92,26 +90,15 @@ class Exercise:
 _exercises: dict[str, Exercise] = {}
 
 
-def exercise(
-    name: str,
-    *,
-    minutes: int,
-    difficulty: int,
-    hints: tuple[str, str, str],
-    cases: Cases,
-    call: Callable[..., Any] = lambda answer, *case: answer(*case),
-    against: Callable | None = None,
-    tolerance: float = 1e-5,
-    stub: str | None = None,
-) -> Callable[[Callable], Callable]:
-    """A decorator that registers a function or class as the solution of an exercise; arguments: :class:`Exercise`."""
+def exercise(name: str, **details) -> Callable[[Callable], Callable]:
+    """A decorator that registers the solution of an exercise; ``details`` are the fields of :class:`Exercise`."""
 
     def register(solution: Callable) -> Callable:
-        if isinstance(solution, type) and stub is None:
+        if isinstance(solution, type) and details.get("stub") is None:
             raise ValueError(
                 f"{name}: a class needs a stub, since `raise` in the class body would stop the cell that defines it."
             )
-        _exercises[name] = Exercise(name, solution, minutes, difficulty, hints, cases, call, against, tolerance, stub)
+        _exercises[name] = Exercise(name, solution, **details)
         return solution
 
     return register

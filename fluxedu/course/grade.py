@@ -21,10 +21,10 @@ from pathlib import Path
 import nbformat
 from nbformat.v4 import new_code_cell
 
-from fluxedu.checkpoints.save import write_text
 from fluxedu.course.build import notebooks_folder
 from fluxedu.course.exercise import Exercise, all_exercises
 from fluxedu.errors import CourseError
+from fluxedu.files import write_text
 
 GRACE = 5  # seconds that a cell has to stop after an interrupt
 #: runs before the student's cells; on a system without memory limits it does nothing

@@ -26,9 +26,10 @@ from tqdm.auto import tqdm
 
 from fluxedu.errors import CourseError, first_of
 from fluxedu.instruments.parts import parts
-from fluxedu.plots.canvas import arrows, quiet
+from fluxedu.plots import hide_axes
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.widgets.diagram import diagram
+from fluxedu.widgets.architecture import diagram
+from fluxedu.widgets.panels import draw_arrows
 
 FIGURE_STYLE = {
     "figure.dpi": 90,
@@ -65,9 +66,9 @@ def where(pipe: FluxPipeline, *names: str) -> Figure:
         raise CourseError(f"the model has no part {first_of(unknown)}; its parts are {', '.join(sorted(known))}.")
     boxes, lines, (width, height) = diagram(all_parts)
     fig = Figure(figsize=(6.4, 6.4 * height / width))
-    ax = quiet(fig.add_axes((0, 0, 1, 1)))
+    ax = hide_axes(fig.add_axes((0, 0, 1, 1)))
     ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
-    arrows(ax, lines, "0.6")
+    draw_arrows(ax, lines, "0.6")
     for part, (label, x, y, w, h, colour) in zip(all_parts, boxes, strict=True):
         highlighted = part.name in names or part.name.split(".")[0] in names
         face, edge, text = (colour, colour, "white") if highlighted else ("0.94", "0.75", "0.45")
@@ -137,7 +138,7 @@ def format_value(value: Any) -> str:
 
 
 def predict(question: str, answer: Any) -> Prediction:
-    """Store an ``answer`` before the run; ``...`` means none. A second answer to the same question replaces the first."""
+    """Store an ``answer`` before the run; ``...`` means none. A second answer to the same question replaces it."""
     if not isinstance(question, str) or not question.strip():
         raise CourseError(f"a prediction needs a question as text, not {question!r}.")
     _predictions[question] = Prediction(question, answer)

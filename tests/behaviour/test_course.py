@@ -145,7 +145,7 @@ def test_a_tiny_answer_is_compared_with_its_own_size(scale):
     task = task_of(scaled)
     assert assess(task, scaled).passed
     assert assess(task, lambda x: scaled(x) * (1 + 1e-7)).passed
-    for wrong in (lambda x: 0 * scaled(x), lambda x: -scaled(x), lambda x: 1.001 * scaled(x), lambda x: scaled(x) + 1):
+    for wrong in (lambda x: 0 * scaled(x), lambda x: -scaled(x), lambda x: 1.001 * scaled(x), lambda x: scaled(x) + scale):
         assert not assess(task, wrong).passed
 
 
