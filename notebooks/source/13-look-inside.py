@@ -1,14 +1,14 @@
 # %% [markdown]
 # # 13 · Look inside
 #
-# **Which part does what?** A network has no labels. You find out what a part is for by looking at what it hands on,
-# by cutting it, and by putting in its place what it said about another prompt. You will do all three, and find the
-# place from which the colour of a circle is really read. It is not where one would look first.
+# **Which part does what?** The parts of a network have no labels. You find out what a part does by recording its output,
+# by removing it, and by replacing its output with the one it had for another prompt. You will do all three, and find out
+# which text token the colour of a circle is read from. It is not the one you would expect.
 #
-# Afterwards you can measure whether a map of attention points at the right thing, run a patching experiment and say
-# what it does and does not show, and write your own reduction for the recorder.
+# Afterwards you can measure whether an attention map points at the right object, run a patching experiment and say what
+# it does and does not show, and write your own reduction for the recorder.
 #
-# 80 minutes, in two sittings: stop before “What the picture is so far” · needs notebooks 06 to 08, 10 and 11
+# 80 minutes, in two sittings: stop before “The image so far” · needs notebooks 06 to 08, 10 and 11
 
 # %%
 from tempfile import TemporaryDirectory
@@ -26,112 +26,131 @@ from fluxedu.instruments.lenses.run import blocks_of
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.reductions import Value, made
 from fluxedu.nano.exam import questions
-from fluxedu.nano.judge import read
-from fluxedu.nano.scenes import LETTERS, Scene, Thing, thing_map
-from fluxedu.widgets.bench import bench, told
+from fluxedu.nano.judge import detect
+from fluxedu.nano.scenes import LETTERS, Scene, SceneObject, object_map
+from fluxedu.widgets.bench import bench, describe_objects
 
 device = course.begin()
 pipe = fe.load(device=device)
 prompt, other = "a red circle left of a blue square", "a green circle left of a blue square"
-asked = {"seed": 4, "steps": 6, "progress": False}  # few steps, many experiments
-picture = pipe(prompt, **asked)
-blocks, words = blocks_of(pipe), pipe.prompt_encoder.t5_tokenizer.length
-patches = picture.latents[0, 0].numel() // 4  # 64
+settings = {"seed": 4, "steps": 6, "progress": False}  # few steps, since there are many experiments
+original = pipe(prompt, **settings)
+blocks, txt_len = blocks_of(pipe), pipe.prompt_encoder.t5_tokenizer.length
+img_len = original.latents[0, 0].numel() // 4  # 64 image tokens
 course.where(pipe, "double", "single")
 
+
+def relative_change(out) -> float:
+    """The distance of a run's final latent from the original one, divided by the length of the original."""
+    return float((out.latents - original.latents).norm() / original.latents.norm())
+
+
 # %% [markdown]
+# A *site* is a named point of the model at which a value can be recorded or replaced. An *attention map* is the table of
+# attention weights: one row per query, one column per key, and each row sums to 1. A *patch* is the area of one image
+# token, 16 × 16 pixels. The *judge* is a program that finds shapes and colours in an image by geometry.
+#
 # ## Predict
 #
-# Two of these are about the pair of prompts above, which differ in one word. Both pictures begin with the same noise.
+# Two of these questions are about the two prompts above, which differ in one word. Both runs start from the same noise.
 
 # %%
-vital = fe.predict("without which block does the picture go furthest? first / middle / last", "middle")  # answer
-word = fe.predict("one vector of the second prompt replaced, the circle turns red: which word's?", "circle")  # answer
-last = fe.predict("the first prompt's words put in before the last block: the circle is red / green", "green")  # answer
-pads = fe.predict("does hiding all padding from attention move the picture? hardly / a little / much", "much")  # answer
+vital = fe.predict("Removing which block changes the image most? first / middle / last", "middle")  # answer
+word = fe.predict(
+    "One text token of the second prompt is replaced and the circle turns red. At which word is it?", "circle"
+)  # answer
+last = fe.predict(
+    "The first prompt's text tokens replace the second's before the last block. The circle is: red / green", "green"
+)  # answer
+pads = fe.predict(
+    "Padding is hidden from attention. Change of the latent: below 2 % / below 20 % / more", "more"
+)  # answer
 
 # %% [markdown]
-# ## Does a word look at its thing?
+# ## Do patches attend to the word for the object that they show?
 #
-# The first instrument only looks. `fe.record` keeps what passes at a site; here, for every patch, how much of its
-# attention goes to two words, averaged over heads, in the later steps.
+# The first instrument only observes. `fe.record` stores what passes through a site. Here it stores, for every patch, how
+# much of its attention goes to each of two words, averaged over heads, in the later steps.
 
 # %%
 with fe.record("*.attn.map", tokens=["circle", "square"], reduce="head-mean", steps=slice(3, None)) as rec:
-    out = pipe(prompt, **asked)
+    out = pipe(prompt, **settings)
 print(rec["double.0.attn.map"])
-same = torch.equal(out.latents, picture.latents)
-print("looking changes no bit of the picture:", same)
+print("recording leaves the image bit-identical:", torch.equal(out.latents, original.latents))
 
 # %% [markdown]
-# A bright map proves nothing: you will see a circle in it because you know that there is one. So measure. Of four
-# prompts that training never saw we ask, for every noun, where its map is bright, and the judge says where the thing
-# is. `share` is the part of each patch that the thing covers.
+# A bright map proves nothing: you see a circle in it because you know that there is one. So measure. Take four prompts
+# that were never used in training. For every noun, compare where its map is bright with where the judge finds the
+# object. `coverage` is the fraction of each patch that the object covers.
 
 
 # %%
-def share_of(found, rows, columns):
-    """The part of every patch that a thing the judge has found covers: [rows, columns]."""
-    thing = Thing(found.form, found.color, found.size, found.x, found.y, found.radius)
-    covered = thing_map(Scene("white", (thing,), 16 * rows, 16 * columns)) >= 0  # [16 rows, 16 columns], pixels
+def coverage_of(found, rows, columns):
+    """The fraction of each patch that a detected object covers: [rows, columns]."""
+    item = SceneObject(found.form, found.color, found.size, found.x, found.y, found.radius)
+    covered = object_map(Scene("white", (item,), 16 * rows, 16 * columns)) >= 0  # [16 rows, 16 columns], pixels
     return torch.tensor(covered.reshape(rows, 16, columns, 16).mean((1, 3))).float()
 
 
-maps, shares = [], []
-for q in [q for q in questions(60) if len(q.claim.things) > 1][:4]:
-    names = [f"{color} {'letter ' if form in LETTERS else ''}{form}" for color, form, _ in q.claim.things]
-    ask = {"seed": q.seed, "height": q.size[0], "width": q.size[1], "steps": 8, "progress": False}
-    with fe.record("sample.image") as drawn:
-        seen = lenses.word_maps(pipe, q.prompt, names, at_steps=slice(3, None), **ask)  # [block, word, row, column]
-    pixels = drawn["sample.image"].tensor.float().permute(1, 2, 0)  # [H, W, 3]
-    things = read(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()).things
-    for i, (color, form, _) in enumerate(q.claim.things):
-        found = [t for t in things if (t.color, t.form) == (color, form)]
-        if len(found) == 1:  # what was not drawn cannot be pointed at
-            maps.append(seen.tensor[:, i])
-            shares.append(share_of(found[0], *seen.shape[2:]))
-print("nouns to score, eight or more:", len(maps) >= 8)
+maps, coverages = [], []
+for q in [q for q in questions(60) if len(q.claim.objects) > 1][:4]:
+    names = [f"{color} {'letter ' if form in LETTERS else ''}{form}" for color, form, _ in q.claim.objects]
+    size_and_seed = {"seed": q.seed, "height": q.size[0], "width": q.size[1], "steps": 8, "progress": False}
+    with fe.record("sample.image") as rec:
+        word_maps = lenses.word_maps(pipe, q.prompt, names, at_steps=slice(3, None), **size_and_seed)
+    pixels = rec["sample.image"].tensor.float().permute(1, 2, 0)  # [H, W, 3]
+    objects = detect(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()).objects
+    for i, (color, form, _) in enumerate(q.claim.objects):
+        found = [o for o in objects if (o.color, o.form) == (color, form)]
+        if len(found) == 1:  # an object that was not drawn cannot be pointed at
+            maps.append(word_maps.tensor[:, i])  # [block, row, column]
+            coverages.append(coverage_of(found[0], *word_maps.shape[2:]))
+print("at least eight nouns to measure:", len(maps) >= 8)
 
 # %% exercise="inside.points"
 
 # %%
 done = bool(passed)
 
+# %% [markdown]
+# The *intersection over union* (IoU) of two sets is the number of elements that they share, divided by the number of
+# elements in either of them.
+
 # %% exercise="inside.iou"
-# Half of the peak is a convention, and so is 0.15. Whoever reports an IoU of attention maps must say both.
+# Half of the peak is a convention, and so is 0.15. State both whenever you report an IoU of attention maps.
 
 # %%
 done = done and bool(passed)
 if done and maps:
-    # a map of each block in place of a map of each word: [block, row, column]
-    hits = torch.stack([points(m, s.expand_as(m)) for m, s in zip(maps, shares)]).mean(0)  # [block]
-    overlap = torch.stack([iou(m, s.expand_as(m)) for m, s in zip(maps, shares)]).mean(0)
-    chance = torch.stack([(s > 0.1).float().mean() for s in shares]).mean()
+    # your functions get one map per block instead of one per word: [block, row, column]
+    hits = torch.stack([points(m, c.expand_as(m)) for m, c in zip(maps, coverages)]).mean(0)  # [block]
+    overlap = torch.stack([iou(m, c.expand_as(m)) for m, c in zip(maps, coverages)]).mean(0)
+    chance = torch.stack([(c > 0.1).float().mean() for c in coverages]).mean()
     best = int((hits + overlap).argmax())
     fig, ax = plt.subplots(figsize=(6.6, 2.8), layout="constrained")
-    ax.plot(100 * hits, "o-", color="#0072B2", label="brightest patch on the thing")
+    ax.plot(100 * hits, "o-", color="#0072B2", label="brightest patch on the object")
     ax.plot(100 * overlap, "s-", color="#D55E00", label="overlap (IoU)")
-    ax.axhline(100 * chance, color="0.5", ls="--", label="a patch chosen blindly")
+    ax.axhline(100 * chance, color="0.5", ls="--", label="a random patch")
     ax.set_xticks(range(len(blocks)), blocks, fontsize=8)
     ax.set(ylabel="percent", ylim=(0, 105), xlabel="block")
-    ax.set_title(f"Nouns point best at their things in {blocks[best]}")
+    ax.set_title(f"Word maps localise objects best in {blocks[best]}: IoU {overlap[best]:.2f}")
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     plt.show()
-    print("the best block points better than chance by a factor of three or more:", bool(hits[best] > 3 * chance))
+    print("the best block is at least three times better than chance:", bool(hits[best] > 3 * chance))
 elif done:
-    print("the judge found none of the nouns' things")  # with another model, perhaps
+    print("the judge found none of the objects")  # possible with another model
 else:
     print("solve the two exercises above first; then run this cell again")
 
 # %% [markdown]
-# Pointing well is something the maps have; it does not say that the network *uses* them. And the blocks differ: a
-# figure that averages all blocks, as many tools draw it, mixes the good ones with those that point nowhere.
+# A map that points at the object does not show that the network *uses* it. And blocks differ: the average map over all
+# blocks, which many tools show, mixes good maps with maps that point nowhere.
 #
 # ## A reduction of your own
 #
-# A whole map is 96 × 96 numbers a head here; in FLUX.1 24 × 4,608 × 4,608 of 2 bytes, a gigabyte a block. So the recorder reduces where
-# the value is. You have used `"head-mean"`; the next one you write. The question: do heads look at one token or at
-# many?
+# A whole map has 96 × 96 numbers per head here; in FLUX.1 it has 24 × 4,608 × 4,608 numbers of 2 bytes, one gigabyte per
+# block. So the recorder *reduces* a value as soon as it is computed. You have used the reduction `"head-mean"`; now write
+# one yourself. It answers the question whether a head attends to one token or to many.
 
 # %% exercise="inside.spread"
 
@@ -139,180 +158,187 @@ else:
 if passed:
     mine, exact = (fe.record("*.attn.map", reduce=how, steps=3) for how in (spread, "entropy"))
     with mine, exact:
-        pipe(prompt, **asked)
+        pipe(prompt, **settings)
     name = "single.0.attn.map"
     error = (mine[name].tensor / exact[name].tensor.exp() - 1).abs().max()
     print("yours, from the whole map, and the library's, without it, differ by less than 0.1 %:", bool(error < 1e-3))
-    counts = torch.stack([mine[f"{b}.attn.map"].tensor[0, :, words:].mean(-1) for b in blocks])  # [block, head]
+    counts = torch.stack([mine[f"{b}.attn.map"].tensor[0, :, txt_len:].mean(-1) for b in blocks])  # [block, head]
     fig, ax = plt.subplots(figsize=(6.6, 2.6), layout="constrained")
-    shown = ax.imshow(counts.T, cmap="viridis", vmin=1, vmax=words + patches, aspect="auto")
+    image = ax.imshow(counts.T, cmap="viridis", vmin=1, vmax=txt_len + img_len, aspect="auto")
     for (i, j), count in np.ndenumerate(counts.numpy()):
         ax.text(i, j, f"{count:.0f}", ha="center", va="center", color="white" if count < 55 else "black", fontsize=8)
     ax.set_xticks(range(len(blocks)), blocks, fontsize=8)
     ax.set(ylabel="head", xlabel="block")
-    ax.set_title("Some heads look at a handful of tokens, others at most of the 96")
-    fig.colorbar(shown, label="tokens")
+    ax.set_title(f"Patches attend to {counts.min():.0f} to {counts.max():.0f} of {txt_len + img_len} tokens, by head")
+    fig.colorbar(image, label="tokens")
     plt.show()
 else:
     print("solve the exercise above first; then run this cell again")
 
 # %% [markdown]
-# ## Cut it
+# ## Remove a block
 #
-# The second instrument cuts. Take away what one block adds, draw again, and see how far the picture goes; then leave
-# the block in, but tell it that all patches are in one place. Stable Flow calls the blocks of the first experiment
-# *vital* (arXiv 2411.14430); FreeFlux did the like of the second, by shifting the places (arXiv
-# 2503.16153). `lenses.vital_layers` and
-# `lenses.position_dependence` do the same over several seeds.
-
+# The second instrument, *ablation*, removes. Leave out what one block adds, generate the image again, and measure how
+# far it changes. Then keep the block, but give all patches the same position in its RoPE (the rotation of queries and
+# keys by position, notebook 04). Stable Flow calls the blocks that the first experiment finds *vital* (arXiv
+# 2411.14430); FreeFlux did something like the second, by shifting positions (arXiv 2503.16153). `lenses.vital_layers`
+# and `lenses.position_dependence` do the same for several seeds.
 
 # %%
-def distance(out):
-    """How far a run's latent is from the first prompt's, as a share of its length."""
-    return float((out.latents - picture.latents).norm() / picture.latents.norm())
-
-
-one_place = positions(torch.zeros_like)  # ids [N, 3] -> ids
-gone, moved = [], []
+same_position = positions(torch.zeros_like)  # ids [N, 3] -> ids
+without_block, without_positions = [], []
 for block in blocks:
     with fe.ablate(block):
-        gone.append(distance(pipe(prompt, **asked)))
-    with fe.intervene(f"{block}.attn.rope", one_place):
-        moved.append(distance(pipe(prompt, **asked)))
+        without_block.append(relative_change(pipe(prompt, **settings)))
+    with fe.intervene(f"{block}.attn.rope", same_position):
+        without_positions.append(relative_change(pipe(prompt, **settings)))
 
 fig, ax = plt.subplots(figsize=(6.6, 2.8), layout="constrained")
 x = np.arange(len(blocks))
-ax.bar(x - 0.2, 100 * np.array(gone), 0.4, color="#0072B2", label="without the block")
-ax.bar(x + 0.2, 100 * np.array(moved), 0.4, color="#E69F00", label="all patches in one place")
+ax.bar(x - 0.2, 100 * np.array(without_block), 0.4, color="#0072B2", label="without the block")
+ax.bar(x + 0.2, 100 * np.array(without_positions), 0.4, color="#E69F00", label="all patches in one position")
 ax.set_xticks(x, blocks, fontsize=8)
-ax.set(xlabel="block", ylabel="distance / length of\nthe latent, percent")
-ax.set_title("Every block matters, and so do the places in each")
+ax.set(xlabel="block", ylabel="change of the latent,\n% of its length")
+ax.set_title("Seed 4: removing any block, or its positions, changes the latent")
 ax.legend(fontsize=8)
 plt.show()
-furthest = int(np.argmax(gone))
-vital.against("first" if furthest == 0 else "last" if furthest == len(blocks) - 1 else "middle")
-print("the last block goes further without itself than without its places:", bool(gone[-1] > moved[-1]))
+most_vital = int(np.argmax(without_block))
+vital.against("first" if most_vital == 0 else "last" if most_vital == len(blocks) - 1 else "middle")
+print("the last block: its removal changes more than that of its positions:",
+      bool(without_block[-1] > without_positions[-1]))  # fmt: skip
 
 # %% [markdown]
-# Cutting has a weakness. A network that has never met a missing block may fail for that reason alone, and a large
-# distance cannot tell "this block made the circle" from "what came out is no longer anything the next block
-# understands". Look at the pictures before you believe the bars; the bench below shows them all.
+# Ablation has a weakness. A network that was never trained with a missing block may fail for that reason alone, and a
+# large distance does not distinguish “this block drew the circle” from “the next block cannot process this input”. Also,
+# a distance between latents mostly measures the background. Look at the images before you believe the bars; the explorer
+# below shows them all.
 #
-# ## What the picture is so far
+# ## The image so far
 #
-# The last layer turns tokens into a velocity, and a velocity foresees a picture, `x − t·v`. Nothing stops us from
-# asking the last layer after *every* block. This is our own adaptation of the logit lens to a flow; the
-# last layer was trained to read the last block only, so the early ones are a guess at best.
+# The last layer turns image tokens into a velocity, and a velocity implies a final image, the *predicted x0*:
+# $\hat{x}_0 = x_t - t\,v$. We can apply the last layer after *every* block, not only the last one. This is our
+# adaptation of the logit lens to a flow. The last layer was trained to read the last block only, so the images for early
+# blocks are a rough guess.
 
 # %%
-foreseen = lenses.x0_by_block(pipe, prompt, at_steps=4, **asked)  # [block, step, channel, row, column], a latent each
+predicted_x0 = lenses.x0_by_block(
+    pipe, prompt, at_steps=4, **settings
+)  # a latent each: [block, step, channel, row, column]
 fig, axes = plt.subplots(1, len(blocks), figsize=(10, 1.7), layout="constrained")
-for ax, block, latent in zip(axes, blocks, foreseen.tensor[:, 0]):
+for ax, block, latent in zip(axes, blocks, predicted_x0.tensor[:, 0]):
     with torch.no_grad():
         pixels = pipe.autoencoder.decode(latent[None].to(device, pipe.dtype))[0].float().cpu()
     ax.imshow((pixels.clamp(-1, 1) / 2 + 0.5).permute(1, 2, 0))
     ax.set(xticks=[], yticks=[])
     ax.set_title(block, fontsize=9)
-time = foreseen.coords["step"][0]
-fig.suptitle(f"From block to block the picture foreseen gets clearer (t = {time:.1f})", fontsize=11)
+time = predicted_x0.coords["step"][0]
+fig.suptitle(f"The predicted x0 becomes clearer from block to block (t = {time:.1f})", fontsize=11)
 plt.show()
 
 # %% [markdown]
-# ## Put in what it said elsewhere
+# ## Activation patching
 #
-# The third instrument is the sharpest. Run both prompts; then run the second again, but at one place go on with the
-# value from the first. If the circle turns red, what makes it red passes there. The value has been
-# computed by the network itself, so nothing strange is fed in.
+# The third instrument is the sharpest. Run both prompts. Then run the second prompt (the *target* run) again, but at one
+# site replace some tokens by those of the first prompt's run (the *source* run). If the circle turns red, these tokens
+# are sufficient to make it red. The replaced values come from the network itself, so they are not unusual inputs.
 
 # %% exercise="inside.transplant"
 
 # %% [markdown]
-# How much of the way did the picture go? 0 is the run of the second prompt as it was, 1 that of the first.
+# How far did the image move? We measure along the line from the target run's latent to the source run's: 0 is the
+# target run unchanged, 1 the source run.
 
 # %%
-asked = asked | {"steps": 8}  # a few more, so that both pictures are clean
-picture, theirs = pipe(prompt, **asked), pipe(other, **asked)
-way = picture.latents - theirs.latents  # from the second prompt's latent to the first's
+settings = settings | {"steps": 8}  # a few more, so that both images are clean
+original, target_run = pipe(prompt, **settings), pipe(other, **settings)
+direction = original.latents - target_run.latents  # from the second prompt's latent to the first's
 
 
 def recovered(out):
-    """The share of the way that a run has gone, along the line from one latent to the other."""
-    return float(((out.latents - theirs.latents) * way).sum() / way.square().sum())
+    """The fraction of the way from the target run's latent to the source run's, along the straight line."""
+    return float(((out.latents - target_run.latents) * direction).sum() / direction.square().sum())
 
 
-home = TemporaryDirectory(ignore_cleanup_errors=True)  # `to=` a folder: of FLUX.1-dev this is 13 GB
-with fe.record("double.*.img", "double.*.txt", "single.*.x", "sample.txt", to=f"{home.name}/source") as source:
-    pipe(prompt, **asked)
+folder = TemporaryDirectory(ignore_cleanup_errors=True)  # recorded to a folder: for FLUX.1-dev this is 13 GB
+with fe.record("double.*.img", "double.*.txt", "single.*.x", "sample.txt", to=f"{folder.name}/source") as source:
+    pipe(prompt, **settings)
 
 
-def put_in(site, places):
-    """At one site, put in the tokens at `places` from the first prompt's run, step by step."""
+def patch_tokens(site, tokens):
+    """At one site, replace the tokens with these indices by those of the source run, step by step."""
     values = {when.step: value.tensor for when, value in source.entries(site)}
-    change = lambda x, ctx: transplant(x, values[ctx.step].to(x).reshape(x.shape), places)
+    change = lambda x, ctx: transplant(x, values[ctx.step].to(x).reshape(x.shape), tokens)
     return fe.intervene(site, change)
 
 
 pieces = pipe.prompt_encoder.t5_tokenizer.pieces(other)
 if passed:
-    turned = []
+    turned_red = []
     for piece in ("▁green", "▁circle", "▁left", "▁blue", "▁square"):
-        with put_in("sample.txt", [pieces.index(piece)]):
-            out = pipe(other, **asked)
-        red = any(t.color == "red" for t in read(out.images[0]).things)
-        turned += [piece.strip("▁")] if red else []
-        tens = 10 * round(10 * recovered(out))
-        print(f"{piece:9} {tens:4} % of the way; the judge reads: {told(read(out.images[0]))}")
-    word.against(turned[0] if turned else "none")
+        with patch_tokens("sample.txt", [pieces.index(piece)]):
+            out = pipe(other, **settings)
+        objects = detect(out.images[0])
+        if any(o.color == "red" for o in objects.objects):
+            turned_red.append(piece.strip("▁"))
+        percent = 10 * round(10 * recovered(out))
+        print(f"{piece:9} {percent:4} % recovered; the judge finds: {describe_objects(objects)}")
+    word.against(turned_red[0] if turned_red else "none")
 else:
     print("solve the exercise above first; then run this cell again")
 
 # %% [markdown]
-# You may have looked for the colour in the word that names it. But T5 has mixed the words: the vector at *circle* is
-# the vector of a red circle, and that is the one the picture reads. This is why editing one word's vector, or hiding
-# one word from attention, so often does less than people expect.
+# You may have expected the colour in the token of the word that names it. But T5 mixes the words of a prompt: its token
+# at *circle* contains that the circle is red, and with this pair of prompts and this seed the image takes the colour
+# from there. This is one reason why editing one word's token, or hiding one word from attention, often has less effect
+# than people expect.
 #
-# Now the same in depth: put in the first prompt's words, or its picture, as they come into each block.
+# Now patch at different depths: the first prompt's text tokens, or its image tokens, as they enter each block.
 
 # %%
 if passed:
-    places = {"words": list(range(words)), "picture": list(range(words, words + patches))}
-    shares_of, colours = {}, {}
-    for part, tokens in places.items():
-        row, seen = [], []
+    all_tokens = {"text": list(range(txt_len)), "image": list(range(txt_len, txt_len + img_len))}
+    recovered_by, circle_colors = {}, {}
+    for stream, tokens in all_tokens.items():
+        recovered_by[stream], circle_colors[stream] = [], []
         for block in blocks:
-            double = block.startswith("double")
-            site = f"{block}.{'txt' if part == 'words' else 'img'}" if double else f"{block}.x"
-            with put_in(site, [t - words * (part == "picture") for t in tokens] if double else tokens):
-                out = pipe(other, **asked)
-            row.append(recovered(out))
-            seen.append(next((t.color for t in read(out.images[0]).things if t.form == "circle"), "none"))
-        shares_of[part], colours[part] = row, seen
+            if block.startswith("double"):  # each stream has its own site, and its own token indices
+                site = f"{block}.{'txt' if stream == 'text' else 'img'}"
+                indices = list(range(len(tokens)))
+            else:
+                site, indices = f"{block}.x", tokens
+            with patch_tokens(site, indices):
+                out = pipe(other, **settings)
+            recovered_by[stream].append(recovered(out))
+            circles = [o.color for o in detect(out.images[0]).objects if o.form == "circle"]
+            circle_colors[stream].append(circles[0] if circles else "none")
     fig, ax = plt.subplots(figsize=(6.6, 2.8), layout="constrained")
-    for (part, row), colour, mark in zip(shares_of.items(), ("#0072B2", "#D55E00"), "os"):
-        ax.plot(100 * np.array(row), f"{mark}-", color=colour, label=f"the first prompt's {part}")
+    for (stream, values), colour, mark in zip(recovered_by.items(), ("#0072B2", "#D55E00"), "os"):
+        ax.plot(100 * np.array(values), f"{mark}-", color=colour, label=f"{stream} tokens patched")
     ax.axhline(0, color="0.7", lw=1)
     ax.set_xticks(range(len(blocks)), blocks, fontsize=8)
-    ax.set(xlabel="put in as they come into this block", ylabel="percent of the way")
-    crossing = next((b for b, c in zip(blocks, colours["picture"]) if c == "red"), "no block")
-    ax.set_title(f"The words decide the colour; from {crossing} on it is in the picture's tokens")
+    ax.set(xlabel="patched at the input of this block", ylabel="recovered, %")
+    crossing = next((b for b, c in zip(blocks, circle_colors["image"]) if c == "red"), "no block")
+    ax.set_title(f"This pair, seed 4: patched image tokens give a red circle from {crossing} on")
     ax.legend(fontsize=8)
     plt.show()
-    last.against("red" if colours["words"][-1] == "red" else "green")
+    last.against("red" if circle_colors["text"][-1] == "red" else "green")
 else:
     print("solve the exercise above first; then run this cell again")
 
 # %% [markdown]
-# At each step the words are read in the blocks before the colour turns, and then hardly any more: what they say has been handed over
-# to the picture's tokens, and the first prompt's words come too late. The next step begins anew with the words as
-# they were.
+# In this run, the image tokens read the colour from the text tokens in the blocks before the crossing. From then on the
+# image tokens contain it, and patching the text has little effect. The next step starts again from the original text
+# tokens.
 #
-# Read it with care. A place whose value *suffices* to turn the circle red need not be the only one, and what was put
-# in is a run's whole stream, not "the colour". That needs controls: another pair of prompts, another seed.
+# Read this with care. Tokens that are *sufficient* to turn the circle red need not be the only ones, and a whole stream
+# contains more than the colour. The recovered fraction is a distance, and mostly measures the background: it can be
+# higher when one token is patched than when all text tokens are. One pair of prompts and one seed are an example, not a
+# result. That would need many pairs, both directions, several seeds, and the judge's reading as the measure.
 #
-# ## The bench
+# ## The explorer
 #
-# All of it under your hand, drawn beforehand: choose a block and what is done to it. Ask it a question first (is
-# there a block whose heads can go while the block cannot?), guess, and only then look.
+# Here you can try all of it by hand: choose a block and what is done to it. First ask a question (is there a block whose
+# heads can be removed while the block cannot?), guess the answer, and only then look.
 
 # %%
 bench(pipe, prompt, other, seed=4, progress=False)
@@ -320,84 +346,88 @@ bench(pipe, prompt, other, seed=4, progress=False)
 # %% [markdown]
 # ## Break it
 #
-# Two oddities of such networks. First, single numbers out of all proportion ("massive activations", arXiv
-# 2510.11538).
+# Two peculiarities of such networks. The first are *massive activations*: single values that are far larger than all
+# others (arXiv 2510.11538).
 
 # %%
-large = lenses.massive_activations(pipe, prompt, at_step=3, **asked)  # axes block, what
-size, usual, token, channel = large.tensor.T
+large = lenses.massive_activations(pipe, prompt, at_step=3, **settings)  # axes block, what
+largest, median, token, channel = large.tensor.T
 fig, ax = plt.subplots(figsize=(6.6, 2.5), layout="constrained")
-ax.semilogy(size, "o-", color="#D55E00", label="the largest number")
-ax.semilogy(usual, "s-", color="0.5", label="the median size")
+ax.semilogy(largest, "o-", color="#D55E00", label="largest")
+ax.semilogy(median, "s-", color="0.5", label="median")
 ax.set_xticks(range(len(blocks)), blocks, fontsize=8)
-ax.set(xlabel="after this block", ylabel="size")
-ax.set_title("One number is far larger than the median, and stays so in the single blocks")
+ax.set(xlabel="after this block", ylabel="absolute value")
+ax.set_title(f"After the last block the largest value is {float(largest[-1] / median[-1]):.0f} times the median")
 ax.legend(fontsize=8, loc="center right")
 plt.show()
-said = pipe.prompt_encoder.t5_tokenizer.pieces(prompt)
-where = [*said, *["<pad>"] * (words - len(said)), *["a patch"] * patches][int(token[-1])]
-print("more than 50 times the median:", bool(size[-1] > 50 * usual[-1]))
-there = set(zip(*(of[pipe.flux.config.depth :].tolist() for of in (token, channel))))
-print("the same token and channel in all single blocks:", len(there) == 1)
-print("what kind of token it is:", where)
+prompt_pieces = pipe.prompt_encoder.t5_tokenizer.pieces(prompt)
+kinds = [*prompt_pieces, *["<pad>"] * (txt_len - len(prompt_pieces)), *["image"] * img_len]
+print("more than 50 times the median:", bool(largest[-1] > 50 * median[-1]))
+first = pipe.flux.config.depth
+in_single_blocks = set(zip(token[first:].tolist(), channel[first:].tolist()))
+print("the same token and channel in all single blocks:", len(in_single_blocks) == 1)
+print("its token:", kinds[int(token[-1])])
 
 # %% [markdown]
-# Second, padding. FLUX masks none, so most of our text tokens are nothing but filling, and patches may look at them
-# all the same. Cut both, and a few words for comparison.
+# The second is *padding*: the tokens that fill a prompt up to the fixed length. FLUX does not mask them, so patches may
+# attend to them. Remove both, and a few words for comparison.
 
 # %%
-print(f"text tokens that are padding: {words - len(pieces)} of {words}")
-padding = lenses.padding_mass(pipe, prompt, **asked)  # axes block, step
-most = float(padding.tensor.mean(1).max())  # the mean over steps, of the block that gives most
-print(f"their share of the picture's attention, in the block that gives them most: about {5 * round(20 * most)} %")
+print(f"text tokens that are padding: {txt_len - len(pieces)} of {txt_len}")
+padding = lenses.padding_mass(pipe, prompt, **settings)  # axes block, step
+most = float(padding.tensor.mean(1).max())  # the mean over steps, in the block where it is largest
+print(f"their share of the image's attention, in the block where it is largest: about {5 * round(20 * most)} %")
 
 
-def without_it(x, ctx):
-    """The massive number set to 0."""
+def without_massive_value(x, ctx):
+    """The massive activation set to 0."""
     new = x.clone()
     new[:, int(token[-1]), int(channel[-1])] = 0
     return new
 
 
-cuts = {
-    "the massive number": fe.intervene("single.0.x", without_it),
-    "all padding": fe.ablate("*.attn.map", tokens=list(range(len(pieces), words))),
+ablations = {
+    "the massive value": fe.intervene("single.0.x", without_massive_value),
+    "all padding": fe.ablate("*.attn.map", tokens=list(range(len(pieces), txt_len))),
     "the word red": fe.ablate("*.attn.map", tokens=["red"]),
     "the word circle": fe.ablate("*.attn.map", tokens=["circle"]),
     "the word left": fe.ablate("*.attn.map", tokens=["left"]),
 }
-far = {}
-for name, cut in cuts.items():
-    with cut:
-        out = pipe(prompt, **asked)
-    far[name] = distance(out)
-    fives = 5 * round(20 * far[name])
-    print(f"without {name:19} the picture moves by about {fives:2} %; the judge reads: {told(read(out.images[0]))}")
-pads.against("hardly" if far["all padding"] < 0.02 else "a little" if far["all padding"] < 0.2 else "much")
+change = {}
+for name, ablation in ablations.items():
+    with ablation:
+        out = pipe(prompt, **settings)
+    change[name] = relative_change(out)
+    percent, objects = 5 * round(20 * change[name]), describe_objects(detect(out.images[0]))
+    print(f"without {name:17} the latent changes by about {percent:2} %; the judge finds: {objects}")
+pads.against("below 2 %" if change["all padding"] < 0.02 else "below 20 %" if change["all padding"] < 0.2 else "more")
 
 # %% [markdown]
-# Cut the most conspicuous number and the background, of which the prompt says nothing, turns from grey to black, while the
-# circle and the square stay; with other seeds hardly a pixel notices. Padding moves as much, and says nothing. And
-# without *red* the circle stays red, which you now know why. Distance alone is not importance: look at the pictures.
+# With this seed, removing the largest value turns the background, which the prompt leaves open, from grey to black, while
+# circle and square stay. Without *red* the circle stays red, and you know why.
+#
+# Do not read these distances as a ranking. It changes with the seed: in five other seeds, removing *circle* changed the
+# latent most, then padding, then the massive value. And distance is not importance: look at the images.
 #
 # ## In five lines
 #
-# 1. Recording shows what passes, cutting what is needed, patching what suffices: three questions, three instruments.
-# 2. A map of attention is a claim about a place, so hold it against the place: pointing and overlap, block by block.
-# 3. Words are read in the earlier blocks, here up to `single.2`; after that the patches carry what they said.
-# 4. T5 mixes words, so the colour of the circle is in the vector of *circle*.
-# 5. A large number may matter for one seed and not for another, and padding does.
+# 1. Recording shows what a part computes, ablation what is necessary, patching what is sufficient.
+# 2. An attention map is a claim about positions, so compare it with the object's position: pointing and IoU, per block.
+# 3. In the example above, the image tokens read the colour in the earlier blocks and carry it from there on.
+# 4. T5 mixes words: the token at *circle* can be sufficient to make the circle red.
+# 5. Effects measured as a distance, with one prompt and one seed, are examples. Repeat them before you believe them.
 #
-# **People ask**: *how do I get the attention maps?* (EraseAnything 2: no `output_attentions`). From
-# queries, keys and the log-sum-exp of the fused kernel, exactly and only where you ask: `fe.record("*.attn.map",
-# ...)`. *Why are mine black, or without the single blocks?* (attention-map-diffusers 27; 15, 21). Those tools replace another library's attention; here every block has its own site. *Hooks and
-# `torch.compile`?* (pytorch 117758). A module hook added afterwards is silently ignored; a site is not, because
-# recording switches compiled code off for as long as it lasts. *Is padding masked?* (flux pull requests 507, 511, 512.) No, see
-# above; arXiv 2501.06751 measures it in the large models.
+# **People ask**: *how do I get the attention maps?* (EraseAnything 2: no `output_attentions`). They are computed exactly,
+# and only where you ask for them, from queries, keys and the fused kernel's log-sum-exp: `fe.record("*.attn.map", ...)`.
+# *Why are mine black, or without the single blocks?* (attention-map-diffusers 27; 15, 21). Those tools replace another
+# library's attention; here every block has its own site. *Hooks and `torch.compile`?* (pytorch 117758). A module hook
+# that is added later is silently ignored; a site is not, because recording switches compiled code off while it lasts.
+# *Is padding masked?* (flux pull requests 507, 511, 512.) No, see above; arXiv 2501.06751 measures its effect in the
+# large models.
 #
 # **Read**: Stable Flow, arXiv 2411.14430 · FreeFlux, arXiv 2503.16153 · activation patching, arXiv 2202.05262 ·
 # Massive activations, arXiv 2510.11538 · Padding Tone, arXiv 2501.06751 · `black-forest-labs/flux`,
-# `modules/layers.py` (what there is to be looked at) · ours: `fluxedu/instruments/`, begin with `interventions.py`.
+# `modules/layers.py` (the values that can be recorded) · ours: `fluxedu/instruments/`, begin with `interventions.py`.
 
 # %%
 fe.score()
