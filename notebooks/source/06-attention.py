@@ -149,7 +149,7 @@ with fe.record("single.2.attn.q", "single.2.attn.k", "single.2.attn.map", steps=
 # [1, 5, 96, 32] twice, [1, 5, 96, 96]; float32 in any model
 q, k, attn_map = (rec[f"single.2.attn.{x}"].tensor.float() for x in ("q", "k", "map"))
 root = q.shape[-1] ** 0.5
-lse = (q @ k.transpose(-1, -2) / root).logsumexp(-1)  # [1, 5, 96]; here from all scores, fused kernels can return it
+lse = (q @ k.transpose(-1, -2) / root).logsumexp(-1)  # [1, 5, 96], here from all scores; a fused kernel can return it
 
 pieces = pipe.prompt_encoder.t5_tokenizer.pieces(prompt)
 word = pieces.index("▁square")

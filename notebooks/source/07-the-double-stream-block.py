@@ -45,7 +45,7 @@ course.where(pipe, "double")
 # 'not', below 10 % as 'a little'.
 
 # %%
-work = fe.predict("Two streams have twice the weights. How many times the operations of one?", 1)  # answer
+work = fe.predict("Two streams have twice the weights. How many times as many operations do they need?", 1)  # answer
 larger = fe.predict("After the double blocks, which tokens are larger: 'text' or 'image'?", "text")  # answer
 feeds = fe.predict("What adds more to text tokens in the last double block: 'attention' or 'MLP'?", "MLP")  # answer
 borrowed = fe.predict(
