@@ -11,9 +11,9 @@ from pathlib import Path
 import nbformat
 
 import fluxedu as fe
-from fluxedu.course.build import behind_exercise
+from fluxedu.course.build import needs_solution
 from fluxedu.instruments.parts import Part, parts
-from fluxedu.widgets.diagram import diagram
+from fluxedu.widgets.architecture import diagram
 
 #: lines of black-forest-labs/flux at commit 802fb47 (July 2025), under src/flux/ -> ours
 OFFICIAL = [
@@ -120,8 +120,8 @@ def course(notebooks: Path, folder: Path) -> None:
     folder.mkdir()
     for path in sorted(notebooks.glob("[0-9][0-9]-*.ipynb")):
         mine, solved = (nbformat.read(p, 4) for p in (path, notebooks / "solved" / path.name))
-        outputs = {cell.source: cell.outputs for cell in solved.cells if behind_exercise(cell)}
-        for cell in filter(behind_exercise, mine.cells):
+        outputs = {cell.source: cell.outputs for cell in solved.cells if needs_solution(cell)}
+        for cell in filter(needs_solution, mine.cells):
             cell.outputs = outputs[cell.source]
             cell.metadata |= {"tags": ["hide-output"], "mystnb": {"code_prompt_show": "What it shows once solved"}}
         nbformat.write(mine, folder / path.name)

@@ -1,53 +1,38 @@
-"""Explorers: a run under the reader's hand, in a notebook.
+"""Explorers: interactive views of a run, for a notebook.
 
     from fluxedu import widgets
     widgets.attention(pipe, "a red circle left of a blue square")
 
-Each is a pure function of tensors (``attention_view``) and a thin widget around it; each answers to the mouse and the
-keyboard, shows a static figure where no kernel is, and fetches nothing.
+Each explorer is one module of this package: a pure function from recorded tensors to a view, and a function of the
+module's name, registered with ``@explorer``, that makes the runs and the controls. ``widgets.attention`` is that
+module, and calling it calls that function. Explorers respond to mouse and keyboard, show a static figure where there is
+no kernel, and load nothing from the network.
 """
 
-from fluxedu.widgets.architecture import architecture
-from fluxedu.widgets.attention import attention
-from fluxedu.widgets.bench import bench
-from fluxedu.widgets.blind import blind
-from fluxedu.widgets.contributions import contributions
-from fluxedu.widgets.explorer import Explorer, View
-from fluxedu.widgets.grid import grid
-from fluxedu.widgets.heads import heads
-from fluxedu.widgets.latents import latents
-from fluxedu.widgets.modulation import modulation
-from fluxedu.widgets.parameters import parameters
-from fluxedu.widgets.particles import particles
-from fluxedu.widgets.positions import positions
-from fluxedu.widgets.similarity import similarity
-from fluxedu.widgets.solvers import solvers
-from fluxedu.widgets.streams import streams
-from fluxedu.widgets.strength import strength
-from fluxedu.widgets.tokens import tokens
-from fluxedu.widgets.trajectory import trajectory
-from fluxedu.widgets.velocity import velocity
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = [
-    "Explorer",
-    "View",
-    "architecture",
-    "attention",
-    "bench",
-    "blind",
-    "contributions",
-    "grid",
-    "heads",
-    "latents",
-    "modulation",
-    "parameters",
-    "particles",
-    "positions",
-    "similarity",
-    "solvers",
-    "strength",
-    "streams",
-    "tokens",
-    "trajectory",
-    "velocity",
-]
+from fluxedu.widgets.explorer import EXPLORERS, Explorer, Registration, View
+
+_MODULES = sorted({module.name for module in iter_modules(__path__)} - {"explorer", "panels"})
+__all__ = ["Explorer", "View", "explorers", *_MODULES]
+
+
+def explorers() -> dict[str, Registration]:
+    """Every registered explorer by name: those of this package and any that a notebook has registered."""
+    for name in _MODULES:
+        import_module(f"{__name__}.{name}")
+    return EXPLORERS
+
+
+def __getattr__(name: str):
+    """Import an explorer's module when it is first used."""
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name in EXPLORERS:
+        return EXPLORERS[name].function
+    raise AttributeError(f"fluxedu.widgets has no explorer {name!r}; it has {', '.join(_MODULES)}.")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *EXPLORERS]

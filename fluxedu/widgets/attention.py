@@ -1,6 +1,6 @@
-"""Who looks at whom: point at a patch or a word, and its row or column of the exact map is there.
+"""Attention of a run: point at a patch or a word to see its row or column of the exact attention map.
 
-Queries and keys of the run are kept, not maps: a row or a column is made when it is pointed at, from the log-sum-exp.
+The run's queries and keys are kept, not its maps. A row or column is computed, by its log-sum-exp, when it is needed.
 """
 
 from __future__ import annotations
@@ -17,96 +17,105 @@ from fluxedu.instruments.lenses.run import blocks_in, blocks_of, grid, one_pictu
 from fluxedu.instruments.recorder import Steps, record
 from fluxedu.models.attention_map import AttentionMap
 from fluxedu.probe import Sited
-from fluxedu.sampling.pipeline import FluxPipeline, Output
+from fluxedu.sampling.pipeline import FluxPipeline
+from fluxedu.sampling.solvers import solver_called
 from fluxedu.sampling.step_context import StepContext, current_context
-from fluxedu.widgets.asked import checked, evenly
-from fluxedu.widgets.controls import Chips, Choice, clock
-from fluxedu.widgets.explorer import Explorer, View
-from fluxedu.widgets.paint import enlarged, over, over_stops, picture, reduced
-from fluxedu.widgets.panels import Pixels
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Chips, Choice, Explorer, View, check_request, explorer, time_slider
+from fluxedu.widgets.panels import Pixels, downscale, overlay, overlay_colours, to_rgb, upscale
 
-SIDE = 256  # pixels of a painted picture, at least about
+SIDE = 256  # the least size, about, of a shown image in pixels
 
 
 @dataclass
-class Attended:
-    """A run's attention. ``q``, ``k``: block -> ``[S, H, T, d]``, turned by position, text first · ``grid``: rows and
-    columns of patches · ``words``: how many tokens are text.
+class RunAttention:
+    """The attention of a run. ``q``, ``k``: block -> ``[S, H, T, d]``, after RoPE, text first · ``grid``: rows and
+    columns of patches · ``txt_len``: number of text tokens.
     """
 
     image: Image.Image
     q: dict[str, torch.Tensor]
     k: dict[str, torch.Tensor]
-    words: int
+    txt_len: int
     grid: tuple[int, int]
     _maps: dict[tuple[str, int], AttentionMap] = field(default_factory=dict, repr=False)
-    _column: tuple = (None, None)  # the last one: it stays while the pointer moves over patches
+    _last_column: tuple = (None, None)  # its arguments and values: it stays while the pointer moves over patches
 
     @cached_property
-    def base(self) -> np.ndarray:
-        """The picture, as large as it is painted."""
-        return enlarged(picture(reduced(self.image, 2 * SIDE)), SIDE)
+    def shown_image(self) -> np.ndarray:
+        """The image in the size in which it is shown."""
+        return upscale(to_rgb(downscale(self.image, 2 * SIDE)), SIDE)
 
     def map(self, block: str, step: int) -> AttentionMap:
-        """The lazy map of one block at one step; it remembers its log-sum-exp."""
+        """The lazy map of one block at one step, made once so that it computes its log-sum-exp once."""
         if (block, step) not in self._maps:
-            q, k = (x[block][step][None] for x in (self.q, self.k))
-            self._maps[block, step] = AttentionMap(q, k, v=k, words=self.txt_len)  # any v has the fused kernel tell it
+            q, k = self.q[block][step][None], self.k[block][step][None]
+            # any values will do: with them the fused kernel computes the log-sum-exp
+            self._maps[block, step] = AttentionMap(q, k, v=k, txt_len=self.txt_len)
         return self._maps[block, step]
 
     def rows(self, block: str, step: int, head: int | None, token: int) -> np.ndarray:
-        """What one token looks at, ``[T]``, of one head or averaged over them."""
-        return self._one(self.map(block, step).rows([token])[0, :, 0], head)
+        """Attention of one token to every token, ``[T]``, of one head or (None) averaged over heads."""
+        row = self.map(block, step).rows([token])[0, :, 0]
+        return (row.mean(0) if head is None else row[head]).numpy()
 
     def columns(self, block: str, step: int, head: int | None, token: int) -> np.ndarray:
-        """How much every token looks at one, ``[T]``."""
-        asked = (block, step, head, token)
-        if self._column[0] != asked:
-            self._column = (asked, self._one(self.map(block, step).columns([token])[0, :, :, 0], head))
-        return self._column[1]
-
-    @staticmethod
-    def _one(each: torch.Tensor, head: int | None) -> np.ndarray:
-        return (each.mean(0) if head is None else each[head]).numpy()
+        """Attention of every token to one token, ``[T]``."""
+        arguments = block, step, head, token
+        if self._last_column[0] != arguments:
+            column = self.map(block, step).columns([token])[0, :, :, 0]
+            self._last_column = arguments, (column.mean(0) if head is None else column[head]).numpy()
+        return self._last_column[1]
 
 
 def attention_view(
-    run: Attended, pieces: Sequence[str], block: str, step: int, head: int | None, patch: tuple[int, int], word: int
+    run: RunAttention, pieces: Sequence[str], block: str, step: int, head: int | None, patch: tuple[int, int], word: int
 ) -> View:
-    """The row of a patch over picture and words, and the column of a word over the picture."""
+    """The row of a patch, over the image and the words, and the column of a word, over the image."""
     rows, columns = run.grid
-    token = run.txt_len + patch[0] * columns + patch[1]
-    row = run.rows(block, step, head, token)
-    image = slice(run.txt_len, run.txt_len + rows * columns)  # behind it are a reference picture's tokens, if any
+    row = run.rows(block, step, head, run.txt_len + patch[0] * columns + patch[1])
+    image = slice(run.txt_len, run.txt_len + rows * columns)  # tokens of a reference image would follow
     column = run.columns(block, step, head, word)[image].reshape(rows, columns)
-    seen, said = row[image].reshape(rows, columns), row[: len(pieces)]
-    strongest = int(said.argmax())
+    to_patches, to_words = row[image].reshape(rows, columns), row[: len(pieces)]
+    strongest = int(to_words.argmax())
     peak = np.unravel_index(column.argmax(), column.shape)
     text = (
         f"The patch in row {patch[0]}, column {patch[1]} gives {row[image].sum():.0%} of its attention to the "
-        f"picture, {said.sum():.0%} to the prompt, most to “{pieces[strongest]}” ({said[strongest]:.1%}), and "
-        f"{row[len(pieces) : run.txt_len].sum():.0%} to the padding. “{pieces[word]}” is looked at most from row "
-        f"{int(peak[0])}, column {int(peak[1])} ({column.max():.1%})."
+        f"image, {to_words.sum():.0%} to the prompt (most to “{pieces[strongest]}”, {to_words[strongest]:.1%}) and "
+        f"{row[len(pieces) : run.txt_len].sum():.0%} to the padding. The patch that attends most to “{pieces[word]}” "
+        f"is in row {int(peak[0])}, column {int(peak[1])} ({column.max():.1%} of its attention)."
     )
-    key = {"colours": over_stops()}
-    mine, theirs = ("0", f"{seen.max():.1%} of its attention"), ("0", f"{column.max():.1%} of theirs")
+    base, colours = run.shown_image, overlay_colours()
+    row_key, column_key = ("0", f"{to_patches.max():.1%}"), ("0", f"{column.max():.1%}")
     panels = [
-        Pixels("what the patch looks at", over(run.base, seen), run.grid, patch, mine, pointer="patch", **key),
-        Pixels(f"who looks at “{pieces[word]}”", over(run.base, column), run.grid, key=theirs, **key),
-    ]
-    return View(panels, text, {"word": said / max(float(said.max()), 1e-12)})
+        Pixels("Attention of the chosen patch (white frame) to every patch", overlay(base, to_patches), run.grid, patch,
+               row_key, colours, pointer="patch"),
+        Pixels(f"Attention of every patch to “{pieces[word]}”", overlay(base, column), run.grid, key=column_key,
+               colours=colours),
+    ]  # fmt: skip
+    return View(panels, text, {"word": to_words / max(float(to_words.max()), 1e-12)})
 
 
-class Kept(record):
-    """A recorder of queries and keys, of as many steps and blocks, evenly spaced, as its budget has room for.
+def evenly_spaced(count: int, limit: int) -> list[int]:
+    """At most ``limit`` indices out of ``count``, evenly spaced; if their number is odd, one is in the middle.
 
-    Which, is known when the first queries pass: no run is needed to find out. Steps are left out first, all but one.
+    >>> evenly_spaced(50, 1), evenly_spaced(50, 3), evenly_spaced(5, 9)
+    ([25], [8, 25, 41], [0, 1, 2, 3, 4])
+    """
+    limit = min(count, limit)
+    return [(2 * i + 1) * count // (2 * limit) for i in range(limit)]
+
+
+class QueryKeyRecorder(record):
+    """Records queries and keys of as many steps and blocks, evenly spaced, as its budget allows.
+
+    They are chosen when the first queries pass, since their size is known only then. Steps are left out first, down to
+    one, and then blocks.
     """
 
     def __init__(self):
         super().__init__("*.attn.q", "*.attn.k", passes="prompted")
         self.names: set[str] | None = None
-        self.said = ""  # what was left out, in a sentence
+        self.note = ""  # a sentence on what was left out
 
     def see(self, owner: Sited, name: str, site: str, value: torch.Tensor) -> torch.Tensor:
         if self.names is None:
@@ -114,57 +123,56 @@ class Kept(record):
         return super().see(owner, name, site, value) if site.partition(".attn.")[0] in self.names else value
 
     def _choose(self, context: StepContext, q: torch.Tensor) -> None:
-        each = 2 * q.nbytes // len(q) * self._questions(context)  # bytes of a block and step: queries and keys
-        names, room = blocks_of(context.pipe), int(self.budget // each)
-        self.steps = evenly(context.steps, max(room // len(names), 1))
-        self.names = {names[i] for i in evenly(len(names), max(room, 1))}
+        evaluations = len(solver_called(context.request.solver).stages)
+        nbytes = 2 * q.nbytes // len(q) * evaluations  # queries and keys of one block and step
+        names, affordable = blocks_of(context.pipe), int(self.budget // nbytes)
+        self.steps = evenly_spaced(context.steps, max(affordable // len(names), 1))
+        self.names = {names[i] for i in evenly_spaced(len(names), max(affordable, 1))}
         if len(self.steps) * len(self.names) < context.steps * len(names):
-            self.said = (
-                f" Kept are {len(self.names)} of {len(names)} blocks and {len(self.steps)} of {context.steps} steps, as "
-                f"many as {self.budget / 2**30:.3g} GiB hold; blocks= and at_steps= choose others."
+            self.note = (
+                f" Recorded are {len(self.names)} of {len(names)} blocks and {len(self.steps)} of {context.steps} "
+                f"steps, as many as fit in {self.budget / 2**30:.3g} GiB; blocks= and at_steps= choose others."
             )
 
 
+@explorer(example=lambda pipe: attention(pipe, EXAMPLE_PROMPT, steps=3, progress=False))
 def attention(
-    pipe: FluxPipeline, prompt: str, *, blocks: str | None = None, at_steps: Steps = None, **asked
+    pipe: FluxPipeline, prompt: str, *, blocks: str | None = None, at_steps: Steps = None, **request
 ) -> Explorer:
-    """Point at a patch or a word of a run of ``prompt``, in any block, step and head.
+    """Point at a patch or a word of a run of ``prompt`` to see what attends to what, in any block, step and head.
 
-    blocks: a glob such as ``"double.*"`` · at_steps: which steps to keep · ``asked``: as for the pipeline. Queries and
-    keys are kept, ``2 x T x D`` numbers a block and step. Where neither is said, that is everything, or what the
-    recorder's budget has room for: fewer steps, evenly spaced, and where one of all blocks is too much, one and fewer
-    blocks (of FLUX.1-dev at 1024 x 1024, 37 of 57); the controls list them and the text says how many. What is said is
-    kept whole; raises BudgetError where that is too much, with how to ask for less. The words' shade is what the patch
-    gives them.
+    blocks: a glob such as ``"double.*"`` · at_steps: steps to record · ``request``: as for the pipeline. Queries and
+    keys are recorded, ``2 x T x D`` numbers per block and step. By default all of them are, or as many as the
+    recorder's budget allows: fewer steps, evenly spaced, and if one step of all blocks is too much, fewer blocks (37 of
+    the 57 of FLUX.1-dev at 1024 x 1024). Blocks or steps that you name are recorded completely; BudgetError is raised
+    if they do not fit. Words are shaded by the attention they receive from the patch.
     """
-    out, rec = _recorded(pipe, prompt, blocks, at_steps, checked(asked))
+    check_request(request)
+    if blocks is None and at_steps is None:
+        with QueryKeyRecorder() as rec:
+            out = pipe(one_prompt(prompt), **request)
+        one_picture(out)
+        note = rec.note
+    else:
+        globs = [f"{blocks or '*'}.attn.q", f"{blocks or '*'}.attn.k"]
+        out, rec = recorded(pipe, prompt, *globs, asked=request, steps=at_steps)
+        note = ""
     names = blocks_in(rec, pipe, "attn.q")
-    q, k = ({b: rec[f"{b}.attn.{x}"].tensor for b in names} for x in "qk")
-    times, tokenizer = rec[f"{names[0]}.attn.q"].coords["step"], pipe.prompt_encoder.t5_tokenizer
-    run, pieces = Attended(out.images[0], q, k, rec.txt_len, grid(pipe, out)), tokenizer.pieces(prompt)
-    count, left_out = q[names[0]].shape[1], rec.said if isinstance(rec, Kept) else ""
+    q = {name: rec[f"{name}.attn.q"].tensor for name in names}
+    k = {name: rec[f"{name}.attn.k"].tensor for name in names}
+    run = RunAttention(out.images[0], q, k, rec.txt_len, grid(pipe, out))
+    times, pieces = rec[f"{names[0]}.attn.q"].coords["step"], pipe.prompt_encoder.t5_tokenizer.pieces(prompt)
+    heads = range(q[names[0]].shape[1])
     controls = [
         Choice("block", "block", names, len(names) // 2),
-        clock(times, len(times) // 2),
-        Choice("head", "head", ["mean", *(f"head {i}" for i in range(count))], values=[None, *range(count)]),
+        time_slider(times, len(times) // 2),
+        Choice("head", "head", ["mean of all heads", *(f"head {i}" for i in heads)], values=[None, *heads]),
         Chips("word", "word", pieces, min(1, len(pieces) - 1)),
     ]
 
     def draw(block: int, step: int, head: int, word: int, patch: tuple[int, int]) -> View:
         view = attention_view(run, pieces, names[block], step, head - 1 if head else None, patch, word)
-        return replace(view, text=view.text + left_out)
+        return replace(view, text=view.text + note)
 
-    return Explorer("Attention", controls, draw, {"patch": (run.grid[0] // 2, run.grid[1] // 4)})
-
-
-def _recorded(
-    pipe: FluxPipeline, prompt: str, blocks: str | None, at_steps: Steps, asked: dict
-) -> tuple[Output, record]:
-    """The run, and of its queries and keys what was asked for, or what there is room for."""
-    if blocks is not None or at_steps is not None:
-        sites = [f"{blocks or '*'}.attn.{x}" for x in "qk"]
-        return recorded(pipe, prompt, *sites, asked=asked, steps=at_steps)
-    with Kept() as rec:
-        out = pipe(one_prompt(prompt), **asked)
-    one_picture(out)
-    return out, rec
+    pointers = {"patch": (run.grid[0] // 2, run.grid[1] // 4)}
+    return Explorer("Which tokens attend to which?", controls, draw, pointers)

@@ -1,4 +1,4 @@
-"""What each layer adds: attention and MLP apart, in every block, for every token and step."""
+"""What attention and the MLP of each block add to the residual stream, for every token and step."""
 
 from __future__ import annotations
 
@@ -11,62 +11,75 @@ from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.models.attention import merge_heads
 from fluxedu.models.blocks import SingleStreamBlock
+from fluxedu.plots import TIME_LABEL
 from fluxedu.sampling.pipeline import FluxPipeline, Output
-from fluxedu.widgets.asked import checked
-from fluxedu.widgets.controls import Choice
-from fluxedu.widgets.explorer import Explorer, View
-from fluxedu.widgets.paint import Pixels8, heat, over, over_stops, picture, stretched
-from fluxedu.widgets.panels import Lines, Pixels
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, View, check_request, explorer
+from fluxedu.widgets.panels import RGB, Lines, Pixels, overlay, overlay_colours, resize_table, sequential, to_rgb
 
-PARTS = ("attention", "MLP", "together")
+SOURCES = ("attention", "MLP", "sum")
 STREAMS = ("image", "text")
 SITES = (
-    "double.*.img", "double.*.txt", "double.*.*_contribution", "single.*.x", "single.*.heads", "single.*.mlp_hidden",
+    "double.*.img",
+    "double.*.txt",
+    "double.*.*_contribution",
+    "single.*.x",
+    "single.*.heads",
+    "single.*.mlp_hidden",
     "single.*.gate",
-)  # fmt: skip
+)
 
 
-def halves(block: SingleStreamBlock, heads: Tensor, hidden: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """What a single block's attention and its MLP add, ``[..., T, D]`` each: ``linear2``'s first ``D`` columns read the
-    one, the rest the other. The bias, which belongs to neither, goes with the MLP.
+def split_contribution(
+    block: SingleStreamBlock, heads: Tensor, mlp_hidden: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the attention and the MLP of a single-stream block add, each ``[..., T, D]``.
 
-    heads ``[..., H, T, d]`` · hidden ``[..., T, M]`` · gate ``[..., 1, D]``.
+    One matrix, ``linear2``, makes both: its first ``D`` columns read the attention output, the others the MLP's hidden
+    units. Its bias belongs to neither and is counted with the MLP.
+
+    heads ``[..., H, T, d]`` · mlp_hidden ``[..., T, M]`` · gate ``[..., 1, D]``.
     """
     weight, bias, dim = block.linear2.weight, block.linear2.bias, block.linear2.out_features
-    heard = merge_heads(heads.flatten(0, -4)).view(*hidden.shape[:-1], dim)
-    if len(weight) != dim:  # 4 bits lie packed and have no columns: the layer is asked, the other half being zero
-        first = block.linear2(torch.cat([heard, torch.zeros_like(hidden)], dim=-1))
-        second = block.linear2(torch.cat([torch.zeros_like(heard), hidden], dim=-1))
-        return gate * (first if bias is None else first - bias), gate * second
-    return gate * F.linear(heard, weight[:, :dim]), gate * F.linear(hidden, weight[:, dim:], bias)
+    attn_out = merge_heads(heads.flatten(0, -4)).view(*mlp_hidden.shape[:-1], dim)
+    if len(weight) != dim:  # packed 4-bit weights have no columns: run the layer with the other half set to zero
+        attention = block.linear2(torch.cat([attn_out, torch.zeros_like(mlp_hidden)], dim=-1))
+        mlp = block.linear2(torch.cat([torch.zeros_like(attn_out), mlp_hidden], dim=-1))
+        return gate * (attention if bias is None else attention - bias), gate * mlp
+    return gate * F.linear(attn_out, weight[:, :dim]), gate * F.linear(mlp_hidden, weight[:, dim:], bias)
 
 
-def shares(pipe: FluxPipeline, prompt: str, **asked) -> tuple[Named, Named, Output]:
-    """How large each token is as it enters a block, and what it is then given: root mean squares over channels.
+def measure_contributions(pipe: FluxPipeline, prompt: str, **request) -> tuple[Named, Named, Output]:
+    """Sizes of the tokens that enter each block, sizes of what the block adds to them, and the run itself.
 
-    Axes ``block, step, token`` and ``block, part, step, token``, text first; parts are PARTS, the last being the sum of
-    the two as vectors, which is smaller than the sum of their sizes where they work against each other. They are
-    measured while the run goes on, so no more than these four numbers a token is kept.
+    A size is a root mean square over channels. Axes ``block, step, token`` and ``block, source, step, token``, text
+    tokens first; the sources are attention, the MLP, and the sum of both vectors, which is smaller than the sum of
+    their sizes if they point in different directions. Only these four numbers per token are kept during the run.
     """
-    out, rec = recorded(pipe, prompt, *SITES, asked=checked(asked), reduce=_Sizes(pipe))
-    names = blocks_of(pipe)
-    sizes = torch.stack([_kept(rec, name, "", "x") for name in names])
-    given = torch.stack([_kept(rec, name, "_mlp_contribution", "heads") for name in names]).transpose(1, 2)
-    first = "double.0.img" if "double.0.img" in rec else "single.0.x"
-    coords = {"block": names, "step": rec[first].coords["step"]}
-    return (
-        Named(sizes, ("block", "step", "token"), coords),
-        Named(given, ("block", "part", "step", "token"), coords | {"part": list(PARTS)}),
-        out,
-    )
+    out, rec = recorded(pipe, prompt, *SITES, asked=check_request(request), reduce=_Sizes(pipe))
+    names, sizes, added = blocks_of(pipe), [], []
+    for name in names:
+        if name.startswith("double"):
+            sizes.append(_text_and_image(rec, name, ""))
+            added.append(_text_and_image(rec, name, "_mlp_contribution"))
+        else:
+            sizes.append(rec[f"{name}.x"].tensor)
+            added.append(rec[f"{name}.heads"].tensor)
+    coords = {"block": names, "step": rec["double.0.img" if "double.0.img" in rec else "single.0.x"].coords["step"]}
+    sizes = Named(torch.stack(sizes), ("block", "step", "token"), coords)
+    added = torch.stack(added).transpose(1, 2)
+    return sizes, Named(added, ("block", "source", "step", "token"), coords | {"source": list(SOURCES)}), out
+
+
+def _text_and_image(rec: record, block: str, site: str) -> Tensor:
+    return torch.cat([rec[f"{block}.txt{site}"].tensor, rec[f"{block}.img{site}"].tensor], dim=-1)
 
 
 class _Sizes:
-    """A reduction: the root mean squares of the tokens that enter a block ``[1, T]``; and of what they are given
-    ``[1, part, T]``, where the last value passes of which that is made. The others are put by until then.
+    """A reduction to root mean squares: of the tokens that enter a block, ``[1, T]``, and of what it adds to them,
+    ``[1, source, T]``. The latter is computed when the last of the values it needs passes; the others wait in ``held``.
     """
 
-    site = ""  # told by the recorder
+    site = ""  # set by the recorder before each call
 
     def __init__(self, pipe: FluxPipeline):
         self.pipe, self.held = pipe, {}
@@ -76,98 +89,92 @@ class _Sizes:
         if name in ("img", "txt", "x"):
             return Named(_rms(value.tensor), ("batch", "token"))
         self.held[name] = value.tensor
-        joint = name == "heads"
-        needed = ("heads", "mlp_hidden", "gate") if joint else (name.replace("mlp", "attn"), name)
-        if not (joint or name.endswith("mlp_contribution")) or not all(part in self.held for part in needed):
+        if name.endswith("mlp_contribution"):
+            needed = (name.replace("mlp", "attn"), name)
+        elif name == "heads":
+            needed = ("heads", "mlp_hidden", "gate")
+        else:
             return None
-        parts = [self.held.pop(part) for part in needed]
-        attention, mlp = halves(_single(self.pipe, block), *parts) if joint else parts
-        sizes = [_rms(x) for x in (attention, mlp, attention + mlp)]
-        return Named(torch.stack(sizes, dim=1), ("batch", "part", "token"))
-
-
-def _single(pipe: FluxPipeline, name: str) -> SingleStreamBlock:
-    return pipe.flux.single_blocks[int(name.removeprefix("single."))]
+        if not all(part in self.held for part in needed):
+            return None
+        values = [self.held.pop(part) for part in needed]
+        if name == "heads":
+            values = split_contribution(self.pipe.flux.single_blocks[int(block.removeprefix("single."))], *values)
+        attention, mlp = values
+        sizes = torch.stack([_rms(attention), _rms(mlp), _rms(attention + mlp)], dim=1)
+        return Named(sizes, ("batch", "source", "token"))
 
 
 def _rms(x: Tensor) -> Tensor:
     return x.float().square().mean(-1).sqrt()
 
 
-def _kept(rec: record, block: str, double: str, single: str) -> Tensor:
-    """What was kept of a block, ``[S, ..., T]``: of a double one of both streams, text first."""
-    names = [f"{stream}{double}" for stream in ("txt", "img")] if block.startswith("double") else [single]
-    return torch.cat([rec[f"{block}.{name}"].tensor for name in names], dim=-1)
-
-
-def over_tokens(values: Tensor, tokens: slice) -> Tensor:
-    """The root mean square over some tokens, the last axis."""
+def rms_over_tokens(values: Tensor, tokens: slice) -> Tensor:
+    """The root mean square over some tokens, which are the last axis."""
     return values[..., tokens].square().mean(-1).sqrt()
 
 
 def contributions_view(
     sizes: Named,
-    given: Named,
-    words: int,
+    added: Named,
+    txt_len: int,
     grid: tuple[int, int],
-    image: Pixels8,
-    part: str,
+    image: RGB,
+    source: str,
     stream: str,
     cell: tuple[int, int],
 ) -> View:
-    """Shares over depth and time, one block's two parts over time, and where in the picture they are.
+    """Contributions over depth and time, one block's over time, and where in the image they are large.
 
-    ``sizes``, ``given``: from :func:`shares` · ``cell``: block and step · a share is the size of what is added, beside
-    the size of the tokens it is added to.
+    ``sizes``, ``added``: from :func:`measure_contributions` · ``cell``: block and step · shares are sizes of what is
+    added, divided by the size of the tokens it is added to.
     """
     blocks, times = sizes.coords["block"], sizes.coords["step"]
-    tokens = slice(words, None) if stream == "image" else slice(0, words)
-    share = over_tokens(given.tensor, tokens) / over_tokens(sizes.tensor, tokens)[:, None]  # [block, part, step]
-    block, step = cell
-    table = share[:, PARTS.index(part)]
-    most = min(float(table.max()), 1.0)  # the first block writes on almost empty tokens, many times their size
-    series = {name: share[block, i].tolist() for i, name in enumerate(PARTS)}
-    patches = given.tensor[block, PARTS.index(part), step, words:].view(grid)
+    tokens = slice(txt_len, None) if stream == "image" else slice(0, txt_len)
+    shares = rms_over_tokens(added.tensor, tokens) / rms_over_tokens(sizes.tensor, tokens)[:, None]
+    (block, step), chosen = cell, SOURCES.index(source)
+    table = shares[:, chosen]  # [block, step]
+    vmax = min(float(table.max()), 1.0)  # the first block adds many times the size of its small input tokens
+    series = {name: shares[block, i].tolist() for i, name in enumerate(SOURCES)}
+    patches = added.tensor[block, chosen, step, txt_len:].view(grid)
     panels = [
         Pixels(
-            f"what {part} adds to the {stream}: a row a block, a column a step, noise at the left",
-            stretched(heat(table, most, "viridis"), 240, 260), tuple(table.shape), cell,
-            ("0", f"{most:.0%} of the token or more"), "viridis", blocks,
-            pointer="cell",
+            f"Size of what {source} adds to {stream} tokens (rows: blocks; columns: steps, noise on the left)",
+            resize_table(sequential(table, vmax, "viridis"), 240, 260), tuple(table.shape), cell,
+            ("0", f"{vmax:.0%} of the token or more"), "viridis", blocks, pointer="cell",
         ),
-        Lines(f"{blocks[block]} over time, {stream} tokens", times, series, "time (1 is noise)",
-              "added, beside the token", times[step]),
+        Lines(f"{blocks[block]} over time, {stream} tokens", times, series, TIME_LABEL, "size added / size of token",
+              times[step]),
         Pixels(
-            f"where {blocks[block]}'s {part} adds to the picture, at t = {times[step]:.2f}", over(image, patches),
-            key=("0", f"{patches.max():.2f}, root mean square"), colours=over_stops(),
+            f"Size of what {source} of {blocks[block]} adds to each patch, t = {times[step]:.2f}",
+            overlay(image, patches), key=("0", f"{patches.max():.2f}"), colours=overlay_colours(),
         ),
     ]  # fmt: skip
-    a, m, both = share[block, :, step].tolist()
-    text = (
-        f"{blocks[block]} at t = {times[step]:.2f}: beside the {stream} tokens, attention adds {a:.0%} of their size, "
-    )
-    return View(panels, text + f"the MLP {m:.0%}, both together {both:.0%}{_said(a, m, both)}.")
-
-
-def _said(attention: float, mlp: float, both: float) -> str:
-    """How the two point, as their cosine tells."""
+    attention, mlp, both = shares[block, :, step].tolist()
     cosine = (both**2 - attention**2 - mlp**2) / max(2 * attention * mlp, 1e-12)
-    way = "pull the same way" if cosine > 0.2 else "work against each other" if cosine < -0.2 else "go separate ways"
-    return f"; the two {way} (cosine {round(cosine, 1) + 0.0:.1f})"
+    relation = "similar" if cosine > 0.2 else "opposite" if cosine < -0.2 else "unrelated"
+    return View(
+        panels,
+        f"{blocks[block]} at t = {times[step]:.2f}: relative to the {stream} tokens, attention adds {attention:.0%}, "
+        f"the MLP {mlp:.0%}, both together {both:.0%}; the two point in {relation} directions "
+        f"(cosine {round(cosine, 1) + 0.0:.1f}).",
+    )
 
 
-def contributions(pipe: FluxPipeline, prompt: str, **asked) -> Explorer:
-    """What attention and MLP of every block add to the image's and the text's tokens while ``prompt`` is drawn.
+@explorer(example=lambda pipe: contributions(pipe, EXAMPLE_PROMPT, steps=3, progress=False))
+def contributions(pipe: FluxPipeline, prompt: str, **request) -> Explorer:
+    """What attention and the MLP of every block add to image and text tokens while ``prompt`` is drawn.
 
-    Also in single blocks, where one matrix makes both: it is read in two halves, see :func:`halves`.
+    In single-stream blocks one matrix makes both; :func:`split_contribution` reads them apart.
     """
-    sizes, given, out = shares(pipe, prompt, **asked)
-    words, grid = pipe.prompt_encoder.t5_tokenizer.length, tuple(n // 2 for n in out.latents.shape[-2:])
-    image, depth = picture(out.images[0]), pipe.flux.config.depth
+    sizes, added, out = measure_contributions(pipe, prompt, **request)
+    txt_len, grid = pipe.prompt_encoder.t5_tokenizer.length, tuple(n // 2 for n in out.latents.shape[-2:])
+    image, first_single = to_rgb(out.images[0]), pipe.flux.config.depth
 
-    def draw(part: int, stream: int, cell: tuple[int, int]) -> View:
-        return contributions_view(sizes, given, words, grid, image, PARTS[part], STREAMS[stream], cell)
+    def draw(source: int, stream: int, cell: tuple[int, int]) -> View:
+        return contributions_view(sizes, added, txt_len, grid, image, SOURCES[source], STREAMS[stream], cell)
 
-    controls = [Choice("part", "part", PARTS), Choice("stream", "stream", STREAMS)]
-    start = {"cell": (depth, len(sizes.coords["step"]) // 2)}
-    return Explorer("Contributions", controls, draw, start, widths=[3.4, 3.4, 2.8])
+    controls = [Choice("source", "added by", SOURCES), Choice("stream", "to the tokens of the", STREAMS)]
+    pointers = {"cell": (first_single, len(sizes.coords["step"]) // 2)}
+    title = "How much do attention and the MLP add in each block?"
+    return Explorer(title, controls, draw, pointers, widths=[3.4, 3.4, 2.8])

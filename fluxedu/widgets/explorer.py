@@ -1,43 +1,198 @@
-"""An explorer: a pure function from a state to a view, and the thin widget that wires the two to a page.
+"""An explorer: a pure function from a state to a view, and the notebook widget that connects it to a page.
 
-    Explorer("title", controls, draw)       # draw(**state) -> View
+    @explorer(example=lambda pipe: brightness(pipe, "a red circle"))
+    def brightness(pipe, prompt):
+        image = to_rgb(pipe(prompt).images[0])
+        controls = [Slider("percent", "brightness", ["50%", "100%"])]
+        return Explorer("How bright is the image?", controls, lambda percent: View([Pixels("image", image ...)]))
 
-The state is a few whole numbers, one a control or pointer. A move in the browser sets it, ``draw`` is called, and
-the view goes back as bytes to be painted: nothing else crosses. All explorers share one front end,
-``explorer.js``, which fetches nothing.
+The state is one integer (or pair of integers) per control and per pointer of a panel. A move in the browser changes
+the state, ``draw(**state)`` computes the view, and the view returns as bytes that the browser paints. All explorers
+share one front end, ``static/explorer.js``, which loads nothing from the network.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import update_wrapper
 from html import escape
+from numbers import Integral
 from pathlib import Path
 from textwrap import fill
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
 from uuid import uuid4
 
 import anywidget
 import numpy as np
 import traitlets
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fluxedu.errors import InstrumentError
-from fluxedu.plots.canvas import quiet
-from fluxedu.widgets.controls import Control
-from fluxedu.widgets.panels import Panel, plain
+from fluxedu.errors import InstrumentError, describe
+from fluxedu.plots import hide_axes
+from fluxedu.sampling.pipeline import FluxPipeline
+from fluxedu.widgets.panels import Panel, rounded
 
-HERE = Path(__file__).parent
-SHADE = "#e69f00"  # of chips
+STATIC = Path(__file__).parent / "static"
+CHIP_COLOUR = "#e69f00"
+EXAMPLE_PROMPT = "a red circle left of a blue square"
+
+# ---------------------------------------------------------------- registration
+
+
+class Registration(NamedTuple):
+    """``function`` makes the explorer; ``example`` makes a small one from the miniature, as the tests do."""
+
+    function: Callable[..., Explorer]
+    example: Callable[[FluxPipeline], Explorer]
+
+
+EXPLORERS: dict[str, Registration] = {}
+
+
+class ExplorerModule(ModuleType):
+    """A module that can be called: ``fluxedu.widgets.solvers(...)`` calls the function ``solvers`` defined in it."""
+
+    def __call__(self, *args, **kwargs) -> Explorer:
+        return self.__wrapped__(*args, **kwargs)
+
+
+def explorer(example: Callable[[FluxPipeline], Explorer]) -> Callable:
+    """Decorator that registers a function as an explorer, under its own name.
+
+    If the function's module in this package has the same name, the module becomes callable as well: its class is set
+    to :class:`ExplorerModule`, as the Python data model allows, and it takes on the function's docstring and signature.
+    """
+
+    def register(function: Callable[..., Explorer]) -> Callable[..., Explorer]:
+        EXPLORERS[function.__name__] = Registration(function, example)
+        if function.__module__ == f"{__package__}.{function.__name__}":
+            module = sys.modules[function.__module__]
+            module.__class__ = ExplorerModule
+            update_wrapper(module, function, assigned=("__doc__",), updated=())  # sets __wrapped__ too
+        return function
+
+    return register
+
+
+# ---------------------------------------------------------------- controls
+
+
+@dataclass(frozen=True)
+class Control:
+    """A list of options, one of which is chosen; its state is the index of that option.
+
+    ``labels``: the options as shown · ``start``: the index at first · ``values``: the number behind each option, if it
+    has one; ``Explorer.set`` then takes a number as such a value, not as an index.
+    """
+
+    name: str
+    label: str
+    labels: Sequence[str]
+    start: int = 0
+    values: Sequence[float | None] | None = None
+    kind: ClassVar[str]
+
+    def message(self) -> dict[str, Any]:
+        """The control as the browser receives it."""
+        return {"kind": self.kind, "name": self.name, "label": self.label, "labels": list(map(str, self.labels))}
+
+    def index(self, option: int | float | str) -> int:
+        """Index of an option, given its label, its value or (without values) the index itself."""
+        labels, found = list(map(str, self.labels)), []
+        if isinstance(option, str):
+            bare = [label.lstrip("▁") for label in labels]
+            found = [i for i, label in enumerate(labels) if label == option]
+            found += [i for i, label in enumerate(bare) if label == option]
+        elif self.values is not None:
+            found = [i for i, value in enumerate(self.values) if value is not None and value == option]
+        elif isinstance(option, Integral) and not isinstance(option, bool) and -len(labels) <= option < len(labels):
+            found = [int(option) % len(labels)]
+        if not found:
+            shown = ", ".join(labels[:6]) + (", ..." if len(labels) > 6 else "")
+            raise InstrumentError(f"{self.name} must be one of {len(labels)} options ({shown}), not {option!r}.")
+        return found[0]
+
+
+class Slider(Control):
+    """Options in an order, such as steps."""
+
+    kind = "slider"
+
+
+class Choice(Control):
+    """Options without an order, in a drop-down list."""
+
+    kind = "choice"
+
+
+class Chips(Control):
+    """Options side by side, such as the words of a prompt; pointing at one chooses it. A view may shade them."""
+
+    kind = "chips"
+
+
+class Vote(Control):
+    """Left, the same or right, by button or by the keys left, down and right; option 0 means no answer yet.
+
+    The state is the pair (number of the question, answer), so that a key pressed twice answers only one question.
+    """
+
+    kind = "vote"
+
+
+def time_slider(times: Sequence[float], start: int) -> Slider:
+    """The slider ``step`` over the times of a run; a second model evaluation at the same time is marked as such."""
+    labels = [f"t = {t:.2f}" + (" (again)" if t in times[:i] else "") for i, t in enumerate(times)]
+    return Slider("step", "time", labels, start)
+
+
+# ---------------------------------------------------------------- checks of arguments
+
+
+def check_request(request: dict[str, Any], *reserved: str) -> dict[str, Any]:
+    """``request`` if it asks for one image; raises for several seeds and for arguments that the explorer sets."""
+    for name in reserved:
+        if name in request:
+            raise InstrumentError(f"{name} is set by the explorer itself; leave it out.")
+    if not isinstance(request.get("seed", 0), int):
+        raise InstrumentError(f"an explorer shows one image at a time; give one seed, not {request['seed']!r}.")
+    return request
+
+
+def prompt_list(prompts: str | Sequence[str]) -> list[str]:
+    """One prompt or several as a list; raises unless they are different strings."""
+    found = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Sequence) else []
+    if not found or not all(isinstance(prompt, str) for prompt in found):
+        raise InstrumentError(f"prompts must be a prompt or a list of prompts, not {describe(prompts)}.")
+    if len(set(found)) < len(found):
+        raise InstrumentError("the prompts must be different from each other.")
+    return found
+
+
+def number_list(name: str, value: Any, low: float) -> list:
+    """One number or several as a list; raises unless they are finite and at least ``low``."""
+    found = list(value) if isinstance(value, (Sequence, range)) and not isinstance(value, str) else [value]
+    for x in found or [None]:
+        if isinstance(x, bool) or not isinstance(x, (int, float)) or not low <= x < float("inf"):
+            raise InstrumentError(f"{name} must be a number of at least {low:g}, or a list of them, not {value!r}.")
+    return found
+
+
+# ---------------------------------------------------------------- the widget
 
 
 @dataclass
 class View:
-    """What one state looks like: ``panels`` side by side, one sentence under them, and how strongly each place of a
-    chips control is shaded, in [0, 1].
+    """What one state shows: ``panels`` side by side, a sentence below them, and the shade of each option of a
+    :class:`Chips` control (its name -> numbers in [0, 1]).
     """
 
     panels: Sequence[Panel]
@@ -46,19 +201,19 @@ class View:
 
 
 class Explorer(anywidget.AnyWidget):
-    """``explorer`` at the end of a cell shows it; ``explorer.set(step=3)`` moves it; ``explorer.figure()`` is the
-    present view for a page without a kernel.
+    """At the end of a cell, an explorer shows itself; ``explorer.set(step=3)`` moves it, and ``explorer.figure()`` is
+    its current view as a matplotlib figure.
 
-    pointers: where the pointers of panels stand at first · widths: of the panels in the static figure, in inches.
+    pointers: initial positions of the panels' pointers · widths: of the panels in that figure, in inches.
     """
 
-    _esm = (HERE / "explorer.js").read_text(encoding="utf-8")
-    _css = (HERE / "explorer.css").read_text(encoding="utf-8")
+    _esm = (STATIC / "explorer.js").read_text(encoding="utf-8")
+    _css = (STATIC / "explorer.css").read_text(encoding="utf-8")
     title = traitlets.Unicode().tag(sync=True)
     controls = traitlets.List().tag(sync=True)
     state = traitlets.Dict().tag(sync=True)
     view = traitlets.Dict().tag(sync=True)
-    still = traitlets.Unicode().tag(sync=True)  # the class of the static figure that the live one hides
+    still = traitlets.Unicode().tag(sync=True)  # CSS class of the static figure, which the live one hides
 
     def __init__(
         self,
@@ -68,83 +223,76 @@ class Explorer(anywidget.AnyWidget):
         pointers: Mapping[str, int | tuple[int, int]] | None = None,
         widths: Sequence[float] | None = None,
     ):
-        self.draw, self.known, self.widths = draw, {c.name: c for c in controls}, widths
+        self.draw, self.control, self.widths = draw, {c.name: c for c in controls}, widths
         self.pointers, self.extents = dict(pointers or {}), {}
-        start = {c.name: c.start for c in controls} | self.pointers
-        told, still = [c.message() for c in controls], f"fluxedu-{uuid4().hex[:12]}"
-        super().__init__(title=title, controls=told, state=start | {"moves": 0}, still=still)
-        self.now()  # what is wrong with the first view is raised here
-        self._redraw()
+        state = {c.name: c.start for c in controls} | self.pointers | {"moves": 0}
+        still = f"fluxedu-{uuid4().hex[:12]}"
+        super().__init__(title=title, controls=[c.message() for c in controls], state=state, still=still)
+        self._set_view(self.current_view())  # an error in the first view is raised here
         self.observe(self._redraw, "state")
-
-    # -- by hand
 
     @property
     def values(self) -> dict[str, int | tuple[int, ...]]:
         """The state as ``draw`` takes it."""
-        given = ((name, v) for name, v in self.state.items() if name in self.known or name in self.pointers)
-        return {name: tuple(map(int, v)) if isinstance(v, (list, tuple)) else int(v) for name, v in given}
+        mine = ((name, v) for name, v in self.state.items() if name in self.control or name in self.pointers)
+        return {name: tuple(map(int, v)) if isinstance(v, (list, tuple)) else int(v) for name, v in mine}
 
     def set(self, **moves) -> Explorer:
-        """Move controls (a label, a value or a place) and pointers; raises InstrumentError for what is not there."""
+        """Move controls (to a label, value or index) and pointers; raises InstrumentError if there is no such move."""
         for name, value in moves.items():
-            if name in self.known:
-                moves[name] = self.known[name].place(value)
+            if name in self.control:
+                moves[name] = self.control[name].index(value)
             elif name not in self.pointers:
-                raise InstrumentError(f"{self.title} has {', '.join([*self.known, *self.pointers])}, not {name!r}.")
-        self._drawn(self.values | moves)  # what cannot be drawn is refused before anything moves
+                names = ", ".join([*self.control, *self.pointers])
+                raise InstrumentError(f"this explorer has {names}, but no {name!r}.")
+        self._view_of(self.values | moves)  # raises before anything moves
         self.state = self.state | moves
         return self
 
-    def now(self) -> View:
-        """The present view."""
-        return self._drawn(self.values)
+    def current_view(self) -> View:
+        return self._view_of(self.values)
 
-    def _drawn(self, values: dict) -> View:
+    def _view_of(self, values: dict) -> View:
         for name, extent in self.extents.items():
-            _inside(name, values[name], extent)
-        view = self.draw(**values)
-        told = ((p.pointer, p.extent) for p in view.panels if p.pointer and p.extent is not None)
-        self.extents = dict(told)
-        return view
+            _check_pointer(name, values[name], extent)
+        return self.draw(**values)
+
+    def _set_view(self, view: View) -> None:
+        self.extents = {p.pointer: p.extent for p in view.panels if p.pointer and p.extent is not None}
+        shades = {name: rounded(np.clip(row, 0, 1)) for name, row in view.shades.items()}
+        panels = [panel.message() for panel in view.panels]
+        self.view = {"moves": self.state.get("moves", 0), "text": view.text, "panels": panels, "shades": shades}
 
     def _redraw(self, _=None) -> None:
-        """Answer a move, whatever comes of it: a page that is not answered asks no more."""
-        moves = self.state.get("moves", 0)
+        """Answer a move. An error is answered too, as text: the page waits for an answer before its next move."""
         try:
-            view = self.now()
-        except InstrumentError as error:
-            self.view = self.view | {"text": str(error), "moves": moves}
-        except Exception as error:  # noqa: BLE001 - said on the page, since nobody sees a kernel's log
-            self.view = self.view | {"text": f"This cannot be shown: {type(error).__name__}, {error}.", "moves": moves}
-        else:
-            shades = {name: plain(np.clip(row, 0, 1)) for name, row in view.shades.items()}
-            panels = [panel.message() for panel in view.panels]
-            self.view = {"moves": moves, "text": view.text, "panels": panels, "shades": shades}
-
-    # -- without a kernel
+            self._set_view(self.current_view())
+        except Exception as error:  # shown on the page, since nobody reads the kernel's log
+            known = isinstance(error, InstrumentError)
+            text = str(error) if known else f"This cannot be shown: {type(error).__name__}, {error}."
+            self.view = self.view | {"text": text, "moves": self.state.get("moves", 0)}
 
     def figure(self) -> Figure:
-        """The present view as a matplotlib figure."""
-        view = self.now()
+        """The current view as a matplotlib figure, for a page without a kernel."""
+        view = self.current_view()
         widths = list(self.widths or [3.0] * len(view.panels))
-        rows = [name for name in view.shades if name in self.known]
-        high = [0.3 + 0.25 * len(_lines_of(self.known[name].labels)) for name in rows]
-        fig = Figure(figsize=(sum(widths) + 0.4, max(3.0, min(widths)) + 0.6 + sum(high)), layout="constrained")
-        parts = fig.subfigures(1 + len(rows), 1, height_ratios=[*high, 3.4], squeeze=False)[:, 0]
-        for part, name in zip(parts, rows, strict=False):
-            _strip(part.subplots(), self.known[name], view.shades[name], self.values[name])
+        chips = [name for name in view.shades if name in self.control]
+        heights = [0.3 + 0.25 * len(_wrap_chips(self.control[name].labels)) for name in chips]
+        fig = Figure(figsize=(sum(widths) + 0.4, max(3.0, min(widths)) + 0.6 + sum(heights)), layout="constrained")
+        parts = fig.subfigures(1 + len(chips), 1, height_ratios=[*heights, 3.4], squeeze=False)[:, 0]
+        for part, name in zip(parts, chips, strict=False):
+            _draw_chips(part.subplots(), self.control[name], view.shades[name], self.values[name])
         axes = parts[-1].subplots(1, len(view.panels), squeeze=False, width_ratios=widths)[0]
         for panel, ax, width in zip(view.panels, axes, widths, strict=True):
             panel.paint(ax)
             ax.set_title(fill(panel.title, int(width * 13)), fontsize=9)
-        chosen = [f"{c.label}: {c.labels[self.values[n]]}" for n, c in self.known.items() if n not in rows]
+        chosen = [f"{c.label}: {c.labels[self.values[n]]}" for n, c in self.control.items() if n not in chips]
         fig.suptitle(fill("   ·   ".join([self.title, *chosen]), int(sum(widths) * 14)), fontsize=9)
         fig.supxlabel(fill(view.text, int(sum(widths) * 15)), fontsize=8)
         return fig
 
     def _ipython_display_(self) -> None:
-        """First the static figure, which the live one hides when it arrives, then the widget."""
+        """Show the static figure and then the widget, which hides the figure once it is live."""
         from IPython.display import display
 
         drawn, png = io.BytesIO(), io.BytesIO()
@@ -152,28 +300,28 @@ class Explorer(anywidget.AnyWidget):
         small = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)  # a third of the bytes
         small.save(png, "PNG")
         image = base64.b64encode(png.getvalue()).decode()
-        alt = escape(f"{self.title}: {self.view['text']}", quote=True)
+        alt = escape(f"{self.title} {self.view['text']}", quote=True)
         still = f'<img class="fluxedu-still {self.still}" alt="{alt}" src="data:image/png;base64,{image}">'
-        display({"text/html": still, "text/plain": f"{self!r}, as a picture"}, raw=True)
+        display({"text/html": still, "text/plain": f"{self!r}, as a static figure"}, raw=True)
         display(self._repr_mimebundle_()[0] | {"text/plain": repr(self)}, raw=True)
 
     def __repr__(self) -> str:
-        return f"<{self.title}: an explorer>"
+        return f"<Explorer: {self.title}>"
 
 
-def _inside(name: str, place: int | tuple[int, ...], extent: int | tuple[int, int]) -> None:
+def _check_pointer(name: str, position: int | tuple[int, ...], extent: int | tuple[int, int]) -> None:
     """Raises InstrumentError for a pointer outside its panel."""
-    where, ends = (v if isinstance(v, tuple) else (v,) for v in (place, extent))
-    if len(where) != len(ends) or not all(0 <= i < n for i, n in zip(where, ends, strict=True)):
-        most = " x ".join(map(str, ends))
-        raise InstrumentError(f"{name} is one of {most} places, counted from 0, and none is {place!r}.")
+    indices, ends = (v if isinstance(v, tuple) else (v,) for v in (position, extent))
+    if len(indices) != len(ends) or not all(0 <= i < n for i, n in zip(indices, ends, strict=True)):
+        size = " x ".join(map(str, ends))
+        raise InstrumentError(f"{name} must be an index into {size}, counted from 0, not {position!r}.")
 
 
-def _lines_of(labels: Sequence[str], most: int = 90) -> list[list[int]]:
-    """Places in lines of about ``most`` letters."""
+def _wrap_chips(labels: Sequence[str], max_letters: int = 90) -> list[list[int]]:
+    """Indices of the labels, broken into lines of about ``max_letters``."""
     lines, length = [[]], 0
     for i, label in enumerate(labels):
-        if lines[-1] and length + len(label) + 1.5 > most:
+        if lines[-1] and length + len(label) + 1.5 > max_letters:
             lines.append([])
             length = 0
         lines[-1].append(i)
@@ -181,17 +329,17 @@ def _lines_of(labels: Sequence[str], most: int = 90) -> list[list[int]]:
     return lines
 
 
-def _strip(ax, control: Control, shades: Sequence[float], chosen: int) -> None:
+def _draw_chips(ax: Axes, control: Control, shades: Sequence[float], chosen: int) -> None:
     """A chips control as lines of shaded words."""
-    lines = _lines_of(control.labels)
-    quiet(ax).set(xlim=(0, 1), ylim=(len(lines), 0))
+    lines = _wrap_chips(control.labels)
+    hide_axes(ax).set(xlim=(0, 1), ylim=(len(lines), 0))
     ax.set_title(control.label, fontsize=8, loc="left")
     widest = max(sum(len(control.labels[i]) + 1.5 for i in line) for line in lines)
     for row, line in enumerate(lines):
-        at = 0.0
+        x = 0.0
         for i in line:
-            wide = (len(control.labels[i]) + 1.5) / widest
-            shade = to_rgba(SHADE, float(np.clip(shades[i], 0, 1)))
+            width = (len(control.labels[i]) + 1.5) / widest
+            shade = to_rgba(CHIP_COLOUR, float(np.clip(shades[i], 0, 1)))
             box = {"facecolor": shade, "edgecolor": "black" if i == chosen else "0.8", "boxstyle": "round,pad=0.2"}
-            ax.text(at + wide / 2, row + 0.5, control.labels[i], ha="center", va="center", fontsize=7, bbox=box)
-            at += wide
+            ax.text(x + width / 2, row + 0.5, control.labels[i], ha="center", va="center", fontsize=7, bbox=box)
+            x += width

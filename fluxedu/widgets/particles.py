@@ -1,4 +1,4 @@
-"""A flow in the plane: particles on their way from noise to the data, and the points that they foresee."""
+"""A flow in the plane: particles on their way from noise to the data, and the x0 that each of them predicts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from fluxedu.errors import InstrumentError
-from fluxedu.widgets.controls import Choice, clock
-from fluxedu.widgets.explorer import Explorer, View
+from fluxedu.widgets.explorer import Choice, Explorer, View, explorer, time_slider
 from fluxedu.widgets.panels import Points
 
 
-def walk(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Euler's way through ``velocity(x, t)``: states ``[N + 1, P, 2]``, and at each the velocity (at the end: none)."""
+def euler_path(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Euler's method with ``velocity(x, t)``: the states ``[N + 1, P, 2]`` and the velocity at each (0 at the end)."""
     states, velocities = [x], []
     for t, after in zip(times, times[1:], strict=False):
         velocities.append(velocity(states[-1], t))
@@ -24,62 +23,65 @@ def walk(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence
 
 
 def particles_view(
-    xy: np.ndarray, v: np.ndarray, times: Sequence[float], group: Sequence[int], groups: Sequence[str], step: int,
+    xy: np.ndarray,
+    v: np.ndarray,
+    times: Sequence[float],
+    group: Sequence[int],
+    groups: Sequence[str],
+    step: int,
     particle: int,
-) -> View:  # fmt: skip
-    """Particles ``xy [N + 1, P, 2]`` with velocities ``v`` at one step; beside, the points foreseen, ``x - t v``."""
+) -> View:
+    """Particles ``xy [N + 1, P, 2]`` with velocities ``v`` at one step, and next to them the predicted x0, x - t v."""
     t = times[step]
-    foreseen = xy[step] - t * v[step]
-    reach = (float(np.abs(xy).max()) * 1.08,) * 2
-    no_arrows = np.zeros_like(foreseen)
+    x0 = xy[step] - t * v[step]
+    limits = (float(np.abs(xy).max()) * 1.08,) * 2
     panels = [
-        Points(
-            f"t = {t:.2f}: where the particles are, and which way they go", xy[step], -0.2 * t * v[step], group, groups,
-            reach, "x", "y", particle, pointer="particle",
-        ),
-        Points(
-            "where each would end if it went straight on", foreseen, no_arrows, group, groups, reach, "x", "y",
-            particle, pointer="particle",
-        ),
+        Points(f"Particles at t = {t:.2f}, with a fifth of their predicted path", xy[step], -0.2 * t * v[step], group,
+               groups, limits, "x", "y", particle, pointer="particle"),
+        Points("Predicted x0: the end of each path if it stayed straight", x0, np.zeros_like(x0), group, groups, limits,
+               "x", "y", particle, pointer="particle"),
     ]  # fmt: skip
-    apart = float(np.sqrt(np.square(foreseen - foreseen.mean(0)).sum(-1).mean()))
+    spread = float(np.sqrt(np.square(x0 - x0.mean(0)).sum(-1).mean()))
     path = xy[:, particle]
-    straight = np.linalg.norm(path[-1] - path[0])
-    detour = np.linalg.norm(np.diff(path, axis=0), axis=-1).sum() / max(straight, 1e-12)
+    length = np.linalg.norm(np.diff(path, axis=0), axis=-1).sum() / max(np.linalg.norm(path[-1] - path[0]), 1e-12)
     return View(
         panels,
-        f"t = {t:.2f}: what the particles foresee is spread by {apart:.1f} around its middle. "
-        f"Particle {particle}'s whole path is {detour:.2f} times as long as a straight one.",
+        f"t = {t:.2f}: the predicted x0 of the particles have a spread of {spread:.1f} around their mean. "
+        f"The whole path of particle {particle} is {length:.2f} times as long as a straight line.",
     )
 
 
+@explorer(example=lambda pipe: particles({"to one point": lambda x, t: x / t}, torch.zeros(1, 2), count=6, steps=4))
 @torch.no_grad()
 def particles(
-    fields: Mapping[str, Callable[[Tensor, float], Tensor]], data: Tensor, *, count: int = 60, steps: int = 40,
+    fields: Mapping[str, Callable[[Tensor, float], Tensor]],
+    data: Tensor,
+    *,
+    count: int = 60,
+    steps: int = 40,
     seed: int = 0,
-) -> Explorer:  # fmt: skip
-    """The same ``count`` noises through each of ``fields``, name -> ``velocity(x [P, 2], t) -> [P, 2]``.
+) -> Explorer:
+    """The same ``count`` samples of noise carried by each of ``fields``, name -> ``velocity(x [P, 2], t) -> [P, 2]``.
 
-    A particle has the colour of the point of ``data [K, 2]`` that it ends nearest to, of six points at most.
+    A particle has the colour of the point of ``data [K, 2]`` that it ends nearest to; there may be six points.
     """
     if not fields or count < 1 or steps < 1:
         raise InstrumentError("give at least one field, one particle and one step.")
     if data.ndim != 2 or data.shape[1] != 2 or not 1 <= len(data) <= 6:
-        raise InstrumentError(f"the data are one to six points [K, 2], not {list(data.shape)}.")
+        raise InstrumentError(f"data must be one to six points [K, 2], not of shape {list(data.shape)}.")
     times = torch.linspace(1, 0, steps + 1).tolist()
-    start = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed))
     runs = []
     for velocity in fields.values():
-        xy, v = (part.numpy(force=True) for part in walk(velocity, start, times))
-        runs.append((xy, v, torch.cdist(torch.from_numpy(xy[-1]), data.cpu()).argmin(-1).tolist()))
-    groups = [f"to point {k}" for k in range(len(data))]
+        states, velocities = euler_path(velocity, noise, times)
+        nearest = torch.cdist(states[-1].cpu(), data.cpu()).argmin(-1).tolist()
+        runs.append((states.numpy(force=True), velocities.numpy(force=True), nearest))
+    groups = [f"ends near point {k}" for k in range(len(data))]
 
     def draw(field: int, step: int, particle: int) -> View:
         xy, v, group = runs[field]
         return particles_view(xy, v, times, group, groups, step, particle)
 
-    controls = [
-        Choice("field", "field", list(fields)),
-        clock(times, steps // 2),
-    ]
-    return Explorer("Particles", controls, draw, {"particle": 0}, widths=[3.6, 3.6])
+    controls = [Choice("field", "velocity field", list(fields)), time_slider(times, steps // 2)]
+    title = "How does a flow carry noise to data?"
+    return Explorer(title, controls, draw, {"particle": 0}, widths=[3.6, 3.6])

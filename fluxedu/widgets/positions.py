@@ -1,4 +1,4 @@
-"""What rotary positions do to a score: move a query and a key over the grid, only their difference counts."""
+"""Rotary positions: the attention score of a query and a key on a grid depends only on their offset."""
 
 from __future__ import annotations
 
@@ -9,76 +9,64 @@ from fluxedu.instruments.recorder import record
 from fluxedu.models.attention import rope_table, rotate
 from fluxedu.sampling.latents import image_ids
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.widgets.controls import Choice
-from fluxedu.widgets.explorer import Explorer, View
-from fluxedu.widgets.paint import enlarged, two_sided
-from fluxedu.widgets.panels import Lines, Pixels
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, View, explorer
+from fluxedu.widgets.panels import Lines, Pixels, diverging, upscale
 
-VECTORS = ("all ones: position alone", "a query and a key of the miniature")
+VECTORS = ("all ones, so that only the position matters", "mean query and key of a head of the model")
 
 
 def scores(q: Tensor, k: Tensor, table: Tensor) -> Tensor:
-    """``q . k / sqrt(d)`` of one query vector and one key vector ``[d]`` at all pairs of positions: ``[N, N]``."""
+    """``q . k / sqrt(d)`` of one query vector and one key vector ``[d]`` at all pairs of positions, ``[N, N]``."""
     n = table.shape[-2]
-    turned = [rotate(x.expand(1, 1, n, -1).float(), table)[0, 0] for x in (q, k)]
-    return turned[0] @ turned[1].T * len(q) ** -0.5
+    q_rotated = rotate(q.expand(1, 1, n, -1).float(), table)[0, 0]
+    k_rotated = rotate(k.expand(1, 1, n, -1).float(), table)[0, 0]
+    return q_rotated @ k_rotated.T * len(q) ** -0.5
 
 
 def positions_view(table: Tensor, side: int, query: tuple[int, int], key: tuple[int, int]) -> View:
-    """The query's row over the grid, the key's column, and the score against the distance along a row and a column.
+    """Scores of the query with all keys, of the key with all queries, and of all offsets along a row and a column.
 
-    ``table``: :func:`scores` on a grid of ``side x side``.
+    ``table``: :func:`scores` on a grid of ``side x side`` patches.
     """
-    at = [row * side + column for row, column in (query, key)]
-    seen = table[at[0]].reshape(side, side)
-    most = float(table.abs().max())
-    apart = (key[0] - query[0], key[1] - query[1])
-    middle = side // 2
-    around = table.reshape(side, side, side, side)[middle, middle]
-    row, column = around[middle], around[:, middle]
-    offsets = [i - middle for i in range(side)]
-    ends = (f"{-most:.1f}", f"{most:.1f}")
+    q_index, k_index = query[0] * side + query[1], key[0] * side + key[1]
+    vmax, offset, middle = float(table.abs().max()), (key[0] - query[0], key[1] - query[1]), side // 2
+    from_middle = table.reshape(side, side, side, side)[middle, middle]
+    series = {"along a row": from_middle[middle].tolist(), "along a column": from_middle[:, middle].tolist()}
+    ends = (f"{-vmax:.1f}", f"{vmax:.1f}")
+    query_scores, key_scores = table[q_index].reshape(side, side), table[:, k_index].reshape(side, side)
     panels = [
-        Pixels(
-            "the query: its score with a key at each place", enlarged(two_sided(seen, most), 256), (side, side),
-            query, ends, "RdBu_r", pointer="query",
-        ),
-        Pixels(
-            "the key: its score with a query at each place",
-            enlarged(two_sided(table[:, at[1]].reshape(side, side), most), 256), (side, side), key, ends, "RdBu_r",
-            pointer="key",
-        ),
-        Lines(
-            "the score against the distance", offsets,
-            {"along a row": row.tolist(), "along a column": column.tolist()}, "places from query to key", "score",
-            max(-middle, min(apart[1], side - 1 - middle)),
-        ),
+        Pixels("Query (frame): its score with a key at each patch", upscale(diverging(query_scores, vmax), 256),
+               (side, side), query, ends, "RdBu_r", pointer="query"),
+        Pixels("Key (frame): its score with a query at each patch", upscale(diverging(key_scores, vmax), 256),
+               (side, side), key, ends, "RdBu_r", pointer="key"),
+        Lines("Score for each offset", [i - middle for i in range(side)], series, "offset from query to key (patches)",
+              "score", max(-middle, min(offset[1], side - 1 - middle))),
     ]  # fmt: skip
-    text = (
-        f"Query at {query}, key at {key}: difference {apart}, score {float(table[at[0], at[1]]):.2f}. "
-        "Wherever the two are this far apart, the score is the same."
+    return View(
+        panels,
+        f"Query at {query}, key at {key}: offset {offset}, score {float(table[q_index, k_index]):.2f}. "
+        "The score is the same for every pair with this offset.",
     )
-    return View(panels, text)
 
 
+@explorer(example=lambda pipe: positions(pipe, side=8))
 def positions(pipe: FluxPipeline, *, side: int = 16, block: str = "single.1", head: int = 0) -> Explorer:
-    """Drag a query and a key over a grid of ``side x side`` patches and see their score.
+    """Move a query and a key over a grid of ``side x side`` patches and see their attention score.
 
-    Their vectors are all ones, so that only the position speaks, or the mean query and key of a head of the
-    miniature, before they are turned.
+    Their vectors are all ones, so that only the position matters, or the mean query and key, before RoPE, of a head of
+    the model.
     """
     config = pipe.flux.config
     with record(f"{block}.q_norm", f"{block}.k_norm", steps=-1, heads=head) as rec:
-        pipe("a red circle left of a blue square", progress=False)
-    vectors = [(torch.ones(config.head_dim),) * 2]
-    words = pipe.prompt_encoder.t5_tokenizer.length
-    means = [rec[f"{block}.{x}"].tensor.flatten(0, -3)[0, words:].float().mean(0) for x in ("q_norm", "k_norm")]
-    vectors.append(tuple(means))
-    turns = rope_table(image_ids(2 * side, 2 * side), config.axes_dim, config.theta)
-    tables = [scores(q, k, turns) for q, k in vectors]
+        pipe(EXAMPLE_PROMPT, progress=False)
+    txt_len = pipe.prompt_encoder.t5_tokenizer.length
+    q, k = (rec[f"{block}.{site}"].tensor.flatten(0, -3)[0, txt_len:].float().mean(0) for site in ("q_norm", "k_norm"))
+    rope, ones = rope_table(image_ids(2 * side, 2 * side), config.axes_dim, config.theta), torch.ones(config.head_dim)
+    tables = [scores(ones, ones, rope), scores(q, k, rope)]
 
     def draw(vectors: int, query: tuple[int, int], key: tuple[int, int]) -> View:
         return positions_view(tables[vectors], side, query, key)
 
-    start = {"query": (side // 2, side // 2), "key": (side // 2, side // 2 + 3)}
-    return Explorer("Positions", [Choice("vectors", "vectors", VECTORS)], draw, start)
+    controls, pointers = [Choice("vectors", "vectors", VECTORS)], {"query": (side // 2,) * 2}
+    pointers["key"] = (side // 2, side // 2 + 3)
+    return Explorer("How does RoPE change an attention score?", controls, draw, pointers)

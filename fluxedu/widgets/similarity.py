@@ -1,4 +1,4 @@
-"""What CLIP makes of a prompt: build two prompts word by word and see how alike their vectors are."""
+"""CLIP's vectors of prompts: choose two prompts, replace a word of one, and see how similar their vectors are."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxedu.errors import InstrumentError
+from fluxedu.errors import InstrumentError, describe
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.widgets.controls import Choice
-from fluxedu.widgets.explorer import Explorer, View
-from fluxedu.widgets.paint import enlarged, two_sided
-from fluxedu.widgets.panels import Lines, Pixels
+from fluxedu.widgets.explorer import Choice, Explorer, View, explorer
+from fluxedu.widgets.panels import Lines, Pixels, diverging, upscale
 
 PROMPTS = (
     "a red circle left of a blue square",
@@ -28,66 +26,72 @@ PROMPTS = (
 WORDS = (None, "red", "green", "yellow", "circle", "star", "square", "small", "left", "right", "black")
 
 
-def swapped(prompt: str, place: int, word: str | None) -> str:
-    """``prompt`` with its word number ``place`` (the last, if it has fewer) replaced; None changes nothing."""
+def replace_word(prompt: str, index: int, word: str | None) -> str:
+    """``prompt`` with the word at ``index`` (or the last, if it has fewer) replaced; None changes nothing."""
     words = prompt.split()
     if word is not None:
-        words[min(place, len(words) - 1)] = word
+        words[min(index, len(words) - 1)] = word
     return " ".join(words)
 
 
 def similarity_view(
-    vectors: Tensor, prompts: Sequence[str], first: int, second: int, changed: Tensor | None = None, said: str = ""
+    vectors: Tensor,
+    prompts: Sequence[str],
+    first: int,
+    second: int,
+    new_vector: Tensor | None = None,
+    new_prompt: str = "",
 ) -> View:
     """Pooled vectors ``[P, D]`` as a table of cosines, and two of them number by number.
 
-    changed: the vector ``[D]`` that takes the place of the second, being that of the prompt ``said``.
+    ``new_vector [D]``: shown instead of the second vector, if that prompt was changed to ``new_prompt``.
     """
     table = F.cosine_similarity(vectors[:, None], vectors[None], dim=-1)  # [P, P]
-    one, other = vectors[first], vectors[second] if changed is None else changed
-    alike = float(F.cosine_similarity(one, other, dim=0))
-    order = one.argsort(descending=True)
+    a, b = vectors[first], vectors[second] if new_vector is None else new_vector
+    order = a.argsort(descending=True)
+    series = {"first": a[order].tolist(), "second": b[order].tolist()}
     panels = [
         Pixels(
-            "cosine of all prompts with all, in the order of the lists", enlarged(two_sided(table, 1.0), 256),
+            "Cosine of every two prompts, in the order of the lists", upscale(diverging(table, 1.0), 256),
             cells=tuple(table.shape), mark=(first, second), key=("-1", "1"), colours="RdBu_r",
+            rows=range(1, len(prompts) + 1), columns=range(1, len(prompts) + 1),
         ),
-        Lines(
-            "the two vectors, number by number", list(range(len(order))),
-            {"first": one[order].tolist(), "second": other[order].tolist()},
-            across="the first's largest number comes first", up="value",
-        ),
+        Lines("The two vectors, number by number", range(len(order)), series, "channel, sorted by the first vector",
+              "value"),
     ]  # fmt: skip
-    return View(panels, f"“{prompts[first]}” and “{said or prompts[second]}”: cosine {alike:.2f}.")
+    cosine = float(F.cosine_similarity(a, b, dim=0))
+    return View(panels, f"“{prompts[first]}” and “{new_prompt or prompts[second]}”: cosine {cosine:.2f}.")
 
 
+@explorer(example=lambda pipe: similarity(pipe))
 def similarity(pipe: FluxPipeline, prompts: Sequence[str] = PROMPTS, words: Sequence[str | None] = WORDS) -> Explorer:
-    """Compare the pooled vectors of two of several ``prompts``; a word of the second may be replaced by one of
-    ``words``, None standing for no change.
+    """Compare the pooled CLIP vectors of two of several ``prompts``; one word of the second may be replaced by one of
+    ``words``, in which None stands for no change.
 
     Raises InstrumentError for fewer than two prompts.
     """
     if isinstance(prompts, str) or len(prompts) < 2:
-        raise InstrumentError(f"similarity compares at least two prompts, a list of them, not {prompts!r}.")
+        raise InstrumentError(f"prompts must be a list of at least two prompts, not {describe(prompts)}.")
     encoder = pipe.prompt_encoder
 
     @torch.no_grad()
-    def pooled(some: Sequence[str]) -> Tensor:
-        return encoder.clip(encoder.clip_tokenizer(list(some)).to(pipe.device))[1].float().cpu()
+    def pooled(texts: Sequence[str]) -> Tensor:
+        return encoder.clip(encoder.clip_tokenizer(list(texts)).to(pipe.device))[1].float().cpu()
 
     vectors = pooled(prompts)
     longest = max(len(prompt.split()) for prompt in prompts)
+    numbers = [str(i + 1) for i in range(longest)]
     controls = [
-        Choice("first", "first", prompts),
-        Choice("second", "second", prompts, 1),
-        Choice("place", "in the second, word number", [str(i + 1) for i in range(longest)], min(1, longest - 1)),
-        Choice("word", "becomes", ["as it is" if word is None else word for word in words]),
+        Choice("first", "first prompt", prompts),
+        Choice("second", "second prompt", prompts, 1),
+        Choice("index", "in the second, replace word number", numbers, min(1, longest - 1)),
+        Choice("word", "by", ["(no change)" if word is None else word for word in words]),
     ]
 
-    def draw(first: int, second: int, place: int, word: int) -> View:
+    def draw(first: int, second: int, index: int, word: int) -> View:
         if words[word] is None:
             return similarity_view(vectors, prompts, first, second)
-        said = swapped(prompts[second], place, words[word])
-        return similarity_view(vectors, prompts, first, second, pooled([said])[0], said)
+        prompt = replace_word(prompts[second], index, words[word])
+        return similarity_view(vectors, prompts, first, second, pooled([prompt])[0], prompt)
 
-    return Explorer("Prompts", controls, draw, widths=[3.0, 4.4])
+    return Explorer("How similar are two prompts to CLIP?", controls, draw, widths=[3.0, 4.4])

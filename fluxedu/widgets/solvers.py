@@ -1,102 +1,100 @@
-"""How few questions will do: solvers at the same price, under several schedules, against a run of many steps."""
+"""Solvers at equal numbers of model evaluations, under several schedules, compared with a run of many steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
-from fluxedu.errors import InstrumentError
+from fluxedu.errors import InstrumentError, check_choice
 from fluxedu.instruments.lenses.run import one_prompt
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.sampling.solvers import SOLVERS, evaluation_times
-from fluxedu.widgets.controls import Choice
-from fluxedu.widgets.explorer import Explorer, View
-from fluxedu.widgets.grid import sheet, shifted
-from fluxedu.widgets.paint import Pixels8, picture
-from fluxedu.widgets.panels import Lines, Pixels
+from fluxedu.sampling.solvers import SOLVERS, solver_called
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, View, explorer
+from fluxedu.widgets.grid import shifted
+from fluxedu.widgets.panels import RGB, Lines, Pixels, contact_sheet, to_rgb
 
 
 def solvers_view(
-    pictures: Sequence[Sequence[Pixels8]],
-    far: np.ndarray,
-    questions: Sequence[int],
+    images: Sequence[Sequence[RGB]],
+    errors: np.ndarray,
+    evaluations: Sequence[int],
     solvers: Sequence[str],
     cell: tuple[int, int],
 ) -> View:
-    """Pictures ``[solver][questions]``, one of them, and how ``far [solvers, questions]`` each latent is from the
-    reference, as a share of its length.
+    """Images ``[solver][evaluations]``, one of them, and the ``errors [solvers, evaluations]`` of all latents: the
+    distance from the reference, as a share of its norm.
     """
     row, column = cell
-    best = solvers[int(far[:, column].argmin())]
+    best = solvers[int(errors[:, column].argmin())]
+    series = {name: errors[i].tolist() for i, name in enumerate(solvers)}
     panels = [
-        Pixels(
-            f"rows: {', '.join(solvers)}; columns: {', '.join(map(str, questions))} questions", sheet(pictures),
-            (len(solvers), len(questions)), cell, pointer="cell",
-        ),
-        Pixels(f"{solvers[row]}, {questions[column]} questions", pictures[row][column]),
-        Lines(
-            "how far from a run of many steps", questions,
-            {name: line.tolist() for name, line in zip(solvers, far, strict=True)}, "questions to the network",
-            "share of the latent's length", questions[column],
-        ),
+        Pixels("Rows: solvers; columns: model evaluations (NFE)", contact_sheet(images),
+               (len(solvers), len(evaluations)), cell, rows=solvers, columns=[str(n) for n in evaluations],
+               pointer="cell"),
+        Pixels(f"{solvers[row]}, {evaluations[column]} model evaluations", images[row][column]),
+        Lines("Error: distance from a run of many steps", evaluations, series, "model evaluations (NFE)",
+              "share of the latent's norm", evaluations[column]),
     ]  # fmt: skip
     return View(
         panels,
-        f"With {questions[column]} questions {solvers[row]} is {far[row, column]:.0%} of the latent's length away from "
-        f"the reference; at this price {best} is nearest.",
+        f"With {evaluations[column]} model evaluations, {solvers[row]} has an error of {errors[row, column]:.0%} of the"
+        f" latent's norm; at this cost {best} has the smallest error.",
     )
 
 
-def steps_for(solver: str, questions: int) -> int:
-    """How many steps of ``solver`` ask the network so often; raises InstrumentError where none do."""
-    if solver not in SOLVERS:
-        raise InstrumentError(f"a solver is one of {', '.join(SOLVERS)}, not {solver!r}.")
-    each = len(evaluation_times(solver, [1.0, 0.0]))
-    if questions < each or questions % each:
-        raise InstrumentError(f"{solver} asks {each} questions a step, so {questions} make no whole number of steps.")
-    return questions // each
+def steps_for(solver: str, evaluations: int) -> int:
+    """Number of steps of ``solver`` that take this many model evaluations; raises InstrumentError if there is none."""
+    check_choice("solver", solver, SOLVERS, error=InstrumentError)
+    per_step = len(solver_called(solver).stages)
+    if evaluations < per_step or evaluations % per_step:
+        whole = f"a multiple of {per_step}, its number of model evaluations per step"
+        raise InstrumentError(f"evaluations of {solver} must be {whole}, not {evaluations}.")
+    return evaluations // per_step
 
 
+@explorer(
+    example=lambda pipe: solvers(pipe, EXAMPLE_PROMPT, evaluations=[2, 4], shifts=[3.0], reference=3, progress=False)
+)
 def solvers(
     pipe: FluxPipeline,
     prompt: str,
     *,
-    questions: Sequence[int] = (2, 4, 8, 16),
+    evaluations: Sequence[int] = (2, 4, 8, 16),
     solvers: Sequence[str] = ("euler", "midpoint", "heun"),
     shifts: Sequence[float] = (1.0, 3.0),
     reference: int = 40,
-    **asked,
+    **request,
 ) -> Explorer:
-    """Draw ``prompt`` with each of ``solvers`` at the price of each number of ``questions``, under each time ``shift``.
+    """Draw ``prompt`` with each of ``solvers`` and each number of model ``evaluations``, under each time ``shift``.
 
-    The reference is midpoint's run of so many steps under the last shift; ``asked`` as for the pipeline.
+    Errors are distances from the midpoint solver's result after ``reference`` steps under the last shift. ``request``:
+    as for the pipeline.
     """
     one_prompt(prompt)
-    questions, shifts = sorted(questions), list(shifts)
-    if not questions or not solvers or not shifts:
-        raise InstrumentError("give at least one number of questions, one solver and one shift.")
-    steps = [[steps_for(name, count) for count in questions] for name in solvers]
-    quiet, asked = not asked.get("progress", True), asked | {"progress": False}
-    goal = shifted(pipe, shifts[-1])(prompt, **(asked | {"solver": "midpoint", "steps": reference})).latents[0].float()
+    evaluations, shifts = sorted(evaluations), list(shifts)
+    if not evaluations or not solvers or not shifts:
+        raise InstrumentError("give at least one number of evaluations, one solver and one shift.")
+    steps = {(name, n): steps_for(name, n) for name in solvers for n in evaluations}
+    hide_bar, request = not request.get("progress", True), request | {"progress": False}
+    settings = request | {"solver": "midpoint", "steps": reference}
+    goal = shifted(pipe, shifts[-1])(prompt, **settings).latents[0].float()
     tables = []
-    count = len(shifts) * len(solvers) * len(questions)
-    with tqdm(total=count, desc="solvers", delay=1, leave=False, disable=quiet) as bar:
+    with tqdm(total=len(shifts) * len(steps), desc="solvers", delay=1, leave=False, disable=hide_bar) as bar:
         for shift in shifts:
-            outs = []
-            for name, counts in zip(solvers, steps, strict=True):
-                for count in counts:
-                    outs.append(shifted(pipe, shift)(prompt, **(asked | {"solver": name, "steps": count})))
+            images, errors = [[] for _ in solvers], np.zeros((len(solvers), len(evaluations)))
+            for i, name in enumerate(solvers):
+                for j, n in enumerate(evaluations):
+                    out = shifted(pipe, shift)(prompt, **(request | {"solver": name, "steps": steps[name, n]}))
+                    images[i].append(to_rgb(out.images[0]))
+                    errors[i, j] = (out.latents[0].float() - goal).norm() / goal.norm()
                     bar.update()
-            far = torch.stack([(out.latents[0].float() - goal).norm() / goal.norm() for out in outs])
-            drawn = [picture(out.images[0]) for out in outs]
-            rows = [drawn[i : i + len(questions)] for i in range(0, len(drawn), len(questions))]
-            tables.append((rows, far.view(len(solvers), len(questions)).numpy(force=True)))
+            tables.append((images, errors))
 
     def draw(shift: int, cell: tuple[int, int]) -> View:
-        return solvers_view(*tables[shift], questions, solvers, cell)
+        return solvers_view(*tables[shift], evaluations, solvers, cell)
 
     control = Choice("shift", "time shift", [f"{s:g}" for s in shifts], len(shifts) - 1, shifts)
-    return Explorer("Solvers", [control], draw, {"cell": (0, len(questions) - 1)}, widths=[3.8, 2.4, 3.2])
+    title, pointers = "Which solver needs the fewest model evaluations?", {"cell": (0, len(evaluations) - 1)}
+    return Explorer(title, [control], draw, pointers, widths=[3.8, 2.4, 3.2])

@@ -1,4 +1,4 @@
-"""Two streams side by side: how large the text's and the image's tokens are, and what feeds each of them."""
+"""The text and the image stream: how large their tokens are in every block, and what is added to them."""
 
 from __future__ import annotations
 
@@ -7,79 +7,78 @@ from collections.abc import Sequence
 import torch
 
 from fluxedu.instruments.named import Named
+from fluxedu.plots import TIME_LABEL
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.widgets.contributions import over_tokens, shares
-from fluxedu.widgets.controls import Chips, Choice, Slider, clock
-from fluxedu.widgets.explorer import Explorer, View
-from fluxedu.widgets.paint import Pixels8, over, over_stops, picture
-from fluxedu.widgets.panels import Lines, Pixels
+from fluxedu.widgets.contributions import measure_contributions, rms_over_tokens
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Chips, Choice, Explorer, Slider, View, explorer, time_slider
+from fluxedu.widgets.panels import RGB, Lines, Pixels, overlay, overlay_colours, to_rgb
 
-SHOWN = ("size of the token", "attention adds", "MLP adds")
+QUANTITIES = ("size of the token", "size added by attention", "size added by the MLP")
 
 
+@torch.no_grad()
 def streams_view(
     sizes: Named,
-    given: Named,
+    added: Named,
     pieces: Sequence[str],
-    words: int,
+    txt_len: int,
     grid: tuple[int, int],
-    image: Pixels8,
-    shown: int,
+    image: RGB,
+    quantity: int,
     block: int,
     step: int,
     word: int,
 ) -> View:
-    """Both streams' sizes over depth, what feeds them over time, and one quantity over patches and words.
+    """Token sizes of both streams over depth, what a block adds to them over time, and one quantity for each token.
 
-    ``sizes``, ``given``: from :func:`fluxedu.widgets.contributions.shares` · ``pieces``: the prompt's tokens, without
-    padding · ``shown``: a place in SHOWN.
+    ``sizes``, ``added``: from :func:`fluxedu.widgets.contributions.measure_contributions` · ``pieces``: the prompt's
+    tokens without padding · ``quantity``: an index into QUANTITIES.
     """
     blocks, times = sizes.coords["block"], sizes.coords["step"]
-    streams = {"text": slice(0, words), "image": slice(words, None)}
-    depth = {name: over_tokens(sizes.tensor[:, step], part).tolist() for name, part in streams.items()}
-    fed = {
-        f"{name}: {part}": over_tokens(given.tensor[block, i], tokens).tolist()
-        for name, tokens in streams.items()
-        for i, part in enumerate(given.coords["part"][:2])
-    }
-    values = sizes.tensor[block, step] if shown == 0 else given.tensor[block, shown - 1, step]  # [token]
-    said, patches = values[: len(pieces)], values[words:].view(grid)
+    name, t = blocks[block], times[step]
+    streams = {"text": slice(0, txt_len), "image": slice(txt_len, None)}
+    over_depth = {stream: rms_over_tokens(sizes.tensor[:, step], tokens).tolist() for stream, tokens in streams.items()}
+    over_time = {}
+    for stream, tokens in streams.items():
+        for i, source in enumerate(("attention", "MLP")):
+            over_time[f"{source}, {stream}"] = rms_over_tokens(added.tensor[block, i], tokens).tolist()
+    values = sizes.tensor[block, step] if quantity == 0 else added.tensor[block, quantity - 1, step]  # [token]
+    words, patches = values[: len(pieces)], values[txt_len:].view(grid)
     panels = [
-        Lines(f"size of a token entering each block, t = {times[step]:.2f}", list(range(len(blocks))), depth,
-              f"block, {blocks[0]} to {blocks[-1]}", "root mean square", block),
-        Lines(f"what {blocks[block]} adds, over time", times, fed, "time (1 is noise)", "root mean square",
-              times[step]),
-        Pixels(f"image patches: {SHOWN[shown]}", over(image, patches), key=("0", f"{patches.max():.2f}"),
-               colours=over_stops()),
+        Lines(f"Size of the tokens that enter each block, t = {t:.2f}", range(len(blocks)), over_depth,
+              f"block, from {blocks[0]} to {blocks[-1]}", "root mean square", block),
+        Lines(f"Size of what {name} adds, over time", times, over_time, TIME_LABEL, "root mean square", t),
+        Pixels(f"Image tokens: {QUANTITIES[quantity]}", overlay(image, patches), key=("0", f"{patches.max():.2f}"),
+               colours=overlay_colours()),
     ]  # fmt: skip
-    t, i = (depth[name][block] for name in ("text", "image"))
     text = (
-        f"{blocks[block]} at t = {times[step]:.2f}: a text token has size {t:.1f}, an image token {i:.1f}. "
-        f"{pieces[word].replace('▁', '')}: size {sizes.tensor[block, step, word]:.1f}, attention adds "
-        f"{given.tensor[block, 0, step, word]:.1f}, the MLP {given.tensor[block, 1, step, word]:.1f}."
+        f"{name} at t = {t:.2f}: the size of a text token is {over_depth['text'][block]:.1f}, of an image token "
+        f"{over_depth['image'][block]:.1f}. The token {pieces[word].replace('▁', '')} has size "
+        f"{sizes.tensor[block, step, word]:.1f}; attention adds {added.tensor[block, 0, step, word]:.1f} and the MLP "
+        f"{added.tensor[block, 1, step, word]:.1f}."
     )
-    return View(panels, text, {"word": (said / said.max().clamp(min=1e-12)).tolist()})
+    return View(panels, text, {"word": (words / words.max().clamp(min=1e-12)).tolist()})
 
 
-def streams(pipe: FluxPipeline, prompt: str, *, block: str = "double.1", **asked) -> Explorer:
-    """The text's and the image's residual stream in every block and step while ``prompt`` is drawn.
+@explorer(example=lambda pipe: streams(pipe, EXAMPLE_PROMPT, steps=3, progress=False))
+def streams(pipe: FluxPipeline, prompt: str, *, block: str = "double.1", **request) -> Explorer:
+    """Text and image tokens in every block and step while ``prompt`` is drawn; ``block`` is the first one shown.
 
-    In single blocks the two are one sequence, and are shown by the same token numbers.
+    In single-stream blocks both are one sequence, of which the first tokens are text. ``request``: as for the pipeline.
     """
-    sizes, given, out = shares(pipe, prompt, **asked)
+    sizes, added, out = measure_contributions(pipe, prompt, **request)
     tokenizer = pipe.prompt_encoder.t5_tokenizer
-    grid, image = tuple(n // 2 for n in out.latents.shape[-2:]), picture(out.images[0])
-    pieces, times = tokenizer.pieces(prompt), sizes.coords["step"]
+    grid, image = tuple(n // 2 for n in out.latents.shape[-2:]), to_rgb(out.images[0])
+    pieces, times, blocks = tokenizer.pieces(prompt), sizes.coords["step"], sizes.coords["block"]
 
-    def draw(shown: int, block: int, step: int, word: int) -> View:
-        with torch.no_grad():
-            return streams_view(sizes, given, pieces, tokenizer.length, grid, image, shown, block, step, word)
+    def draw(quantity: int, block: int, step: int, word: int) -> View:
+        return streams_view(sizes, added, pieces, tokenizer.length, grid, image, quantity, block, step, word)
 
-    blocks = sizes.coords["block"]
     controls = [
-        Choice("shown", "shade", SHOWN),
+        Choice("quantity", "shade tokens by", QUANTITIES),
         Slider("block", "block", blocks, blocks.index(block)),
-        clock(times, len(times) // 2),
+        time_slider(times, len(times) // 2),
         Chips("word", "text tokens", pieces, min(1, len(pieces) - 1)),
     ]
-    return Explorer("Streams", controls, draw, widths=[3.4, 3.4, 2.8])
+    title = "How large are text and image tokens, and what is added to them?"
+    return Explorer(title, controls, draw, widths=[3.4, 3.4, 2.8])

@@ -1,4 +1,4 @@
-"""A run, step by step: the state, the picture foreseen, the velocity, and where on the schedule one is."""
+"""A run step by step: the state, the predicted x0, the velocity, and how straight the path is."""
 
 from __future__ import annotations
 
@@ -8,44 +8,43 @@ import torch
 
 from fluxedu.instruments.lenses.flow import curvature
 from fluxedu.instruments.lenses.run import one_prompt
+from fluxedu.plots import TIME_LABEL
 from fluxedu.sampling.pipeline import FluxPipeline, Trajectory
-from fluxedu.widgets.asked import checked
-from fluxedu.widgets.controls import clock
-from fluxedu.widgets.explorer import Explorer, View
-from fluxedu.widgets.paint import Pixels8, enlarged, heat, picture
-from fluxedu.widgets.panels import Lines, Pixels
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Explorer, View, check_request, explorer, time_slider
+from fluxedu.widgets.panels import RGB, Lines, Pixels, sequential, to_rgb, upscale
 
 
-def trajectory_view(path: Trajectory, states: Sequence[Pixels8], foreseen: Sequence[Pixels8], step: int) -> View:
-    """One step of a run of one picture: ``states`` and ``foreseen`` are its latents and x0 estimates, decoded."""
+def trajectory_view(path: Trajectory, states: Sequence[RGB], predictions: Sequence[RGB], step: int) -> View:
+    """One step of a run of one image; ``states``, ``predictions``: its latents and predicted x0, decoded."""
     times = path.times[:-1].tolist()
     speed = path.velocities[step, 0].square().mean(0).sqrt()  # [h, w]
-    turned = curvature(path) if len(times) > 2 else None
-    here = f"step {step + 1} of {len(times)}, t = {times[step]:.2f}"
     panels = [
-        Pixels(f"the state, {here}", states[step]),
-        Pixels("the picture foreseen, x - t v", foreseen[step]),
-        Pixels("size of the velocity, cell by cell", enlarged(heat(speed), 256), key=("0", f"{speed.max():.1f}")),
-    ]  # fmt: skip
+        Pixels(f"State before step {step + 1} of {len(times)}, t = {times[step]:.2f}, decoded", states[step]),
+        Pixels("Predicted x0 = x - t v, decoded", predictions[step]),
+        Pixels("Size of the velocity in each cell", upscale(sequential(speed), 256), key=("0", f"{speed.max():.1f}")),
+    ]
     if len(times) > 2:
-        turns = turned.coords["step"]
-        mark = times[step] if times[step] <= turns[0] else None  # the first step turns from nowhere
-        series = {"turn": turned.tensor[:, 0].tolist()}
+        angles = curvature(path)
+        angle_times = angles.coords["step"]
+        mark = times[step] if times[step] <= angle_times[0] else None  # the first step has no velocity before it
         panels.append(
-            Lines("how fast the velocity turns", turns, series, "time (1 is noise)", "degrees per unit of time", mark)
-        )
-    text = f"{times[step]:.0%} of the state is noise and {1 - times[step]:.0%} picture; the step goes on to "
+            Lines("How fast the velocity changes direction", angle_times, {"angle": angles.tensor[:, 0].tolist()},
+                  TIME_LABEL, "degrees per unit of time", mark)
+        )  # fmt: skip
+    text = f"The state is {times[step]:.0%} noise and {1 - times[step]:.0%} image; this step leads to "
     return View(panels, f"{text}t = {float(path.times[step + 1]):.2f}.")
 
 
+@explorer(example=lambda pipe: trajectory(pipe, EXAMPLE_PROMPT, steps=4, progress=False))
 @torch.no_grad()
-def trajectory(pipe: FluxPipeline, prompt: str, **asked) -> Explorer:
-    """Scrub through a run of ``prompt``; ``asked`` as for the pipeline."""
-    out = pipe(one_prompt(prompt), **checked(asked, "trajectory"))
-    path = out.trajectory
-    states, foreseen = (
-        [picture(pipe.autoencoder.decode(x[:1])[0]) for x in latents] for latents in (path.latents[:-1], path.x0)
-    )
+def trajectory(pipe: FluxPipeline, prompt: str, **request) -> Explorer:
+    """Move through the steps of a run of ``prompt``; ``request``: as for the pipeline."""
+    path = pipe(one_prompt(prompt), **check_request(request, "trajectory")).trajectory
+    states = [to_rgb(pipe.autoencoder.decode(x[:1])[0]) for x in path.latents[:-1]]
+    predictions = [to_rgb(pipe.autoencoder.decode(x[:1])[0]) for x in path.x0]
     times = path.times[:-1].tolist()
-    steps = clock(times, len(times) // 3)
-    return Explorer("Trajectory", [steps], lambda step: trajectory_view(path, states, foreseen, step))
+
+    def draw(step: int) -> View:
+        return trajectory_view(path, states, predictions, step)
+
+    return Explorer("How does an image emerge from noise?", [time_slider(times, len(times) // 3)], draw)

@@ -1,4 +1,4 @@
-"""Plots: what is drawn is what was given."""
+"""Plots: figures show the values they are given."""
 
 import matplotlib
 import numpy as np
@@ -9,8 +9,7 @@ from PIL import Image
 from fluxedu import plots
 from fluxedu.errors import InstrumentError
 from fluxedu.instruments.named import Named
-from fluxedu.plots.parameters import parts_of
-from fluxedu.plots.spectra import radial_power
+from fluxedu.plots import count_parameters, radial_power
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
 g = torch.Generator().manual_seed(0)
@@ -42,7 +41,7 @@ ALL = {
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_plot_can_be_saved_and_opens_no_window(name, tmp_path):
+def test_every_figure_can_be_saved_and_opens_no_window(name, tmp_path):
     before = matplotlib.get_backend()
     figure = ALL[name]()
     figure.savefig(tmp_path / "plot.png", dpi=60)
@@ -62,18 +61,18 @@ def test_maps_are_drawn_as_they_are():
     assert len(plots.word_maps(MAPS, PICTURE).axes) == 2 * (3 + 1)
 
 
-def test_a_film_strip_shows_first_and_last():
-    figure = plots.film_strip({"x": [PICTURE] * 20}, np.linspace(1, 0.05, 20), most=5)
+def test_a_film_strip_shows_the_first_and_last_image():
+    figure = plots.film_strip({"x": [PICTURE] * 20}, np.linspace(1, 0.05, 20), max_images=5)
     titles = [ax.get_title() for ax in figure.axes]
     assert (len(titles), titles[0], titles[-1]) == (5, "t = 1.00", "t = 0.05")
 
 
-def test_a_picture_and_itself_do_not_differ():
+def test_an_image_does_not_differ_from_itself():
     assert not images(plots.side_by_side(PICTURE, PICTURE))[2].any()
 
 
 def test_areas_are_shares_of_the_parameters():
-    assert sum(parts_of(NET).values()) == 343
+    assert sum(count_parameters(NET).values()) == 343
     counts = {"a.x": 600, "a.y": 300, "b": 100}
     boxes = plots.treemap(counts).axes[0].patches
     areas = [box.get_width() * box.get_height() for box in boxes]
@@ -92,10 +91,10 @@ def test_noise_is_flat_and_a_wave_is_a_peak():
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (lambda: plots.word_maps(HEADS, PICTURE), "axes block, word, row, column, not of block, head, row, column"),
-        (lambda: plots.contributions(torch.rand(3, 3)), "not of Tensor"),
+        (lambda: plots.word_maps(HEADS, PICTURE), "axes block, word, row, column, not axes block, head, row, column"),
+        (lambda: plots.contributions(torch.rand(3, 3)), "not a Tensor"),
         (lambda: plots.film_strip({"x": [PICTURE], "x0": []}), "equally many"),
-        (lambda: plots.side_by_side(PICTURE, PICTURE.resize((8, 8))), "must be alike"),
+        (lambda: plots.side_by_side(PICTURE, PICTURE.resize((8, 8))), "must have the same size"),
         (lambda: plots.overlay(torch.rand(2, 2), MAPS.tensor[0, 0]), r"PIL image or a tensor \[3, H, W\]"),
     ],
 )

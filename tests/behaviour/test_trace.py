@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 
 import fluxedu as fe
 from fluxedu.cli import app
-from fluxedu.trace import page, stages
-from fluxedu.trace.values import as_png
+from fluxedu.trace import as_png, page, stages
 
 PROMPT = 'a red circle left of a <b>blue</b> & "green" square'
 
@@ -71,7 +70,7 @@ def test_the_diagram_is_whole_and_in_order(made, pipe):
     names = [stage.part.name for stage in found]
     blocks = ["double.0", "double.1", "single.0", "single.1"]
     assert names == ["clip", "t5", "noise", "vec", "in", *blocks, "final", "solver", "image"]
-    shown = {row[0] for stage in found for row in stage.rows}
+    shown = {site.name for stage in found for site in stage.sites}
     left_out = {s.name for s in fe.sites(pipe)} - shown
     # the encoder, since no picture went in, and the passes of a guidance that was not on
     left_out = {name for name in left_out if not name.startswith("ae.encoder.")}
@@ -82,11 +81,10 @@ def test_the_numbers_are_the_runs(made, pipe):
     found, _ = made
     with fe.record("single.1.gate") as rec:
         pipe(PROMPT, steps=3, progress=False)
-    (row,) = (row for stage in found for row in stage.rows if row[0] == "single.1.gate")
+    (site,) = (site for stage in found for site in stage.sites if site.name == "single.1.gate")
     gate = rec["single.1.gate"].tensor
-    mean, _, least, most = row[2]
     assert torch.allclose(
-        torch.tensor([mean, least, most]), torch.stack([gate.mean(), gate.min(), gate.max()]), atol=1e-6
+        torch.tensor([site.mean, site.low, site.high]), torch.stack([gate.mean(), gate.min(), gate.max()]), atol=1e-6
     )
 
 
@@ -112,7 +110,7 @@ def test_a_run_is_drawn_once(pipe, monkeypatch):
 def test_every_value_can_be_seen(made, pipe):
     """Behind a site stands its last value, averaged over neighbours where it is larger than the picture."""
     found, html = made
-    values = {row[0]: row[4] for stage in found for row in stage.rows}
+    values = {site.name: site.thumbnail for stage in found for site in stage.sites}
     with fe.record("single.1.attn.map", "double.0.img_attn.q", "sample.noise", "vec", steps=-1) as rec:
         pipe(PROMPT, steps=3, progress=False)
     whole = rec["single.1.attn.map"].tensor[0].mean(0)
@@ -142,5 +140,5 @@ def test_a_model_as_deep_as_the_official_one_fits_too(make_pipe):
     deep = flux.with_(hidden_size=6 * 8, num_heads=6, axes_dim=(2, 2, 4), depth=19, depth_single_blocks=38)
     words = "a red circle left of a blue square"
     _, found = stages(make_pipe(sizes=(clip, t5, deep, ae)), words, steps=1, progress=False)
-    assert sum(len(stage.rows) for stage in found) > 1800
+    assert sum(len(stage.sites) for stage in found) > 1800
     assert len(page("", "", found)) < 5e6

@@ -1,4 +1,4 @@
-"""The experiment bench: what it shows is what the same experiment by hand gives."""
+"""The explorer of experiments on one block: it shows the results of the same experiments done by hand."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import torch
 
 import fluxedu as fe
 from fluxedu.instruments.interventions import positions
-from fluxedu.nano.judge import Found, Reading
-from fluxedu.widgets.bench import CHANGES, bench, bench_view, told
+from fluxedu.nano.judge import Detection, Detections
+from fluxedu.widgets.bench import CHANGES, bench, bench_view, describe_objects
 
 PROMPT, OTHER = "a red circle left of a blue square", "a green circle left of a blue square"
 ASKED = {"seed": 4, "steps": 2, "progress": False}
@@ -24,18 +24,18 @@ def explorer(pipe):
 
 
 def after(explorer, block, change):
-    return explorer.set(block=block, change=change).now().panels[1].image
+    return explorer.set(block=block, change=change).current_view().panels[1].image
 
 
 def pixels(out):
     return np.asarray(out.images[0])
 
 
-def test_cuts_and_places_are_those_of_the_instruments(pipe, explorer):
+def test_removals_and_positions_match_the_instruments(pipe, explorer):
     by_hand = {
-        "cut the block": lambda b: fe.ablate(b),
-        "cut its heads": lambda b: fe.ablate(f"{b}.heads"),
-        "put all patches in one place": lambda b: fe.intervene(f"{b}.attn.rope", positions(torch.zeros_like)),
+        "remove the block": lambda b: fe.ablate(b),
+        "remove its attention heads": lambda b: fe.ablate(f"{b}.heads"),
+        "give all patches the same position": lambda b: fe.intervene(f"{b}.attn.rope", positions(torch.zeros_like)),
     }
     for block in ("double.1", "single.3"):
         for change, instrument in by_hand.items():
@@ -44,7 +44,7 @@ def test_cuts_and_places_are_those_of_the_instruments(pipe, explorer):
             assert np.array_equal(after(explorer, block, change), wanted), (block, change)
 
 
-def test_words_and_picture_together_are_the_other_run_and_apart_they_are_not(pipe, explorer):
+def test_text_and_image_tokens_together_give_the_other_run_and_alone_do_not(pipe, explorer):
     """All tokens of the other run before a block: the rest of the network has nothing left of the prompt's."""
     with fe.record("single.2.x") as rec:
         pipe(OTHER, **ASKED)
@@ -58,24 +58,24 @@ def test_words_and_picture_together_are_the_other_run_and_apart_they_are_not(pip
     assert not np.array_equal(after(explorer, "double.0", 3), pixels(pipe(PROMPT, **ASKED)))
 
 
-def test_a_block_before_which_the_pictures_tokens_are_replaced_forgets_the_prompt(pipe, explorer):
-    image = after(explorer, "single.5", "put in the other prompt's picture").astype(float)
+def test_replaced_image_tokens_give_the_other_image(pipe, explorer):
+    image = after(explorer, "single.5", "use the other prompt's image tokens").astype(float)
     own, theirs = (pixels(pipe(p, **ASKED)).astype(float) for p in (PROMPT, OTHER))
     assert np.abs(image - theirs).mean() < np.abs(image - own).mean()
 
 
-def test_the_sentence_counts_and_names():
+def test_the_text_counts_blocks_and_names_the_change():
     blank = np.zeros((4, 4, 3), np.uint8)
     far = np.array([[0.1, 0.5, 0.2]] * len(CHANGES))
     view = bench_view((blank,) * 3, far, "a thing", ("a", "b", "c"), ("one", "two"), 2, 4)
-    assert "c, put in the other prompt's picture: the latent goes 20%" in view.text
-    assert "1 of 2 other blocks go further" in view.text
+    assert "c, use the other prompt's image tokens: the latent changes by 20%" in view.text
+    assert "1 of the 2 other blocks change it more" in view.text
     assert "a thing" in view.text
-    assert view.panels[2].title == "the other prompt: two"
-    assert "no other block goes further" in bench_view((blank,) * 3, far, "", ("a", "b", "c"), ("", ""), 1, 0).text
+    assert view.panels[2].title == "The other prompt: two"
+    assert "no other block changes it more" in bench_view((blank,) * 3, far, "", ("a", "b", "c"), ("", ""), 1, 0).text
 
 
-def test_told_says_what_was_read():
-    thing = Found("circle", "red", "large", 1.0, 2.0, 3.0, 1.0)
-    assert told(Reading("white", (thing, thing), 8, 8)) == "red circle, red circle"
-    assert told(Reading("white", (), 8, 8)) == "nothing"
+def test_detected_objects_in_words():
+    thing = Detection("circle", "red", "large", 1.0, 2.0, 3.0, 1.0)
+    assert describe_objects(Detections("white", (thing, thing), 8, 8)) == "red circle, red circle"
+    assert describe_objects(Detections("white", (), 8, 8)) == "nothing"

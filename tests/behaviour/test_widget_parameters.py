@@ -5,7 +5,7 @@ import torch
 
 import fluxedu as fe
 from fluxedu.models import VARIANTS, FluxConfig
-from fluxedu.widgets.parameters import REST, SIZE, kinds, numberless, parameters, parts, rectangles
+from fluxedu.widgets.parameters import REST, SIZE, network_parts, parameters, rectangles, tensor_groups, without_number
 
 PUBLISHED = {
     "schnell": (11_891_178_560, 776),
@@ -17,16 +17,16 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_numbers(name):
-    those = kinds(FluxConfig.variant(name))
-    assert (sum(kind.numbers for kind in those), sum(kind.many for kind in those)) == PUBLISHED[name]
+    those = tensor_groups(FluxConfig.variant(name))
+    assert (sum(group.size for group in those), sum(group.count for group in those)) == PUBLISHED[name]
 
 
 def test_every_parameter_is_in_one_part():
-    those = kinds(FluxConfig.variant("dev"))
-    groups = parts(those)
-    assert sorted(kind.name for group in groups.values() for kind in group) == sorted(kind.name for kind in those)
-    assert list(groups)[-1] == REST and sum(kind.numbers for kind in groups[REST]) < 0.01 * 11_901_408_320
-    modulation = sum(kind.numbers for name in groups if "mod" in name for kind in groups[name])
+    those = tensor_groups(FluxConfig.variant("dev"))
+    groups = network_parts(those)
+    assert sorted(group.name for group in groups.values() for group in group) == sorted(group.name for group in those)
+    assert list(groups)[-1] == REST and sum(group.size for group in groups[REST]) < 0.01 * 11_901_408_320
+    modulation = sum(group.size for name in groups if "mod" in name for group in groups[name])
     assert 0.26 < modulation / 11_901_408_320 < 0.28
 
 
@@ -41,23 +41,24 @@ def test_names_are_those_of_the_conversion():
     config = fe.load().flux.config
     ours = fe.load().flux.state_dict()
     theirs = fe.checkpoints.convert(ours, to="diffusers", config=config)
-    told = {kind.name: kind for kind in kinds(config)}
-    assert {numberless(name) for name in ours} == set(told)
-    assert {numberless(name) for name in theirs} == {name for kind in told.values() for name in kind.theirs}
-    fused = told["single_blocks.#.linear1.weight"]
-    assert fused.many == config.depth_single_blocks and len(fused.theirs) == 4
+    groups = {group.name: group for group in tensor_groups(config)}
+    assert {without_number(name) for name in ours} == set(groups)
+    named = {name for group in groups.values() for name in group.diffusers_names}
+    assert {without_number(name) for name in theirs} == named
+    fused = groups["single_blocks.#.linear1.weight"]
+    assert fused.count == config.depth_single_blocks and len(fused.diffusers_names) == 4
     block = "single_transformer_blocks.2."
-    rows = [theirs[name.replace("single_transformer_blocks.#.", block)] for name in fused.theirs]
+    rows = [theirs[name.replace("single_transformer_blocks.#.", block)] for name in fused.diffusers_names]
     assert torch.equal(torch.cat(rows), ours["single_blocks.2.linear1.weight"])
 
 
 def test_the_explorer_moves():
     made = parameters({"mine": FluxConfig(hidden_size=16, num_heads=2, axes_dim=(2, 2, 4), depth=1)})
     assert "11,901,408,320 parameters in 780 tensors" in made.view["text"]
-    names = list(parts(kinds(FluxConfig.variant("dev"))))
+    names = list(network_parts(tensor_groups(FluxConfig.variant("dev"))))
     made.set(part=names.index("double_blocks.txt_attn"), tensor=0)
     assert "attn.add_q_proj.weight, attn.add_k_proj.weight, attn.add_v_proj.weight" in made.view["text"]
-    first, second = made.now().panels
+    first, second = made.current_view().panels
     assert first.mark == names.index("double_blocks.txt_attn") and second.mark == 0
     made.set(variant="mine", part=99, tensor=99)  # a place that this variant has not: the last one it has
     assert "mine" in made.view["text"]

@@ -1,4 +1,4 @@
-"""The explorer of prompts: its table and its sentence are the cosines of the vectors that the pipeline uses."""
+"""The explorer of prompts shows the cosines of the vectors that the pipeline uses."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import fluxedu as fe
 from fluxedu.errors import InstrumentError
-from fluxedu.widgets.similarity import PROMPTS, similarity, similarity_view, swapped
+from fluxedu.widgets.similarity import PROMPTS, replace_word, similarity, similarity_view
 
 
 @pytest.fixture(scope="module")
@@ -15,13 +15,13 @@ def pipe():
     return fe.load()
 
 
-def test_a_word_is_swapped_at_its_place():
-    assert swapped("a red circle", 1, "blue") == "a blue circle"
-    assert swapped("a red circle", 7, "star") == "a red star"
-    assert swapped("a red circle", 1, None) == "a red circle"
+def test_a_word_is_replaced_by_its_index():
+    assert replace_word("a red circle", 1, "blue") == "a blue circle"
+    assert replace_word("a red circle", 7, "star") == "a red star"
+    assert replace_word("a red circle", 1, None) == "a red circle"
 
 
-def test_the_view_says_the_cosine_and_paints_its_sign():
+def test_the_view_shows_the_cosine_and_its_sign():
     vectors = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [3.0, 4.0, 0.0]])
     view = similarity_view(vectors, ["one", "two", "three"], 0, 2)
     assert view.text == "“one” and “three”: cosine 0.60."
@@ -31,18 +31,19 @@ def test_the_view_says_the_cosine_and_paints_its_sign():
     assert view.panels[1].series == {"first": [1.0, 0.0, 0.0], "second": pytest.approx([3.0, 4.0, 0.0])}
 
 
-def test_a_swapped_word_takes_the_place_of_the_second():
+def test_a_changed_prompt_replaces_the_second():
     vectors = torch.eye(2)
     view = similarity_view(vectors, ["one", "two"], 0, 1, torch.tensor([2.0, 0.0]), "another")
     assert view.text == "“one” and “another”: cosine 1.00."
 
 
-def test_it_shows_what_the_pipeline_is_given(pipe):
+def test_it_uses_the_vectors_of_the_pipeline(pipe):
     made = similarity(pipe).set(first=PROMPTS[0], second=PROMPTS[4])
     a, b, c = (pipe.prompt_encoder([p]).pooled for p in (PROMPTS[0], PROMPTS[4], "a green circle left of a blue star"))
-    assert f"cosine {float(F.cosine_similarity(a, b)):.2f}." in made.now().text
-    made.set(place="8", word="star")
-    assert f"“a green circle left of a blue star”: cosine {float(F.cosine_similarity(a, c)):.2f}." in made.now().text
+    assert f"cosine {float(F.cosine_similarity(a, b)):.2f}." in made.current_view().text
+    made.set(index="8", word="star")
+    cosine = float(F.cosine_similarity(a, c))
+    assert f"“a green circle left of a blue star”: cosine {cosine:.2f}." in made.current_view().text
     assert made.figure().axes
 
 

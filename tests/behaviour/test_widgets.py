@@ -1,11 +1,16 @@
-"""Explorers as pure functions: what they show is what the run says, by another way of saying it."""
+"""Explorers as pure functions: what they show agrees with the run, computed in another way."""
 
+import importlib
+import inspect
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from IPython.core.completer import IPCompleter, provisionalcompleter
 
 import fluxedu as fe
 from fluxedu import widgets
@@ -14,12 +19,11 @@ from fluxedu.instruments.lenses.modulation import channels
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import parts
 from fluxedu.sampling.solvers import schedule
-from fluxedu.widgets import paint
-from fluxedu.widgets.architecture import as_table
-from fluxedu.widgets.controls import Chips, Slider
-from fluxedu.widgets.diagram import diagram
-from fluxedu.widgets.explorer import Explorer, View
-from fluxedu.widgets.grid import sheet, shifted
+from fluxedu.widgets import explorer as explorer_module
+from fluxedu.widgets import panels
+from fluxedu.widgets.architecture import as_table, diagram
+from fluxedu.widgets.explorer import Chips, Explorer, Slider, View
+from fluxedu.widgets.grid import shifted
 from fluxedu.widgets.latents import edited
 from fluxedu.widgets.panels import Lines, Pixels, Points
 from fluxedu.widgets.velocity import plane
@@ -43,7 +47,47 @@ def attention(pipe):
 
 
 def panel(explorer, i):
-    return explorer.now().panels[i]
+    return explorer.current_view().panels[i]
+
+
+# ---------------------------------------------------------------- registration
+
+
+def test_an_explorer_is_a_module_that_can_be_called(pipe):
+    module = importlib.import_module("fluxedu.widgets.trajectory")
+    function = module.trajectory
+    assert widgets.trajectory is module and inspect.ismodule(module) and inspect.isfunction(function)
+    assert inspect.signature(widgets.trajectory) == inspect.signature(function)
+    assert inspect.getdoc(widgets.trajectory) == inspect.getdoc(function)
+    assert "trajectory" in dir(widgets) and module.trajectory_view
+    assert widgets.trajectory(pipe, PROMPT, steps=1, progress=False).title == "How does an image emerge from noise?"
+
+
+def test_arguments_complete_in_ipython():
+    completer = IPCompleter(namespace={"widgets": widgets}, global_namespace={})
+    with provisionalcompleter():
+        for text, expected in (("widgets.traj", "trajectory"), ("widgets.solvers(eval", "evaluations=")):
+            found = {completion.text.removeprefix(".") for completion in completer.completions(text, len(text))}
+            assert expected in found
+
+
+def test_every_module_registers_one_explorer_of_its_name():
+    files = {path.stem for path in Path(widgets.__file__).parent.glob("*.py")} - {"__init__", "explorer", "panels"}
+    assert set(widgets.explorers()) == files and files <= set(widgets.__all__)
+    with pytest.raises(AttributeError, match="has no explorer 'nothing'"):
+        _ = widgets.nothing
+
+
+def test_a_notebook_can_register_an_explorer(monkeypatch, small):
+    monkeypatch.setattr("fluxedu.widgets.explorer.EXPLORERS", {})
+    monkeypatch.setattr(widgets, "EXPLORERS", registered := explorer_module.EXPLORERS)
+
+    @explorer_module.explorer(example=lambda pipe: mine())
+    def mine():
+        return small
+
+    assert registered["mine"].example(None) is small and widgets.mine is mine and "mine" in dir(widgets)
+    assert type(sys.modules[__name__]) is ModuleType  # only modules of the package become callable
 
 
 # ---------------------------------------------------------------- colours
@@ -54,16 +98,16 @@ def test_colours_are_matplotlibs():
 
     values = torch.linspace(0, 4, 12).view(3, 4)
     wanted = (matplotlib.colormaps["magma"](values.numpy() / 4)[..., :3] * 255).round()
-    assert np.abs(paint.heat(values).astype(int) - wanted).max() <= 4  # one place of the table
-    white = paint.two_sided(torch.tensor([[-2.0, 0.0, 2.0]]))[0].astype(int)
+    assert np.abs(panels.sequential(values).astype(int) - wanted).max() <= 4  # one place of the table
+    white = panels.diverging(torch.tensor([[-2.0, 0.0, 2.0]]))[0].astype(int)
     assert white[1].min() > 240 and white[0, 2] > white[0, 0] and white[2, 0] > white[2, 2]  # blue, white, red
 
 
-def test_a_map_over_a_picture_leaves_it_where_there_is_nothing():
+def test_an_overlay_leaves_the_image_where_weights_are_zero():
     image = np.full((8, 8, 3), 100, np.uint8)
     weights = np.zeros((2, 2))
     weights[1, 0] = 1
-    laid = paint.over(image, weights)
+    laid = panels.overlay(image, weights)
     assert len({tuple(p) for p in laid[:4].reshape(-1, 3)}) == 1  # the upper half is all alike: pale grey
     assert tuple(laid[0, 0]) == (160, 160, 160)  # half of 100 and half of 220
     assert (laid[4:, :4].astype(int) - laid[0, 0]).min(-1).max() != 0
@@ -80,29 +124,31 @@ def test_attention_shows_the_rows_and_columns_of_the_map(pipe, attention):
     for block, step, head in (("single.1", 2, 3), ("double.0", 0, None)):
         whole = rec[f"{block}.attn.map"].tensor[step]  # [H, T, T]
         one = whole.mean(0) if head is None else whole[head]
-        attention.set(block=block, step=step, head="mean" if head is None else head, patch=(2, 5), word="▁blue")
-        view = attention.now()
+        attention.set(
+            block=block, step=step, head="mean of all heads" if head is None else head, patch=(2, 5), word="▁blue"
+        )
+        view = attention.current_view()
         row = one[words + 2 * 8 + 5]
-        said = row[: len(attention.known["word"].labels)]
+        said = row[: len(attention.control["word"].labels)]
         assert np.allclose(view.shades["word"], said / said.max(), atol=1e-5)
         column = one[words:, attention.values["word"]]
         peak = divmod(int(column.argmax()), 8)
-        assert f"most from row {peak[0]}, column {peak[1]}" in view.text
-        assert f"gives {float(row[words:].sum()):.0%} of its attention to the picture" in view.text
+        assert f"is in row {peak[0]}, column {peak[1]}" in view.text
+        assert f"gives {float(row[words:].sum()):.0%} of its attention to the image" in view.text
         assert f"and {float(row[len(said) : words].sum()):.0%} to the padding" in view.text
         assert view.panels[0].mark == (2, 5)
 
 
-def test_attention_keeps_the_prompted_pass(base):
+def test_attention_shows_the_prompted_pass(base):
     made = widgets.attention(base, PROMPT, blocks="single.2", steps=2, guidance=3.0, progress=False)
     with fe.record("single.2.attn.map", passes="prompted", tokens=["red"], reduce="head-mean") as rec:
         base(PROMPT, steps=2, guidance=3.0, progress=False)
-    view = made.set(step=1, word="▁red").now()
+    view = made.set(step=1, word="▁red").current_view()
     column = rec["single.2.attn.map"].tensor[1, :, 0]
-    assert f"({float(column.max()):.1%})" in view.text
+    assert f"({float(column.max()):.1%} of its attention)" in view.text
 
 
-def test_modulation_shows_what_the_sites_see(pipe):
+def test_modulation_matches_the_sites(pipe):
     with fe.record("single.4.gate", "double.1.img_mod.scale2", steps=[0, 2]) as rec:
         out = pipe(PROMPT, steps=3, guidance=4.0, progress=False)
     times = out.trajectory.times[[0, 2]]
@@ -113,13 +159,13 @@ def test_modulation_shows_what_the_sites_see(pipe):
     assert torch.allclose(gate, rec["single.4.gate"].tensor.view(2, -1), atol=1e-5)
     assert torch.allclose(scale, rec["double.1.img_mod.scale2"].tensor.view(2, -1), atol=1e-5)
     made = widgets.modulation(pipe, [PROMPT, "a letter K"], times=5)
-    before = made.now().text
-    assert made.set(guidance=10).now().text != before
+    before = made.current_view().text
+    assert made.set(guidance=10).current_view().text != before
     assert made.values["guidance"] == 9  # a number is a value, where places have values
-    assert made.set(kind="gate", cell=(3, 4)).now().panels[1].mark == 0.0  # the last of the times
+    assert made.set(kind="gate", cell=(3, 4)).current_view().panels[1].mark == 0.0  # the last of the times
 
 
-def test_trajectory_ends_at_the_picture(pipe):
+def test_trajectory_ends_at_the_image(pipe):
     made = widgets.trajectory(pipe, PROMPT, steps=4, progress=False)
     out = pipe(PROMPT, steps=4, progress=False)
     made.set(step=3)
@@ -135,7 +181,7 @@ def test_an_edit_is_where_it_was_made(pipe):
     assert edited(latent, 2, (3, 3), 2, -1.0)[2].eq(-1).all()
     made = widgets.latents(pipe, PROMPT, steps=4, progress=False)
     made.set(amount="+0")
-    drawn = paint.picture(pipe(PROMPT, steps=4, progress=False).images[0]).astype(int)
+    drawn = panels.to_rgb(pipe(PROMPT, steps=4, progress=False).images[0]).astype(int)
     assert np.array_equal(panel(made, 1).image, panel(made, 2).image)
     # decoded beside others, where a sum may round the other way: a level of 255
     assert np.abs(panel(made, 1).image - drawn).max() <= 1
@@ -145,15 +191,15 @@ def test_an_edit_is_where_it_was_made(pipe):
     assert changed[:40, :40].any() and not changed[88:, 88:].any()
 
 
-def test_latents_take_a_picture(pipe):
+def test_latents_take_an_image(pipe):
     image = pipe(PROMPT, steps=2, progress=False).images[0].convert("L")
     assert "channel " in widgets.latents(pipe, image).view["text"]
 
 
 def test_particles_go_where_their_arrows_point(pipe):
     made = widgets.velocity(pipe, [PROMPT, "a letter K"], seeds=2, steps=4, progress=False)
-    times = [float(label.split()[-1]) for label in made.known["step"].labels]
-    views = [made.set(step=i).now().panels[0] for i in range(5)]
+    times = [float(label.split()[-1]) for label in made.control["step"].labels]
+    views = [made.set(step=i).current_view().panels[0] for i in range(5)]
     exact = schedule(4, 64, ends=pipe.defaults.shift_ends).tolist()
     assert np.allclose(times, exact, atol=0.006)
     for i in range(4):
@@ -164,7 +210,7 @@ def test_particles_go_where_their_arrows_point(pipe):
     assert ends[:2].mean() < ends[2:].mean()  # the first direction leads from the one prompt to the other
     assert views[0].group == [0, 0, 1, 1]
     assert np.allclose(views[0].xy[0] - views[0].xy[1], views[0].xy[2] - views[0].xy[3], atol=1e-3)  # the same noises
-    with pytest.raises(InstrumentError, match="particle is one of 4 places"):
+    with pytest.raises(InstrumentError, match="particle must be an index into 4"):
         made.set(particle=4)
 
 
@@ -175,34 +221,36 @@ def test_a_plane_has_two_directions_at_right_angles():
         assert torch.allclose(axes @ axes.T, torch.eye(2), atol=1e-5)
 
 
-def test_the_grid_holds_what_the_pipeline_draws(pipe):
-    made = widgets.grid(pipe, PROMPT, steps=(3, 1), strengths=(2.0, 6.0), shifts=(1.0, 5.0), seed=2, progress=False)
+def test_the_grid_shows_what_the_pipeline_draws(pipe):
+    made = widgets.grid(
+        pipe, PROMPT, steps=(3, 1), guidance_scales=(2.0, 6.0), shifts=(1.0, 5.0), seed=2, progress=False
+    )
     made.set(shift=5.0, cell=(1, 0))
     other = shifted(pipe, 5.0)
     out = other(PROMPT, steps=3, guidance=2.0, seed=2, progress=False)
     assert np.array_equal(panel(made, 1).image, np.asarray(out.images[0]))
     even = torch.linspace(1, 0, 4)
     assert torch.allclose(out.trajectory.times, 5 * even / (1 + 4 * even))
-    assert "0% of its length" in made.view["text"]  # from itself
+    assert "differs by 0% of its norm" in made.view["text"]  # from itself
     assert panel(made, 0).rows == ["1", "3"] and panel(made, 0).columns == ["2", "6"]
     assert pipe.defaults.shift_ends != other.defaults.shift_ends  # ours is as it was
     rows = [[np.full((4, 4, 3), 10 * i + j, np.uint8) for j in range(3)] for i in range(2)]
-    assert sheet(rows)[::2, ::2, 0].tolist() == [[0, 1, 2], [10, 11, 12]]
+    assert panels.contact_sheet(rows)[::2, ::2, 0].tolist() == [[0, 1, 2], [10, 11, 12]]
     with pytest.raises(InstrumentError, match="shift must be above 0"):
         widgets.grid(pipe, PROMPT, shifts=(0.0,))
 
 
-def test_heads_are_cut_as_ablate_cuts(pipe):
+def test_heads_are_removed_as_by_ablate(pipe):
     made = widgets.heads(pipe, PROMPT, steps=2)
     whole = pipe(PROMPT, steps=2, progress=False)
     cuts = {"this head": ([3], "head 3 of"), "all other heads of its block": ([0, 1, 2, 4], "all heads of")}
-    for cut, (lost, named) in cuts.items():
-        view = made.set(cut=cut, cell=(4, 3)).now()
+    for removed, (lost, named) in cuts.items():
+        view = made.set(removed=removed, cell=(4, 3)).current_view()
         with fe.ablate("single.2.heads", heads=lost):
             other = pipe(PROMPT, steps=2, progress=False)
         assert np.array_equal(view.panels[2].image, np.asarray(other.images[0]))
         far = float((other.latents - whole.latents).norm() / whole.latents.norm())
-        assert view.text.startswith(f"Without {named} single.2") and f" the latent goes {far:.0%}" in view.text
+        assert view.text.startswith(f"Without {named} single.2") and f" the latent changes by {far:.0%}" in view.text
 
 
 # ---------------------------------------------------------------- the map of the model
@@ -234,16 +282,16 @@ def test_the_map_shows_every_site(pipe):
         made.set(part=i, site=0)
         count = len(panel(made, 1).boxes)
         for j in range(count):
-            view = made.set(site=j).now()
-            if "nothing of the prompt" in view.panels[2].title:
+            view = made.set(site=j).current_view()
+            if "no value of the prompted pass" in view.panels[2].title:
                 empty.add(name)
             else:
-                assert ("Here: a token is looked at" if ".map [" in view.text else "Here: mean") in view.text
+                assert ("Here a token receives" if ".map [" in view.text else "Here: mean") in view.text
     assert empty == {"encoder", "solver"}  # no picture to begin with, and no classifier-free guidance
 
 
 def test_the_map_under_guidance_and_other_solvers(base, pipe):
-    """With two passes every site still has its value, of the prompted one; with heun, of the step's first question."""
+    """With two passes every site shows its value of the prompted one; with heun, of the step's first evaluation."""
     made = widgets.architecture(base, PROMPT, steps=2, guidance=3.0, progress=False)
     with fe.record("single.2.x", "clip.pooled", passes="prompted") as rec:
         base(PROMPT, steps=2, guidance=3.0, progress=False)
@@ -282,21 +330,21 @@ def test_pictures_keep_their_shape(pipe):
         (lambda p: widgets.attention(p, PROMPT, seed=[1, 2]), "give one seed"),
         (lambda p: widgets.trajectory(p, PROMPT, seed=[1, 2]), "give one seed"),
         (lambda p: widgets.velocity(p, PROMPT, seed=3), "seed is set by the explorer itself"),
-        (lambda p: widgets.velocity(p, [PROMPT, PROMPT]), "the prompts are alike"),
-        (lambda p: widgets.velocity(p, 3), "give a prompt, or several in a list, not 3"),
+        (lambda p: widgets.velocity(p, [PROMPT, PROMPT]), "the prompts must be different"),
+        (lambda p: widgets.velocity(p, 3), "prompts must be a prompt or a list of prompts, not 3"),
         (lambda p: widgets.grid(p, PROMPT, guidance=9.0), "guidance is set by the explorer itself"),
-        (lambda p: widgets.grid(p, PROMPT, shifts=(float("inf"),)), "shifts is a number"),
-        (lambda p: widgets.modulation(p, PROMPT, times=0), "times is a number from 2 on"),
+        (lambda p: widgets.grid(p, PROMPT, shifts=(float("inf"),)), "shifts must be a number"),
+        (lambda p: widgets.modulation(p, PROMPT, times=0), "times must be a number of at least 2"),
         (lambda p: widgets.heads(p, PROMPT, seed=[0, 3]), "give one seed"),
     ],
 )
-def test_what_cannot_be_explored_is_said_at_once(pipe, make, says):
+def test_invalid_arguments_are_refused_at_once(pipe, make, says):
     with pytest.raises(InstrumentError, match=says):
         make(pipe)
 
 
 def test_few_steps_and_few_pictures(pipe):
-    assert len(widgets.trajectory(pipe, PROMPT, steps=1, progress=False).now().panels) == 3
+    assert len(widgets.trajectory(pipe, PROMPT, steps=1, progress=False).current_view().panels) == 3
     made = widgets.velocity(pipe, ["a red circle", "a blue square"], seeds=1, steps=1, progress=False)
     assert np.isfinite(panel(made, 0).xy).all()
 
@@ -347,7 +395,7 @@ def test_any_error_is_answered(small):
     assert small.view["moves"] == 6
 
 
-def test_what_cannot_be_drawn_is_said_and_the_page_goes_on(small):
+def test_an_invalid_move_is_reported_and_the_page_goes_on(small):
     data = small.view["panels"]
     small.state = small.state | {"cell": [9, 9], "moves": 3}
     assert small.view["text"] == "there is no such cell."
@@ -359,14 +407,14 @@ def test_what_cannot_be_drawn_is_said_and_the_page_goes_on(small):
 @pytest.mark.parametrize(
     "moves, said",
     [
-        ({"step": 2}, "step is one of 2 (first, second), not 2."),
-        ({"step": "third"}, "step is one of 2 (first, second), not 'third'."),
-        ({"word": 1.5}, "word is one of 3 (a, b, c), not 1.5."),
-        ({"speed": 1}, "Small has step, word, cell, not 'speed'."),
+        ({"step": 2}, "step must be one of 2 options (first, second), not 2."),
+        ({"step": "third"}, "step must be one of 2 options (first, second), not 'third'."),
+        ({"word": 1.5}, "word must be one of 3 options (a, b, c), not 1.5."),
+        ({"speed": 1}, "this explorer has step, word, cell, but no 'speed'."),
         ({"cell": (9, 9)}, "there is no such cell."),
-        ({"cell": (10, 0)}, "cell is one of 10 x 10 places, counted from 0, and none is (10, 0)."),
-        ({"cell": (-1, 0)}, "cell is one of 10 x 10 places, counted from 0, and none is (-1, 0)."),
-        ({"cell": 5}, "cell is one of 10 x 10 places, counted from 0, and none is 5."),
+        ({"cell": (10, 0)}, "cell must be an index into 10 x 10, counted from 0, not (10, 0)."),
+        ({"cell": (-1, 0)}, "cell must be an index into 10 x 10, counted from 0, not (-1, 0)."),
+        ({"cell": 5}, "cell must be an index into 10 x 10, counted from 0, not 5."),
     ],
 )
 def test_moves_by_hand_are_checked(small, moves, said):
@@ -378,7 +426,7 @@ def test_moves_by_hand_are_checked(small, moves, said):
 
 def test_moves_by_hand(small):
     assert small.set(step="second", word=-1).view["text"] == "1 2 (0, 0)"
-    assert repr(small) == "<Small: an explorer>"  # no address, so that outputs can be compared
+    assert repr(small) == "<Explorer: Small>"  # no address, so that outputs can be compared
 
 
 def test_every_explorer_has_a_static_figure(pipe, attention, small):
@@ -387,18 +435,18 @@ def test_every_explorer_has_a_static_figure(pipe, attention, small):
         figure = explorer.figure()
         figure.canvas.draw()
         titles = [" ".join(ax.get_title().split()) for part in figure.subfigs for ax in part.axes]
-        assert all(p.title in titles for p in explorer.now().panels)
+        assert all(p.title in titles for p in explorer.current_view().panels)
         assert figure.get_supxlabel().replace("\n", " ") == explorer.view["text"]
 
 
-def test_a_cell_shows_a_picture_and_then_the_widget(small, monkeypatch):
+def test_a_cell_shows_the_static_figure_and_then_the_widget(small, monkeypatch):
     import IPython.display
 
     shown = []
     monkeypatch.setattr(IPython.display, "display", lambda bundle, raw: shown.append(bundle))
     small._ipython_display_()
     assert f'class="fluxedu-still {small.still}"' in shown[0]["text/html"]
-    assert 'alt="Small: 0 1 (0, 0)"' in shown[0]["text/html"]
+    assert 'alt="Small 0 1 (0, 0)"' in shown[0]["text/html"]
     assert "application/vnd.jupyter.widget-view+json" in shown[1]
 
 
@@ -413,6 +461,6 @@ def test_panels_are_few_bytes_and_plain(attention):
 
 def test_the_front_end_fetches_nothing():
     front = Path(widgets.__file__).parent
-    text = (front / "explorer.js").read_text() + (front / "explorer.css").read_text()
+    text = (front / "static" / "explorer.js").read_text() + (front / "static" / "explorer.css").read_text()
     assert re.findall(r"https?://[^\s\"']+", text) == ["http://www.w3.org/2000/svg"]  # a name, not an address
     assert not re.search(r"\bimport\b|fetch\(|@import|url\((?!#)", text)

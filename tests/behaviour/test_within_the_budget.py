@@ -9,8 +9,8 @@ from fluxedu import widgets
 from fluxedu.errors import BudgetError
 from fluxedu.instruments import lenses, recorder
 from fluxedu.instruments.lenses.run import blocks_of
-from fluxedu.widgets.asked import evenly
-from fluxedu.widgets.contributions import halves, shares
+from fluxedu.widgets.attention import evenly_spaced
+from fluxedu.widgets.contributions import measure_contributions, split_contribution
 
 PROMPT = "a red circle left of a blue square"
 ASKED = {"steps": 6, "progress": False}
@@ -46,15 +46,15 @@ def test_attention_keeps_what_there_is_room_for(pipe, allow, held, room, blocks,
     allow(EACH * room + 1)
     made = widgets.attention(pipe, PROMPT, **ASKED)
     assert held[-1] == EACH * blocks * steps <= recorder.BUDGET
-    names, times = (made.known[name].labels for name in ("block", "step"))
+    names, times = (made.control[name].labels for name in ("block", "step"))
     assert len(names) == blocks and len(times) == steps
-    assert ("Kept are" in made.view["text"]) == (room < 24)
+    assert ("Recorded are" in made.view["text"]) == (room < 24)
     if room < 24:
-        assert f"Kept are {blocks} of 4 blocks and {steps} of 6 steps" in made.view["text"]
+        assert f"Recorded are {blocks} of 4 blocks and {steps} of 6 steps" in made.view["text"]
     place = {"head": 1, "patch": (1, 0), "word": "▁blue"}
     for name, time in ((names[0], times[-1]), (names[-1], times[0])):  # what is there is what a whole run says of it
-        mine, theirs = (one.set(block=name, step=time, **place).now() for one in (made, whole))
-        assert mine.text.partition(" Kept are")[0] == theirs.text
+        mine, theirs = (one.set(block=name, step=time, **place).current_view() for one in (made, whole))
+        assert mine.text.partition(" Recorded are")[0] == theirs.text
         assert np.array_equal(mine.shades["word"], theirs.shades["word"])
 
 
@@ -70,7 +70,7 @@ def test_attention_of_two_questions_a_step_and_of_two_passes(pipe, plain_pipe, a
 def test_attention_keeps_what_was_asked_for_or_refuses(pipe, allow, held):
     allow(EACH * 8)
     made = widgets.attention(pipe, PROMPT, blocks="single.*", at_steps=[0, 1, 2, 5], **ASKED)
-    assert held[-1] == EACH * 8 and "Kept are" not in made.view["text"]
+    assert held[-1] == EACH * 8 and "Recorded are" not in made.view["text"]
     for asked in ({"blocks": "*"}, {"blocks": "double.*"}, {"at_steps": slice(0, 3)}):
         with pytest.raises(BudgetError, match="name fewer sites, steps or heads"):
             widgets.attention(pipe, PROMPT, **asked, **ASKED)
@@ -79,11 +79,11 @@ def test_attention_keeps_what_was_asked_for_or_refuses(pipe, allow, held):
         widgets.attention(pipe, PROMPT, **ASKED)
 
 
-def test_evenly():
-    assert [evenly(57, 1), evenly(5, 5), evenly(3, 9)] == [[28], [0, 1, 2, 3, 4], [0, 1, 2]]
+def test_evenly_spaced():
+    assert [evenly_spaced(57, 1), evenly_spaced(5, 5), evenly_spaced(3, 9)] == [[28], [0, 1, 2, 3, 4], [0, 1, 2]]
     for count in (19, 50, 57):
         for most in range(1, count + 1):
-            places = evenly(count, most)
+            places = evenly_spaced(count, most)
             gaps = {b - a for a, b in zip(places, places[1:], strict=False)}
             assert len(places) == most and 0 <= places[0] and places[-1] < count
             assert not gaps or (min(gaps) >= 1 and max(gaps) - min(gaps) <= 1)
@@ -107,7 +107,7 @@ def by_hand(pipe, rec):
             before, after = get("img"), get("img_out")
         else:
             block, gate = pipe.flux.single_blocks[int(name[-1])], get("gate")
-            attention, mlp = halves(block, get("heads"), get("mlp_hidden"), gate.view(len(gate), 1, -1))
+            attention, mlp = split_contribution(block, get("heads"), get("mlp_hidden"), gate.view(len(gate), 1, -1))
             x, before, after = get("x"), get("x")[:, -4:], get("out")[:, -4:]
         sizes.append(rms(x))
         given.append(torch.stack([rms(v) for v in (attention, mlp, attention + mlp)]))
@@ -125,7 +125,7 @@ def test_sizes_are_kept_and_not_streams(make_pipe, allow, held, how, half):
         pipe(PROMPT, **ASKED, **how)
     wanted, questions = by_hand(pipe, rec), 2 if "solver" in how else 1
     allow(4 * 6 * questions * T * 4 * 4)  # blocks, steps, questions, tokens, numbers, bytes: a twelfth of the streams'
-    sizes, given, _ = shares(pipe, PROMPT, **ASKED, **how)
+    sizes, given, _ = measure_contributions(pipe, PROMPT, **ASKED, **how)
     added = lenses.contributions(pipe, PROMPT, **ASKED, **how)
     assert held[-2] == recorder.BUDGET and held[-1] <= 4 * 6 * questions * 4
     for found, right in zip((sizes, given, added), wanted, strict=True):
@@ -143,11 +143,11 @@ def test_the_explorers_of_sizes_open(pipe, allow):
 
 def test_the_bench_holds_a_step(pipe, allow):
     allow(4 * T * D * 4)
-    assert "the latent goes" in widgets.bench(pipe, PROMPT, PROMPT.replace("red", "green"), **ASKED).view["text"]
+    assert "the latent changes by" in widgets.bench(pipe, PROMPT, PROMPT.replace("red", "green"), **ASKED).view["text"]
 
 
 def test_the_map_of_the_model_shows_fewer_steps(pipe, allow, held):
-    times = lambda made: made.known["step"].labels  # noqa: E731
+    times = lambda made: made.control["step"].labels  # noqa: E731
     whole = times(widgets.architecture(pipe, PROMPT, **ASKED))
     assert len(whole) == 6
     sites = [site for site in fe.sites(pipe) if len(site.shape) > 2 and site.shape[-2] != 1]

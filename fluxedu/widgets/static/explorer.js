@@ -1,5 +1,6 @@
 // One front end for every explorer: controls above, panels side by side, one sentence below.
-// The kernel draws; this paints what it sends and tells it of moves, one at a time. Nothing is fetched.
+// The kernel computes the view; this script shows it and sends moves to the kernel, one at a time. Nothing is loaded
+// from the network.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -9,7 +10,7 @@ function html(tag, set = {}, ...children) {
   return el;
 }
 
-function drawn(tag, attributes = {}, ...children) {
+function svg(tag, attributes = {}, ...children) {
   const el = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) el.setAttribute(name, value);
   el.append(...children);
@@ -18,27 +19,27 @@ function drawn(tag, attributes = {}, ...children) {
 
 // ---------------------------------------------------------------- moves
 
-/** Send moves to the kernel: the newest wins, and the next goes when the last has been answered. */
+/** Sends moves to the kernel. The next one goes when the last has been answered; newer moves replace older ones. */
 function mover(model, root) {
-  let sent = 0, waiting = null, since = null, patience = null;
+  let sent = 0, waiting = null, since = null, timer = null;
   const go = () => {
     if (since !== null || waiting === null) return;
     const state = { ...model.get("state"), ...waiting.changes };
     state.moves = sent = Math.max(sent, state.moves) + 1;
     since = waiting.since;
     waiting = null;
-    patience = setTimeout(silent, 4000);
+    timer = setTimeout(giveUp, 4000);
     model.set("state", state);
     model.save_changes();
   };
-  const silent = () => { // say so, and let the next move try again
-    root.classList.add("silent");
+  const giveUp = () => { // show a message, and let the next move try again
+    root.classList.add("no-answer");
     since = null;
   };
   const answered = () => {
     if (model.get("view").moves < sent) return;
-    clearTimeout(patience);
-    root.classList.remove("silent");
+    clearTimeout(timer);
+    root.classList.remove("no-answer");
     if (since === null) return;
     const milliseconds = performance.now() - since;
     root.dispatchEvent(new CustomEvent("fluxedu:answered", { detail: { milliseconds } }));
@@ -49,46 +50,46 @@ function mover(model, root) {
     waiting = { changes: { ...waiting?.changes, ...changes }, since: waiting?.since ?? performance.now() };
     go();
   };
-  /** Where everything stands: as the kernel knows it, and what is on its way there. */
-  const standing = () => ({ ...model.get("state"), ...waiting?.changes });
-  return { move, answered, standing };
+  /** The state as the kernel knows it, with the moves that are still on their way to it. */
+  const currentState = () => ({ ...model.get("state"), ...waiting?.changes });
+  return { move, answered, currentState };
 }
 
-/** Arrow keys as steps [down, right]; null for any other key. */
+/** An arrow key as a step [down, right]; null for any other key. */
 function arrow(event) {
   const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
   if (steps) event.preventDefault();
   return steps ?? null;
 }
 
-const within = (value, count) => Math.min(Math.max(value, 0), count - 1);
+const clamp = (value, count) => Math.min(Math.max(value, 0), count - 1);
 
-// ---------------------------------------------------------------- controls: each gives { el, show(place, shades) }
+// ---------------------------------------------------------------- controls: each returns { el, show(index, shades) }
 
 let count = 0;
 
 function slider({ name, label, labels }, move) {
   const id = `fluxedu-${count++}`;
   const input = html("input", { type: "range", id, min: 0, max: labels.length - 1, step: 1 });
-  const said = html("output");
-  const say = (place) => {
-    said.textContent = labels[place];
-    input.setAttribute("aria-valuetext", labels[place]);
+  const output = html("output");
+  const showLabel = (index) => {
+    output.textContent = labels[index];
+    input.setAttribute("aria-valuetext", labels[index]);
   };
-  const to = (place) => {
-    say((input.value = place));
-    move({ [name]: Number(place) });
+  const to = (index) => {
+    showLabel((input.value = index));
+    move({ [name]: Number(index) });
   };
   input.addEventListener("input", () => to(input.value));
-  input.addEventListener("keydown", (e) => { // by hand, since notebooks take the arrow keys away
+  input.addEventListener("keydown", (e) => { // handled here, since notebooks use the arrow keys themselves
     const steps = arrow(e);
-    if (steps) to(within(Number(input.value) + steps[1] - steps[0], labels.length));
+    if (steps) to(clamp(Number(input.value) + steps[1] - steps[0], labels.length));
   });
-  const show = (place) => {
-    if (!input.matches(":active")) input.value = place;
-    say(input.value);
+  const show = (index) => {
+    if (!input.matches(":active")) input.value = index;
+    showLabel(input.value);
   };
-  return { el: html("div", { className: "control" }, html("label", { htmlFor: id, textContent: label }), input, said), show };
+  return { el: html("div", { className: "control" }, html("label", { htmlFor: id, textContent: label }), input, output), show };
 }
 
 function choice({ name, label, labels }, move) {
@@ -96,7 +97,7 @@ function choice({ name, label, labels }, move) {
   const options = labels.map((text, value) => html("option", { value, textContent: text }));
   const select = html("select", { id }, ...options);
   select.addEventListener("change", () => move({ [name]: Number(select.value) }));
-  const show = (place) => (select.value = place);
+  const show = (index) => (select.value = index);
   return { el: html("div", { className: "control" }, html("label", { htmlFor: id, textContent: label }), select), show };
 }
 
@@ -112,28 +113,28 @@ function chips({ name, label, labels }, move) {
     button.addEventListener("click", () => to(i));
     button.addEventListener("keydown", (e) => {
       const steps = arrow(e);
-      if (steps) to(within(i + steps[0] + steps[1], labels.length), true);
+      if (steps) to(clamp(i + steps[0] + steps[1], labels.length), true);
     });
   });
   const group = html("div", { className: "chips" }, ...buttons);
   group.setAttribute("role", "radiogroup");
   group.setAttribute("aria-label", label);
-  const show = (place, shades) => {
+  const show = (index, shades) => {
     buttons.forEach((button, i) => {
-      button.setAttribute("aria-checked", i === place);
-      button.tabIndex = i === place ? 0 : -1;
+      button.setAttribute("aria-checked", i === index);
+      button.tabIndex = i === index ? 0 : -1;
       button.style.setProperty("--shade", `${100 * (shades?.[i] ?? 0)}%`);
     });
   };
   return { el: html("div", { className: "control wide" }, html("span", { textContent: label }), group), show };
 }
 
-/** Left, the same, right, by button or arrow key. The state is [which question, the answer]: one answer a question. */
+/** Left, the same or right, by button or arrow key. The state is [question, answer], with one answer per question. */
 function vote({ name, label, labels }, move) {
-  let question = 0, given = true;
+  let question = 0, answered = true;
   const to = (answer) => {
-    if (given) return;
-    given = true;
+    if (answered) return;
+    answered = true;
     move({ [name]: [question, answer] });
   };
   const buttons = labels.slice(1).map((text, i) => {
@@ -148,18 +149,18 @@ function vote({ name, label, labels }, move) {
     const steps = arrow(e);
     if (steps && steps[0] >= 0 && !e.repeat) to(2 + steps[1]);
   });
-  const show = ([asked]) => {
-    question = asked;
-    given = false;
+  const show = ([current]) => {
+    question = current;
+    answered = false;
   };
   return { el: html("div", { className: "control wide" }, html("span", { textContent: label }), group), show };
 }
 
 const CONTROLS = { slider, choice, chips, vote };
 
-// ---------------------------------------------------------------- panels: each gives { el, paint(panel, place) }
+// ---------------------------------------------------------------- panels: each returns { el, paint(panel, pointer) }
 
-/** Names beside the rows or above the columns of a table. */
+/** Labels to the left of a table's rows or above its columns. */
 function names(labels, side) {
   const each = labels.map((label, i) => {
     const el = html("span", { textContent: label });
@@ -169,19 +170,19 @@ function names(labels, side) {
   return html("div", { className: `names ${side}` }, ...each);
 }
 
-/** A canvas of cells: pointing at one, or the arrow keys, moves; a click holds it, the next lets go. */
+/** A canvas of cells. Pointing at a cell or an arrow key moves the pointer; a click pins it, the next one releases it. */
 function pixels(first, move) {
   const canvas = html("canvas"), mark = html("div", { className: "mark" });
   const stage = html("div", { className: "stage" }, canvas, mark), key = html("div", { className: "key" });
   if (first.rows.length) stage.append(names(first.rows, "rows"));
   if (first.columns.length) stage.append(names(first.columns, "columns"));
   stage.style.marginLeft = first.rows.length ? `${Math.max(...first.rows.map((r) => r.length)) * 0.5 + 0.8}em` : "";
-  let panel = first, place = [0, 0], held = false;
+  let panel = first, pointer = [0, 0], pinned = false;
   const to = (row, column) => {
-    const next = [within(row, panel.cells[0]), within(column, panel.cells[1])];
-    if (next[0] === place[0] && next[1] === place[1]) return;
-    place = next;
-    move({ [panel.pointer]: place });
+    const next = [clamp(row, panel.cells[0]), clamp(column, panel.cells[1])];
+    if (next[0] === pointer[0] && next[1] === pointer[1]) return;
+    pointer = next;
+    move({ [panel.pointer]: pointer });
   };
   if (first.pointer) {
     canvas.tabIndex = 0;
@@ -191,20 +192,20 @@ function pixels(first, move) {
       const [rows, columns] = panel.cells;
       to(Math.floor(((e.clientY - box.top) / box.height) * rows), Math.floor(((e.clientX - box.left) / box.width) * columns));
     };
-    canvas.addEventListener("pointermove", (e) => held || at(e));
+    canvas.addEventListener("pointermove", (e) => pinned || at(e));
     canvas.addEventListener("pointerdown", (e) => {
-      held = !held;
-      stage.classList.toggle("held", held);
+      pinned = !pinned;
+      stage.classList.toggle("pinned", pinned);
       at(e);
     });
     canvas.addEventListener("keydown", (e) => {
       const steps = arrow(e);
-      if (steps) to(place[0] + steps[0], place[1] + steps[1]);
+      if (steps) to(pointer[0] + steps[0], pointer[1] + steps[1]);
     });
   }
-  const paint = (now, told) => {
+  const paint = (now, newPointer) => {
     panel = now;
-    if (told) place = told;
+    if (newPointer) pointer = newPointer;
     const { width, height, data } = now, image = new ImageData(width, height), rgba = image.data;
     const rgb = new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
     for (let i = 0, j = 0; i < rgb.length; i += 3, j += 4) {
@@ -214,8 +215,8 @@ function pixels(first, move) {
     stage.style.width = `${Math.round(256 * Math.min(1.5, Math.sqrt(width / height)))}px`;
     stage.style.aspectRatio = `${width} / ${height}`;
     canvas.getContext("2d").putImageData(image, 0, 0);
-    canvas.setAttribute("aria-label", now.pointer ? `${now.title}: the arrow keys move, a click holds` : now.title);
-    const spot = now.mark && (now.pointer ? place : now.mark); // where the reader is, the answer being on its way
+    canvas.setAttribute("aria-label", now.pointer ? `${now.title}: arrow keys move the pointer, a click pins it` : now.title);
+    const spot = now.mark && (now.pointer ? pointer : now.mark); // the pointer moves at once, before the kernel's answer
     mark.hidden = !spot;
     if (spot) {
       const [down, across] = [100 / now.cells[0], 100 / now.cells[1]];
@@ -224,7 +225,7 @@ function pixels(first, move) {
     key.hidden = !now.key;
     if (now.key) {
       const strip = html("i");
-      strip.style.background = `linear-gradient(to right, ${now.stops.join(",")})`;
+      strip.style.background = `linear-gradient(to right, ${now.colours.join(",")})`;
       key.replaceChildren(now.key[0], strip, now.key[1]);
     }
   };
@@ -233,7 +234,7 @@ function pixels(first, move) {
 
 /** Text in a drawing. */
 const words = (text, x, y, more = {}) => {
-  const el = drawn("text", { x, y, ...more });
+  const el = svg("text", { x, y, ...more });
   el.textContent = text;
   return el;
 };
@@ -250,40 +251,40 @@ function legend(names, colours) {
   return html("div", { className: "legend" }, ...entries);
 }
 
-/** A frame with ticks at its ends: [x of a value, y of a value, the frame's elements]. */
-function frame([x0, x1], [y0, y1], across, up) {
+/** Axes with ticks at their ends: [pixel x of a value, pixel y of a value, SVG elements]. */
+function frame([x0, x1], [y0, y1], xLabel, yLabel) {
   const X = (x) => 46 + ((x - x0) / (x1 - x0 || 1)) * 264, Y = (y) => 190 - ((y - y0) / (y1 - y0 || 1)) * 178;
   const parts = [
-    drawn("path", { d: "M46 12V190H310", class: "axis" }),
+    svg("path", { d: "M46 12V190H310", class: "axis" }),
     words(short(x0), 46, 204, { "text-anchor": "middle" }), words(short(x1), 310, 204, { "text-anchor": "middle" }),
     words(short(y0), 42, 193, { "text-anchor": "end" }), words(short(y1), 42, 16, { "text-anchor": "end" }),
-    words(across, 178, 217, { "text-anchor": "middle" }),
-    words(up, 12, 100, { "text-anchor": "middle", transform: "rotate(-90 12 100)" }),
+    words(xLabel, 178, 217, { "text-anchor": "middle" }),
+    words(yLabel, 12, 100, { "text-anchor": "middle", transform: "rotate(-90 12 100)" }),
   ];
   return [X, Y, parts];
 }
 
 function lines() {
   const el = html("div", { className: "drawing" });
-  const paint = ({ title, x, series, across, up, mark, colours }) => {
+  const paint = ({ title, x, series, x_label, y_label, mark, colours }) => {
     const all = series.flatMap((s) => s.y);
-    const [X, Y, parts] = frame([x[0], x[x.length - 1]], [Math.min(0, ...all), Math.max(...all)], across, up);
-    if (mark !== null) parts.push(drawn("path", { d: `M${X(mark)} 12V190`, class: "at" }));
+    const [X, Y, parts] = frame([x[0], x[x.length - 1]], [Math.min(0, ...all), Math.max(...all)], x_label, y_label);
+    if (mark !== null) parts.push(svg("path", { d: `M${X(mark)} 12V190`, class: "at" }));
     series.forEach(({ y }, i) => {
       const points = y.map((value, j) => `${X(x[j]).toFixed(1)},${Y(value).toFixed(1)}`).join(" ");
-      parts.push(drawn("polyline", { points, fill: "none", stroke: colours[i % colours.length], "stroke-width": 1.8 }));
+      parts.push(svg("polyline", { points, fill: "none", stroke: colours[i % colours.length], "stroke-width": 1.8 }));
     });
-    const sheet = drawn("svg", { viewBox: "0 0 322 222", role: "img", "aria-label": title }, ...parts);
+    const sheet = svg("svg", { viewBox: "0 0 322 222", role: "img", "aria-label": title }, ...parts);
     el.replaceChildren(sheet, legend(series.map((s) => s.name), colours));
   };
   return { el, paint };
 }
 
-/** Points with arrows: the nearest to the pointer is chosen; the arrow keys go to the next and the last. */
+/** Points with arrows. The one nearest to the mouse is chosen; arrow keys choose the next or the previous one. */
 function points(first, move) {
   const el = html("div", { className: "drawing" });
-  let panel = first, at = [], sheet = null, place = first.mark;
-  const to = (i) => i !== place && move({ [panel.pointer]: (place = i) });
+  let panel = first, at = [], sheet = null, chosen = first.mark;
+  const to = (i) => i !== chosen && move({ [panel.pointer]: (chosen = i) });
   const nearest = (e) => {
     if (!sheet || !panel.pointer) return;
     const p = new DOMPoint(e.clientX, e.clientY).matrixTransform(sheet.getScreenCTM().inverse());
@@ -296,28 +297,28 @@ function points(first, move) {
   el.setAttribute("role", "application");
   el.addEventListener("keydown", (e) => {
     const steps = arrow(e);
-    if (steps) to(within(place + steps[0] + steps[1], at.length));
+    if (steps) to(clamp(chosen + steps[0] + steps[1], at.length));
   });
-  const paint = (now, told) => {
+  const paint = (now, pointer) => {
     panel = now;
-    place = told ?? now.mark;
-    const [a, b] = now.reach, [X, Y, parts] = frame([-a, a], [-b, b], now.across, now.up);
+    chosen = pointer ?? now.mark;
+    const [a, b] = now.limits, [X, Y, parts] = frame([-a, a], [-b, b], now.x_label, now.y_label);
     at = now.group.map((_, i) => [X(now.xy[2 * i]), Y(now.xy[2 * i + 1])]);
     now.group.forEach((g, i) => {
       const stroke = now.colours[g % now.colours.length], [x, y] = at[i];
       const [x2, y2] = [X(now.xy[2 * i] + now.arrows[2 * i]), Y(now.xy[2 * i + 1] + now.arrows[2 * i + 1])];
-      parts.push(drawn("line", { x1: x, y1: y, x2, y2, stroke, "stroke-opacity": 0.5 }));
-      parts.push(drawn("circle", { cx: x, cy: y, r: 3, fill: stroke }));
-      if (i === now.mark) parts.push(drawn("circle", { cx: x, cy: y, r: 7, class: "ring" }));
+      parts.push(svg("line", { x1: x, y1: y, x2, y2, stroke, "stroke-opacity": 0.5 }));
+      parts.push(svg("circle", { cx: x, cy: y, r: 3, fill: stroke }));
+      if (i === now.mark) parts.push(svg("circle", { cx: x, cy: y, r: 7, class: "ring" }));
     });
-    el.setAttribute("aria-label", `${now.title}: the arrow keys choose a point`);
-    sheet = drawn("svg", { viewBox: "0 0 322 222" }, ...parts);
+    el.setAttribute("aria-label", `${now.title}: arrow keys choose a point`);
+    sheet = svg("svg", { viewBox: "0 0 322 222" }, ...parts);
     el.replaceChildren(sheet, legend(now.groups, now.colours));
   };
   return { el, paint };
 }
 
-/** A diagram whose boxes are buttons; built anew only when there are other boxes. */
+/** A diagram whose boxes are buttons. It is rebuilt only if the boxes change. */
 function boxes(first, move) {
   const el = html("div", { className: "drawing diagram" });
   let panel = null, built = "", buttons = [];
@@ -326,13 +327,13 @@ function boxes(first, move) {
     move({ [panel.pointer]: i });
   };
   const box = ([label, x, y, w, h, colour], i) => {
-    const rect = drawn("rect", { x, y, width: w, height: h, rx: 3, fill: colour, "fill-opacity": 0.25, stroke: colour });
+    const rect = svg("rect", { x, y, width: w, height: h, rx: 3, fill: colour, "fill-opacity": 0.25, stroke: colour });
     const text = words(label, x + w / 2, y + h / 2, { "text-anchor": "middle", "dominant-baseline": "central" });
-    const button = drawn("g", { role: "button", "aria-label": label }, rect, text);
+    const button = svg("g", { role: "button", "aria-label": label }, rect, text);
     button.addEventListener("click", () => to(i));
     button.addEventListener("keydown", (e) => {
       const steps = arrow(e);
-      if (steps) to(within(i + steps[0] + steps[1], buttons.length));
+      if (steps) to(clamp(i + steps[0] + steps[1], buttons.length));
       else if (e.key === "Enter" || e.key === " ") e.preventDefault(), to(i);
     });
     return button;
@@ -340,18 +341,18 @@ function boxes(first, move) {
   const build = () => {
     const [width, height] = panel.size;
     buttons = panel.boxes.map(box);
-    const id = `fluxedu-${count++}`, tip = drawn("path", { d: "M0 0L6 3L0 6Z", class: "tip" });
-    const head = drawn("marker", { id, markerWidth: 6, markerHeight: 6, refX: 6, refY: 3, orient: "auto" }, tip);
+    const id = `fluxedu-${count++}`, tip = svg("path", { d: "M0 0L6 3L0 6Z", class: "tip" });
+    const head = svg("marker", { id, markerWidth: 6, markerHeight: 6, refX: 6, refY: 3, orient: "auto" }, tip);
     const ends = { class: "flow", "marker-end": `url(#${id})` };
-    const lines = panel.lines.map((places) => drawn("polyline", { points: places.join(" "), fill: "none", ...ends }));
+    const arrows = panel.arrows.map((path) => svg("polyline", { points: path.join(" "), fill: "none", ...ends }));
     const sheet = { viewBox: `0 0 ${width} ${height}` };
-    el.replaceChildren(drawn("svg", sheet, drawn("defs", {}, head), ...lines, ...buttons));
+    el.replaceChildren(svg("svg", sheet, svg("defs", {}, head), ...arrows, ...buttons));
   };
   const paint = (now) => {
     panel = now;
-    const wanted = JSON.stringify(now.boxes);
-    if (wanted !== built) build();
-    built = wanted;
+    const current = JSON.stringify(now.boxes);
+    if (current !== built) build();
+    built = current;
     buttons.forEach((button, i) => {
       button.setAttribute("aria-pressed", i === now.mark);
       button.setAttribute("tabindex", i === now.mark ? 0 : -1);
@@ -362,24 +363,25 @@ function boxes(first, move) {
 
 const PANELS = { pixels, lines, points, boxes };
 
-// ---------------------------------------------------------------- all of it
+// ---------------------------------------------------------------- the explorer
 
 function render({ model, el }) {
   const root = html("div", { className: "fluxedu" });
   root.setAttribute("role", "group");
-  root.dataset.lmSuppressShortcuts = "true"; // JupyterLab leaves our keys alone
+  root.dataset.lmSuppressShortcuts = "true"; // keeps JupyterLab from using our keys
   root.setAttribute("aria-label", model.get("title"));
-  const { move, answered, standing } = mover(model, root);
+  const { move, answered, currentState } = mover(model, root);
 
   const controls = model.get("controls").map((c) => [c.name, CONTROLS[c.kind](c, move)]);
   const bar = html("div", { className: "bar" }, ...controls.map(([, c]) => c.el));
-  const row = html("div", { className: "row" }), said = html("p", { className: "said" });
-  said.setAttribute("aria-live", "polite");
-  const silent = html("p", { className: "no-kernel", textContent: "No answer for four seconds: the kernel is busy or gone. This is the last view." });
+  const row = html("div", { className: "row" }), caption = html("p", { className: "caption" });
+  caption.setAttribute("aria-live", "polite");
+  const noKernel = "The kernel has not answered for four seconds: it is busy or not running. This is the last view.";
+  const warning = html("p", { className: "no-kernel", textContent: noKernel });
 
   let shown = []; // [kind, panel, title element]
   const show = () => {
-    const { panels = [], text = "", shades = {} } = model.get("view"), state = standing();
+    const { panels = [], text = "", shades = {} } = model.get("view"), state = currentState();
     if (panels.map((p) => p.kind).join() !== shown.map(([kind]) => kind).join()) {
       shown = panels.map((p) => [p.kind, PANELS[p.kind](p, move), html("figcaption")]);
       row.replaceChildren(...shown.map(([, p, title]) => html("figure", {}, title, p.el)));
@@ -389,11 +391,11 @@ function render({ model, el }) {
       shown[i][1].paint(p, p.pointer ? state[p.pointer] : null);
     });
     controls.forEach(([name, control]) => control.show(state[name], shades[name]));
-    said.textContent = text;
+    caption.textContent = text;
     answered();
   };
   model.on("change:view", show);
-  root.append(html("h4", { textContent: model.get("title") }), bar, row, said, silent);
+  root.append(html("h4", { textContent: model.get("title") }), bar, row, caption, warning);
   el.append(root);
   show();
   for (const still of document.getElementsByClassName(model.get("still"))) still.hidden = true;

@@ -1,0 +1,269 @@
+"""One run as one HTML page: every stage of the model, with the values that were recorded there.
+
+    fluxedu trace "a red circle left of a blue square" --html out.html
+
+The page contains its images and its script, and loads nothing from the network.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from dataclasses import dataclass, field
+from html import escape
+from importlib import resources
+from string import Template
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from fluxedu import plots
+from fluxedu.errors import InstrumentError, describe
+from fluxedu.instruments import lenses
+from fluxedu.instruments.catalogue import sites
+from fluxedu.instruments.lenses.attention import look_at_heads
+from fluxedu.instruments.lenses.layers import look_at_contributions
+from fluxedu.instruments.lenses.run import together
+from fluxedu.instruments.lenses.words import attention_to_words
+from fluxedu.instruments.named import Named
+from fluxedu.instruments.parts import Part, parts
+from fluxedu.instruments.recorder import record
+from fluxedu.instruments.reductions import MapView, Value, made
+from fluxedu.instruments.tokens import text_tokens
+from fluxedu.sampling.pipeline import FluxPipeline, Output
+
+__all__ = ["Stage", "page", "stages"]
+
+SIDE_BY_SIDE = ("clip", "t5")  # the part after one of these stands beside it in the diagram, not below it
+ROWS, COLUMNS = 16, 48  # size of a value's thumbnail
+THUMBNAIL_COLOURS = 15  # odd, so that one of them stands for 0; few, so that thousands of thumbnails stay small
+MAX_BYTES = 4_500_000  # of the page
+DPI, MIN_DPI = 80, 24  # of its figures, which are drawn smaller if there are many
+
+
+@dataclass(frozen=True)
+class SiteSummary:
+    """A site over the run: its shape, four numbers, its meaning, and a thumbnail of its value at the last step."""
+
+    name: str
+    shape: str
+    mean: float
+    std: float
+    low: float
+    high: float
+    meaning: str
+    thumbnail: Tensor
+
+
+@dataclass
+class Stage:
+    """One part of the model and what the page shows of it: text, figures with captions, and its sites."""
+
+    part: Part
+    text: str
+    figures: list[tuple[str, Figure]] = field(default_factory=list)
+    sites: list[SiteSummary] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------- recording
+
+
+def stages(pipe: FluxPipeline, prompt: str, **request) -> tuple[Output, list[Stage]]:
+    """Draw ``prompt`` and return the run with what happened at every stage; ``request``: as for the pipeline."""
+    if not isinstance(prompt, str):
+        raise InstrumentError(f"a trace is of one prompt, not of {describe(prompt)}.")
+    request = request | {"trajectory": True}
+    words, looks = _words(pipe, prompt), [look_at_contributions(pipe)]
+    if words:
+        looks += [attention_to_words(pipe, prompt, words), look_at_heads(pipe, prompt, words[-1])]
+    with record("*", reduce="summary") as numbers, record("*", steps=-1, reduce=thumbnail) as thumbnails:
+        out, (contributions, *maps) = together(pipe, prompt, looks, request)
+    figures = _figures(pipe, prompt, request.get("guidance"), out, contributions)
+    if maps:
+        figures |= _attention_figures(out, *maps, words[-1])
+    found = []
+    for part in parts(pipe):
+        if part.name == "encoder" and "image" not in request:
+            continue
+        text = part.text
+        if part.name == "t5":
+            tokenizer = pipe.prompt_encoder.t5_tokenizer
+            pieces = tokenizer.pieces(prompt)
+            text += f" The tokens: {' '.join(pieces)}, followed by {tokenizer.length - len(pieces)} padding tokens."
+        found.append(Stage(part, text, figures.get(part.name, []), _site_summaries(pipe, numbers, thumbnails, part)))
+    return out, found
+
+
+def _words(pipe: FluxPipeline, prompt: str) -> list[str]:
+    """The last four words of the prompt, short ones left out; none if the prompt has no tokens."""
+    words = [w for w in dict.fromkeys(re.findall(r"\w+", prompt)) if len(w) > 2 or w.isupper()]
+    return words[-4:] if text_tokens(pipe.prompt_encoder.t5_tokenizer, prompt) else []
+
+
+def _site_summaries(pipe: FluxPipeline, numbers: record, thumbnails: record, part: Part) -> list[SiteSummary]:
+    found = []
+    for site in sites(pipe):
+        if site.name in numbers and part.has(site.name):
+            mean, std, low, high = torch.stack([v.tensor for _, v in numbers.entries(site.name)]).unbind(-1)
+            over_run = float(mean.mean()), float(std.mean()), float(low.min()), float(high.max())
+            small = thumbnails.entries(site.name)[-1][1].tensor
+            found.append(SiteSummary(site.name, "×".join(map(str, site.shape)), *over_run, site.meaning, small))
+    return found
+
+
+@torch.no_grad()
+def _figures(
+    pipe: FluxPipeline, prompt: str, guidance: float | None, out: Output, contributions: Named
+) -> dict[str, list[tuple[str, Figure]]]:
+    """Part -> captions and figures, apart from those of attention."""
+    path = out.trajectory
+    states, x0 = (
+        [pipe.autoencoder.decode(x)[0].float().cpu() for x in latents] for latents in (path.latents[:-1], path.x0)
+    )
+    steps = (0, len(path.times) // 2, len(path.times) - 1)
+    spectrum = plots.spectrum({f"t = {float(path.times[i]):.2f}": path.latents[i] for i in steps})
+    final, ((ax,),) = plots.new_figure(1, 1, (3.2, 3.2))
+    plots.hide_axes(ax).imshow(out.images[0])
+    modulation = plots.modulation(lenses.modulation(pipe, prompt, guidance=guidance))
+    strip = plots.film_strip({"state": states, "predicted x0": x0}, path.times[:-1])
+    return {
+        "vec": [("The size of every modulation, over time and depth.", modulation)],
+        "final": [("How much each block changes the image tokens.", plots.contributions(contributions))],
+        "solver": [
+            ("The state and the predicted x0 = x - t v at each step, decoded.", strip),
+            ("The power spectrum of the state: flat for noise, falling for an image.", spectrum),
+        ],
+        "image": [(prompt, final)],
+    }
+
+
+def _attention_figures(out: Output, maps: Named, heads: Named, word: str) -> dict[str, list[tuple[str, Figure]]]:
+    """Block -> two captions and figures."""
+    figures = {}
+    for i, block in enumerate(maps.coords["block"]):
+        block_maps, block_heads = (
+            Named(x.tensor[i : i + 1], x.axes, x.coords | {"block": [block]}) for x in (maps, heads)
+        )
+        word_maps = plots.word_maps(block_maps, out.images[0])
+        gallery = plots.head_gallery(block_heads, out.images[0])
+        figures[block] = [
+            ("How much each patch attends to a word, averaged over heads and steps.", word_maps),
+            (f"How much each patch attends to “{word}” in the last step, head by head.", gallery),
+        ]
+    return figures
+
+
+def thumbnail(value: Value) -> Named:
+    """A reduction: the value as a matrix of at most 16 x 48 numbers, neighbours averaged.
+
+    Tokens, or rows of cells, run down; channels, heads with their channels, or keys run across. Maps are averaged over
+    heads, images over channels. With guidance, the prompted pass.
+    """
+    if isinstance(value, MapView):
+        x = value.head_mean().tensor
+    else:
+        named = made(value)
+        axes, x = list(named.axes), named.tensor
+        if "row" in axes:  # [B, C, h, w]
+            x = x.mean(axes.index("channel"))
+        elif axes[1:2] == ["head"] and axes[-1] == "key":
+            x = x.mean(1)
+        elif axes[1:2] == ["head"]:  # [B, H, N, d]
+            x = x.transpose(1, 2).flatten(2)
+        else:
+            x = x.flatten(1, -2) if x.ndim > 2 else x.flatten(1)[:, None]
+    x = (x.angle() if x.is_complex() else x).float()[-1]
+    size = [min(n, limit) for n, limit in zip(x.shape, (ROWS, COLUMNS), strict=True)]
+    return Named(F.adaptive_avg_pool2d(x[None], size)[0], ("row", "column"))
+
+
+# ---------------------------------------------------------------- the page
+
+
+def page(title: str, about: str, stages: list[Stage]) -> str:
+    """The whole page as HTML, of at most 4.5 MB as long as its figures can be drawn smaller."""
+    dpi, html = DPI, _page(title, about, stages, DPI)
+    while len(html) > MAX_BYTES and dpi > MIN_DPI:
+        in_figures = sum(len(source) for source in re.findall(r'<figure><img [^>]*src="([^"]*)', html))
+        available = max(MAX_BYTES - (len(html) - in_figures), 1)
+        dpi = max(MIN_DPI, int(0.95 * dpi * min(1, available / in_figures)))  # bytes fall more slowly than dots
+        html = _page(title, about, stages, dpi)
+    return html
+
+
+def _page(title: str, about: str, stages: list[Stage], dpi: int) -> str:
+    buttons, panels = [], []
+    for stage in stages:
+        name, heading = re.sub("[. ]", "-", stage.part.name), escape(stage.part.title)
+        beside = ' class="beside"' if stage.part.name in SIDE_BY_SIDE else ""
+        colour = plots.PART_COLOURS[stage.part.kind]
+        buttons.append(
+            f'<li role="presentation"{beside} style="--shade: {colour}"><button role="tab" type="button" '
+            f'aria-controls="panel-{name}" id="tab-{name}">{heading}</button></li>'
+        )
+        figures = "".join(
+            f'<figure><img alt="{escape(caption)}" src="{_figure_as_png(figure, dpi)}">'
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
+            for caption, figure in stage.figures
+        )
+        panels.append(
+            f'<section role="tabpanel" id="panel-{name}" aria-labelledby="tab-{name}"><h2>{heading}</h2>'
+            f"<p>{escape(stage.text)}</p>{figures}{_table(stage.sites)}</section>"
+        )
+    template = Template(resources.files("fluxedu").joinpath("trace.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(title), about=escape(about), buttons="\n".join(buttons), panels="\n".join(panels)
+    )
+
+
+def _table(sites: list[SiteSummary]) -> str:
+    if not sites:
+        return ""
+    names = ("site", "shape", "last value", "mean", "std. dev.", "min", "max", "meaning")
+    lines = []
+    for site in sites:
+        alt = escape(f"{site.name} at the last step, {site.shape}")
+        image = f'<td><img class="value" alt="{alt}" title="{alt}" src="{as_png(site.thumbnail)}"></td>'
+        numbers = "".join(f'<td class="n">{n:.3g}</td>' for n in (site.mean, site.std, site.low, site.high))
+        first = f"<td><code>{escape(site.name)}</code></td><td>{escape(site.shape)}</td>"
+        lines.append(f"<tr>{first}{image}{numbers}<td>{escape(site.meaning)}</td></tr>")
+    return (
+        '<p class="how">The small images show each value at the last step. Tokens or rows run down; channels, heads or '
+        "keys run across; neighbours are averaged where there are too many. Red is above zero and blue below; a value "
+        "that is nowhere negative runs from dark (0) to bright.</p>"
+        f'<div class="table"><table><thead><tr>{"".join(f"<th>{name}</th>" for name in names)}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def as_png(matrix: Tensor) -> str:
+    """The matrix as a ``data:`` URL of a PNG, with one pixel per number."""
+    numbers = matrix.double().numpy()
+    signed = bool((numbers < 0).any())
+    scaled = numbers / max(float(np.abs(numbers).max()), 1e-30)
+    scaled = (scaled + 1) / 2 if signed else scaled
+    image = Image.fromarray(np.round((THUMBNAIL_COLOURS - 1) * np.nan_to_num(scaled)).astype(np.uint8), "P")
+    colour_map = matplotlib.colormaps[plots.DIVERGING if signed else plots.SEQUENTIAL]
+    colours = colour_map(np.linspace(0, 1, THUMBNAIL_COLOURS))[:, :3]
+    image.putpalette(np.round(255 * colours).astype(np.uint8).tobytes())
+    png = io.BytesIO()
+    image.save(png, format="png", optimize=True, bits=4)
+    return _data_url(png)
+
+
+def _figure_as_png(figure: Figure, dpi: int) -> str:
+    """A figure as a PNG of 256 colours, which takes a third of the bytes."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    return _data_url(small)
+
+
+def _data_url(png: io.BytesIO) -> str:
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()

@@ -1,0 +1,113 @@
+"""Guidance: images of several seeds at several guidance scales, how many of the prompt's claims hold, how much the
+images differ, and how large the latents become.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tqdm.auto import tqdm
+
+from fluxedu.errors import InstrumentError
+from fluxedu.instruments.lenses.run import one_prompt
+from fluxedu.nano.judge import Verdict, diversity, judge
+from fluxedu.nano.scenes import Claim
+from fluxedu.sampling.pipeline import FluxPipeline
+from fluxedu.widgets.explorer import Choice, Explorer, View, explorer
+from fluxedu.widgets.panels import RGB, Lines, Pixels, contact_sheet, to_rgb
+
+
+@dataclass(frozen=True)
+class GuidanceSweep:
+    """Images of one prompt at several guidance scales, with several seeds each.
+
+    ``images``, ``verdicts``: ``[scale][seed]`` · for each scale: ``correct``, the share of claims that hold,
+    ``diversity``, the judge's measure of how much the seeds' images differ, ``latent_rms``, the root mean square of the
+    latents.
+    """
+
+    prompt: str
+    scales: Sequence[float]
+    seeds: Sequence[int]
+    images: Sequence[Sequence[RGB]]
+    verdicts: Sequence[Sequence[Verdict]]
+    correct: Sequence[float]
+    diversity: Sequence[float]
+    latent_rms: Sequence[float]
+
+
+def checked_claims(verdict: Verdict) -> list[bool]:
+    """Whether each thing that was claimed holds."""
+    results = (verdict.background, *verdict.colors, *verdict.forms, *verdict.sizes, *verdict.relations)
+    return [ok for ok in results if ok is not None]
+
+
+def sweep(
+    pipe: FluxPipeline,
+    prompt: str,
+    claim: Claim,
+    *,
+    scales: Sequence[float] = (1.0, 3.0, 6.0, 15.0),
+    seeds: Sequence[int] = range(5),
+    **request,
+) -> GuidanceSweep:
+    """Draw ``prompt``, which makes ``claim``, at every guidance scale and seed; ``request``: as for the pipeline."""
+    scales, seeds = list(scales), list(seeds)
+    if not scales or not seeds:
+        raise InstrumentError("give at least one guidance scale and one seed.")
+    hide_bar = not request.get("progress", True)
+    images, verdicts, correct, differ, latent_rms = [], [], [], [], []
+    for scale in tqdm(scales, desc="guidance scales", delay=1, leave=False, disable=hide_bar):
+        out = pipe(one_prompt(prompt), **(request | {"seed": seeds, "guidance": scale, "progress": False}))
+        images.append([to_rgb(image) for image in out.images])
+        verdicts.append([judge(image, claim) for image in out.images])
+        results = [ok for verdict in verdicts[-1] for ok in checked_claims(verdict)]
+        correct.append(sum(results) / len(results))
+        differ.append(diversity([verdict.detections for verdict in verdicts[-1]]))
+        latent_rms.append(float(out.latents.float().square().mean().sqrt()))
+    return GuidanceSweep(prompt, scales, seeds, images, verdicts, correct, differ, latent_rms)
+
+
+def guidance_view(run: GuidanceSweep, cell: tuple[int, int]) -> View:
+    """A contact sheet (rows: guidance scales, columns: seeds), one of its images, and curves over the scale."""
+    row, column = cell
+    results, scale = checked_claims(run.verdicts[row][column]), run.scales[row]
+    series = {
+        "share of claims that hold": run.correct,
+        "diversity over seeds": run.diversity,
+        "root mean square of the latent": run.latent_rms,
+    }
+    panels = [
+        Pixels("Rows: guidance scale; columns: seed", contact_sheet(run.images), (len(run.scales), len(run.seeds)),
+               cell, rows=[f"{s:g}" for s in run.scales], columns=[str(s) for s in run.seeds], pointer="cell"),
+        Pixels(f"Guidance scale {scale:g}, seed {run.seeds[column]}", run.images[row][column]),
+        Lines("Effect of the guidance scale", run.scales, series, "guidance scale", "", scale),
+    ]  # fmt: skip
+    return View(
+        panels,
+        f"“{run.prompt}”: {sum(results)} of {len(results)} claims hold in this image, {run.correct[row]:.0%} over all "
+        f"seeds at this scale; their diversity is {run.diversity[row]:.2f}, the root mean square of their latents "
+        f"{run.latent_rms[row]:.2f}.",
+    )
+
+
+def _example(pipe: FluxPipeline) -> Explorer:
+    claim = Claim((("red", "circle", None),), (), None)
+    return guidance({"example": sweep(pipe, "a red circle", claim, scales=[1.0, 6.0], seeds=[0, 1], steps=2)})
+
+
+@explorer(example=_example)
+def guidance(runs: Mapping[str, GuidanceSweep]) -> Explorer:
+    """Compare sweeps of equal shape by name, such as one for each kind of guidance; see :func:`sweep`."""
+    if not runs:
+        raise InstrumentError("give at least one sweep.")
+    names, sweeps = list(runs), list(runs.values())
+    if len({(len(run.scales), len(run.seeds)) for run in sweeps}) != 1:
+        raise InstrumentError("all sweeps must have equally many guidance scales, and equally many seeds.")
+
+    def draw(kind: int, cell: tuple[int, int]) -> View:
+        return guidance_view(sweeps[kind], cell)
+
+    controls, pointers = [Choice("kind", "kind of guidance", names)], {"cell": (len(sweeps[0].scales) // 2, 0)}
+    return Explorer("What does the guidance scale change?", controls, draw, pointers, widths=[3.6, 2.6, 3.4])
