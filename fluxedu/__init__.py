@@ -18,7 +18,7 @@ _PUBLIC = {
     "sites": "fluxedu.instruments.catalogue",
     "record": "fluxedu.instruments.recorder",
     "intervene": "fluxedu.instruments.interventions",
-    "ablate": "fluxedu.instruments.interventions",
+    "ablate": "fluxedu.instruments.ablation",
     "patch": "fluxedu.instruments.interventions",
     "swap": "fluxedu.instruments.swapping",
     "check": "fluxedu.course",

@@ -13,7 +13,7 @@ from fluxedu.errors import InstrumentError
 
 @dataclass(frozen=True, eq=False)
 class Named:
-    """``tensor`` and the names of its ``axes``; ``coords`` labels some of them (times of steps, words of keys).
+    """A tensor with named ``axes``; ``coords`` labels some of them (the times of steps, the words of keys).
 
     ``torch.as_tensor(named.tensor)``, ``numpy.asarray(named)``; ``named.at(step=3, head=0)`` picks by name.
     """
@@ -24,7 +24,9 @@ class Named:
 
     def __post_init__(self):
         if self.tensor.ndim != len(self.axes):
-            raise InstrumentError(f"a tensor {list(self.tensor.shape)} has not the axes {', '.join(self.axes)}.")
+            raise InstrumentError(
+                f"axes must name each dimension of the tensor {list(self.tensor.shape)}, not {', '.join(self.axes)}."
+            )
 
     @property
     def shape(self) -> torch.Size:
@@ -35,38 +37,38 @@ class Named:
         return dict(zip(self.axes, self.tensor.shape, strict=True))
 
     def axis(self, name: str) -> int:
-        """The place of an axis; raises InstrumentError for one that is not there."""
+        """The index of an axis; raises InstrumentError for one that does not exist."""
         if name not in self.axes:
             raise InstrumentError(f"there is no axis {name!r}; the axes are {', '.join(self.axes)}.")
         return self.axes.index(name)
 
     def at(self, **where: int) -> Named:
-        """One place of each named axis, which is then gone."""
+        """Select one index of each named axis and drop the axis."""
         tensor, axes = self.tensor, list(self.axes)
         for name, index in where.items():
             if not -self.shape[self.axis(name)] <= index < self.sizes[name]:
-                raise InstrumentError(f"axis {name!r} has {self.sizes[name]} places, so there is no {index}.")
+                raise InstrumentError(f"axis {name!r} has length {self.sizes[name]}, so there is no index {index}.")
             tensor = tensor.select(axes.index(name), index)
             axes.remove(name)
         return Named(tensor, tuple(axes), {k: v for k, v in self.coords.items() if k in axes})
 
     def take(self, name: str, index: list[int]) -> Named:
-        """Some places of an axis."""
+        """Select several indices of an axis."""
         axis = self.axis(name)
         wrong = [i for i in index if not -self.shape[axis] <= i < self.shape[axis]]
         if wrong:
-            raise InstrumentError(f"axis {name!r} has {self.shape[axis]} places, so there is no {wrong[0]}.")
-        places = torch.as_tensor([i % self.shape[axis] for i in index], dtype=torch.long, device=self.tensor.device)
+            raise InstrumentError(f"axis {name!r} has length {self.shape[axis]}, so there is no index {wrong[0]}.")
+        indices = torch.as_tensor([i % self.shape[axis] for i in index], dtype=torch.long, device=self.tensor.device)
         coords = self.coords | ({name: [self.coords[name][i] for i in index]} if name in self.coords else {})
-        return Named(self.tensor.index_select(axis, places), self.axes, coords)
+        return Named(self.tensor.index_select(axis, indices), self.axes, coords)
 
     def mean(self, name: str) -> Named:
-        """The mean over an axis, which is then gone."""
+        """The mean over an axis, which is dropped."""
         axis = self.axis(name)
         return self.dropped(name, self.tensor.mean(axis))
 
     def dropped(self, name: str, tensor: Tensor) -> Named:
-        """Another tensor, without the axis ``name``."""
+        """``tensor`` with the same axes except ``name``."""
         axes = tuple(a for a in self.axes if a != name)
         return Named(tensor, axes, {k: v for k, v in self.coords.items() if k in axes})
 

@@ -1,9 +1,9 @@
 """Reductions: what is kept of a value instead of all of it, computed where the value is.
 
-Each is a function ``Named -> Named``, made anew for every site, so it may remember earlier steps (it then says how much
-in ``nbytes``, for the budget); None means that there is nothing to keep yet. An object with a ``site`` is told there
-which site the value is of, and serves all sites: it may put together what passes at several. An attention map arrives
-as a :class:`MapView` and is never made whole unless asked.
+A reduction is a function ``Named -> Named``, created anew for every site, so it may remember earlier steps (it then
+reports how much in ``nbytes``, for the budget); it returns None when there is nothing to keep yet. The recorder sets
+the attributes ``site`` and ``stage`` of a reduction that has them. An attention map arrives as a :class:`MapView`; the
+whole map is computed only on request.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ MAP_AXES = ("batch", "head", "query", "key")
 
 
 class MapView:
-    """A lazy map, and which heads, queries and keys of it are wanted (None: all); at most ``budget`` bytes of it.
+    """A part of a lazy map: its heads, queries and keys (None: all); at most ``budget`` bytes may be computed.
 
-    ``labels`` name the chosen keys.
+    ``labels`` are names of the selected keys.
     """
 
     axes = MAP_AXES
@@ -40,46 +40,42 @@ class MapView:
         self.lazy, self.heads, self.queries, self.keys = lazy, heads, queries, keys
         self.labels, self.budget = labels, budget
         for axis, chosen in (("query", queries), ("key", keys)):
-            wrong = [] if chosen is None or isinstance(chosen, slice) else [i for i in chosen if not 0 <= i < self._all]
-            if wrong:
-                raise InstrumentError(f"axis {axis!r} has {self._all} places, so there is no {wrong[0]}.")
+            for i in [] if chosen is None or isinstance(chosen, slice) else chosen:
+                if not 0 <= i < lazy.shape[-1]:
+                    raise InstrumentError(f"axis {axis!r} has length {lazy.shape[-1]}, so there is no index {i}.")
         if keys is not None:
-            _ = lazy.lse  # of all heads, since the attention itself comes with it
-        self.few = lazy if heads is None else lazy.heads(heads)
-
-    @property
-    def _all(self) -> int:
-        return self.lazy.shape[-1]
+            _ = lazy.lse  # of all heads: the kernel computes the attention output with it
+        self.selected = lazy if heads is None else lazy.heads(heads)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        b, h, n, m = self.few.shape
+        b, h, n, m = self.selected.shape
         rows = len(range(n)[self.queries]) if isinstance(self.queries, slice) else len(self.queries)
         return (b, h, rows, m if self.keys is None else len(self.keys))
 
     def take(self, name: str, index: list[int]) -> MapView:
-        """The same view of other queries or keys, by their places in the whole map."""
+        """The same view with other queries or keys, as indices into the whole map."""
         if name == "query":
             return MapView(self.lazy, self.heads, index, self.keys, self.labels, self.budget)
         if self.keys is not None:
-            raise InstrumentError("tokens= has chosen the keys already, so columns= cannot; leave one of them out.")
+            raise InstrumentError("tokens= selects the keys already, so columns(...) cannot; leave one of them out.")
         return MapView(self.lazy, self.heads, self.queries, index, None, self.budget)
 
-    def made(self) -> Named:
-        """The wanted part as a tensor: by columns when keys are chosen, else by rows."""
+    def to_named(self) -> Named:
+        """Compute the selected part: by columns if keys are selected, else by rows."""
         b, h, n, m = self.shape
         if self.budget is not None and 4 * b * h * n * m > self.budget:
             raise BudgetError(
-                f"this part of the map takes {4 * b * h * n * m:,} bytes, the budget is {self.budget:,}: "
-                f"choose heads=, tokens= or reduce='head-mean', or allow more (budget={4 * b * h * n * m})."
+                f"this part of the map needs {4 * b * h * n * m:,} bytes, the budget is {self.budget:,}: "
+                f"select heads=, tokens= or reduce='head-mean', or allow more (budget={4 * b * h * n * m})."
             )
         if self.keys is not None:
-            return self._named(self.few.columns(self.keys, self.queries), MAP_AXES)
-        return self._named(self.few.rows(self.queries), MAP_AXES)
+            return self._named(self.selected.columns(self.keys, self.queries), MAP_AXES)
+        return self._named(self.selected.rows(self.queries), MAP_AXES)
 
     def head_mean(self) -> Named:
-        """The mean over the wanted heads, one head at a time, so that no map of all heads is ever there."""
-        mean = self.few.head_mean(self.queries, self.keys)
+        """The mean over the selected heads, computed one head at a time, so that no map of all heads is in memory."""
+        mean = self.selected.head_mean(self.queries, self.keys)
         return self._named(mean, tuple(a for a in MAP_AXES if a != "head"))
 
     def _named(self, tensor: Tensor, axes: tuple[str, ...]) -> Named:
@@ -90,16 +86,16 @@ Value = Named | MapView
 Reduction = Callable[[Value], Named | None]
 
 
-def made(value: Value) -> Named:
-    """The value as a tensor."""
-    return value.made() if isinstance(value, MapView) else value
+def to_named(value: Value) -> Named:
+    """The value as a tensor with named axes; a lazy map is computed."""
+    return value.to_named() if isinstance(value, MapView) else value
 
 
-def real(value: Value) -> Named:
-    """The value as a tensor of ordinary numbers; raises InstrumentError for complex ones (``attn.rope``)."""
-    x = made(value)
+def to_real(value: Value) -> Named:
+    """:func:`to_named`; raises InstrumentError for complex values (``attn.rope``)."""
+    x = to_named(value)
     if x.tensor.is_complex():
-        raise InstrumentError("these values are complex, so this reduction has no meaning; take them as they are.")
+        raise InstrumentError("this reduction is not defined for complex values; record them without it.")
     return x
 
 
@@ -109,40 +105,40 @@ def head_mean(value: Value) -> Named:
 
 
 def entropy(value: Value) -> Named:
-    """How widely each query looks, in nats: of a whole map exactly and without making it."""
+    """Entropy of each query's attention in nats; of a whole map exactly, without computing the map."""
     if isinstance(value, MapView) and value.keys is None:
-        return Named(value.few.entropy()[:, :, value.queries], MAP_AXES[:3])
-    p = real(value)
+        return Named(value.selected.entropy()[:, :, value.queries], MAP_AXES[:3])
+    p = to_real(value)
     if bool((p.tensor < 0).any()):
-        raise InstrumentError("only shares have an entropy, and some of these values are below zero.")
+        raise InstrumentError("entropy needs non-negative values, and some of these are below zero.")
     return p.dropped(p.axes[-1], torch.special.entr(p.tensor).sum(-1))
 
 
 def norm(value: Value) -> Named:
-    """The length (L2) of the vectors along the last axis."""
-    x = made(value)
+    """The L2 norm of the vectors along the last axis."""
+    x = to_named(value)
     return x.dropped(x.axes[-1], torch.linalg.vector_norm(x.tensor, dim=-1))
 
 
 def rms(value: Value) -> Named:
     """The root mean square along the last axis."""
-    x = made(value)
+    x = to_named(value)
     return x.dropped(x.axes[-1], x.tensor.abs().square().mean(-1).sqrt())
 
 
 def summary(value: Value) -> Named:
-    """Four numbers, axis ``number``: mean, spread, least and most; of a map, of how much each key is looked at."""
-    x = value.head_mean().tensor.sum(-2) if isinstance(value, MapView) else made(value).tensor
-    x = (x.angle() if x.is_complex() else x).float()  # a turn is its angle
+    """Axis ``number``: mean, standard deviation, minimum, maximum; of a map, of the attention each key receives."""
+    x = value.head_mean().tensor.sum(-2) if isinstance(value, MapView) else to_named(value).tensor
+    x = (x.angle() if x.is_complex() else x).float()  # of a rotation, its angle
     numbers = torch.stack([x.mean(), x.std(correction=0), x.min(), x.max()])
-    return Named(numbers, ("number",), {"number": ["mean", "spread", "least", "most"]})
+    return Named(numbers, ("number",), {"number": ["mean", "std", "min", "max"]})
 
 
 def mean(*names: str) -> Reduction:
     """The mean over the named axes, e.g. ``mean("query")``."""
 
     def reduction(value: Value) -> Named:
-        x = made(value)
+        x = to_named(value)
         for name in names:
             x = x.mean(name)
         return x
@@ -151,54 +147,54 @@ def mean(*names: str) -> Reduction:
 
 
 def rows(index: Sequence[int]) -> Reduction:
-    """What some queries look at, by their places among all tokens, text first."""
-    return lambda value: made(value.take("query", list(index)))
+    """What some queries attend to; indices count all tokens, text first."""
+    return lambda value: to_named(value.take("query", list(index)))
 
 
 def columns(index: Sequence[int]) -> Reduction:
-    """What the queries take from some keys, by their places among all tokens, exact by the log-sum-exp."""
-    return lambda value: made(value.take("key", list(index)))
+    """How much the queries attend to some keys; indices count all tokens, text first. Exact, by the log-sum-exp."""
+    return lambda value: to_named(value.take("key", list(index)))
 
 
 def top(count: int) -> Reduction:
-    """The ``count`` largest along the last axis, and where: axes ``rank`` and ``what`` (value, place) in its stead."""
+    """The ``count`` largest values along the last axis, replaced by axes ``rank`` and ``what`` (value, index)."""
 
     def reduction(value: Value) -> Named:
-        x = real(value)
+        x = to_real(value)
         if count > x.shape[-1]:
-            raise InstrumentError(f"axis {x.axes[-1]!r} has {x.shape[-1]} places, so there is no top {count}.")
-        largest = at_least_float32(x.tensor).topk(count, dim=-1)  # float32 at least, or the places would be rounded
+            raise InstrumentError(f"axis {x.axes[-1]!r} has length {x.shape[-1]}, so there is no top {count}.")
+        largest = at_least_float32(x.tensor).topk(count, dim=-1)  # or indices would be rounded
         pair = torch.stack([largest.values, largest.indices.to(largest.values.dtype)], dim=-1)
-        return Named(pair, (*x.axes[:-1], "rank", "what"), {"what": ["value", "place"]})
+        return Named(pair, (*x.axes[:-1], "rank", "what"), {"what": ["value", "index"]})
 
     return reduction
 
 
-class cosine:  # noqa: N801 - a function with a memory
-    """How alike the vectors along the last axis are to those of the step before; nothing for the first step.
+class cosine:  # noqa: N801 - a function with state
+    """Cosine similarity of the vectors along the last axis with those of the previous step; none for the first step.
 
-    Of a solver that asks twice a step (midpoint, heun), each question is compared with the same one before.
+    With a solver of several stages (midpoint, heun), each stage is compared with the same stage of the previous step.
     """
 
-    question = 0  # which one of the step, told by the recorder
+    stage = 0  # of the solver, set by the recorder
 
     def __init__(self):
-        self.before: dict[int, Named] = {}
+        self.previous: dict[int, Named] = {}
 
     def __call__(self, value: Value) -> Named | None:
-        x, before = real(value), self.before.get(self.question)
-        self.before[self.question] = x
-        if before is None or before.shape != x.shape:
+        x, previous = to_real(value), self.previous.get(self.stage)
+        self.previous[self.stage] = x
+        if previous is None or previous.shape != x.shape:
             return None
-        return x.dropped(x.axes[-1], torch.cosine_similarity(before.tensor, x.tensor, dim=-1))
+        return x.dropped(x.axes[-1], torch.cosine_similarity(previous.tensor, x.tensor, dim=-1))
 
     @property
     def nbytes(self) -> int:
-        return sum(x.tensor.nbytes for x in self.before.values())
+        return sum(x.tensor.nbytes for x in self.previous.values())
 
 
-class step_mean:  # noqa: N801 - a function with a memory
-    """The running mean over steps: one value a picture is kept, whatever the number of steps."""
+class step_mean:  # noqa: N801 - a function with state
+    """The running mean over steps: one value per image, whatever the number of steps."""
 
     over_steps = True
 
@@ -206,11 +202,11 @@ class step_mean:  # noqa: N801 - a function with a memory
         self.total, self.count = None, 0
 
     def __call__(self, value: Value) -> Named:
-        x = real(value)
+        x = to_real(value)
         if self.total is not None and self.total.shape != x.shape:
             raise InstrumentError(
                 f"a mean over steps needs values of one shape, not {list(self.total.shape)} and then {list(x.shape)}; "
-                f"where guidance comes and goes, say passes='prompted'."
+                f"where guidance is on for a part of the run, pass passes='prompted'."
             )
         self.count += 1
         self.total = x.tensor.double() + (0 if self.total is None else self.total)
@@ -221,7 +217,7 @@ class step_mean:  # noqa: N801 - a function with a memory
         return 0 if self.total is None else self.total.nbytes
 
 
-#: by name; each entry makes a fresh one
+#: by name; each entry creates a new one
 NAMES: dict[str, Callable[[], Reduction]] = {
     "head-mean": lambda: head_mean,
     "entropy": lambda: entropy,
@@ -233,14 +229,14 @@ NAMES: dict[str, Callable[[], Reduction]] = {
 }
 
 
-def maker(reduce) -> Callable[[], list[Reduction]]:
-    """What ``reduce=`` was given (a name, a function, a list of both, or nothing) as a maker of fresh reductions."""
+def reduction_factory(reduce) -> Callable[[], list[Reduction]]:
+    """A function that creates the reductions named by ``reduce=``: a name, a function, a list of both, or None."""
     steps = [] if reduce is None else list(reduce) if isinstance(reduce, (list, tuple)) else [reduce]
-    makers = [_one(step) for step in steps]
-    return lambda: [make() for make in makers]
+    factories = [_factory(step) for step in steps]
+    return lambda: [create() for create in factories]
 
 
-def _one(step) -> Callable[[], Reduction]:
+def _factory(step) -> Callable[[], Reduction]:
     if isinstance(step, str):
         if step in NAMES:
             return NAMES[step]
@@ -252,4 +248,4 @@ def _one(step) -> Callable[[], Reduction]:
         return step
     if callable(step):
         return lambda: step
-    raise InstrumentError(f"reduce must be a name, a function or a list of them, not {describe(step)}.")
+    raise InstrumentError(f"reduce must be a name, a function, or a list of them, not {describe(step)}.")

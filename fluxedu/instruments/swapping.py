@@ -1,4 +1,4 @@
-"""Swapping: run the trained pipeline with a module of one's own in place of one of its parts.
+"""Swapping: run the trained pipeline with a module of your own in place of one of its modules.
 
 with fe.swap("double.*.img_attn", MyAttention):
     pipe("a red circle")
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from fluxedu import probe
 from fluxedu.errors import InstrumentError, describe
-from fluxedu.instruments.watching import takes
+from fluxedu.instruments.watching import accepts
 from fluxedu.models.attention import QKNorm, RMSNorm, SelfAttention
 from fluxedu.models.blocks import MLP, DoubleStreamBlock, SingleStreamBlock
 from fluxedu.models.flux import LastLayer
 from fluxedu.models.modulation import MLPEmbedder, Modulation
 
-#: with what arguments a class is made that takes the place of ...
-_MADE_WITH: dict[type, Callable[[nn.Module], tuple]] = {
+#: the arguments with which a class is constructed that replaces a module of this class
+_ARGUMENTS: dict[type, Callable[[nn.Module], tuple]] = {
     SelfAttention: lambda m: (m.qkv.in_features, m.num_heads, m.qkv.bias is not None),
     MLP: lambda m: (m[0].in_features, m[0].out_features),
     Modulation: lambda m: (m.lin.in_features, m.is_double),
@@ -39,43 +39,43 @@ _active: list[swap] = []
 
 
 class swap:  # noqa: N801 - used like a function
-    """Put ``new`` in the place of every module whose path matches ``glob``, for as long as the ``with`` lasts.
+    """Replace every module whose path matches ``glob`` by ``new``, inside a ``with`` block.
 
-    new: a class, made with the arguments the module it replaces was made with and given its weights; or a function
-    ``old -> module``; or a module · pipe: only in this pipeline or network, in all that are alive if not said. Paths
-    are those of sites: ``double.0.img_attn``, ``single.2``, ``final_layer``.
+    new: a class, constructed with the same arguments as the module that it replaces, then loaded with its weights; or a
+    function ``old -> module``; or a module · pipe: only in this pipeline or network, by default in all that are loaded.
+    Paths are those of sites: ``double.0.img_attn``, ``single.2``, ``final_layer``.
 
-    The network itself is changed, so unlike other instruments it acts in every thread that draws with it.
+    The network itself is changed, so unlike other instruments a swap acts in every thread that uses it.
 
-    Raises InstrumentError, in one sentence, for a path that is not there, weights that do not fit by name or
-    shape, a ``forward`` that takes other arguments, or, at the first call, gives other shapes or another dtype.
+    Raises InstrumentError for a path that does not exist, weights that do not fit by name or shape, a ``forward`` that
+    takes other arguments or, at the first call, returns other shapes or another dtype.
     """
 
     def __init__(self, glob: str, new: type[nn.Module] | Callable[[nn.Module], nn.Module] | nn.Module, pipe=None):
         self.glob, self.new, self.pipe = glob, new, pipe
         if not (isinstance(new, nn.Module) or callable(new)):
-            raise InstrumentError(f"what is swapped in is a module, a class or a function, not {describe(new)}.")
-        if not isinstance(new, (nn.Module, type)) and not takes(new, None):
+            raise InstrumentError(f"new must be a module, a class or a function, not {describe(new)}.")
+        if not isinstance(new, (nn.Module, type)) and not accepts(new, None):
             raise InstrumentError(
-                f"what makes the new module is a function of the old one, lambda old: ..., not {describe(new)}."
+                f"new must take the old module, as in lambda old: ..., which {describe(new)} does not."
             )
         if not isinstance(glob, str):
-            raise InstrumentError(f"a place is a path such as 'double.*.img_attn', not {describe(glob)}.")
+            raise InstrumentError(f"glob must be a path such as 'double.*.img_attn', not {describe(glob)}.")
         if not (pipe is None or isinstance(pipe, nn.Module) or callable(getattr(pipe, "networks", None))):
-            raise InstrumentError(f"pipe is a pipeline or a network, not {describe(pipe)}.")
+            raise InstrumentError(f"pipe must be a pipeline or a network, not {describe(pipe)}.")
         self.swapped: list[list] = []  # (parent, name, old, new)
-        self.checks: list = []  # hooks that wait for a first call
-        self.before: list[tuple] = []  # (module, was it training, its site path) of what is swapped in
+        self.checks: list = []  # hooks that check the first output
+        self.before: list[tuple] = []  # (module, its training mode, its site path) of every new module
 
     def __enter__(self) -> swap:
-        found = [place for network in self._networks() for place in _places(network, self.glob)]
+        found = [match for network in self._networks() for match in _matching_modules(network, self.glob)]
         if not found:
             raise InstrumentError(f"no module of a loaded model is called {self.glob!r}; try 'double.*.img_attn'.")
         try:
-            with torch.random.fork_rng(devices=[]):  # a class draws its first weights, and the caller's numbers go on
-                new = [(parent, name, old, self._made(old, path)) for parent, name, old, path in found]  # all or none
+            with torch.random.fork_rng(devices=[]):  # constructing a class draws random weights
+                new = [(parent, name, old, self._build(old, path)) for parent, name, old, path in found]  # all or none
         except BaseException:
-            self._let_go()
+            self._restore()
             raise
         for parent, name, old, module in new:
             self.swapped.append([parent, name, old, module])
@@ -89,13 +89,15 @@ class swap:  # noqa: N801 - used like a function
             parent, name, old, new = self.swapped.pop()
             if parent._modules[name] is new:
                 parent._modules[name] = old
-            for later in (place for other in _active for place in other.swapped):
-                if later[2] is new:  # swapped over ours, and left later: it then gives back what was before ours
+            for later in (entry for other in _active for entry in other.swapped):
+                if (
+                    later[2] is new
+                ):  # a later swap replaced this module and is still active: it shall restore the old one
                     later[2] = old
-        self._let_go()
+        self._restore()
 
-    def _let_go(self) -> None:
-        """What was swapped in is as it came: no hook, its own mode and site paths."""
+    def _restore(self) -> None:
+        """Return the new modules to their own training mode and site paths, and remove the hooks."""
         for check in self.checks:
             check.remove()
         for module, training, path in reversed(self.before):
@@ -109,14 +111,14 @@ class swap:  # noqa: N801 - used like a function
             return list(probe.networks)
         return [self.pipe] if isinstance(self.pipe, nn.Module) else list(self.pipe.networks().values())
 
-    def _made(self, old: nn.Module, path: str) -> nn.Module:
-        module = self.new if isinstance(self.new, nn.Module) else self._new(old, path)
+    def _build(self, old: nn.Module, path: str) -> nn.Module:
+        module = self.new if isinstance(self.new, nn.Module) else self._construct(old, path)
         if not isinstance(module, nn.Module):
-            raise InstrumentError(f"what is swapped in at {path!r} must be a torch.nn.Module, not {describe(module)}.")
+            raise InstrumentError(f"the new module at {path!r} must be a torch.nn.Module, not {describe(module)}.")
         self.before += [(part, part.training, getattr(part, "site_path", None)) for part in module.modules()]
         if module is not self.new:
-            _give_weights(module, old, path)
-        _same_arguments(module, old, path)
+            _copy_weights(module, old, path)
+        _check_arguments(module, old, path)
         first = next(old.parameters(), None)
         module = (
             module.train(old.training) if first is None else module.to(first.device, first.dtype).train(old.training)
@@ -126,24 +128,26 @@ class swap:  # noqa: N801 - used like a function
         self.checks.append(_check_first_output(module, old, path))
         return module
 
-    def _new(self, old: nn.Module, path: str) -> nn.Module:
+    def _construct(self, old: nn.Module, path: str) -> nn.Module:
         if not isinstance(self.new, type):
             return self.new(old)
-        made_with = next((of for kind, of in _MADE_WITH.items() if isinstance(old, kind)), None)
-        if made_with is None:
+        arguments = next((of for kind, of in _ARGUMENTS.items() if isinstance(old, kind)), None)
+        if arguments is None:
             raise InstrumentError(
-                f"how the module at {path!r} was made is not known; "
-                f"give a function of the old one: lambda old: {self.new.__name__}(...)."
+                f"the arguments of a class at {path!r} are not known; "
+                f"pass a function of the old module: lambda old: {self.new.__name__}(...)."
             )
         try:
-            return self.new(*made_with(old))
+            return self.new(*arguments(old))
         except TypeError as error:
-            given = ", ".join(str(x) if isinstance(x, int) else f"a {type(x).__name__}" for x in made_with(old))
-            raise InstrumentError(f"{self.new.__name__} must be made with ({given}) at {path!r}: {error}.") from None
+            given = ", ".join(str(x) if isinstance(x, int) else f"a {type(x).__name__}" for x in arguments(old))
+            raise InstrumentError(
+                f"{self.new.__name__} must be constructible with ({given}) at {path!r}: {error}."
+            ) from None
 
 
-def _places(network: nn.Module, glob: str) -> list[tuple[nn.Module, str, nn.Module, str]]:
-    """(parent, name, module, path) of every module whose path matches."""
+def _matching_modules(network: nn.Module, glob: str) -> list[tuple[nn.Module, str, nn.Module, str]]:
+    """(parent, attribute name, module, path) of every module whose path matches."""
     prefix = getattr(network, "site_path", "")
     found = []
     for path, module in network.named_modules():
@@ -151,10 +155,10 @@ def _places(network: nn.Module, glob: str) -> list[tuple[nn.Module, str, nn.Modu
         if path and fnmatchcase(whole, glob):
             parent, _, name = path.rpartition(".")
             found.append((network.get_submodule(parent), name, module, whole))
-    return [f for f in found if not any(g[2] is not f[2] and f[0] in g[2].modules() for g in found)]  # outermost only
+    return [f for f in found if not any(g[2] is not f[2] and f[0] in g[2].modules() for g in found)]  # the outermost
 
 
-def _give_weights(module: nn.Module, old: nn.Module, path: str) -> None:
+def _copy_weights(module: nn.Module, old: nn.Module, path: str) -> None:
     mine, theirs = module.state_dict(), old.state_dict()
     for name in theirs:
         if name not in mine:
@@ -166,13 +170,15 @@ def _give_weights(module: nn.Module, old: nn.Module, path: str) -> None:
             )
     extra = sorted(set(mine) - set(theirs))
     if extra:
-        raise InstrumentError(f"{type(module).__name__} has a tensor {extra[0]!r} that the module at {path!r} has not.")
+        raise InstrumentError(
+            f"{type(module).__name__} has a tensor {extra[0]!r}, which the module at {path!r} does not have."
+        )
     module.load_state_dict(theirs)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(old.get_parameter(name).requires_grad)
 
 
-def _same_arguments(module: nn.Module, old: nn.Module, path: str) -> None:
+def _check_arguments(module: nn.Module, old: nn.Module, path: str) -> None:
     takes = list(inspect.signature(old.forward).parameters)
     try:
         inspect.signature(module.forward).bind(*takes)
@@ -184,25 +190,25 @@ def _same_arguments(module: nn.Module, old: nn.Module, path: str) -> None:
 
 
 def _check_first_output(module: nn.Module, old: nn.Module, path: str):
-    """At the first call, shapes and dtypes of what comes out are compared with the old module's."""
+    """At the first call, compare the shapes and dtypes of the output with the old module's."""
 
     def check(_, given, out):
         handle.remove()
-        watcher = probe.watch(None)  # the old one is only asked for its shapes: nobody is to see it
+        watcher = probe.watch(None)  # the old module runs only for its shapes: no instrument shall see it
         try:
             with torch.no_grad():
                 theirs = old(*given)
         except Exception as error:
             raise InstrumentError(
-                f"what {type(module).__name__} is given at {path!r}, the module there could not take ({describe(error)}); "
-                f"a module in several places must fit them all."
+                f"the inputs of {type(module).__name__} at {path!r} do not fit the module there ({describe(error)}); "
+                f"a module used in several places must fit all of them."
             ) from None
         finally:
             probe.watch(watcher)
         for of in (_shapes, _dtypes):
-            mine, wanted = of(out), of(theirs)
-            if mine != wanted:
-                raise InstrumentError(f"{type(module).__name__} gives {mine} at {path!r}; it must give {wanted}.")
+            mine, expected = of(out), of(theirs)
+            if mine != expected:
+                raise InstrumentError(f"{type(module).__name__} returns {mine} at {path!r}; it must return {expected}.")
 
     handle = module.register_forward_hook(check)
     return handle

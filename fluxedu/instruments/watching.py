@@ -1,8 +1,8 @@
-"""Many instruments at once over the one watcher that the sites know.
+"""Many instruments at once, on the one watcher that :mod:`fluxedu.probe` calls.
 
-Interventions act first, in the order in which they were entered; recorders then see the value the computation
-goes on with. An instrument sees only what happens in the thread that entered it. Contexts may overlap
-and be left in any order.
+Interventions act first, in the order in which they were entered; recorders then receive the value that the computation
+continues with. An instrument sees only what happens in the thread that entered it. Contexts may overlap and be left in
+any order.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from fluxedu.probe import Sited, site
 from fluxedu.sampling.step_context import current_context
 
 
-def takes(function: Callable, *given: Any) -> bool:
-    """Can it be called with so many arguments? Yes for what does not tell."""
+def accepts(function: Callable, *arguments: Any) -> bool:
+    """Whether the function can be called with so many arguments; True if it has no signature."""
     try:
-        inspect.signature(function).bind(*given)
+        inspect.signature(function).bind(*arguments)
     except TypeError:
         return False
     except ValueError:
@@ -37,35 +37,37 @@ def takes(function: Callable, *given: Any) -> bool:
 
 
 class Instrument:
-    """A context manager that is shown the values of the sites its globs name: ``see(...) -> value``."""
+    """A context manager that receives the values of the sites that match its globs: ``see(...) -> value``."""
 
-    changes = False  # an intervention, which acts before recorders see
+    changes = False  # True for interventions, which act before recorders
 
     def __init__(self, *globs: str):
-        if not globs or not all(isinstance(g, str) and g for g in globs):
-            raise InstrumentError(f"name one site or more, such as 'double.*.attn.map', not {describe(globs)}.")
+        if not globs or not all(isinstance(glob, str) and glob for glob in globs):
+            raise InstrumentError(f"name at least one site, such as 'double.*.attn.map', not {describe(globs)}.")
         self.globs = globs
         self.thread: int | None = None
-        self.ran = self.passed = self.elsewhere = False  # did anything run, what is named pass, in another thread
-        self.absent: dict[str, WordNotInPrompt] = {}  # sites of encoders, at a prompt that does not say the word
-        self.matches = lru_cache(maxsize=None)(lambda name: any(fnmatchcase(name, g) for g in globs))
+        self.any_site_passed = self.own_site_passed = self.passed_in_other_thread = False
+        self.missing_words: dict[str, WordNotInPrompt] = {}  # site of a text encoder -> why nothing happened there
+        self.matches = lru_cache(maxsize=None)(lambda name: any(fnmatchcase(name, glob) for glob in globs))
 
     def wants(self, name: str) -> bool:
+        """Whether the instrument is to receive the site's value now."""
         if threading.get_ident() != self.thread:
-            self.elsewhere = self.elsewhere or self.matches(name)
+            self.passed_in_other_thread = self.passed_in_other_thread or self.matches(name)
             return False
-        self.ran, matches = True, self.matches(name)
-        self.passed = self.passed or matches
+        self.any_site_passed = True
+        matches = self.matches(name)
+        self.own_site_passed = self.own_site_passed or matches
         return matches
 
-    def see(self, owner: Sited, name: str, whole: str, value: Any) -> Any:
-        """A value passes the site ``name`` of ``owner``, ``whole`` with its path; returns what to go on with."""
+    def see(self, owner: Sited, name: str, full_name: str, value: Any) -> Any:
+        """``value`` passes the site ``name`` of ``owner``; returns the value that the computation continues with."""
         raise NotImplementedError
 
     def __enter__(self):
         if self.thread is not None:
-            raise InstrumentError(f"this {type(self).__name__.lower()} is in use already; make another one.")
-        _refuse_unknown(self.globs)
+            raise InstrumentError(f"this {type(self).__name__.lower()} is already active; create another one.")
+        _check_globs(self.globs)
         self.thread = threading.get_ident()
         _add(self)
         return self
@@ -73,54 +75,51 @@ class Instrument:
     def __exit__(self, *exception) -> None:
         _remove(self)
         self.thread = None
-        if exception[0] is None and not self.passed and (self.ran or self.elsewhere):
-            where = " but in a thread that did not enter it" if self.elsewhere else ""
-            warnings.warn(f"{' and '.join(self.globs)} never passed{where}, so nothing was seen.", stacklevel=3)
+        if exception[0] is not None or self.own_site_passed:
+            return
+        if self.any_site_passed or self.passed_in_other_thread:
+            where = " except in a thread that did not enter it" if self.passed_in_other_thread else ""
+            warnings.warn(f"no value passed {' or '.join(self.globs)}{where}, so nothing was seen.", stacklevel=3)
 
 
 class Chain:
-    """The one watcher: hands every value from instrument to instrument."""
+    """The watcher: passes every value through the active instruments."""
 
     def __init__(self, instruments: tuple[Instrument, ...]):
         self.instruments = tuple(sorted(instruments, key=lambda i: not i.changes))  # stable
 
     def wants(self, owner: Sited, name: str) -> bool:
-        whole = site(owner, name)
-        return any(i.wants(whole) for i in self.instruments)
+        full_name = site(owner, name)
+        return any(instrument.wants(full_name) for instrument in self.instruments)
 
     def __call__(self, owner: Sited, name: str, value: Any) -> Any:
-        if not _eager.entered:
-            _eager.enter()  # the compiler came after the instrument
-        whole = site(owner, name)
+        _eager_mode.enter()  # again, in case the compiler was imported after the instrument was entered
+        full_name = site(owner, name)
         for instrument in self.instruments:
-            if instrument.wants(whole):
-                value = _shown(instrument, owner, name, whole, value)
+            if not instrument.wants(full_name):
+                continue
+            try:
+                value = instrument.see(owner, name, full_name, value)
+            except WordNotInPrompt as error:
+                if getattr(current_context(), "text", None) is None:
+                    raise
+                # while several prompts are encoded, another one may contain the word
+                instrument.missing_words[full_name] = error.with_traceback(None)  # which would keep all frames alive
         return value
 
 
-#: what torch.compiler.disable would say, which imports the compiler: not to be compiled, but called
+#: what torch.compiler.disable would set, without importing the compiler: do not compile these, call them
 Chain.__call__._torchdynamo_disable = Chain.wants._torchdynamo_disable = True
 
 
-def _shown(instrument: Instrument, owner: Sited, name: str, whole: str, value: Any) -> Any:
-    """Let it see the value. While prompts are encoded, one that lacks a word is no error: another may say it."""
-    try:
-        return instrument.see(owner, name, whole, value)
-    except WordNotInPrompt as error:
-        if getattr(current_context(), "text", None) is None:
-            raise
-        instrument.absent[whole] = error.with_traceback(None)  # which would hold all that it came through
-        return value
-
-
-class Eager:
-    """While an instrument is in use, what is compiled runs as it is written; does nothing where nothing is compiled."""
+class EagerMode:
+    """While an instrument is active, compiled code runs uncompiled. Does nothing where nothing was compiled."""
 
     def __init__(self):
         self.stack, self.entered = ExitStack(), False
 
     def enter(self) -> None:
-        if "torch._dynamo" in sys.modules and not self.entered:
+        if not self.entered and "torch._dynamo" in sys.modules:
             import torch
 
             self.entered = True
@@ -133,12 +132,12 @@ class Eager:
 
 _lock = threading.RLock()
 _active: list[Instrument] = []
-_eager = Eager()
+_eager_mode = EagerMode()
 
 
 def _add(instrument: Instrument) -> None:
     with _lock:
-        _eager.enter()
+        _eager_mode.enter()
         _active.append(instrument)
         probe.watch(Chain(tuple(_active)))
 
@@ -149,23 +148,23 @@ def _remove(instrument: Instrument) -> None:
             _active.remove(instrument)
         probe.watch(Chain(tuple(_active)) if _active else None)
         if not _active:
-            _eager.leave()
+            _eager_mode.leave()
 
 
 def known_sites() -> set[str]:
-    """The names of all sites of the networks that are alive in this process, and the sampler's."""
+    """The names of all sites of the networks that are alive in this process, and of the pipeline."""
     return {name for network in list(probe.networks) for name in site_names(network)} | set(site_names(None))
 
 
-def _refuse_unknown(globs: tuple[str, ...]) -> None:
-    """A glob that no site answers to is a typing error, and better found now than after the run."""
+def _check_globs(globs: tuple[str, ...]) -> None:
+    """Raises InstrumentError for a glob that matches no site: better now than after the run."""
     if not len(probe.networks):
-        return  # nothing is loaded yet, so nothing is known
+        return  # nothing is loaded yet, so no site is known
     names = known_sites()
     modules = (m for network in list(probe.networks) for m in network.modules() if isinstance(m, probe.Probed))
-    own = tuple(f"{m.site_path}." for m in modules if is_own(m))  # a learner's module may have sites of its own
+    own_paths = tuple(f"{m.site_path}." for m in modules if is_own(m))  # a user's module may have more sites
     for glob in globs:
-        if not any(fnmatchcase(name, glob) for name in names) and not (own and glob.startswith(own)):
+        if not any(fnmatchcase(name, glob) for name in names) and not (own_paths and glob.startswith(own_paths)):
             near = get_close_matches(glob, names, n=3, cutoff=0.5)
             hint = f"did you mean {', '.join(near)}?" if near else "fe.sites(pipe) lists them all."
             raise InstrumentError(f"no site of a loaded model is called {glob!r}; {hint}")

@@ -36,11 +36,9 @@ class ResnetBlock(Probed):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, C', h, w]
-        h = self.probe(
-            "norm1", self.norm1(x)
-        )  # [B, C, h, w] group-normalised: the first convolution's input, before SiLU
+        h = self.probe("norm1", self.norm1(x))  # [B, C, h, w] group-normalised, before the first SiLU and convolution
         h = self.conv1(F.silu(h))
-        h = self.probe("norm2", self.norm2(h))  # [B, C, h, w] group-normalised: the second one's input, before SiLU
+        h = self.probe("norm2", self.norm2(h))  # [B, C, h, w] group-normalised, before the second SiLU and convolution
         h = self.conv2(F.silu(h))
         h = self.probe("residual", h)  # [B, C, h, w] what the block adds
         if hasattr(self, "nin_shortcut"):
@@ -66,9 +64,7 @@ class AttnBlock(Probed):
         v = self.probe("v", _as_tokens(self.v(normed)))  # [B, 1, G, C] values
         if self.is_watched("map"):
             attn_map = AttentionMap(q, k, v)
-            attn_map = self.probe(
-                "map", attn_map
-            )  # [B, 1, G, G] attention map (lazy) of the one head, one row per query
+            attn_map = self.probe("map", attn_map)  # [B, 1, G, G] attention map (lazy), one row per query
             out = weighted_sum(attn_map, v)
         else:
             out = F.scaled_dot_product_attention(q, k, v)

@@ -134,7 +134,5 @@ class CLIPTextEncoder(Probed):
         states = self.probe("states", self.text_model(ids))  # [B, L, D] normalised; each has read only earlier tokens
         first_end = ends.int().argmax(dim=1)
         pooled = states[torch.arange(len(ids), device=ids.device), first_end]
-        pooled = self.probe(
-            "pooled", pooled
-        )  # [B, D] the end-of-text state: all that modulation receives of the prompt
+        pooled = self.probe("pooled", pooled)  # [B, D] the end-of-text state, which modulation receives
         return states, pooled

@@ -10,7 +10,7 @@ from fluxedu.instruments.lenses.run import Look, alone, as_picture, by_block, gr
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import Value, head_mean, rows
-from fluxedu.instruments.tokens import real_tokens, token_indices
+from fluxedu.instruments.tokens import text_tokens, token_indices
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.step_context import StepContext, current_context
 
@@ -79,7 +79,7 @@ def padding_mass(pipe: FluxPipeline, prompt: str, *, at_steps=None, **asked) -> 
 def look_at_padding(pipe: FluxPipeline, prompt: str, at_steps=None) -> Look:
     """:func:`padding_mass` in two halves."""
     tokenizer = pipe.prompt_encoder.t5_tokenizer
-    first = max(real_tokens(tokenizer, prompt), default=-1) + 2  # behind the words and the end mark
+    first = max(text_tokens(tokenizer, prompt), default=-1) + 2  # behind the words and the end mark
     if first >= tokenizer.length:
         raise InstrumentError(f"the prompt fills all {tokenizer.length} tokens: there is no padding.")
     return _mass(pipe, lambda: range(first, tokenizer.length), at_steps)

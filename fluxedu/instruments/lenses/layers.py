@@ -9,7 +9,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fluxedu.errors import InstrumentError
-from fluxedu.instruments.interventions import ablate, intervene, positions
+from fluxedu.instruments.ablation import ablate
+from fluxedu.instruments.interventions import intervene, positions
 from fluxedu.instruments.lenses.run import Look, alone, blocks_of, grid, recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record

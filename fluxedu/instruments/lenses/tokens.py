@@ -7,7 +7,7 @@ import torch
 from fluxedu.instruments.lenses.run import Look, alone, by_block
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
-from fluxedu.instruments.reductions import Value, made
+from fluxedu.instruments.reductions import Value, to_named
 from fluxedu.sampling.pipeline import FluxPipeline
 
 WHAT = ("largest", "median", "token", "channel")
@@ -26,7 +26,7 @@ def look_at_largest(pipe: FluxPipeline, at_step: int = 0) -> Look:
     """:func:`massive_activations` in two halves."""
 
     def largest(value: Value) -> Named:
-        x = made(value)
+        x = to_named(value)
         size = x.tensor.abs().float()  # [B, tokens, D]
         where = size.flatten(1).argmax(1)
         width = size.shape[-1]

@@ -10,7 +10,7 @@ from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.lenses.run import Look, alone, as_picture, by_block, grid
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
-from fluxedu.instruments.reductions import Value, made, step_mean
+from fluxedu.instruments.reductions import Value, step_mean, to_named
 from fluxedu.instruments.tokens import token_indices
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.step_context import current_context
@@ -62,7 +62,7 @@ def similarity_to_concepts(pipe: FluxPipeline, prompt: str, words: Sequence[str]
     places = _places(pipe, prompt, words)
 
     def spoken(value: Value) -> Named:
-        heads = made(value)  # [B, H, T, d]
+        heads = to_named(value)  # [B, H, T, d]
         told = torch.nn.functional.normalize(heads.tensor.transpose(1, 2).flatten(2).float(), dim=-1)  # [B, T, D]
         word = torch.stack([told[:, p].mean(1) for p in places], dim=1)  # [B, words, D]
         return Named(told[:, current_context().txt_len :] @ word.transpose(1, 2), ("batch", "image", "word"))
