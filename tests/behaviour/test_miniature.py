@@ -1,4 +1,4 @@
-"""The shipped miniature: what is in the box, and that it draws what it is asked."""
+"""The shipped miniature: its files, and whether its images show what the prompts ask for."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from fluxedu.loading import SHIPPED, WEIGHTS
 from fluxedu.nano.exam import TARGETS, autoencoder_psnr, batch_sampler, ground_truth, questions, run_exam
 from fluxedu.nano.judge import judge
 from fluxedu.nano.scenes import ASPECTS, BACKGROUNDS, COLORS, FORMS, Claim, held_out_triple, sample_scene
-from training.card import APART, shapes_apart
+from training.card import MAX_GAP, square_and_other
 
 MODELS = list(SHIPPED)
 CLAIM = Claim((("red", "circle", None), ("blue", "square", None)), ((0, "left of", 1),), None)
@@ -44,7 +44,7 @@ def test_weights_are_small_and_bfloat16():
 
 
 def test_the_wheel_is_under_60_megabytes():
-    """What goes into it, packed as a wheel packs."""
+    """The sizes of the files that go into it, compressed as in a wheel."""
     root = Path(fe.__file__).parents[1]
     files = [f for folder in ("fluxedu", "notebooks") for f in (root / folder).rglob("*") if f.is_file()]
     packed = sum(len(zlib.compress(f.read_bytes(), 6)) for f in files if "__pycache__" not in f.parts)
@@ -52,8 +52,8 @@ def test_the_wheel_is_under_60_megabytes():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_it_draws_as_its_card_says(name):
-    """The first 42 of the card's 500 prompts, drawn again: no row may be further off than chance allows."""
+def test_its_images_match_its_card(name):
+    """The first 42 of the card's 500 prompts again: no row may differ by more than chance allows."""
     figures = run_exam(batch_sampler(fe.load(name), steps=20, guidance=None), count=42, diversity_prompts=0)
     card = json.loads((WEIGHTS / "judge.json").read_text())[name]
     for row in TARGETS:
@@ -63,7 +63,7 @@ def test_it_draws_as_its_card_says(name):
         assert abs(again - 100 * share) <= allowed, (row, again, share)
 
 
-def test_the_card_says_what_was_measured():
+def test_the_card_contains_the_measured_figures():
     card = (WEIGHTS / "README.md").read_text()
     figures = json.loads((WEIGHTS / "judge.json").read_text())
     assert set(figures) == set(MODELS)
@@ -75,29 +75,29 @@ def test_the_card_says_what_was_measured():
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("row", TARGETS)
-def test_the_bars_are_met(name, row):
+def test_the_targets_are_met(name, row):
     card = json.loads((WEIGHTS / "judge.json").read_text())[name]
     assert card["rows"][row]["percent"] >= TARGETS[row]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_shape_of_picture_is_drawn_alike(name):
-    """Over 300 prompts a shape: over the exam's 500 in all the difference is known to about 4 points only."""
+def test_all_image_sizes_are_drawn_equally_well(name):
+    """Over 300 prompts per size; the 500 prompts of the exam determine the difference only to about 4 points."""
     cells = json.loads((WEIGHTS / "judge.json").read_text())[name]["more_by_size"]
     assert len(cells) == len(ASPECTS) and all(cell["n"] >= 300 for cell in cells.values())
-    square, others = shapes_apart(cells)
-    assert abs(square - others) <= APART
+    square, others = square_and_other(cells)
+    assert abs(square - others) <= MAX_GAP
 
 
-def test_the_autoencoder_keeps_pictures(pipe):
+def test_the_autoencoder_reconstructs_images(pipe):
     assert autoencoder_psnr(pipe, 16) >= 30
 
 
-def test_truth_through_the_judge():
+def test_the_judge_reads_rendered_scenes_correctly():
     assert ground_truth(300)["everything"]["percent"] >= 99.5
 
 
-def test_held_out_is_a_tenth_and_hides_no_pair():
+def test_a_tenth_is_held_out_and_every_pair_occurs():
     triples = [(c, f, b) for c in COLORS for f in FORMS for b in BACKGROUNDS]
     held = [t for t in triples if held_out_triple(*t)]
     assert 0.08 < len(held) / len(triples) < 0.12
@@ -121,7 +121,7 @@ def test_tokenizers_are_the_official_classes():
     assert torch.equal(t5(prompts, **pad).input_ids, encoder.t5_tokenizer(prompts))
 
 
-def test_diffusers_opens_the_same_folder_and_draws_the_same_picture():
+def test_diffusers_opens_the_same_folder_and_generates_the_same_image():
     from diffusers import FluxPipeline
 
     from fluxedu.sampling.latents import draw_noise, pack
@@ -157,13 +157,13 @@ def test_sample_from_a_cold_shell(tmp_path):
 def test_the_name_is_the_shipped_model_and_a_path_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for wrong in ({"name": Path("nano")}, {"name": "nano", "transformer": "mine"}):
-        with pytest.raises(ValueError, match="there is no model 'nano'|'nano' has its own transformer"):
+        with pytest.raises(ValueError, match="there is no model 'nano'|transformer= does not apply to 'nano'"):
             fe.load(**wrong)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_folder_of_the_miniature_is_sampled_as_it(name):
-    """What `fluxedu train --all` writes, opened by its path, draws what it draws by name."""
+    """A folder as `fluxedu train --all` writes it, opened by path or by name, gives the same images."""
     by_name, by_path = fe.load(name), fe.load(WEIGHTS, transformer=SHIPPED[name].transformer)
     assert by_path.defaults == by_name.defaults
     a, b = (pipe("a red circle", seed=1, steps=2, progress=False) for pipe in (by_name, by_path))

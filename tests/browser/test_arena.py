@@ -5,7 +5,7 @@ import threading
 import pytest
 from PIL import Image
 
-from fluxedu.arena import Arena, Contestant, serving
+from fluxedu.arena import Arena, Contestant, create_server
 
 BOOTH = """
 from PIL import Image
@@ -21,7 +21,7 @@ b
 def server(tmp_path):
     flat = lambda name, colour: Contestant(name, lambda p, s, h, w: Image.new("RGB", (w, h), colour))  # noqa: E731
     arena = Arena([flat("alpha", "red"), flat("beta", "blue")], tmp_path / "v.sqlite", prompts=6)
-    with serving(arena, "localhost", 0) as server:
+    with create_server(arena, "localhost", 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -40,9 +40,9 @@ def test_a_visitor_votes_with_three_keys(server, tab):
     assert len(server.arena.votes.rows()) == 4 and len({r["voter"] for r in server.arena.votes.rows()}) == 1
     assert "alpha" not in tab.content() and "beta" not in tab.content()
     tab.click("summary")
-    tab.locator("#standing td", has_text="alpha").wait_for()
+    tab.locator("#ratings td", has_text="alpha").wait_for()
     tab.select_option("#axis", "diversity")
-    tab.locator("#ask", has_text="four pictures").wait_for()
+    tab.locator("#question", has_text="four images").wait_for()
 
 
 def test_a_booth_in_a_notebook_takes_the_keys(run):
@@ -51,5 +51,5 @@ def test_a_booth_in_a_notebook_takes_the_keys(run):
     live.locator(".chips button").first.focus()
     for count, key in enumerate(["ArrowLeft", "ArrowDown", "ArrowRight"], 1):
         page.keyboard.press(key)
-        live.locator(".said", has_text=f"Votes so far: {count}.").wait_for()
+        live.locator(".caption", has_text=f"Votes so far: {count}.").wait_for()
     assert "alpha" not in live.inner_text() and "beta" not in live.inner_text()
