@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -138,24 +139,25 @@ def _old_time(x, t, t_next, velocity):
     return x + (t_next - t) * velocity(x + (t_next - t) / 2 * v, t), v
 
 
-@wrong("sampling.midpoint", "your last step starts at the middle state; the whole step starts at x.")
-def _from_the_middle(x, t, t_next, velocity):
+def _midpoint_with(mistake, x, t, t_next, velocity):
+    """The solution with one mistake in it."""
     v, t_mid = velocity(x, t), (t + t_next) / 2
-    x_mid = x + (t_mid - t) * v
-    return x_mid + (t_next - t) * velocity(x_mid, t_mid), v
+    sign = -1 if mistake == "sign" else 1
+    x_mid = x + sign * (t_mid - t) * v
+    v_mid = velocity(x_mid, t if mistake == "old time" else t_mid)
+    if mistake == "two Euler steps":
+        return x_mid + (t_next - t_mid) * v_mid, v
+    start = x_mid if mistake == "starts at the middle" else x
+    return start + sign * (t_next - t) * v_mid, v
 
 
-@wrong("sampling.midpoint", "these are two Euler steps of half the length; midpoint starts again from x.")
-def _two_euler_steps(x, t, t_next, velocity):
-    v, t_mid = velocity(x, t), (t + t_next) / 2
-    x_mid = x + (t_mid - t) * v
-    return x_mid + (t_next - t_mid) * velocity(x_mid, t_mid), v
-
-
-@wrong("sampling.midpoint", "your step goes towards the noise: t_next - t is negative, and must be.")
-def _wrong_sign(x, t, t_next, velocity):
-    v, t_mid = velocity(x, t), (t + t_next) / 2
-    return x + (t - t_next) * velocity(x + (t - t_mid) * v, t_mid), v
+for _mistake, _message in (
+    ("old time", "the second evaluation is at the middle state but at the old time; use the middle time too."),
+    ("starts at the middle", "your last step starts at the middle state; the whole step starts at x."),
+    ("two Euler steps", "these are two Euler steps of half the length; midpoint starts again from x."),
+    ("sign", "your step goes towards the noise: t_next - t is negative, and must be."),
+):
+    wrong("sampling.midpoint", _message)(partial(_midpoint_with, _mistake))
 
 
 @exercise(
@@ -181,26 +183,21 @@ def heun(x: Tensor, t: float, t_next: float, velocity: Callable) -> tuple[Tensor
     return x + (t_next - t) * (v + v_end) / 2, v
 
 
-@wrong("sampling.heun", "the two velocities are added; use their mean, or the step is twice as long.")
-def _added(x, t, t_next, velocity):
-    v = velocity(x, t)
-    return x + (t_next - t) * (v + velocity(x + (t_next - t) * v, t_next)), v
-
-
-@wrong("sampling.heun", "the second evaluation is at the old time t; its state belongs to t_next.")
-def _early(x, t, t_next, velocity):
-    v = velocity(x, t)
-    return x + (t_next - t) * (v + velocity(x + (t_next - t) * v, t)) / 2, v
-
-
-@wrong("sampling.heun", "you continue from the end of the trial step; the step starts at x.")
-def _from_the_trial(x, t, t_next, velocity):
+def _heun_with(mistake, x, t, t_next, velocity):
+    """The solution with one mistake in it."""
     v = velocity(x, t)
     x_end = x + (t_next - t) * v
-    return x_end + (t_next - t) * (v + velocity(x_end, t_next)) / 2, v
+    v_end = velocity(x_end, t if mistake == "old time" else t_next)
+    if mistake == "second velocity only":
+        return x + (t_next - t) * v_end, v
+    start = x_end if mistake == "starts at the end" else x
+    return start + (t_next - t) * (v + v_end) / (1 if mistake == "sum" else 2), v
 
 
-@wrong("sampling.heun", "only the second velocity is used; Heun takes the mean of both.")
-def _second_alone(x, t, t_next, velocity):
-    v = velocity(x, t)
-    return x + (t_next - t) * velocity(x + (t_next - t) * v, t_next), v
+for _mistake, _message in (
+    ("sum", "the two velocities are added; use their mean, or the step is twice as long."),
+    ("old time", "the second evaluation is at the old time t; its state belongs to t_next."),
+    ("starts at the end", "you continue from the end of the trial step; the step starts at x."),
+    ("second velocity only", "only the second velocity is used; Heun takes the mean of both."),
+):
+    wrong("sampling.heun", _message)(partial(_heun_with, _mistake))

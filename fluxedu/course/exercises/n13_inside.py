@@ -1,11 +1,13 @@
 """Notebook 13: look inside."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fluxedu.course.exercise import exercise, wrong
 from fluxedu.instruments.named import Named
-from fluxedu.instruments.reductions import Value, made
+from fluxedu.instruments.reductions import Value, to_named
 from fluxedu.instruments.reductions import entropy as library_entropy
 
 
@@ -121,22 +123,18 @@ def iou(weights: Tensor, coverage: Tensor) -> Tensor:
     return (bright & covered).sum(dim=(1, 2)) / (bright | covered).sum(dim=(1, 2))
 
 
-def _iou_with(mistake: str):
+def _iou_with(mistake, weights, coverage):
     """The solution with one mistake in it."""
-
-    def mistaken(weights, coverage):
-        threshold = weights.amax(dim=(1, 2), keepdim=True) / 2
-        if mistake == "one peak":
-            threshold = weights.max() / 2
-        if mistake == "mean":
-            threshold = weights.mean(dim=(1, 2), keepdim=True)
-        bright, covered = weights >= threshold, coverage > 0.15
-        both, either = (bright & covered).sum(dim=(1, 2)), (bright | covered).sum(dim=(1, 2))
-        if mistake == "recall":
-            return both / covered.sum(dim=(1, 2))
-        return 2 * both / (both + either) if mistake == "Dice" else both / either
-
-    return mistaken
+    threshold = weights.amax(dim=(1, 2), keepdim=True) / 2
+    if mistake == "one peak":
+        threshold = weights.max() / 2
+    if mistake == "mean":
+        threshold = weights.mean(dim=(1, 2), keepdim=True)
+    bright, covered = weights >= threshold, coverage > 0.15
+    both, either = (bright & covered).sum(dim=(1, 2)), (bright | covered).sum(dim=(1, 2))
+    if mistake == "recall":
+        return both / covered.sum(dim=(1, 2))
+    return 2 * both / (both + either) if mistake == "Dice" else both / either
 
 
 for _mistake, _message in (
@@ -148,7 +146,7 @@ for _mistake, _message in (
     ("Dice", "that is Dice, twice the intersection over the sum of both sizes; the union counts shared patches once."),
     ("mean", "bright means at least half of the map's peak; yours are the patches above the map's mean."),
 ):
-    wrong("inside.iou", _message)(_iou_with(_mistake))
+    wrong("inside.iou", _message)(partial(_iou_with, _mistake))
 
 
 def _attention() -> list[tuple]:
@@ -185,35 +183,31 @@ def _by_library(value: Named) -> Named:
         "A query that attends to n tokens equally has entropy log n, so the exponential of the entropy counts tokens.",
         "`torch.special.entr(p)` is `-p log p`, and 0 where p is 0. `value.dropped(name, tensor)` makes a Named "
         "without that axis.",
-        '`p = made(value)`, then `p.dropped("key", torch.special.entr(p.tensor).sum(-1).exp())`.',
+        '`p = to_named(value)`, then `p.dropped("key", torch.special.entr(p.tensor).sum(-1).exp())`.',
     ),
 )
 def spread(value: Value) -> Named:
     """A reduction `[batch, head, query, key]` -> `[batch, head, query]`: to how many tokens does each query attend?
 
     Return the exponential of the entropy of each row (in nats): 1 for a query that attends to one token only, n for
-    one that attends to n tokens equally. The map is passed in lazily: `made(value)` computes it as a `Named`, a tensor
-    with named axes, and `made(value).tensor` is that tensor.
+    one that attends to n tokens equally. The map is passed in lazily: `to_named(value)` computes it as a `Named`, which
+    is a tensor with named axes, and `to_named(value).tensor` is that tensor.
     """
-    p = made(value)  # [batch, head, query, key], every row sums to 1
+    p = to_named(value)  # [batch, head, query, key], every row sums to 1
     return p.dropped("key", torch.special.entr(p.tensor).sum(-1).exp())
 
 
-def _spread_with(mistake: str):
+def _spread_with(mistake, value):
     """The solution with one mistake in it."""
-
-    def mistaken(value):
-        p = made(value)
-        entropy = torch.special.entr(p.tensor).sum(-1)
-        if mistake == "entropy":
-            return p.dropped("key", entropy)
-        if mistake == "bits":
-            entropy = entropy / torch.log(torch.tensor(2.0))
-        if mistake == "mean":
-            entropy = entropy.mean(-1, keepdim=True).expand_as(entropy)
-        return p.dropped("key", 1 / p.tensor.square().sum(-1) if mistake == "participation" else entropy.exp())
-
-    return mistaken
+    p = to_named(value)
+    entropy = torch.special.entr(p.tensor).sum(-1)
+    if mistake == "entropy":
+        return p.dropped("key", entropy)
+    if mistake == "bits":
+        entropy = entropy / torch.log(torch.tensor(2.0))
+    if mistake == "mean":
+        entropy = entropy.mean(-1, keepdim=True).expand_as(entropy)
+    return p.dropped("key", 1 / p.tensor.square().sum(-1) if mistake == "participation" else entropy.exp())
 
 
 for _mistake, _message in (
@@ -225,7 +219,7 @@ for _mistake, _message in (
     ),
     ("mean", "each query has its own entropy; you average over all queries before the exponential."),
 ):
-    wrong("inside.spread", _message)(_spread_with(_mistake))
+    wrong("inside.spread", _message)(partial(_spread_with, _mistake))
 
 
 def _tokens() -> list[tuple]:

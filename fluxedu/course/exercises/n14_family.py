@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -59,23 +60,19 @@ def fill_tokens(noise: Tensor, masked: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([pack(noise), pack(masked), pack(cells)], dim=-1)  # [B, h/2 * w/2, 64 + 64 + 256]
 
 
-def _fill_with(mistake: str):
+def _fill_with(mistake, noise, masked, mask):
     """The solution with one mistake in it."""
-
-    def mistaken(noise, masked, mask):
-        b, _, h, w = noise.shape
-        if mistake == "mask inverted":
-            mask = 1 - mask
-        order = (0, 4, 2, 1, 3) if mistake == "columns first" else (0, 2, 4, 1, 3)
-        mask_tokens = pack(mask.reshape(b, h, 8, w, 8).permute(*order).reshape(b, 64, h, w))
-        if mistake == "whole patches":
-            patches = mask.reshape(b, h // 2, 16, w // 2, 16).permute(0, 1, 3, 2, 4)
-            mask_tokens = patches.reshape(b, -1, 256)
-        if mistake == "mask before image":
-            return torch.cat([pack(noise), mask_tokens, pack(masked)], dim=-1)
-        return torch.cat([pack(noise), pack(masked), mask_tokens], dim=-1)
-
-    return mistaken
+    b, _, h, w = noise.shape
+    if mistake == "mask inverted":
+        mask = 1 - mask
+    order = (0, 4, 2, 1, 3) if mistake == "columns first" else (0, 2, 4, 1, 3)
+    mask_tokens = pack(mask.reshape(b, h, 8, w, 8).permute(*order).reshape(b, 64, h, w))
+    if mistake == "whole patches":
+        patches = mask.reshape(b, h // 2, 16, w // 2, 16).permute(0, 1, 3, 2, 4)
+        mask_tokens = patches.reshape(b, -1, 256)
+    if mistake == "mask before image":
+        return torch.cat([pack(noise), mask_tokens, pack(masked)], dim=-1)
+    return torch.cat([pack(noise), pack(masked), mask_tokens], dim=-1)
 
 
 for _mistake, _message in (
@@ -87,7 +84,7 @@ for _mistake, _message in (
         "you fold the mask in patches of 16 x 16 pixels; fold 8 x 8 into cells first, then pack the cells.",
     ),
 ):
-    wrong("family.fill", _message)(_fill_with(_mistake))
+    wrong("family.fill", _message)(partial(_fill_with, _mistake))
 
 
 @exercise(
@@ -170,23 +167,19 @@ def with_image_tokens(txt: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor
     return tokens, torch.zeros(tokens.shape[1], 3)
 
 
-def _redux_with(mistake: str):
+def _redux_with(mistake, txt, image_tokens):
     """The solution with one mistake in it."""
-
-    def mistaken(txt, image_tokens):
-        tokens, ids = _prompt_by_prompt(txt, image_tokens)
-        txt_len = txt.shape[1]
-        if mistake == "image first":
-            tokens = torch.cat([tokens[:, txt_len:], tokens[:, :txt_len]], dim=1)
-        if mistake == "frame 1":
-            ids[txt_len:, 0] = 1
-        if mistake == "numbered":
-            ids[:, 2] = torch.arange(len(ids))
-        if mistake == "first prompt":
-            tokens[1:, txt_len:] = 0
-        return tokens, ids
-
-    return mistaken
+    tokens, ids = _prompt_by_prompt(txt, image_tokens)
+    txt_len = txt.shape[1]
+    if mistake == "image first":
+        tokens = torch.cat([tokens[:, txt_len:], tokens[:, :txt_len]], dim=1)
+    if mistake == "frame 1":
+        ids[txt_len:, 0] = 1
+    if mistake == "numbered":
+        ids[:, 2] = torch.arange(len(ids))
+    if mistake == "first prompt":
+        tokens[1:, txt_len:] = 0
+    return tokens, ids
 
 
 for _mistake, _message in (
@@ -195,7 +188,7 @@ for _mistake, _message in (
     ("numbered", "your ids number the tokens; the ids of text are all zero, and these tokens are text."),
     ("first prompt", "only the first prompt of the batch gets the image; every prompt should."),
 ):
-    wrong("family.redux", _message)(_redux_with(_mistake))
+    wrong("family.redux", _message)(partial(_redux_with, _mistake))
 
 
 def _test_velocity(x: Tensor, t: float) -> Tensor:
@@ -252,21 +245,17 @@ def invert(x: Tensor, times: Tensor, velocity: Callable, rounds: int = 1) -> Ten
     return x
 
 
-def _invert_with(mistake: str):
+def _invert_with(mistake, x, times, velocity, rounds=1):
     """The solution with one mistake in it."""
-
-    def mistaken(x, times, velocity, rounds=1):
-        steps = list(zip(times[:-1], times[1:], strict=True))
-        for t, t_next in steps if mistake == "sampler's order" else reversed(steps):
-            dt = t_next - t if mistake == "sign" else t - t_next
-            guess = x
-            for _ in range(rounds):
-                start = guess if mistake == "start moves" else x
-                guess = start + dt * velocity(guess, t_next if mistake == "end time" else t)
-            x = guess
-        return x
-
-    return mistaken
+    steps = list(zip(times[:-1], times[1:], strict=True))
+    for t, t_next in steps if mistake == "sampler's order" else reversed(steps):
+        dt = t_next - t if mistake == "sign" else t - t_next
+        guess = x
+        for _ in range(rounds):
+            start = guess if mistake == "start moves" else x
+            guess = start + dt * velocity(guess, t_next if mistake == "end time" else t)
+        x = guess
+    return x
 
 
 for _mistake, _message in (
@@ -278,7 +267,7 @@ for _mistake, _message in (
         "each round starts where the last one ended, so the step is taken several times; start at x again.",
     ),
 ):
-    wrong("family.invert", _message)(_invert_with(_mistake))
+    wrong("family.invert", _message)(partial(_invert_with, _mistake))
 
 
 def _lora_factors() -> list[tuple]:
@@ -369,18 +358,14 @@ def elo(a: float, b: float, score: float, k: float = 32.0) -> tuple[float, float
     return a + gain, b - gain
 
 
-def _elo_with(mistake: str):
+def _elo_with(mistake, a, b, score, k=32.0):
     """The solution with one mistake in it."""
-
-    def mistaken(a, b, score, k=32.0):
-        gap = a - b if mistake == "expected of b" else b - a
-        expected = 1 / (1 + (math.e if mistake == "base e" else 10) ** (gap / 400))
-        if mistake == "no expectation":
-            expected = 0.5
-        gain = (32 if mistake == "fixed k" else k) * (score - expected)
-        return a + gain, b + gain if mistake == "same direction" else b - gain
-
-    return mistaken
+    gap = a - b if mistake == "expected of b" else b - a
+    expected = 1 / (1 + (math.e if mistake == "base e" else 10) ** (gap / 400))
+    if mistake == "no expectation":
+        expected = 0.5
+    gain = (32 if mistake == "fixed k" else k) * (score - expected)
+    return a + gain, b + gain if mistake == "same direction" else b - gain
 
 
 for _mistake, _message in (
@@ -390,4 +375,4 @@ for _mistake, _message in (
     ("fixed k", "k is 32 in your answer, whatever is passed in; use the argument."),
     ("no expectation", "every win counts the same; a surprising result should move the ratings more."),
 ):
-    wrong("family.elo", _message)(_elo_with(_mistake))
+    wrong("family.elo", _message)(partial(_elo_with, _mistake))

@@ -1,6 +1,7 @@
 """Notebook 15: the arena."""
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -50,20 +51,16 @@ def likelihood(strengths: Tensor, wins: Tensor) -> Tensor:
     return (wins * F.logsigmoid(gaps)).sum()
 
 
-def _likelihood_with(mistake: str):
+def _likelihood_with(mistake, strengths, wins):
     """The solution with one mistake in it."""
-
-    def mistaken(strengths, wins):
-        gaps = strengths[:, None] - strengths[None, :]
-        if mistake == "transposed":
-            gaps = -gaps
-        counts = (wins > 0).float() if mistake == "once" else wins
-        total = (counts * (torch.sigmoid(gaps) if mistake == "no log" else F.logsigmoid(gaps))).sum()
-        if mistake == "mean":
-            total = total / wins.sum()
-        return -total if mistake == "loss" else total
-
-    return mistaken
+    gaps = strengths[:, None] - strengths[None, :]
+    if mistake == "transposed":
+        gaps = -gaps
+    counts = (wins > 0).float() if mistake == "once" else wins
+    total = (counts * (torch.sigmoid(gaps) if mistake == "no log" else F.logsigmoid(gaps))).sum()
+    if mistake == "mean":
+        total = total / wins.sum()
+    return -total if mistake == "loss" else total
 
 
 for _mistake, _message in (
@@ -73,7 +70,7 @@ for _mistake, _message in (
     ("mean", "you return the mean over the votes; the log-likelihood is the sum."),
     ("loss", "the sign is wrong: you return a loss; the log-likelihood is the sum itself."),
 ):
-    wrong("arena.likelihood", _message)(_likelihood_with(_mistake))
+    wrong("arena.likelihood", _message)(partial(_likelihood_with, _mistake))
 
 
 def _tables_with_anchor() -> list[tuple]:
@@ -124,26 +121,22 @@ def newton(strengths: Tensor, wins: Tensor) -> Tensor:
     return strengths + torch.linalg.solve(information[:-1, :-1], gradient[:-1])
 
 
-def _newton_with(mistake: str):
+def _newton_with(mistake, strengths, wins):
     """The solution with one mistake in it."""
-
-    def mistaken(strengths, wins):
-        if mistake == "no anchor":
-            wins = wins[:-1, :-1]
-        everyone = torch.cat([strengths, torch.zeros(len(wins) - len(strengths))])
-        p = torch.sigmoid(everyone[:, None] - everyone[None, :])
-        games = wins + wins.T
-        gradient = (wins - (wins if mistake == "won games" else games) * p).sum(1)[: len(strengths)]
-        weights = games / 4 if mistake == "equal weights" else games * p * (1 - p)
-        information = (weights.sum(1).diag() - weights)[: len(strengths), : len(strengths)]
-        if mistake == "gradient":
-            return strengths + gradient
-        if mistake == "diagonal":
-            return strengths + gradient / information.diag()
-        step = torch.linalg.pinv(information) @ gradient
-        return strengths - step if mistake == "sign" else strengths + step
-
-    return mistaken
+    if mistake == "no anchor":
+        wins = wins[:-1, :-1]
+    everyone = torch.cat([strengths, torch.zeros(len(wins) - len(strengths))])
+    p = torch.sigmoid(everyone[:, None] - everyone[None, :])
+    games = wins + wins.T
+    gradient = (wins - (wins if mistake == "won games" else games) * p).sum(1)[: len(strengths)]
+    weights = games / 4 if mistake == "equal weights" else games * p * (1 - p)
+    information = (weights.sum(1).diag() - weights)[: len(strengths), : len(strengths)]
+    if mistake == "gradient":
+        return strengths + gradient
+    if mistake == "diagonal":
+        return strengths + gradient / information.diag()
+    step = torch.linalg.pinv(information) @ gradient
+    return strengths - step if mistake == "sign" else strengths + step
 
 
 for _mistake, _message in (
@@ -154,7 +147,7 @@ for _mistake, _message in (
     ("won games", "your expected wins come from `wins`, which lacks the games that were lost: use `wins + wins.T`."),
     ("no anchor", "you leave out the last player, whose strength is 0; the games against that player count too."),
 ):
-    wrong("arena.newton", _message)(_newton_with(_mistake))
+    wrong("arena.newton", _message)(partial(_newton_with, _mistake))
 
 
 def _draws() -> list[tuple]:
@@ -199,24 +192,20 @@ def interval(draws: Tensor, level: float) -> Tensor:
     return torch.quantile(points, ends, dim=0).T  # [M, 2]
 
 
-def _interval_with(mistake: str):
+def _interval_with(mistake, draws, level):
     """The solution with one mistake in it."""
-
-    def mistaken(draws, level):
-        mean = draws.mean(1, keepdim=True)
-        if mistake == "no mean":
-            mean = 0
-        if mistake == "mean of draws":
-            mean = draws.mean(0)
-        if mistake == "one mean":
-            mean = draws.mean()
-        points = 1000 + (400 if mistake == "times 400" else 400 / math.log(10)) * (draws - mean)
-        if mistake == "normal":
-            return torch.stack([points.mean(0) - 1.96 * points.std(0), points.mean(0) + 1.96 * points.std(0)], dim=1)
-        cut = 1 - level if mistake == "cut twice" else (1 - level) / 2
-        return torch.quantile(points, torch.tensor([cut, 1 - cut]), dim=0).T
-
-    return mistaken
+    mean = draws.mean(1, keepdim=True)
+    if mistake == "no mean":
+        mean = 0
+    if mistake == "mean of draws":
+        mean = draws.mean(0)
+    if mistake == "one mean":
+        mean = draws.mean()
+    points = 1000 + (400 if mistake == "times 400" else 400 / math.log(10)) * (draws - mean)
+    if mistake == "normal":
+        return torch.stack([points.mean(0) - 1.96 * points.std(0), points.mean(0) + 1.96 * points.std(0)], dim=1)
+    cut = 1 - level if mistake == "cut twice" else (1 - level) / 2
+    return torch.quantile(points, torch.tensor([cut, 1 - cut]), dim=0).T
 
 
 for _mistake, _message in (
@@ -227,7 +216,7 @@ for _mistake, _message in (
     ("cut twice", "each end cuts off all of 1 - level, so the interval is too narrow; cut off half at each end."),
     ("normal", "mean and 1.96 deviations suit a normal distribution; these draws are skewed, so use their quantiles."),
 ):
-    wrong("arena.interval", _message)(_interval_with(_mistake))
+    wrong("arena.interval", _message)(partial(_interval_with, _mistake))
 
 
 def _covariances() -> list[tuple]:
@@ -276,19 +265,15 @@ def gain(covariance: Tensor, p: float, i: int, j: int) -> Tensor:
     return w * c_d @ c_d / (1 + w * d_c_d)
 
 
-def _gain_with(mistake: str):
+def _gain_with(mistake, covariance, p, i, j):
     """The solution with one mistake in it."""
-
-    def mistaken(covariance, p, i, j):
-        w = 1 / 4 if mistake == "certain" else p * (1 - p)
-        sign = 1 if mistake == "sum" else -1
-        c_d = covariance[:, i] + sign * covariance[:, j]
-        d_c_d = c_d[i] + sign * c_d[j]
-        if mistake == "one difference":
-            return w * d_c_d**2 / (1 + w * d_c_d)
-        return w * c_d @ c_d / (1 if mistake == "undivided" else 1 + w * d_c_d)
-
-    return mistaken
+    w = 1 / 4 if mistake == "certain" else p * (1 - p)
+    sign = 1 if mistake == "sum" else -1
+    c_d = covariance[:, i] + sign * covariance[:, j]
+    d_c_d = c_d[i] + sign * c_d[j]
+    if mistake == "one difference":
+        return w * d_c_d**2 / (1 + w * d_c_d)
+    return w * c_d @ c_d / (1 if mistake == "undivided" else 1 + w * d_c_d)
 
 
 for _mistake, _message in (
@@ -297,4 +282,4 @@ for _mistake, _message in (
     ("certain", "every vote counts the same in your answer; a predictable one tells less, p (1 - p)."),
     ("sum", "your d is 1 at both models; a vote compares a difference, so it is 1 and -1."),
 ):
-    wrong("arena.gain", _message)(_gain_with(_mistake))
+    wrong("arena.gain", _message)(partial(_gain_with, _mistake))
