@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fluxedu as fe
-from fluxedu.arena.contestants import contestant
+from fluxedu.arena.match import contestant
 from fluxedu.checkpoints import save_file
 from fluxedu.errors import RequestError
 from fluxedu.loading import WEIGHTS
@@ -138,7 +138,7 @@ def test_training_from_nothing_to_the_card(tmp_path, monkeypatch, name):
     watched = lambda run, loss: train(run, lambda step: shown.append(loss(step)) or shown[-1])  # noqa: E731
     monkeypatch.setattr(baselines.Run, "train", watched)
     (tmp_path / "README.md").write_text((WEIGHTS / "README.md").read_text())
-    monkeypatch.setattr(baselines, "batch_sampler", lambda pipe, steps, guidance: batch_sampler(pipe, 1, guidance))
+    monkeypatch.setattr(baselines.exam, "batch_sampler", lambda pipe, steps, guidance: batch_sampler(pipe, 1, guidance))
     path = baselines.train_baseline(name, tmp_path, False, tmp_path, prompts=14, few=1)
     losses = [float(value.detach()) for value, _ in shown]
     assert len(losses) == 12 and sum(losses[-3:]) < sum(losses[:3])

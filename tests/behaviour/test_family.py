@@ -41,8 +41,8 @@ def by_channels(make_pipe, tiny):
         (64, {"image": PICTURE, "reference": PICTURE}, "not both"),
         (128, {}, "follows a control picture"),
         (128, {"control": PICTURE, "reference": PICTURE}, "reference= needs"),
-        (384, {}, "fills holes: give it image= and mask="),
-        (384, {"image": PICTURE}, "fills holes: give it image= and mask="),
+        (384, {}, "fills holes: pass image= and mask="),
+        (384, {"image": PICTURE}, "fills holes: pass image= and mask="),
         (384, {"image": PICTURE, "mask": "white"}, "a mask must be"),
         (384, {"image": PICTURE, "mask": np.full((32, 32), np.nan)}, "from 0 (keep) to 1 (paint)"),
     ],
@@ -238,16 +238,19 @@ def test_a_style_is_a_dial():
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({"lora": 3}, "lora is a file, or one of hollow, not 3."),
+        ({"lora": 3}, "lora must be a file or one of hollow, not 3."),
         ({"lora": "nothing.safetensors"}, "there is no file or folder nothing.safetensors."),
         (
             {"lora": "hollow", "lora_scale": float("nan")},
-            "lora_scale is a number, 1 being the change as it was",
+            "lora_scale must be a number, 1 for the change as trained",
         ),
-        ({"lora": "hollow", "lora_scale": "much"}, "lora_scale is a number, 1 being the change as it was"),
-        ({"lora_scale": 0.5}, "lora_scale is how much of a LoRA's change is merged; say lora= as well."),
-        ({"lora": "hollow", "lora_scale": 10**400}, "lora_scale is a number, 1 being the change as it was"),
-        ({"lora": "hollow", "memory": "no-modulations"}, "a LoRA is merged into weights that stay; say memory='full'"),
+        ({"lora": "hollow", "lora_scale": "much"}, "lora_scale must be a number, 1 for the change as trained"),
+        ({"lora_scale": 0.5}, "lora_scale needs lora=, the LoRA whose change it scales."),
+        ({"lora": "hollow", "lora_scale": 10**400}, "lora_scale must be a number, 1 for the change as trained"),
+        (
+            {"lora": "hollow", "memory": "no-modulations"},
+            "a LoRA cannot be merged into streamed weights; load with memory='full'",
+        ),
     ],
 )
 def test_a_lora_that_does_not_fit_is_refused(asked, sentence):
@@ -269,7 +272,9 @@ def test_a_member_that_is_a_lora_takes_another_and_says_what_it_needs():
     pipe = fe.load("nano-canny", lora="hollow")
     assert not pipe.flux.training and torch.equal(state, torch.random.get_rng_state())
     pipe("a red circle", control=Image.new("RGB", (128, 128)), steps=1, progress=False)
-    with pytest.raises(RequestError, match="nano-canny is merged into weights that stay; say memory='full'."):
+    with pytest.raises(
+        RequestError, match="nano-canny cannot be merged into streamed weights; load with memory='full'."
+    ):
         fe.load("nano-canny", memory="stream")
 
 
