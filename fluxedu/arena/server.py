@@ -174,7 +174,7 @@ class Booth(Explorer):
     """A widget for voting; ``booth.set(vote="left")`` votes from code. It never shows which model is which."""
 
     def __init__(self, arena: Arena, voter: str, axis: str):
-        self.arena, self.voter, self.axis, self.given = arena, check_voter(voter), axis, 0
+        self.arena, self.voter, self.axis, self.votes_given = arena, check_voter(voter), axis, 0
         self._next_ballot()
         controls = [Vote("vote", "vote", ANSWERS, (0, 0))]
         super().__init__(f"The arena: {AXES[axis].title}", controls, lambda vote: self.current)
@@ -186,27 +186,27 @@ class Booth(Explorer):
 
     def set(self, vote: int | str) -> Booth:
         """Vote ``left``, ``right`` or ``the same``."""
-        self.state = self.state | {"vote": [self.given, self.control["vote"].index(vote)]}
+        self.state = self.state | {"vote": [self.votes_given, self.control["vote"].index(vote)]}
         return self
 
     def _next_ballot(self) -> None:
         self.ballot = self.arena.ballot(self.voter, self.axis)
         sides = self.arena.sides(self.ballot)
-        self.current = booth_view(AXES[self.axis].question, self.ballot.prompt, *sides, self.given)
+        self.current = booth_view(AXES[self.axis].question, self.ballot.prompt, *sides, self.votes_given)
 
     def _redraw(self, change=None) -> None:
         """Store the vote, if it answers the open ballot, and show the next one."""
         number, answer = self.state["vote"]
-        if answer and self.ballot is not None and number == self.given:
+        if answer and self.ballot is not None and number == self.votes_given:
             try:
                 self.arena.vote(self.ballot.id, CHOICES[answer], self.voter)
-                self.ballot, self.given = None, self.given + 1
+                self.ballot, self.votes_given = None, self.votes_given + 1
                 self._next_ballot()
             except ArenaError as error:  # every pair has been judged, or somebody else votes under this name
                 self.current = View(self.current.panels, str(error))
-        if [number, answer] != [self.given, 0]:
+        if [number, answer] != [self.votes_given, 0]:
             self.unobserve(self._redraw, "state")  # resetting the control for the next ballot is not a vote
-            self.state = self.state | {"vote": [self.given, 0]}
+            self.state = self.state | {"vote": [self.votes_given, 0]}
             self.observe(self._redraw, "state")
         super()._redraw(change)
 

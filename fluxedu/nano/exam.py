@@ -63,26 +63,28 @@ def run_exam(
     If ``by_size_prompts`` exceeds ``count``, ``more_by_size`` is ``by_size`` over that many questions. The 71 images
     that each size has among 500 determine its share to 4 points, 300 images to 2.
     """
-    asked = questions(max(count, by_size_prompts))
-    verdicts, qualities = _judge_all(sample, asked[:count], batch)
+    exam_questions = questions(max(count, by_size_prompts))
+    verdicts, qualities = _judge_all(sample, exam_questions[:count], batch)
     figures = {
         "prompts": count,
         "rows": summary(verdicts.values()),
-        "by_size": _by_size(asked[:count], verdicts),
+        "by_size": _by_size(exam_questions[:count], verdicts),
         "quality": float(np.mean(qualities)),
-        "diversity": _mean_diversity(sample, asked[:diversity_prompts]) if diversity_prompts else None,
+        "diversity": _mean_diversity(sample, exam_questions[:diversity_prompts]) if diversity_prompts else None,
     }
     if by_size_prompts > count:
-        figures["more_by_size"] = _by_size(asked, verdicts | _judge_all(sample, asked[count:], batch)[0])
+        figures["more_by_size"] = _by_size(
+            exam_questions, verdicts | _judge_all(sample, exam_questions[count:], batch)[0]
+        )
     return figures
 
 
-def _judge_all(sample: Sampler, asked: list[Question], batch: int) -> tuple[dict[int, Verdict], list[float]]:
+def _judge_all(sample: Sampler, exam_questions: list[Question], batch: int) -> tuple[dict[int, Verdict], list[float]]:
     """The verdict on each question by its seed, and the quality of each image."""
     verdicts: dict[int, Verdict] = {}
     qualities: list[float] = []
-    for size in dict.fromkeys(question.size for question in asked):
-        of_size = [question for question in asked if question.size == size]
+    for size in dict.fromkeys(question.size for question in exam_questions):
+        of_size = [question for question in exam_questions if question.size == size]
         for start in range(0, len(of_size), batch):
             part = of_size[start : start + batch]
             images = sample([q.prompt for q in part], [q.seed for q in part], size)
@@ -93,14 +95,17 @@ def _judge_all(sample: Sampler, asked: list[Question], batch: int) -> tuple[dict
     return verdicts, qualities
 
 
-def _by_size(asked: list[Question], verdicts: dict[int, Verdict]) -> dict[str, dict]:
-    return {f"{h}x{w}": summary(verdicts[q.seed] for q in asked if q.size == (h, w))["everything"] for h, w in ASPECTS}
+def _by_size(exam_questions: list[Question], verdicts: dict[int, Verdict]) -> dict[str, dict]:
+    return {
+        f"{h}x{w}": summary(verdicts[q.seed] for q in exam_questions if q.size == (h, w))["everything"]
+        for h, w in ASPECTS
+    }
 
 
-def _mean_diversity(sample: Sampler, asked: list[Question], images: int = 8) -> float:
+def _mean_diversity(sample: Sampler, exam_questions: list[Question], images: int = 8) -> float:
     """The diversity of several images of one prompt, averaged over prompts."""
     spreads = []
-    for question in asked:
+    for question in exam_questions:
         drawn = sample([question.prompt] * images, list(range(images)), question.size)
         spreads.append(diversity([judge(image, question.claim).detections for image in drawn]))
     return float(np.mean(spreads))

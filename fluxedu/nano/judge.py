@@ -281,10 +281,10 @@ def judge(image, claim: Claim) -> Verdict:
     matched = _assign(detections.objects, claim)
     found = [None if index is None else detections.objects[index] for index in matched]
     colors, forms, sizes = [], [], []
-    for seen, (color, form, size) in zip(found, claim.objects, strict=True):
-        colors.append(seen is not None and seen.color == color)
-        forms.append(seen is not None and seen.form == form)
-        sizes.append(None if size is None else seen is not None and seen.size == size)
+    for detected, (color, form, size) in zip(found, claim.objects, strict=True):
+        colors.append(detected is not None and detected.color == color)
+        forms.append(detected is not None and detected.form == form)
+        sizes.append(None if size is None else detected is not None and detected.size == size)
     return Verdict(
         claim,
         detections,
@@ -308,9 +308,9 @@ def _assign(objects: Sequence[Detection], claim: Claim) -> tuple[int | None, ...
     def agreement(index: int | None, color: str, form: str, size: str | None) -> float:
         if index is None:
             return 0.0
-        seen = objects[index]
-        hit = 1.1 * (seen.color == color) + (seen.form == form)
-        return hit + 0.01 * (seen.size == size) if hit else -1.0
+        detected = objects[index]
+        hit = 1.1 * (detected.color == color) + (detected.form == form)
+        return hit + 0.01 * (detected.size == size) if hit else -1.0
 
     candidates = [*range(len(objects)), *[None] * len(claim.objects)]
     scores = [{index: agreement(index, *claimed) for index in candidates} for claimed in claim.objects]
@@ -390,9 +390,9 @@ def quality(image, detections: Detections) -> float:
     return (objects + float(np.clip((40 - deviation) / 36, 0, 1))) / 3
 
 
-def _steepness(pixels: np.ndarray, ground: np.ndarray, seen: Detection, near: np.ndarray) -> float:
+def _steepness(pixels: np.ndarray, ground: np.ndarray, detected: Detection, near: np.ndarray) -> float:
     """The slope of an object's outline in [0, 1], measured over the pixels ``near``, bool ``[H, W]``."""
-    direction = np.subtract(COLORS[seen.color], ground)
+    direction = np.subtract(COLORS[detected.color], ground)
     down, right = np.gradient(np.clip((pixels - ground) @ direction / (direction @ direction), 0, 1))
     slope = np.hypot(down, right)[near]
     # high powers, so that the many faint slopes of shading and stripes do not count

@@ -225,20 +225,20 @@ def signed_distance(form: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def coverage(
-    thing: SceneObject, height: int, width: int, outline: float | None = None
+    obj: SceneObject, height: int, width: int, outline: float | None = None
 ) -> tuple[slice, slice, np.ndarray]:
     """The share of each pixel that an object covers: (rows, columns) of the window around it, shares in [0, 1].
 
     With ``outline``, a shape in :data:`HOLLOW` is only a line of this many pixels, measured inwards from its edge.
     """
-    reach = thing.radius + 2
-    top, left = max(int(thing.y - reach), 0), max(int(thing.x - reach), 0)
-    bottom, right = min(int(thing.y + reach) + 1, height), min(int(thing.x + reach) + 1, width)
+    reach = obj.radius + 2
+    top, left = max(int(obj.y - reach), 0), max(int(obj.x - reach), 0)
+    bottom, right = min(int(obj.y + reach) + 1, height), min(int(obj.x + reach) + 1, width)
     y, x = np.mgrid[top:bottom, left:right] + 0.5
-    distance = signed_distance(thing.form, (x - thing.x) / thing.radius, (y - thing.y) / thing.radius)
-    share = np.clip(0.5 - distance * thing.radius, 0, 1)
-    if outline is not None and thing.form in HOLLOW:
-        share = share - np.clip(0.5 - distance * thing.radius - outline, 0, 1)
+    distance = signed_distance(obj.form, (x - obj.x) / obj.radius, (y - obj.y) / obj.radius)
+    share = np.clip(0.5 - distance * obj.radius, 0, 1)
+    if outline is not None and obj.form in HOLLOW:
+        share = share - np.clip(0.5 - distance * obj.radius - outline, 0, 1)
     return slice(top, bottom), slice(left, right), share
 
 
@@ -259,12 +259,12 @@ def render(scene: Scene, outline: float | None = None) -> np.ndarray:
     h, w = scene.height, scene.width
     image = np.empty((h, w, 3))
     image[:] = BACKGROUNDS[scene.background]
-    for thing in scene.objects:
-        rows, cols, share = coverage(thing, h, w, outline)
+    for obj in scene.objects:
+        rows, cols, share = coverage(obj, h, w, outline)
         y, x = np.mgrid[rows, cols]
-        light = 10 * ((thing.x - x) + (thing.y - y)) / thing.radius  # lit from the top left
+        light = 10 * ((obj.x - x) + (obj.y - y)) / obj.radius  # lit from the top left
         light = light + 6 * np.sin((x + y) * 0.9 + rng.uniform(0, 6.28))  # faint diagonal stripes
-        ink = np.array(COLORS[thing.color]) + light[..., None]
+        ink = np.array(COLORS[obj.color]) + light[..., None]
         image[rows, cols] += share[..., None] * (ink - image[rows, cols])
     image += _texture(rng, h, w)[..., None]
     return np.clip(np.round(image), 0, 255).astype(np.uint8)
@@ -273,8 +273,8 @@ def render(scene: Scene, outline: float | None = None) -> np.ndarray:
 def object_map(scene: Scene) -> np.ndarray:
     """The index of the object that each pixel belongs to: int8 ``[height, width]``, -1 for the background."""
     owner = np.full((scene.height, scene.width), -1, np.int8)
-    for index, thing in enumerate(scene.objects):
-        rows, cols, share = coverage(thing, scene.height, scene.width)
+    for index, obj in enumerate(scene.objects):
+        rows, cols, share = coverage(obj, scene.height, scene.width)
         owner[rows, cols][share > 0.5] = index
     return owner
 
@@ -295,9 +295,9 @@ def depth_map(scene: Scene) -> np.ndarray:
     """
     smallest, largest = SIZES["small"][0], SIZES["large"][1]
     grey = np.zeros((scene.height, scene.width))
-    for thing in scene.objects:
-        rows, cols, share = coverage(thing, scene.height, scene.width)
-        level = 110 + 145 * (thing.radius - smallest) / (largest - smallest)
+    for obj in scene.objects:
+        rows, cols, share = coverage(obj, scene.height, scene.width)
+        level = 110 + 145 * (obj.radius - smallest) / (largest - smallest)
         grey[rows, cols] = np.maximum(grey[rows, cols], level * share)
     return np.repeat(np.round(grey).astype(np.uint8)[..., None], 3, axis=-1)
 
