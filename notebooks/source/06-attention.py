@@ -335,11 +335,11 @@ for ax, out, name in zip(axes, outs, ["unchanged", *hide]):
     ax.imshow(out.images[0])
     ax.set_title(name if name == "unchanged" else f"{name} hidden", fontsize=9)
     ax.axis("off")
-fig.suptitle("With one word hidden, the scene is still drawn: T5's other vectors contain it too")
+fig.suptitle("With any one word hidden, the scene is still drawn; with all words hidden it is not")
 plt.show()
 
 # %% [markdown]
-# In this run the red object is a circle even with “circle” hidden. The likely reason is that T5 has already put the
+# In this run the red object is still round with “circle” hidden. The likely reason is that T5 has already put the
 # word's information into the vectors of the other tokens. With all words hidden the padding is still there, and it is
 # not enough for an image. Do not conclude more from one image: the latent's change also counts the background, about
 # which this prompt says nothing, and with other seeds the changes in background and position are often much smaller.
