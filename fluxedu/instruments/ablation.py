@@ -117,9 +117,7 @@ def _mask_along(value: Tensor, ctx: Context, names: tuple[str, ...], indices: Se
     mask = torch.zeros(value.shape[axis], dtype=torch.bool, device=value.device)
     for index in indices:
         if isinstance(index, int) and not -len(mask) <= index < len(mask):
-            raise InstrumentError(
-                f"{ctx.site!r} has length {len(mask)} along {names[0]}, so index {index} does not exist."
-            )
+            raise InstrumentError(f"{ctx.site!r} has length {len(mask)} along {names[0]}, so there is no {index}.")
         mask[index] = True
     return mask.view([-1 if i == axis else 1 for i in range(value.ndim)])
 

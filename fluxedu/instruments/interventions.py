@@ -206,9 +206,7 @@ def positions(
             ids = torch.cat([ids, reference_ids(*shape)])
         ids = edit(ids)
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[-1] != 3:
-            raise InstrumentError(
-                f"edit must return the ids of the image tokens, a tensor [N, 3], not {describe(ids)}."
-            )
+            raise InstrumentError(f"edit must return the ids, a tensor [N, 3], not {describe(ids)}.")
         txt_ids = text_ids(context.txt_len)
         txt_ids = txt_ids if text is None else text(txt_ids)
         new = context.pipe.flux.rope(ids.to(table.device), txt_ids.to(table.device))

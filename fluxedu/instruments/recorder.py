@@ -275,8 +275,8 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         folder = "" if isinstance(self.recording, FolderRecording) else "write to a folder (to=...), "
         return BudgetError(
             f"recording {len(sites)} sites or more needs at least {self.total_bytes:,} bytes, "
-            f"the budget is {self.budget:,}: name fewer sites, steps or heads, reduce (reduce='head-mean', tokens=[...]), {folder}"
-            f"or allow more (budget={self.total_bytes})."
+            f"the budget is {self.budget:,}: name fewer sites, steps or heads, "
+            f"reduce (reduce='head-mean', tokens=[...]), {folder}or allow more (budget={self.total_bytes})."
         )
 
     # ---------------------------------------------------------------- enter and exit

@@ -47,6 +47,11 @@ def split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
     return x.unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous().unbind(0)
 
 
+def to_heads(x: Tensor, num_heads: int) -> Tensor:
+    """``[B, N, H * d] -> [B, H, N, d]``."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
 def merge_heads(x: Tensor) -> Tensor:
     """``[B, H, N, d] -> [B, N, H * d]``."""
     return x.transpose(1, 2).flatten(2)

@@ -60,8 +60,8 @@ class AttnBlock(Probed):
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w]
         normed = self.probe("norm", self.norm(x))  # [B, C, h, w] group-normalised: the attention's input
         q = self.probe("q", _as_tokens(self.q(normed)))  # [B, 1, G, C] queries of the cells, row by row
-        k = self.probe("k", _as_tokens(self.k(normed)))  # [B, 1, G, C] keys
-        v = self.probe("v", _as_tokens(self.v(normed)))  # [B, 1, G, C] values
+        k = self.probe("k", _as_tokens(self.k(normed)))  # [B, 1, G, C] keys of the cells
+        v = self.probe("v", _as_tokens(self.v(normed)))  # [B, 1, G, C] values of the cells
         if self.is_watched("map"):
             attn_map = AttentionMap(q, k, v)
             attn_map = self.probe("map", attn_map)  # [B, 1, G, G] attention map (lazy), one row per query

@@ -77,22 +77,22 @@ class DoubleStreamBlock(Probed):
         txt_attn, img_attn = attn.split([txt.shape[1], img.shape[1]], dim=1)
 
         # image: add the attention, then the MLP, each scaled by its gate
-        img_out = self.probe("img_attn_out", self.img_attn.proj(img_attn))  # [B, N, D] output of attention, ungated
-        img = gated(img, img_mod1.gate, img_out, self, "img_attn_contribution")  # [B, N, D] gate * attention
+        img_out = self.probe("img_attn_out", self.img_attn.proj(img_attn))  # [B, N, D] attention output, before gating
+        img = gated(img, img_mod1.gate, img_out, self, "img_attn_contribution")  # [B, N, D] gate * attention output
         img_in = self.probe("img_norm2", layer_norm(img))  # [B, N, D] layer-normalised, before shift and scale
         img_in = modulate(img_in, img_mod2.shift, img_mod2.scale)
         img_in = self.probe("img_modulated2", img_in)  # [B, N, D] shifted and scaled: the MLP's input
-        img_out = self.probe("img_mlp_out", self.img_mlp(img_in))  # [B, N, D] output of the MLP, ungated
-        img = gated(img, img_mod2.gate, img_out, self, "img_mlp_contribution")  # [B, N, D] gate * MLP
+        img_out = self.probe("img_mlp_out", self.img_mlp(img_in))  # [B, N, D] MLP output, before gating
+        img = gated(img, img_mod2.gate, img_out, self, "img_mlp_contribution")  # [B, N, D] gate * MLP output
 
         # text: the same
-        txt_out = self.probe("txt_attn_out", self.txt_attn.proj(txt_attn))  # [B, L, D] output of attention, ungated
-        txt = gated(txt, txt_mod1.gate, txt_out, self, "txt_attn_contribution")  # [B, L, D] gate * attention
+        txt_out = self.probe("txt_attn_out", self.txt_attn.proj(txt_attn))  # [B, L, D] attention output, before gating
+        txt = gated(txt, txt_mod1.gate, txt_out, self, "txt_attn_contribution")  # [B, L, D] gate * attention output
         txt_in = self.probe("txt_norm2", layer_norm(txt))  # [B, L, D] layer-normalised, before shift and scale
         txt_in = modulate(txt_in, txt_mod2.shift, txt_mod2.scale)
         txt_in = self.probe("txt_modulated2", txt_in)  # [B, L, D] shifted and scaled: the MLP's input
-        txt_out = self.probe("txt_mlp_out", self.txt_mlp(txt_in))  # [B, L, D] output of the MLP, ungated
-        txt = gated(txt, txt_mod2.gate, txt_out, self, "txt_mlp_contribution")  # [B, L, D] gate * MLP
+        txt_out = self.probe("txt_mlp_out", self.txt_mlp(txt_in))  # [B, L, D] MLP output, before gating
+        txt = gated(txt, txt_mod2.gate, txt_out, self, "txt_mlp_contribution")  # [B, L, D] gate * MLP output
 
         img = self.probe("img_out", img)  # [B, N, D] the image stream as it leaves the block
         txt = self.probe("txt_out", txt)  # [B, L, D] the text stream as it leaves the block
@@ -147,7 +147,7 @@ class SingleStreamBlock(Probed):
 
         # both halves through the second linear layer, added through the gate
         out = self.linear2(torch.cat([attn, hidden], dim=-1))
-        out = self.probe("added", out)  # [B, T, D] output of attention and MLP together, before the gate
+        out = self.probe("added", out)  # [B, T, D] output of attention and MLP together, before gating
         x = gated(x, mod.gate, out, self, "contribution")  # [B, T, D] gate * output
         return self.probe("out", x)  # [B, T, D] the tokens as they leave the block
 

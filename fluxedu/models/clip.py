@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fluxedu.models.attention import merge_heads
+from fluxedu.models.attention import merge_heads, to_heads
 from fluxedu.models.attention_map import AttentionMap, softmax_attention, weighted_sum
 from fluxedu.models.config import CLIPTextConfig
 from fluxedu.probe import Probed, name_sites
@@ -34,9 +34,9 @@ class CLIPAttention(Probed):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, L, D] -> [B, L, D]
         heads = self.num_heads
-        q = self.probe("q", self.q_proj(x).unflatten(-1, (heads, -1)).transpose(1, 2))  # [B, H, L, d] queries
-        k = self.probe("k", self.k_proj(x).unflatten(-1, (heads, -1)).transpose(1, 2))  # [B, H, L, d] keys
-        v = self.probe("v", self.v_proj(x).unflatten(-1, (heads, -1)).transpose(1, 2))  # [B, H, L, d] values
+        q = self.probe("q", to_heads(self.q_proj(x), heads))  # [B, H, L, d] each head's queries
+        k = self.probe("k", to_heads(self.k_proj(x), heads))  # [B, H, L, d] each head's keys
+        v = self.probe("v", to_heads(self.v_proj(x), heads))  # [B, H, L, d] each head's values
         if self.is_watched("map"):
             attn_map = AttentionMap(q, k, v, x.shape[1], causal=self.causal)
             attn_map = self.probe("map", attn_map)  # [B, H, L, L] attention map (lazy), one row per query

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.attention import merge_heads
+from fluxedu.models.attention import merge_heads, to_heads
 from fluxedu.models.attention_map import AttentionMap, softmax_attention, weighted_sum
 from fluxedu.models.config import T5Config
 from fluxedu.probe import Probed, name_sites
@@ -72,9 +72,9 @@ class T5Attention(Probed):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # [B, L, D] -> [B, L, D]
         heads = self.config.num_heads
-        q = self.probe("q", self.q(x).unflatten(-1, (heads, -1)).transpose(1, 2))  # [B, H, L, d] queries
-        k = self.probe("k", self.k(x).unflatten(-1, (heads, -1)).transpose(1, 2))  # [B, H, L, d] keys
-        v = self.probe("v", self.v(x).unflatten(-1, (heads, -1)).transpose(1, 2))  # [B, H, L, d] values
+        q = self.probe("q", to_heads(self.q(x), heads))  # [B, H, L, d] each head's queries
+        k = self.probe("k", to_heads(self.k(x), heads))  # [B, H, L, d] each head's keys
+        v = self.probe("v", to_heads(self.v(x), heads))  # [B, H, L, d] each head's values
         if self.is_watched("map"):
             attn_map = AttentionMap(q, k, v, x.shape[1], bias, scale=1.0)
             attn_map = self.probe("map", attn_map)  # [B, H, L, L] attention map (lazy), one row per query

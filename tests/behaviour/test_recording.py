@@ -109,7 +109,7 @@ def test_tokens_of_a_stream_are_chosen(pipe):
         (reductions.rows([35, 2]), lambda w: w[:, :, [35, 2]]),
         (reductions.columns([0, 35]), lambda w: w[..., [0, 35]]),
         ("top-2", lambda w: torch.stack([w.topk(2).values, w.topk(2).indices.float()], -1)),
-        (lambda value: reductions.made(value).at(query=3), lambda w: w[:, :, 3]),
+        (lambda value: reductions.to_named(value).at(query=3), lambda w: w[:, :, 3]),
     ],
 )
 def test_a_reduction_is_the_reduced_map(pipe, reduce, by_hand):
@@ -250,7 +250,7 @@ def test_words_are_the_prompted_pass(plain_pipe):
     with fe.record(MAP, passes="negative", tokens="star") as negative:
         draw(plain_pipe, **asked)
     assert negative[MAP].coords["key"] == ["▁star"]
-    with pytest.raises(InstrumentError, match="does not say 'red'"), fe.record(MAP, passes="negative", tokens="red"):
+    with pytest.raises(InstrumentError, match="does not contain 'red'"), fe.record(MAP, passes="negative", tokens="red"):
         draw(plain_pipe, **asked)
 
 
@@ -291,7 +291,7 @@ def test_a_word_that_one_of_several_prompts_says(pipe):
     with fe.record("t5.states", tokens=["star"]) as rec:
         pipe(["a red circle", "a green star"], steps=1, progress=False)
     assert rec["t5.states"].sizes["text"] == 1
-    with pytest.raises(InstrumentError, match="does not say 'ring'"), fe.record("t5.states", tokens=["ring"]):
+    with pytest.raises(InstrumentError, match="does not contain 'ring'"), fe.record("t5.states", tokens=["ring"]):
         pipe(["a red circle", "a green star"], steps=1, progress=False)
 
 

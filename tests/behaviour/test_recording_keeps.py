@@ -60,9 +60,9 @@ def test_a_folder_holds_a_mean_over_steps(pipe, tmp_path):
 
 def test_a_folder_with_something_in_it_is_left_alone(pipe, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(InstrumentError, match="is there already"):
+    with pytest.raises(InstrumentError, match="exists already"):
         fe.record("vec", to=tmp_path)
-    with pytest.raises(InstrumentError, match="holds no recording"):
+    with pytest.raises(InstrumentError, match="contains no recording"):
         open_recording(tmp_path)
 
 
@@ -197,11 +197,11 @@ def test_a_damaged_recording_is_named(pipe, tmp_path):
     with pytest.raises(InstrumentError, match=f"{path.name} is damaged"):
         open_recording(tmp_path / "run")
     (tmp_path / "file").write_text("")
-    with pytest.raises(InstrumentError, match="cannot be made"):
+    with pytest.raises(InstrumentError, match="cannot be created"):
         fe.record("vec", to=tmp_path / "file" / "run")
 
 
 def test_two_recorders_do_not_share_a_folder(pipe, tmp_path):
-    with pytest.raises(InstrumentError, match="record into a new folder"):
+    with pytest.raises(InstrumentError, match="must be a new folder"):
         with fe.record("vec", to=tmp_path / "run"), fe.record("single.0.x", to=tmp_path / "run"):
             draw(pipe)

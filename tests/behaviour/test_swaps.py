@@ -159,29 +159,29 @@ def test_whole_blocks_are_made_as_they_were(pipe, place, block):
     [
         (lambda: fe.intervene("sample.noise", lambda x, ctx: 0 * x, times=(0, 1)), "outside of the steps"),
         (lambda: fe.intervene("vec", lambda x, ctx: 0 * x, times=0.5), "a pair"),
-        (lambda: fe.ablate("single.0.attn.map", tokens="red", streams="txt"), "columns are cut"),
+        (lambda: fe.ablate("single.0.attn.map", tokens="red", streams="txt"), "columns are removed"),
         (lambda: fe.patch("sample.noise", torch.zeros(4, 4, 16)), "but the patch is"),
         (lambda: fe.patch("vec", None), "not NoneType"),
         (lambda: fe.swap("double.0.img_attn", "mine"), "a module, a class or a function"),
         (lambda: fe.intervene("single.0.gate"), "must be a function"),
         (lambda: fe.intervene("single.9.gate", lambda x, ctx: x), "did you mean single"),
         (lambda: fe.intervene("single.0.gate", lambda x, ctx: x[0]), r"must be \[1, 1, 48\]"),
-        (lambda: fe.intervene("single.0.gate", lambda x, ctx: None), "gave NoneType"),
-        (lambda: fe.intervene("single.0.gate", lambda x, ctx: x.double()), "gave torch.float64"),
+        (lambda: fe.intervene("single.0.gate", lambda x, ctx: None), "returned NoneType"),
+        (lambda: fe.intervene("single.0.gate", lambda x, ctx: x.double()), "returned torch.float64"),
         (lambda: fe.ablate("double.1.heads", heads=[2]), "no 2"),
         (lambda: fe.ablate("vec", heads=[0]), "no head axis"),
-        (lambda: fe.ablate("single.0.x", tokens=["green"]), "does not say 'green'"),
+        (lambda: fe.ablate("single.0.x", tokens=["green"]), "does not contain 'green'"),
         (lambda: fe.ablate("single.0.attn.map"), "say which tokens"),
-        (lambda: fe.ablate("single.0.x", streams="text"), "'txt' or 'img'"),
+        (lambda: fe.ablate("single.0.x", streams="text"), "'txt', 'img' or both"),
         (lambda: fe.ablate("single.0.x", to="median"), "number or 'mean'"),
         (lambda: fe.ablate("vec", to="mean"), "no tokens"),
         (lambda: fe.patch("vec", torch.zeros(3)), r"the patch is \[3\]"),
         (lambda: fe.swap("double.*.imgattn", ByHand), "no module"),
         (lambda: fe.swap("double.*.img_attn", TooWide), r"'qkv.weight' is \[150, 50\]"),
         (lambda: fe.swap("double.*.img_attn", TwoArguments), r"takes \(x, rope\)"),
-        (lambda: fe.swap("double.*.img_attn", TwoResults), "it must give"),
+        (lambda: fe.swap("double.*.img_attn", TwoResults), "it must return"),
         (lambda: fe.swap("double.*.img_attn", OneMore), "'extra'"),
-        (lambda: fe.swap("img_in", ByHand), "give a function"),
+        (lambda: fe.swap("img_in", ByHand), "pass a function"),
         (lambda: fe.swap("double.*.img_attn", lambda old: 3), "must be a torch.nn.Module"),
     ],
 )
@@ -195,10 +195,10 @@ def test_errors_are_one_sentence(pipe, wrong, says, monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (lambda: fe.intervene("vec", lambda x: x), "a function of two"),
-        (lambda: fe.swap("double.0.img_attn", lambda: 3), "a function of the old one"),
-        (lambda: fe.ablate("double.1", streams=[]), "a stream is 'txt' or 'img'"),
-        (lambda: fe.intervene("double.0.attn.rope", positions(lambda ids: None)), "edit must give the ids"),
+        (lambda: fe.intervene("vec", lambda x: x), "must take two arguments"),
+        (lambda: fe.swap("double.0.img_attn", lambda: 3), "must take the old module"),
+        (lambda: fe.ablate("double.1", streams=[]), "streams must be 'txt', 'img'"),
+        (lambda: fe.intervene("double.0.attn.rope", positions(lambda ids: None)), "edit must return the ids"),
     ],
 )
 def test_more_errors_of_one_sentence(pipe, wrong, says):
@@ -211,8 +211,8 @@ def test_more_errors_of_one_sentence(pipe, wrong, says):
     ("when", "says"),
     [
         ({"steps": [30]}, r"the run has 3 steps, and none of them is in steps=\[30\]"),
-        ({"times": (0.01, 0.02)}, "no step of the run's 3 begins between t = 0.01 and 0.02"),
-        ({"times": (0.9, 1.0), "steps": 2}, "no step in steps=2 of the run's 3 begins between"),
+        ({"times": (0.01, 0.02)}, "has 3 steps, and none of them is in times=\\(0.01, 0.02\\)"),
+        ({"times": (0.9, 1.0), "steps": 2}, "none of them is in steps=2 and times=\\(0.9, 1\\)"),
     ],
 )
 def test_a_change_that_never_comes_to_pass_says_so(pipe, when, says):
@@ -221,7 +221,7 @@ def test_a_change_that_never_comes_to_pass_says_so(pipe, when, says):
 
 
 def test_an_instrument_that_nothing_passes_says_so(pipe):
-    with pytest.warns(UserWarning, match="ae.encoder.mid never passed, so"), fe.ablate("ae.encoder.mid"):
+    with pytest.warns(UserWarning, match="no value passed ae.encoder.mid, so"), fe.ablate("ae.encoder.mid"):
         draw(pipe)
     with pytest.warns(UserWarning, match="vec never passed but in a thread"), fe.ablate("vec"):
         worker = threading.Thread(target=draw, args=(pipe,))
