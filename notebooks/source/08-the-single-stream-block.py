@@ -240,7 +240,7 @@ else:
 # patches may not attend to text.
 
 # %%
-from fluxedu.instruments.interventions import ablate
+from fluxedu.instruments.ablation import ablate
 
 
 class MLPAfterAttention(SingleStreamBlock):
@@ -276,7 +276,7 @@ def zero_columns(columns: slice):
 def no_attention_to_text(attention_map, ctx):
     """Set the attention from image patches to text tokens to 0, and rescale each row to sum to 1."""
     weights = attention_map.weights().clone()  # [B, H, L + N, L + N], one row per query
-    weights[..., ctx.places("img"), ctx.places("txt")] = 0
+    weights[..., ctx.stream_slice("img"), ctx.stream_slice("txt")] = 0
     return weights / weights.sum(-1, keepdim=True)
 
 
@@ -314,7 +314,7 @@ for ax, out, name in zip(axes.flat, outs, ["original", *changes]):
     ax.imshow(out.images[0])
     ax.set_title(fill(name, 20), fontsize=9)
     ax.axis("off")
-fig.suptitle("Seed 4: without attention to text in the single blocks, no shapes are drawn", fontsize=11)
+fig.suptitle("Seed 4: without attention to text in the single blocks, the two shapes are missing", fontsize=11)
 plt.show()
 
 # %% [markdown]

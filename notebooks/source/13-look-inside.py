@@ -24,7 +24,7 @@ from fluxedu.instruments import lenses
 from fluxedu.instruments.interventions import positions
 from fluxedu.instruments.lenses.run import blocks_of
 from fluxedu.instruments.named import Named
-from fluxedu.instruments.reductions import Value, made
+from fluxedu.instruments.reductions import Value, to_named
 from fluxedu.nano.exam import questions
 from fluxedu.nano.judge import detect
 from fluxedu.nano.scenes import LETTERS, Scene, SceneObject, object_map
@@ -169,7 +169,9 @@ if passed:
         ax.text(i, j, f"{count:.0f}", ha="center", va="center", color="white" if count < 55 else "black", fontsize=8)
     ax.set_xticks(range(len(blocks)), blocks, fontsize=8)
     ax.set(ylabel="head", xlabel="block")
-    ax.set_title(f"Patches attend to {counts.min():.0f} to {counts.max():.0f} of {txt_len + img_len} tokens, by head")
+    ax.set_title(
+        f"Heads attend to {counts.min():.0f} to {counts.max():.0f} of {txt_len + img_len} tokens (mean over patches)"
+    )
     fig.colorbar(image, label="tokens")
     plt.show()
 else:

@@ -131,14 +131,6 @@ def midpoint(x: Tensor, t: float, t_next: float, velocity: Callable) -> tuple[Te
     return x + (t_next - t) * velocity(x_mid, t_mid), v
 
 
-@wrong(
-    "sampling.midpoint", "the second evaluation is at the middle state but at the old time; use the middle time too."
-)
-def _old_time(x, t, t_next, velocity):
-    v = velocity(x, t)
-    return x + (t_next - t) * velocity(x + (t_next - t) / 2 * v, t), v
-
-
 def _midpoint_with(mistake, x, t, t_next, velocity):
     """The solution with one mistake in it."""
     v, t_mid = velocity(x, t), (t + t_next) / 2
