@@ -271,15 +271,22 @@ def sweep(
         Path, typer.Argument(help="A YAML file: prompts, seeds, interventions; see fluxedu/sweep/config.py.")
     ],
     out: Annotated[Path | None, typer.Option(help="The folder of the results; the config's name if not given.")] = None,
-    workers: Annotated[int, typer.Option(help="How many processes.")] = 1,
-    on: Annotated[str | None, typer.Option(help="ray or dask, if the processes are to run there.")] = None,
+    workers: Annotated[int, typer.Option(help="The number of processes on this machine.")] = 1,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(envvar="DASK_SCHEDULER_ADDRESS", help="The address of a Dask scheduler to use instead."),
+    ] = None,
 ) -> None:
-    """Draw prompts x seeds x interventions into one folder. Killed at any time, the same command goes on."""
-    from fluxedu.sweep.command import sweep
+    """Draw prompts x seeds x interventions into one folder. If it is interrupted, the same command continues."""
+    from fluxedu.errors import SweepError
+    from fluxedu.sweep import read_config, run_sweep
 
     with resumable():
-        asked, folder = sweep(config, out, workers, on)
-    typer.echo(f"wrote {folder} ({len(asked):,} cells)")
+        described, folder = read_config(config), out or config.with_suffix("")
+        if folder == config or folder.is_file():
+            raise SweepError(f"{folder} is a file; name a folder for the results with --out.")
+        run_sweep(described, folder, workers, scheduler, progress=True)
+    typer.echo(f"wrote {folder} ({len(described):,} cells)")
 
 
 @app.command(epilog="Example: fluxedu bench --json bench.json")

@@ -6,7 +6,7 @@ fluxedu can mend. A message is one sentence: which argument, what it was, what i
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 from reprlib import repr as short_repr
@@ -92,7 +92,7 @@ def check_integer(name: str, value, low: int, high: int, hint: str = "", error: 
 
 def check_number(name: str, value, low: float, high: float, hint: str = "", error: type = RequestError) -> float:
     """``value`` as a float if it is a finite number in [low, high]; raises ``error`` otherwise."""
-    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
         raise error(f"{name} must be a number from {low:g} to {high:g}, not {describe(value)}{_after(hint)}.")
     return float(value)
 
@@ -101,6 +101,40 @@ def check_choice(name: str, value, options: Collection[str], hint: str = "", err
     """``value`` if it is one of ``options``; raises ``error`` otherwise."""
     if not isinstance(value, str) or value not in options:
         raise error(f"{name} must be one of {', '.join(options)}, not {describe(value)}{_after(hint)}.")
+    return value
+
+
+def check_text(name: str, value, error: type = RequestError) -> str:
+    """``value`` if it is a text that can be encoded; raises ``error`` otherwise."""
+    if not isinstance(value, str) or value.encode(errors="ignore").decode() != value:
+        raise error(f"{name} must be text (in quotes where YAML reads something else), not {describe(value)}.")
+    return value
+
+
+def check_list(name: str, value, error: type = RequestError, least: int = 1) -> list:
+    """``value`` if it is a list of at least so many items, all different; raises ``error`` otherwise."""
+    if not isinstance(value, list) or len(value) < least:
+        raise error(
+            f"{name} must be a list with at least {least} item{'' if least == 1 else 's'}, not {describe(value)}."
+        )
+    if len(set(map(repr, value))) < len(value):
+        counts = Counter(map(repr, value))
+        raise error(f"{name} contains {describe(next(item for item in value if counts[repr(item)] > 1))} twice.")
+    return value
+
+
+def check_keys(
+    name: str, value, allowed: Collection[str] | None = None, required: Collection = (), error: type = RequestError
+) -> dict:
+    """``value`` if it is a dict with all ``required`` and only ``allowed`` keys; raises ``error`` otherwise."""
+    if not isinstance(value, dict):
+        raise error(f"{name} must be a mapping of names to values, not {describe(value)}.")
+    for key in value:
+        if allowed is not None and key not in allowed:
+            raise error(f"{name} has an unknown key {describe(key)}; the keys are {', '.join(allowed)}.")
+    for key in required:
+        if key not in value:
+            raise error(f"{name} needs the key {key!r}.")
     return value
 
 

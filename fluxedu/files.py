@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 
+import yaml
 from filelock import FileLock, Timeout
 
 from fluxedu.errors import CheckpointError
@@ -86,6 +87,45 @@ def read_json(text: str | bytes):
         return json.loads(text, object_pairs_hook=without_duplicates)
     except RecursionError:
         raise ValueError("the nesting is too deep") from None
+
+
+class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """YAML keeps the last value of a repeated key; here a repeated key is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = set()
+        for key, _ in node.value:
+            if str(key.value) in keys:
+                raise yaml.YAMLError(f"the key {key.value!r} occurs twice, again in line {key.start_mark.line + 1}")
+            keys.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path, most_bytes: int = 4 << 20):
+    """Parse a YAML file into values that JSON can hold; raises ValueError, one sentence, if that is not possible.
+
+    A key that occurs twice is an error, and so is an alias, with which a small file could become a huge object.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(most_bytes + 1)
+        if len(data) > most_bytes:
+            raise ValueError(f"more than {most_bytes:,} bytes")
+        for token in yaml.scan(data.decode(), _StrictLoader):
+            if isinstance(token, yaml.AliasToken):
+                raise ValueError(f"it uses the alias *{token.value}; write the value out instead")
+        values = yaml.load(data.decode(), _StrictLoader)
+        try:
+            json.dumps(values, allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a value needs quotes, or is not finite ({error})") from None
+        return values
+    except OSError as error:
+        raise ValueError(f"it cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        line = f" in line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ValueError(f"it cannot be read as YAML{line}: {problem}.") from None
 
 
 def _check_replaceable(target: Path, overwrite: bool, folder: bool) -> None:

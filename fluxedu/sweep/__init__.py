@@ -1,15 +1,11 @@
-"""Sweeps: prompts x seeds x interventions, by any number of processes, each result written once and whole.
+"""Sweeps: prompts x seeds x interventions, drawn into one folder by one process or by many.
 
-fluxedu sweep gates.yaml --workers 4            into gates/; killed, the same command goes on
-torchrun --nproc-per-node 8 -m fluxedu.cli sweep gates.yaml
-
-from fluxedu.sweep import open_sweep
+from fluxedu.sweep import open_sweep, read_config, run_sweep
+run_sweep(read_config("gates.yaml"), "gates", workers=4)    # fluxedu sweep gates.yaml --workers 4
 open_sweep("gates")[12]["latent"]
 """
 
-from fluxedu.errors import SweepError
-from fluxedu.sweep.config import Cell, Sweep, from_dict, read_config
-from fluxedu.sweep.folder import Results, open_sweep
-from fluxedu.sweep.run import work
+from fluxedu.sweep.config import Sweep, from_dict, read_config
+from fluxedu.sweep.run import Results, SweepError, open_sweep, run_sweep
 
-__all__ = ["Cell", "Results", "Sweep", "SweepError", "from_dict", "open_sweep", "read_config", "work"]
+__all__ = ["Results", "Sweep", "SweepError", "from_dict", "open_sweep", "read_config", "run_sweep"]

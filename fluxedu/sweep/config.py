@@ -1,62 +1,62 @@
-"""What a sweep is: prompts x seeds x interventions, read strictly from a YAML file.
+"""The description of a sweep, read strictly from a YAML file.
 
     prompts: [a red circle left of a blue square, a green triangle]
     seeds: [0, 1, 2]                            # or {from: 0, count: 100}
-    interventions:                              # a name each; left out, one that changes nothing
-      as it is: []
+    interventions:                              # name: a change or a list of changes; [] changes nothing
+      unchanged: []
       no head 2: {ablate: double.1.heads, heads: [2]}
       half gates: {scale: single.*.gate, by: 0.5, times: [0.5, 1.0]}
       from blue: {patch: double.1.img_contribution, from: {prompt: a blue circle, seed: 0}}
-    settings: {steps: 8, guidance: 4.0}         # of the pipeline
+    settings: {steps: 8, guidance: 4.0}         # arguments of the pipeline
     keep: [image, latent]                       # or trajectory
-    record: [{sites: "double.*.attn.map", reduce: head-mean, tokens: [red]}]
-    lens: {contributions: {}, head_gallery: {query: red, at_step: 0}}   # by name, see fluxedu/sweep/lens.py
+    record: [{sites: "double.*.attn.map", reduce: head-mean, tokens: [red]}]    # arguments of fluxedu.record
+    lens: {contributions: {}, head_gallery: {query: red, at_step: 0}}           # of fluxedu.instruments.lenses
 
-Also ``model``, ``device`` and ``dtype`` (the model's own if left out, as :func:`fluxedu.load` chooses), ``shard``
-(cells a file, 8) and ``threads`` (of a CPU process, 1: another number rounds differently). A cell is one prompt, one
-seed, one intervention, and has a number: prompts count slowest, interventions fastest.
+``model``, ``device`` and ``dtype`` go to :func:`fluxedu.load`, which chooses what is left out. ``shard`` is the number
+of cells per file (8), ``threads`` that of CPU threads per process (1; another number rounds differently).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
-from fluxedu.errors import InstrumentError, SweepError, describe
-from fluxedu.sweep.changes import checked_changes, checked_record
-from fluxedu.sweep.lens import checked_lenses
-from fluxedu.sweep.strict import numbers, only, text, texts, whole
-from fluxedu.sweep.yaml_file import read_yaml
+import fluxedu as fe
+from fluxedu import errors
+from fluxedu.errors import SweepError, describe
+from fluxedu.files import read_yaml
+from fluxedu.instruments.lenses import attention, layers, tokens, words
 
 MOST_CELLS = 1_000_000
-KEPT = ("image", "latent", "trajectory")
+COLUMNS = ("number", "prompt", "seed", "intervention", "file")
 SETTINGS = ("steps", "guidance", "height", "width", "solver", "negative_prompt", "true_cfg_scale", "guidance_interval")
-_KEYS = ("prompts", "seeds", "interventions", "settings", "keep", "record", "lens", "model", "device", "dtype")
-_KEYS += ("shard", "threads")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One picture to draw; ``number`` counts from 0."""
-
-    number: int
-    prompt: str
-    seed: int
-    intervention: str
+ABLATE = ("heads", "streams", "tokens", "to", "steps", "times")
+#: the lenses that look at a single run of the pipeline, so that all of them can share it
+LENSES = {
+    "attention_balance": attention.look_at_balance,
+    "concept_maps": words.similarity_to_concepts,
+    "contributions": layers.look_at_contributions,
+    "head_gallery": attention.look_at_heads,
+    "massive_activations": tokens.look_at_largest,
+    "padding_mass": attention.look_at_padding,
+    "word_maps": words.attention_to_words,
+}
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep, checked; see this module's head for what the fields mean."""
+    """A validated description. From cell to cell, the intervention changes first and the prompt last."""
 
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...] = (0,)
-    interventions: dict[str, list[dict]] = field(default_factory=lambda: {"as it is": []})
+    prompts: list[str]
+    seeds: list[int] = field(default_factory=lambda: [0])
+    interventions: dict = field(default_factory=lambda: {"unchanged": []})
     settings: dict = field(default_factory=dict)
-    keep: tuple[str, ...] = ("image", "latent")
-    record: tuple[dict, ...] = ()
-    lens: dict[str, dict] = field(default_factory=dict)
+    keep: list[str] = field(default_factory=lambda: ["image", "latent"])
+    record: list[dict] = field(default_factory=list)
+    lens: dict = field(default_factory=dict)
     model: str = "nano"
     device: str | None = None
     dtype: str | None = None
@@ -66,100 +66,102 @@ class Sweep:
     def __len__(self) -> int:
         return len(self.prompts) * len(self.seeds) * len(self.interventions)
 
-    def cell(self, number: int) -> Cell:
-        rest, change = divmod(number, len(self.interventions))
+    def cell(self, number: int) -> dict:
+        """One row of the table: an image, counted from 0, and the file that holds it."""
+        rest, intervention = divmod(number, len(self.interventions))
         prompt, seed = divmod(rest, len(self.seeds))
-        return Cell(number, self.prompts[prompt], self.seeds[seed], list(self.interventions)[change])
+        row = (number, self.prompts[prompt], self.seeds[seed], list(self.interventions)[intervention])
+        return dict(zip(COLUMNS, (*row, f"shards/{number // self.shard:05d}.safetensors"), strict=True))
 
-    @property
-    def shards(self) -> range:
-        """The numbers of the files; each is a unit of work, written once and whole."""
-        return range(-(-len(self) // self.shard))
+    def cells(self, file: int | None = None) -> list[dict]:
+        """All cells, or those of one file. A file is the unit of work."""
+        first, last = (0, len(self)) if file is None else (file * self.shard, (file + 1) * self.shard)
+        return [self.cell(number) for number in range(first, min(last, len(self)))]
 
-    def cells(self, shard: int) -> list[Cell]:
-        """The cells of one file."""
-        first = shard * self.shard
-        return [self.cell(number) for number in range(first, min(first + self.shard, len(self)))]
-
-    def to_dict(self) -> dict:
-        """Plain values, fit for JSON; :func:`from_dict` reads them."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+    def files(self) -> list[str]:
+        return [self.cell(number)["file"] for number in range(0, len(self), self.shard)]
 
 
 def read_config(path: str | Path) -> Sweep:
-    """The sweep that a YAML file describes; raises SweepError, one sentence, for anything that it does not know."""
+    """The sweep that a YAML file describes; raises SweepError, one sentence, for anything unknown or malformed."""
     try:
-        return from_dict(read_yaml(Path(path)))
-    except (SweepError, InstrumentError) as error:
+        return from_dict(read_yaml(path))
+    except ValueError as error:
         raise SweepError(f"{Path(path).name}: {error}") from None
 
 
 def from_dict(values: dict) -> Sweep:
-    """A sweep from plain values, strictly."""
-    only(values, _KEYS, "a sweep", needed=("prompts",))
-    given = {
-        "prompts": lambda v: _different(texts(v, "prompts", empty=True), "prompts"),
-        "seeds": _seeds,
-        "interventions": _interventions,
-        "settings": _settings,
-        "keep": _keep,
-        "record": lambda v: tuple(checked_record(r) for r in _list(v, "record")),
-        "lens": checked_lenses,
-        "model": lambda v: text(v, "model"),
-        "device": lambda v: v if v is None else text(v, "device"),
-        "dtype": lambda v: v if v is None else text(v, "dtype"),
-        "shard": lambda v: whole(v, "shard", 1, 10_000),
-        "threads": lambda v: whole(v, "threads", 1, 1024),
-    }
-    sweep = Sweep(**{key: given[key](value) for key, value in values.items()})
-    if len(sweep) > MOST_CELLS:
-        raise SweepError(f"prompts x seeds x interventions are {len(sweep):,} cells; {MOST_CELLS:,} is the most.")
+    """The sweep that a dictionary with the keys of the YAML file describes; raises FluxeduError."""
+    errors.check_keys("a sweep", values, [f.name for f in fields(Sweep)], ["prompts"])
+    seeds = values.get("seeds", [0])
+    if isinstance(seeds, dict):
+        errors.check_keys("seeds", seeds, ["from", "count"], ["from", "count"])
+        count = errors.check_integer("the count of seeds", seeds["count"], 1, MOST_CELLS)
+        first = errors.check_integer("the first seed", seeds["from"], 0, 2**63 - count)
+        seeds = list(range(first, first + count))
+    sweep = Sweep(**{**values, "seeds": seeds})
+    for prompt in errors.check_list("prompts", sweep.prompts):
+        errors.check_text("a prompt", prompt)
+    for seed in errors.check_list("seeds", sweep.seeds):
+        errors.check_integer("a seed", seed, 0, 2**63 - 1)
+    for output in errors.check_list("keep", sweep.keep):
+        errors.check_choice("an item of keep", output, ("image", "latent", "trajectory"))
+    errors.check_keys("settings", sweep.settings, SETTINGS)  # the pipeline checks their values
+    for name in ("model", "device", "dtype"):
+        if name == "model" or getattr(sweep, name) is not None:
+            errors.check_text(name, getattr(sweep, name))
+    errors.check_integer("shard", sweep.shard, 1, 10_000)
+    errors.check_integer("threads", sweep.threads, 1, 1024)
+    for name, changes in errors.check_keys("interventions", sweep.interventions).items():
+        errors.check_text("the name of an intervention", name)
+        make_interventions(name, changes)
+    make_recorders(sweep.record)
+    errors.check_keys("lens", sweep.lens, LENSES)
+    for name, arguments in sweep.lens.items():  # the lens itself checks the values, when it has a model and a prompt
+        options = {o: p for o, p in inspect.signature(LENSES[name]).parameters.items() if o not in ("pipe", "prompt")}
+        required = [option for option, parameter in options.items() if parameter.default is parameter.empty]
+        errors.check_keys(f"lens {name}", arguments, options, required)
+    if not 1 <= len(sweep) <= MOST_CELLS:
+        raise SweepError(f"prompts x seeds x interventions are {len(sweep):,} cells; {MOST_CELLS:,} is the maximum.")
     return sweep
 
 
-def _list(value, name: str) -> list:
-    if not isinstance(value, list):
-        raise SweepError(f"{name} is a list, not {describe(value)}.")
-    return value
+def make_interventions(name: str, changes, record_run: Callable | None = None) -> list[fe.intervene]:
+    """The context managers of an intervention. A patch copies from ``record_run(site, prompt, seed)``, if given."""
+    made = []
+    for change in changes if isinstance(changes, list) else [changes]:
+        match change:
+            case {"ablate": sites, **options}:
+                errors.check_keys(f"ablate in {describe(name)}", options, ABLATE)
+                made.append(fe.ablate(*_globs(sites), **options))
+            case {"scale": sites, "by": factor, **options}:
+                errors.check_keys(f"scale in {describe(name)}", options, ("steps", "times"))
+                errors.check_number("by", factor, -1e30, 1e30, "YAML reads 1.0e-3 as a number, 1e-3 as text")
+                made.append(fe.intervene(*_globs(sites), partial(_scaled, factor=factor), **options))
+            case {"patch": str(site) | [str(site)], "from": {"prompt": str(prompt), "seed": seed}, **options}:
+                errors.check_keys(f"patch in {describe(name)}", options, ("steps", "times"))
+                errors.check_keys("from", change["from"], ("prompt", "seed"))
+                errors.check_integer("the seed of from", seed, 0, 2**63 - 1)
+                checked = fe.intervene(site, _scaled, **options)
+                made.append(fe.patch(site, record_run(site, prompt, seed), **options) if record_run else checked)
+            case _:
+                forms = "{ablate: SITES}, {scale: SITES, by: FACTOR} or {patch: SITE, from: {prompt: TEXT, seed: SEED}}"
+                raise SweepError(f"{describe(name)} has a change that is not {forms}: {describe(change)}.")
+    return made
 
 
-def _different(items: Iterable, name: str) -> tuple:
-    items = tuple(items)
-    if len(set(items)) < len(items):
-        twice = next(item for item in items if items.count(item) > 1)
-        raise SweepError(f"{name} has {describe(twice)} twice.")
-    return items
+def _scaled(value, ctx, factor: float = 1.0):
+    if not hasattr(value, "is_complex"):
+        raise SweepError(f"{ctx.site!r} is not a plain tensor, so it cannot be scaled.")
+    return value * factor
 
 
-def _seeds(value) -> tuple[int, ...]:
-    if isinstance(value, dict):
-        only(value, ("from", "count"), "seeds", needed=("from", "count"))
-        count = whole(value["count"], "seeds' count", 1, MOST_CELLS)
-        first = whole(value["from"], "seeds' from", 0, 2**63 - count)
-        return tuple(range(first, first + count))
-    seeds = numbers(value, "seeds")
-    return _different((whole(seed, "a seed", 0, 2**63 - 1) for seed in seeds), "seeds")
+def make_recorders(entries) -> list[fe.record]:
+    """New recorders for the entries of ``record``."""
+    for entry in errors.check_list("record", entries, least=0):
+        errors.check_keys("record", entry, ("sites", "steps", "tokens", "heads", "reduce", "passes"), ["sites"])
+    return [fe.record(*_globs(entry["sites"]), **{k: v for k, v in entry.items() if k != "sites"}) for entry in entries]
 
 
-def _interventions(value) -> dict[str, list[dict]]:
-    if not isinstance(value, dict) or not value:
-        raise SweepError(f"interventions is a name each with what it changes ([] for nothing), not {describe(value)}.")
-    return {text(name, "an intervention's name"): checked_changes(changes, name) for name, changes in value.items()}
-
-
-def _settings(value) -> dict:
-    """The pipeline's own arguments; their values it checks itself, with its own sentences."""
-    only(value, SETTINGS, "settings")
-    for name, given in value.items():
-        plain = given is None or isinstance(given, (int, float, str))
-        if not plain and not (isinstance(given, list) and all(isinstance(g, (int, float)) for g in given)):
-            raise SweepError(f"settings' {name} is a number or a word, not {describe(given)}.")
-    return dict(value)
-
-
-def _keep(value) -> tuple[str, ...]:
-    kept = _different(texts(value, "keep"), "keep")
-    for name in kept:
-        if name not in KEPT:
-            raise SweepError(f"keep has {describe(name)}; what can be kept is {', '.join(KEPT)}.")
-    return kept
+def _globs(value) -> list[str]:
+    return errors.check_list("sites", [value] if isinstance(value, str) else value)

@@ -1,90 +1,272 @@
-"""Running a sweep: any number of processes on one folder, none of which needs to know of the others.
+"""A sweep's folder: drawn file by file, in this process or on the workers of a Dask cluster, and read again.
 
-Each takes the files in turn, its own first (number modulo how many processes there are), then what others have
-left, and passes over what is there or is being drawn by one that is alive. So a process may be killed at any time: one
-that still runs, or the next run, draws what is missing, and the finished folder is the same to the last byte.
+    sweep.json                  the description, and the environment that draws it; the folder accepts no other sweep
+    shards/00000.safetensors    cells 0 to 7, and so on; a file appears only when it is complete
+    cells.csv                   one row per cell; cells.parquet is the same table, if pyarrow is installed
+    manifest.json               size and SHA-256 of every file; written last
+
+The bytes depend on description and environment alone, so it does not matter which worker draws a file, or how often.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable
+import csv
+import hashlib
+import inspect
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from tqdm.auto import tqdm
 
-from fluxedu.errors import SweepError
-from fluxedu.sweep.claims import claimed
-from fluxedu.sweep.config import Sweep
-from fluxedu.sweep.draw import Draughtsman
-from fluxedu.sweep.folder import begin, finish, missing, shard_path
-
-_PAUSE = 0.2  # seconds between two looks at what others are drawing
-
-
-def place_in_the_world() -> tuple[int, int]:
-    """Which process of how many: RANK and WORLD_SIZE, as torchrun and accelerate launch set them."""
-    try:
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    except ValueError:
-        rank, world = -1, 0
-    if not 0 <= rank < world:
-        raise SweepError("RANK and WORLD_SIZE in the environment are no whole numbers with RANK below WORLD_SIZE.")
-    return rank, world
+import fluxedu as fe
+from fluxedu.errors import SweepError, check_integer
+from fluxedu.files import atomic_path, write_text
+from fluxedu.instruments.lenses.run import together
+from fluxedu.instruments.named import Named
+from fluxedu.sweep.config import COLUMNS, LENSES, Sweep, from_dict, make_interventions, make_recorders
 
 
-def _local_rank(rank: int) -> int:
-    """The number of this process on its machine; ``rank`` where nobody says, as with Dask."""
-    said = os.environ.get("LOCAL_RANK", str(rank))
-    if not said.isdecimal():
-        raise SweepError(f"LOCAL_RANK in the environment is a whole number, not {said!r}.")
-    return int(said)
+class Runner:
+    """Draws the cells of a sweep with a pipeline."""
+
+    def __init__(self, sweep: Sweep, pipe: fe.FluxPipeline):
+        self.sweep, self.pipe = sweep, pipe
+        settings = {name: value for name, value in sweep.settings.items() if value is not None}
+        self.settings = {**settings, "progress": False, "trajectory": "trajectory" in sweep.keep}
+        self.record_run = lru_cache(maxsize=2)(self._record_run)
+
+    def _record_run(self, glob: str, prompt: str, seed: int):
+        with fe.record(glob) as recorder:
+            self.pipe(prompt, seed=seed, **self.settings)
+        return recorder.recording
+
+    def draw(self, cell: dict) -> dict[str, Named]:
+        """What the sweep keeps of a cell, by name; raises SweepError, which names the cell."""
+        try:
+            changes = self.sweep.interventions[cell["intervention"]]
+            interventions = make_interventions(cell["intervention"], changes, self.record_run)
+            recorders, lenses = make_recorders(self.sweep.record), []
+            for name, arguments in self.sweep.lens.items():
+                prompt = {"prompt": cell["prompt"]} if "prompt" in inspect.signature(LENSES[name]).parameters else {}
+                lenses.append(LENSES[name](self.pipe, **prompt, **arguments))
+            with ExitStack() as stack:  # only now: the run that a patch copies from is one without interventions
+                for instrument in (*interventions, *recorders):
+                    stack.enter_context(instrument)
+                out, found = together(self.pipe, cell["prompt"], lenses, {"seed": cell["seed"], **self.settings})
+        except ValueError as error:
+            which = f"prompt {cell['prompt']!r}, seed {cell['seed']}, {cell['intervention']!r}"
+            raise SweepError(f"cell {cell['number']} ({which}) cannot be drawn: {error}") from None
+        axes = ("channel", "row", "column")
+        image = Named(torch.from_numpy(np.array(out.images[0])), ("height", "width", "color"))
+        kept = {"image": image, "latent": Named(out.latents[0], axes)}
+        kept = {name: value for name, value in kept.items() if name in self.sweep.keep}
+        if out.trajectory is not None:
+            kept["trajectory/latents"] = Named(out.trajectory.latents[:, 0], ("step", *axes))
+            kept["trajectory/velocities"] = Named(out.trajectory.velocities[:, 0], ("step", *axes))
+            kept["trajectory/times"] = Named(out.trajectory.times, ("step",))
+        for number, recorder in enumerate(recorders):
+            prefix = f"record-{number}/" if len(recorders) > 1 else ""
+            kept |= {f"{prefix}{site}": recorder[site] for site in recorder}
+        return kept | {f"lens/{name}": value for name, value in zip(self.sweep.lens, found, strict=True)}
+
+    def write(self, file: int, folder: Path) -> None:
+        """Draw the cells of a file and write them, unless it exists. Tensors are called ``000012/latent``."""
+        cells, tensors, names = self.sweep.cells(file), {}, {}
+        if (folder / cells[0]["file"]).is_file():
+            return
+        for cell in cells:
+            for name, value in self.draw(cell).items():
+                key = f"{cell['number']:06d}/{name}"
+                tensors[key] = value.tensor.cpu().clone(memory_format=torch.contiguous_format)  # no shared memory
+                names[key] = {"axes": value.axes, **({"labels": value.coords} if value.coords else {})}
+        # one entry of metadata for all names: safetensors writes several entries in no fixed order
+        data = save(tensors, {"fluxedu_sweep": json.dumps(names, sort_keys=True)})
+        with atomic_path(folder / cells[0]["file"], overwrite=True) as part:
+            part.write_bytes(data)
+
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        """What decides how numbers are rounded, and a hash over a few values of every weight."""
+        device, weights = self.pipe.device, hashlib.sha256()
+        gpu = device.type == "cuda" and torch.cuda.get_device_name(device)
+        for network, module in self.pipe.networks().items():
+            for name, tensor in module.state_dict().items():
+                few = tensor.detach().flatten()[:: max(1, tensor.numel() // 8)].double().cpu().numpy()
+                weights.update(f"{network}.{name} {list(tensor.shape)}".encode() + few.tobytes())
+        return {
+            "fluxedu": fe.__version__,
+            "torch": torch.__version__,
+            "device": f"{device.type} {gpu or torch.backends.cpu.get_cpu_capability()}",
+            "dtype": str(self.pipe.dtype).removeprefix("torch."),
+            "autoencoder": type(self.pipe.autoencoder).__name__,  # memory="auto" may choose one that decodes in tiles
+            "model": weights.hexdigest()[:16],
+        }
 
 
-def work(
-    sweep: Sweep, folder: str | Path, rank: int = 0, world: int = 1, progress: Callable[[int], None] | None = None
-) -> Path:
-    """Draw what is missing, as process ``rank`` of ``world``; returns the folder when all of it is there.
+@lru_cache(maxsize=1)
+def _load(description: str, worker: int | str) -> Runner:
+    """A runner with its model, kept in this process from file to file. A worker of a local cluster has a number."""
+    sweep = from_dict(json.loads(description))
+    device = sweep.device
+    if isinstance(worker, int) and device in (None, "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(worker % torch.cuda.device_count())  # where a model goes that may choose its device
+        device = device and f"cuda:{worker % torch.cuda.device_count()}"
+    return Runner(sweep, fe.load(sweep.model, device=device, dtype=sweep.dtype))
 
-    ``progress(files)`` is called with how many files are done, by whomever. Raises SweepError.
+
+def _work(file: int | None, description: str, folder: Path, expected=None, worker=None) -> dict[str, str]:
+    """Draw file number ``file``, if it is given; returns the environment, which must be the ``expected`` one."""
+    if worker is None:
+        from distributed import get_worker
+
+        worker = get_worker().name
+    runner = _load(description, worker)
+    if expected not in (None, runner.environment):
+        raise SweepError(f"worker {worker} is {runner.environment}, but the sweep began with {expected}.")
+    torch.set_num_threads(runner.sweep.threads)
+    if file is not None:
+        runner.write(file, folder)
+    return runner.environment
+
+
+def run_sweep(sweep: Sweep, folder: str | Path, workers=1, scheduler: str | None = None, progress=False) -> Path:
+    """Draw what is missing in the folder of a sweep, and return the folder when it is complete; raises SweepError.
+
+    One worker is this process, several are a local Dask cluster, which uses all GPUs. ``scheduler`` is the address of
+    another Dask cluster, whose workers must see the same folder.
     """
-    folder = Path(folder)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(sweep.threads)
+    check_integer("workers", workers, 1, 1 if scheduler else 1024, "a scheduler has its own workers", SweepError)
+    folder, threads = Path(folder).absolute(), torch.get_num_threads()
+    options = {"description": json.dumps(vars(sweep)), "folder": folder}
     try:
-        _work(sweep, folder, rank, world, progress or (lambda files: None))
+        with _parallel_map(workers, scheduler) as (count, parallel_map):
+            environment = list(parallel_map(_work, [None] * count, **options))[0]
+            begin(sweep, folder, environment)
+            left = [number for number, file in enumerate(sweep.files()) if not (folder / file).is_file()]
+            done = parallel_map(_work, left, expected=environment, **options)
+            list(tqdm(done, "sweep", total=len(left), unit="file", delay=1, disable=not progress))
     finally:
+        _load.cache_clear()
         torch.set_num_threads(threads)
+    finish(sweep, folder)
     return folder
 
 
-def _work(sweep: Sweep, folder: Path, rank: int, world: int, progress: Callable[[int], None]) -> None:
-    import fluxedu as fe
+@contextmanager
+def _parallel_map(workers: int, scheduler: str | None) -> Iterator[tuple[int, Callable]]:
+    """The number of workers, and a function like ``map`` that uses them and returns results in any order."""
+    if not scheduler and workers == 1:
+        yield 1, lambda function, items, **options: map(partial(function, worker="here", **options), items)
+        return
+    try:
+        from distributed import Client, KilledWorker, LocalCluster, as_completed
+    except ModuleNotFoundError as error:
+        raise SweepError(f"several workers need {error.name}: pip install 'fluxedu[sweep]'.") from None
+    local = {"threads_per_worker": 1, "memory_limit": 0, "dashboard_address": None, "silence_logs": logging.CRITICAL}
+    with ExitStack() as stack:
+        try:
+            cluster = scheduler or stack.enter_context(LocalCluster(n_workers=workers, **local))
+            client = stack.enter_context(Client(cluster))
+        except (OSError, ValueError, TypeError) as error:
+            raise SweepError(f"no Dask scheduler answers at {cluster} ({' '.join(str(error).split())}).") from None
+        threads = client.nthreads().values()
+        if set(threads) != {1}:
+            raise SweepError(f"a sweep needs Dask workers of one thread each; those of {cluster} have {list(threads)}.")
+        stack.callback(client.run, _load.cache_clear, on_error="ignore")
 
-    device = sweep.device
-    if device in (None, "cuda") and torch.cuda.is_available():  # each process on a GPU of its own
-        mine = _local_rank(rank) % torch.cuda.device_count()
-        torch.cuda.set_device(mine)  # for a model that takes a GPU where there is one
-        device = device and f"cuda:{mine}"
-    drawn = Draughtsman(sweep, fe.load(sweep.model, device=device, dtype=sweep.dtype))
-    begin(sweep, folder, drawn.pipe)
-    while left := missing(sweep, folder):
-        done = len(sweep.shards) - len(left)
-        for number in sorted(left, key=lambda n: n % world != rank):
-            done += _one(drawn, number, folder)
-            progress(done)
-        if done < len(sweep.shards):  # others are drawing the rest
-            time.sleep(_PAUSE)
-    finish(sweep, folder)
+        def parallel_map(function: Callable, items: list, **options) -> Iterator:
+            try:
+                for future in as_completed(client.map(function, items, pure=False, **options)):
+                    yield future.result()
+            except (KilledWorker, CancelledError) as error:
+                raise SweepError(f"the workers were killed ({type(error).__name__}); run the sweep again.") from None
+
+        yield len(threads), parallel_map
 
 
-def _one(drawn: Draughtsman, number: int, folder: Path) -> bool:
-    """Draw a file if nobody has or does."""
-    path = shard_path(folder, number)
-    if path.is_file():
-        return True
-    with claimed(folder, f"{number:05d}") as ours:
-        if ours and not path.is_file():
-            drawn.shard(number, path)
-        return ours
+def begin(sweep: Sweep, folder: Path, environment: dict[str, str]) -> None:
+    """Write sweep.json; raises SweepError if the folder already belongs to something else."""
+    path, new = folder / "sweep.json", {"sweep": vars(sweep), "environment": environment}
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        if others := [p.name for p in folder.iterdir() if not p.name.startswith(".")]:
+            raise SweepError(f"{folder} holds {others[0]!r} and no sweep; choose a new folder.")
+        write_text(path, json.dumps(new, indent=1, ensure_ascii=False) + "\n")
+    try:
+        old = json.loads(path.read_bytes())
+        differences = [name for part in new for name in new[part] if old[part].get(name) != new[part][name]]
+        if list(old["sweep"]["interventions"]) != list(sweep.interventions):
+            differences.append("the order of interventions")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SweepError(f"{folder} holds a sweep.json that cannot be read; choose a new folder.") from None
+    if differences:
+        raise SweepError(f"{folder} holds another sweep ({differences[0]} differs); choose a new folder.")
+
+
+def finish(sweep: Sweep, folder: Path) -> None:
+    """Write the table and, last, the manifest."""
+    if absent := [file for file in sweep.files() if not (folder / file).is_file()]:
+        raise SweepError(f"{folder} lacks {absent[0]}: the workers must write into the folder that this process sees.")
+    if (folder / "manifest.json").exists():
+        return
+    files, cells, text = ["cells.csv"], sweep.cells(), io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *(cell.values() for cell in cells)])
+    write_text(folder / "cells.csv", text.getvalue())
+    with suppress(ModuleNotFoundError):
+        import pyarrow.parquet
+
+        with atomic_path(folder / "cells.parquet", overwrite=True) as part:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(cells), part)
+        files.append("cells.parquet")
+    manifest = {"cells": len(sweep), "files": {name: _size_and_hash(folder / name) for name in files + sweep.files()}}
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def _size_and_hash(path: Path) -> dict:
+    return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+class Results:
+    """A finished sweep: ``results.cells`` is its table, ``results[number]`` what was kept of one cell, by name."""
+
+    def __init__(self, folder: Path, sweep: Sweep, manifest: dict):
+        self.folder, self.sweep, self.manifest, self.cells = folder, sweep, manifest, sweep.cells()
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __getitem__(self, number: int) -> dict[str, Named]:
+        cell, values = self.cells[number], {}
+        with safe_open(self.folder / cell["file"], "pt") as file:
+            for key, names in json.loads(file.metadata()["fluxedu_sweep"]).items():
+                owner, name = key.split("/", 1)
+                if int(owner) == cell["number"]:
+                    values[name] = Named(file.get_tensor(key), tuple(names["axes"]), names.get("labels", {}))
+        return values
+
+    def damaged(self) -> list[str]:
+        """The files that are missing or differ from the manifest."""
+        files = [(name, self.folder / name, entry) for name, entry in self.manifest["files"].items()]
+        return [name for name, path, entry in files if not path.is_file() or _size_and_hash(path) != entry]
+
+
+def open_sweep(folder: str | Path) -> Results:
+    """Read a finished sweep; raises SweepError where there is none."""
+    folder = Path(folder)
+    if not (folder / "manifest.json").is_file():
+        raise SweepError(f"{folder} holds no finished sweep (there is no manifest.json).")
+    try:
+        described, manifest = (json.loads((folder / name).read_bytes()) for name in ("sweep.json", "manifest.json"))
+        return Results(folder, from_dict(described["sweep"]), manifest)
+    except (ValueError, KeyError, TypeError, OSError):
+        raise SweepError(f"{folder} holds a sweep whose sweep.json or manifest.json cannot be read.") from None

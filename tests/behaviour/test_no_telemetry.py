@@ -36,9 +36,9 @@ for words in (["info", "dev"], ["judge", "--help"], ["sites", "gate"], ["arena",
     assert result.exit_code == 0, (words, result.output)
 
 import fluxedu.plots, fluxedu.widgets, fluxedu.arena, fluxedu.sweep, fluxedu.nano, fluxedu.course, fluxedu.memory
-from fluxedu.sweep import from_dict, work
+from fluxedu.sweep import from_dict, run_sweep
 
-work(from_dict({"prompts": ["a red circle"], "settings": {"steps": 1, "height": 32, "width": 32}}), sys.argv[1])
+run_sweep(from_dict({"prompts": ["a red circle"], "settings": {"steps": 1, "height": 32, "width": 32}}), sys.argv[1])
 """
 DELIBERATE = """
 import socket, urllib.request

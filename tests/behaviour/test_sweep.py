@@ -1,24 +1,21 @@
-"""A sweep's promises: what a cell holds, one folder for any number of processes, and that none of them is needed."""
+"""Sweeps: what a cell holds, the same bytes after a kill at any moment, and one sentence for a bad description."""
 
+import csv
 import hashlib
 import json
-import os
-import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import fluxedu as fe
 from fluxedu.errors import SweepError
-from fluxedu.sweep import from_dict, open_sweep, read_config, work
-from fluxedu.sweep.claims import claimed
-from fluxedu.sweep.folder import missing
+from fluxedu.sweep import from_dict, open_sweep, read_config, run_sweep
 
 CONFIG = """
 prompts: [a red circle left of a blue square, a green triangle]
@@ -34,7 +31,6 @@ record: [{sites: double.1.attn.map, reduce: head-mean, tokens: [a], steps: 0}]
 lens: {word_maps: {words: [a], at_steps: [0]}}
 shard: 2
 """
-COMMAND = [sys.executable, "-m", "fluxedu.cli", "sweep"]
 
 
 def written(folder: Path, text: str = CONFIG) -> Path:
@@ -51,28 +47,10 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The config, and the folder that one undisturbed process makes of it."""
+    """The description, and the folder that one process draws without interruption."""
     folder = tmp_path_factory.mktemp("sweep")
     config = written(folder)
-    return config, work(read_config(config), folder / "out")
-
-
-def start(config: Path, folder: Path, **env: str) -> subprocess.Popen:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.Popen(
-        [*COMMAND, str(config), "--out", str(folder)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def until(true, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.002)
+    return config, run_sweep(read_config(config), folder / "out")
 
 
 # ---------------------------------------------------------------- what a cell is
@@ -80,10 +58,12 @@ def until(true, seconds: float = 60) -> None:
 
 def test_cells_are_the_product_in_order():
     sweep = from_dict({"prompts": ["a", "b"], "seeds": [5, 1], "interventions": {"x": [], "y": []}, "shard": 3})
-    cells = [(c.prompt, c.seed, c.intervention) for shard in sweep.shards for c in sweep.cells(shard)]
+    cells = [(c["prompt"], c["seed"], c["intervention"]) for c in sweep.cells()]
     assert cells == [(p, s, i) for p in "ab" for s in (5, 1) for i in "xy"]
-    assert [len(sweep.cells(shard)) for shard in sweep.shards] == [3, 3, 2]
-    assert from_dict(json.loads(json.dumps(sweep.to_dict()))) == sweep
+    assert [len(sweep.cells(file)) for file in range(len(sweep.files()))] == [3, 3, 2]
+    assert sum((sweep.cells(file) for file in range(3)), []) == sweep.cells()
+    assert [c["file"] for c in sweep.cells()[2:4]] == sweep.files()[:2]
+    assert from_dict(json.loads(json.dumps(vars(sweep)))) == sweep
 
 
 def test_a_cell_holds_what_the_instruments_give(whole):
@@ -119,49 +99,21 @@ def test_a_cell_that_cannot_be_drawn_is_named(tmp_path):
     sweep = from_dict(
         {"prompts": ["a red circle"], "interventions": {"x": {"ablate": "*.attn.map", "tokens": ["blue"]}}}
     )
-    with pytest.raises(SweepError, match=r"cell 0 \(prompt 'a red circle', seed 0, 'x'\).* does not say 'blue'"):
-        work(sweep, tmp_path)
+    with pytest.raises(SweepError, match=r"cell 0 \(prompt 'a red circle', seed 0, 'x'\).* does not contain 'blue'"):
+        run_sweep(sweep, tmp_path)
     assert not list(tmp_path.glob("shards/*"))
 
 
-# ---------------------------------------------------------------- processes
+def test_everything_can_be_kept_at_once(tmp_path):
+    """The last latent of the trajectory is the latent: both are written, and from memory of their own."""
+    settings = {"steps": 2, "height": 32, "width": 32}
+    sweep = from_dict({"prompts": ["a"], "keep": ["image", "latent", "trajectory"], "settings": settings})
+    cell = open_sweep(run_sweep(sweep, tmp_path))[0]
+    assert set(cell) == {"image", "latent", *(f"trajectory/{name}" for name in ("latents", "velocities", "times"))}
+    assert torch.equal(cell["trajectory/latents"].tensor[-1], cell["latent"].tensor)
 
 
-def test_the_number_of_processes_cannot_be_seen(whole, tmp_path):
-    done = subprocess.run(
-        [*COMMAND, str(whole[0]), "--out", str(tmp_path / "out"), "--workers", "2"], capture_output=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert hashes(tmp_path / "out") == hashes(whole[1])
-    assert open_sweep(tmp_path / "out").damaged() == []
-
-
-def test_a_worker_killed_in_the_middle_is_replaced_by_the_others(whole, tmp_path):
-    config, sweep, out = whole[0], read_config(whole[0]), tmp_path / "out"
-    workers = [start(config, out, RANK=str(rank), WORLD_SIZE="3") for rank in range(3)]
-    until(lambda: any(out.glob("shards/*.safetensors")))
-    workers[1].send_signal(signal.SIGKILL)
-    left = missing(sweep, out)
-    codes = [worker.wait(120) for worker in workers]
-    assert left, "it was killed too late to prove anything"
-    assert codes == [0, -signal.SIGKILL, 0], [worker.stderr.read() for worker in workers]
-    assert hashes(out) == hashes(whole[1])
-
-
-def test_all_killed_and_run_again(whole, tmp_path):
-    """Some at once, some later, over and over: what is there stays, what is not comes, and nothing else is left."""
-    config, sweep, out = whole[0], read_config(whole[0]), tmp_path / "out"
-    for kept in (1, 3):
-        workers = [start(config, out, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-        until(lambda kept=kept: len(list(out.glob("shards/*.safetensors"))) >= kept)
-        for worker in workers:
-            worker.send_signal(signal.SIGKILL)
-            worker.wait()
-        assert missing(sweep, out) and not (out / "manifest.json").exists()
-    before = {path: path.stat().st_mtime_ns for path in out.glob("shards/*.safetensors")}
-    work(sweep, out)
-    assert hashes(out) == hashes(whole[1])
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "a finished file was written again"
+# ---------------------------------------------------------------- interruptions
 
 
 @pytest.mark.parametrize("when", ["the file is written", "the table is written", "the manifest is written"])
@@ -172,89 +124,57 @@ def test_killed_between_writing_and_naming(whole, tmp_path, when):
     code = f"""
 import os, signal
 from fluxedu import files
-from fluxedu.sweep import read_config, work
-put = files._put
+from fluxedu.sweep import read_config, run_sweep
+replace = files._replace
 def killed(part, target):
-    os.kill(os.getpid(), signal.SIGKILL) if target.name == {target!r} else put(part, target)
-files._put = killed
-work(read_config({str(whole[0])!r}), {str(tmp_path / "out")!r})
+    os.kill(os.getpid(), signal.SIGKILL) if target.name == {target!r} else replace(part, target)
+files._replace = killed
+run_sweep(read_config({str(whole[0])!r}), {str(tmp_path / "out")!r})
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [p.name for p in (tmp_path / "out").rglob("*.part")] and not list((tmp_path / "out").rglob(target))
-    work(read_config(whole[0]), tmp_path / "out")
+    run_sweep(read_config(whole[0]), tmp_path / "out")
     assert hashes(tmp_path / "out") == hashes(whole[1])
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["torch.distributed.run", "--nproc-per-node", "2"],
-        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
-    ],
-    ids=["torchrun", "accelerate"],
-)
-def test_under_a_launcher(whole, tmp_path, launcher):
-    """Both processes take part, and the folder is the same. (Accelerate starts several by this flag only.)"""
-    module, *options = launcher
-    script = tmp_path / "sweep.py"
-    script.write_text(
-        "import os, pathlib, fluxedu.cli\n"
-        '(pathlib.Path(__file__).parent / f\'{os.environ["RANK"]} of {os.environ["WORLD_SIZE"]}\').touch()\n'
-        "fluxedu.cli.app()\n"
-    )
-    words = [str(script), "sweep", str(whole[0]), "--out", str(tmp_path / "out")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", module, *options, *words], capture_output=True, timeout=120, env=env)
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    assert hashes(tmp_path / "out") == hashes(whole[1])
-    assert sorted(p.name for p in tmp_path.glob("* of *")) == ["0 of 2", "1 of 2"]
+def test_the_table_as_parquet_is_the_same_table(whole):
+    """Row for row what ``cells.csv`` and :func:`open_sweep` say, with numbers as numbers; and it is in the manifest.
+
+    That it has the same bytes after a kill, the other tests show: they compare every file of the folder.
+    """
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = parquet.read_table(whole[1] / "cells.parquet").to_pylist()
+    results = open_sweep(whole[1])
+    assert rows == results.cells and [type(row["seed"]) for row in rows] == [int] * len(results)
+    with (whole[1] / "cells.csv").open(newline="") as file:
+        assert [{name: str(value) for name, value in row.items()} for row in rows] == list(csv.DictReader(file))
+    assert "cells.parquet" in results.manifest["files"] and results.damaged() == []
 
 
-def test_a_claim_ends_with_its_holder(tmp_path):
+def test_killed_while_the_parquet_is_written(whole, tmp_path):
+    """Half of it is on the disk, under another name: the next run writes it anew, the same."""
+    pytest.importorskip("pyarrow")
     code = f"""
-import sys, time
-from pathlib import Path
-from fluxedu.sweep.claims import claimed
-with claimed(Path({str(tmp_path)!r}), "00000") as ours:
-    print(ours, flush=True)
-    time.sleep(60)
+import os, signal
+import pyarrow.parquet as parquet
+from fluxedu.sweep import read_config, run_sweep
+write = parquet.write_table
+def half(table, path):
+    write(table, path)
+    os.truncate(path, os.path.getsize(path) // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+parquet.write_table = half
+run_sweep(read_config({str(whole[0])!r}), {str(tmp_path / "out")!r})
 """
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "True\n"
-        with claimed(tmp_path, "00000") as ours:
-            assert not ours
-        with claimed(tmp_path, "00001") as ours:
-            assert ours
-    finally:
-        holder.kill()
-        holder.wait()
-    with claimed(tmp_path, "00000") as ours:
-        assert ours
-
-
-def test_what_another_is_drawing_is_waited_for_and_taken_over(whole, tmp_path):
-    """A claim held by a process that never draws, and dies at last."""
-    code = f"""
-import time
-from pathlib import Path
-from fluxedu.sweep.claims import claimed
-with claimed(Path({str(tmp_path / "out")!r}), "00002") as ours:
-    print(ours, flush=True)
-    time.sleep(60)
-"""
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "True\n"
-    worker = start(whole[0], tmp_path / "out")
-    sweep = read_config(whole[0])
-    until(lambda: (tmp_path / "out").is_dir() and missing(sweep, tmp_path / "out") == [2])
-    time.sleep(0.5)
-    assert worker.poll() is None and missing(sweep, tmp_path / "out") == [2]
-    holder.kill()
-    holder.wait()
-    assert worker.wait(60) == 0
-    assert hashes(tmp_path / "out") == hashes(whole[1])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    out = tmp_path / "out"
+    assert list(out.glob(".cells.parquet.*")) and not (out / "cells.parquet").exists()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("shards/*")}
+    run_sweep(read_config(whole[0]), out)
+    assert hashes(out) == hashes(whole[1])
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
 
 
 # ---------------------------------------------------------------- refusals
@@ -262,18 +182,22 @@ with claimed(Path({str(tmp_path / "out")!r}), "00002") as ours:
 
 def test_a_folder_is_for_one_sweep(whole, tmp_path):
     before = hashes(whole[1])
-    with pytest.raises(SweepError, match=r"holds another sweep \(prompts is not the same\)"):
-        work(from_dict({"prompts": ["something else"]}), whole[1])
-    assert {k: v for k, v in hashes(whole[1]).items() if not k.startswith(".claims")} == before
+    with pytest.raises(SweepError, match=r"holds another sweep \(prompts differs\)"):
+        run_sweep(from_dict({"prompts": ["something else"]}), whole[1])
+    described = yaml.safe_load(CONFIG)
+    described["interventions"] = dict(reversed(described["interventions"].items()))
+    with pytest.raises(SweepError, match=r"holds another sweep \(the order of interventions differs\)"):
+        run_sweep(from_dict(described), whole[1])
+    assert hashes(whole[1]) == before
     (tmp_path / "diary.txt").write_text("mine")
     with pytest.raises(SweepError, match="holds 'diary.txt' and no sweep"):
-        work(from_dict({"prompts": ["a"]}), tmp_path)
+        run_sweep(from_dict({"prompts": ["a"]}), tmp_path)
     with pytest.raises(SweepError, match="no finished sweep"):
         open_sweep(tmp_path)
 
 
 def test_a_damaged_result_is_found(whole, tmp_path):
-    work(read_config(whole[0]), tmp_path / "out")
+    run_sweep(read_config(whole[0]), tmp_path / "out")
     (tmp_path / "out/shards/00001.safetensors").write_bytes(b"x")
     (tmp_path / "out/shards/00002.safetensors").unlink()
     assert open_sweep(tmp_path / "out").damaged() == ["shards/00001.safetensors", "shards/00002.safetensors"]
@@ -282,41 +206,71 @@ def test_a_damaged_result_is_found(whole, tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "a sweep is made of names and values, not None."),
-        ("seeds: [1]", "a sweep lacks 'prompts'."),
-        ("prompts: []", "prompts is a list of texts, at least one, not []."),
-        ("prompts: a", "prompts is a list of texts, at least one, not 'a'."),
-        ("prompts: [no]", "each of prompts is text, in quotes where YAML reads something else, not False."),
-        ("prompts: [a, a]", "prompts has 'a' twice."),
-        ("{prompts: [a], seed: [0]}", "a sweep has an unknown 'seed'; known are prompts, seeds,"),
-        ("{prompts: [a], prompts: [b]}", "'prompts' is there twice, the second time in line 1."),
-        ("{prompts: [a], seeds: [-1]}", "a seed is a whole number from 0 to 9223372036854775807, not -1."),
-        ("{prompts: [a], seeds: {from: 0}}", "seeds lacks 'count'."),
+        ("", "a sweep must be a mapping of names to values, not None."),
+        ("seeds: [1]", "a sweep needs the key 'prompts'."),
+        ("prompts: []", "prompts must be a list with at least 1 item, not []."),
+        ("prompts: a", "prompts must be a list with at least 1 item, not 'a'."),
+        ("prompts: [no]", "a prompt must be text (in quotes where YAML reads something else), not False."),
+        ("prompts: [a, a]", "prompts contains 'a' twice."),
+        ("{prompts: [a], seed: [0]}", "a sweep has an unknown key 'seed'; the keys are prompts, seeds,"),
+        ("{prompts: [a], prompts: [b]}", "the key 'prompts' occurs twice, again in line 1."),
+        ("{prompts: [a], seeds: [-1]}", "a seed must be a whole number from 0 to 9223372036854775807, not -1."),
+        ("{prompts: [a], seeds: {from: 0}}", "seeds needs the key 'count'."),
         (
             "{prompts: [a], seeds: {from: 0, count: 1000000}, interventions: {x: [], y: []}}",
-            "2,000,000 cells; 1,000,000",
+            "2,000,000 cells; 1,000,000 is the maximum.",
         ),
-        ("{prompts: [a], interventions: {x: {ablat: y}}}", "'x' has a change that says none of ablate, scale, patch."),
-        ("{prompts: [a], interventions: {x: {scale: y}}}", "'x' lacks 'by'."),
-        ("{prompts: [a], interventions: {x: {scale: y, by: .inf}}}", "by is a number"),
-        ("{prompts: [a], interventions: {x: {ablate: y, by: 1}}}", "'x' has an unknown 'by'; known are ablate, heads,"),
-        ("{prompts: [a], interventions: {x: {patch: [y, z], from: {}}}}", "'x' patches 2 globs; a patch is at one."),
-        ("{prompts: [a], settings: {stepz: 3}}", "settings has an unknown 'stepz'; known are steps,"),
-        ("{prompts: [a], keep: [video]}", "keep has 'video'; what can be kept is image, latent, trajectory."),
+        (
+            "{prompts: [a], interventions: {x: {ablat: y}}}",
+            "'x' has a change that is not {ablate: SITES}, {scale: SITES, by: FACTOR} or",
+        ),
+        (
+            "{prompts: [a], interventions: {x: {scale: y}}}",
+            "'x' has a change that is not {ablate: SITES}, {scale: SITES, by: FACTOR} or",
+        ),
+        (
+            "{prompts: [a], interventions: {x: {scale: y, by: .inf}}}",
+            "a value needs quotes, or is not finite",
+        ),
+        (
+            "{prompts: [a], interventions: {x: {ablate: y, by: 1}}}",
+            "ablate in 'x' has an unknown key 'by'; the keys are heads,",
+        ),
+        (
+            "{prompts: [a], interventions: {x: {patch: [y, z], from: {}}}}",
+            "{patch: SITE, from: {prompt: TEXT, seed: SEED}}: {",
+        ),
+        ("{prompts: [a], settings: {stepz: 3}}", "settings has an unknown key 'stepz'; the keys are steps,"),
+        ("{prompts: [a], keep: [video]}", "an item of keep must be one of image, latent, trajectory, not 'video'."),
         ("{prompts: [a], record: [{sites: x, reduce: y}]}", "reduce must be one of head-mean,"),
-        ("{prompts: [a], lens: [word_maps]}", "lens is made of names and values, not ['word_maps']."),
-        ("{prompts: [a], lens: {word_map: {}}}", "lens has an unknown 'word_map'; known are attention_balance,"),
-        ("{prompts: [a], lens: {word_maps: {}}}", "lens word_maps lacks 'words'."),
-        ("{prompts: [a], lens: {contributions: {at_steps: 0}}}", "lens contributions has an unknown 'at_steps'; known"),
-        ("{prompts: [a], lens: {word_maps: {words: a}}}", "words is a list of texts, at least one, not 'a'."),
-        ("{prompts: [a], lens: {head_gallery: {query: [1]}}}", "query is a word or a patch, [row, column], not [1]."),
-        ("{prompts: [a], lens: {padding_mass: {at_steps: []}}}", "at_steps is empty; leave it out for all of them."),
-        ("{prompts: [a], threads: 0}", "threads is a whole number from 1 to 1024, not 0."),
-        ("a: &x [1]\nb: *x", "it uses the alias *x; write the value out."),
-        ("[" * 50, "it is nested more than 20 deep."),
-        ("prompts: [a", "it is no YAML (line 2):"),
-        ("prompts: !!python/object/apply:os.system [ls]", "it is no YAML (line 1): could not determine a constructor"),
-        ("prompts: [2020-99-99]", "it has a value that is none: month must be in 1..12"),
+        ("{prompts: [a], lens: [word_maps]}", "lens must be a mapping of names to values, not ['word_maps']."),
+        ("{prompts: [a], lens: {word_map: {}}}", "lens has an unknown key 'word_map'; the keys are attention_balance,"),
+        ("{prompts: [a], lens: {word_maps: {}}}", "lens word_maps needs the key 'words'."),
+        (
+            "{prompts: [a], lens: {contributions: {at_steps: 0}}}",
+            "lens contributions has an unknown key 'at_steps'; the keys are",
+        ),
+        ("{prompts: [a], threads: 0}", "threads must be a whole number from 1 to 1024, not 0."),
+        ("a: &x [1]\nb: *x", "it uses the alias *x; write the value out instead."),
+        ("[" * 50, "it cannot be read as YAML in line 2:"),
+        ("[" * 100_000, "it cannot be read as YAML in line 1: exceeded maximum nesting depth."),
+        ("prompts: [a", "it cannot be read as YAML in line 2:"),
+        (
+            "prompts: !!python/object/apply:os.system [ls]",
+            "it cannot be read as YAML in line 1: could not determine a constructor",
+        ),
+        ("prompts: [2020-01-01]", "a value needs quotes, or is not finite (Object of type date"),
+        ("{prompts: [a], interventions: {}}", "are 0 cells; 1,000,000 is the maximum."),
+        ("{prompts: [a], interventions: {x: {scale: y, by: 1, from: 0}}}", "scale in 'x' has an unknown key 'from'"),
+        ("{prompts: [a], interventions: {x: 0}}", "'x' has a change that is not {ablate: SITES},"),
+        ("{prompts: [a], interventions: {x: {patch: y, from: {prompt: a, seed: 0, step: 1}}}}", "unknown key 'step'"),
+        ("{prompts: [a], interventions: {x: {ablate: y, times: [2, 3]}}}", "times"),
+        (
+            "{prompts: [a], interventions: {x: {scale: y, by: 1e3}}}",
+            "by must be a number from -1e+30 to 1e+30, not '1e3'",
+        ),
+        ("{prompts: [a], device: 0}", "device must be text"),
+        ("prompts: [2020-99-99]", "it cannot be read as YAML: month must be in 1..12"),
     ],
 )
 def test_a_config_is_read_strictly(text, says, tmp_path):
@@ -324,9 +278,3 @@ def test_a_config_is_read_strictly(text, says, tmp_path):
         read_config(written(tmp_path, text))
     sentence = str(error.value)
     assert sentence.startswith("sweep.yaml: ") and says in sentence and sentence.endswith(".") and "\n" not in sentence
-
-
-def test_the_environment_says_a_sensible_place(tmp_path):
-    worker = start(written(tmp_path), tmp_path / "out", RANK="2", WORLD_SIZE="2")
-    assert worker.wait(60) == 2
-    assert re.fullmatch(r"fluxedu: RANK and WORLD_SIZE .*\.\n", worker.stderr.read())

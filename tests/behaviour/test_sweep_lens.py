@@ -10,9 +10,9 @@ import torch
 import fluxedu as fe
 from fluxedu.errors import SweepError
 from fluxedu.instruments import lenses
-from fluxedu.sweep import config, from_dict, open_sweep, read_config, work
-from fluxedu.sweep.draw import Draughtsman
-from fluxedu.sweep.lens import LENSES
+from fluxedu.sweep import config, from_dict, open_sweep, read_config, run_sweep
+from fluxedu.sweep.config import LENSES
+from fluxedu.sweep.run import Runner, _load
 
 PROMPT = "a red circle left of a blue square"
 GIVEN = {
@@ -38,7 +38,7 @@ def test_what_a_lens_finds_is_what_it_finds_by_hand(pipe, change):
     sweep = from_dict({"prompts": [PROMPT], "interventions": interventions, "lens": GIVEN, **SMALL})
     drawn = []
     with fe.intervene("sample.noise", lambda x, ctx: drawn.append(1) or x):
-        kept = Draughtsman(sweep, pipe).cell(sweep.cell(list(interventions).index(change)))
+        kept = Runner(sweep, pipe).draw(sweep.cell(list(interventions).index(change)))
     assert len(drawn) == 1
     asked = {"seed": 0, **SMALL["settings"]}
     for name, given in GIVEN.items():
@@ -47,15 +47,18 @@ def test_what_a_lens_finds_is_what_it_finds_by_hand(pipe, change):
         else:
             with fe.ablate("double.1.heads", heads=[1]):
                 found = getattr(lenses, name)(pipe, PROMPT, **given, **asked)
-        tensor, axes, labels = kept[f"lens/{name}"]
-        assert torch.equal(tensor, found.tensor) and tuple(axes) == found.axes and labels == found.coords, name
+        value = kept[f"lens/{name}"]
+        assert torch.equal(value.tensor, found.tensor), name
+        assert value.axes == found.axes and value.coords == found.coords, name
 
 
 def test_a_lens_data_set_is_read_by_name(tmp_path):
     """From disk, with axes and labels; the two cells differ."""
     lens = {"head_gallery": {"query": "red", "at_step": 0}, "contributions": {}}
     prompts = [PROMPT, "a red triangle"]
-    results = open_sweep(work(from_dict({"prompts": prompts, "keep": ["latent"], "lens": lens, **SMALL}), tmp_path))
+    results = open_sweep(
+        run_sweep(from_dict({"prompts": prompts, "keep": ["latent"], "lens": lens, **SMALL}), tmp_path)
+    )
     maps = [results[number]["lens/head_gallery"] for number in range(2)]
     assert maps[0].axes == ("block", "head", "row", "column") and maps[0].coords["block"][0] == "double.0"
     assert maps[0].tensor.shape == maps[1].tensor.shape and not torch.equal(maps[0].tensor, maps[1].tensor)
@@ -64,10 +67,26 @@ def test_a_lens_data_set_is_read_by_name(tmp_path):
 
 def test_a_word_that_a_prompt_lacks_is_said_of_its_cell(pipe):
     sweep = from_dict({"prompts": ["a", PROMPT], "lens": {"word_maps": {"words": ["circle"]}}, **SMALL})
-    drawn = Draughtsman(sweep, pipe)
+    runner = Runner(sweep, pipe)
     with pytest.raises(SweepError, match=r"cell 0 .*'circle'"):
-        drawn.cell(sweep.cell(0))
-    assert "lens/word_maps" in drawn.cell(sweep.cell(1))
+        runner.draw(sweep.cell(0))
+    assert "lens/word_maps" in runner.draw(sweep.cell(1))
+
+
+@pytest.mark.parametrize(
+    ("lens", "says"),
+    [
+        ({"word_maps": {"words": "a"}}, "words"),
+        ({"head_gallery": {"query": [1]}}, "query"),
+        ({"padding_mass": {"at_steps": "first"}}, "steps"),
+        ({"massive_activations": {"at_step": "last"}}, "step"),
+    ],
+)
+def test_a_lens_argument_of_the_wrong_kind_is_one_sentence(pipe, lens, says):
+    """The lens's own, which names the argument and what it was."""
+    sweep = from_dict({"prompts": ["a"], "lens": lens, **SMALL})
+    with pytest.raises(SweepError, match=rf"^cell 0 \(.*\) cannot be drawn: .*{says}.*not .*\.$"):
+        Runner(sweep, pipe).draw(sweep.cell(0))
 
 
 def test_the_sweeps_in_the_documentation_can_be_read(tmp_path):
@@ -99,7 +118,7 @@ def opened(monkeypatch, **env) -> dict:
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(Enough):
-        work(from_dict({"prompts": ["a"], "model": "dev", **sweep}), "nowhere")
+        run_sweep(from_dict({"prompts": ["a"], "model": "dev", **sweep}), "nowhere")
     return asked
 
 
@@ -110,31 +129,33 @@ def test_the_model_chooses_its_device_and_dtype(monkeypatch):
 
 
 @pytest.mark.parametrize(("device", "given"), [(None, None), ("cuda", "cuda:1"), ("cpu", "cpu")])
-def test_each_process_has_a_gpu_of_its_own(monkeypatch, device, given):
-    """The sixth of eight processes on a machine of two."""
-    current = []
+def test_each_worker_of_a_local_cluster_has_a_gpu_of_its_own(monkeypatch, device, given):
+    """The sixth of eight workers where there are two GPUs; on another cluster, whoever starts a worker gives it one."""
+    current, loaded = [], {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    asked = opened(monkeypatch, LOCAL_RANK="5", sweep={"device": device})
-    assert asked["device"] == given
+    monkeypatch.setattr("fluxedu.load", lambda model, **options: loaded.update(options))
+    description = json.dumps(vars(from_dict({"prompts": ["a"], "device": device})))
+    _load.__wrapped__(description, 5)
+    assert loaded["device"] == given
     assert current == ([] if device == "cpu" else [1])
-    with pytest.raises(SweepError, match="LOCAL_RANK in the environment is a whole number, not 'x'."):
-        opened(monkeypatch, LOCAL_RANK="x")
+    _load.__wrapped__(description, "tcp://127.0.0.1:4000")
+    assert loaded["device"] == device and len(current) <= 1
 
 
 def test_a_set_is_not_continued_on_other_numerics(tmp_path, monkeypatch):
     """What the model chose is written down, and must be chosen again."""
     sweep, real = from_dict({"prompts": ["a"], **SMALL}), fe.load
-    before = (work(sweep, tmp_path) / "sweep.json").read_text()
-    by = json.loads(before)["by"]
-    assert by["dtype"] == "float32" and by["device"].startswith("cpu ") and by["decoded"] == "whole"
+    before = (run_sweep(sweep, tmp_path) / "sweep.json").read_text()
+    by = json.loads(before)["environment"]
+    assert by["dtype"] == "float32" and by["device"].startswith("cpu ") and by["autoencoder"] == "AutoEncoder"
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr("fluxedu.load", lambda *a, **k: real(*a, **{**k, "dtype": "bfloat16"}))
-        with pytest.raises(SweepError, match=r"holds another sweep \(dtype is not the same\)"):
-            work(sweep, tmp_path)
+        with pytest.raises(SweepError, match=r"holds another sweep \(dtype differs\)"):
+            run_sweep(sweep, tmp_path)
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
-        with pytest.raises(SweepError, match=r"holds another sweep \(device is not the same\)"):
-            work(sweep, tmp_path)
-    assert (work(sweep, tmp_path) / "sweep.json").read_text() == before
+        with pytest.raises(SweepError, match=r"holds another sweep \(device differs\)"):
+            run_sweep(sweep, tmp_path)
+    assert (run_sweep(sweep, tmp_path) / "sweep.json").read_text() == before

@@ -17,7 +17,7 @@ from fluxedu import cli
 from fluxedu.arena.votes import Votes
 from fluxedu.errors import CourseError
 from fluxedu.sweep import from_dict, read_config
-from fluxedu.sweep.draw import Draughtsman
+from fluxedu.sweep.run import Runner
 
 run = CliRunner().invoke
 ODD = [
@@ -58,7 +58,7 @@ COMMANDS = {
     "bench": ([], ["--json", "--quick"]),
     "lab": ([], ["--port", "--folder"]),
     "grade": (["in.ipynb", "."], ["--csv", "--table", "--timeout", "--whole", "--memory"]),
-    "sweep": (["sweep.yaml", "in.safetensors", "."], ["--out", "--workers", "--on"]),
+    "sweep": (["sweep.yaml", "in.safetensors", "."], ["--out", "--workers", "--scheduler"]),
     "arena run": (["nano", "nano@4"], ["--votes", "--count", "--axis", "--prompts", "--pictures", "--seed"]),
     "arena serve": (["nano", "nano@4"], ["--votes", "--port", "--axis", "--prompts", "--pictures", "--seed"]),
     "arena table": ([], ["--votes", "--axis", "--who", "--json", "--figures"]),
@@ -90,7 +90,7 @@ VALUES = {
     "--axis": ["overall", "diversity"],
     "--who": ["judge", "people"],
     "--figures": ["drawn"],
-    "--on": ["ray", "dask"],
+    "--scheduler": ["tcp://127.0.0.1:1"],
 }
 ALONE = ("--overwrite", "--edges", "--no-resume", "--all", "--quick")
 DAMAGED = {"in.png": 0.2, "in.sqlite": 0.3}  # how often
@@ -116,11 +116,10 @@ def quick(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("fluxedu.nano.exam.evaluate", refusing(ValueError("not now.")))
     monkeypatch.setattr("benchmarks.run", refusing(ModuleNotFoundError(name="diffusers")))
     monkeypatch.setattr("fluxedu.course.build.copy_notebooks", refusing(CourseError("not now.")))
-    monkeypatch.setattr("fluxedu.arena.contestants.pictured", lambda p, _, seed, h, w, n: Image.new("RGB", (w, h)))
-    monkeypatch.setattr("fluxedu.arena.contestants._opened", lambda *_: None)
+    monkeypatch.setattr("fluxedu.arena.match.sample_image", lambda p, _, seed, h, w, n: Image.new("RGB", (w, h)))
+    monkeypatch.setattr("fluxedu.arena.match._load", lambda *_: None)
     monkeypatch.setattr("socketserver.BaseServer.serve_forever", refusing(KeyboardInterrupt()))
-    for engine in ("ray", "distributed"):
-        monkeypatch.setitem(sys.modules, engine, None)
+    monkeypatch.setitem(sys.modules, "distributed", None)  # a cluster takes seconds to start
     here = tmp_path / "one" / "two"
     here.mkdir(parents=True)
     monkeypatch.chdir(here)
@@ -218,11 +217,11 @@ def test_sweeps(pipe, tmp_path):
         else:
             path.write_bytes(bytes_changed(chance, yaml.safe_dump(SWEEP).encode()))
         sweep = read_config(path)
-        assert from_dict(sweep.to_dict()) == sweep
+        assert from_dict(vars(sweep)) == sweep
         sizes = [sweep.settings.get(name) or 1 for name in ("steps", "height", "width")]
         if all(not isinstance(size, int) or size <= 64 or size > 5000 for size in sizes):
             for number in {0, chance.randrange(len(sweep)), len(sweep) - 1}:
-                Draughtsman(sweep, pipe).cell(sweep.cell(number))
+                Runner(sweep, pipe).draw(sweep.cell(number))
 
     fuzz("sweeps", 0.12, case, tmp_path)
 
