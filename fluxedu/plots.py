@@ -283,6 +283,7 @@ def quiver(field: Named) -> Figure:
     ax.plot(0, 0, "x", color="black", markersize=9, label="state of the run")
     ax.plot(1, 0, "*", color="C3", markersize=13, label="final image of the run")
     ax.set(aspect="equal", xlabel="towards the final image", ylabel="towards another seed's state")
+    ax.locator_params(nbins=5)
     ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     ax.set_title("Sampling direction around the state\n(arrows show a third of the remaining distance)", fontsize=9)
     return fig
@@ -331,8 +332,8 @@ def treemap(network: nn.Module | Mapping[str, int], depth: int = 2, title: str =
         colour = f"C{groups.index(name.split('.')[0]) % 10}"
         ax.add_patch(Rectangle((x, y), w, h, facecolor=colour, alpha=0.55, edgecolor="white", linewidth=2))
         lines = [*name.split("."), f"{counts[name] / total:.1%}"]
-        size = min(8.0, 4.4 * w / max(map(len, lines)) * 2.6, 15 * h / len(lines))
-        if size >= 4.5:  # smaller text would not be readable
+        size = min(8.0, 45 * w / max(map(len, lines)), 24 * h / len(lines))
+        if size >= 5:  # smaller text would not be readable
             ax.text(x + w / 2, y + h / 2, "\n".join(lines), ha="center", va="center", fontsize=size)
     ax.set_title(title or f"{total:,} parameters; area is the share of each part", fontsize=10)
     return fig
@@ -387,9 +388,8 @@ def elo_axes(tables: Mapping[str, Rows]) -> Figure:
         raise InstrumentError("every axis needs ratings of the same models.")
     names = list(next(iter(tables.values())))
     by_mean = sorted(names, key=lambda name: -sum(rows[name]["elo"] for rows in tables.values()))
-    columns = min(3, len(tables))
-    size = (2.7, 0.26 * len(names) + 0.8)
-    fig, axes = new_figure(ceil(len(tables) / columns), columns, size, sharex=True, sharey=True)
+    n_rows, n_columns, cell = ceil(len(tables) / 3), min(3, len(tables)), (2.7, 0.26 * len(names) + 0.8)
+    fig, axes = new_figure(n_rows, n_columns, cell, sharex=True, sharey=True)
     for ax, (title, rows) in zip(axes.flat, tables.items(), strict=False):
         _draw_ratings(ax, {name: rows[name] for name in by_mean}, sorted(names), limits)
         votes = sum(row["votes"] for row in rows.values()) // 2

@@ -34,7 +34,7 @@ from fluxedu.instruments.lenses.words import attention_to_words
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts
 from fluxedu.instruments.recorder import record
-from fluxedu.instruments.reductions import MapView, Value, made
+from fluxedu.instruments.reductions import MapView, Value, to_named
 from fluxedu.instruments.tokens import text_tokens
 from fluxedu.sampling.pipeline import FluxPipeline, Output
 
@@ -168,7 +168,7 @@ def thumbnail(value: Value) -> Named:
     if isinstance(value, MapView):
         x = value.head_mean().tensor
     else:
-        named = made(value)
+        named = to_named(value)
         axes, x = list(named.axes), named.tensor
         if "row" in axes:  # [B, C, h, w]
             x = x.mean(axes.index("channel"))

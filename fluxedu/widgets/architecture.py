@@ -15,7 +15,7 @@ from fluxedu.instruments.lenses.run import recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts
 from fluxedu.instruments.recorder import Steps, record
-from fluxedu.instruments.reductions import MapView, Value, made
+from fluxedu.instruments.reductions import MapView, Value, to_named
 from fluxedu.plots import PART_COLOURS
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.solvers import from_strength
@@ -103,7 +103,7 @@ def as_table(value: Value) -> Named:
     Maps are averaged over heads; other heads stand side by side, and channels of an image as tiles (the first 16). Of
     what is larger than ROWS x COLUMNS, every second, third, ... number is kept. With guidance, the prompted pass.
     """
-    x = value.head_mean() if isinstance(value, MapView) else made(value)
+    x = value.head_mean() if isinstance(value, MapView) else to_named(value)
     x = x.at(batch=-1) if "batch" in x.axes else x.at(one=0)
     axes, table = x.axes, (x.tensor.angle() if x.tensor.is_complex() else x.tensor).float()
     if table.ndim == 1:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fluxedu.instruments.interventions import Context, ablate, intervene, patch
+from fluxedu.instruments.ablation import ablate
+from fluxedu.instruments.interventions import Context, intervene, patch
 from fluxedu.instruments.lenses.run import blocks_of, one_prompt
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.recording import Recording, open_recording

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from fluxedu.instruments.interventions import ablate
+from fluxedu.instruments.ablation import ablate
 from fluxedu.instruments.lenses.run import blocks_of, one_prompt
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, View, check_request, explorer, number_list

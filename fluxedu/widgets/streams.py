@@ -45,7 +45,7 @@ def streams_view(
     values = sizes.tensor[block, step] if quantity == 0 else added.tensor[block, quantity - 1, step]  # [token]
     words, patches = values[: len(pieces)], values[txt_len:].view(grid)
     panels = [
-        Lines(f"Size of the tokens that enter each block, t = {t:.2f}", range(len(blocks)), over_depth,
+        Lines(f"Size of tokens entering each block, t = {t:.2f}", range(len(blocks)), over_depth,
               f"block, from {blocks[0]} to {blocks[-1]}", "root mean square", block),
         Lines(f"Size of what {name} adds, over time", times, over_time, TIME_LABEL, "root mean square", t),
         Pixels(f"Image tokens: {QUANTITIES[quantity]}", overlay(image, patches), key=("0", f"{patches.max():.2f}"),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from test_explorers import moved, painted
+from test_explorers import content, moved
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("[0-9][0-9]-*.ipynb"))
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -26,7 +26,7 @@ def until_the_explorer(path):
 def test_its_explorer_answers(run, path):
     tab = run(*until_the_explorer(path), name=path.stem)
     tab.locator(".fluxedu").wait_for()
-    before = painted(tab)
+    before = content(tab)
     parts = tab.locator(".fluxedu").locator(
         "canvas[tabindex='0'], .drawing[tabindex='0'], input, g[tabindex='0'], select, .chips[role='group'] > button"
     )
