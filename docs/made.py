@@ -147,3 +147,5 @@ def pages(folder: Path) -> None:
         out.append(head + table(("site", "shape", "what it is", "source"), *lines))
     (folder / "sites.md").write_text("\n".join(out))
     (folder / "map.md").write_text(f"```{{raw}} html\n{picture(those)}\n```\n")
+    explorers = [f".. autofunction:: fluxedu.widgets.{name}.{name}" for name in fe.widgets.explorers()]
+    (folder / "explorers.md").write_text("```{eval-rst}\n" + "\n".join(explorers) + "\n```\n")
