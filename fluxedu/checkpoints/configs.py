@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from fluxedu.errors import CheckpointError, ConfigError, describe, first_of
+from fluxedu.errors import CheckpointError, ConfigError, check_integer, describe, first_of
 from fluxedu.models import VARIANTS, AutoEncoderConfig, CLIPTextConfig, FluxConfig, T5Config
 from fluxedu.models.config import LARGEST, Config
 
@@ -128,8 +128,8 @@ def _flux_from_diffusers(values: dict) -> FluxConfig:
     fields = _our_fields(values, _FLUX_FIELDS, _FLUX_FIXED)
     fields["out_channels"] = fields["out_channels"] or fields["in_channels"]
     head_dim = values.get("attention_head_dim", 128)
-    _check_size("num_attention_heads", fields["num_heads"])
-    _check_size("attention_head_dim", head_dim)
+    for name, value in (("num_attention_heads", fields["num_heads"]), ("attention_head_dim", head_dim)):
+        check_integer(f"config.json's {name}", value, 1, LARGEST, error=CheckpointError)
     return FluxConfig(**fields, hidden_size=fields["num_heads"] * head_dim)
 
 
@@ -140,7 +140,7 @@ def _autoencoder_from_diffusers(values: dict) -> AutoEncoderConfig:
     if not isinstance(widths, list) or not widths:
         raise CheckpointError(f"config.json has block_out_channels {describe(widths)}, not a list of whole numbers.")
     for width in widths:
-        _check_size("block_out_channels", width)
+        check_integer("config.json's block_out_channels", width, 1, LARGEST, error=CheckpointError)
     if any(width % widths[0] for width in widths):
         raise CheckpointError(
             f"config.json has block_out_channels {describe(widths)}, which are not multiples of the first."
@@ -171,12 +171,6 @@ def _our_fields(values: dict, names: dict[str, tuple], fixed: dict) -> dict:
             raise CheckpointError(f"config.json has an unknown setting {describe(name)} ({describe(value)}).")
     fields = {ours: values.get(theirs, default) for ours, (theirs, default) in names.items()}
     return {ours: tuple(value) if isinstance(value, list) else value for ours, value in fields.items()}
-
-
-def _check_size(name: str, value) -> None:
-    """For numbers that are multiplied before a configuration checks the result."""
-    if type(value) is not int or not 0 < value <= LARGEST:
-        raise CheckpointError(f"config.json has {name} {describe(value)}, not a whole number of at most {LARGEST:,}.")
 
 
 # ---------------------------------------------------------------- shapes
@@ -243,12 +237,8 @@ def fields_from_shapes(kind: type[Config], shapes: dict[str, Shape]) -> dict:
 
     Raises KeyError, with the reason, if tensors are missing or have impossible shapes.
     """
-    readers: dict[type[Config], Callable[[_Shapes], dict]] = {
-        FluxConfig: _flux_fields,
-        AutoEncoderConfig: _autoencoder_fields,
-        CLIPTextConfig: _clip_fields,
-        T5Config: _t5_fields,
-    }
+    readers = {FluxConfig: _flux_fields, AutoEncoderConfig: _autoencoder_fields}
+    readers |= {CLIPTextConfig: _clip_fields, T5Config: _t5_fields}
     lookup = _Shapes(shapes)
     try:
         return readers[kind](lookup)

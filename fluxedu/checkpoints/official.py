@@ -17,8 +17,6 @@ from pathlib import Path
 from fluxedu.errors import CheckpointError, describe
 from fluxedu.files import read_json
 
-NON_COMMERCIAL = "FLUX.1 [dev] Non-Commercial License"
-
 
 @dataclass(frozen=True)
 class Repository:
@@ -26,15 +24,7 @@ class Repository:
 
     id: str
     single: str
-    licence: str = NON_COMMERCIAL
-
-    @property
-    def terms(self) -> str:
-        """What has to be done before the hub allows the download."""
-        return (
-            f"its licence is the {self.licence}; the hub allows the download after `hf auth login` "
-            f"and accepting the terms at https://huggingface.co/{self.id}"
-        )
+    licence: str = "FLUX.1 [dev] Non-Commercial License"
 
 
 #: every variant that can be loaded by name
@@ -100,7 +90,8 @@ def find(name: str | Path, transformer: str = "transformer") -> Official:
         options = " ".join(f'--include "{file}"' for file in missing)
         raise CheckpointError(
             f"{str(name)!r} lacks {', '.join(missing)}; get {'it' if len(missing) == 1 else 'them'} with "
-            f"`hf download {repository.id} {options}` ({repository.terms})."
+            f"`hf download {repository.id} {options}` (its licence is the {repository.licence}; the hub allows the "
+            f"download after `hf auth login` and accepting the terms at https://huggingface.co/{repository.id})."
         )
     return Official(parts, variant)
 

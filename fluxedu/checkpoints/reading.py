@@ -13,9 +13,10 @@ from __future__ import annotations
 import math
 import mmap
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ DTYPES = {
 }
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 _WINDOW = 1 << 30  # bytes of a file that are mapped at once
-BUFFER = 32 << 20  # bytes that are on their way to a device at once, in each of two buffers
+CHUNK = 32 << 20  # bytes of a file that are read at once, on their way to another device or dtype
 
 
 # ---------------------------------------------------------------- files
@@ -78,8 +79,8 @@ class Entry:
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of a safetensors file, and its metadata; raises CheckpointError if the file is damaged.
 
-    The safetensors library checks the file. Read here are the offsets, which it does not tell, and what it does not
-    refuse: a key that occurs twice. Format: https://huggingface.co/docs/safetensors/index#format.
+    The safetensors library checks the file. This function adds the offsets, which the library does not give, and refuses
+    a key that occurs twice, which the library accepts. Format: https://huggingface.co/docs/safetensors/index#format.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -130,10 +131,12 @@ class TensorFile(Mapping):
     def __init__(self, path: Path, entries: dict[str, Entry], metadata: dict[str, str]):
         self.path, self.metadata, self.label = path, metadata, path.name or str(path)
         self.entries = {name: entries[stored] for name, stored in plain_names(entries).items()}
+        self.shapes = {name: entry.shape for name, entry in self.entries.items()}
+        self.dtypes = {name: entry.dtype for name, entry in self.entries.items()}
         self._windows: dict[tuple[Path, int], mmap.mmap] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor, its memory being the file's pages."""
+        """The tensor; its memory is the mapped pages of the file."""
         entry = self.entries[name]
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=entry.dtype)
@@ -161,14 +164,6 @@ class TensorFile(Mapping):
 
     def __len__(self) -> int:
         return len(self.entries)
-
-    @cached_property
-    def shapes(self) -> dict[str, Shape]:
-        return {name: entry.shape for name, entry in self.entries.items()}
-
-    @cached_property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        return {name: entry.dtype for name, entry in self.entries.items()}
 
     def read_into(self, rows: Tensor, name: str, start: int) -> None:
         """Fill ``rows`` (on the CPU, contiguous) from the file, beginning with the tensor's row ``start``.
@@ -319,78 +314,72 @@ def load_model(
     return load_into(module, tensors, dtype, device)
 
 
-# ---------------------------------------------------------------- from a file to a device
+# ---------------------------------------------------------------- a few megabytes at a time
 
 
 def stream(
-    tensors: Mapping[str, Tensor],
-    dtype: torch.dtype | None,
-    device_of: Callable[[str], torch.device | str | None],
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None, device_of: Callable[[str], torch.device | str | None]
 ) -> dict[str, Tensor]:
     """Every tensor in ``dtype`` (None: its own) on the device ``device_of(name)`` (None: where it is).
 
     Tensors that can stay in a file (for the CPU, in the file's dtype and in one piece) are mapped, which takes no
-    memory until they are used. All others are read into one of two buffers and copied from there while the other buffer
-    is filled, so the host holds 2 x 32 MiB, however large the model is.
+    memory until they are used. All others are copied in chunks through two buffers: while one is copied to a GPU, the
+    other is filled. So the host holds 2 x 32 MiB, however large the model is.
     """
-    streamer, streamed = _Streamer(tensors), {}
-    for name in streamer.shapes:
-        device = device_of(name)
-        if streamer.can_stay(name, dtype, torch.device(device or "cpu")):
-            streamed[name] = tensors[name].to(device=device, dtype=dtype)
-        else:
-            streamed[name] = streamer.copy(name, dtype or streamer.dtypes[name], torch.device(device or "cpu"))
-    if any(streamer.copied):
-        torch.cuda.synchronize()  # before the buffers are freed
+    dtypes, streamed, buffers = dtypes_of(tensors), {}, {}
+    for name, shape in shapes_of(tensors).items():
+        device = torch.device(device_of(name) or "cpu")
+        pieces, source = _pieces(tensors, name)
+        is_mapped = device.type == "cpu" and dtype in (None, dtypes[name]) and len(pieces) == 1
+        if is_mapped or not isinstance(source, TensorFile) or math.prod(shape) == 0 or not shape:
+            streamed[name] = tensors[name].to(device=device_of(name), dtype=dtype)
+            continue
+        streamed[name] = torch.empty(shape, dtype=dtype or dtypes[name], device=device)
+        row = 0
+        for chunk in row_chunks(tensors, name, buffers.setdefault(device, free_buffers(CHUNK, device))):
+            rows = streamed[name][row : row + len(chunk)]
+            rows.copy_(chunk.to(device, non_blocking=True).view(rows.shape))  # cast on the device
+            row += len(chunk)
     return streamed
 
 
-class _Streamer:
-    """Two buffers, and the file that is behind ``tensors``, if there is one."""
+def row_chunks(tensors: Mapping[str, Tensor], name: str, buffers: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The rows of a tensor in order, a buffer's worth at a time; those of a file are read into the next buffer."""
+    pieces, source = _pieces(tensors, name)
+    for piece in pieces:
+        tensor = source.entries[piece.name] if isinstance(source, TensorFile) else torch.atleast_1d(source[piece.name])
+        row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+        start, end = piece.start, min(piece.stop, tensor.shape[0] if tensor.shape else 1)
+        while start < end:
+            buffer = next(buffers)
+            stop = min(start + max(1, len(buffer) // max(1, row_bytes)), end)
+            if isinstance(tensor, Tensor):
+                yield tensor[start:stop]
+            else:
+                nbytes = (stop - start) * row_bytes
+                if nbytes > len(buffer):  # a single row that is larger
+                    buffer = torch.empty(nbytes, dtype=torch.uint8)
+                rows = buffer[:nbytes].view(tensor.dtype).view(stop - start, *tensor.shape[1:])
+                source.read_into(rows, piece.name, start)
+                yield rows
+            start = stop
 
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self.shapes, self.dtypes = shapes_of(tensors), dtypes_of(tensors)
-        self.recipes = tensors.recipes if isinstance(tensors, ConvertedTensors) else {}
-        self.file = tensors.source if isinstance(tensors, ConvertedTensors) else tensors
-        self.buffers: list[Tensor] = []
-        self.copied: list[torch.cuda.Event | None] = [None, None]  # when each buffer may be filled again
-        self.turn = 0
 
-    def pieces(self, name: str) -> list[Piece]:
-        """The rows of the file that a tensor is made of."""
-        shape = self.shapes[name]
-        return self.recipes[name] if self.recipes else [Piece(name, 0, shape[0] if shape else 1)]
+def free_buffers(nbytes: int, device: torch.device) -> Iterator[Tensor]:
+    """Two buffers in turn, again and again, each when its last copy to ``device`` has finished."""
+    is_cuda = device.type == "cuda"
+    buffers = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(2)]
+    copied: list[torch.cuda.Event | None] = [None, None]
+    for i in cycle((0, 1)):
+        if copied[i] is not None:
+            copied[i].synchronize()
+        yield buffers[i]
+        if is_cuda:  # the next buffer is requested, so the copy of this one is under way
+            copied[i] = torch.cuda.current_stream(device).record_event()
 
-    def can_stay(self, name: str, dtype: torch.dtype | None, device: torch.device) -> bool:
-        """Whether the tensor needs no copy (or is not from a file, or so small that it makes no difference)."""
-        if not isinstance(self.file, TensorFile) or math.prod(self.shapes[name]) == 0 or not self.shapes[name]:
-            return True
-        return device.type == "cpu" and dtype in (None, self.dtypes[name]) and len(self.pieces(name)) == 1
 
-    def copy(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A copy of one tensor, made in chunks of rows that fit into a buffer."""
-        tensor = torch.empty(self.shapes[name], dtype=dtype, device=device)
-        rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]  # [rows, numbers per row]
-        row, row_bytes = 0, self.dtypes[name].itemsize * rows.shape[1]
-        for piece in self.pieces(name):
-            for start in range(piece.start, piece.stop, step := max(1, BUFFER // row_bytes)):
-                count = min(step, piece.stop - start)
-                self._copy_rows(rows[row : row + count], piece.name, start, self.dtypes[name])
-                row += count
-        return tensor
-
-    def _copy_rows(self, rows: Tensor, source: str, start: int, file_dtype: torch.dtype) -> None:
-        if rows.device.type == "cpu" and rows.dtype == file_dtype:
-            return self.file.read_into(rows, source, start)
-        nbytes = rows.numel() * file_dtype.itemsize
-        if not self.buffers or nbytes > len(self.buffers[0]):  # a single row may be larger than a buffer
-            size, pinned = max(nbytes, BUFFER), rows.is_cuda
-            self.buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
-        elif self.copied[self.turn] is not None:
-            self.copied[self.turn].synchronize()
-        chunk = self.buffers[self.turn][:nbytes].view(file_dtype).view(rows.shape)
-        self.file.read_into(chunk, source, start)
-        rows.copy_(chunk.to(rows.device, non_blocking=True))  # cast on the device
-        if rows.is_cuda:
-            self.copied[self.turn] = torch.cuda.current_stream(rows.device).record_event()
-        self.turn = 1 - self.turn
+def _pieces(tensors: Mapping[str, Tensor], name: str) -> tuple[list[Piece], Mapping[str, Tensor]]:
+    """The pieces that a tensor is made of (often one, with all its rows), and the mapping that they are in."""
+    if isinstance(tensors, ConvertedTensors):
+        return tensors.recipes[name], tensors.source
+    return [Piece(name, 0, sys.maxsize)], tensors

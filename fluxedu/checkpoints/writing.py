@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fluxedu.checkpoints.configs import shapes_of, to_diffusers_config
-from fluxedu.checkpoints.layouts import ConvertedTensors, Piece, convert_lazily, dtypes_of
-from fluxedu.checkpoints.reading import DTYPES, TensorFile, config_of, read
+from fluxedu.checkpoints.layouts import ConvertedTensors, convert_lazily, dtypes_of
+from fluxedu.checkpoints.reading import DTYPES, config_of, free_buffers, read, row_chunks
 from fluxedu.errors import CheckpointError
 from fluxedu.files import atomic_path
 from fluxedu.models import CLIPTextConfig, T5Config
@@ -37,15 +37,11 @@ class _Writer:
     """Writes tensors to one or several files, and reports the progress over all of them."""
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, progress: Progress | None):
-        is_converted = isinstance(tensors, ConvertedTensors)
-        self.source = tensors.source if is_converted else tensors
-        self.recipes = tensors.recipes if is_converted else {}
-        self.shapes = shapes_of(tensors)
-        self.dtypes = dict(dtypes_of(tensors))
-        if isinstance(self.source, dict):
-            for name, tensor in self.source.items():
-                if hasattr(tensor, "__tensor_flatten__"):  # a subclass of Tensor with several tensors inside
-                    raise CheckpointError(f"{name!r} is quantised; only weights that are not can be saved.")
+        self.tensors, self.shapes, self.dtypes = tensors, shapes_of(tensors), dict(dtypes_of(tensors))
+        source = tensors.source if isinstance(tensors, ConvertedTensors) else tensors
+        for name, tensor in source.items() if isinstance(source, dict) else ():
+            if hasattr(tensor, "__tensor_flatten__"):  # a subclass of Tensor with several tensors inside
+                raise CheckpointError(f"{name!r} is quantised; only weights that are not can be saved.")
         for name, own in self.dtypes.items():
             if dtype is not None and own.is_floating_point:
                 self.dtypes[name] = dtype
@@ -53,6 +49,7 @@ class _Writer:
                 raise CheckpointError(f"{name!r} is {self.dtypes[name]}, which a .safetensors file cannot hold.")
         self.sizes = {name: math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items()}
         self.total, self.done, self.progress = sum(self.sizes.values()), 0, progress
+        self.buffers = free_buffers(_CHUNK, torch.device("cpu"))
 
     def write(self, path: Path, names: list[str], metadata: dict[str, str]) -> None:
         """One safetensors file: the length of the header in 8 bytes, the header, then one tensor after the other."""
@@ -68,35 +65,13 @@ class _Writer:
             file.write(len(text).to_bytes(8, "little"))
             file.write(text)
             for name in names:
-                for rows in self._chunks(name):
+                for rows in row_chunks(self.tensors, name, self.buffers):
                     rows = rows.detach().to("cpu", self.dtypes[name]).contiguous()
                     data = memoryview(rows.reshape(-1).view(torch.uint8).numpy())
                     file.write(data)
                     self.done += len(data)
                     if self.progress:
                         self.progress(self.done, self.total)
-
-    def _chunks(self, name: str) -> Iterator[Tensor]:
-        """The rows of a tensor in order, a few megabytes at a time."""
-        shape = self.shapes[name]
-        pieces = self.recipes[name] if self.recipes else [Piece(name, 0, shape[0] if shape else 1)]
-        for piece in pieces:
-            if isinstance(self.source, TensorFile):
-                tensor, shape = None, self.source.shapes[piece.name]
-                dtype = self.source.dtypes[piece.name]
-            else:
-                tensor = torch.atleast_1d(self.source[piece.name])
-                shape, dtype = tensor.shape, tensor.dtype
-            row_bytes = math.prod(shape[1:]) * dtype.itemsize
-            step = max(1, _CHUNK // max(1, row_bytes))
-            for start in range(piece.start, piece.stop, step):
-                stop = min(start + step, piece.stop)
-                if tensor is not None:
-                    yield tensor[start:stop]
-                else:
-                    rows = torch.empty((stop - start, *shape[1:]), dtype=dtype)
-                    self.source.read_into(rows, piece.name, start)
-                    yield rows
 
 
 def save_file(

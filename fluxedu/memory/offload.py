@@ -165,9 +165,9 @@ def _versions(weights: list[nn.Parameter]) -> list[tuple[int, int]]:
 class TiledAutoEncoder(AutoEncoder):
     """An autoencoder that decodes in tiles, so that its activations do not grow with the image.
 
-    Tiles overlap and are blended linearly. This is not exact: the attention at the lowest resolution and the group norms
-    see a tile and not the whole image. Compared with decoding the miniature's images of 24 x 24 cells at once, tiles of
-    16 cells reach 47 to 51 dB for seven of eight seeds, and 32 dB for one, where a tile was all background.
+    Tiles overlap and are blended linearly. This is not exact: the attention and the group norms see a tile and not the
+    whole image. Compared with decoding the miniature's images of 24 x 24 cells at once, tiles of 16 cells reach 47 to
+    51 dB for seven of eight seeds, and 32 dB for one, where a tile was all background.
     """
 
     def decode(self, latent: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Which weights stay on the device and which are streamed to it, chosen from the memory that is free.
 
     full             all weights stay on the device
-    no-modulations   the layers that compute shift, scale and gate (27 % of the flow) are streamed while a run is planned,
+    no-modulations   the layers that compute shift, scale and gate (27 % of the flow) are streamed before the steps,
                      the text encoders while a prompt is encoded
     stream           blocks of the flow are streamed in every step too: all of them, or as many as necessary
 
@@ -13,6 +13,7 @@ context, the workspaces of its libraries and fragmentation take: ``RESERVE`` byt
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -260,9 +261,7 @@ def choose(
 
     if quantised is not None:
         if mode == "stream":
-            raise PlacementError(
-                'streamed blocks cannot be quantised; choose memory="no-modulations", or leave quantise out.'
-            )
+            raise PlacementError('streamed blocks cannot be quantised; load with memory="no-modulations".')
         modes = ("full", "no-modulations") if mode == "auto" else (mode,)
         options = [Placement(mode, tiled=tiled, quantised=quantised) for tiled in (False, True) for mode in modes]
         return next(filter(fits, options), options[-1]) if mode == "auto" else options[0]
@@ -272,15 +271,12 @@ def choose(
         if fits(placement):
             return placement
     tiled = not fits(Placement("stream", blocks))
-    low, high = 1, blocks  # bisection: the smallest number of streamed blocks that fits
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(Placement("stream", middle, tiled)) else (middle + 1, high)
-    return Placement("stream", low, tiled)
+    too_few = bisect_left(range(1, blocks), True, key=lambda count: fits(Placement("stream", count, tiled)))
+    return Placement("stream", too_few + 1, tiled)
 
 
 def free_bytes(device: torch.device) -> float:
-    """The memory of a device that may be used; infinite for the CPU, where mapped weights need no memory of their own."""
+    """The memory of a device that may be used; infinite on the CPU, where mapped weights take none of their own."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         allowed = total * torch.cuda.get_per_process_memory_fraction(device) - torch.cuda.memory_reserved(device)
@@ -292,12 +288,9 @@ def free_bytes(device: torch.device) -> float:
 
 def summary(placement: Placement, need: Need, free: float, device: torch.device) -> str:
     """One line: what was chosen, and what it is predicted to need."""
-    text = {
-        "full": "all weights stay on it",
-        "no-modulations": "the modulation layers and the text encoders are streamed to it when they are needed",
-        "stream": f"{placement.streamed} of the flow's blocks, the modulation layers and the text encoders are streamed "
-        "to it when they are needed",
-    }[placement.mode]
+    blocks = f"{placement.streamed} of the flow's blocks, " if placement.streamed else ""
+    text = f"{blocks}the modulation layers and the text encoders are streamed to it when they are needed"
+    text = "all weights stay on it" if placement.mode == "full" else text
     text += f"; the blocks' weights are {placement.quantised}" if placement.quantised else ""
     text += "; images are decoded in tiles" if placement.tiled else ""
     room = "" if free == float("inf") else f" of {free / GB:.1f} GB free"
@@ -308,10 +301,7 @@ def summary(placement: Placement, need: Need, free: float, device: torch.device)
 
 
 def predicted(
-    cards: tuple[int, ...] = CARDS,
-    networks: Networks | None = None,
-    size: int = 1024,
-    quantised: str | None = None,
+    cards: tuple[int, ...] = CARDS, networks: Networks | None = None, size: int = 1024, quantised: str | None = None
 ) -> list[dict]:
     """One row per size of card, in GB: what auto chooses there, what stays on the card, and the peak of each stage."""
     networks, rows = networks or Networks.official(), []
@@ -328,18 +318,16 @@ def predicted(
 
 def table(size: int = 1024) -> str:
     """The prediction as text."""
+    columns = {"card": 5, "mode": 14, "streamed": 8, "tiled": 5, "resident": 8}
+    columns |= {"text": 6, "planning": 8, "step": 6, "decode": 6, "peak": 6, "fits": 5}
     lines = [
         f"predicted, not measured: FLUX.1 dev in bfloat16, one image of {size} x {size}, 512 text tokens, in GB;",
-        f"{RESERVE / GB:g} GB of each card is left to CUDA itself",
-        f"{'card':<7} {'memory':<15} {'blocks streamed':>15} {'tiles':>6} {'resident':>8} {'text':>6} "
-        f"{'plan':>6} {'step':>6} {'decode':>7} {'peak':>6}",
+        f"{RESERVE / GB:g} GB of each card is left to CUDA itself; streamed: how many of the 57 blocks",
+        "  ".join(f"{name:>{width}}" for name, width in columns.items()),
     ]
-    for r in predicted(size=size):
-        lines.append(
-            f"{r['card']:<7} {r['mode']:<15} {r['streamed']:>15} {'yes' if r['tiled'] else 'no':>6} "
-            f"{r['resident']:>8.1f} {r['text']:>6.1f} {r['planning']:>6.1f} {r['step']:>6.1f} {r['decode']:>7.1f} "
-            f"{r['peak']:>6.1f}{'' if r['fits'] else '  does not fit'}"
-        )
+    for row in predicted(size=size):
+        cells = [f"{row[name]:.1f}" if isinstance(row[name], float) else str(row[name]) for name in columns]
+        lines.append("  ".join(cell.rjust(width) for cell, width in zip(cells, columns.values(), strict=True)))
     return "\n".join(lines)
 
 

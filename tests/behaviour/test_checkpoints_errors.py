@@ -1,4 +1,4 @@
-"""Every refusal is one sentence that says what was given and, where it helps, what would be right."""
+"""Every error is one sentence that says what was found and, where that helps, what is expected."""
 
 import json
 import re
@@ -39,16 +39,17 @@ def flux_state(config=TINY):
     return dict(Flux(config).state_dict())
 
 
-def says(sentence, what, *arguments, **options):
+def says(sentence, function, *arguments, **options):
+    """The call raises CheckpointError with this sentence (a string, or a pattern)."""
     with pytest.raises(CheckpointError) as error:
-        what(*arguments, **options)
+        function(*arguments, **options)
     text = str(error.value)
     assert text == sentence if isinstance(sentence, str) else re.fullmatch(sentence, text), text
     assert "\n" not in text and text.endswith(".")
 
 
 @pytest.mark.parametrize("layout", ["bfl", "diffusers"])
-def test_missing_extra_and_misshapen_keys(layout):
+def test_missing_keys_extra_keys_and_wrong_shapes(layout):
     state = convert(flux_state(), to=layout, config=TINY)
     name = next(iter(state))
     other = "diffusers" if layout == "bfl" else "bfl"
@@ -94,7 +95,7 @@ def test_load_into_is_as_strict_and_changes_nothing(tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in flux.state_dict().items())
 
 
-def test_the_wrong_variant_is_named():
+def test_a_wrong_variant_is_named():
     with torch.device("meta"):
         schnell, dev, fill = (Flux(FluxConfig.variant(name)) for name in ("schnell", "dev", "fill"))
     says(
@@ -131,7 +132,7 @@ def test_the_wrong_variant_is_named():
     )
 
 
-def test_another_network_or_another_layout():
+def test_another_network_or_layout():
     flux, ae = Flux(TINY), AutoEncoder(AE)
     says("the state dict is an autoencoder, but a flow transformer is needed.", load_into, flux, ae.state_dict())
     says(
@@ -145,13 +146,13 @@ def test_another_network_or_another_layout():
     says("there is no layout called 'kohya'; there are bfl and diffusers.", convert, theirs, to="kohya")
     says("the state dict is no network of FLUX.1: 'a' is none of its names.", convert, {"a": torch.ones(1)}, to="bfl")
     part = {"img_in.weight": torch.ones(4, 4)}
-    too_little = "the state dict is too incomplete to infer its configuration ({}); pass config."
-    says(too_little.format("'final_layer.linear.weight' is missing"), convert, part, to="bfl")
+    incomplete = "the state dict is too incomplete to infer its configuration ({}); pass config."
+    says(incomplete.format("'final_layer.linear.weight' is missing"), convert, part, to="bfl")
     part = {"img_in.weight": torch.ones(4), "final_layer.linear.weight": torch.ones(4, 4)}
-    says(too_little.format("'img_in.weight' is [4]"), convert, part, to="bfl")
+    says(incomplete.format("'img_in.weight' is [4]"), convert, part, to="bfl")
 
 
-def test_parts_of_one_tensor_in_two_dtypes():
+def test_parts_of_one_tensor_must_have_one_dtype():
     theirs = convert(flux_state(), to="diffusers")
     theirs["transformer_blocks.0.attn.to_k.weight"] = theirs["transformer_blocks.0.attn.to_k.weight"].half()
     says(
@@ -164,7 +165,7 @@ def test_parts_of_one_tensor_in_two_dtypes():
     )
 
 
-def test_axes_that_no_shape_tells(tmp_path):
+def test_axes_dim_does_not_follow_from_the_shapes(tmp_path):
     from safetensors.torch import save_file as plain_save
 
     plain_save(flux_state(), tmp_path / "f.safetensors")
@@ -179,11 +180,6 @@ def test_axes_that_no_shape_tells(tmp_path):
 
 
 # -- files
-
-
-def spoiled(path, edit):
-    data = bytearray(path.read_bytes())
-    path.write_bytes(edit(data))
 
 
 def test_files_cut_short_or_damaged(tmp_path):
@@ -250,13 +246,13 @@ def test_headers_that_do_not_fit_the_data(tmp_path):
         {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": []},
     ],
 )
-def test_headers_of_other_kinds_of_values(header, tmp_path):
+def test_headers_with_values_of_the_wrong_type(header, tmp_path):
     handmade(tmp_path / "f.safetensors", header, bytes(8))
     says(re.compile(r"f.safetensors has a damaged header( \(.*\)| and .*)\."), read, tmp_path / "f.safetensors")
 
 
-def test_a_key_that_comes_twice(tmp_path):
-    """JSON allows it, and the last one wins in silence: two readers could see two networks."""
+def test_a_key_that_occurs_twice(tmp_path):
+    """JSON allows it, and Python keeps the last value without a warning: two readers could load two networks."""
     path, entry = tmp_path / "f.safetensors", '{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
     text = f'{{"a":{entry},"a":{entry}}}'.encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(2))
@@ -274,7 +270,7 @@ def test_pickles_are_refused_whatever_they_are_called(tmp_path, name, legacy):
         says(sentence, read, tmp_path)
 
 
-def test_paths_that_are_nothing(tmp_path):
+def test_paths_without_a_checkpoint(tmp_path):
     says(f"there is no file or folder {tmp_path / 'none'}.", read, tmp_path / "none")
     says(f"{tmp_path} holds no .safetensors file.", read, tmp_path)
     for part in ("transformer", "vae"):
@@ -293,32 +289,32 @@ def test_paths_that_are_nothing(tmp_path):
 def test_shards_and_their_index(tmp_path):
     folder = save_folder(flux_state(), tmp_path / "t", TINY, max_shard_bytes=20_000)
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    sound, first = index.read_text(), sorted(folder.glob("*.safetensors"))[0]
-    told = json.loads(sound)
-    name = next(n for n, shard in told["weight_map"].items() if shard == first.name)
+    original, first = index.read_text(), sorted(folder.glob("*.safetensors"))[0]
+    content = json.loads(original)
+    name = next(n for n, shard in content["weight_map"].items() if shard == first.name)
 
-    def with_map(weight_map):
+    def write_index(weight_map):
         index.write_text(json.dumps({"weight_map": weight_map}))
 
-    with_map({**told["weight_map"], "ghost": first.name})
+    write_index({**content["weight_map"], "ghost": first.name})
     says(f"{first.name} lacks the key 'ghost' that the index promises.", read, folder)
-    with_map({other: shard for other, shard in told["weight_map"].items() if other != name})
+    write_index({other: shard for other, shard in content["weight_map"].items() if other != name})
     says(f"{first.name} has the key '{name}', which the index does not name.", read, folder)
-    with_map({**told["weight_map"], "ghost": "../f.safetensors"})
+    write_index({**content["weight_map"], "ghost": "../f.safetensors"})
     says(f"{index.name} names the shard '../f.safetensors', which is not a file beside it.", read, folder)
     index.write_text("[]")
     says(f"{index.name} is not an index of shards (JSON with a weight_map).", read, folder)
-    index.write_text(sound)
+    index.write_text(original)
     first.rename(folder / "gone")
     says(f"t lacks the shard '{first.name}' that its index names.", read, folder)
 
 
-def test_targets_that_are_taken(tmp_path):
+def test_targets_that_exist(tmp_path):
     source, folder = save_file(flux_state(), tmp_path / "f.safetensors", config=TINY), tmp_path / "t"
     copy = convert_file(source, tmp_path / "g.safetensors", to="bfl")
     says(f"{copy} exists already; choose another name, or set overwrite.", convert_file, source, copy, to="bfl")
     folder.mkdir()
-    convert_file(source, folder, to="diffusers")  # an empty folder is no loss
+    convert_file(source, folder, to="diffusers")  # an empty folder may be replaced
     says(
         f"{folder} exists already; choose another name, or set overwrite.", convert_file, source, folder, to="diffusers"
     )
@@ -374,13 +370,13 @@ def test_targets_that_are_taken(tmp_path):
         ({"num_attention_heads": 3}, re.compile("config.json describes no valid network: hidden_size .*|.*axes_dim.*")),
     ],
 )
-def test_a_config_json_that_is_not_ours(values, sentence):
+def test_a_config_json_of_another_network(values, sentence):
     if "num_attention_heads" in values:
         values = {**values, "attention_head_dim": 7}
     says(sentence, from_diffusers_config, values, FluxConfig)
 
 
-def test_an_autoencoder_config_that_is_not_ours(tmp_path):
+def test_an_autoencoder_config_with_unsupported_settings(tmp_path):
     folder = save_folder(AutoEncoder(AE).state_dict(), tmp_path / "vae", AE)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "use_quant_conv": True}))

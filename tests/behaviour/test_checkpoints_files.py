@@ -1,4 +1,4 @@
-"""Files: what diffusers and transformers write we read, what we write they read, and memory stays small."""
+"""Files: we read what diffusers and transformers write, they read what we write, and memory stays small."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from torch import nn
 from transformers import CLIPTextModel, T5EncoderModel
 
 from fluxedu.checkpoints import config_of, convert, convert_file, load_into, load_model, read, save_file, save_folder
-from fluxedu.files import write_text
 from fluxedu.errors import CheckpointError
+from fluxedu.files import write_text
 from fluxedu.models import (
     AutoEncoder,
     AutoEncoderConfig,
@@ -146,7 +146,7 @@ def test_text_encoders_both_ways(tmp_path):
         same(again.state_dict(), ours.state_dict())
 
 
-def test_what_others_call_the_text_encoders_tensors(tmp_path):
+def test_other_names_of_the_text_encoders_tensors(tmp_path):
     clip, t5 = random_weights(CLIPTextEncoder(CLIP)).state_dict(), random_weights(T5Encoder(T5)).state_dict()
     flat = {name.removeprefix("text_model."): tensor for name, tensor in clip.items()}
     flat["embeddings.position_ids"] = torch.arange(9)[None]
@@ -168,7 +168,7 @@ def test_prefixes_are_taken_off(tmp_path, prefix):
     same(load_into(Flux(FLUX), named).state_dict(), dict(state))
 
 
-def test_a_prefix_that_only_some_names_have_is_not_one(tmp_path):
+def test_a_prefix_is_one_only_if_all_names_have_it(tmp_path):
     state = Flux(FLUX).state_dict()
     state["vae.img_in.weight"] = state.pop("img_in.weight")
     with pytest.raises(CheckpointError, match="lacks the key 'img_in.weight' and has an unexpected key 'vae.img_in"):
@@ -180,14 +180,14 @@ def test_a_prefix_that_only_some_names_have_is_not_one(tmp_path):
 def test_convert_file_round_trip_is_exact_and_as_in_memory(tmp_path, config, dtype):
     model = random_weights(Flux(config) if config is FLUX else AutoEncoder(config)).to(dtype)
     their_save_file(model.state_dict(), tmp_path / "a.safetensors")
-    told = []
-    options = {"config": config, "shard_bytes": 50_000, "progress": lambda done, total: told.append(done / total)}
+    progress = []
+    options = {"config": config, "shard_bytes": 50_000, "progress": lambda done, total: progress.append(done / total)}
     convert_file(tmp_path / "a.safetensors", tmp_path / "folder", to="diffusers", **options)
-    assert told == sorted(told) and told[-1] == 1
+    assert progress == sorted(progress) and progress[-1] == 1
     same(dict(read(tmp_path / "folder")), convert(model.state_dict(), to="diffusers", config=config))
     convert_file(tmp_path / "folder", tmp_path / "b.safetensors", to="bfl")
     same(load_file(tmp_path / "b.safetensors"), dict(model.state_dict()))  # their reader
-    assert config_of(read(tmp_path / "b.safetensors")) == config  # the file says what it is, axes_dim too
+    assert config_of(read(tmp_path / "b.safetensors")) == config  # stored in the file, axes_dim too
     convert_file(tmp_path / "b.safetensors", tmp_path / "folder2", to="diffusers", shard_bytes=50_000)
     files = sorted(p.name for p in (tmp_path / "folder").iterdir())
     assert files == sorted(p.name for p in (tmp_path / "folder2").iterdir())
@@ -236,7 +236,7 @@ def test_a_loaded_weight_can_change_and_the_file_does_not(tmp_path):
     assert (tmp_path / "f.safetensors").read_bytes() == before
 
 
-# -- memory, and being stopped
+# -- memory, and interruptions
 
 
 WIDE = FLUX.with_(hidden_size=1024, num_heads=8, axes_dim=(16, 56, 56), depth=1, depth_single_blocks=1)
@@ -265,9 +265,9 @@ import sys, pathlib
 from fluxedu.checkpoints import convert_file
 resident = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
 source, target, to, shard = sys.argv[1:]
-before, seen = resident(), []
-convert_file(source, target, to=to, shard_bytes=int(shard), progress=lambda done, total: seen.append(resident()))
-print(max(seen) - before)
+before, sizes = resident(), []
+convert_file(source, target, to=to, shard_bytes=int(shard), progress=lambda done, total: sizes.append(resident()))
+print(max(sizes) - before)
 """
 
 
@@ -288,7 +288,7 @@ def test_conversion_holds_a_few_megabytes(tmp_path):
     largest = max(p.stat().st_size for p in (tmp_path / "folder").glob("*.safetensors"))
     assert out < 1.5 * largest and out < 30e6, f"{out / 1e6:.0f} MB for shards of {largest / 1e6:.0f} MB"
     back = measured(tmp_path / "folder", tmp_path / "back.safetensors", "bfl", shard)
-    assert back < 30e6, f"{back / 1e6:.0f} MB on the way back"
+    assert back < 30e6, f"{back / 1e6:.0f} MB for converting back"
 
 
 STUCK = """
@@ -296,7 +296,7 @@ import sys, time
 from fluxedu.checkpoints import convert_file
 def progress(done, total):
     if done > total / 2:
-        print("half way", flush=True)
+        print("halfway", flush=True)
         time.sleep(60)
 source, target, to = sys.argv[1:]
 convert_file(source, target, to=to, shard_bytes=40_000, overwrite=True, progress=progress)
@@ -306,7 +306,7 @@ convert_file(source, target, to=to, shard_bytes=40_000, overwrite=True, progress
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 @pytest.mark.parametrize("to", ["bfl", "diffusers"])
 @pytest.mark.parametrize("existing", [False, True])
-def test_killed_half_way_nothing_looks_like_a_result(tmp_path, to, existing):
+def test_killed_halfway_nothing_looks_like_a_result(tmp_path, to, existing):
     source, out = tmp_path / "f.safetensors", tmp_path / "out"
     state = random_weights(Flux(FLUX)).state_dict()
     save_file(state, source, config=FLUX)
@@ -316,21 +316,21 @@ def test_killed_half_way_nothing_looks_like_a_result(tmp_path, to, existing):
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     arguments = [sys.executable, "-c", STUCK, source, target, to]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout.readline() == "half way\n"
+        assert child.stdout.readline() == "halfway\n"
         child.kill()
     assert child.returncode == -signal.SIGKILL
     left = [p for p in out.rglob("*") if p.is_file() and p not in before]
-    assert left and all(p.suffix == ".part" or ".part" in p.parent.suffix for p in left)
+    assert left and all(p.suffix in (".part", ".lock") or ".part" in p.parent.suffix for p in left)
     assert {p: p.read_bytes() for p in before} == before and target.exists() == existing
     assert [p for p in out.rglob("*.safetensors") if p not in before] == []
     assert [p for p in out.rglob("*.json") if p not in before] == []
-    convert_file(source, target, to=to, overwrite=True)  # the next one works, and sweeps
+    convert_file(source, target, to=to, overwrite=True)  # the next writer works, and deletes what was left
     assert [p.name for p in out.iterdir()] == [target.name]
     same(dict(read(target)), convert(state, to=to, config=FLUX))
 
 
 @pytest.mark.parametrize("to", ["bfl", "diffusers"])
-def test_an_exception_leaves_nothing_and_keeps_what_was_there(tmp_path, to):
+def test_an_exception_leaves_the_target_as_it_was(tmp_path, to):
     source, target = tmp_path / "f.safetensors", tmp_path / "out" / ("r.safetensors" if to == "bfl" else "r")
     save_file(Flux(FLUX).state_dict(), source, config=FLUX)
 

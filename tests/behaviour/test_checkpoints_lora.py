@@ -1,4 +1,4 @@
-"""LoRA: merged is the same as beside, in every convention; unmerged is the same as never."""
+"""LoRA: merging equals computing it beside each layer, in every format; unmerging restores the weights exactly."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 import fluxedu as fe
-from fluxedu.checkpoints import convert, extract, lora_in_channels, load_into, merge, to_diffusers_config, widen_input
+from fluxedu.checkpoints import convert, extract, load_into, lora_in_channels, merge, to_diffusers_config, widen_input
 from fluxedu.errors import CheckpointError
 from fluxedu.models import Flux, FluxConfig
 
@@ -73,7 +73,7 @@ def bits(flux):
     return {n: t.contiguous().view(torch.uint8).clone() for n, t in flux.state_dict().items()}
 
 
-def test_the_official_layout_merged_is_as_beside():
+def test_merging_the_official_format_equals_computing_beside():
     flux = model()
     lora = official(flux)
     assert len(lora) == 3 * len(linears(flux)) + 4 * CONFIG.depth + 2 * CONFIG.depth_single_blocks
@@ -86,7 +86,7 @@ def test_the_official_layout_merged_is_as_beside():
     assert torch.equal(velocity(flux), plain)
 
 
-def test_the_official_file_touches_314_linears_of_dev():
+def test_the_official_file_changes_314_linear_layers_of_dev():
     with torch.device("meta"):
         dev = Flux(FluxConfig.variant("canny-lora"))
     assert len(linears(dev)) == 314
@@ -94,9 +94,9 @@ def test_the_official_file_touches_314_linears_of_dev():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_unmerge_is_exact_to_the_bit_also_of_two(dtype):
+def test_unmerging_is_exact_to_the_bit_also_for_two_loras(dtype):
     flux = model(dtype=dtype)
-    never, parameters = bits(flux), list(flux.parameters())
+    original, parameters = bits(flux), list(flux.parameters())
     first, second = official(flux), official(flux)
     one = merge(flux, first, scale=0.85)
     after_one = bits(flux)
@@ -107,8 +107,8 @@ def test_unmerge_is_exact_to_the_bit_also_of_two(dtype):
     two.unmerge()
     assert all(torch.equal(after_one[n], b) for n, b in bits(flux).items())
     one.unmerge()
-    assert all(torch.equal(never[n], b) for n, b in bits(flux).items())
-    assert all(a is b for a, b in zip(parameters, flux.parameters(), strict=True))  # optimisers keep their grip
+    assert all(torch.equal(original[n], b) for n, b in bits(flux).items())
+    assert all(a is b for a, b in zip(parameters, flux.parameters(), strict=True))  # optimisers hold the parameters
     assert one.nbytes == 0
 
 
@@ -140,14 +140,17 @@ def test_kohyas_names_and_alpha():
     assert all(torch.equal(flux.state_dict()[n], t) for n, t in again.state_dict().items())
 
 
-def test_what_is_extracted_leads_from_one_network_to_the_other():
+def test_an_extracted_lora_turns_one_network_into_the_other():
     before, after = model(dtype=torch.float32), model(CONFIG.with_(in_channels=14), torch.float32)
 
     def wide():
         return load_into(Flux(CONFIG.with_(in_channels=14)), widen_input(before.state_dict(), 14))
 
     whole = extract(after.state_dict(), before.state_dict(), rank=10_000)
-    assert lora_in_channels(whole) == 14 and lora_in_channels({"x.lora_A.weight": draw(2, 3), "x.lora_B.weight": draw(3, 2)}) is None
+    assert (
+        lora_in_channels(whole) == 14
+        and lora_in_channels({"x.lora_A.weight": draw(2, 3), "x.lora_B.weight": draw(3, 2)}) is None
+    )
     there = wide()
     merge(there, whole)
     for name, tensor in after.state_dict().items():
@@ -156,7 +159,7 @@ def test_what_is_extracted_leads_from_one_network_to_the_other():
     merge(near, extract(after.state_dict(), before.state_dict(), rank=3))
     left = torch.linalg.svdvals((near.state_dict()[name] - after.state_dict()[name]).double())
     change = torch.linalg.svdvals((wide().state_dict()[name] - after.state_dict()[name]).double())
-    torch.testing.assert_close(left.norm(), change[3:].norm(), rtol=1e-3, atol=1e-5)  # no rank 3 leaves less
+    torch.testing.assert_close(left.norm(), change[3:].norm(), rtol=1e-3, atol=1e-5)  # no change of rank 3 comes closer
     for rank in (0, True, "3"):
         with pytest.raises(CheckpointError, match="rank must be a whole number of at least 1"):
             extract(after.state_dict(), before.state_dict(), rank)
@@ -164,7 +167,7 @@ def test_what_is_extracted_leads_from_one_network_to_the_other():
         extract({**after.state_dict(), "more": draw(1)}, before.state_dict(), 3)
 
 
-def test_widened_by_zeros_is_the_same_network():
+def test_widening_with_zeros_gives_the_same_network():
     flux = model()
     wide = load_into(Flux(CONFIG.with_(in_channels=14)), widen_input(flux.state_dict(), 14))
     assert torch.equal(wide.img_in.weight[:, :8], flux.img_in.weight) and not wide.img_in.weight[:, 8:].any()
@@ -172,8 +175,7 @@ def test_widened_by_zeros_is_the_same_network():
     with pytest.raises(CheckpointError) as error:
         merge(flux, official(wide))
     assert str(error.value) == (
-        "the change of 'img_in' is [32, 14], but 'img_in.weight' here takes [32, 8]; "
-        "widen_input adds input channels."
+        "the change of 'img_in' is [32, 14], but 'img_in.weight' here takes [32, 8]; widen_input adds input channels."
     )
     with pytest.raises(CheckpointError, match="the state dict has 8 input channels and cannot be widened to 4."):
         widen_input(flux.state_dict(), 4)
@@ -208,7 +210,7 @@ def test_widened_by_zeros_is_the_same_network():
         ({}, "the state dict holds no LoRA."),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named_and_nothing_changes(lora, sentence):
+def test_a_lora_that_does_not_fit_changes_nothing(lora, sentence):
     flux = model(dtype=torch.float32)
     before = bits(flux)
     good = {"img_in.lora_A.weight": draw(2, 8), "img_in.lora_B.weight": draw(32, 2)} if lora else {}
@@ -219,12 +221,22 @@ def test_what_does_not_fit_is_named_and_nothing_changes(lora, sentence):
 
 
 def test_a_whole_network_is_no_lora():
-    """All its tensors have names the model knows, and would replace the model's without a word."""
+    """All its tensors have names of the model's, and would replace the weights without an error."""
     flux = fe.load().flux
     before = {name: value.clone() for name, value in flux.state_dict().items()}
     with pytest.raises(CheckpointError, match="holds no LoRA"):
         merge(flux, {name: 2 * value for name, value in before.items()})
     assert all(torch.equal(value, before[name]) for name, value in flux.state_dict().items())
+
+
+def test_merging_keeps_no_graph():
+    """A LoRA that is being trained has gradients; merged weights and what is held for unmerging have none."""
+    flux = model(dtype=torch.float32)
+    lora = {name: tensor.requires_grad_() for name, tensor in official(flux).items()}
+    merged = merge(flux, lora)
+    held = [*merged.before.values(), *merged.after.values()]
+    assert held and all(tensor.grad_fn is None and not tensor.requires_grad for tensor in held)
+    assert all(parameter.grad_fn is None for parameter in flux.parameters())
 
 
 @pytest.mark.parametrize("scale", [float("nan"), "1", float("inf"), True, None])

@@ -1,7 +1,7 @@
-"""A disk that fills up while something is written: the old file whole, nothing half-written, and it goes on later.
+"""The disk fills up while something is written: the old file stays whole, nothing is half-written, work can resume.
 
-The system itself stops the writing, in the middle and in native code too: this process may write no file larger than
-so many bytes (RLIMIT_FSIZE), which fails as a full disk does.
+The system itself stops the writing, also in native code: this process may write no file larger than a limit
+(RLIMIT_FSIZE), which fails as a full disk does.
 """
 
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 import fluxedu as fe
 from fluxedu import cli
 from fluxedu.checkpoints import convert_file, save_file, save_folder
-from fluxedu.files import write_text
 from fluxedu.course.grade import Mark, write_csv
+from fluxedu.files import write_text
 from fluxedu.models import Flux, FluxConfig
 from fluxedu.sweep import from_dict, open_sweep, run_sweep
 
-resource = pytest.importorskip("resource", reason="limits are a thing of Unix")
+resource = pytest.importorskip("resource", reason="limits exist only on Unix")
 FLUX = FluxConfig(
     in_channels=4, out_channels=4, vec_in_dim=6, context_in_dim=5, hidden_size=64, num_heads=2, axes_dim=(8, 12, 12),
     depth=1, depth_single_blocks=1,
@@ -69,7 +69,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("what", WRITERS)
-def test_nothing_half_written_and_the_old_whole(what, tmp_path, pipe):
+def test_nothing_is_half_written_and_the_old_file_stays(what, tmp_path, pipe):
     old, write = WRITERS[what]
     here = tmp_path / "here"
     here.mkdir()
@@ -86,7 +86,7 @@ def test_nothing_half_written_and_the_old_whole(what, tmp_path, pipe):
         assert contents(here) and b"old" not in contents(here).values()
 
 
-def test_a_sweep_goes_on_when_there_is_room_again(tmp_path):
+def test_a_sweep_resumes_when_there_is_room_again(tmp_path):
     with room_for(5_000), pytest.raises(OSError, match="File too large"):
         run_sweep(SWEEP, tmp_path)
     assert list(contents(tmp_path)) == ["sweep.json"]
@@ -94,7 +94,7 @@ def test_a_sweep_goes_on_when_there_is_room_again(tmp_path):
     assert open_sweep(tmp_path).damaged() == []
 
 
-def test_a_command_says_it_in_a_sentence(tmp_path, pipe, monkeypatch):
+def test_a_command_reports_it_in_one_line(tmp_path, pipe, monkeypatch):
     monkeypatch.setattr(cli, "_load", lambda *_, **__: pipe)
     with room_for(500):
         result = CliRunner().invoke(cli.app, ["sample", "a red circle", "-o", str(tmp_path / "out.png")])

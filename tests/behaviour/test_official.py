@@ -1,7 +1,7 @@
-"""The official weights: found wherever they lie, asked for by the right command, carried without filling memory.
+"""The official weights: found in the cache, folders and files; missing files named; loaded in little memory.
 
-The checkpoints here are synthetic: the true names, layout and folders, small widths and random values; and the true
-sizes as files with nothing in them.
+The checkpoints here are synthetic: the true names, layout and folders with small widths and random values, and the true
+sizes as sparse files.
 """
 
 import json
@@ -33,7 +33,7 @@ from fluxedu.models import (
 from fluxedu.models.meta_init import meta_init
 from fluxedu.nano.tokenizers import save_tokenizers
 
-#: heads of 128 and 32 groups, as the shapes of a file without a configuration are read
+#: heads of 128 and 32 groups, as assumed for a file without a configuration
 SMALL = {
     "hidden_size": 256,
     "num_heads": 2,
@@ -47,7 +47,7 @@ ENCODERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 
 
-def made(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def randomised(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for p in network.parameters():
         p.data = (torch.randn(p.shape, generator=generator) / max(1, p[0].numel()) ** 0.5).bfloat16()
@@ -55,18 +55,18 @@ def made(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def flux_of(variant: str) -> Flux:
-    return made(Flux(FluxConfig.variant(variant).with_(**SMALL)))
+    return randomised(Flux(FluxConfig.variant(variant).with_(**SMALL)))
 
 
 @pytest.fixture(scope="module")
 def ingredients(tmp_path_factory):
     """What all repositories share, once: an autoencoder in both layouts, encoders, tokenizers."""
     folder = tmp_path_factory.mktemp("shared")
-    ae = made(AutoEncoder(AE))
+    ae = randomised(AutoEncoder(AE))
     their_save_file(ae.state_dict(), folder / "ae.safetensors")
     save_folder(ae.state_dict(), folder / "vae", AE)
-    save_folder(made(CLIPTextEncoder(TINY_CLIP)).state_dict(), folder / "text_encoder", TINY_CLIP)
-    save_folder(made(T5Encoder(TINY_T5)).state_dict(), folder / "text_encoder_2", TINY_T5, max_shard_bytes=20_000)
+    save_folder(randomised(CLIPTextEncoder(TINY_CLIP)).state_dict(), folder / "text_encoder", TINY_CLIP)
+    save_folder(randomised(T5Encoder(TINY_T5)).state_dict(), folder / "text_encoder_2", TINY_T5, max_shard_bytes=20_000)
     save_tokenizers(folder)
     return folder
 
@@ -79,7 +79,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def repository(cache: Path, variant: str, ingredients: Path, *parts: str) -> Path:
-    """A snapshot in the cache, with links into it as the hub's client makes them; the transformer's file is made."""
+    """A snapshot in the cache, with links into it as the hub's client makes them; the transformer's file is written."""
     home = cache / f"models--{OFFICIAL[variant].id.replace('/', '--')}"
     snapshot = home / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
@@ -98,13 +98,13 @@ def repository(cache: Path, variant: str, ingredients: Path, *parts: str) -> Pat
     return snapshot
 
 
-def whole(variant: str) -> tuple[str, ...]:
+def complete(variant: str) -> tuple[str, ...]:
     return OFFICIAL[variant].single, "ae.safetensors", *ENCODERS
 
 
 @pytest.mark.parametrize("variant", OFFICIAL)
 def test_every_variant_loads_by_name_from_the_cache(cache, ingredients, variant):
-    repository(cache, variant, ingredients, *whole(variant))
+    repository(cache, variant, ingredients, *complete(variant))
     pipe = fe.load(variant, device="cpu")
     assert pipe.defaults == VARIANTS[variant].sampling and pipe.size == 1024 and pipe.dtype == torch.bfloat16
     assert pipe.flux.config == FluxConfig.variant(variant).with_(**SMALL)
@@ -114,14 +114,14 @@ def test_every_variant_loads_by_name_from_the_cache(cache, ingredients, variant)
 
 
 def test_the_cached_pipeline_draws(cache, ingredients):
-    repository(cache, "schnell", ingredients, *whole("schnell"))
+    repository(cache, "schnell", ingredients, *complete("schnell"))
     out = fe.load("schnell", device="cpu")("a red circle", height=32, width=32, steps=2, progress=False)
     assert out.images[0].size == (32, 32)
 
 
 def test_two_processes_load_from_one_cache(cache, ingredients):
-    """At once: both draw the same, and the cache is what it was, to the last name and time."""
-    repository(cache, "dev", ingredients, *whole("dev"))
+    """Both draw the same image at the same time, and the cache stays unchanged, down to names and times."""
+    repository(cache, "dev", ingredients, *complete("dev"))
 
     def contents():
         return {str(p): (p.lstat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in cache.rglob("*")}
@@ -141,9 +141,9 @@ print(out.images[0].tobytes().hex())
     for process in both:
         process.stdin.write("\n")
         process.stdin.flush()
-    told = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
-    assert told[0][0] == told[1][0] and len(told[0][0]) > 6000
+    outputs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0] and len(outputs[0][0]) > 6000
     assert contents() == before
 
 
@@ -157,7 +157,7 @@ def test_diffusers_shards_are_the_same_weights(cache, ingredients):
 
 
 def test_a_folder_a_file_and_an_id_are_the_same(cache, ingredients):
-    snapshot = repository(cache, "dev", ingredients, *whole("dev"))
+    snapshot = repository(cache, "dev", ingredients, *complete("dev"))
     by_name = find("dev")
     for where in (snapshot, str(snapshot / "flux1-dev.safetensors"), OFFICIAL["dev"].id):
         found = find(where)
@@ -166,7 +166,7 @@ def test_a_folder_a_file_and_an_id_are_the_same(cache, ingredients):
 
 
 def test_single_files_take_the_encoders_from_the_cache(cache, ingredients, tmp_path):
-    repository(cache, "schnell", ingredients, *whole("schnell"))
+    repository(cache, "schnell", ingredients, *complete("schnell"))
     their_save_file(flux_of("krea").state_dict(), tmp_path / "flux1-krea-dev.safetensors")
     files = find(tmp_path / "flux1-krea-dev.safetensors")
     assert files.variant == "krea" and files.parts["transformer"].parent == tmp_path
@@ -174,7 +174,7 @@ def test_single_files_take_the_encoders_from_the_cache(cache, ingredients, tmp_p
 
 
 def test_the_environment_switches_what_load_opens(cache, ingredients, monkeypatch):
-    repository(cache, "dev", ingredients, *whole("dev"))
+    repository(cache, "dev", ingredients, *complete("dev"))
     monkeypatch.setenv("FLUXEDU_MODEL", "dev")
     assert fe.load(device="cpu").flux.config.hidden_size == 256
     assert fe.load("nano").flux.config.hidden_size == 160
@@ -182,31 +182,31 @@ def test_the_environment_switches_what_load_opens(cache, ingredients, monkeypatc
     assert fe.load().flux.config.hidden_size == 160
 
 
-def test_nothing_there(cache):
+def test_all_missing_files_are_named(cache):
     with pytest.raises(CheckpointError) as error:
         fe.load("kontext")
-    said = str(error.value)
+    message = str(error.value)
     wanted = ("flux1-kontext-dev.safetensors", "ae.safetensors", "text_encoder/*", "text_encoder_2/*", "tokenizer_2/*")
-    assert all(f'--include "{name}"' in said for name in wanted)
-    assert "`hf download black-forest-labs/FLUX.1-Kontext-dev " in said
-    assert "FLUX.1 [dev] Non-Commercial License" in said and "`hf auth login`" in said
-    assert "https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev" in said and "\n" not in said
+    assert all(f'--include "{name}"' in message for name in wanted)
+    assert "`hf download black-forest-labs/FLUX.1-Kontext-dev " in message
+    assert "FLUX.1 [dev] Non-Commercial License" in message and "`hf auth login`" in message
+    assert "https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev" in message and "\n" not in message
 
 
-def test_only_what_is_missing_is_asked_for(cache, ingredients):
+def test_only_missing_files_are_named(cache, ingredients):
     snapshot = repository(cache, "dev", ingredients, "transformer", "vae", *ENCODERS)
     shard = sorted((snapshot / "transformer").glob("*-of-*.safetensors"))[1]
     shard.unlink()
     (snapshot / "tokenizer").unlink()
     with pytest.raises(CheckpointError) as error:
         find("dev")
-    said = str(error.value)
-    assert f"lacks transformer/{shard.name}, tokenizer/*; get them with" in said
-    assert f'FLUX.1-dev --include "transformer/{shard.name}" --include "tokenizer/*"`' in said
+    message = str(error.value)
+    assert f"lacks transformer/{shard.name}, tokenizer/*; get them with" in message
+    assert f'FLUX.1-dev --include "transformer/{shard.name}" --include "tokenizer/*"`' in message
 
 
 def test_a_link_to_a_file_that_never_came_is_missing(cache, ingredients):
-    snapshot = repository(cache, "schnell", ingredients, *whole("schnell"))
+    snapshot = repository(cache, "schnell", ingredients, *complete("schnell"))
     (snapshot / "flux1-schnell.safetensors").resolve().unlink()
     with pytest.raises(CheckpointError, match=r"lacks flux1-schnell.safetensors; get it with .*Apache License 2.0"):
         find("schnell")
@@ -218,7 +218,7 @@ def test_no_such_model(cache, name):
         with pytest.raises(CheckpointError, match="there is no model .* neither file nor folder"):
             find(name)
     else:
-        assert fe.load(name).size == 128  # nothing said
+        assert fe.load(name).size == 128  # no name is the default
 
 
 def test_the_command_is_one_that_the_hub_client_has():
@@ -231,7 +231,7 @@ def test_the_command_is_one_that_the_hub_client_has():
 
 
 def empty_file(path: Path, state: dict, dtype: str = "BF16") -> None:
-    """A safetensors file of these shapes that takes no room: all of it is a hole."""
+    """A sparse safetensors file with these shapes, which takes no disk space."""
     header, at = {}, 0
     for name, tensor in state.items():
         size = 2 * tensor.numel()
@@ -283,8 +283,8 @@ def run_measured(code: str, *arguments) -> list[int]:
 
 @linux
 @pytest.mark.parametrize("layout", ["bfl", "diffusers"])
-def test_carrying_holds_less_than_the_largest_group(tmp_path, layout):
-    """Onto the meta device, which stands for a GPU: whatever the host holds is on top."""
+def test_streaming_holds_less_than_the_largest_group(tmp_path, layout):
+    """To the meta device, which stands for a GPU and holds nothing; so all memory counted here is the host's."""
     config = FluxConfig(depth=1, depth_single_blocks=1, hidden_size=2048, num_heads=16)
     with meta_init():
         flux = Flux(config)
@@ -301,10 +301,10 @@ def test_carrying_holds_less_than_the_largest_group(tmp_path, layout):
     assert held < 0.5 * largest  # the bar is 1.2
 
 
-@pytest.mark.parametrize("buffer", [1, 999, 4096, 1 << 20])
+@pytest.mark.parametrize("chunk", [1, 999, 4096, 1 << 20])
 @pytest.mark.parametrize("layout", ["bfl", "diffusers"])
-def test_carried_values_are_the_files(tmp_path, monkeypatch, buffer, layout):
-    monkeypatch.setattr(reading, "BUFFER", buffer)
+def test_streamed_values_are_those_of_the_file(tmp_path, monkeypatch, chunk, layout):
+    monkeypatch.setattr(reading, "CHUNK", chunk)
     flux = flux_of("dev")
     state = convert(flux.state_dict(), layout, flux.config)
     their_save_file({name: t.contiguous() for name, t in state.items()}, tmp_path / "flux.safetensors")
@@ -314,7 +314,7 @@ def test_carried_values_are_the_files(tmp_path, monkeypatch, buffer, layout):
             assert torch.equal(ours[name], tensor.to(dtype or torch.bfloat16))
 
 
-def test_what_goes_to_a_device_is_read_and_not_mapped(tmp_path, monkeypatch):
+def test_weights_for_a_device_are_read_and_not_mapped(tmp_path, monkeypatch):
     flux = flux_of("dev")
     their_save_file(flux.state_dict(), tmp_path / "flux.safetensors")
     monkeypatch.setattr(TensorFile, "_window", None)

@@ -1,4 +1,4 @@
-"""Weights in fewer bits: what the libraries do is what the papers say, what is counted is what is held."""
+"""Weights in fewer bits: the libraries do what the papers say, and the counted bytes are right."""
 
 import numpy as np
 import pytest
@@ -20,8 +20,8 @@ def to(request):
 
 
 @pytest.mark.parametrize(("to", "most"), [("int8", 0.01), ("fp8", 0.03), ("nf4", 0.1)], indirect=["to"])
-def test_what_fewer_bits_cost_a_block(to, most):
-    """Measured on the miniature, first step: up to 0.7 % after a block in int8, 1.7 % in fp8, 6.4 % in nf4."""
+def test_the_error_of_a_block_in_fewer_bits(to, most):
+    """Measured on the miniature in the first step: up to 0.7 % after a block in int8, 1.7 % in fp8, 6.4 % in nf4."""
     from benchmarks.quantised import relative_errors
 
     found = {name: error for name, error in relative_errors(to).items() if name.startswith(("double", "single"))}
@@ -29,7 +29,7 @@ def test_what_fewer_bits_cost_a_block(to, most):
 
 
 def levels() -> np.ndarray:
-    """The 16 numbers of NF4 as the paper makes them (QLoRA, arXiv 2305.14314, section 3 and its appendix)."""
+    """The 16 numbers of NF4 as defined in the paper (QLoRA, arXiv 2305.14314, section 3 and its appendix)."""
     last = 0.9677083
     above, below = norm.ppf(np.linspace(last, 0.5, 9)[:-1]), -norm.ppf(np.linspace(last, 0.5, 8)[:-1])
     both = np.sort(np.concatenate([above, [0.0], below]))
@@ -37,7 +37,7 @@ def levels() -> np.ndarray:
 
 
 @pytest.mark.parametrize("rows, columns", [(48, 160), (32, 256)])
-def test_four_bits_are_those_of_the_paper(rows, columns):
+def test_nf4_is_that_of_the_paper(rows, columns):
     """Each weight is the nearest level times the largest of its group, which here is 32 or 64 in a row."""
     pytest.importorskip("bitsandbytes")
     flux = fe.load().flux
@@ -53,7 +53,7 @@ def test_four_bits_are_those_of_the_paper(rows, columns):
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-def held(flux) -> int:
+def stored_bytes(flux) -> int:
     """The bytes of every storage behind a network's weights."""
     found = {}
     for module in flux.modules():
@@ -65,17 +65,24 @@ def held(flux) -> int:
     return sum(found.values())
 
 
-def test_what_is_counted_is_what_is_held(to):
+def test_the_counted_bytes_are_the_stored_bytes(to):
     flux = fe.load().flux
-    counted, largest = Placement(quantised=to).resident_bytes(flux, 4), Placement(quantised=to).dequantised_bytes(flux, 4)
+    counted, largest = (
+        Placement(quantised=to).resident_bytes(flux, 4),
+        Placement(quantised=to).dequantised_bytes(flux, 4),
+    )
     assert largest == 4 * max(b.linear1.weight.numel() for b in flux.single_blocks)
-    assert held(quantise(flux, to)) == counted < 0.4 * Placement().resident_bytes(fe.load().flux, 4)
+    assert stored_bytes(quantise(flux, to)) == counted < 0.4 * Placement().resident_bytes(fe.load().flux, 4)
 
 
-def test_the_modulations_stay_exact_where_they_visit(to):
-    """Of small blocks with ``memory="no-modulations"``, the plan is the exact one, to the bit."""
+def test_streamed_modulation_layers_stay_exact(to):
+    """With quantised blocks and ``memory="no-modulations"``, the plan is exact to the bit."""
     exact, small = fe.load(), fe.load(memory="no-modulations", quantise=to)
-    assert small.flux.placement.quantised == to and small.flux.double_blocks[0].img_mlp[0].weight.dtype != torch.float32 or True
+    assert (
+        small.flux.placement.quantised == to
+        and small.flux.double_blocks[0].img_mlp[0].weight.dtype != torch.float32
+        or True
+    )
     run = {"seed": 1, "steps": 2, "progress": False}
     gates = []
     for pipe in (exact, small):
@@ -87,10 +94,10 @@ def test_the_modulations_stay_exact_where_they_visit(to):
     assert all(m.weight.dtype == torch.float32 for m in modulations(small.flux))
 
 
-def test_auto_leaves_the_modulations_away_where_small_blocks_do_not_fit_with_them():
+def test_auto_streams_the_modulation_where_quantised_blocks_do_not_fit_with_it():
     dev = Networks.official()
     assert choose(dev, "auto", 23e9, quantised="nf4") == Placement("full", quantised="nf4")
-    least = choose(dev, "auto", 7e9, quantised="nf4")  # a card of 8 GB: no block travels while it draws
+    least = choose(dev, "auto", 7e9, quantised="nf4")  # a card of 8 GB: no block is streamed
     assert least == Placement("no-modulations", quantised="nf4") and dev.need(least, 1024, 1024, 512).peak < 7e9
     assert choose(dev, "auto", 1e9, quantised="int8") == Placement("no-modulations", tiled=True, quantised="int8")
 
@@ -105,13 +112,13 @@ def test_auto_leaves_the_modulations_away_where_small_blocks_do_not_fit_with_the
         ({"quantise": "int8", "lora": "hollow"}, "load without quantise=, then quantise pipe.flux"),
     ],
 )
-def test_what_cannot_be_had_is_said(asked, said):
+def test_combinations_that_are_errors(asked, said):
     pytest.importorskip("torchao")
     with pytest.raises(ValueError, match=said):
         fe.load(**asked)
 
 
-def test_small_weights_are_neither_moved_nor_made_small_again():
+def test_quantised_weights_are_neither_moved_nor_quantised_again():
     pytest.importorskip("torchao")
     pipe = fe.load(quantise="int8")
     with pytest.raises(ValueError, match="int8 weights cannot be moved or cast"):
@@ -122,7 +129,7 @@ def test_small_weights_are_neither_moved_nor_made_small_again():
         quantise(fe.load(memory="stream").flux)
 
 
-def test_lenses_see_small_blocks_and_advice_knows_them(to):
+def test_lenses_and_advice_work_with_quantised_blocks(to):
     from fluxedu.memory.placement import advice
     from fluxedu.widgets.contributions import measure_contributions
 
@@ -140,7 +147,7 @@ def test_lenses_see_small_blocks_and_advice_knows_them(to):
         fe.checkpoints.save_folder(pipe.flux.state_dict(), "nowhere/at all", pipe.flux.config)
 
 
-def test_a_library_that_is_missing_is_named(monkeypatch):
+def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"nf4 needs bitsandbytes: pip install bitsandbytes, or .fluxedu"):
         fe.load(quantise="nf4")

@@ -1,4 +1,4 @@
-"""What is there is replaced whole, put back, or left alone; never half, and never a stranger's."""
+"""Existing files and folders are replaced whole, restored, or left alone; never half, and never other files."""
 
 import os
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 from test_checkpoints_errors import TINY
 
 from fluxedu.checkpoints import convert_file, load_model, save_file, save_folder
-from fluxedu.files import write_text
 from fluxedu.errors import CheckpointError
+from fluxedu.files import write_text
 from fluxedu.models import AutoEncoder, AutoEncoderConfig, Flux
 
 
@@ -23,23 +23,44 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("stranger", ["flux.safetensors", "my-lora.safetensors", "notes.json"])
-def test_a_folder_with_anything_elses_weights_is_not_replaced(folder, stranger):
-    (folder / stranger).write_bytes(b"mine")
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """A power cut may keep a rename and lose data that was not synced: a name without the contents."""
+    done, fsync, replace, rename = [], os.fsync, os.replace, Path.rename
+
+    def noting(event, original):
+        return lambda *arguments: (done.append((event, os.stat(arguments[0]).st_ino)), original(*arguments))[1]
+
+    monkeypatch.setattr(os, "fsync", noting("sync", fsync))
+    monkeypatch.setattr(os, "replace", noting("rename", replace))
+    monkeypatch.setattr(Path, "rename", noting("rename", rename))
+    file = write_text(tmp_path / "notes.txt", "contents")
+    assert done == [("sync", file.stat().st_ino), ("rename", file.stat().st_ino)]
+    for overwrite in (False, True):  # the second time in two renames
+        done.clear()
+        folder = save_folder(Flux(TINY).state_dict(), tmp_path / "t", TINY, max_shard_bytes=20_000, overwrite=overwrite)
+        named = done.index(("rename", folder.stat().st_ino))
+        synced = {inode for event, inode in done[:named] if event == "sync"}
+        assert len(list(folder.iterdir())) > 3
+        assert synced >= {folder.stat().st_ino, *(path.stat().st_ino for path in folder.iterdir())}
+
+
+@pytest.mark.parametrize("other", ["flux.safetensors", "my-lora.safetensors", "notes.json"])
+def test_a_folder_with_other_files_is_not_replaced(folder, other):
+    (folder / other).write_bytes(b"mine")
     before = contents(folder)
-    with pytest.raises(CheckpointError, match=f"also holds '{stranger}', so it is not replaced"):
+    with pytest.raises(CheckpointError, match=f"also holds '{other}', so it is not replaced"):
         save_folder(Flux(TINY).state_dict(), folder, TINY, overwrite=True)
     assert contents(folder) == before
 
 
-def test_shards_of_before_are_replaced(folder):
+def test_old_shards_are_replaced(folder):
     save_folder(Flux(TINY).state_dict(), folder, TINY, overwrite=True, max_shard_bytes=20_000)
     assert len(list(folder.glob("*.safetensors"))) > 1
     save_folder(Flux(TINY).state_dict(), folder, TINY, overwrite=True)
     assert sorted(contents(folder)) == ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
-def test_a_failure_between_the_two_renames_puts_the_old_folder_back(folder, monkeypatch):
+def test_a_failure_between_the_two_renames_restores_the_old_folder(folder, monkeypatch):
     before, rename = contents(folder), Path.rename
 
     def fails(self, target):
@@ -55,7 +76,7 @@ def test_a_failure_between_the_two_renames_puts_the_old_folder_back(folder, monk
 
 
 @pytest.mark.parametrize("replaced", [True, False])
-def test_what_a_kill_between_the_two_renames_left_is_put_back_or_swept(folder, replaced):
+def test_the_old_folder_left_by_a_killed_writer_is_restored_or_deleted(folder, replaced):
     before, old = contents(folder), folder.parent / ".transformer.12345678.old"
     if replaced:  # killed after the second rename: the new folder is there
         save_folder(Flux(TINY).state_dict(), old, TINY)
@@ -68,20 +89,20 @@ def test_what_a_kill_between_the_two_renames_left_is_put_back_or_swept(folder, r
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_a_pipe_and_a_link_stay_what_they_are(tmp_path):
+def test_pipes_and_links_are_written_to_directly(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    write_text(pipe, "told")
-    assert os.read(reader, 10) == b"told" and pipe.is_fifo()
+    write_text(pipe, "text")
+    assert os.read(reader, 10) == b"text" and pipe.is_fifo()
     os.close(reader)
     (tmp_path / "link").symlink_to("file")
-    write_text(tmp_path / "link", "told")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "told"
+    write_text(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "text"
 
 
-def test_a_file_from_a_folder_has_the_folders_configuration(tmp_path):
-    """No shape tells norm groups and scale: taken for the official ones, the pictures would be wrong."""
+def test_a_file_in_a_folder_has_the_folders_configuration(tmp_path):
+    """Norm groups and scale do not follow from the shapes; with the official values the images would be wrong."""
     config = AutoEncoderConfig(
         ch=8, ch_mult=(1, 2), num_res_blocks=1, norm_groups=4, scale_factor=0.5, shift_factor=0.25
     )
@@ -93,6 +114,6 @@ def test_a_file_from_a_folder_has_the_folders_configuration(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaded.encode(image), autoencoder.encode(image))
     assert load_model(convert_file(file, tmp_path / "ae.safetensors", to="bfl")).config == config
-    # beside a file with a name of its own, a config.json is somebody else's
+    # the config.json does not belong to a file with another name
     save_file(Flux(TINY).state_dict(), tmp_path / "vae" / "flux.safetensors", config=TINY)
     assert load_model(tmp_path / "vae" / "flux.safetensors").config == TINY

@@ -25,7 +25,7 @@ def networks(pipe):
         RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
     ],
 )
-def test_what_allocators_raise_becomes_advice(pipe, monkeypatch, error):
+def test_errors_of_allocators_become_advice(pipe, monkeypatch, error):
     def fails(*args):
         raise error
 
@@ -37,7 +37,7 @@ def test_what_allocators_raise_becomes_advice(pipe, monkeypatch, error):
     assert pipe("a red circle", steps=1, progress=False).images
 
 
-def test_other_errors_stay_what_they_are(pipe, monkeypatch):
+def test_other_errors_are_not_changed(pipe, monkeypatch):
     def fails(*args):
         raise RuntimeError("something else")
 
@@ -47,13 +47,13 @@ def test_other_errors_stay_what_they_are(pipe, monkeypatch):
     assert not is_out_of_memory(KeyError("memory"))
 
 
-def test_the_numbers_are_those_that_auto_chooses_by():
+def test_the_numbers_are_those_by_which_auto_chooses():
     official = Networks.official()
-    said = advice(official, torch.device("cpu"), 1024, 1024, 512)
-    numbers = [float(n) for n in re.findall(r"about ([\d.]+) GB", said)]
+    message = advice(official, torch.device("cpu"), 1024, 1024, 512)
+    numbers = [float(n) for n in re.findall(r"about ([\d.]+) GB", message)]
     blocks = Placement("stream", 57)
-    wanted = [official.need(p, 1024, 1024, 512).peak / GB for p in (Placement(), Placement("no-modulations"), blocks)]
-    assert numbers[:3] == pytest.approx(wanted, abs=0.006)
+    expected = [official.need(p, 1024, 1024, 512).peak / GB for p in (Placement(), Placement("no-modulations"), blocks)]
+    assert numbers[:3] == pytest.approx(expected, abs=0.006)
     assert numbers[0] > numbers[1] > numbers[2]
     assert numbers[3] == pytest.approx(official.need(Placement(), 512, 512, 512).peak / GB, abs=0.006)
 
@@ -64,8 +64,8 @@ def test_a_swapped_block_does_not_hide_the_advice(pipe):
 
 
 @pytest.mark.slow
-def test_a_real_shortage_on_the_command_line(tmp_path):
-    """Addresses are limited to what is in use and a little more; a large picture does not fit."""
+def test_memory_really_runs_out_on_the_command_line(tmp_path):
+    """The address space is limited to what is in use and a little more; a large image does not fit."""
     pytest.importorskip("resource")
     code = """
 import resource, sys

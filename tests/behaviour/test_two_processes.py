@@ -1,7 +1,7 @@
-"""Two processes in one place: nothing is lost, nothing is read half, and neither of them fails.
+"""Two processes use the same files: nothing is lost, nothing is read half-written, and neither of them fails.
 
-Sweeps have tests of their own (test_sweep.py), votes as well (test_arena_votes.py), and the cache of the official
-weights (test_official.py).
+Sweeps, votes and the cache of the official weights have tests of their own (test_sweep.py, test_arena_votes.py,
+test_official.py).
 """
 
 import json
@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-#: a process that does what it is told, line by line; ``me`` is its number
+#: a process that executes the code it reads, line by line; ``me`` is its number
 LISTENER = """
 import json, sys, traceback
 import torch
@@ -49,7 +49,7 @@ def pair():
 
 
 def begin(pair, code: str, place: Path) -> None:
-    """Both do it, at once."""
+    """Both processes run ``code`` at the same time."""
     for process in pair:
         process.stdin.write(json.dumps([code, str(place)]) + "\n")
         process.stdin.flush()
@@ -61,13 +61,13 @@ def end(pair) -> None:
 
 
 def leave_behind(target: Path, count: int = 200) -> None:
-    """What so many killed writers of ``target`` would have left."""
+    """Leave the files that ``count`` killed writers of ``target`` would have left."""
     for number in range(count):
         (target.parent / f".{target.name}.{number:08d}.part").touch()
 
 
 def test_one_file_is_written_by_both(pair, tmp_path):
-    """A reader sees one writer's text, all of it, at any time; what killed writers left is swept away by either."""
+    """At any time a reader sees the whole text of one writer; both delete what killed writers have left."""
     target, seen = tmp_path / "notes.txt", set()
     leave_behind(target)
     begin(pair, 'for n in range(150): write_text(place, f"{me} {n};" * 5_000)', target)
@@ -78,7 +78,7 @@ def test_one_file_is_written_by_both(pair, tmp_path):
             assert len(rest) == 4_999 and set(rest) == {first}
             seen.add(first)
     end(pair)
-    assert {text.split()[0] for text in seen} == {"0", "1"}, "they did not run at once"
+    assert {text.split()[0] for text in seen} == {"0", "1"}, "they did not run at the same time"
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -92,7 +92,7 @@ def test_one_checkpoint_is_written_by_both(pair, tmp_path):
 
 
 def test_both_note_their_figures_in_one_file(pair, tmp_path):
-    """Two trainings that end at once: each member is in the family."""
+    """Two trainings that end at the same time: both members are in the file."""
     begin(pair, 'for n in range(40): add_entry(place, f"{me} {n}", {"figures": {}})', tmp_path)
     end(pair)
     told = json.loads((tmp_path / "family.json").read_text())
@@ -100,7 +100,7 @@ def test_both_note_their_figures_in_one_file(pair, tmp_path):
 
 
 def test_a_gallery_is_filled_by_both(pair, tmp_path):
-    """The pictures of an arena, in one folder: each is there once, and whole."""
+    """The images of an arena in one folder: each is there once, and complete."""
     code = """
 draw = lambda prompt, seed, height, width: Image.effect_noise((width, height), seed + 1)
 gallery = Gallery([Contestant("a", draw), Contestant("b", draw)], place)
