@@ -1,7 +1,7 @@
-"""The public implementations as oracles, and one ruler for every comparison.
+"""The reference implementations, and the networks and inputs on which ours are compared with them.
 
-Weights go from ours to theirs through *their* converters, never through ours, so that a mistake in
-our layouts cannot cancel a mistake in our networks.
+Weights are converted from our names to theirs by *their* converters, never by ours, so that a mistake in our layouts
+cannot cancel a mistake in our networks.
 """
 
 from __future__ import annotations
@@ -15,26 +15,20 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from rounding import Float64, WithoutNoise
 from torch import Tensor, nn
 
 from fluxedu.models import Flux, FluxConfig
 
 
-def drawn(examples: int) -> settings:
-    """The same draws on every run, and no stopwatch."""
-    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=quiet)
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """``|ours - theirs| / |theirs|``, the one ruler; a NaN is never within a bar."""
-    assert ours.shape == theirs.shape, f"{list(ours.shape)} against {list(theirs.shape)}"
-    ours, theirs = ours.detach().double(), theirs.detach().double()
-    return float((ours - theirs).norm() / theirs.norm())
+def examples(number: int) -> settings:
+    """Hypothesis draws this many examples, the same ones on every run, without a time limit."""
+    slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(max_examples=number, deadline=None, derandomize=True, suppress_health_check=slow)
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:
-    """Random values in every tensor: weights, biases, norm scales, and so also shifts and gates."""
+    """Random values in every tensor: weights, biases and norm scales, hence also in every shift and gate."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -50,26 +44,26 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
 
 
 def gradients(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The gradient of every tensor; zeros for one that was not used."""
+    """The gradient of every tensor, zeros for one that was not used."""
     return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
 
 
-def worst_gradient(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+def worst_gradient(result: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The largest relative error of one tensor's gradient.
 
-    A tensor whose gradient is below a hundredth of the largest is judged against that hundredth:
-    what is left of it is the rounding of the large ones.
+    The error of a gradient smaller than a hundredth of the largest one is divided by that hundredth instead of its own
+    norm, because it consists mostly of the rounding errors of the large ones.
     """
-    assert ours.keys() == theirs.keys()
-    floor = 1e-2 * max(float(g.norm()) for g in theirs.values())
-    return max(float((ours[n] - g).norm()) / max(float(g.norm()), floor) for n, g in theirs.items())
+    assert result.keys() == expected.keys()
+    floor = 1e-2 * max(float(g.norm()) for g in expected.values())
+    return max(float((result[n].double() - g).norm()) / max(float(g.norm()), floor) for n, g in expected.items())
 
 
 # --- the flow transformer -------------------------------------------------------------------------
 
 
 def to_diffusers(state: dict[str, Tensor], config: FluxConfig) -> dict[str, Tensor]:
-    """diffusers' own one-way converter, with the hidden width it hard-codes (3072) set to ours."""
+    """Convert with diffusers' own one-way converter, after replacing the hidden size it hard-codes (3072) by ours."""
     code = convert_flux_transformer_checkpoint_to_diffusers.__code__
     assert 3072 in code.co_consts
     widths = tuple(config.hidden_size if c == 3072 else c for c in code.co_consts)
@@ -78,14 +72,14 @@ def to_diffusers(state: dict[str, Tensor], config: FluxConfig) -> dict[str, Tens
     state = dict(state)
     for name in [n for n in state if n.endswith("_attn.qkv.weight")]:  # diffusers has no qkv_bias=False: a bias of zero
         state.setdefault(name.replace("weight", "bias"), torch.zeros_like(state[name][:, 0]))
-    for kind in ("double_blocks", "single_blocks"):  # it counts blocks as the highest index + 1 and trips over none
+    for kind in ("double_blocks", "single_blocks"):  # it takes the highest index + 1 as their number; fails without any
         if not any(n.startswith(kind) for n in state):
             state[f"{kind}.-1."] = torch.empty(0)
     return convert(state)
 
 
 def diffusers_flux(config: FluxConfig, state: dict[str, Tensor]) -> FluxTransformer2DModel:
-    """diffusers' model with our weights; every key and shape must fit."""
+    """diffusers' model with our weights. Every name and shape must match."""
     with torch.device("meta"):
         theirs = FluxTransformer2DModel(
             in_channels=config.in_channels,
@@ -104,27 +98,40 @@ def diffusers_flux(config: FluxConfig, state: dict[str, Tensor]) -> FluxTransfor
     return theirs.eval()
 
 
-# Where the values lie decides which mistakes can be seen. "faint": tokens and their q, k so small that
-# the norms' eps weighs as much as they do. "loud": inputs far outside what a unit-variance test draws.
-REGIMES = ("plain", "faint", "loud")
+def float64_flux(config: FluxConfig, state: dict[str, Tensor]) -> FluxTransformer2DModel:
+    """diffusers' model in float64, to be run in the mode :class:`rounding.Float64` for an exact result.
+
+    The time embedding stays as it is written, in float32: 1000 t and its waves, in the same operations, are part of the
+    definition of the network in all public implementations, and any rounding of 1000 t is far larger than an error in
+    the network. The angles of RoPE are computed in float64 by every implementation, so they get no noise.
+    """
+    theirs = diffusers_flux(config, state).double()
+    theirs.time_text_embed.time_proj = WithoutNoise(theirs.time_text_embed.time_proj)
+    theirs.pos_embed = WithoutNoise(theirs.pos_embed, Float64)
+    return theirs
+
+
+# The size of the values decides which mistakes can be seen. "small": tokens, queries and keys so small that the eps of
+# the norms matters as much as they do. "large": inputs thirty times those of unit variance.
+REGIMES = ("unit", "small", "large")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network, an input and the seed of all their values."""
+    """A network, an input, and the seed of their values."""
 
     config: FluxConfig
     batch: int = 1
     grid: tuple[int, int] = (3, 5)
-    text: int = 4
-    reference: bool = False  # a second picture's tokens, frame 1, as Kontext has them
-    regime: str = "plain"
+    txt_len: int = 4
+    with_reference: bool = False  # tokens of a second image, with frame index 1, as in Kontext
+    regime: str = "unit"
     seed: int = 0
-    coarse_time: bool = False  # only times and guidances whose thousandfold is exact in bfloat16
+    bf16_times: bool = False  # only times and guidance scales t for which bfloat16 holds 1000 t exactly
 
     def model(self) -> Flux:
         model = randomise(Flux(self.config), self.seed)
-        if self.regime == "faint":
+        if self.regime == "small":
             dim = self.config.hidden_size
             with torch.no_grad():
                 for name, p in model.named_parameters():
@@ -135,14 +142,12 @@ class Case:
         return model
 
     def inputs(self) -> dict[str, Tensor]:
-        """Forward's arguments, in float32."""
+        """The arguments of ``Flux.forward``, in float32."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         c, (rows, columns) = self.config, self.grid
-        ids = torch.cartesian_prod(
-            torch.arange(1.0 + self.reference), torch.arange(1.0 * rows), torch.arange(1.0 * columns)
-        )
-        ids = ids.reshape(-1, 3)
-        size = 30 if self.regime == "loud" else 1
+        frames = torch.arange(1.0 + self.with_reference)
+        ids = torch.cartesian_prod(frames, torch.arange(1.0 * rows), torch.arange(1.0 * columns)).reshape(-1, 3)
+        size = 30 if self.regime == "large" else 1
 
         def normal(*shape):
             return size * torch.randn(shape, generator=generator)
@@ -150,23 +155,23 @@ class Case:
         def choice(values):
             return values[torch.randint(len(values), (self.batch,), generator=generator)]
 
-        exact = torch.tensor([0, 0.125, 0.25, 0.5, 1])
+        eighths = torch.tensor([0, 0.125, 0.25, 0.5, 1])
         return {
             "img": normal(self.batch, len(ids), c.in_channels),
             "img_ids": ids.expand(self.batch, -1, -1),
-            "txt": normal(self.batch, self.text, c.context_in_dim),
-            "txt_ids": torch.zeros(self.batch, self.text, 3),
-            "timesteps": choice(exact if self.coarse_time else torch.arange(1025) / 1024),
+            "txt": normal(self.batch, self.txt_len, c.context_in_dim),
+            "txt_ids": torch.zeros(self.batch, self.txt_len, 3),
+            "timesteps": choice(eighths if self.bf16_times else torch.arange(1025) / 1024),
             "y": normal(self.batch, c.vec_in_dim),
-            "guidance": choice(8 * exact if self.coarse_time else torch.arange(800) / 16),
+            "guidance": choice(8 * eighths if self.bf16_times else torch.arange(800) / 16),
         }
 
 
-KEPT = ("img_ids", "txt_ids", "timesteps", "guidance")  # float32 whatever the network computes in
+ALWAYS_FLOAT32 = ("img_ids", "txt_ids", "timesteps", "guidance")  # whatever the dtype of the network
 
 
 def cast(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {n: x if n in KEPT else x.to(dtype) for n, x in inputs.items()}
+    return {n: x if n in ALWAYS_FLOAT32 else x.to(dtype) for n, x in inputs.items()}
 
 
 def run_ours(model: Flux, x: dict[str, Tensor]) -> Tensor:
@@ -188,33 +193,33 @@ def run_theirs(theirs: FluxTransformer2DModel, x: dict[str, Tensor]) -> Tensor:
 
 @st.composite
 def cases(draw, qkv_bias: bool | None = None, **fixed) -> Case:
-    """Odd widths, depths, axes, grids, batches and text lengths; ``fixed`` are fields of the Case."""
+    """Odd widths, depths, axes, grids, batch sizes and text lengths; ``fixed`` are fields of :class:`Case`."""
 
-    def count(low, high):
+    def integer(low, high):
         return draw(st.integers(low, high))
 
-    axes = tuple(2 * count(1, 6) for _ in range(3))
-    heads = count(1, 3)
+    axes = tuple(2 * integer(1, 6) for _ in range(3))
+    heads = integer(1, 3)
     config = FluxConfig(
-        in_channels=count(1, 70),
-        out_channels=count(1, 70),
-        vec_in_dim=count(1, 40),
-        context_in_dim=count(1, 50),
+        in_channels=integer(1, 70),
+        out_channels=integer(1, 70),
+        vec_in_dim=integer(1, 40),
+        context_in_dim=integer(1, 50),
         hidden_size=heads * sum(axes),
         num_heads=heads,
-        depth=count(0, 3),
-        depth_single_blocks=count(0, 3),
+        depth=integer(0, 3),
+        depth_single_blocks=integer(0, 3),
         axes_dim=axes,
         theta=draw(st.sampled_from((10_000, 500))),
         qkv_bias=draw(st.booleans()) if qkv_bias is None else qkv_bias,
         guidance_embed=draw(st.booleans()),
     )
-    drawn_case = {
-        "batch": count(1, 3),
-        "grid": (count(1, 7), count(1, 9)),
-        "text": count(1, 13),
-        "reference": draw(st.booleans()),
+    drawn = {
+        "batch": integer(1, 3),
+        "grid": (integer(1, 7), integer(1, 9)),
+        "txt_len": integer(1, 13),
+        "with_reference": draw(st.booleans()),
         "regime": draw(st.sampled_from(REGIMES)),
-        "seed": count(0, 2**31),
+        "seed": integer(0, 2**31),
     }
-    return Case(config, **{**drawn_case, **fixed})
+    return Case(config, **{**drawn, **fixed})

@@ -1,23 +1,20 @@
-"""The autoencoder computes what diffusers' AutoencoderKL computes, scaling and packing order included."""
+"""The autoencoder computes what diffusers' AutoencoderKL computes, including the scaling of the latents.
 
-import pytest
+Every bound is derived from the case itself: see rounding.py.
+"""
+
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import drawn, gradients, randomise, relative, worst_gradient
+from oracle import examples, gradients, randomise, worst_gradient
+from rounding import exact_result, worst_error
 
 from fluxedu.models import AutoEncoder, AutoEncoderConfig
 
-F32, F64 = 2e-5, 1e-12
-GRAD_F32, GRAD_F64 = 1e-4, 1e-11
-PRECISIONS = pytest.mark.parametrize(
-    ("dtype", "bar", "grad"), [(torch.float32, F32, GRAD_F32), (torch.float64, F64, GRAD_F64)], ids=["f32", "f64"]
-)
 
-
-def as_theirs(config):
+def diffusers_config(config):
     """diffusers' description of the same network."""
     levels = len(config.ch_mult)
     return {
@@ -37,25 +34,25 @@ def as_theirs(config):
 
 
 def to_diffusers(state, config):
-    return convert_ldm_vae_checkpoint(dict(state), as_theirs(config))
+    return convert_ldm_vae_checkpoint(dict(state), diffusers_config(config))
 
 
 def diffusers_autoencoder(config, state):
     with torch.device("meta"):
-        theirs = AutoencoderKL(**as_theirs(config))
+        theirs = AutoencoderKL(**diffusers_config(config))
     theirs.load_state_dict(to_diffusers(state, config), strict=True, assign=True)
     return theirs.eval()
 
 
 @st.composite
 def networks(draw):
-    """A config, an image size (pixels, any, not square) and a seed."""
+    """A config, a batch size, an image size in pixels (mostly not square) and a seed."""
     groups = draw(st.sampled_from((1, 2, 4, 32)))
     config = AutoEncoderConfig(
         in_channels=draw(st.integers(1, 4)),
         out_ch=draw(st.integers(1, 4)),
         ch=groups * (1 if groups == 32 else draw(st.integers(1, 5))),
-        ch_mult=(1, *draw(st.lists(st.integers(1, 3), max_size=3))),  # theirs must begin with 1
+        ch_mult=(1, *draw(st.lists(st.integers(1, 3), max_size=3))),  # diffusers' begins with 1
         num_res_blocks=draw(st.integers(1, 2)),
         z_channels=draw(st.integers(1, 16)),
         norm_groups=groups,
@@ -66,71 +63,95 @@ def networks(draw):
     return config, draw(st.integers(1, 2)), size, draw(st.integers(0, 2**31))
 
 
-def normal(shape, seed, dtype):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(dtype)
+def normal(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
-@PRECISIONS
-def test_encode_and_decode(dtype, bar, grad):
-    @drawn(20)
-    @given(networks())
-    @torch.no_grad()
-    def check(network):
-        config, batch, size, seed = network
-        ours = randomise(AutoEncoder(config), seed).to(dtype)
-        theirs = diffusers_autoencoder(config, ours.state_dict())
-        image = normal((batch, config.in_channels, *size), seed + 1, dtype)
-
-        posterior = theirs.encode(image).latent_dist
-        mean, logvar = ours.moments(image)
-        assert relative(mean, posterior.mean) <= bar
-        assert relative(logvar.clamp(-30, 20), posterior.logvar) <= bar  # they clamp it, in case
-
-        # Ours scales inside, theirs leaves it to the pipeline.
-        latent = ours.encode(image)
-        assert relative(latent, config.scale_factor * (posterior.mean - config.shift_factor)) <= bar
-        theirs_image = theirs.decode(latent / config.scale_factor + config.shift_factor).sample
-        assert relative(ours.decode(latent), theirs_image) <= bar
-
-    check()
+def to_float64(model):
+    """The same network in float64."""
+    copy = AutoEncoder(model.config)
+    copy.load_state_dict(model.state_dict())
+    return copy.double()
 
 
-@PRECISIONS
-def test_gradients(dtype, bar, grad):
-    @drawn(10)
-    @given(networks())
-    def check(network):
-        config, batch, size, seed = network
-        ours = randomise(AutoEncoder(config), seed).to(dtype)
-        theirs = diffusers_autoencoder(config, ours.state_dict())
-        found = []
-        for model in (ours, theirs):
-            image = normal((batch, config.in_channels, *size), seed + 1, dtype).requires_grad_()
-            if model is ours:
-                out = ours(image)
-            else:
-                out = theirs.decode(theirs.encode(image).latent_dist.mode()).sample
-            (out * normal(out.shape, seed + 2, dtype)).sum().backward()
-            of_weights = gradients(model.named_parameters())
-            if model is ours:
-                of_weights = to_diffusers(of_weights, config)
-            found.append({**of_weights, "image": image.grad})
-        assert worst_gradient(*found) <= grad
+@examples(20)
+@given(networks())
+@torch.no_grad()
+def test_encode_and_decode(network):
+    config, batch, size, seed = network
+    ours = randomise(AutoEncoder(config), seed)
+    ours64 = to_float64(ours)
+    theirs = diffusers_autoencoder(config, ours.state_dict())
+    reference = diffusers_autoencoder(config, ours.state_dict()).double()
+    image = normal((batch, config.in_channels, *size), seed + 1)
 
-    check()
+    def our_encodings(model, image):  # they clamp the logarithm of the variance, ours does not
+        mean, logvar = model.moments(image)
+        return [mean, logvar.clamp(-30, 20), model.encode(image)]
+
+    def their_encodings(model, image):  # ours scales inside, theirs leaves it to the pipeline
+        posterior = model.encode(image).latent_dist
+        return [posterior.mean, posterior.logvar, config.scale_factor * (posterior.mean - config.shift_factor)]
+
+    exact = exact_result(lambda: their_encodings(reference, image.double()), worst_error)
+    assert exact.error_of(their_encodings(theirs, image)) <= exact.bound(torch.float32)
+    assert exact.error_of(our_encodings(ours, image)) <= exact.bound(torch.float32)
+    assert exact.error_of(our_encodings(ours64, image.double())) <= exact.bound(torch.float64)
+
+    def their_image(model, latents):
+        return model.decode(latents / config.scale_factor + config.shift_factor).sample
+
+    latents = ours.encode(image)
+    exact = exact_result(lambda: their_image(reference, latents.double()))
+    assert exact.error_of(their_image(theirs, latents)) <= exact.bound(torch.float32)
+    assert exact.error_of(ours.decode(latents)) <= exact.bound(torch.float32)
+    assert exact.error_of(ours64.decode(latents.double())) <= exact.bound(torch.float64)
+
+
+@examples(10)
+@given(networks())
+def test_gradients(network):
+    config, batch, size, seed = network
+    ours = randomise(AutoEncoder(config), seed)
+    ours64 = to_float64(ours)
+    theirs = diffusers_autoencoder(config, ours.state_dict())
+    reference = diffusers_autoencoder(config, ours.state_dict()).double()
+
+    def gradients_of(model, reconstruct, dtype):
+        image = normal((batch, config.in_channels, *size), seed + 1).to(dtype).requires_grad_()
+        out = reconstruct(image)
+        model.zero_grad()
+        (out * normal(out.shape, seed + 2).to(dtype)).sum().backward()
+        return gradients(model.named_parameters()), {"image": image.grad}
+
+    def our_gradients(model, dtype):
+        of_weights, of_image = gradients_of(model, model, dtype)
+        return {**to_diffusers(of_weights, config), **of_image}
+
+    def their_gradients(model, dtype):
+        reconstruct = lambda image: model.decode(model.encode(image).latent_dist.mode()).sample  # noqa: E731
+        of_weights, of_image = gradients_of(model, reconstruct, dtype)
+        return {**of_weights, **of_image}
+
+    exact = exact_result(lambda: their_gradients(reference, torch.float64), worst_gradient)
+    assert exact.error_of(their_gradients(theirs, torch.float32)) <= exact.bound(torch.float32)
+    assert exact.error_of(our_gradients(ours, torch.float32)) <= exact.bound(torch.float32)
+    assert exact.error_of(our_gradients(ours64, torch.float64)) <= exact.bound(torch.float64)
 
 
 @torch.no_grad()
-def test_a_sample_is_their_sample():
-    """With a generator, ``mean + exp(logvar / 2) * noise``, the noise theirs would draw from it too."""
+def test_samples_of_the_posterior():
+    """With a generator, ``encode`` returns ``mean + exp(logvar / 2) * noise`` with the noise that theirs draws."""
     config = AutoEncoderConfig(ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=4, norm_groups=4)
     ours = randomise(AutoEncoder(config), 0)
-    image = normal((2, 3, 10, 14), 1, torch.float32)
-    theirs = diffusers_autoencoder(config, ours.state_dict()).encode(image).latent_dist
-    sample = theirs.sample(torch.Generator().manual_seed(5))
-    assert (
-        relative(
-            ours.encode(image, torch.Generator().manual_seed(5)), config.scale_factor * (sample - config.shift_factor)
-        )
-        <= F32
-    )
+    image = normal((2, 3, 10, 14), 1)
+    reference = diffusers_autoencoder(config, ours.state_dict()).double()
+
+    def their_sample(model, image):
+        sample = model.encode(image).latent_dist.sample(torch.Generator().manual_seed(5))
+        return config.scale_factor * (sample - config.shift_factor)
+
+    exact = exact_result(lambda: their_sample(reference, image.double()))
+    theirs = their_sample(diffusers_autoencoder(config, ours.state_dict()), image)
+    assert exact.error_of(theirs) <= exact.bound(torch.float32)
+    assert exact.error_of(ours.encode(image, torch.Generator().manual_seed(5))) <= exact.bound(torch.float32)

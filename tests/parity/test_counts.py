@@ -1,4 +1,4 @@
-"""Every published size, counted on the meta device (no memory) against the official files."""
+"""Number of parameters and tensors of every network, equal to the official files. Counted on the meta device."""
 
 import pytest
 import torch
@@ -27,8 +27,8 @@ def on_meta(build, *args):
         return build(*args)
 
 
-def counted(module):
-    """(parameters, tensors) of the state dict."""
+def sizes(module):
+    """(number of parameters, number of tensors) of the state dict."""
     state = module.state_dict()
     return sum(x.numel() for x in state.values()), len(state)
 
@@ -39,11 +39,11 @@ def test_every_variant_is_counted():
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_variant(name):
-    assert counted(on_meta(Flux, FluxConfig.variant(name))) == COUNTS[name]
+    assert sizes(on_meta(Flux, FluxConfig.variant(name))) == COUNTS[name]
 
 
 @pytest.mark.parametrize(("name", "tensors"), [("schnell", 1156), ("dev", 1160), ("fill", 1160), ("canny", 1160)])
-def test_every_tensor_has_its_place_in_diffusers(name, tensors):
+def test_names_and_shapes_in_diffusers(name, tensors):
     config = FluxConfig.variant(name)
     theirs = on_meta(
         lambda: FluxTransformer2DModel(
@@ -57,8 +57,8 @@ def test_every_tensor_has_its_place_in_diffusers(name, tensors):
 
 def test_blocks():
     dev = on_meta(Flux, FluxConfig.variant("dev"))
-    assert {counted(block)[0] for block in dev.double_blocks} == {339_831_296}
-    assert {counted(block)[0] for block in dev.single_blocks} == {141_591_808}
+    assert {sizes(block)[0] for block in dev.double_blocks} == {339_831_296}
+    assert {sizes(block)[0] for block in dev.single_blocks} == {141_591_808}
     assert (len(dev.double_blocks), len(dev.single_blocks)) == (19, 38)
 
 
@@ -81,4 +81,4 @@ def test_modulation_is_27_percent():
     ids=["autoencoder", "encoder", "decoder", "clip", "t5", "redux"],
 )
 def test_the_other_networks(build, expected):
-    assert counted(on_meta(build)) == expected
+    assert sizes(on_meta(build)) == expected

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from oracle import cast, float64_flux
+from rounding import exact_result
 
 import fluxedu as fe
 from benchmarks.instruments import WORDS, diffusers_word_maps
@@ -37,7 +39,11 @@ def test_maps_of_every_block(flux):
     how = {"tokens": list(range(WORDS)), "reduce": "head-mean", "dtype": torch.float16}
     with fe.record("*.attn.map", **how) as rec, fe.record("*.attn.map") as whole:
         ours = flux(**x)
-    assert float((ours - theirs).norm() / theirs.norm()) <= 2e-6
+    reference, x64 = float64_flux(SMALL, flux.state_dict()), cast(x, torch.float64)
+    with torch.no_grad():
+        exact = exact_result(lambda: reference(**diffusers_inputs(x64))[0])
+    assert exact.error_of(theirs) <= exact.bound(torch.float32)
+    assert exact.error_of(ours) <= exact.bound(torch.float32)
     assert len(kept) == len(rec) == 5
     for site, map_ in zip(rec, kept, strict=True):
         assert (

@@ -1,25 +1,29 @@
-"""CLIP's and T5's text encoders compute what transformers' do."""
+"""CLIP's and T5's text encoders compute what transformers' do.
 
-import pytest
+Every bound is derived from the case itself: see rounding.py.
+"""
+
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import drawn, gradients, randomise, relative, worst_gradient
-from transformers.models.t5 import modeling_t5
+from oracle import examples, gradients, randomise, worst_gradient
+from rounding import exact_result, worst_error
 
 from fluxedu.models import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 
-F32, F64 = 2e-5, 1e-12
-GRAD_F32, GRAD_F64 = 1e-4, 1e-11
-PRECISIONS = pytest.mark.parametrize(
-    ("dtype", "bar", "grad"), [(torch.float32, F32, GRAD_F32), (torch.float64, F64, GRAD_F64)], ids=["f32", "f64"]
-)
+
+def gradients_of(model, output, seed):
+    """The gradient of a random weighting of ``output()``, by every parameter."""
+    out = output()
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    model.zero_grad()
+    (out * weights.to(out.dtype)).sum().backward()
+    return gradients(model.named_parameters())
 
 
-def backward(output, seed):
-    noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-    (output * noise.to(output.dtype)).sum().backward()
+def to_float64(state):
+    return {name: x.double() for name, x in state.items()}
 
 
 # --- CLIP -----------------------------------------------------------------------------------------
@@ -29,18 +33,18 @@ def backward(output, seed):
 def clip_prompts(draw):
     """A config, ids ``[B, L]`` with one or more end-of-text tokens in every row, and a seed."""
     heads = draw(st.integers(1, 4))
-    places = draw(st.integers(3, 77))
+    positions = draw(st.integers(3, 77))
     config = CLIPTextConfig(
         vocab_size=draw(st.integers(5, 90)),
         hidden_size=heads * draw(st.integers(1, 12)),
         intermediate_size=draw(st.integers(1, 70)),
         num_hidden_layers=draw(st.integers(1, 4)),
         num_attention_heads=heads,
-        max_position_embeddings=places,
+        max_position_embeddings=positions,
         layer_norm_eps=draw(st.sampled_from((1e-5, 1e-2))),
         eos_token_id=draw(st.sampled_from((0, 1, 3, 4))),  # not 2: there transformers pools at the largest id
     )
-    length, batch = draw(st.integers(1, places)), draw(st.integers(1, 3))
+    length, batch = draw(st.integers(1, positions)), draw(st.integers(1, 3))
     seed = draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(config.vocab_size, (batch, length), generator=generator)
@@ -49,8 +53,8 @@ def clip_prompts(draw):
     return config, ids, seed
 
 
-def flat(tensors, theirs):
-    """Ours under their names: from version 5 on transformers leaves out the files' ``text_model.``."""
+def rename(tensors, theirs):
+    """Our tensors under their names: transformers 5 leaves out the prefix ``text_model.`` that the files have."""
     prefix = "text_model."
     if any(n.startswith(prefix) for n, _ in theirs.named_parameters()):
         return tensors
@@ -61,37 +65,48 @@ def transformers_clip(config, state):
     theirs = transformers.CLIPTextModel(
         transformers.CLIPTextConfig(**config.to_dict(), hidden_act="quick_gelu", bos_token_id=0, pad_token_id=1)
     )
-    theirs.load_state_dict(flat(state, theirs), strict=True)
+    theirs.load_state_dict(rename(state, theirs), strict=True)
     return theirs.to(next(iter(state.values())).dtype).eval()
 
 
-@PRECISIONS
-def test_clip(dtype, bar, grad):
-    @drawn(20)
-    @given(clip_prompts())
-    def check(prompt):
-        config, ids, seed = prompt
-        ours = randomise(CLIPTextEncoder(config), seed).to(dtype)
-        theirs = transformers_clip(config, ours.state_dict())
-        states, pooled = ours(ids)
-        expected = theirs(ids)
-        assert relative(states, expected.last_hidden_state) <= bar
-        assert relative(pooled, expected.pooler_output) <= bar
+@examples(20)
+@given(clip_prompts())
+def test_clip(prompt):
+    config, ids, seed = prompt
+    ours = randomise(CLIPTextEncoder(config), seed)
+    state = ours.state_dict()
+    theirs, reference = transformers_clip(config, state), transformers_clip(config, to_float64(state))
 
-        backward(pooled, seed)
-        backward(expected.pooler_output, seed)
-        mine = flat(gradients(ours.named_parameters()), theirs)
-        assert worst_gradient(mine, gradients(theirs.named_parameters())) <= grad
+    def our_states(model):  # and the pooled vector
+        return list(model(ids))
 
-    check()
+    def their_states(model):
+        out = model(ids)
+        return [out.last_hidden_state, out.pooler_output]
+
+    def our_gradients(model):
+        return rename(gradients_of(model, lambda: model(ids)[1], seed), theirs)
+
+    def their_gradients(model):
+        return gradients_of(model, lambda: model(ids).pooler_output, seed)
+
+    ours64 = CLIPTextEncoder(config)
+    ours64.load_state_dict(state)
+    ours64.double()
+    exact = exact_result(lambda: their_states(reference), worst_error)
+    assert exact.error_of(their_states(theirs)) <= exact.bound(torch.float32)
+    assert exact.error_of(our_states(ours)) <= exact.bound(torch.float32)
+    assert exact.error_of(our_states(ours64)) <= exact.bound(torch.float64)
+
+    if config.hidden_size <= 2:  # LayerNorm leaves only the order of two numbers: its gradient is all rounding
+        return
+    exact = exact_result(lambda: their_gradients(reference), worst_gradient)
+    assert exact.error_of(their_gradients(theirs)) <= exact.bound(torch.float32)
+    assert exact.error_of(our_gradients(ours)) <= exact.bound(torch.float32)
+    assert exact.error_of(our_gradients(ours64)) <= exact.bound(torch.float64)
 
 
 # --- T5 -------------------------------------------------------------------------------------------
-
-
-def exact_t5_norm(self, x):
-    """transformers' T5LayerNorm with its variance in the input's precision instead of float32."""
-    return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
 
 @st.composite
@@ -99,8 +114,8 @@ def t5_prompts(draw):
     """A config, ids ``[B, L]`` (longer than the largest distance, too) and a seed."""
     config = T5Config(
         vocab_size=draw(st.integers(5, 90)),
-        d_model=draw(st.integers(2, 40)),  # of one number, RMSNorm keeps the sign only: its gradient is all rounding
-        d_kv=draw(st.integers(1, 12)),  # not d_model / num_heads: T5's heads have their own width
+        d_model=draw(st.integers(2, 40)),  # with 1, RMSNorm leaves only the sign: its gradient is all rounding
+        d_kv=draw(st.integers(1, 12)),  # independent of d_model / num_heads in T5
         d_ff=draw(st.integers(1, 70)),
         num_layers=draw(st.integers(1, 4)),
         num_heads=draw(st.integers(1, 4)),
@@ -120,22 +135,29 @@ def transformers_t5(config, state):
     return theirs.to(next(iter(state.values())).dtype).eval()
 
 
-@PRECISIONS
-def test_t5(dtype, bar, grad, monkeypatch):
-    if dtype == torch.float64:  # else the comparison stops at float32's 1e-8
-        monkeypatch.setattr(modeling_t5.T5LayerNorm, "forward", exact_t5_norm)
+@examples(20)
+@given(t5_prompts())
+def test_t5(prompt):
+    config, ids, seed = prompt
+    ours = randomise(T5Encoder(config), seed)
+    state = ours.state_dict()
+    theirs, reference = transformers_t5(config, state), transformers_t5(config, to_float64(state))
 
-    @drawn(20)
-    @given(t5_prompts())
-    def check(prompt):
-        config, ids, seed = prompt
-        ours = randomise(T5Encoder(config), seed).to(dtype)
-        theirs = transformers_t5(config, ours.state_dict())
-        states, expected = ours(ids), theirs(ids).last_hidden_state
-        assert relative(states, expected) <= bar
+    def our_gradients(model):
+        return gradients_of(model, lambda: model(ids), seed)
 
-        backward(states, seed)
-        backward(expected, seed)
-        assert worst_gradient(gradients(ours.named_parameters()), gradients(theirs.named_parameters())) <= grad
+    def their_gradients(model):
+        return gradients_of(model, lambda: model(ids).last_hidden_state, seed)
 
-    check()
+    ours64 = T5Encoder(config)
+    ours64.load_state_dict(state)
+    ours64.double()
+    exact = exact_result(lambda: reference(ids).last_hidden_state)
+    assert exact.error_of(theirs(ids).last_hidden_state) <= exact.bound(torch.float32)
+    assert exact.error_of(ours(ids)) <= exact.bound(torch.float32)
+    assert exact.error_of(ours64(ids)) <= exact.bound(torch.float64)
+
+    exact = exact_result(lambda: their_gradients(reference), worst_gradient)
+    assert exact.error_of(their_gradients(theirs)) <= exact.bound(torch.float32)
+    assert exact.error_of(our_gradients(ours)) <= exact.bound(torch.float32)
+    assert exact.error_of(our_gradients(ours64)) <= exact.bound(torch.float64)
