@@ -172,10 +172,10 @@ def _parallel_map(workers: int, scheduler: str | None) -> Iterator[tuple[int, Ca
         from distributed import Client, KilledWorker, LocalCluster, as_completed
     except ModuleNotFoundError as error:
         raise SweepError(f"several workers need {error.name}: pip install 'fluxedu[sweep]'.") from None
-    local = {"threads_per_worker": 1, "memory_limit": 0, "dashboard_address": None, "silence_logs": logging.CRITICAL}
+    local = {"threads_per_worker": 1, "dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}
     with ExitStack() as stack:
         try:
-            cluster = scheduler or stack.enter_context(LocalCluster(n_workers=workers, **local))
+            cluster = scheduler or stack.enter_context(LocalCluster(n_workers=workers, memory_limit=0, **local))
             client = stack.enter_context(Client(cluster))
         except (OSError, ValueError, TypeError) as error:
             raise SweepError(f"no Dask scheduler answers at {cluster} ({' '.join(str(error).split())}).") from None

@@ -192,7 +192,7 @@ def test_workers_that_die_of_a_file_again_and_again(cluster, tmp_path, monkeypat
 
 def test_no_scheduler_and_no_workers(tmp_path):
     sweep = from_dict(SMALL)
-    with distributed.LocalCluster(n_workers=0, dashboard_address=None, host="127.0.0.1") as empty:
+    with distributed.LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as empty:
         with pytest.raises(SweepError, match=r"needs Dask workers of one thread each; those of tcp.* have \[\]\.$"):
             run_sweep(sweep, tmp_path, scheduler=empty.scheduler_address)
         address = empty.scheduler_address
