@@ -208,7 +208,7 @@ else:
 # from the right one, relative to its size; for comparison, the first line is an unrelated image.
 
 # %%
-from fluxedu.instruments.interventions import ablate
+from fluxedu.instruments.ablation import ablate
 
 
 @contextmanager
@@ -223,7 +223,7 @@ def share_weights(source: str, *parts: str):
 def hide_text_from_image(attn_map, ctx):
     """Set the attention from patches to text to 0 and rescale each row to sum to 1."""
     weights = attn_map.weights().clone()  # [B, H, L + N, L + N], one row per query
-    weights[..., ctx.places("img"), ctx.places("txt")] = 0
+    weights[..., ctx.stream_slice("img"), ctx.stream_slice("txt")] = 0
     return weights / weights.sum(-1, keepdim=True)
 
 
