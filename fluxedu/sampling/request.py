@@ -140,10 +140,11 @@ def make_requests(
 
     per_image = {"prompt": prompts, "negative_prompt": negatives, "seed": seeds}
     for name, batch in pictures.items():
-        per_image[name] = [None] if batch is None else list(batch.split(1))
+        per_image[name] = [None] if batch is None else [batch[i : i + 1] for i in range(len(batch))]
     for name, items in per_image.items():
         if len(items) not in (1, count):
-            raise RequestError(f"{name} has {len(items)} entries for {count} images; give 1 or {count}.")
+            allowed = "1" if count == 1 else f"1 or {count}"
+            raise RequestError(f"{name} has {len(items)} entries for {count} images; give {allowed}.")
     requests = []
     for i in range(count):
         own = {name: items[i] if len(items) > 1 else items[0] for name, items in per_image.items()}

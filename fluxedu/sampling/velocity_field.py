@@ -33,9 +33,9 @@ class VelocityField(Sited):
         self.times = list(dict.fromkeys(times))
         self._plans: dict[bool, dict[float, Plan]] = {}  # with both prompts or with one -> time -> plan
         device = flux.img_in.weight.device
-        is_streamed = any(block.img_mod.lin.weight.device != device for block in flux.double_blocks)  # once is enough
-        is_reference = flux.img_in.weight.dtype == torch.float64  # products of 4 and 5 rows differ in the last bit there
-        self.times_at_once = len(self.times) if is_streamed or is_reference else TIMES_AT_ONCE
+        is_streamed = any(block.img_mod.lin.weight.device != device for block in flux.double_blocks)
+        is_float64 = flux.img_in.weight.dtype == torch.float64  # its products of 4 and of 5 rows round differently
+        self.times_at_once = len(self.times) if is_streamed or is_float64 else TIMES_AT_ONCE
         img_ids = conditions.join_ids(image_ids(*request.shape))
         self.rope = flux.rope(img_ids.to(device), text_ids(texts.txt.shape[1]).to(device))
 

@@ -39,19 +39,19 @@ BAD = [
         for x in (-1, 1.5, "7", None, True, NAN, 2**63, [], [0, -1], [0, "1"], {0}, [[1]])
     ],
     *[
-        ({"prompt": x}, "prompt must be a string or a list of strings")
+        ({"prompt": x}, "prompt must be a string or a non-empty list of strings")
         for x in ([], (), [1], None, 3, b"red", ["red", None], {"red"})
     ],
     *[
-        ({"negative_prompt": x, "true_cfg_scale": 3.0}, "negative_prompt must be a string or a list of strings")
+        ({"negative_prompt": x, "true_cfg_scale": 3.0}, "negative_prompt must be a string or a non-empty list of strings")
         for x in ([], [1], 3, b"red")
     ],
-    ({"prompt": "red " * 40}, "the prompt has .* tokens, but T5 reads at most 32; make it shorter"),
-    ({"prompt": ["red", "red " * 40]}, "the prompt has .* tokens, but T5 reads at most 32; make it shorter"),
-    ({"negative_prompt": "red " * 40, "true_cfg_scale": 3.0}, "prompt has .* tokens, but T5 reads at most 32"),
-    ({"prompt": ["red", "blue"], "seed": [1, 2, 3]}, "2 of prompt for 3 pictures; give 1 or 3"),
-    ({"prompt": ["red", "blue", "green"], "seed": [1, 2]}, "2 of seed for 3 pictures; give 1 or 3"),
-    ({"negative_prompt": ["a", "b"], "true_cfg_scale": 2.0}, "2 of negative_prompt for 1 pictures; give 1"),
+    ({"prompt": "red " * 40}, "prompt must have at most 32 T5 tokens, not .*; make it shorter"),
+    ({"prompt": ["red", "red " * 40]}, "prompt must have at most 32 T5 tokens, not .*; make it shorter"),
+    ({"negative_prompt": "red " * 40, "true_cfg_scale": 3.0}, "prompt must have at most 32 T5 tokens, not"),
+    ({"prompt": ["red", "blue"], "seed": [1, 2, 3]}, "prompt has 2 entries for 3 images; give 1 or 3"),
+    ({"prompt": ["red", "blue", "green"], "seed": [1, 2]}, "seed has 2 entries for 3 images; give 1 or 3"),
+    ({"negative_prompt": ["a", "b"], "true_cfg_scale": 2.0}, "negative_prompt has 2 entries for 1 images; give 1"),
     ({"negative_prompt": "red"}, "set true_cfg_scale above 1"),
     ({"negative_prompt": "red", "true_cfg_scale": 1}, "set true_cfg_scale above 1"),
     *[
@@ -96,10 +96,10 @@ BAD = [
             torch.full((3, 32, 32), 255.0),
         )
     ],
-    ({"image": torch.zeros(2, 3, 32, 32), "seed": [1, 2, 3]}, "2 of image for 3 pictures; give 1 or 3"),
-    ({"image": torch.zeros(2, 3, 32, 32)}, "2 of image for 1 pictures; give 1"),
+    ({"image": torch.zeros(2, 3, 32, 32), "seed": [1, 2, 3]}, "image has 2 entries for 3 images; give 1 or 3"),
+    ({"image": torch.zeros(2, 3, 32, 32)}, "image has 2 entries for 1 images; give 1"),
     ({"image": Image.new("RGB", (8, 8))}, "height must be a whole number from 16"),
-    ({"image": torch.zeros(0, 3, 32, 32)}, "0 of image"),
+    ({"image": torch.zeros(0, 3, 32, 32)}, "image has 0 entries"),
 ]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from sizes import NANO
 
 from fluxedu.sampling.latents import draw_noise, image_ids, latent_size, pack, text_ids, unpack
-from fluxedu.sampling.solvers import SOLVERS, active, evaluation_times, guide, schedule
+from fluxedu.sampling.solvers import SOLVERS, active, guide, schedule
 
 PROMPTS = ["a red circle left of a blue square", "a big green triangle", ""]
 PROMPT, CFG = PROMPTS[0], {"true_cfg_scale": 4.0, "negative_prompt": "a blue square"}
@@ -69,7 +69,7 @@ def test_a_planned_run_is_the_plain_forward_step_by_step(solver, questions, aske
 
     times = schedule(steps, 6).tolist()
     assert out.trajectory.times.tolist() == times
-    planned = evaluation_times(solver, times)
+    planned = SOLVERS[solver].evaluation_times(times)
     assert len(planned) == questions * steps and planned[::questions] == times[:-1]
     if solver == "midpoint":
         assert planned[1::2] == [(a + b) / 2 for a, b in zip(times, times[1:], strict=False)]
@@ -288,12 +288,23 @@ def test_alone_or_in_a_batch(asked, make_pipe):
         assert torch.equal(alone.latents, batch.latents[i : i + 1])
 
 
+class Counting:
+    """A tokenizer that notes every prompt."""
+
+    def __init__(self, tokenizer, prompts):
+        self.tokenizer, self.prompts, self.length = tokenizer, prompts, tokenizer.length
+
+    def __call__(self, prompts):
+        self.prompts += prompts
+        return self.tokenizer(prompts)
+
+
 def test_a_prompt_is_encoded_once(pipe, monkeypatch):
     """However many pictures are drawn of it; and all before the first step, so that a bad one is refused in time."""
-    read, encode = [], pipe.prompt_encoder._one
-    monkeypatch.setattr(pipe.prompt_encoder, "_one", lambda prompt: read.append(prompt) or encode(prompt))
+    encoded, tokenize = [], pipe.prompt_encoder.t5_tokenizer
+    monkeypatch.setattr(pipe.prompt_encoder, "t5_tokenizer", Counting(tokenize, encoded))
     draw(pipe, seed=[1, 2, 3], steps=1, **CFG)
-    assert sorted(read) == sorted([PROMPT, CFG["negative_prompt"]])
+    assert sorted(encoded) == sorted([PROMPT, CFG["negative_prompt"]])
 
 
 def test_pairing(pipe):
