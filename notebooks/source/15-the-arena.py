@@ -299,7 +299,7 @@ print("after 80 votes, choosing the most informative pair gives a smaller varian
 votes_cast = arena.judge_votes(field, votes=1000)
 print(f"{votes_cast} votes: 6 pairs x {votes_cast // 36} prompts x 6 axes")
 results = {axis: field.ratings(axis, "judge") for axis in arena.AXES}
-plots.elo(results["overall"].rows(), "Overall: nano and nano-base are above nano@2; other intervals overlap")
+plots.elo(results["overall"].rows(), "Overall: nano and nano-base are above nano@4 and nano@2; the rest is open")
 
 # %%
 plots.elo_axes({arena.AXES[axis].title: result.rows() for axis, result in results.items()})
