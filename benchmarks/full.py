@@ -154,12 +154,12 @@ def hover(side: int, txt_len: int, heads: int = 24, head_dim: int = 128, moves: 
 
     Queries and keys are kept on the host, so no GPU is involved. The first one computes the log-sum-exp of every token.
     """
-    from fluxedu.widgets.attention import Attended, attention_view
+    from fluxedu.widgets.attention import RunAttention, attention_view
 
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, heads, side * side + txt_len, head_dim, generator=generator) for _ in range(2))
     blank = Image.fromarray(np.zeros((16 * side, 16 * side, 3), np.uint8))
-    run, words = Attended(blank, {"single.0": q}, {"single.0": k}, txt_len, (side, side)), ["a", "red", "circle"]
+    run, words = RunAttention(blank, {"single.0": q}, {"single.0": k}, txt_len, (side, side)), ["a", "red", "circle"]
     times = []
     for move in range(moves + 1):
         start = time.perf_counter()
