@@ -3,7 +3,7 @@
 #
 # **Which part does what?** The parts of a network have no labels. You find out what a part does by recording its output,
 # by removing it, and by replacing its output with the one it had for another prompt. You will do all three, and find out
-# which text token the colour of a circle is read from. It is not the one you would expect.
+# for one image which text token the colour of a circle is read from. It is not the one you would expect.
 #
 # Afterwards you can measure whether an attention map points at the right object, run a patching experiment and say what
 # it does and does not show, and write your own reduction for the recorder.
@@ -223,9 +223,8 @@ print("the last block: its removal changes more than that of its positions:",
 # blocks are a rough guess.
 
 # %%
-predicted_x0 = lenses.x0_by_block(
-    pipe, prompt, at_steps=4, **settings
-)  # a latent each: [block, step, channel, row, column]
+# one latent per block: [block, step, channel, row, column]
+predicted_x0 = lenses.x0_by_block(pipe, prompt, at_steps=4, **settings)
 fig, axes = plt.subplots(1, len(blocks), figsize=(10, 1.7), layout="constrained")
 for ax, block, latent in zip(axes, blocks, predicted_x0.tensor[:, 0]):
     with torch.no_grad():
