@@ -4,7 +4,7 @@
 #   make oldest UV_OPTIONS="--torch-backend cpu"   uv's own options, here for torch without CUDA
 #   make lab TORCH_INDEX=URL          torch from that package index, e.g. for another CUDA version
 #
-# An environment of your own works as well: pip install -e ".[test]", then VENV= on the command line
+# An environment of your own works as well: pip install -e ".[lab,test]", then VENV= on the command line
 # names it: make test VENV=$VIRTUAL_ENV
 
 PYTHON ?= python3
@@ -16,8 +16,10 @@ UV_OPTIONS ?=
 CPU_INDEX = https://download.pytorch.org/whl/cpu
 PIP = $(BIN)/python -m pip install --disable-pip-version-check
 
-# The bound is written once, in pyproject.toml.
+# The bounds are written once, in pyproject.toml.
 TORCH := $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)".*/\1/p' pyproject.toml)
+# Where PyTorch's own index cannot be reached: the newest version that other indices are known to offer without CUDA.
+TORCH_FALLBACK = $(TORCH),<2.14
 NOTEBOOKS = $(wildcard notebooks/*.ipynb notebooks/solved/*.ipynb)
 
 # Two workers on two cores, so one thread each.
@@ -59,7 +61,7 @@ notebooks: $(STAMP) ## make and run both editions of every notebook from noteboo
 oldest:         ## the tests with the lowest versions the bounds allow, in an environment of its own, .venv-oldest
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --disable-pip-version-check --quiet uv
-	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct $(UV_OPTIONS) -e ".[test]"
+	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct $(UV_OPTIONS) -e ".[lab,test]"
 	$(ONE_THREAD) .venv-oldest/bin/python -m pytest -n 2 tests
 
 newest:         ## the tests with the newest versions the bounds allow, in a fresh environment, .venv-newest
@@ -94,7 +96,7 @@ $(STAMP): pyproject.toml
 	else \
 	  echo "torch: no NVIDIA GPU here, so the CPU build"; \
 	  $(PIP) --timeout 10 --retries 1 --no-deps --index-url $(CPU_INDEX) "$(TORCH)" || \
-	  { echo "torch: $(CPU_INDEX) did not answer, so from the configured index"; $(PIP) "$(TORCH)"; }; \
+	  { echo "torch: $(CPU_INDEX) did not answer, so from the configured index"; $(PIP) "$(TORCH_FALLBACK)"; }; \
 	fi
-	$(PIP) --editable ".[test]"
+	$(PIP) --editable ".[lab,test]"
 	@touch $@

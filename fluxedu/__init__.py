@@ -11,10 +11,12 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-# name -> where it lives; imported when first asked for, so that `import fluxedu` stays light
+#: public name -> the module that defines it (None: the name is a module); imported on first use, to keep
+#: ``import fluxedu`` light
 _PUBLIC = {
     "load": "fluxedu.loading",
     "FluxPipeline": "fluxedu.sampling.pipeline",
+    "FluxeduError": "fluxedu.errors",
     "sites": "fluxedu.instruments.catalogue",
     "record": "fluxedu.instruments.recorder",
     "intervene": "fluxedu.instruments.interventions",
@@ -35,6 +37,7 @@ _PUBLIC = {
     "arena": None,
     "course": None,
     "probe": None,
+    "errors": None,
 }
 __all__ = [*_PUBLIC, "__version__"]
 
@@ -42,8 +45,8 @@ __all__ = [*_PUBLIC, "__version__"]
 def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"fluxedu has no attribute {name!r}; it has {', '.join(_PUBLIC)}.")
-    home = _PUBLIC[name]
-    return import_module(f"fluxedu.{name}") if home is None else getattr(import_module(home), name)
+    module = _PUBLIC[name]
+    return import_module(f"fluxedu.{name}") if module is None else getattr(import_module(module), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The command line: ``fluxedu sample | trace | info | sites | train | judge | convert | sweep | bench | lab | …``."""
+"""The command line: one function per ``fluxedu`` command. Imports happen inside, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -9,43 +9,47 @@ from typing import Annotated
 import typer
 
 from fluxedu.arena.cli import app as arena
-from fluxedu.terminal import can_write, fail, resumable, sentences, write_json
+from fluxedu.terminal import check_writable, fail, report_errors, report_interrupts, write_json
 
 app = typer.Typer(help="FLUX.1 in code that reads like its diagram.", no_args_is_help=True, add_completion=False)
 app.add_typer(arena, name="arena")
 
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the results to this JSON file.")]
 Model = Annotated[
     str,
     typer.Option(
         envvar="FLUXEDU_MODEL",
-        help="nano (shipped, guidance built in), nano-base (shipped, real CFG), a variant such as dev, or a folder.",
+        help="nano (ships with fluxedu), nano-base (before guidance distillation), a variant such as dev, or a folder.",
     ),
 ]
+Seed = Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same image.")]
+Steps = Annotated[int | None, typer.Option(help="Number of steps; default: the model's own.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: the model's own.")]
+Side = Annotated[int | None, typer.Option(help="In pixels; default: the model's own.")]
 
 
-def _load(model: str, device: str | None = None, dtype: str | None = None, **how):
+def _load(model: str, device: str | None = None, dtype: str | None = None, **options):
     import fluxedu as fe
 
-    with sentences():
-        return fe.load(model, device=device, dtype=dtype, **how)
+    with report_errors():
+        return fe.load(model, device=device, dtype=dtype, **options)
 
 
 def _from_checkout(name: str):
-    """The module ``training`` or ``benchmarks``, which only a checkout has, beside ``fluxedu/``."""
+    """Import ``training`` or ``benchmarks``, which are beside ``fluxedu/`` in a checkout and not installed."""
     import sys
     from importlib import import_module
 
     root = Path(__file__).resolve().parents[1]
     if not (root / "pyproject.toml").is_file() or not (root / name).is_dir():
-        raise fail(f"{name}/ is not installed with the package; git clone the repository and pip install -e it first.")
+        raise fail(f"{name}/ is not part of the installed package; clone the repository and run pip install -e . there.")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     return import_module(name)
 
 
-def _picture(path: Path):
-    """A picture from a file, wholly read."""
+def _open_picture(path: Path):
+    """Read an image file completely."""
     from PIL import Image
 
     if not path.is_file():
@@ -54,90 +58,87 @@ def _picture(path: Path):
         picture = Image.open(path)
         picture.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise fail(f"{path} is no picture that can be read: {str(error).rstrip('.')}.") from None
+        raise fail(f"{path} cannot be read as a picture: {str(error).rstrip('.')}.") from None
     return picture
 
 
 @app.command(epilog='Example: fluxedu sample "a red circle left of a blue square" -o out.png')
 def sample(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")] = Path("out.png"),
+    prompt: Annotated[str, typer.Argument(help="The prompt: a description of the image.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The image file to write.")] = Path("out.png"),
     model: Model = "nano",
-    seed: int = 0,
-    steps: Annotated[int | None, typer.Option(help="The model's own number if not given.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="The model's own strength if not given.")] = None,
-    negative: Annotated[str | None, typer.Option(help="What to steer away from (with --cfg).")] = None,
-    cfg: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
-    height: int | None = None,
-    width: int | None = None,
-    solver: Annotated[str, typer.Option(help="euler, midpoint or heun.")] = "euler",
-    image: Annotated[Path | None, typer.Option(help="Begin from this picture instead of from noise.")] = None,
-    strength: Annotated[float, typer.Option(help="How much of --image to change, above 0 up to 1.")] = 0.6,
-    variant: Annotated[str | None, typer.Option(help="A member of the miniature's family: fill, canny, …")] = None,
-    mask: Annotated[Path | None, typer.Option(help="fill: white where --image is to be painted.")] = None,
-    control: Annotated[Path | None, typer.Option(help="canny, depth: the picture to follow.")] = None,
-    edges: Annotated[
-        bool, typer.Option("--edges", help="canny: --control is any picture, its edges are wanted.")
-    ] = False,
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt, for classifier-free guidance (--cfg).")] = None,
+    cfg: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
+    height: Side = None,
+    width: Side = None,
+    solver: Annotated[str, typer.Option(help="Solver: euler, midpoint or heun.")] = "euler",
+    image: Annotated[Path | None, typer.Option(help="Image-to-image: start from this picture instead of noise.")] = None,
+    strength: Annotated[float, typer.Option(help="How much --image may change, above 0 and up to 1.")] = 0.6,
+    variant: Annotated[str | None, typer.Option(help="A variant of the miniature: schnell, fill, canny, depth, kontext or redux.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="fill: a mask, white where --image is painted anew.")] = None,
+    control: Annotated[Path | None, typer.Option(help="canny, depth: the control image (edges or a depth map).")] = None,
+    edges: Annotated[bool, typer.Option("--edges", help="canny: compute the edges of --control first.")] = False,
     reference: Annotated[Path | None, typer.Option(help="kontext: the picture to edit.")] = None,
-    image_prompt: Annotated[Path | None, typer.Option(help="redux: a picture instead of, or beside, words.")] = None,
-    lora: Annotated[str | None, typer.Option(help="A LoRA to merge: a file, or hollow, the style that ships.")] = None,
-    lora_scale: Annotated[float, typer.Option(help="How much of its change.")] = 1.0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; the model's own choice if not given.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float64.")] = None,
-    memory: Annotated[str, typer.Option(help="auto, full, no-modulations or stream.")] = "auto",
-    quantise: Annotated[str | None, typer.Option(help="The blocks' weights as int8, fp8 or nf4; not exact.")] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Let torch.compile fuse the blocks.")] = False,
+    image_prompt: Annotated[Path | None, typer.Option(help="redux: a picture as prompt, with or without text.")] = None,
+    lora: Annotated[str | None, typer.Option(help="A LoRA to merge: a file, or hollow, a style that ships with fluxedu.")] = None,
+    lora_scale: Annotated[float, typer.Option(help="Factor of the LoRA's change.")] = 1.0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; default: the model's own.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64; default: the model's own.")] = None,
+    memory: Annotated[str, typer.Option(help="Where weights are held: auto, full, no-modulations or stream.")] = "auto",
+    quantise: Annotated[str | None, typer.Option(help="Quantise the blocks' weights to int8, fp8 or nf4; not exact.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks with torch.compile.")] = False,
 ) -> None:
-    """Draw a prompt into a PNG file."""
+    """Generate an image from a prompt and save it."""
     from PIL import Image
 
     from fluxedu.files import atomic_path
-    from fluxedu.sampling.images import edges as edges_of
+    from fluxedu.sampling.images import edges as detect_edges
 
-    kind = Image.registered_extensions().get(output.suffix.lower())
-    if kind not in Image.SAVE:
-        raise fail(f"{output.name} does not end like a picture; call it something.png.")
-    can_write(output)
+    file_format = Image.registered_extensions().get(output.suffix.lower())
+    if file_format not in Image.SAVE:
+        raise fail(f"{output.name} has no extension of an image format that can be written; use .png.")
+    check_writable(output)
     if edges and control is None:
-        raise fail("--edges are those of --control; give that picture too.")
-    how = {"memory": memory, "quantise": quantise, "compile": compile, "lora": lora, "lora_scale": lora_scale}
-    pipe = _load(f"nano-{variant}" if variant else model, device, dtype, **how)
-    given = {"image": image, "mask": mask, "control": control, "reference": reference, "image_prompt": image_prompt}
-    with sentences():
-        pictures = {name: _picture(path) for name, path in given.items() if path}
+        raise fail("--edges needs --control, the picture whose edges are computed.")
+    options = {"memory": memory, "quantise": quantise, "compile": compile, "lora": lora, "lora_scale": lora_scale}
+    pipe = _load(f"nano-{variant}" if variant else model, device, dtype, **options)
+    paths = {"image": image, "mask": mask, "control": control, "reference": reference, "image_prompt": image_prompt}
+    with report_errors():
+        pictures = {name: _open_picture(path) for name, path in paths.items() if path}
         if edges:
-            pictures["control"] = edges_of(pictures["control"])
-        drawn = pipe(
+            pictures["control"] = detect_edges(pictures["control"])
+        picture = pipe(
             prompt, seed=seed, steps=steps, guidance=guidance, negative_prompt=negative, true_cfg_scale=cfg,
             height=height, width=width, solver=solver, strength=strength, trajectory=False, **pictures,
-        )  # fmt: skip
-        picture = drawn.images[0]
+        ).images[0]  # fmt: skip
         with atomic_path(output, overwrite=True) as part:
-            picture.save(part, format=kind)
+            picture.save(part, format=file_format)
     typer.echo(f"wrote {output} ({picture.width} x {picture.height})")
 
 
 @app.command(epilog='Example: fluxedu trace "a red circle left of a blue square" --html out.html')
 def trace(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    html: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("trace.html"),
+    prompt: Annotated[str, typer.Argument(help="The prompt: a description of the image.")],
+    html: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("trace.html"),
     model: Model = "nano",
-    seed: int = 0,
-    steps: Annotated[int | None, typer.Option(help="The model's own number if not given.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="The model's own strength if not given.")] = None,
-    height: int | None = None,
-    width: int | None = None,
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    height: Side = None,
+    width: Side = None,
 ) -> None:
-    """Draw a prompt and write down the whole run as one page, every stage of the diagram to click on."""
+    """Generate an image and write an HTML page of the run: every stage of the model, with its recorded values."""
     from fluxedu.files import write_text
     from fluxedu.trace import page, stages
 
-    can_write(html)
+    check_writable(html)
     pipe = _load(model)
-    with sentences():
-        asked = {"seed": seed, "steps": steps, "guidance": guidance, "height": height, "width": width}
-        out, found = stages(pipe, prompt, **asked)
+    with report_errors():
+        request = {"seed": seed, "steps": steps, "guidance": guidance, "height": height, "width": width}
+        out, found = stages(pipe, prompt, **request)
         about = f"{model}, seed {seed}, {len(out.trajectory.times) - 1} steps. Click a stage; arrow keys move."
         write_text(html, page(prompt or "the empty prompt", about, found))
     typer.echo(f"wrote {html} ({html.stat().st_size / 1e6:.1f} MB)")
@@ -145,15 +146,15 @@ def trace(
 
 @app.command(epilog="Example: fluxedu info dev")
 def info(
-    variant: Annotated[str, typer.Argument(help="A variant's name; all of them if not given.")] = "",
+    variant: Annotated[str, typer.Argument(help="A variant such as dev; default: all of them.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Every variant of FLUX.1: its numbers, and how many parameters they make."""
+    """Show the configuration and the number of parameters of every variant of FLUX.1."""
     from fluxedu.models import VARIANTS, Flux, FluxConfig
     from fluxedu.models.meta_init import meta_init
 
     rows = {}
-    with sentences():
+    with report_errors():
         for name in [variant] if variant else VARIANTS:
             config = FluxConfig.variant(name)
             with meta_init():
@@ -172,20 +173,20 @@ def info(
 
 @app.command(epilog="Example: fluxedu sites attn.map --model dev")
 def sites(
-    containing: Annotated[str, typer.Argument(help="Only sites whose name contains this.")] = "",
+    containing: Annotated[str, typer.Argument(help="Only sites whose name contains this text.")] = "",
     model: Model = "nano",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Every value that can be recorded or changed: its name, its shape, what it means, where it passes."""
+    """List the sites, the values that can be recorded or changed: name, shape, meaning, source line."""
     from dataclasses import asdict
 
     from fluxedu.instruments.catalogue import LEGEND, sites
     from fluxedu.models import VARIANTS
 
-    with sentences():
+    with report_errors():
         found = [s for s in sites(model if model in VARIANTS else _load(model)) if containing in s.name]
     if not found:
-        raise fail(f"no site's name contains {containing!r}; fluxedu sites lists them all.")
+        raise fail(f"no site has {containing!r} in its name; fluxedu sites lists all of them.")
     if as_json:
         typer.echo(json.dumps([asdict(s) for s in found], indent=2))
         return
@@ -197,64 +198,66 @@ def sites(
 
 @app.command(epilog="Example: fluxedu train --all --out runs")
 def train(
-    all_stages: Annotated[bool, typer.Option("--all", help="Every stage, in order.")] = False,
-    stage: Annotated[str | None, typer.Option(help="autoencoder, t5, clip, latents, flow, dev, ship or card.")] = None,
+    all_stages: Annotated[bool, typer.Option("--all", help="Run every stage, in order.")] = False,
+    stage: Annotated[str | None, typer.Option(help="One stage: autoencoder, t5, clip, latents, flow, dev, ship or card.")] = None,
     variant: Annotated[
         str | None,
-        typer.Option(help="schnell, fill, canny, depth, kontext, redux; hollow, a style; sd and twin, to compare."),
+        typer.Option(
+            help="One variant: schnell, fill, canny, depth, kontext, redux, hollow (a style LoRA), or the baselines sd and twin."
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where the runs keep their state.")] = Path("runs"),
-    resume: Annotated[bool, typer.Option(help="Go on from what is there, or begin anew.")] = True,
+    out: Annotated[Path, typer.Option(help="The folder for the state of the runs.")] = Path("runs"),
+    resume: Annotated[bool, typer.Option(help="Continue from the state in --out, or start again.")] = True,
     ship_to: Annotated[
-        Path | None, typer.Option(help="Where the finished weights go; OUT/weights if not given.")
+        Path | None, typer.Option(help="The folder for the finished weights; default: OUT/weights.")
     ] = None,
 ) -> None:
-    """Train the miniature's networks from scratch. Stopped at any time, the same command continues from there."""
+    """Train the miniature's networks from scratch, in a checkout. If it is interrupted, the same command continues."""
     checkout = _from_checkout("training")
-    with sentences():
-        import transformers  # noqa: F401  (makes the tokenizers; better missed now than in an hour)
-    with resumable():
+    with report_errors():
+        import transformers  # noqa: F401  (a later stage needs it; if it is missing, say so now)
+    with report_interrupts():
         checkout.train(all_stages, stage, variant, out, resume, ship_to or out / "weights")
 
 
 @app.command(epilog="Example: fluxedu judge --model nano --prompts 500 --json judge.json")
 def judge(
     model: Model = "nano",
-    prompts: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 500,
-    steps: Annotated[int, typer.Option(min=1)] = 20,
-    guidance: Annotated[float | None, typer.Option(help="The model's own strength if not given.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Number of held-out prompts.")] = 500,
+    steps: Annotated[int, typer.Option(min=1, help="Number of steps.")] = 20,
+    guidance: Guidance = None,
     for_shapes: Annotated[
-        int, typer.Option(min=0, help="Compare shapes of picture over so many prompts, if more than --prompts.")
+        int, typer.Option(min=0, help="Number of prompts for comparing aspect ratios, if larger than --prompts.")
     ] = 0,
     as_json: Json = None,
 ) -> None:
-    """Draw held-out prompts, let the judge read them, print the table."""
+    """Generate images of held-out prompts, score them with the scene judge, and print the table."""
     from fluxedu.nano.exam import evaluate, format_table
     from fluxedu.nano.stable_diffusion import open_model
 
-    can_write(as_json)
-    with sentences():
-        figures = evaluate(open_model(model), model, prompts, steps, guidance, for_shapes)
-    typer.echo(format_table(figures))
-    write_json(as_json, figures)
+    check_writable(as_json)
+    with report_errors():
+        scores = evaluate(open_model(model), model, prompts, steps, guidance, for_shapes)
+    typer.echo(format_table(scores))
+    write_json(as_json, scores)
 
 
 @app.command(epilog="Example: fluxedu convert flux1-dev.safetensors transformer/ --to diffusers")
 def convert(
     source: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder of them.")],
-    target: Annotated[Path, typer.Argument(help="The file or folder to write; it must not exist.")],
-    to: Annotated[str, typer.Option(help="bfl (one file) or diffusers (a folder).")],
+    target: Annotated[Path, typer.Argument(help="The file or folder to write; it must not exist (see --overwrite).")],
+    to: Annotated[str, typer.Option(help="The layout to write: bfl (one file) or diffusers (a folder).")],
     shard_gb: Annotated[
         float, typer.Option(min=0.001, max=1e6, help="Largest file of a diffusers folder, in GB.")
     ] = 10.0,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing target.")] = False,
 ) -> None:
-    """Carry a transformer or an autoencoder between the official layout and diffusers', both ways."""
+    """Convert a transformer or an autoencoder between the official layout (bfl) and diffusers'."""
     from tqdm.auto import tqdm
 
     from fluxedu.checkpoints import convert_file
 
-    with sentences():
+    with report_errors():
         with tqdm(unit="B", unit_scale=True, desc="convert", delay=1) as bar:
 
             def progress(done: int, total: int) -> None:
@@ -281,7 +284,7 @@ def sweep(
     from fluxedu.errors import SweepError
     from fluxedu.sweep import read_config, run_sweep
 
-    with resumable():
+    with report_interrupts():
         described, folder = read_config(config), out or config.with_suffix("")
         if folder == config or folder.is_file():
             raise SweepError(f"{folder} is a file; name a folder for the results with --out.")
@@ -292,15 +295,15 @@ def sweep(
 @app.command(epilog="Example: fluxedu bench --json bench.json")
 def bench(
     as_json: Json = None,
-    quick: Annotated[bool, typer.Option(help="Fewer rounds.")] = False,
+    quick: Annotated[bool, typer.Option(help="Run fewer rounds.")] = False,
 ) -> None:
-    """Time the models beside diffusers', as ratios in one run."""
+    """Compare speed and memory with diffusers, in a checkout; all results are ratios measured in one run."""
     benchmarks = _from_checkout("benchmarks")
-    can_write(as_json)
-    with sentences():
-        figures = benchmarks.run(rounds=5 if quick else 15)
-    typer.echo(benchmarks.table(figures))
-    write_json(as_json, figures)
+    check_writable(as_json)
+    with report_errors():
+        ratios = benchmarks.run(rounds=5 if quick else 15)
+    typer.echo(benchmarks.table(ratios))
+    write_json(as_json, ratios)
 
 
 @app.command(epilog="Example: fluxedu lab --folder my-course")
@@ -315,9 +318,13 @@ def lab(
     import subprocess
     import sys
 
+    from importlib.util import find_spec
+
     from fluxedu.course.build import copy_notebooks
 
-    with sentences():
+    if find_spec("jupyterlab") is None:
+        raise fail("fluxedu lab needs JupyterLab: pip install 'fluxedu[lab]'.")
+    with report_errors():
         new, kept = copy_notebooks(folder)
     typer.echo(f"{folder}: {len(new)} notebooks copied, {len(kept)} left as they are")
     root = ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # as in most containers
@@ -342,8 +349,8 @@ def grade(
     from fluxedu.course.grade import as_csv, class_table, grade_notebook, write_csv
     from fluxedu.errors import CourseError
 
-    can_write(csv)
-    can_write(by_student)
+    check_writable(csv)
+    check_writable(by_student)
     marks = []
     for path in notebooks:
         try:
@@ -363,7 +370,7 @@ def grade(
         (by_student, lambda: write_text(by_student, as_csv(rows))),
     ):
         if path is not None:
-            with sentences():
+            with report_errors():
                 write()
             typer.echo(f"wrote {path}")
     raise typer.Exit(0 if marks else 2)

@@ -1,11 +1,26 @@
-"""See, keep and change what happens inside: recorders, interventions, lenses."""
+"""Record, change and swap what happens inside a model, and the lenses built on that."""
 
-from importlib import import_module
-from pkgutil import iter_modules
+from fluxedu.instruments import lenses
+from fluxedu.instruments.ablation import ablate
+from fluxedu.instruments.catalogue import Site, sites
+from fluxedu.instruments.interventions import Context, intervene, patch, positions
+from fluxedu.instruments.named import Named
+from fluxedu.instruments.recorder import record
+from fluxedu.instruments.recording import Recording, open_recording
+from fluxedu.instruments.swapping import swap
 
-
-def __getattr__(name: str):
-    """``fe.instruments.lenses``, and every other part, without importing it by hand first."""
-    if name in {part.name for part in iter_modules(__path__)}:
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"fluxedu.instruments has no part {name!r}.")
+__all__ = [
+    "Context",
+    "Named",
+    "Recording",
+    "Site",
+    "ablate",
+    "intervene",
+    "lenses",
+    "open_recording",
+    "patch",
+    "positions",
+    "record",
+    "sites",
+    "swap",
+]
