@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fluxedu.arena.stable_diffusion import FILE, GUIDANCE, SD, UNET, StableDiffusion, build_unet, noise_schedule
 from fluxedu.checkpoints import save_file, save_folder
 from fluxedu.files import write_text
 from fluxedu.loading import load
 from fluxedu.models.flux import Flux
 from fluxedu.nano import exam, networks
 from fluxedu.nano.judge import judge
-from fluxedu.nano.stable_diffusion import FILE, GUIDANCE, SD, UNET, StableDiffusion, build_unet, noise_schedule
 from fluxedu.sampling.pipeline import FluxPipeline
 from training.card import add_entry
 from training.data import Latents, make_shards

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fluxedu.files import write_text
-from fluxedu.files import folder_lock
+from fluxedu.files import folder_lock, write_text
 from fluxedu.loading import LORAS, SHIPPED, load
 from fluxedu.nano.exam import ROWS, TARGETS, evaluate, format_table
 from fluxedu.nano.scenes import ASPECTS, BACKGROUNDS, COLORS, LETTERS, SHAPES
