@@ -28,8 +28,9 @@ CONFIG = FluxConfig(depth=3, depth_single_blocks=4)  # 3.3 GB in bfloat16
 WAYS = {
     # mapped files are read when they are used, so every weight is used here
     "mapped and used": "flux = load_model(path); [p.view(torch.int16).max() for p in flux.parameters()]",
-    "copied to memory": "streamer, cpu = reading._Streamer(open_model(path)[1]), torch.device('cpu')\n"
-    "tensors = [streamer.copy(name, streamer.dtypes[name], cpu) for name in streamer.shapes]",
+    "copied to memory": "tensors = open_model(path)[1]\n"
+    "buffers = reading.free_buffers(reading.CHUNK, torch.device('cpu'))\n"
+    "copies = [torch.cat([x.clone() for x in reading.row_chunks(tensors, name, buffers)]) for name in tensors]",
     "through the buffers": "reading.stream(open_model(path)[1], None, lambda name: 'meta')",
 }
 CHILD = """

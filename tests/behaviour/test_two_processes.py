@@ -56,8 +56,8 @@ def begin(pair, code: str, place: Path) -> None:
 
 
 def end(pair) -> None:
-    told = [process.stdout.readline() for process in pair]
-    assert told == ["done\n"] * 2, "\n".join(json.loads(t) for t in told if t != "done\n")
+    replies = [process.stdout.readline() for process in pair]
+    assert replies == ["done\n"] * 2, "\n".join(json.loads(t) for t in replies if t != "done\n")
 
 
 def leave_behind(target: Path, count: int = 200) -> None:
@@ -95,8 +95,8 @@ def test_both_note_their_figures_in_one_file(pair, tmp_path):
     """Two trainings that end at the same time: both members are in the file."""
     begin(pair, 'for n in range(40): add_entry(place, f"{me} {n}", {"figures": {}})', tmp_path)
     end(pair)
-    told = json.loads((tmp_path / "family.json").read_text())
-    assert set(told) == {f"{me} {n}" for me in "01" for n in range(40)}
+    family = json.loads((tmp_path / "family.json").read_text())
+    assert set(family) == {f"{me} {n}" for me in "01" for n in range(40)}
 
 
 def test_a_gallery_is_filled_by_both(pair, tmp_path):
