@@ -41,7 +41,7 @@ from fluxedu.memory.placement import PeakBytes
 from fluxedu.models import Flux, FluxConfig
 from fluxedu.models.meta_init import meta_init
 from fluxedu.sampling.request import checked_device, checked_dtype
-from fluxedu.terminal import can_write, sentences, write_json
+from fluxedu.terminal import check_writable, report_errors, write_json
 
 #: image tokens along a side: 256, 512, 1024, 1536 and 2048 pixels
 SIDES = (16, 32, 64, 96, 128)
@@ -198,8 +198,8 @@ def main(
     as_json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
     """Measure a step of the large model, as ratios in one run."""
-    can_write(as_json)
-    with sentences():
+    check_writable(as_json)
+    with report_errors():
         on, kind = checked_device(device), checked_dtype(dtype)
         config = FluxConfig.variant(variant)
         config = config.with_(**SMALL[Flux]) if small else config

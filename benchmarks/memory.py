@@ -23,7 +23,7 @@ from benchmarks.speed import synchronise
 from fluxedu.memory.placement import predicted
 from fluxedu.memory.quantised import check_format
 from fluxedu.sampling.request import checked_device
-from fluxedu.terminal import can_write, sentences, write_json
+from fluxedu.terminal import check_writable, report_errors, write_json
 
 STEPS = 5  # of the longer of two runs; the shorter one has a single step
 
@@ -74,8 +74,8 @@ def main(
     as_json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
     """The table of cards: measured on a GPU if a checkpoint is given, otherwise predicted."""
-    can_write(as_json)
-    with sentences():
+    check_writable(as_json)
+    with report_errors():
         on = checked_device(device if folder else "cpu")
         if only is not None and folder is not None:
             typer.echo(json.dumps(measure_card(folder, on, int(only * 1e9), size, quantise)))

@@ -33,7 +33,7 @@ from fluxedu.models import (
 from fluxedu.models.meta_init import meta_init
 from fluxedu.nano import networks
 from fluxedu.nano.tokenizers import save_tokenizers
-from fluxedu.terminal import sentences
+from fluxedu.terminal import report_errors
 
 #: small widths, with the true 128 channels per head
 SMALL = {
@@ -97,7 +97,7 @@ def main(
     small: Annotated[bool, typer.Option("--small", help="Small widths, a few MB.")] = False,
 ) -> None:
     """Write a checkpoint of the true layout with random values."""
-    with sentences():
+    with report_errors():
         synthetic(folder, variant, small)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     typer.echo(f"wrote {folder} ({size / 1e9:.2f} GB)")

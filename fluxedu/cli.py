@@ -25,7 +25,7 @@ Model = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same image.")]
 Steps = Annotated[int | None, typer.Option(help="Number of steps; default: the model's own.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: the model's own.")]
-Side = Annotated[int | None, typer.Option(help="In pixels; default: the model's own.")]
+Side = Annotated[int | None, typer.Option(help="Pixels; default: the model's own.")]
 
 
 def _load(model: str, device: str | None = None, dtype: str | None = None, **options):
@@ -42,7 +42,9 @@ def _from_checkout(name: str):
 
     root = Path(__file__).resolve().parents[1]
     if not (root / "pyproject.toml").is_file() or not (root / name).is_dir():
-        raise fail(f"{name}/ is not part of the installed package; clone the repository and run pip install -e . there.")
+        raise fail(
+            f"{name}/ is not part of the installed package; clone the repository and run pip install -e . there."
+        )
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     return import_module(name)
@@ -75,20 +77,30 @@ def sample(
     height: Side = None,
     width: Side = None,
     solver: Annotated[str, typer.Option(help="Solver: euler, midpoint or heun.")] = "euler",
-    image: Annotated[Path | None, typer.Option(help="Image-to-image: start from this picture instead of noise.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Image-to-image: start from this picture instead of noise.")
+    ] = None,
     strength: Annotated[float, typer.Option(help="How much --image may change, above 0 and up to 1.")] = 0.6,
-    variant: Annotated[str | None, typer.Option(help="A variant of the miniature: schnell, fill, canny, depth, kontext or redux.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="A variant of the miniature: schnell, fill, canny, depth, kontext or redux.")
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="fill: a mask, white where --image is painted anew.")] = None,
-    control: Annotated[Path | None, typer.Option(help="canny, depth: the control image (edges or a depth map).")] = None,
+    control: Annotated[
+        Path | None, typer.Option(help="canny, depth: the control image (edges or a depth map).")
+    ] = None,
     edges: Annotated[bool, typer.Option("--edges", help="canny: compute the edges of --control first.")] = False,
     reference: Annotated[Path | None, typer.Option(help="kontext: the picture to edit.")] = None,
     image_prompt: Annotated[Path | None, typer.Option(help="redux: a picture as prompt, with or without text.")] = None,
-    lora: Annotated[str | None, typer.Option(help="A LoRA to merge: a file, or hollow, a style that ships with fluxedu.")] = None,
+    lora: Annotated[
+        str | None, typer.Option(help="A LoRA to merge: a file, or hollow, a style that ships with fluxedu.")
+    ] = None,
     lora_scale: Annotated[float, typer.Option(help="Factor of the LoRA's change.")] = 1.0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; default: the model's own.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64; default: the model's own.")] = None,
     memory: Annotated[str, typer.Option(help="Where weights are held: auto, full, no-modulations or stream.")] = "auto",
-    quantise: Annotated[str | None, typer.Option(help="Quantise the blocks' weights to int8, fp8 or nf4; not exact.")] = None,
+    quantise: Annotated[
+        str | None, typer.Option(help="Quantise the blocks' weights to int8, fp8 or nf4; not exact.")
+    ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks with torch.compile.")] = False,
 ) -> None:
     """Generate an image from a prompt and save it."""
@@ -199,11 +211,13 @@ def sites(
 @app.command(epilog="Example: fluxedu train --all --out runs")
 def train(
     all_stages: Annotated[bool, typer.Option("--all", help="Run every stage, in order.")] = False,
-    stage: Annotated[str | None, typer.Option(help="One stage: autoencoder, t5, clip, latents, flow, dev, ship or card.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="One stage: autoencoder, t5, clip, latents, flow, dev, ship or card.")
+    ] = None,
     variant: Annotated[
         str | None,
         typer.Option(
-            help="One variant: schnell, fill, canny, depth, kontext, redux, hollow (a style LoRA), or the baselines sd and twin."
+            help="schnell, fill, canny, depth, kontext, redux; hollow (a style LoRA); sd or twin (baselines)."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder for the state of the runs.")] = Path("runs"),
@@ -232,8 +246,8 @@ def judge(
     as_json: Json = None,
 ) -> None:
     """Generate images of held-out prompts, score them with the scene judge, and print the table."""
+    from fluxedu.arena.stable_diffusion import open_model
     from fluxedu.nano.exam import evaluate, format_table
-    from fluxedu.nano.stable_diffusion import open_model
 
     check_writable(as_json)
     with report_errors():
@@ -273,14 +287,14 @@ def sweep(
     config: Annotated[
         Path, typer.Argument(help="A YAML file: prompts, seeds, interventions; see fluxedu/sweep/config.py.")
     ],
-    out: Annotated[Path | None, typer.Option(help="The folder of the results; the config's name if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of the results; default: the config's name.")] = None,
     workers: Annotated[int, typer.Option(help="The number of processes on this machine.")] = 1,
     scheduler: Annotated[
         str | None,
         typer.Option(envvar="DASK_SCHEDULER_ADDRESS", help="The address of a Dask scheduler to use instead."),
     ] = None,
 ) -> None:
-    """Draw prompts x seeds x interventions into one folder. If it is interrupted, the same command continues."""
+    """Run every combination of prompts, seeds and interventions. If it is interrupted, the same command continues."""
     from fluxedu.errors import SweepError
     from fluxedu.sweep import read_config, run_sweep
 
@@ -308,71 +322,76 @@ def bench(
 
 @app.command(epilog="Example: fluxedu lab --folder my-course")
 def lab(
-    port: int = 8888,
-    folder: Annotated[Path, typer.Option(help="Where to work: notebooks it lacks are copied there.")] = Path(
+    port: Annotated[int, typer.Option(help="The port of JupyterLab.")] = 8888,
+    folder: Annotated[Path, typer.Option(help="The folder of your copies; missing notebooks are added.")] = Path(
         "fluxedu-course"
     ),
 ) -> None:
-    """Open the course in JupyterLab, on a copy of your own; what you have written there is never replaced."""
+    """Open your own copy of the course in JupyterLab. Notebooks that exist in your folder are never replaced."""
     import os
     import subprocess
     import sys
-
     from importlib.util import find_spec
 
     from fluxedu.course.build import copy_notebooks
 
     if find_spec("jupyterlab") is None:
-        raise fail("fluxedu lab needs JupyterLab: pip install 'fluxedu[lab]'.")
+        raise fail("fluxedu lab needs JupyterLab; run pip install 'fluxedu[lab]'.")
     with report_errors():
-        new, kept = copy_notebooks(folder)
-    typer.echo(f"{folder}: {len(new)} notebooks copied, {len(kept)} left as they are")
-    root = ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # as in most containers
+        copied, existing = copy_notebooks(folder)
+    typer.echo(f"{folder}: {len(copied)} notebooks copied, {len(existing)} left as they are")
+    root = ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # the usual user of a container
     raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", f"--port={port}", *root, str(folder)]))
 
 
 @app.command(epilog="Example: fluxedu grade class/*/04-rotary-positions.ipynb --csv marks.csv")
 def grade(
     notebooks: Annotated[
-        list[Path], typer.Argument(help="Students' notebooks, each in a folder named as its student.")
+        list[Path], typer.Argument(help="Students' notebooks, each in a folder named after its student.")
     ],
-    csv: Annotated[Path | None, typer.Option(help="Also write a line a student and exercise to this file.")] = None,
-    by_student: Annotated[
-        Path | None, typer.Option("--table", help="Also write a row a student, an exercise a column, to this CSV file.")
+    csv: Annotated[
+        Path | None, typer.Option(help="Also write one line per student and exercise to this CSV file.")
     ] = None,
-    timeout: Annotated[int, typer.Option(min=1, help="Seconds that a cell may take.")] = 120,
-    whole: Annotated[int, typer.Option(min=1, help="Seconds that a notebook may take.")] = 900,
-    memory: Annotated[int, typer.Option(min=1, help="GB of memory that a notebook may ask for.")] = 16,
+    by_student: Annotated[
+        Path | None,
+        typer.Option("--table", help="Also write a CSV file with one row per student, one column per exercise."),
+    ] = None,
+    timeout: Annotated[int, typer.Option(min=1, help="Time limit of a cell, in seconds.")] = 120,
+    whole: Annotated[int, typer.Option(min=1, help="Time limit of a notebook, in seconds.")] = 900,
+    memory: Annotated[int, typer.Option(min=1, help="Memory limit of a notebook, in GB.")] = 16,
 ) -> None:
-    """Run students' notebooks, each in a process of its own, and mark the exercises. This is no sandbox."""
-    from fluxedu.files import write_text
+    """Run students' notebooks, each in its own process, and mark the exercises. This is no sandbox."""
     from fluxedu.course.grade import as_csv, class_table, grade_notebook, write_csv
     from fluxedu.errors import CourseError
+    from fluxedu.files import write_text
 
     check_writable(csv)
     check_writable(by_student)
     marks = []
     for path in notebooks:
         try:
-            marks += (mine := grade_notebook(path, timeout, whole, memory))
+            of_notebook = grade_notebook(path, timeout, whole, memory)
         except CourseError as error:
-            fail(error)  # said, and on to the next
+            fail(error)  # printed; the other notebooks are still graded
             continue
-        typer.echo(f"{mine[0].student}: {sum(m.passed for m in mine)} of {len(mine)}  {path.name}")
-        for mark in mine:
+        marks += of_notebook
+        passed = sum(mark.passed for mark in of_notebook)
+        typer.echo(f"{of_notebook[0].student}: {passed} of {len(of_notebook)}  {path.name}")
+        for mark in of_notebook:
             typer.echo(f"  {'✓' if mark.passed else '✗'} {mark.exercise}: {mark.message}")
     rows = class_table(marks)
-    if len(rows) > 2:  # of one student all is said already
+    if len(rows) > 2:  # several students
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        typer.echo("\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows))
-    for path, write in (
-        (csv, lambda: write_csv(marks, csv)),
-        (by_student, lambda: write_text(by_student, as_csv(rows))),
-    ):
-        if path is not None:
-            with report_errors():
-                write()
-            typer.echo(f"wrote {path}")
+        for row in rows:
+            typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+    if csv is not None:
+        with report_errors():
+            write_csv(marks, csv)
+        typer.echo(f"wrote {csv}")
+    if by_student is not None:
+        with report_errors():
+            write_text(by_student, as_csv(rows))
+        typer.echo(f"wrote {by_student}")
     raise typer.Exit(0 if marks else 2)
 
 

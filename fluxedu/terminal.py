@@ -1,4 +1,4 @@
-"""How every command speaks: what is wrong in one sentence and exit status 2, and files written whole."""
+"""What all commands share: errors are printed as one sentence with exit status 2, and JSON files are written whole."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import typer
 
 
 def fail(error: Exception | str) -> typer.Exit:
-    """Say it in one line of red; what is returned ends the command when raised."""
+    """Print the message in red on one line; raise the result to end the command."""
     typer.secho(f"fluxedu: {' '.join(str(error).split())}", fg="red", err=True)
     return typer.Exit(2)
 
 
 @contextmanager
-def sentences() -> Iterator[None]:
-    """What the user can mend, in one sentence instead of a traceback."""
+def report_errors() -> Iterator[None]:
+    """Print errors that the user can correct as one sentence, without a traceback."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -28,28 +28,28 @@ def sentences() -> Iterator[None]:
 
 
 @contextmanager
-def resumable() -> Iterator[None]:
-    """:func:`sentences`, for work that Ctrl-C stops and the same command takes up again."""
+def report_interrupts() -> Iterator[None]:
+    """:func:`report_errors`, for work that can be interrupted with Ctrl-C and continued."""
     try:
-        with sentences():
+        with report_errors():
             yield
     except KeyboardInterrupt:
-        raise fail("stopped; the same command goes on from here.") from None
+        raise fail("interrupted; the same command continues from here.") from None
 
 
-def can_write(path: Path | None) -> None:
-    """Refuse a file that cannot be written before the work that fills it, not after."""
+def check_writable(path: Path | None) -> None:
+    """End the command if a file cannot be written; called before the work that produces its content."""
     if path is not None and path.is_dir():
-        raise fail(f"{path} is a folder, and a file is to be written there.")
+        raise fail(f"{path} is a folder; name a file.")
     if path is not None and not path.parent.is_dir():
         raise fail(f"there is no folder {path.parent} to write {path.name} into.")
 
 
-def write_json(path: Path | None, figures: dict) -> None:
-    """Write ``figures`` and say so; nothing where no file was asked for."""
+def write_json(path: Path | None, values: dict) -> None:
+    """Write ``values`` to a file, if there is one, and print its name."""
     if path is not None:
-        from fluxedu.checkpoints.save import write_text
+        from fluxedu.files import write_text
 
-        with sentences():
-            write_text(path, json.dumps(figures, indent=2) + "\n")
+        with report_errors():
+            write_text(path, json.dumps(values, indent=2) + "\n")
         typer.echo(f"wrote {path}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fluxedu.terminal import sentences, write_json
+from fluxedu.terminal import report_errors, write_json
 
 app = typer.Typer(
     help="Compare models by votes on pairs of images; ratings with intervals.",
@@ -56,7 +56,7 @@ def run(
     """Let the scene judge vote, and print the ratings from its votes."""
     from fluxedu.arena.match import Arena, judge_votes
 
-    with sentences():
+    with report_errors():
         axes = _axes(axis)
         arena = Arena(models, votes, prompts=prompts, folder=pictures, seed=seed)
         given = judge_votes(arena, count, axes)
@@ -80,7 +80,7 @@ def serve(
     from fluxedu.arena.match import Arena
     from fluxedu.arena.server import create_server
 
-    with sentences():
+    with report_errors():
         axes = _axes(axis)
         arena = Arena(models, votes, prompts=prompts, folder=pictures, seed=seed)
         with create_server(arena, host, port, axes) as server:  # before the images, which take minutes
@@ -104,7 +104,7 @@ def table(
     from fluxedu.arena.rating import rate
     from fluxedu.arena.votes import AXES
 
-    with sentences():
+    with report_errors():
         axes, file = _axes(axis), _open_votes(votes)
         outcomes = {name: found for name in axes if (found := file.outcomes(name, who))}
         models = sorted({model for found in outcomes.values() for vote in found for model in vote[:2]})
@@ -131,5 +131,5 @@ def export(
     votes: File = Path("votes.sqlite"),
 ) -> None:
     """Write every vote and its ballot to a file for other programs."""
-    with sentences():
+    with report_errors():
         typer.echo(f"wrote {target} ({_open_votes(votes).export(target)} votes)")
