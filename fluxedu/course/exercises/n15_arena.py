@@ -223,17 +223,18 @@ def _covariances() -> list[tuple]:
     g, cases = torch.Generator().manual_seed(17), []
     for models, p, i, j in ((3, 0.5, 0, 2), (5, 0.9, 3, 1), (4, 0.2, 1, 0)):
         root = torch.randn(models, models, generator=g)
-        cases.append((root @ root.T + 0.3 * torch.eye(models), p, i, j))
+        centre = torch.eye(models) - 1 / models  # subtracts the mean, as in the notebook
+        cases.append((centre @ (root @ root.T + 0.3 * torch.eye(models)) @ centre, p, i, j))
     return cases
 
 
 def _by_inverse(covariance: Tensor, p: float, i: int, j: int) -> float:
-    """The reference, without a formula: add the vote to the information, and invert again."""
+    """The reference, without a formula: add the vote to the information, and (pseudo-)invert again."""
     c = covariance.double()
     d = torch.zeros(len(c), dtype=torch.float64)
     d[i], d[j] = 1, -1
-    after = torch.linalg.inv(torch.linalg.inv(c) + p * (1 - p) * torch.outer(d, d))
-    return float(c.trace() - after.trace())
+    information = torch.linalg.pinv(c, rtol=1e-5, hermitian=True) + p * (1 - p) * torch.outer(d, d)
+    return float(c.trace() - torch.linalg.pinv(information, rtol=1e-5, hermitian=True).trace())
 
 
 @exercise(
@@ -256,8 +257,9 @@ def _by_inverse(covariance: Tensor, p: float, i: int, j: int) -> float:
 def gain(covariance: Tensor, p: float, i: int, j: int) -> Tensor:
     """By how much one more vote on i and j reduces the summed variance of the strengths: one number.
 
-    `covariance [M, M]` is the covariance of the strengths around their mean, a symmetric matrix; `p` is the probability
-    that i is preferred. A vote adds the information `p (1 - p)` about the difference `s_i - s_j`.
+    `covariance [M, M]` is the covariance of the strengths around their mean: symmetric, and without an inverse, since
+    its rows sum to 0. `p` is the probability that i is preferred. A vote adds the information `p (1 - p)` about the
+    difference `s_i - s_j`.
     """
     w = p * (1 - p)
     c_d = covariance[:, i] - covariance[:, j]  # [M]: C d
