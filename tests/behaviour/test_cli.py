@@ -1,4 +1,4 @@
-"""The command line as a visitor meets it: what is printed, what is written, what is refused."""
+"""The command line: what it prints, what it writes, and how it refuses bad input."""
 
 import json
 import sys
@@ -14,9 +14,9 @@ from fluxedu.models import VARIANTS
 run = CliRunner().invoke
 
 
-def refused(*words: str) -> str:
-    """The sentence that a refused command prints; nothing else may be on the screen."""
-    result = run(app, [str(w) for w in words])
+def error_of(*arguments: str) -> str:
+    """The one sentence that a command prints when it fails; it may print nothing else."""
+    result = run(app, [str(argument) for argument in arguments])
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
     (line,) = result.output.strip().splitlines()
@@ -27,7 +27,7 @@ COMMANDS = ["sample", "trace", "info", "sites", "train", "judge", "convert", "sw
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_helps_with_an_example(command):
+def test_the_help_of_every_command_has_an_example(command):
     result = run(app, [command, "--help"])
     assert result.exit_code == 0
     assert f"Example: fluxedu {command}" in " ".join(result.output.split())
@@ -40,7 +40,7 @@ def test_info_counts_every_variant():
     assert "11,901,408,320 parameters" in run(app, ["info", "dev"]).output
 
 
-def test_sample_writes_the_picture_and_nothing_else(tmp_path):
+def test_sample_writes_the_image_and_nothing_else(tmp_path):
     out = tmp_path / "out.png"
     result = run(app, ["sample", "a red circle", "-o", str(out), "--steps", "2"])
     assert result.exit_code == 0, result.output
@@ -49,7 +49,7 @@ def test_sample_writes_the_picture_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "message"),
     [
         (["sample", "x", "--steps", "0"], "steps must be a whole number from 1"),
         (["sample", "x", "--height", "0"], "height must be a whole number from 16"),
@@ -59,7 +59,7 @@ def test_sample_writes_the_picture_and_nothing_else(tmp_path):
         (["sample", "x", "--dtype", "int3"], "dtype must be one of"),
         (["sample", "x", "--quantise", "int3"], "quantise must be one of int8, fp8, nf4, not 'int3'"),
         (["sample", "x", "--quantise", "nf4", "--memory", "stream"], "streamed blocks cannot be quantised"),
-        (["sample", "red " * 60], "T5 reads at most 32"),
+        (["sample", "red " * 60], "at most 32 T5 tokens"),
         (["sample", "x", "--image", "nowhere.png"], "nowhere.png"),
         (["sample", "x", "-o", "no/such/folder/out.png"], "no/such/folder"),
         (["sample", "x", "-o", "out.xyz"], "out.xyz"),
@@ -80,23 +80,23 @@ def test_sample_writes_the_picture_and_nothing_else(tmp_path):
         (["grade", "nowhere.ipynb"], "there is no notebook nowhere.ipynb"),
     ],
 )
-def test_bad_input_is_answered_in_one_sentence(words, says, tmp_path, monkeypatch):
+def test_bad_input_is_refused_in_one_sentence(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert says in refused(*words)
-    assert not list(Path(tmp_path).iterdir()), "something was left behind"
+    assert message in error_of(*arguments)
+    assert not list(Path(tmp_path).iterdir()), "the command left a file"
 
 
-@pytest.mark.parametrize(("words", "hidden"), [(["bench"], "diffusers"), (["train", "--all"], "transformers")])
-def test_a_package_that_is_missing_is_named_at_once(words, hidden, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("arguments", "hidden"), [(["bench"], "diffusers"), (["train", "--all"], "transformers")])
+def test_a_missing_package_is_named_before_any_work(arguments, hidden, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, hidden, None)  # as if it were not installed
-    assert f"this needs {hidden}: pip install {hidden}" in refused(*words)
+    assert f"this needs {hidden}: pip install {hidden}" in error_of(*arguments)
     assert not list(Path(tmp_path).iterdir())
 
 
-def test_a_picture_does_not_replace_a_folder(tmp_path):
+def test_an_image_does_not_replace_a_folder(tmp_path):
     (tmp_path / "out.png").mkdir()
-    assert "is a folder" in refused("sample", "x", "--steps", "1", "-o", tmp_path / "out.png")
+    assert "is a folder" in error_of("sample", "x", "--steps", "1", "-o", tmp_path / "out.png")
     assert [p.name for p in tmp_path.iterdir()] == ["out.png"]
 
 
@@ -110,12 +110,12 @@ def test_judge_prints_the_table_and_writes_it(tmp_path):
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path, monkeypatch):
-    """Too many pixels, half a file, a folder, nothing: a sentence with the file's name."""
+    """Too many pixels, half a file, no file, a folder: the message contains the path."""
     Image.new("RGB", (64, 64), "red").save(tmp_path / "half.png")
     data = (tmp_path / "half.png").read_bytes()
     (tmp_path / "half.png").write_bytes(data[: len(data) // 2])
     Image.new("RGB", (64, 64), "red").save(tmp_path / "huge.png")
     for name in ("half.png", "huge.png", "none.png", "."):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10 if name == "huge.png" else None)
-        said = CliRunner().invoke(app, ["sample", "a", "--image", str(tmp_path / name), "-o", str(tmp_path / "o.png")])
-        assert said.exit_code == 2 and str(tmp_path / name) in said.output and "picture" in said.output, said.output
+        message = error_of("sample", "a", "--image", tmp_path / name, "-o", tmp_path / "o.png")
+        assert str(tmp_path / name) in message and "picture" in message

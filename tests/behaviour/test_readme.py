@@ -1,4 +1,4 @@
-"""What the README says is what happens."""
+"""The examples of README, FAQ and recipes run and print what the page shows; links, numbers and commands are right."""
 
 import re
 import subprocess
@@ -12,18 +12,18 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/faq.md", "docs/recipes.md"])
-def test_its_code_prints_what_is_printed_below_it(document, tmp_path):
-    """All blocks one after the other, as a reader would type them."""
+def test_the_examples_print_what_the_page_shows(document, tmp_path):
+    """All code blocks of a page in order, as a reader would type them."""
     text = (ROOT / document).read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
-    promised = "".join(re.findall(r"prints\n\n```\n(.*?)```", text, re.DOTALL))
-    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout == promised
+    expected = "".join(re.findall(r"prints\n\n```\n(.*?)```", text, re.DOTALL))
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == expected
     assert (tmp_path / "out.png").exists() == (document == "README.md")
 
 
-def test_every_link_and_picture_inside_the_project_is_there():
+def test_every_local_link_exists():
     for document in ("README.md", "CONTRIBUTING.md", "fluxedu/nano/weights/README.md"):
         text = (ROOT / document).read_text()
         for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text):
@@ -31,11 +31,13 @@ def test_every_link_and_picture_inside_the_project_is_there():
 
 
 def test_the_numbers_of_sites():
+    """Rounded down to hundreds, so that a new site does not need a new README."""
     import fluxedu as fe
 
-    said = re.search(r"any of the miniature's (\d+) sites \(dev has ([\d,]+)\)", README)
-    assert int(said.group(1)) == len(fe.sites())
-    assert int(said.group(2).replace(",", "")) == len(fe.sites("dev"))
+    numbers = re.search(r"miniature has\s+more than ([\d,]+) sites and FLUX.1-dev more than ([\d,]+)", README)
+    nano, dev = (int(number.replace(",", "")) for number in numbers.groups())
+    assert nano < len(fe.sites()) < nano + 100
+    assert dev < len(fe.sites("dev")) < dev + 100
 
 
 def test_every_command_shown_is_a_command():
@@ -43,5 +45,4 @@ def test_every_command_shown_is_a_command():
 
     from fluxedu.cli import app
 
-    known = set(get_command(app).commands)
-    assert set(re.findall(r"^fluxedu (\w+)", README, re.MULTILINE)) <= known
+    assert set(re.findall(r"^fluxedu (\w+)", README, re.MULTILINE)) <= set(get_command(app).commands)
