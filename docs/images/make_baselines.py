@@ -11,9 +11,9 @@ import matplotlib.pyplot as plt
 import torch
 
 import fluxedu as fe
+from fluxedu.arena.stable_diffusion import GUIDANCE, load_sd
 from fluxedu.nano.exam import questions
 from fluxedu.nano.judge import judge
-from fluxedu.nano.stable_diffusion import GUIDANCE, load_sd
 
 SHOWN = 7
 

@@ -27,6 +27,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from fluxedu.arena.rating import Ratings, rank_pairs, rate, tally, win_matrix
+from fluxedu.arena.stable_diffusion import FILE, SD, open_model
 from fluxedu.arena.votes import AXES, JUDGE, Ballot, Votes, check_axis, check_voter
 from fluxedu.checkpoints import find
 from fluxedu.errors import ArenaError
@@ -35,7 +36,6 @@ from fluxedu.loading import SHIPPED_MODELS, WEIGHTS
 from fluxedu.nano.exam import Question, questions
 from fluxedu.nano.judge import Verdict, diversity, judge, quality
 from fluxedu.nano.scenes import LETTERS, Claim
-from fluxedu.nano.stable_diffusion import FILE, SD, open_model
 
 SHAPES = ((128, 128), (96, 192), (192, 96))  # (height, width) of the images on the size axis
 SEEDS = 4  # images per prompt on the diversity axis

@@ -8,11 +8,11 @@ import torch
 
 import fluxedu as fe
 from fluxedu.arena.match import contestant
+from fluxedu.arena.stable_diffusion import DDIM, FILE, SD, UNET, StableDiffusion, build_unet, load_sd, noise_schedule
 from fluxedu.checkpoints import save_file
 from fluxedu.errors import RequestError
 from fluxedu.loading import WEIGHTS
 from fluxedu.nano.exam import batch_sampler
-from fluxedu.nano.stable_diffusion import DDIM, FILE, SD, UNET, StableDiffusion, build_unet, load_sd, noise_schedule
 from fluxedu.sampling.latents import draw_noise
 from training import baselines
 from training.data import Tokens, make_shard
