@@ -28,22 +28,13 @@ import fluxedu as fe
 from fluxedu import errors
 from fluxedu.errors import SweepError, describe
 from fluxedu.files import read_yaml
-from fluxedu.instruments.lenses import attention, layers, tokens, words
+from fluxedu.instruments import lenses  # noqa: F401 - registers them
+from fluxedu.instruments.lenses.run import SINGLE_RUN_LENSES
 
 MOST_CELLS = 1_000_000
 COLUMNS = ("number", "prompt", "seed", "intervention", "file")
 SETTINGS = ("steps", "guidance", "height", "width", "solver", "negative_prompt", "true_cfg_scale", "guidance_interval")
 ABLATE = ("heads", "streams", "tokens", "to", "steps", "times")
-#: the lenses that look at a single run of the pipeline, so that all of them can share it
-LENSES = {
-    "attention_balance": attention.look_at_balance,
-    "concept_maps": words.similarity_to_concepts,
-    "contributions": layers.look_at_contributions,
-    "head_gallery": attention.look_at_heads,
-    "massive_activations": tokens.look_at_largest,
-    "padding_mass": attention.look_at_padding,
-    "word_maps": words.attention_to_words,
-}
 
 
 @dataclass(frozen=True)
@@ -116,9 +107,10 @@ def from_dict(values: dict) -> Sweep:
         errors.check_text("the name of an intervention", name)
         make_interventions(name, changes)
     make_recorders(sweep.record)
-    errors.check_keys("lens", sweep.lens, LENSES)
+    errors.check_keys("lens", sweep.lens, SINGLE_RUN_LENSES)  # all of them share one run
     for name, arguments in sweep.lens.items():  # the lens itself checks the values, when it has a model and a prompt
-        options = {o: p for o, p in inspect.signature(LENSES[name]).parameters.items() if o not in ("pipe", "prompt")}
+        parameters = inspect.signature(SINGLE_RUN_LENSES[name]).parameters
+        options = {o: p for o, p in parameters.items() if o not in ("pipe", "prompt")}
         required = [option for option, parameter in options.items() if parameter.default is parameter.empty]
         errors.check_keys(f"lens {name}", arguments, options, required)
     if not 1 <= len(sweep) <= MOST_CELLS:

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import inspect
 import io
 import json
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, lru_cache, partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,9 @@ from tqdm.auto import tqdm
 import fluxedu as fe
 from fluxedu.errors import SweepError, check_integer
 from fluxedu.files import atomic_path, write_text
-from fluxedu.instruments.lenses.run import together
+from fluxedu.instruments.lenses.run import run_lenses
 from fluxedu.instruments.named import Named
-from fluxedu.sweep.config import COLUMNS, LENSES, Sweep, from_dict, make_interventions, make_recorders
+from fluxedu.sweep.config import COLUMNS, Sweep, from_dict, make_interventions, make_recorders
 
 
 class Runner:
@@ -55,14 +56,12 @@ class Runner:
         try:
             changes = self.sweep.interventions[cell["intervention"]]
             interventions = make_interventions(cell["intervention"], changes, self.record_run)
-            recorders, lenses = make_recorders(self.sweep.record), []
-            for name, arguments in self.sweep.lens.items():
-                prompt = {"prompt": cell["prompt"]} if "prompt" in inspect.signature(LENSES[name]).parameters else {}
-                lenses.append(LENSES[name](self.pipe, **prompt, **arguments))
+            recorders = make_recorders(self.sweep.record)
             with ExitStack() as stack:  # only now: the run that a patch copies from is one without interventions
                 for instrument in (*interventions, *recorders):
                     stack.enter_context(instrument)
-                out, found = together(self.pipe, cell["prompt"], lenses, {"seed": cell["seed"], **self.settings})
+                options = {"seed": cell["seed"], **self.settings}
+                out, found = run_lenses(self.pipe, cell["prompt"], self.sweep.lens, **options)
         except ValueError as error:
             which = f"prompt {cell['prompt']!r}, seed {cell['seed']}, {cell['intervention']!r}"
             raise SweepError(f"cell {cell['number']} ({which}) cannot be drawn: {error}") from None
@@ -77,7 +76,7 @@ class Runner:
         for number, recorder in enumerate(recorders):
             prefix = f"record-{number}/" if len(recorders) > 1 else ""
             kept |= {f"{prefix}{site}": recorder[site] for site in recorder}
-        return kept | {f"lens/{name}": value for name, value in zip(self.sweep.lens, found, strict=True)}
+        return kept | {f"lens/{name}": value for name, value in found.items()}
 
     def write(self, file: int, folder: Path) -> None:
         """Draw the cells of a file and write them, unless it exists. Tensors are called ``000012/latent``."""
@@ -126,10 +125,7 @@ def _load(description: str, worker: int | str) -> Runner:
 
 def _work(file: int | None, description: str, folder: Path, expected=None, worker=None) -> dict[str, str]:
     """Draw file number ``file``, if it is given; returns the environment, which must be the ``expected`` one."""
-    if worker is None:
-        from distributed import get_worker
-
-        worker = get_worker().name
+    worker = worker or import_module("distributed").get_worker().name  # Dask is imported on its own workers only
     runner = _load(description, worker)
     if expected not in (None, runner.environment):
         raise SweepError(f"worker {worker} is {runner.environment}, but the sweep began with {expected}.")
@@ -142,8 +138,7 @@ def _work(file: int | None, description: str, folder: Path, expected=None, worke
 def run_sweep(sweep: Sweep, folder: str | Path, workers=1, scheduler: str | None = None, progress=False) -> Path:
     """Draw what is missing in the folder of a sweep, and return the folder when it is complete; raises SweepError.
 
-    One worker is this process, several are a local Dask cluster, which uses all GPUs. ``scheduler`` is the address of
-    another Dask cluster, whose workers must see the same folder.
+    Several ``workers`` are a local Dask cluster; ``scheduler`` is the address of another, which must see the folder.
     """
     check_integer("workers", workers, 1, 1 if scheduler else 1024, "a scheduler has its own workers", SweepError)
     folder, threads = Path(folder).absolute(), torch.get_num_threads()
@@ -183,6 +178,8 @@ def _parallel_map(workers: int, scheduler: str | None) -> Iterator[tuple[int, Ca
         if set(threads) != {1}:
             raise SweepError(f"a sweep needs Dask workers of one thread each; those of {cluster} have {list(threads)}.")
         stack.callback(client.run, _load.cache_clear, on_error="ignore")
+        if not scheduler:  # Ctrl-C in a terminal is sent to all processes, and this one ends the workers
+            client.run(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN) and None)
 
         def parallel_map(function: Callable, items: list, **options) -> Iterator:
             try:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -65,11 +66,11 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
 
 
-def start(config: Path, folder: Path, *options: str, **variables: str) -> subprocess.Popen:
+def start(config: Path, folder: Path, *options: str, start_new_session=False, **variables: str) -> subprocess.Popen:
     """The command, as a user runs it."""
     command = [sys.executable, "-m", "fluxedu.cli", "sweep", str(config), "--out", str(folder), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment(**variables), **pipes)
+    return subprocess.Popen(command, env=environment(**variables), start_new_session=start_new_session, **pipes)
 
 
 def until(true, seconds: float = 120) -> None:
@@ -134,6 +135,17 @@ def test_a_killed_command_goes_on(whole, tmp_path):
     run_sweep(read_config(whole[0]), out)
     assert hashes(out) == hashes(whole[1])
     assert all(path.stat().st_mtime_ns == then for path, then in before.items()), "a finished file was written again"
+
+
+def test_ctrl_c_is_one_sentence(whole, tmp_path):
+    """A terminal sends it to the workers as well, which say nothing."""
+    out = tmp_path / "out"
+    with ended(start(whole[0], out, "--workers", "2", start_new_session=True)) as command:
+        until(lambda: drawn(out) or command.poll() is not None)
+        os.killpg(command.pid, signal.SIGINT)
+        _, errors = command.communicate(timeout=120)
+    assert command.returncode == 2 and "Traceback" not in errors, errors[-2000:]
+    assert [line for line in errors.splitlines() if line.startswith("fluxedu: stopped; ")], errors[-2000:]
 
 
 # ---------------------------------------------------------------- a scheduler
