@@ -133,8 +133,8 @@ def _check_replaceable(target: Path, overwrite: bool, folder: bool) -> None:
     if not target.exists():
         return
     if target.is_dir() != folder:
-        existing, wanted = ("folder", "file") if target.is_dir() else ("file", "folder")
-        raise CheckpointError(f"{target} is a {existing}, but a {wanted} is to be written there.")
+        existing, new = ("folder", "file") if target.is_dir() else ("file", "folder")
+        raise CheckpointError(f"{target} is a {existing}, but a {new} is to be written there.")
     if folder and not any(target.iterdir()):
         return
     if not overwrite:

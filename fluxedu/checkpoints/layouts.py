@@ -359,7 +359,7 @@ def check_network(found: dict[str, Shape], config: Config, layout: str, label: s
         is_complete = found == shapes(theirs, layout)
     except (KeyError, ConfigError):
         is_complete = False
-    if is_complete:  # a sound checkpoint, but of another network
+    if is_complete:  # a complete checkpoint, but of another network
         differences = [f"{n} is {v}, not {getattr(config, n)}" for n, v in fields.items() if v != getattr(config, n)]
         raise CheckpointError(
             f"{label} is {network_name(theirs)}, but the config is that of {network_name(config)}: "

@@ -79,8 +79,9 @@ class Entry:
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of a safetensors file, and its metadata; raises CheckpointError if the file is damaged.
 
-    The safetensors library checks the file. This function adds the offsets, which the library does not give, and refuses
-    a key that occurs twice, which the library accepts. Format: https://huggingface.co/docs/safetensors/index#format.
+    The safetensors library checks the file. This function adds the offsets, which the library does not give, and
+    refuses a key that occurs twice, which the library accepts.
+    Format: https://huggingface.co/docs/safetensors/index#format.
     """
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -118,26 +118,25 @@ class WeightStreamer:
     def __init__(self, modules: Iterable[nn.Module], device: torch.device | str, others: Iterable[nn.Module] = ()):
         self.device = torch.device(device)
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.weights, others = [], set(others)
+        self.modules, self.others = list(modules), set(others)
         self.pending: dict[int, Future] = {}  # copies that are being made
-        self.on_host: dict[int, list[Tensor]] = {}  # the weights of the modules that are running
-        for i, module in enumerate(modules):
-            self.weights.append(list(own_parameters(module, others)))
+        self.on_host: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}  # the weights of the modules that are running
+        for i, module in enumerate(self.modules):
             module.register_forward_pre_hook(lambda _, args, i=i: self._enter(i, args))
             module.register_forward_hook(lambda *_, i=i: self._leave(i), always_call=True)
 
     def _enter(self, i: int, args: tuple) -> tuple:
         """Put copies in the place of the weights, and start copying the next module's."""
-        weights = self.weights[i]
+        weights = self._weights(i)
         pending = self.pending.pop(i, None)
         copies = pending.result() if pending else None
         if copies is None or copies.versions != _versions(weights):  # not copied yet, or changed since
             copies = self._copy(weights)
-        if i + 1 < len(self.weights) and i + 1 not in self.pending:
-            self.pending[i + 1] = _copy_thread.submit(self._copy, self.weights[i + 1])
+        if i + 1 < len(self.modules) and i + 1 not in self.pending:
+            self.pending[i + 1] = _copy_thread.submit(self._copy, self._weights(i + 1))
         if copies.done is not None:
             torch.cuda.current_stream(self.device).wait_event(copies.done)
-        self.on_host[i] = [weight.data for weight in weights]
+        self.on_host[i] = [(weight, weight.data) for weight in weights]
         for weight, copy in zip(weights, copies.tensors, strict=True):
             weight.data = copy
             if copy.is_cuda:  # its memory must not be reused before this stream has finished with it
@@ -145,8 +144,11 @@ class WeightStreamer:
         return tuple(a.to(self.device) if isinstance(a, Tensor) else a for a in args)
 
     def _leave(self, i: int) -> None:
-        for weight, tensor in zip(self.weights[i], self.on_host.pop(i, ()), strict=False):
+        for weight, tensor in self.on_host.pop(i, ()):
             weight.data = tensor
+
+    def _weights(self, i: int) -> list[nn.Parameter]:
+        return list(own_parameters(self.modules[i], self.others))
 
     def _copy(self, weights: list[nn.Parameter]) -> _Copies:
         versions = _versions(weights)  # before copying, so that a change made meanwhile is noticed

@@ -282,10 +282,11 @@ def test_tiles_of_the_miniature_are_close(seed, least):
     assert 10 * math.log10(4 / float((whole - tiled).square().mean())) > least
 
 
-def test_a_tiled_autoencoder_is_an_autoencoder_that_decodes_in_tiles():
-    pipe, latent = fe.load("nano"), torch.randn(1, 16, 80, 8)
-    tiled = TiledAutoEncoder(pipe.autoencoder.config).eval()
-    tiled.load_state_dict(pipe.autoencoder.state_dict())
+def test_a_pipeline_decodes_in_tiles_where_its_placement_says_so(monkeypatch):
+    monkeypatch.setattr(offload, "choose", lambda *_, **__: Placement("stream", 3, tiled=True))
+    pipe, whole = fe.load("nano", memory="stream"), fe.load("nano").autoencoder
+    assert isinstance(pipe.autoencoder, TiledAutoEncoder) and pipe.flux.placement.tiled
+    latent = torch.randn(1, 16, 80, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(tiled.decode(latent), decode_tiled(pipe.autoencoder, latent))
-        assert not torch.equal(tiled.decode(latent), pipe.autoencoder.decode(latent))
+        tiled = pipe.autoencoder.decode(latent)
+        assert torch.equal(tiled, decode_tiled(whole, latent)) and not torch.allclose(tiled, whole.decode(latent))

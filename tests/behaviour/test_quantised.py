@@ -103,7 +103,7 @@ def test_auto_streams_the_modulation_where_quantised_blocks_do_not_fit_with_it()
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("options", "message"),
     [
         ({"quantise": "int3"}, "quantise must be one of int8, fp8, nf4, not 'int3'"),
         ({"quantise": 4}, "quantise must be one of int8, fp8, nf4, not 4"),
@@ -112,10 +112,10 @@ def test_auto_streams_the_modulation_where_quantised_blocks_do_not_fit_with_it()
         ({"quantise": "int8", "lora": "hollow"}, "load without quantise=, then quantise pipe.flux"),
     ],
 )
-def test_combinations_that_are_errors(asked, said):
+def test_combinations_that_are_errors(options, message):
     pytest.importorskip("torchao")
-    with pytest.raises(ValueError, match=said):
-        fe.load(**asked)
+    with pytest.raises(ValueError, match=message):
+        fe.load(**options)
 
 
 def test_quantised_weights_are_neither_moved_nor_quantised_again():
@@ -139,8 +139,8 @@ def test_lenses_and_advice_work_with_quantised_blocks(to):
     assert float((sizes.tensor - whole.tensor).norm() / whole.tensor.norm()) < 0.1
     assert float((given.tensor - parts.tensor).norm() / parts.tensor.norm()) < 0.2
     four = Networks(**pipe.networks(), dtype=torch.float32)
-    said = advice(four, torch.device("cpu"), 128, 128, 32, to)
-    assert f"and {to} weights" in said and "stream" not in said
+    message = advice(four, torch.device("cpu"), 128, 128, 32, to)
+    assert f"and {to} weights" in message and "stream" not in message
     with pytest.raises(ValueError, match="merge it before they are quantised"):
         fe.checkpoints.merge(pipe.flux, {})
     with pytest.raises(ValueError):

@@ -30,9 +30,11 @@ def test_errors_of_allocators_become_advice(pipe, monkeypatch, error):
         raise error
 
     monkeypatch.setattr("fluxedu.sampling.pipeline.to_images", fails)
-    with pytest.raises(OutOfMemory, match=r"an image of 64 x 96 needs about [\d.]+ GB with memory='full'") as told:
+    with pytest.raises(
+        OutOfMemory, match=r"an image of 64 x 96 needs about [\d.]+ GB with memory='full'"
+    ) as error_info:
         pipe("a red circle", steps=1, height=64, width=96, progress=False)
-    assert isinstance(told.value, ValueError) and isinstance(told.value, MemoryError)
+    assert isinstance(error_info.value, ValueError) and isinstance(error_info.value, MemoryError)
     monkeypatch.undo()
     assert pipe("a red circle", steps=1, progress=False).images
 

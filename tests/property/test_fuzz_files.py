@@ -1,4 +1,4 @@
-"""Files that are damaged, forged or nonsense end in a sentence: no crash, hang or pickle, nothing written elsewhere."""
+"""Damaged, forged and random files end in a one-line error: no crash, hang or pickle, nothing written elsewhere."""
 
 import json
 import shutil
@@ -20,9 +20,9 @@ AE = AutoEncoderConfig(ch=4, ch_mult=(1, 2), num_res_blocks=1, z_channels=2, nor
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory, tokenizer_folder, make_pipe):
-    """Files and folders in order, to be spoiled; ``model`` is a whole pipeline."""
-    folder = tmp_path_factory.mktemp("sound")
+def intact(tmp_path_factory, tokenizer_folder, make_pipe):
+    """Intact files and folders, copies of which are damaged; ``model`` is a whole pipeline."""
+    folder = tmp_path_factory.mktemp("intact")
     flux, ae, pipe = Flux(FLUX), AutoEncoder(AE), make_pipe()
     save_file(flux.state_dict(), folder / "flux.safetensors", config=FLUX)
     save_file(ae.state_dict(), folder / "ae.safetensors")
@@ -46,14 +46,14 @@ def with_header(data: bytes, change) -> bytes:
 
 
 def doubled_key(chance, text: str) -> str:
-    """A key that comes twice, which JSON allows and Python passes over."""
+    """A key that occurs twice, which JSON allows and Python ignores."""
     header = json.loads(text)
     key = chance.choice(list(header))
     other = plain_changed(chance, header[key])
     return "{" + json.dumps(key) + ":" + json.dumps(other) + "," + text.strip()[1:]
 
 
-def spoiled(chance, path: Path) -> None:
+def damage(chance, path: Path) -> None:
     """Change one file of a checkpoint."""
     data = path.read_bytes()
     if path.suffix == ".json" and chance.random() < 0.8:
@@ -67,12 +67,12 @@ def spoiled(chance, path: Path) -> None:
     path.write_bytes(data)
 
 
-def everything(path: Path, out: Path, chance) -> None:
-    """All that can be done with a checkpoint."""
+def use_everything(path: Path, out: Path, chance) -> None:
+    """Everything that can be done with a checkpoint."""
     tensors = read(path)
     config_of(tensors)
     module = load_model(path)
-    assert all(p.device.type == "cpu" for p in module.parameters()), "loaded, and yet not there"
+    assert all(p.device.type == "cpu" for p in module.parameters()), "loaded, but still on the meta device"
     convert_file(path, out / "new.safetensors", to="bfl", overwrite=True)
     convert_file(path, out / "new", to="diffusers", overwrite=True, shard_bytes=chance.choice((1, 9_000, 10**9)))
     if isinstance(module, Flux):
@@ -80,18 +80,18 @@ def everything(path: Path, out: Path, chance) -> None:
 
 
 @pytest.fixture
-def places(tmp_path):
-    """A folder to spoil things in and one to write into, in a folder that is watched."""
+def folders(tmp_path):
+    """A folder with files to damage and one to write to, inside a folder that is checked afterwards."""
     for name in ("in", "out"):
         (tmp_path / "inside" / name).mkdir(parents=True)
     yield tmp_path / "inside"
     assert [p.name for p in tmp_path.iterdir()] == ["inside"], "something was written outside"
 
 
-def fresh(places: Path, sound: Path, name: str) -> Path:
-    shutil.rmtree(places / "in")
-    (places / "in").mkdir()
-    source, target = sound / name, places / "in" / name
+def fresh_copy(folders: Path, intact: Path, name: str) -> Path:
+    shutil.rmtree(folders / "in")
+    (folders / "in").mkdir()
+    source, target = intact / name, folders / "in" / name
     shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
     return target
 
@@ -99,30 +99,30 @@ def fresh(places: Path, sound: Path, name: str) -> Path:
 @pytest.mark.parametrize(
     ("name", "share"), [("flux.safetensors", 0.15), ("ae.safetensors", 0.08), ("transformer", 0.12), ("vae", 0.06)]
 )
-def test_checkpoints(sound, places, name, share):
+def test_checkpoints(intact, folders, name, share):
     def case(chance):
-        path = fresh(places, sound, name)
-        spoiled(chance, chance.choice([p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]))
-        everything(path, places / "out", chance)
+        path = fresh_copy(folders, intact, name)
+        damage(chance, chance.choice([p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]))
+        use_everything(path, folders / "out", chance)
 
-    fuzz(f"checkpoints {name}", share, case, places)
+    fuzz(f"checkpoints {name}", share, case, folders)
 
 
-def test_loras(sound, places):
+def test_loras(intact, folders):
     flux = Flux(FLUX)
 
     def case(chance):
-        path = fresh(places, sound, "lora.safetensors")
-        spoiled(chance, path)
+        path = fresh_copy(folders, intact, "lora.safetensors")
+        damage(chance, path)
         merge(flux, read(path), scale=chance.choice((0.5, 1.0, -1.0))).unmerge()
 
-    fuzz("loras", 0.05, case, places)
+    fuzz("loras", 0.05, case, folders)
 
 
-def test_whole_models(sound, places):
+def test_whole_models(intact, folders):
     def case(chance):
-        path = fresh(places, sound, "model")
-        spoiled(chance, chance.choice(sorted(p for p in path.rglob("*") if p.is_file())))
+        path = fresh_copy(folders, intact, "model")
+        damage(chance, chance.choice(sorted(p for p in path.rglob("*") if p.is_file())))
         fe.load(path)("a red circle", steps=1, height=16, width=16, progress=False)
 
-    fuzz("models", 0.06, case, places)
+    fuzz("models", 0.06, case, folders)
