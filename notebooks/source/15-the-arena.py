@@ -34,7 +34,7 @@ from fluxedu.loading import WEIGHTS
 from fluxedu.nano.exam import questions
 from fluxedu.nano.judge import judge
 from fluxedu.nano.scenes import BACKGROUNDS
-from fluxedu.nano.stable_diffusion import load_sd
+from fluxedu.arena.stable_diffusion import load_sd
 from fluxedu.sampling.images import to_tensor
 from fluxedu.sampling.latents import draw_noise
 
@@ -236,6 +236,8 @@ width.against(round(float(np.mean(widths[240]) / np.mean(widths[60])), 1))
 # $d$ for the vector that is 1 at i, −1 at j and 0 elsewhere, one vote more changes the inverse $C$ to
 #
 # $$(C^{-1} + w\, d\, d^T)^{-1} = C - \frac{w\, (C d)(C d)^T}{1 + w\, d^T C d}$$
+#
+# The right-hand side also holds for the covariance around the mean, which has no inverse.
 
 # %% exercise="arena.gain"
 
