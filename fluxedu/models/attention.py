@@ -82,15 +82,11 @@ class SelfAttention(Probed):
         return q, k, v
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, txt_len: int, block: Probed) -> Tensor:
-    """Joint attention: rotate q and k by position, attend, merge heads. ``3 x [B, H, N, d] -> [B, N, H * d]``.
+def attend(q: Tensor, k: Tensor, v: Tensor, txt_len: int, block: Probed) -> Tensor:
+    """Attention, then heads merged: ``3 x [B, H, N, d] -> [B, N, H * d]``. ``txt_len`` is the number of text tokens.
 
-    The sites belong to ``block``. ``rope [..., 1, N, d/2]`` is from :func:`rope_table`; ``txt_len`` is the number of
-    text tokens. An intervention may replace the lazy ``attn.map`` by a tensor ``[B, H, N, N]``.
+    The sites belong to ``block``. An intervention may replace the lazy ``attn.map`` by a tensor ``[B, H, N, N]``.
     """
-    rope = block.probe("attn.rope", rope)  # [1, T, d/2] the rotation of each pair of channels, as complex numbers
-    q = block.probe("attn.q", rotate(q, rope))  # [B, H, T, d] queries, rotated by position
-    k = block.probe("attn.k", rotate(k, rope))  # [B, H, T, d] keys, rotated by position
     if block.is_watched("attn.map"):
         attn_map = AttentionMap(q, k, v, txt_len)
         attn_map = block.probe("attn.map", attn_map)  # [B, H, T, T] attention map (lazy), one row per query

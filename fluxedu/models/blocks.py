@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.attention import QKNorm, SelfAttention, attend, split_heads
+from fluxedu.models.attention import QKNorm, SelfAttention, attend, rotate, split_heads
 from fluxedu.models.config import FluxConfig
 from fluxedu.models.modulation import Modulation, gated, layer_norm, modulate
 from fluxedu.probe import Probed
@@ -73,7 +73,11 @@ class DoubleStreamBlock(Probed):
         q = torch.cat([txt_q, img_q], dim=2)  # [B, H, L + N, d]
         k = torch.cat([txt_k, img_k], dim=2)
         v = torch.cat([txt_v, img_v], dim=2)
-        attn = attend(q, k, v, rope, txt.shape[1], self)  # [B, L + N, D]
+        del img_in, img_q, img_k, img_v, txt_in, txt_q, txt_k, txt_v  # q, k, v are copies; free their parts
+        rope = self.probe("attn.rope", rope)  # [1, T, d/2] the rotation of each channel pair, as complex numbers
+        q = self.probe("attn.q", rotate(q, rope))  # [B, H, T, d] queries, rotated by position
+        k = self.probe("attn.k", rotate(k, rope))  # [B, H, T, d] keys, rotated by position
+        attn = attend(q, k, v, txt.shape[1], self)  # [B, L + N, D]
         txt_attn, img_attn = attn.split([txt.shape[1], img.shape[1]], dim=1)
 
         # image: add the attention, then the MLP, each scaled by its gate
@@ -128,22 +132,27 @@ class SingleStreamBlock(Probed):
         (mod,) = self.modulation.split(mods)
 
         # norm, modulate, and both halves of the first linear layer
-        x_in = self.probe("norm", layer_norm(x))  # [B, T, D] layer-normalised, before shift and scale
-        x_in = modulate(x_in, mod.shift, mod.scale)
-        x_in = self.probe("modulated", x_in)  # [B, T, D] shifted and scaled: the input of attention and MLP
-        qkv, hidden = self.linear1(x_in).split(self.widths, dim=-1)  # [B, T, 3 D], [B, T, M]
+        h = self.probe("norm", layer_norm(x))  # [B, T, D] layer-normalised, before shift and scale
+        h = modulate(h, mod.shift, mod.scale)
+        h = self.probe("modulated", h)  # [B, T, D] shifted and scaled: the input of attention and MLP
+        h = self.linear1(h)
+        qkv, hidden = h.split(self.widths, dim=-1)  # [B, T, 3 D], [B, T, M]
         hidden = self.probe("mlp_hidden", F.gelu(hidden, approximate="tanh"))  # [B, T, M] MLP half, after the GELU
 
         # attention
         q, k, v = split_heads(qkv, 3, self.num_heads)  # [B, H, T, d] each
-        del x_in, qkv  # the widest tensors of the network need not stay in memory during the attention
+        del h, qkv  # what is not needed any more does not stay in memory: h is the network's widest tensor
         q = self.probe("q", q)  # [B, H, T, d] queries, before QKNorm
         k = self.probe("k", k)  # [B, H, T, d] keys, before QKNorm
         v = self.probe("v", v)  # [B, H, T, d] values: what a token passes on to the tokens that attend to it
         q, k = self.norm(q, k)
         q = self.probe("q_norm", q)  # [B, H, T, d] queries after QKNorm
         k = self.probe("k_norm", k)  # [B, H, T, d] keys after QKNorm
-        attn = attend(q, k, v, rope, txt_len, self)  # [B, T, D]
+        rope = self.probe("attn.rope", rope)  # [1, T, d/2] the rotation of each channel pair, as complex numbers
+        q = self.probe("attn.q", rotate(q, rope))  # [B, H, T, d] queries, rotated by position
+        k = self.probe("attn.k", rotate(k, rope))  # [B, H, T, d] keys, rotated by position
+        attn = attend(q, k, v, txt_len, self)  # [B, T, D]
+        del q, k, v
 
         # both halves through the second linear layer, added through the gate
         out = self.linear2(torch.cat([attn, hidden], dim=-1))

@@ -103,8 +103,13 @@ def _joint_cases() -> list[tuple]:
 def _library_joint(txt, img, rope):
     txt_len = txt[0].shape[2]
     q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt, img, strict=True))
-    attn_out = attend(q, k, v, rope, txt_len, Probed())
+    attn_out = attend(rotate(q, rope), rotate(k, rope), v, txt_len, Probed())
     return attn_out[:, :txt_len], attn_out[:, txt_len:]
+
+
+def _attend_alone(stream: tuple, rope: Tensor) -> Tensor:
+    q, k, v = stream
+    return attend(rotate(q, rope), rotate(k, rope), v, 0, Probed())
 
 
 @exercise(
@@ -139,7 +144,7 @@ def joint(txt: tuple[Tensor, ...], img: tuple[Tensor, ...], rope: Tensor) -> tup
 @wrong("double.joint", "each stream attends only to itself: concatenate them before the attention, not after it.")
 def _separate(txt, img, rope):
     txt_len = txt[0].shape[2]
-    return attend(*txt, rope[..., :txt_len, :], 0, Probed()), attend(*img, rope[..., txt_len:, :], 0, Probed())
+    return _attend_alone(txt, rope[..., :txt_len, :]), _attend_alone(img, rope[..., txt_len:, :])
 
 
 @wrong("double.joint", "queries and keys are not rotated: without positions the order of the patches is lost.")
