@@ -27,10 +27,7 @@ from fluxedu import plots
 from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments import lenses
 from fluxedu.instruments.catalogue import sites
-from fluxedu.instruments.lenses.attention import look_at_heads
-from fluxedu.instruments.lenses.layers import look_at_contributions
-from fluxedu.instruments.lenses.run import together
-from fluxedu.instruments.lenses.words import attention_to_words
+from fluxedu.instruments.lenses.run import run_lenses
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts
 from fluxedu.instruments.recorder import record
@@ -79,14 +76,14 @@ def stages(pipe: FluxPipeline, prompt: str, **request) -> tuple[Output, list[Sta
     if not isinstance(prompt, str):
         raise InstrumentError(f"a trace is of one prompt, not of {describe(prompt)}.")
     request = request | {"trajectory": True}
-    words, looks = _words(pipe, prompt), [look_at_contributions(pipe)]
+    words, chosen = _words(pipe, prompt), {"contributions": {}}
     if words:
-        looks += [attention_to_words(pipe, prompt, words), look_at_heads(pipe, prompt, words[-1])]
+        chosen |= {"word_maps": {"words": words}, "head_gallery": {"query": words[-1]}}
     with record("*", reduce="summary") as numbers, record("*", steps=-1, reduce=thumbnail) as thumbnails:
-        out, (contributions, *maps) = together(pipe, prompt, looks, request)
-    figures = _figures(pipe, prompt, request.get("guidance"), out, contributions)
-    if maps:
-        figures |= _attention_figures(out, *maps, words[-1])
+        out, results = run_lenses(pipe, prompt, chosen, **request)
+    figures = _figures(pipe, prompt, request.get("guidance"), out, results["contributions"])
+    if words:
+        figures |= _attention_figures(out, results["word_maps"], results["head_gallery"], words[-1])
     found = []
     for part in parts(pipe):
         if part.name == "encoder" and "image" not in request:

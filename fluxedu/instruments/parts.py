@@ -1,4 +1,4 @@
-"""The parts of the architecture's diagram, in the order in which they run, and which sites belong to each."""
+"""The parts of the architecture diagram, in the order in which they run, and the sites that belong to each."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from fluxedu.sampling.pipeline import FluxPipeline
 
 @dataclass(frozen=True)
 class Part:
-    """One box of the diagram. ``kind``: text, time, flow or image · ``begins``: how its sites' names begin."""
+    """One box of the diagram. ``kind``: text, time, flow or image · ``prefixes``: of the names of its sites."""
 
     name: str
     title: str
     kind: str
     text: str
-    begins: tuple[str, ...]
+    prefixes: tuple[str, ...]
 
     def has(self, site: str) -> bool:
-        return site.startswith(self.begins)
-
-
-_BEFORE = (
-    Part("clip", "CLIP text encoder", "text", "One vector for the whole prompt: all that modulation hears of it.",
-         ("clip.",)),
-    Part("t5", "T5 encoder", "text", "A vector for every piece of the prompt: what the image tokens look at.",
-         ("t5.",)),
-    Part("encoder", "Autoencoder: a picture in", "image",
-         "Pixels become a latent; only where a run begins with a picture.", ("ae.encoder.", "ae.latent")),
-    Part("noise", "Noise", "image",
-         "Where the run begins: a number a channel and cell, drawn on the CPU from the seed.",
-         ("sample.noise",)),
-    Part("vec", "Time + guidance + text", "time",
-         "Three vectors are added, and every shift, scale and gate of every block is made from the sum. They do not "
-         "depend on the picture, so those of all steps are known before the first.", ("vec", "sample.pooled")),
-    Part("in", "Patches and words", "flow", "Both kinds of token are brought to the transformer's width.",
-         ("img_in", "txt_in", "sample.txt")),
-)  # fmt: skip
-_AFTER = (
-    Part("final", "Last layer: velocity", "flow",
-         "Image tokens become velocities, noise minus picture, a patch each.", ("final_layer.", "velocity")),
-    Part("solver", "Solver", "time", "From noise (t = 1) to the picture (t = 0), against the velocity, step by step.",
-         ("sample.x", "sample.velocity", "sample.negative", "sample.prompted", "sample.latent")),
-    Part("image", "Autoencoder: the picture", "image", "The latent becomes pixels.", ("ae.decoder.", "sample.image")),
-)  # fmt: skip
-_BLOCK = {
-    "double": "Text and image have weights of their own; one attention mixes them.",
-    "single": "Text and image are one sequence; attention and MLP work side by side on the same tokens.",
-}
+        return site.startswith(self.prefixes)
 
 
 def parts(pipe: FluxPipeline) -> list[Part]:
-    """Every part of a pipeline; each of its sites belongs to exactly one."""
-    blocks = []
+    """All parts of a pipeline; each of its sites belongs to exactly one."""
+    found = []
+    text = "One vector for the whole prompt, which the modulation of every block depends on."
+    found.append(Part("clip", "CLIP text encoder", "text", text, ("clip.",)))
+    text = "One vector per token of the prompt. The image tokens attend to these."
+    found.append(Part("t5", "T5 encoder", "text", text, ("t5.",)))
+    text = "Encodes an image as a latent; used only if a run starts from an image."
+    found.append(Part("encoder", "Autoencoder: image to latent", "image", text, ("ae.encoder.", "ae.latent")))
+    text = "The initial state of the run: one random number per channel and cell, drawn on the CPU from the seed."
+    found.append(Part("noise", "Noise", "image", text, ("sample.noise",)))
+    text = (
+        "The sum of three vectors, from which every shift, scale and gate of every block is computed. They do not "
+        "depend on the image, so those of all steps are computed before the first step."
+    )
+    found.append(Part("vec", "Time + guidance + text", "time", text, ("vec", "sample.pooled")))
+    text = "Two linear layers bring image and text tokens to the transformer's width."
+    found.append(Part("in", "Image and text input", "flow", text, ("img_in", "txt_in", "sample.txt")))
+
+    block_texts = {
+        "double": "Text and image have their own weights and share one attention.",
+        "single": "Text and image are one sequence; attention and MLP are computed side by side from the same tokens.",
+    }
     for name in blocks_of(pipe):
         kind, number = name.split(".")
-        blocks.append(Part(name, f"{kind.capitalize()}-stream block {number}", "flow", _BLOCK[kind], (f"{name}.",)))
-    return [*_BEFORE, *blocks, *_AFTER]
+        text = block_texts[kind]
+        found.append(Part(name, f"{kind.capitalize()}-stream block {number}", "flow", text, (f"{name}.",)))
+
+    text = "Maps each image token to its patch of the velocity, which is noise minus image."
+    found.append(Part("final", "Last layer: velocity", "flow", text, ("final_layer.", "velocity")))
+    text = "Moves from noise (t = 1) to the image (t = 0), against the velocity, step by step."
+    sites = ("sample.x", "sample.velocity", "sample.negative", "sample.prompted", "sample.latent")
+    found.append(Part("solver", "Solver", "time", text, sites))
+    text = "Decodes the latent to pixels."
+    found.append(Part("image", "Autoencoder: latent to image", "image", text, ("ae.decoder.", "sample.image")))
+    return found

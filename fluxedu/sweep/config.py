@@ -28,7 +28,6 @@ import fluxedu as fe
 from fluxedu import errors
 from fluxedu.errors import SweepError, describe
 from fluxedu.files import read_yaml
-from fluxedu.instruments import lenses  # noqa: F401 - registers them
 from fluxedu.instruments.lenses.run import SINGLE_RUN_LENSES
 
 MOST_CELLS = 1_000_000

@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from tqdm.auto import tqdm
 
 import fluxedu as fe
 from fluxedu.errors import SweepError, check_integer
 from fluxedu.files import atomic_path, write_text
 from fluxedu.instruments.lenses.run import run_lenses
 from fluxedu.instruments.named import Named
+from fluxedu.progress import progress_bar
 from fluxedu.sweep.config import COLUMNS, Sweep, from_dict, make_interventions, make_recorders
 
 
@@ -149,7 +149,7 @@ def run_sweep(sweep: Sweep, folder: str | Path, workers=1, scheduler: str | None
             begin(sweep, folder, environment)
             left = [number for number, file in enumerate(sweep.files()) if not (folder / file).is_file()]
             done = parallel_map(_work, left, expected=environment, **options)
-            list(tqdm(done, "sweep", total=len(left), unit="file", delay=1, disable=not progress))
+            list(progress_bar(done, "sweep", total=len(left), unit="file", show=progress))
     finally:
         _load.cache_clear()
         torch.set_num_threads(threads)
@@ -169,11 +169,12 @@ def _parallel_map(workers: int, scheduler: str | None) -> Iterator[tuple[int, Ca
         raise SweepError(f"several workers need {error.name}: pip install 'fluxedu[sweep]'.") from None
     local = {"threads_per_worker": 1, "dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}
     with ExitStack() as stack:
+        cluster = scheduler or stack.enter_context(LocalCluster(n_workers=workers, memory_limit=0, **local))
         try:
-            cluster = scheduler or stack.enter_context(LocalCluster(n_workers=workers, memory_limit=0, **local))
             client = stack.enter_context(Client(cluster))
-        except (OSError, ValueError, TypeError) as error:
-            raise SweepError(f"no Dask scheduler answers at {cluster} ({' '.join(str(error).split())}).") from None
+        except Exception as error:  # of many kinds, for an address that makes no sense
+            reason = " ".join(f"{type(error).__name__} {error}".split())
+            raise SweepError(f"no Dask scheduler answers at {cluster!r} ({reason}).") from None
         threads = client.nthreads().values()
         if set(threads) != {1}:
             raise SweepError(f"a sweep needs Dask workers of one thread each; those of {cluster} have {list(threads)}.")

@@ -11,7 +11,7 @@ import torch
 from fluxedu.errors import InstrumentError
 from fluxedu.instruments import recorder
 from fluxedu.instruments.catalogue import Site, sites
-from fluxedu.instruments.lenses.run import recorded
+from fluxedu.instruments.lenses.run import run_recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts
 from fluxedu.instruments.recorder import Steps, record
@@ -22,7 +22,7 @@ from fluxedu.sampling.solvers import from_strength
 from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Explorer, View, check_request, explorer, time_slider
 from fluxedu.widgets.panels import Boxes, Pixels, diverging, resize_table, sequential
 
-ROWS, COLUMNS, TILES = 256, 640, 16  # the most that is kept of one value
+ROWS, COLUMNS, TILES = 256, 640, 16  # the largest table kept of one value
 GREY = "#888888"  # sites that the run did not pass through
 
 # ---------------------------------------------------------------- the diagram
@@ -98,7 +98,7 @@ def _layout(model_parts: Sequence[Part]) -> dict[str, tuple[float, float, float]
 
 
 def as_table(value: Value) -> Named:
-    """A site's value for one image, as a matrix ``[rows, columns]`` to look at.
+    """A site's value for one image, as a matrix ``[rows, columns]`` to show.
 
     Maps are averaged over heads; other heads stand side by side, and channels of an image as tiles (the first 16). Of
     what is larger than ROWS x COLUMNS, every second, third, ... number is kept. With guidance, the prompted pass.
@@ -222,7 +222,7 @@ def architecture(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None, **r
     if at_steps is None:
         at_steps = _some_steps(pipe, check_request(request), _steps_within_budget(pipe))
     with record("*", steps=at_steps, reduce="summary", passes="prompted") as summary_recorder:
-        _, table_recorder = recorded(pipe, prompt, "*", asked=request, steps=at_steps, reduce=as_table)
+        _, table_recorder = run_recorded(pipe, prompt, "*", options=request, steps=at_steps, reduce=as_table)
     tables = {name: table_recorder[name] for name in table_recorder}
     summaries = {name: summary_recorder[name] for name in summary_recorder}
     if "sample.x" not in tables:

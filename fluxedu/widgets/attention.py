@@ -1,6 +1,6 @@
 """Attention of a run: point at a patch or a word to see its row or column of the exact attention map.
 
-The run's queries and keys are kept, not its maps. A row or column is computed, by its log-sum-exp, when it is needed.
+The run's queries and keys are recorded, not its maps. A row or column is computed from them when it is shown.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fluxedu.instruments.lenses.run import blocks_in, blocks_of, grid, one_picture, one_prompt, recorded
+from fluxedu.instruments.lenses.run import (
+    blocks_of,
+    check_one_image,
+    check_one_prompt,
+    patch_grid,
+    recorded_blocks,
+    run_recorded,
+)
 from fluxedu.instruments.recorder import Steps, record
 from fluxedu.models.attention_map import AttentionMap
 from fluxedu.probe import Sited
@@ -150,17 +157,17 @@ def attention(
     check_request(request)
     if blocks is None and at_steps is None:
         with QueryKeyRecorder() as rec:
-            out = pipe(one_prompt(prompt), **request)
-        one_picture(out)
+            out = pipe(check_one_prompt(prompt), **request)
+        check_one_image(out)
         note = rec.note
     else:
         globs = [f"{blocks or '*'}.attn.q", f"{blocks or '*'}.attn.k"]
-        out, rec = recorded(pipe, prompt, *globs, asked=request, steps=at_steps)
+        out, rec = run_recorded(pipe, prompt, *globs, options=request, steps=at_steps)
         note = ""
-    names = blocks_in(rec, pipe, "attn.q")
+    names = recorded_blocks(rec, pipe, "attn.q")
     q = {name: rec[f"{name}.attn.q"].tensor for name in names}
     k = {name: rec[f"{name}.attn.k"].tensor for name in names}
-    run = RunAttention(out.images[0], q, k, rec.txt_len, grid(pipe, out))
+    run = RunAttention(out.images[0], q, k, rec.txt_len, patch_grid(out.latents.shape))
     times, pieces = rec[f"{names[0]}.attn.q"].coords["step"], pipe.prompt_encoder.t5_tokenizer.pieces(prompt)
     heads = range(q[names[0]].shape[1])
     controls = [

@@ -10,19 +10,19 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fluxedu.instruments.ablation import ablate
 from fluxedu.instruments.interventions import Context, intervene, patch
-from fluxedu.instruments.lenses.run import blocks_of, one_prompt
+from fluxedu.instruments.lenses.run import blocks_of, check_one_prompt
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.recording import Recording, open_recording
 from fluxedu.instruments.watching import Instrument
 from fluxedu.nano.judge import Detections, detect
+from fluxedu.progress import progress_bar
 from fluxedu.sampling.latents import image_ids, text_ids
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, View, explorer
-from fluxedu.widgets.panels import RGB, Lines, Pixels, diverging, to_rgb
+from fluxedu.widgets.panels import RGB, Lines, Pixels, difference_panel, to_rgb
 
 CHANGES = (
     "remove the block",
@@ -57,9 +57,7 @@ def bench_view(
     if change >= OTHER_TEXT:
         comparison = Pixels(f"The other prompt: {prompts[1]}", other)
     else:
-        difference = (after.astype(float) - before).mean(-1) / 255
-        title = "Difference: brighter (red) or darker (blue)"
-        comparison = Pixels(title, diverging(difference, 1.0), key=("-1", "1"), colours="RdBu_r")
+        comparison = difference_panel(before, after)
     row = distances[change]
     panels = [
         Pixels(f"Before: {prompts[0]}", before),
@@ -113,16 +111,16 @@ def bench(pipe: FluxPipeline, prompt: str, other: str, *, steps: int = 6, **requ
     hide_bar = not request.get("progress", True)
     request = request | {"steps": steps, "trajectory": False, "progress": False}
     blocks, txt_len = blocks_of(pipe), pipe.prompt_encoder.t5_tokenizer.length
-    before = pipe(one_prompt(prompt), **request)
+    before = pipe(check_one_prompt(prompt), **request)
     ids = torch.zeros_like(image_ids(*before.latents.shape[-2:]))
     same_position = pipe.flux.rope(ids.to(pipe.device), text_ids(txt_len).to(pipe.device))
     images = [[] for _ in CHANGES]
     distances = np.zeros((len(CHANGES), len(blocks)))
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         with record("double.*.img", "double.*.txt", "single.*.x", to=Path(folder) / "other"):
-            other_run = pipe(one_prompt(other), **request)
+            other_run = pipe(check_one_prompt(other), **request)
         recording = open_recording(Path(folder) / "other")  # reads from the files only what is used
-        with tqdm(total=distances.size, desc="experiments", delay=1, leave=False, disable=hide_bar) as bar:
+        with progress_bar(total=distances.size, desc="experiments", leave=False, show=not hide_bar) as bar:
             for change in range(len(CHANGES)):
                 for i, block in enumerate(blocks):
                     with _intervention(change, block, recording, same_position, txt_len):

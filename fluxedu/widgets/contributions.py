@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxedu.instruments.lenses.run import blocks_of, recorded
+from fluxedu.instruments.lenses.run import blocks_of, run_recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.models.attention import merge_heads
@@ -18,15 +18,8 @@ from fluxedu.widgets.panels import RGB, Lines, Pixels, overlay, overlay_colours,
 
 SOURCES = ("attention", "MLP", "sum")
 STREAMS = ("image", "text")
-SITES = (
-    "double.*.img",
-    "double.*.txt",
-    "double.*.*_contribution",
-    "single.*.x",
-    "single.*.heads",
-    "single.*.mlp_hidden",
-    "single.*.gate",
-)
+DOUBLE_SITES = ("double.*.img", "double.*.txt", "double.*.*_contribution")
+SINGLE_SITES = ("single.*.x", "single.*.heads", "single.*.mlp_hidden", "single.*.gate")
 
 
 def split_contribution(
@@ -55,7 +48,9 @@ def measure_contributions(pipe: FluxPipeline, prompt: str, **request) -> tuple[N
     tokens first; the sources are attention, the MLP, and the sum of both vectors, which is smaller than the sum of
     their sizes if they point in different directions. Only these four numbers per token are kept during the run.
     """
-    out, rec = recorded(pipe, prompt, *SITES, asked=check_request(request), reduce=_Sizes(pipe))
+    out, rec = run_recorded(
+        pipe, prompt, *DOUBLE_SITES, *SINGLE_SITES, options=check_request(request), reduce=_Sizes(pipe)
+    )
     names, sizes, added = blocks_of(pipe), [], []
     for name in names:
         if name.startswith("double"):

@@ -8,10 +8,10 @@ from math import log
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from fluxedu.errors import InstrumentError, describe
-from fluxedu.instruments.lenses.run import one_prompt
+from fluxedu.instruments.lenses.run import check_one_prompt
+from fluxedu.progress import progress_bar
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, View, check_request, explorer, number_list
 from fluxedu.widgets.panels import RGB, Lines, Pixels, contact_sheet, to_rgb
@@ -72,12 +72,12 @@ def grid(
     A shift of 1 takes even steps; a larger one takes more of them near the noise, ``t -> s t / (1 + (s - 1) t)``.
     ``request``: as for the pipeline.
     """
-    one_prompt(prompt)
+    check_one_prompt(prompt)
     steps, guidance_scales = sorted(number_list("steps", steps, 1)), number_list("guidance_scales", guidance_scales, 0)
     shifts = number_list("shifts", shifts, 0)
     check_request(request, "steps", "guidance", "trajectory")
     tables = []
-    with tqdm(total=len(shifts) * len(steps) * len(guidance_scales), desc="grid", delay=1, leave=False) as bar:
+    with progress_bar(total=len(shifts) * len(steps) * len(guidance_scales), desc="grid", leave=False) as bar:
         for shift in shifts:
             images, latents, times = [], [], []
             for n in steps:

@@ -7,12 +7,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tqdm.auto import tqdm
-
 from fluxedu.errors import InstrumentError
-from fluxedu.instruments.lenses.run import one_prompt
+from fluxedu.instruments.lenses.run import check_one_prompt
 from fluxedu.nano.judge import Verdict, diversity, judge
 from fluxedu.nano.scenes import Claim
+from fluxedu.progress import progress_bar
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.explorer import Choice, Explorer, View, explorer
 from fluxedu.widgets.panels import RGB, Lines, Pixels, contact_sheet, to_rgb
@@ -38,7 +37,7 @@ class GuidanceSweep:
 
 
 def checked_claims(verdict: Verdict) -> list[bool]:
-    """Whether each thing that was claimed holds."""
+    """For each claim that was made, whether it holds."""
     results = (verdict.background, *verdict.colors, *verdict.forms, *verdict.sizes, *verdict.relations)
     return [ok for ok in results if ok is not None]
 
@@ -58,8 +57,8 @@ def sweep(
         raise InstrumentError("give at least one guidance scale and one seed.")
     hide_bar = not request.get("progress", True)
     images, verdicts, correct, differ, latent_rms = [], [], [], [], []
-    for scale in tqdm(scales, desc="guidance scales", delay=1, leave=False, disable=hide_bar):
-        out = pipe(one_prompt(prompt), **(request | {"seed": seeds, "guidance": scale, "progress": False}))
+    for scale in progress_bar(scales, desc="guidance scales", leave=False, show=not hide_bar):
+        out = pipe(check_one_prompt(prompt), **(request | {"seed": seeds, "guidance": scale, "progress": False}))
         images.append([to_rgb(image) for image in out.images])
         verdicts.append([judge(image, claim) for image in out.images])
         results = [ok for verdict in verdicts[-1] for ok in checked_claims(verdict)]

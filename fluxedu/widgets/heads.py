@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from fluxedu.instruments.ablation import ablate
-from fluxedu.instruments.lenses.run import blocks_of, one_prompt
+from fluxedu.instruments.lenses.run import blocks_of, check_one_prompt
+from fluxedu.progress import progress_bar
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, View, check_request, explorer, number_list
-from fluxedu.widgets.panels import RGB, Pixels, diverging, resize_table, sequential, to_rgb
+from fluxedu.widgets.panels import RGB, Pixels, difference_panel, resize_table, sequential, to_rgb
 
 REMOVED = ("this head", "all other heads of its block")
 
@@ -28,7 +28,6 @@ def heads_view(
     """Distances ``[blocks, heads]`` as a table, the image of one cell, and its difference from the original."""
     block, head = cell
     image = images[block][head]
-    difference = (image.astype(float) - original).mean(-1) / 255
     panels = [
         Pixels(
             "Change of the latent (rows: blocks; columns: heads)",
@@ -37,8 +36,7 @@ def heads_view(
         ),
         Pixels("All heads", original),
         Pixels("After the ablation", image),
-        Pixels("Difference: brighter (red) or darker (blue)", diverging(difference, 1.0), key=("-1", "1"),
-               colours="RdBu_r"),
+        difference_panel(original, image),
     ]  # fmt: skip
     more = int((distances > distances[block, head]).sum())
     what = f"head {head} of {blocks[block]}"
@@ -59,10 +57,10 @@ def heads(pipe: FluxPipeline, prompt: str, *, steps: int = 6, **request) -> Expl
     (steps,) = number_list("steps", steps, 1)
     request = check_request(request, "trajectory") | {"steps": steps, "trajectory": False, "progress": False}
     blocks, count = blocks_of(pipe), pipe.flux.config.num_heads
-    original = pipe(one_prompt(prompt), **request)
+    original = pipe(check_one_prompt(prompt), **request)
     latents = original.latents.float()
     tables = []
-    with tqdm(total=2 * len(blocks) * count, desc="removing heads", delay=1, leave=False) as bar:
+    with progress_bar(total=2 * len(blocks) * count, desc="removing heads", leave=False) as bar:
         for keep_only in (False, True):
             images, distances = [], np.zeros((len(blocks), count))
             for b, block in enumerate(blocks):

@@ -7,20 +7,11 @@ from functools import lru_cache
 
 import torch
 
-from fluxedu.instruments.lenses.modulation import KINDS, channels
+from fluxedu.instruments.lenses.layers import KINDS, modulation_channels
 from fluxedu.instruments.named import Named
 from fluxedu.plots import TIME_LABEL
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.widgets.explorer import (
-    EXAMPLE_PROMPT,
-    Choice,
-    Explorer,
-    Slider,
-    View,
-    explorer,
-    number_list,
-    prompt_list,
-)
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, Slider, View, explorer, number_list, prompt_list
 from fluxedu.widgets.panels import Lines, Pixels, diverging, resize_table, sequential
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 10.0)
@@ -29,7 +20,7 @@ GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 10.0)
 def modulation_view(table: Named, kind: str, cell: tuple[int, int]) -> View:
     """Sizes over depth and time, the three kinds of one layer over time, and that layer's channels.
 
-    ``table``: :func:`fluxedu.instruments.lenses.modulation.channels`, axes ``time, layer, kind, channel`` ·
+    ``table``: :func:`fluxedu.instruments.lenses.layers.modulation_channels`, axes ``time, layer, kind, channel`` ·
     ``cell``: layer and time.
     """
     times, layers = table.coords["time"], table.coords["layer"]
@@ -77,7 +68,7 @@ def modulation(pipe: FluxPipeline, prompts: str | Sequence[str], *, times: int =
     @lru_cache(maxsize=32)
     def table(prompt: int, guidance: int | None) -> Named:
         scale = None if guidance is None else GUIDANCE_SCALES[guidance]
-        return channels(pipe, prompts[prompt], times=all_times, guidance=scale)
+        return modulation_channels(pipe, prompts[prompt], times=all_times, guidance=scale)
 
     def draw(kind: int, prompt: int, cell: tuple[int, int], guidance: int | None = None) -> View:
         return modulation_view(table(prompt, guidance), KINDS[kind], cell)

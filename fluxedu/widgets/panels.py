@@ -191,6 +191,13 @@ class Pixels(Panel):
             strip.tick_params(labelsize=7, length=0)
 
 
+def difference_panel(before: RGB, after: RGB) -> Pixels:
+    """Where ``after`` is brighter or darker than ``before``."""
+    difference = (after.astype(float) - before).mean(-1) / 255
+    title = "Difference: brighter (red) or darker (blue)"
+    return Pixels(title, diverging(difference, 1.0), key=("-1", "1"), colours=DIVERGING)
+
+
 def _label_axes(ax: Axes, x_label: str, y_label: str) -> None:
     ax.set_xlabel(x_label, fontsize=8)
     ax.set_ylabel(y_label, fontsize=8)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from fluxedu.errors import InstrumentError, check_choice
-from fluxedu.instruments.lenses.run import one_prompt
+from fluxedu.instruments.lenses.run import check_one_prompt
+from fluxedu.progress import progress_bar
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.solvers import SOLVERS, solver_called
 from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, View, explorer
@@ -72,7 +72,7 @@ def solvers(
     Errors are distances from the midpoint solver's result after ``reference`` steps under the last shift. ``request``:
     as for the pipeline.
     """
-    one_prompt(prompt)
+    check_one_prompt(prompt)
     evaluations, shifts = sorted(evaluations), list(shifts)
     if not evaluations or not solvers or not shifts:
         raise InstrumentError("give at least one number of evaluations, one solver and one shift.")
@@ -81,7 +81,7 @@ def solvers(
     settings = request | {"solver": "midpoint", "steps": reference}
     goal = shifted(pipe, shifts[-1])(prompt, **settings).latents[0].float()
     tables = []
-    with tqdm(total=len(shifts) * len(steps), desc="solvers", delay=1, leave=False, disable=hide_bar) as bar:
+    with progress_bar(total=len(shifts) * len(steps), desc="solvers", leave=False, show=not hide_bar) as bar:
         for shift in shifts:
             images, errors = [[] for _ in solvers], np.zeros((len(solvers), len(evaluations)))
             for i, name in enumerate(solvers):

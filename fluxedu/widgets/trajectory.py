@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fluxedu.instruments.lenses.flow import curvature
-from fluxedu.instruments.lenses.run import one_prompt
+from fluxedu.instruments.lenses.run import check_one_prompt
 from fluxedu.plots import TIME_LABEL
 from fluxedu.sampling.pipeline import FluxPipeline, Trajectory
 from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Explorer, View, check_request, explorer, time_slider
@@ -39,7 +39,7 @@ def trajectory_view(path: Trajectory, states: Sequence[RGB], predictions: Sequen
 @torch.no_grad()
 def trajectory(pipe: FluxPipeline, prompt: str, **request) -> Explorer:
     """Move through the steps of a run of ``prompt``; ``request``: as for the pipeline."""
-    path = pipe(one_prompt(prompt), **check_request(request, "trajectory")).trajectory
+    path = pipe(check_one_prompt(prompt), **check_request(request, "trajectory")).trajectory
     states = [to_rgb(pipe.autoencoder.decode(x[:1])[0]) for x in path.latents[:-1]]
     predictions = [to_rgb(pipe.autoencoder.decode(x[:1])[0]) for x in path.x0]
     times = path.times[:-1].tolist()

@@ -15,7 +15,7 @@ from IPython.core.completer import IPCompleter, provisionalcompleter
 import fluxedu as fe
 from fluxedu import widgets
 from fluxedu.errors import InstrumentError
-from fluxedu.instruments.lenses.modulation import channels
+from fluxedu.instruments.lenses.layers import modulation_channels
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import parts
 from fluxedu.sampling.solvers import schedule
@@ -152,7 +152,7 @@ def test_modulation_matches_the_sites(pipe):
     with fe.record("single.4.gate", "double.1.img_mod.scale2", steps=[0, 2]) as rec:
         out = pipe(PROMPT, steps=3, guidance=4.0, progress=False)
     times = out.trajectory.times[[0, 2]]
-    table = channels(pipe, PROMPT, times=times, guidance=4.0)
+    table = modulation_channels(pipe, PROMPT, times=times, guidance=4.0)
     layers = table.coords["layer"]
     gate = table.tensor[:, layers.index("single.4"), 2]
     scale = table.tensor[:, layers.index("double.1.img_mlp"), 1]

@@ -47,7 +47,7 @@ def test_the_keyboard_is_enough(tab, address):
     tab.keyboard.press("ArrowDown")
     assert shown(tab) == ["Noise"]
     tab.keyboard.press("End")
-    assert shown(tab) == ["Autoencoder: the picture"]
+    assert shown(tab) == ["Autoencoder: latent to image"]
 
 
 def test_a_stage_can_be_linked_to(tab, address):

@@ -178,7 +178,7 @@ def test_lenses(pipe, tmp_path):
         "times": [2, [0.5, 0.1]],
         "guidance": [3.5],
         "seed": [0, 7],
-        "path": [draw(pipe).trajectory],
+        "trajectory": [draw(pipe).trajectory],
     }
 
     def case(chance):
@@ -189,7 +189,7 @@ def test_lenses(pipe, tmp_path):
             if key in good and argument.default is argument.empty:
                 asked.setdefault(key, good[key][0])
         start = {"pipe": pipe, "prompt": chance.choice(["a red circle"] * 9 + ODD)}
-        small = {"steps": 2, "height": 16, "width": 16, "progress": False} if "asked" in takes else {}
+        small = {"steps": 2, "height": 16, "width": 16, "progress": False} if "options" in takes else {}
         getattr(lenses, name)(**{key: value for key, value in start.items() if key in takes}, **asked, **small)
 
     fuzz("lenses", 0.06, case, tmp_path)
@@ -230,7 +230,7 @@ def test_swapping(pipe, tmp_path):
 
 def test_nobody_is_left_looking(pipe):
     """After all of the above the sites are idle again."""
-    assert not fe.probe.watched()
+    assert not fe.probe.is_watching()
 
 
 def test_sites(tmp_path):

@@ -1,30 +1,18 @@
-"""Lenses: questions one asks of a run, answered as tensors with named axes.
+"""Lenses: measurements on a run of the pipeline, with tensors of named axes as results.
 
-Each runs a pipeline, records what it needs and reduces it on the way; each names the paper whose question
-it is. ``lenses.word_maps(pipe, "a red circle left of a blue square", ["circle", "square"])``.
+    lenses.word_maps(pipe, "a red circle left of a blue square", ["circle", "square"], seed=1)
+
+Each lens runs the pipeline, records what it needs and reduces it during the run; its docstring names the paper that the
+measurement comes from. Further keywords (``seed``, ``steps``, ``guidance``, ...) go to the pipeline. A lens is a
+function with the decorator :func:`fluxedu.instruments.lenses.run.lens` in any module of this package.
 """
 
-from fluxedu.instruments.lenses.attention import attention_balance, head_gallery, padding_mass
-from fluxedu.instruments.lenses.flow import curvature, divergence, straightness, velocity_field
-from fluxedu.instruments.lenses.layers import contributions, position_dependence, vital_layers, x0_by_block
-from fluxedu.instruments.lenses.modulation import modulation
-from fluxedu.instruments.lenses.tokens import massive_activations
-from fluxedu.instruments.lenses.words import concept_maps, word_maps
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = [
-    "attention_balance",
-    "concept_maps",
-    "contributions",
-    "curvature",
-    "divergence",
-    "head_gallery",
-    "massive_activations",
-    "modulation",
-    "padding_mass",
-    "position_dependence",
-    "straightness",
-    "velocity_field",
-    "vital_layers",
-    "word_maps",
-    "x0_by_block",
-]
+from fluxedu.instruments.lenses.run import LENSES
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+globals().update(LENSES)  # after the imports: a lens may have the name of its module
+__all__ = sorted(LENSES)

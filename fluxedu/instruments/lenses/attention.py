@@ -1,99 +1,144 @@
-"""Whom the tokens look at: heads one by one, text against image, and the padding."""
+"""What attention shows: where words are in the image, what each head attends to, and what text and padding receive."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Sequence
+
+import torch
 
 from fluxedu.errors import InstrumentError, describe
-from fluxedu.instruments.lenses.run import Look, alone, as_picture, by_block, grid
+from fluxedu.instruments.lenses.run import LensRun, lens, patch_grid, stack_blocks, unfold_patches
 from fluxedu.instruments.named import Named
-from fluxedu.instruments.recorder import record
-from fluxedu.instruments.reductions import Value, head_mean, rows
+from fluxedu.instruments.recorder import Steps, record
+from fluxedu.instruments.reductions import Value, head_mean, rows, step_mean, to_named
 from fluxedu.instruments.tokens import text_tokens, token_indices
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.sampling.step_context import StepContext, current_context
+from fluxedu.sampling.step_context import current_context
 
 
-def head_gallery(pipe: FluxPipeline, prompt: str, query: str | tuple[int, int], *, at_step: int = -1, **asked) -> Named:
-    """What every head of every block looks at in the picture, for one query: axes ``block, head, row, column``.
+@lens
+def word_maps(pipe: FluxPipeline, prompt: str, words: Sequence[str], *, at_steps: Steps = None) -> LensRun:
+    """How much each patch attends to each word: axes ``block, word, row, column``.
 
-    query: a word of the prompt (the mean over its pieces), or a patch (row, column). Rows of the exact map at
-    ``at_step``. Heads that specialise: arXiv 2411.15034 (HeadRouter).
+    The attention of image queries to the keys of the word, summed over its tokens and averaged over heads and over
+    ``at_steps`` (all steps by default). Padding belongs to no word. Cross-attention maps: arXiv 2210.04885 (DAAM),
+    here for joint attention.
     """
-    return alone(pipe, prompt, look_at_heads(pipe, prompt, query, at_step), asked)
+    word_tokens = _tokens_of(pipe, prompt, words)
+    tokens = sorted({token for indices in word_tokens for token in indices})
+    rec = record("*.attn.map", passes="prompted", tokens=tokens, steps=at_steps, reduce=["head-mean", step_mean])
+    out = yield rec
+    maps = stack_blocks(rec, pipe, "attn.map")  # [block, query, key]
+    per_word = [maps.tensor[..., [tokens.index(token) for token in indices]].sum(-1) for indices in word_tokens]
+    coords = {"block": maps.coords["block"], "word": list(words)}
+    per_word = Named(torch.stack(per_word, dim=1), ("block", "word", "query"), coords)
+    return unfold_patches(per_word, "query", patch_grid(out.latents.shape))
 
 
-def look_at_heads(pipe: FluxPipeline, prompt: str, query: str | tuple[int, int], at_step: int = -1) -> Look:
-    """:func:`head_gallery` in two halves."""
+@lens
+def concept_maps(pipe: FluxPipeline, prompt: str, words: Sequence[str], *, at_steps: Steps = None) -> LensRun:
+    """Which of the words each patch resembles: axes ``block, word, row, column``, summing to 1 over the words.
+
+    The cosine similarity between the attention output of the patch and that of the word (not the attention weights),
+    with a softmax over the words. After ConceptAttention (arXiv 2502.04320), which adds concept tokens to which the
+    image does not attend; here they are the words of the prompt, and single-stream blocks are measured as well.
+    """
+    word_tokens = _tokens_of(pipe, prompt, words)
+
+    def similarity(value: Value) -> Named:
+        heads = to_named(value).tensor  # [B, H, T, d]
+        attn_out = torch.nn.functional.normalize(heads.transpose(1, 2).flatten(2).float(), dim=-1)  # [B, T, D]
+        of_words = torch.stack([attn_out[:, indices].mean(1) for indices in word_tokens], dim=1)  # [B, words, D]
+        of_image = attn_out[:, current_context().txt_len :]  # [B, N, D]
+        return Named(of_image @ of_words.transpose(1, 2), ("batch", "image", "word"))
+
+    reduce = [similarity, step_mean]
+    rec = record("double.*.heads", "single.*.heads", passes="prompted", steps=at_steps, reduce=reduce)
+    out = yield rec
+    maps = stack_blocks(rec, pipe, "heads")
+    coords = maps.coords | {"word": list(words)}
+    shares = Named((maps.tensor.transpose(1, 2) / 0.1).softmax(1), ("block", "word", "image"), coords)
+    return unfold_patches(shares, "image", patch_grid(out.latents.shape))
+
+
+def _tokens_of(pipe: FluxPipeline, prompt: str, words: Sequence[str]) -> list[list[int]]:
+    """The token indices of each word."""
+    if not isinstance(words, list | tuple) or not words:
+        raise InstrumentError(f"words must be a list of words of the prompt, not {describe(words)}.")
+    return [token_indices(pipe.prompt_encoder.t5_tokenizer, prompt, [word]) for word in words]
+
+
+@lens
+def head_gallery(pipe: FluxPipeline, prompt: str, query: str | tuple[int, int], *, at_step: int = -1) -> LensRun:
+    """How much one query attends to each patch, in every head: axes ``block, head, row, column``.
+
+    query: a word of the prompt (the mean over its tokens), or a patch (row, column). These are rows of the exact
+    attention map at ``at_step``. Heads that specialise: arXiv 2411.15034 (HeadRouter).
+    """
     if not isinstance(at_step, int):
-        raise InstrumentError(f"at_step is one step, a whole number, not {describe(at_step)}.")
+        raise InstrumentError(f"at_step must be the index of one step, not {describe(at_step)}.")
     if isinstance(query, str):
-        look = rows(token_indices(pipe.prompt_encoder.t5_tokenizer, prompt, [query]))
+        query_rows = rows(token_indices(pipe.prompt_encoder.t5_tokenizer, prompt, [query]))
     else:
 
-        def look(value: Value) -> Named:
-            return rows([current_context().txt_len + _patch(current_context(), query)])(value)
+        def query_rows(value: Value) -> Named:
+            context = current_context()
+            return rows([context.txt_len + _patch_index(query, patch_grid(context.request.shape))])(value)
 
-    rec = record("*.attn.map", passes="prompted", steps=at_step, reduce=look)
+    rec = record("*.attn.map", passes="prompted", steps=at_step, reduce=query_rows)
     out = yield rec
-    maps = by_block(rec, pipe, "attn.map").at(step=0).mean("query")  # [block, head, key]
-    image = Named(maps.tensor[..., rec.txt_len :], ("block", "head", "image"), maps.coords)
-    return as_picture(image, "image", *grid(pipe, out))
+    maps = stack_blocks(rec, pipe, "attn.map").at(step=0).mean("query")  # [block, head, key]
+    to_image = Named(maps.tensor[..., rec.txt_len :], ("block", "head", "image"), maps.coords)
+    return unfold_patches(to_image, "image", patch_grid(out.latents.shape))
 
 
-def _patch(context: StepContext, query: tuple[int, int]) -> int:
-    """The place of a patch among the picture's."""
-    height, width = (cells // 2 for cells in context.request.shape)
+def _patch_index(patch: tuple[int, int], grid: tuple[int, int]) -> int:
+    """The index of a patch (row, column) among the image tokens."""
     try:
-        row, column = map(operator.index, query)
+        row, column = map(operator.index, patch)
     except (TypeError, ValueError):
-        raise InstrumentError(f"a query is a word or a patch (row, column), not {describe(query)}.") from None
-    if not (0 <= row < height and 0 <= column < width):
-        raise InstrumentError(f"the picture has {height} x {width} patches, so there is none at {tuple(query)}.")
-    return row * width + column
+        raise InstrumentError(f"query must be a word or a patch (row, column), not {describe(patch)}.") from None
+    if not (0 <= row < grid[0] and 0 <= column < grid[1]):
+        raise InstrumentError(f"the image has {grid[0]} x {grid[1]} patches, so there is no patch {tuple(patch)}.")
+    return row * grid[1] + column
 
 
-def attention_balance(pipe: FluxPipeline, prompt: str, *, at_steps=None, **asked) -> Named:
-    """The share of the image's attention that goes to the text, padding included: axes ``block, step``.
+@lens
+def attention_balance(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None) -> LensRun:
+    """The share of the image's attention that goes to text tokens, padding included: axes ``block, step``.
 
-    The mean over heads and patches; the rest goes to the image. Far fewer text tokens than image tokens, and the
-    softmax does not care which is which: arXiv 2506.07986 (TACA).
+    The mean over heads and patches; the rest goes to the image. There are far fewer text tokens than image tokens, and
+    the softmax treats both alike: arXiv 2506.07986 (TACA).
     """
-    return alone(pipe, prompt, look_at_balance(pipe, prompt, at_steps), asked)
+    return (yield from _attention_share(pipe, None, at_steps))
 
 
-def look_at_balance(pipe: FluxPipeline, prompt: str, at_steps=None) -> Look:
-    """:func:`attention_balance` in two halves."""
-    return _mass(pipe, lambda: range(current_context().txt_len), at_steps)
+@lens
+def padding_mass(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None) -> LensRun:
+    """The share of the image's attention that goes to padding tokens: axes ``block, step``.
 
-
-def padding_mass(pipe: FluxPipeline, prompt: str, *, at_steps=None, **asked) -> Named:
-    """The share of the image's attention that goes to padding: axes ``block, step``.
-
-    FLUX masks no padding, and pads serve as a place to put attention, or more: arXiv 2501.06751.
+    FLUX does not mask padding. Padding tokens absorb attention that no other token needs, and can do more:
+    arXiv 2501.06751.
     """
-    return alone(pipe, prompt, look_at_padding(pipe, prompt, at_steps), asked)
-
-
-def look_at_padding(pipe: FluxPipeline, prompt: str, at_steps=None) -> Look:
-    """:func:`padding_mass` in two halves."""
     tokenizer = pipe.prompt_encoder.t5_tokenizer
-    first = max(text_tokens(tokenizer, prompt), default=-1) + 2  # behind the words and the end mark
+    first = max(text_tokens(tokenizer, prompt), default=-1) + 2  # after the words and the end-of-text token
     if first >= tokenizer.length:
-        raise InstrumentError(f"the prompt fills all {tokenizer.length} tokens: there is no padding.")
-    return _mass(pipe, lambda: range(first, tokenizer.length), at_steps)
+        raise InstrumentError(f"the prompt fills all {tokenizer.length} text tokens: there is no padding.")
+    return (yield from _attention_share(pipe, range(first, tokenizer.length), at_steps))
 
 
-def _mass(pipe: FluxPipeline, keys: Callable[[], range], steps) -> Look:
-    """What the picture's own patches (not a reference's) give to ``keys``."""
+def _attention_share(pipe: FluxPipeline, keys: range | None, steps: Steps) -> LensRun:
+    """The attention of the image's own patches (not those of a reference) to ``keys``; None: to all text tokens."""
 
-    def mass(value: Value) -> Named:
-        height, width = (cells // 2 for cells in current_context().request.shape)
-        patches = range(current_context().txt_len, current_context().txt_len + height * width)
-        part = head_mean(value.take("query", list(patches)).take("key", list(keys())))
-        return Named(part.tensor.sum(-1).mean(-1), ("batch",))
+    def share(value: Value) -> Named:
+        context = current_context()
+        height, width = patch_grid(context.request.shape)
+        patches = range(context.txt_len, context.txt_len + height * width)
+        selected = range(context.txt_len) if keys is None else keys
+        weights = head_mean(value.take("query", list(patches)).take("key", list(selected)))  # [B, query, key]
+        return Named(weights.tensor.sum(-1).mean(-1), ("batch",))
 
-    rec = record("*.attn.map", passes="prompted", steps=steps, reduce=mass)
+    rec = record("*.attn.map", passes="prompted", steps=steps, reduce=share)
     yield rec
-    return by_block(rec, pipe, "attn.map")
+    return stack_blocks(rec, pipe, "attn.map")

@@ -1,4 +1,4 @@
-"""What each block does: how much it adds, how much it matters, what the picture is so far, whether places matter."""
+"""What each block does: how much it adds, how the image depends on it, and how time and prompt modulate it."""
 
 from __future__ import annotations
 
@@ -6,129 +6,230 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from fluxedu.errors import InstrumentError
+from fluxedu.errors import InstrumentError, check_integer, check_number, describe
 from fluxedu.instruments.ablation import ablate
 from fluxedu.instruments.interventions import intervene, positions
-from fluxedu.instruments.lenses.run import Look, alone, blocks_of, grid, recorded
+from fluxedu.instruments.lenses.run import (
+    LensRun,
+    blocks_of,
+    check_one_prompt,
+    lens,
+    patch_grid,
+    run_recorded,
+    stack_blocks,
+)
 from fluxedu.instruments.named import Named
-from fluxedu.instruments.recorder import record
+from fluxedu.instruments.recorder import Steps, record
+from fluxedu.instruments.reductions import Value, to_named
 from fluxedu.instruments.watching import Instrument
+from fluxedu.progress import progress_bar
 from fluxedu.sampling.latents import unpack
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.step_context import current_context
 
+KINDS = ("shift", "scale", "gate")
+Times = int | Sequence[float] | Tensor
 
-def contributions(pipe: FluxPipeline, prompt: str, **asked) -> Named:
-    """How much each block adds to the image tokens, beside what was there: axes ``block, step``.
 
-    ``|block(x) - x| / |x|``, the norms over all image tokens. 0 is a block that does nothing. The measure is our own;
-    that blocks of a residual network refine what is there, little by little: arXiv 1612.07771.
+@lens
+def contributions(pipe: FluxPipeline, prompt: str) -> LensRun:
+    """How much each block adds to the image tokens, relative to their size: axes ``block, step``.
+
+    ``|block(x) - x| / |x|``, with norms over all image tokens. A block that does nothing has 0. The measure is our own;
+    that the blocks of a residual network refine their input little by little: arXiv 1612.07771.
     """
-    return alone(pipe, prompt, look_at_contributions(pipe), asked)
-
-
-def look_at_contributions(pipe: FluxPipeline) -> Look:
-    """:func:`contributions` in two halves."""
     sites = ("double.*.img", "double.*.img_out", "single.*.x", "single.*.out")
-    rec = record(*sites, passes="prompted", reduce=_Added())
+    rec = record(*sites, passes="prompted", reduce=_RelativeChange())
     yield rec
     names = blocks_of(pipe)
-    added = [rec[f"{name}.{'img_out' if name.startswith('double') else 'out'}"] for name in names]
-    steps = added[-1].coords["step"]
-    return Named(torch.stack([a.tensor for a in added]), ("block", "step"), {"block": names, "step": steps})
+    changes = [rec[_output_site(name)] for name in names]
+    coords = {"block": names, "step": changes[-1].coords["step"]}
+    return Named(torch.stack([change.tensor for change in changes]), ("block", "step"), coords)
 
 
-class _Added:
-    """A reduction: ``|block(x) - x| / |x|`` of the picture's own tokens, a number where a block ends.
+def _output_site(block: str) -> str:
+    return f"{block}.img_out" if block.startswith("double") else f"{block}.out"
 
-    A block's tokens are put by where it begins, on the device and until it ends.
+
+class _RelativeChange:
+    """A reduction to ``|block(x) - x| / |x|`` of the image's own tokens, computed where a block ends.
+
+    The tokens that enter a block are held on the device until it ends.
     """
 
-    site = ""  # told by the recorder
+    site = ""  # set by the recorder
 
     def __init__(self):
         self.before: Tensor | None = None
 
     def __call__(self, value: Named) -> Named | None:
         context = current_context()
-        height, width = (cells // 2 for cells in context.request.shape)
+        rows, columns = patch_grid(context.request.shape)
         first = 0 if self.site.startswith("double") else context.txt_len
-        x = value.tensor[:, first : first + height * width]
+        x = value.tensor[:, first : first + rows * columns]
         if not self.site.endswith("out"):
             self.before = x.clone()
             return None
         before, self.before = self.before, None
-        if before is None:  # a block of somebody's own, which does not say where it begins
+        if before is None:  # a user's own block, without a site where it begins
             return None
         return Named((x - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1), ("batch",))
 
 
-def x0_by_block(pipe: FluxPipeline, prompt: str, *, at_steps=None, decoded: bool = False, **asked) -> Named:
-    """The picture foreseen after each block: axes ``block, step, channel, row, column``, a latent or (decoded) pixels.
+@lens
+def x0_by_block(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None, decoded: bool = False, **options) -> Named:
+    """The predicted x0 after each block, a latent or (decoded) pixels: axes ``block, step, channel, row, column``.
 
-    The image tokens as a block leaves them, through the last layer as if it came next: ``x0 = x - t v``. This is our
-    own adaptation of the logit lens (see arXiv 2303.08112) to a flow; the last layer was trained to read the last
-    block only, so early blocks are a guess at best. At the last block it is the run's own ``sample.x0``, or, with
-    classifier-free guidance, what the prompted pass alone foresees. Only for solver="euler", which asks once a step.
+    The image tokens that leave a block go through the last layer as if it came next: ``x0 = x - t v``. This is our own
+    adaptation of the logit lens (see arXiv 2303.08112) to a flow; the last layer was trained on the output of the last
+    block only, so for early blocks the result is a guess at best. For the last block it is ``sample.x0`` of the run or,
+    with classifier-free guidance, the predicted x0 of the prompted pass. Needs solver="euler", which evaluates the
+    model once per step.
     """
-    if asked.get("solver", "euler") != "euler":
-        raise InstrumentError(f"x0_by_block is for solver='euler', which asks once a step, not {asked['solver']!r}.")
+    if options.get("solver", "euler") != "euler":
+        raise InstrumentError(
+            f"x0_by_block needs solver='euler', one model evaluation per step, not {describe(options['solver'])}."
+        )
     globs = ("double.*.img_out", "single.*.out", "vec", "sample.x")
-    out, rec = recorded(pipe, prompt, *globs, asked=asked, steps=at_steps)
+    out, rec = run_recorded(pipe, prompt, *globs, options=options, steps=at_steps)
     if "sample.x" not in rec:
-        raise InstrumentError("the run has no such step, so there is nothing to look at.")
+        raise InstrumentError("the run has no such step, so nothing was recorded.")
     x, vec, names = rec["sample.x"], rec["vec"].tensor.to(pipe.device), blocks_of(pipe)
     times = torch.tensor(x.coords["step"]).view(-1, 1, 1, 1).to(x.tensor)
-    last, found, (rows, columns) = pipe.flux.final_layer, [], grid(pipe, out)
+    height, width = out.latents.shape[-2:]
+    rows, columns = patch_grid(out.latents.shape)
+    last_layer, predictions = pipe.flux.final_layer, []
     with torch.no_grad():
-        for name in tqdm(names, desc="blocks", delay=1, leave=False):
-            double = name.startswith("double")
-            tokens = rec[f"{name}.{'img_out' if double else 'out'}"].tensor.to(pipe.device)
-            v = last((tokens if double else tokens[:, rec.txt_len :])[:, : rows * columns], last.plan(vec))
-            x0 = x.tensor - times * unpack(v, *out.latents.shape[-2:]).to(x.tensor)
-            found.append(pipe.autoencoder.decode(x0.to(pipe.device, pipe.dtype)).to(x0) if decoded else x0)
-    return Named(torch.stack(found), ("block", *x.axes), x.coords | {"block": names})
+        for name in progress_bar(names, desc="blocks", leave=False):
+            tokens = rec[_output_site(name)].tensor.to(pipe.device)
+            image_tokens = tokens if name.startswith("double") else tokens[:, rec.txt_len :]
+            v = last_layer(image_tokens[:, : rows * columns], last_layer.plan(vec))
+            x0 = x.tensor - times * unpack(v, height, width).to(x.tensor)
+            if decoded:
+                x0 = pipe.autoencoder.decode(x0.to(pipe.device, pipe.dtype)).to(x0)
+            predictions.append(x0)
+    return Named(torch.stack(predictions), ("block", *x.axes), x.coords | {"block": names})
 
 
-def vital_layers(pipe: FluxPipeline, prompt: str, *, seeds: Sequence[int] = (0,), **asked) -> Named:
-    """How far the picture goes without each block: axis ``block``, the mean over ``seeds``.
+@lens
+def vital_layers(pipe: FluxPipeline, prompt: str, *, seeds: Sequence[int] = (0,), **options) -> Named:
+    """How much the image changes without each block: axis ``block``, the mean over ``seeds``.
 
-    ``|latent without - latent with| / |latent with|``. Vital layers are those it goes far without; arXiv
-    2411.14430 (Stable Flow), which measures the distance with DINOv2 where this takes the latent's.
+    ``|latent without - latent with| / |latent with|``. The blocks with large values are called vital layers in arXiv
+    2411.14430 (Stable Flow), which measures the distance with DINOv2 instead of latents.
     """
-    return _each_block(pipe, prompt, seeds, asked, ablate, "without each block")
+    return _distances(pipe, prompt, seeds, options, ablate, "without each block")
 
 
+@lens
 def position_dependence(
     pipe: FluxPipeline,
     prompt: str,
     *,
     seeds: Sequence[int] = (0,),
     edit: Callable[[Tensor], Tensor] = torch.zeros_like,
-    **asked,
+    **options,
 ) -> Named:
-    """How far the picture goes when one block is told other places: axis ``block``, as :func:`vital_layers`.
+    """How much the image changes if one block has other position ids: axis ``block``, as :func:`vital_layers`.
 
-    ``edit(ids [N, 3]) -> ids``; all patches at one place if not said. Some blocks go by places, others by content:
-    arXiv 2503.16153 (FreeFlux), which shifts them.
+    ``edit(ids [N, 3]) -> ids``; by default, all patches get the same position. Some blocks depend on positions, others
+    on content: arXiv 2503.16153 (FreeFlux), which shifts the positions.
     """
 
-    def lost(block: str) -> Instrument:
+    def change(block: str) -> Instrument:
         return intervene(f"{block}.attn.rope", positions(edit))
 
-    return _each_block(pipe, prompt, seeds, asked, lost, "other places")
+    return _distances(pipe, prompt, seeds, options, change, "other positions")
 
 
-def _each_block(pipe: FluxPipeline, prompt: str, seeds, asked: dict, change, said: str) -> Named:
-    names, seeds = blocks_of(pipe), asked.get("seed", seeds)
+def _distances(pipe: FluxPipeline, prompt: str, seeds, options: dict, change: Callable, description: str) -> Named:
+    """The distance of the latents from those of the unchanged run, with ``change(block)`` for each block in turn."""
+    seeds = options.get("seed", seeds)
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-    asked = {"trajectory": False} | asked | {"seed": seeds, "progress": False}
-    whole = pipe(prompt, **asked).latents
-    far = []
-    for name in tqdm(names, desc=said, delay=1, leave=False):
-        with change(name):
-            other = pipe(prompt, **asked).latents
-        far.append(((other - whole).flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1)).mean())
-    return Named(torch.stack(far), ("block",), {"block": names})
+    options = {"trajectory": False} | options | {"seed": seeds, "progress": False}
+    original = pipe(prompt, **options).latents
+    distances = []
+    for block in progress_bar(blocks_of(pipe), desc=description, leave=False):
+        with change(block):
+            changed = pipe(prompt, **options).latents
+        distance = (changed - original).flatten(1).norm(dim=1) / original.flatten(1).norm(dim=1)  # [B]
+        distances.append(distance.mean())
+    return Named(torch.stack(distances), ("block",), {"block": blocks_of(pipe)})
+
+
+@lens
+def massive_activations(pipe: FluxPipeline, prompt: str, *, at_step: int = 0) -> LensRun:
+    """The largest activation among the tokens that leave each block: axes ``block, what``.
+
+    what: its size, the median size for comparison, its token and its channel (in double-stream blocks, of image
+    tokens). Massive activations occur in a few fixed channels and in all tokens of diffusion transformers:
+    arXiv 2510.11538.
+    """
+    what = ["largest", "median", "token", "channel"]
+
+    def largest(value: Value) -> Named:
+        size = to_named(value).tensor.abs().float()  # [B, T, D]
+        index, width = size.flatten(1).argmax(1), size.shape[-1]
+        numbers = [size.flatten(1).amax(1), size.flatten(1).median(1).values, index // width, index % width]
+        return Named(torch.stack([n.float() for n in numbers], dim=1), ("batch", "what"), {"what": what})
+
+    rec = record("double.*.img_out", "single.*.out", passes="prompted", steps=at_step, reduce=largest)
+    yield rec
+    double = stack_blocks(rec, pipe, "img_out").at(step=0)
+    single = stack_blocks(rec, pipe, "out").at(step=0)
+    coords = {"block": double.coords["block"] + single.coords["block"], "what": what}
+    return Named(torch.cat([double.tensor, single.tensor]), ("block", "what"), coords)
+
+
+# ---------------------------------------------------------------- modulation
+
+
+@lens
+def modulation(pipe: FluxPipeline, prompt: str, *, times: Times = 21, guidance: float | None = None) -> Named:
+    """The size of every modulation over time: axes ``time, layer, kind``, the root mean square over channels.
+
+    times: their number, evenly spaced from 1 to 0, or the times themselves. A layer is a part of a block,
+    ``double.0.img_attn``, ``double.0.img_mlp``, ``single.3``; the kinds are shift, scale and gate. They depend on the
+    time, the guidance scale and the pooled text only. AdaLN: arXiv 2212.09748.
+    """
+    table = modulation_channels(pipe, prompt, times=times, guidance=guidance)
+    return table.dropped("channel", table.tensor.square().mean(-1).sqrt())
+
+
+@torch.no_grad()
+def modulation_channels(pipe: FluxPipeline, prompt: str, *, times: Times = 21, guidance: float | None = None) -> Named:
+    """The modulation of every channel: axes ``time, layer, kind, channel``; arguments as for :func:`modulation`."""
+    check_one_prompt(prompt)
+    times = _times(times)
+    scale = pipe.defaults.guidance
+    if guidance is not None:
+        scale = check_number("guidance", guidance, -1e30, 1e30, error=InstrumentError)
+    scale = torch.tensor([float(scale)], device=pipe.device) if pipe.flux.config.guidance_embed else None
+    plan = pipe.flux.plan(times.to(pipe.device)[:, None], scale, pipe.prompt_encoder([prompt]).pooled)
+
+    layers: dict[str, Tensor] = {}  # [T, 3 D] each
+    for i, mods in enumerate(plan.double):
+        for stream in mods:
+            attn, mlp = mods[stream][:, 0].chunk(2, dim=-1)
+            layers[f"double.{i}.{stream}_attn"] = attn
+            layers[f"double.{i}.{stream}_mlp"] = mlp
+    for i, mods in enumerate(plan.single):
+        layers[f"single.{i}"] = mods[:, 0]
+    table = torch.stack([mods.unflatten(-1, (3, -1)).float() for mods in layers.values()], dim=1).cpu()
+    coords = {"time": times.tolist(), "layer": list(layers), "kind": list(KINDS)}
+    return Named(table, ("time", "layer", "kind", "channel"), coords)
+
+
+def _times(times: Times) -> Tensor:
+    """The times as a tensor ``[T]``; raises InstrumentError for what is not in [0, 1]."""
+    if isinstance(times, int) and not isinstance(times, bool):
+        check_integer("times", times, 1, 10_000, "or pass a list of times in [0, 1]", error=InstrumentError)
+        return torch.linspace(1, 0, times)
+    try:
+        found = torch.as_tensor(times, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = torch.zeros(())
+    if found.ndim != 1 or not len(found) or not bool(((found >= 0) & (found <= 1)).all()):
+        raise InstrumentError(f"times must be a number of times, or a list of times in [0, 1], not {describe(times)}.")
+    return found
