@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from fluxedu.arena.rating import Ratings, rank_pairs, rate, tally, win_matrix
 from fluxedu.arena.stable_diffusion import FILE, SD, open_model
@@ -36,6 +35,7 @@ from fluxedu.loading import SHIPPED_MODELS, WEIGHTS
 from fluxedu.nano.exam import Question, questions
 from fluxedu.nano.judge import Verdict, diversity, judge, quality
 from fluxedu.nano.scenes import LETTERS, Claim
+from fluxedu.progress import progress_bar
 
 SHAPES = ((128, 128), (96, 192), (192, 96))  # (height, width) of the images on the size axis
 SEEDS = 4  # images per prompt on the diversity axis
@@ -253,7 +253,7 @@ class Arena:
             for spec in side_images(axis, q.seed, q.size)
             for name in self.names
         )
-        for image in tqdm(needed, desc="images", delay=1):
+        for image in progress_bar(needed, desc="images"):
             self.gallery.image(*image)
         return len(needed)
 
@@ -311,7 +311,7 @@ def judge_votes(arena: Arena, votes: int, axes: Sequence[str] = tuple(AXES)) -> 
     """
     claims = {axis: {(q.prompt, q.seed): q.claim for q in arena.questions(axis)} for axis in axes}
     given, remaining = 0, list(axes)
-    with tqdm(total=votes, desc="judge", delay=1) as bar:
+    with progress_bar(total=votes, desc="judge") as bar:
         while remaining and given < votes:
             axis = remaining[given % len(remaining)]
             try:

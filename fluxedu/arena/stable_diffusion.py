@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from fluxedu.errors import RequestError, check_integer
 from fluxedu.loading import WEIGHTS, load
@@ -28,6 +27,7 @@ from fluxedu.memory.quantised import quiet_imports
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
 from fluxedu.nano import networks
+from fluxedu.progress import progress_bar
 from fluxedu.sampling.images import to_images
 from fluxedu.sampling.latents import draw_noise
 from fluxedu.sampling.pipeline import FluxPipeline, Output
@@ -135,7 +135,7 @@ class StableDiffusion:
             x = begin.to(x)
         txt = self.encode([""] * len(prompts) + prompts)  # [2B, 32, 96]
         self.scheduler.set_timesteps(steps)
-        for t in tqdm(self.scheduler.timesteps, disable=not progress, delay=1.0, desc="sampling"):
+        for t in progress_bar(self.scheduler.timesteps, show=progress, desc="sampling"):
             empty, prompted = self.unet(torch.cat([x, x]), t, txt).sample.chunk(2)
             x = self.scheduler.step(empty + scale * (prompted - empty), t, x).prev_sample
         return Output(to_images(self.autoencoder.decode(x)), x, None)

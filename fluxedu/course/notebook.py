@@ -14,7 +14,6 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from functools import partialmethod
 from typing import Any
 
 import torch
@@ -22,11 +21,11 @@ from IPython import get_ipython
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-from tqdm.auto import tqdm
 
 from fluxedu.errors import CourseError, first_of
 from fluxedu.instruments.parts import parts
 from fluxedu.plots import hide_axes
+from fluxedu.progress import disable_bars
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.architecture import diagram
 from fluxedu.widgets.panels import draw_arrows
@@ -48,7 +47,7 @@ def begin(seed: int = 0) -> torch.device:
     if (shell := get_ipython()) is not None:
         shell.run_line_magic("matplotlib", "inline")
     # a progress bar is an output that depends on the machine's speed, and stored outputs are compared
-    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    disable_bars()
     rcParams.update(FIGURE_STYLE)
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     torch.manual_seed(seed)

@@ -37,9 +37,11 @@ class ResnetBlock(Probed):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, C', h, w]
         h = self.probe("norm1", self.norm1(x))  # [B, C, h, w] group-normalised, before the first SiLU and convolution
-        h = self.conv1(F.silu(h))
+        h = F.silu(h)
+        h = self.conv1(h)
         h = self.probe("norm2", self.norm2(h))  # [B, C, h, w] group-normalised, before the second SiLU and convolution
-        h = self.conv2(F.silu(h))
+        h = F.silu(h)
+        h = self.conv2(h)
         h = self.probe("residual", h)  # [B, C, h, w] what the block adds
         if hasattr(self, "nin_shortcut"):
             x = self.nin_shortcut(x)

@@ -12,7 +12,6 @@ from itertools import count, pairwise
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fluxedu.errors import RequestError, describe
 from fluxedu.memory.placement import Networks, memory_advice
@@ -20,6 +19,7 @@ from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
 from fluxedu.models.flux import Flux
 from fluxedu.probe import Sited
+from fluxedu.progress import progress_bar
 from fluxedu.sampling.conditions import check_pictures, encode_conditions, paste_outside
 from fluxedu.sampling.images import Picture, resized, to_images, to_mask, to_tensor
 from fluxedu.sampling.latents import draw_noise, pack, unpack
@@ -175,7 +175,7 @@ class FluxPipeline(Sited):
         height, width = (side * downscale for side in requests[0].shape)
         with (
             memory_advice(networks, self.device, height, width, txt_len),
-            tqdm(total=len(requests) * (len(times) - 1), disable=not progress, delay=1.0, desc="sampling") as bar,
+            progress_bar(total=len(requests) * (len(times) - 1), show=progress, desc="sampling") as bar,
         ):
             with entered(context):
                 texts = self.encode(requests)
@@ -192,7 +192,7 @@ class FluxPipeline(Sited):
         return Output([picture for picture, _, _ in drawn], latents, Trajectory(times, all_latents, velocities))
 
     def draw(
-        self, request: Request, texts: Conditioning, times: Tensor, bar: tqdm, keep_all: bool = True
+        self, request: Request, texts: Conditioning, times: Tensor, bar, keep_all: bool = True
     ) -> tuple[Image.Image, Tensor, Tensor]:
         """One image: noise, steps, decoding. Returns it with its latents ``[N+1, 1, C, h, w]`` and velocities.
 
