@@ -36,7 +36,7 @@ from benchmarks.speed import (
     velocity_step,
 )  # fmt: skip
 from benchmarks.synthetic import SMALL
-from fluxedu.loading import compile_blocks
+from fluxedu.memory.compiled import compile_blocks
 from fluxedu.memory.placement import PeakBytes
 from fluxedu.models import Flux, FluxConfig
 from fluxedu.models.meta_init import meta_init

@@ -13,9 +13,9 @@ from torch import Tensor
 import fluxedu as fe
 from benchmarks.speed import diffusers_inputs, diffusers_model, random_inputs, time_alternately, velocity_step
 from fluxedu import probe
+from fluxedu.attention_map import AttentionMap
 from fluxedu.memory.placement import PeakBytes
 from fluxedu.models import Flux, FluxConfig
-from fluxedu.models.attention_map import AttentionMap
 from fluxedu.models.blocks import DoubleStreamBlock
 
 WORDS = 20  # text tokens whose maps are recorded

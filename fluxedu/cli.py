@@ -267,12 +267,11 @@ def convert(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing target.")] = False,
 ) -> None:
     """Convert a transformer or an autoencoder between the official layout (bfl) and diffusers'."""
-    from tqdm.auto import tqdm
-
     from fluxedu.checkpoints import convert_file
+    from fluxedu.progress import progress_bar
 
     with report_errors():
-        with tqdm(unit="B", unit_scale=True, desc="convert", delay=1) as bar:
+        with progress_bar(unit="B", unit_scale=True, desc="convert") as bar:
 
             def progress(done: int, total: int) -> None:
                 bar.total = total

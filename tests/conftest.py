@@ -12,6 +12,7 @@ from sizes import TINY
 from fluxedu import probe
 from fluxedu.models import AutoEncoder, CLIPTextEncoder, Flux, T5Encoder
 from fluxedu.models.config import Sampling
+from fluxedu.nano.networks import TEXT_LENGTH
 from fluxedu.nano.tokenizers import save_tokenizers
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.prompts import PromptEncoder, Tokenizer
@@ -29,7 +30,7 @@ def tokenizer_folder(tmp_path_factory):
 def nothing_stays():
     """After the test nobody is watching."""
     yield
-    assert not probe.watched()
+    assert not probe.is_watching()
 
 
 @pytest.fixture
@@ -67,21 +68,25 @@ def make_pipe(tokenizer_folder):
         clip, t5, flux, ae = sizes
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            networks = [
+            models = [
                 CLIPTextEncoder(clip),
                 T5Encoder(t5),
                 Flux(flux.with_(guidance_embed=embedded)),
                 AutoEncoder(ae),
             ]
-            for p in (p for network in networks for p in network.parameters() if p.ndim > 1):
+            for p in (p for network in models for p in network.parameters() if p.ndim > 1):
                 p *= 3**0.5  # torch's own scale keeps a third of the variance: a network that hardly hears its input
         clip_ids = Tokenizer(
-            tokenizer_folder / "tokenizer", "<|endoftext|>", "<|endoftext|>", clip.max_position_embeddings, cut=True
+            tokenizer_folder / "tokenizer",
+            "<|endoftext|>",
+            "<|endoftext|>",
+            clip.max_position_embeddings,
+            truncate=True,
         )
-        t5_ids = Tokenizer(tokenizer_folder / "tokenizer_2", "<pad>", "</s>", networks.TEXT_LENGTH, cut=False)
-        prompts = PromptEncoder(clip_ids, networks[0], t5_ids, networks[1])
-        defaults = Sampling(steps, 3.5 if embedded else 0.0, networks.TEXT_LENGTH, shift)
-        return FluxPipeline(prompts, networks[2], networks[3], defaults, size=32)
+        t5_ids = Tokenizer(tokenizer_folder / "tokenizer_2", "<pad>", "</s>", TEXT_LENGTH, truncate=False)
+        prompts = PromptEncoder(clip_ids, models[0], t5_ids, models[1])
+        defaults = Sampling(steps, 3.5 if embedded else 0.0, TEXT_LENGTH, shift)
+        return FluxPipeline(prompts, models[2], models[3], defaults, size=32)
 
     return make
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.errors import CompileError
-from fluxedu.loading import compile_blocks
+from fluxedu.memory.compiled import compile_blocks
 from fluxedu.models.clip import CLIPTextEncoder
 from fluxedu.models.flux import Flux
 from fluxedu.models.t5 import T5Encoder

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fluxedu.attention_map import AttentionMap
 from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.interventions import STREAMS, Context, Times, intervene
 from fluxedu.instruments.recorder import Steps, checked_heads
 from fluxedu.instruments.tokens import Word, as_list, contains_words
-from fluxedu.models.attention_map import AttentionMap
 
 _BLOCK = re.compile(r"(double|single)\.(\*|\d+)")
 

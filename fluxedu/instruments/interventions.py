@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxedu.attention_map import AttentionMap
 from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.catalogue import axes_of
 from fluxedu.instruments.named import Named
@@ -26,7 +27,6 @@ from fluxedu.instruments.recorder import Steps, checked_steps, is_selected, reco
 from fluxedu.instruments.recording import Recording
 from fluxedu.instruments.tokens import Word, token_indices_at
 from fluxedu.instruments.watching import Instrument, accepts
-from fluxedu.models.attention_map import AttentionMap
 from fluxedu.probe import Sited
 from fluxedu.sampling.conditions import reference_ids, reference_shape
 from fluxedu.sampling.latents import image_ids, text_ids

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fluxedu.attention_map import AttentionMap
 from fluxedu.errors import BudgetError, InstrumentError, describe
 from fluxedu.instruments.catalogue import axes_of
 from fluxedu.instruments.named import Named
@@ -22,7 +23,6 @@ from fluxedu.instruments.recording import FolderRecording, Recording, StepKey, o
 from fluxedu.instruments.reductions import MapView, Reduction, Value, reduction_factory, to_named
 from fluxedu.instruments.tokens import Word, as_list, contains_words, prompt_at, token_indices_at, tokenizer_at
 from fluxedu.instruments.watching import Instrument
-from fluxedu.models.attention_map import AttentionMap
 from fluxedu.probe import Sited
 from fluxedu.sampling.solvers import solver_called
 from fluxedu.sampling.step_context import StepContext, current_context

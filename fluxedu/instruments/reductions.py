@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fluxedu.attention_map import AttentionMap, at_least_float32
 from fluxedu.errors import BudgetError, InstrumentError, describe
 from fluxedu.instruments.named import Named
-from fluxedu.models.attention_map import AttentionMap, at_least_float32
 
 MAP_AXES = ("batch", "head", "query", "key")
 

@@ -1,7 +1,7 @@
 """The networks of FLUX.1: the transformer and its blocks, both text encoders, the autoencoder, the Redux head."""
 
+from fluxedu.attention_map import AttentionMap
 from fluxedu.models.attention import QKNorm, RMSNorm, SelfAttention, attend, rope_table, rotate
-from fluxedu.models.attention_map import AttentionMap
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.blocks import MLP, DoubleStreamBlock, LastLayer, SingleStreamBlock
 from fluxedu.models.clip import CLIPTextEncoder

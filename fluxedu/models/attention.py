@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.attention_map import AttentionMap, at_least_float32, softmax_attention, weighted_sum
+from fluxedu.attention_map import AttentionMap, at_least_float32, softmax_attention, weighted_sum
 from fluxedu.probe import Probed
 
 RMS_EPS = 1e-6

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.attention_map import AttentionMap, weighted_sum
+from fluxedu.attention_map import AttentionMap, weighted_sum
 from fluxedu.models.config import AutoEncoderConfig
 from fluxedu.probe import Probed, name_sites
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fluxedu.attention_map import AttentionMap, softmax_attention, weighted_sum
 from fluxedu.models.attention import merge_heads, to_heads
-from fluxedu.models.attention_map import AttentionMap, softmax_attention, weighted_sum
 from fluxedu.models.config import CLIPTextConfig
 from fluxedu.probe import Probed, name_sites
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fluxedu.attention_map import AttentionMap, softmax_attention, weighted_sum
 from fluxedu.models.attention import merge_heads, to_heads
-from fluxedu.models.attention_map import AttentionMap, softmax_attention, weighted_sum
 from fluxedu.models.config import T5Config
 from fluxedu.probe import Probed, name_sites
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fluxedu.attention_map import AttentionMap
 from fluxedu.instruments.lenses.run import (
     blocks_of,
     check_one_image,
@@ -22,7 +23,6 @@ from fluxedu.instruments.lenses.run import (
     run_recorded,
 )
 from fluxedu.instruments.recorder import Steps, record
-from fluxedu.models.attention_map import AttentionMap
 from fluxedu.probe import Sited
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.solvers import solver_called

@@ -83,7 +83,7 @@ def own_euler(x, t, t_next, velocity):
 
 @pytest.mark.parametrize("stages", [None, (0,), (0, 1 / 2, 1), (0, 0.3)])
 def test_a_solver_is_added_to_the_registry_and_is_the_whole_work(pipe, monkeypatch, stages):
-    """With the stages it has, with others, or as a plain function: a time that was not planned is computed when needed."""
+    """With its own stages, with others, or as a plain function: a time that was not planned is computed when needed."""
     monkeypatch.setitem(SOLVERS, "kutta", third_order if stages is None else Solver(third_order, stages=stages))
     with fe.record("sample.velocity") as rec:
         kutta = draw(pipe, solver="kutta")

@@ -122,7 +122,10 @@ def in_place(x):
         (lambda x: x / 0, f"{WRONG} there are NaN or infinite values in all cases."),
         (lambda x: x * 2.2, f"{WRONG} the relative error is 0.1 in all cases."),
         (lambda x: x * 2 + (x.shape[1] == 1), f"{WRONG} the relative error is 0.5 in case 2 of 2."),
-        (lambda: 1, "it raises TypeError: <lambda>() takes 0 positional arguments but 1 was given (input shapes: [2, 3])."),
+        (
+            lambda: 1,
+            "it raises TypeError: <lambda>() takes 0 positional arguments but 1 was given (input shapes: [2, 3]).",
+        ),
         (3, "it raises TypeError: 'int' object is not callable (input shapes: [2, 3])."),
         (None, "not written yet."),
         (..., "not written yet."),
@@ -136,7 +139,7 @@ def test_the_message_of_a_verdict(answer, message):
 
 @pytest.mark.parametrize("scale", [1e6, 1e-5, 1e-14, 1e-30, 1e-200])
 def test_a_tiny_answer_is_compared_with_its_own_size(scale):
-    """Neither an absolute error nor an underflow of squares lets a wrong answer pass because all its values are small."""
+    """No absolute error and no underflow of squares lets a wrong answer pass because all its values are small."""
 
     def scaled(x):
         """x times a constant."""
@@ -145,7 +148,12 @@ def test_a_tiny_answer_is_compared_with_its_own_size(scale):
     task = task_of(scaled)
     assert assess(task, scaled).passed
     assert assess(task, lambda x: scaled(x) * (1 + 1e-7)).passed
-    for wrong in (lambda x: 0 * scaled(x), lambda x: -scaled(x), lambda x: 1.001 * scaled(x), lambda x: scaled(x) + scale):
+    for wrong in (
+        lambda x: 0 * scaled(x),
+        lambda x: -scaled(x),
+        lambda x: 1.001 * scaled(x),
+        lambda x: scaled(x) + scale,
+    ):
         assert not assess(task, wrong).passed
 
 

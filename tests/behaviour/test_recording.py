@@ -130,7 +130,7 @@ def test_reductions_of_chosen_heads_and_words(pipe, reduce):
 
 def test_a_reduced_map_is_never_whole(pipe, monkeypatch):
     """Neither a word's columns nor the entropy makes the map."""
-    monkeypatch.setattr("fluxedu.models.attention_map.AttentionMap.rows", None)
+    monkeypatch.setattr("fluxedu.attention_map.AttentionMap.rows", None)
     with fe.record("*.attn.map", tokens=["red"], reduce="head-mean"), fe.record("*.attn.map", reduce="entropy"):
         draw(pipe)
 
@@ -250,7 +250,10 @@ def test_words_are_the_prompted_pass(plain_pipe):
     with fe.record(MAP, passes="negative", tokens="star") as negative:
         draw(plain_pipe, **asked)
     assert negative[MAP].coords["key"] == ["▁star"]
-    with pytest.raises(InstrumentError, match="does not contain 'red'"), fe.record(MAP, passes="negative", tokens="red"):
+    with (
+        pytest.raises(InstrumentError, match="does not contain 'red'"),
+        fe.record(MAP, passes="negative", tokens="red"),
+    ):
         draw(plain_pipe, **asked)
 
 

@@ -220,7 +220,10 @@ def test_a_word_that_was_missing_does_not_keep_the_pipeline(make_pipe):
     [
         (lambda: fe.record(MAP, tokens=["red"], reduce=reductions.columns([0])), "tokens= selects the keys"),
         (lambda: fe.record("vec", reduce="entropy"), "entropy needs non-negative values"),
-        (lambda: fe.record(MAP, reduce=lambda v: v.to_named().tensor), "a reduction must return a Named or None, not Tensor"),
+        (
+            lambda: fe.record(MAP, reduce=lambda v: v.to_named().tensor),
+            "a reduction must return a Named or None, not Tensor",
+        ),
     ],
 )
 def test_reductions_that_do_not_fit(pipe, wrong, says):

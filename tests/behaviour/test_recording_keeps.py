@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("nothing_stays")
 
 
 def test_the_budget_refuses_before_anything_is_made(pipe, monkeypatch):
-    monkeypatch.setattr("fluxedu.models.attention_map.AttentionMap.rows", None)
-    monkeypatch.setattr("fluxedu.models.attention_map.AttentionMap.columns", None)
+    monkeypatch.setattr("fluxedu.attention_map.AttentionMap.rows", None)
+    monkeypatch.setattr("fluxedu.attention_map.AttentionMap.columns", None)
     need = 4 * 2 * 36 * 36 * 3  # float32, heads, queries, keys, steps
     with pytest.raises(BudgetError, match=rf"needs {need:,} bytes.*reduce='head-mean'"):
         with fe.record(MAP, budget=need - 1) as rec:

@@ -43,7 +43,10 @@ BAD = [
         for x in ([], (), [1], None, 3, b"red", ["red", None], {"red"})
     ],
     *[
-        ({"negative_prompt": x, "true_cfg_scale": 3.0}, "negative_prompt must be a string or a non-empty list of strings")
+        (
+            {"negative_prompt": x, "true_cfg_scale": 3.0},
+            "negative_prompt must be a string or a non-empty list of strings",
+        )
         for x in ([], [1], 3, b"red")
     ],
     ({"prompt": "red " * 40}, "prompt must have at most 32 T5 tokens, not .*; make it shorter"),

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxedu.models import attention_map
-from fluxedu.models.attention_map import AttentionMap
+from fluxedu import attention_map
+from fluxedu.attention_map import AttentionMap
 
 drawn = settings(max_examples=30, deadline=None, derandomize=True)
 EXACT = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-5}
