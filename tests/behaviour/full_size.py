@@ -1,9 +1,9 @@
-"""What a recording of the pretend FLUX.1-dev would take of the real one: its budget, divided as the sizes are.
+"""Charge recordings of the pretend FLUX.1-dev for what they would need of the real one, within a budget to match.
 
     measure()      # in the process that records, after pretend_dev.make_quick()
 
-A value is counted as large as it would be at 1024 x 1024, with 19 + 38 blocks and, where the run's own number of steps
-was taken, 50 of them; so the budget of 2 GiB refuses here what it would refuse there.
+A value counts with its size at 1024 x 1024, with 19 + 38 blocks and, unless the steps were chosen, 50 steps. Sizes and
+the budget of 2 GiB are divided by the same number, so recordings are refused here as they would be there.
 """
 
 from __future__ import annotations
@@ -22,50 +22,49 @@ from fluxedu.models import FluxConfig
 from fluxedu.widgets.architecture import COLUMNS, ROWS, as_table
 
 DEV = FluxConfig.variant("dev")
-TOKENS = {128: 512, 144: 4096, 272: 4608}  # the text's, the picture's, all
-SIDES = {24: 128, 192: 1024}  # of a latent, of a picture
+TOKENS = {128: 512, 144: 4096, 272: 4608}  # pretend -> real: text tokens, image tokens, both
+SIDES = {24: 128, 192: 1024}  # of a latent, of an image
 WIDTHS = {256: DEV.hidden_size, 1024: 4 * DEV.hidden_size, 48: DEV.context_in_dim}
-GROWN = {
+REAL_SIZES = {
     **dict.fromkeys(("text", "image", "token", "query", "key"), TOKENS),
     **dict.fromkeys(("row", "column"), SIDES),
     "channel": WIDTHS,
     "head": {FLUX.num_heads: DEV.num_heads},
 }
 BLOCKS = (DEV.depth + DEV.depth_single_blocks) / (FLUX.depth + FLUX.depth_single_blocks)
-UNIT = 4608 * 3072 / (272 * 256) * BLOCKS  # of all tokens in all blocks: what the budget itself is divided by
+UNIT = 4608 * 3072 / (272 * 256) * BLOCKS  # growth of all tokens in all blocks
 
 
-def grown(axes: tuple[str, ...], shape: tuple[int, ...]) -> float:
-    """How many times larger a value of this shape is at full size."""
-    return prod(GROWN.get(axis, {}).get(size, size) / size for axis, size in zip(axes, shape, strict=True))
-
-
-def growth(rec: record, value: Named) -> float:
-    """The same of a value that is kept; the tables of the architecture explorer are thinned to one size."""
-    if as_table in rec.reductions():
+def size_factor(rec: record, value: Named) -> float:
+    """How many times larger a recorded value is in the real model."""
+    if as_table in rec.new_reductions():  # tables of the architecture explorer have a limited size
         return max(1, 4 * ROWS * COLUMNS / value.tensor.nbytes) if value.shape[0] > 1 else 1
-    return grown(value.axes, value.shape)
+    sizes = zip(value.axes, value.shape, strict=True)
+    return prod(REAL_SIZES.get(axis, {}).get(size, size) / size for axis, size in sizes)
 
 
-def more(rec: record, site: str, moment) -> float:
-    """How many times more of them there are: blocks, where the glob names none, and steps, where nobody did."""
-    named = any(fnmatchcase(site, g) and re.match(r"(double|single)\.\d+\.", g) for g in rec.globs)
-    blocks = BLOCKS if re.match(r"(double|single)\.", site) and not named else 1
-    at_once = rec.over_steps or isinstance(rec.recording, FolderRecording) or moment is None or moment.step is None
-    return blocks * (50 / STEPS if rec.steps is None and not at_once and moment.steps == STEPS else 1)
+def count_factor(rec: record, site: str, context) -> float:
+    """How many times more blocks (unless a glob names one) and steps (unless some are chosen) there are."""
+    is_of_a_block = re.match(r"(double|single)\.", site)
+    is_named = any(fnmatchcase(site, glob) and re.match(r"(double|single)\.\d+\.", glob) for glob in rec.globs)
+    blocks = BLOCKS if is_of_a_block and not is_named else 1
+    holds_one_step = rec.over_steps or isinstance(rec.recording, FolderRecording)
+    if holds_one_step or rec.steps is not None or context is None or context.step is None or context.steps != STEPS:
+        return blocks
+    return blocks * 50 / STEPS
 
 
 def measure() -> None:
-    """For the rest of this process."""
-    keep, expect = record._keep, record._expect
+    """Count this way for the rest of this process."""
+    to_storage, expect = record._to_storage, record._expect
 
-    def kept(self, site, when, value, moment):
-        self.growth = growth(self, value)
-        keep(self, site, when, value, moment)
+    def measured_storage(self, value, context):
+        self.size_factor = size_factor(self, value)
+        return to_storage(self, value, context)
 
-    def expected(self, site, nbytes, moment, when):
-        larger = getattr(self, "growth", 1) * more(self, site, moment)
-        expect(self, site, ceil(nbytes * larger / UNIT), moment, when)
+    def expect_more(self, site, nbytes, context, key):
+        larger = getattr(self, "size_factor", 1) * count_factor(self, site, context)
+        expect(self, site, ceil(nbytes * larger / UNIT), context, key)
 
-    record._keep, record._expect = kept, expected
+    record._to_storage, record._expect = measured_storage, expect_more
     recorder.BUDGET = int(recorder.BUDGET / UNIT)

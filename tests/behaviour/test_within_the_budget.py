@@ -1,4 +1,6 @@
-"""What explorers and lenses of whole runs hold: less than the recorder's budget, and what they say stays the same."""
+"""Explorers and lenses of whole runs hold less than the recorder's budget, with the same results."""
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,81 +15,81 @@ from fluxedu.widgets.attention import evenly_spaced
 from fluxedu.widgets.contributions import measure_contributions, split_contribution
 
 PROMPT = "a red circle left of a blue square"
-ASKED = {"steps": 6, "progress": False}
-T, D = 32 + 4, 48  # tokens and width of the small pipeline, which has four blocks
-EACH = 2 * T * D * 4  # queries and keys of a block and step
+OPTIONS = {"steps": 6, "progress": False}
+T, D = 32 + 4, 48  # tokens and width of the small pipeline, which has 4 blocks
+QK_BYTES = 2 * T * D * 4  # queries and keys of one block and step
 
 
 @pytest.fixture
-def held(monkeypatch):
-    """What every recorder held in the end, in bytes."""
-    seen, leave = [], recorder.record.__exit__
+def held_bytes(monkeypatch):
+    """The bytes that each recorder held when it was left, in order."""
+    nbytes, leave = [], recorder.record.__exit__
 
-    def left(self, *rest):
-        seen.append(self.nbytes)
+    def note_and_leave(self, *rest):
+        nbytes.append(self.nbytes)
         return leave(self, *rest)
 
-    monkeypatch.setattr(recorder.record, "__exit__", left)
-    return seen
+    monkeypatch.setattr(recorder.record, "__exit__", note_and_leave)
+    return nbytes
 
 
 @pytest.fixture
-def allow(monkeypatch):
-    """``allow(bytes)``: the budget where none is said."""
+def set_budget(monkeypatch):
+    """``set_budget(nbytes)`` sets the default budget."""
     return lambda nbytes: monkeypatch.setattr(recorder, "BUDGET", nbytes)
 
 
 @pytest.mark.parametrize(
-    ("room", "blocks", "steps"),
+    ("budget", "blocks", "steps"),
     [(24, 4, 6), (23, 4, 5), (8, 4, 2), (7, 4, 1), (3, 3, 1), (2, 2, 1), (1, 1, 1)],
 )
-def test_attention_keeps_what_there_is_room_for(pipe, allow, held, room, blocks, steps):
-    whole = widgets.attention(pipe, PROMPT, **ASKED)
-    allow(EACH * room + 1)
-    made = widgets.attention(pipe, PROMPT, **ASKED)
-    assert held[-1] == EACH * blocks * steps <= recorder.BUDGET
-    names, times = (made.control[name].labels for name in ("block", "step"))
+def test_attention_records_what_fits_in_the_budget(pipe, set_budget, held_bytes, budget, blocks, steps):
+    whole = widgets.attention(pipe, PROMPT, **OPTIONS)
+    set_budget(QK_BYTES * budget + 1)
+    explorer = widgets.attention(pipe, PROMPT, **OPTIONS)
+    assert held_bytes[-1] == QK_BYTES * blocks * steps <= recorder.BUDGET
+    names, times = (explorer.control[name].labels for name in ("block", "step"))
     assert len(names) == blocks and len(times) == steps
-    assert ("Recorded are" in made.view["text"]) == (room < 24)
-    if room < 24:
-        assert f"Recorded are {blocks} of 4 blocks and {steps} of 6 steps" in made.view["text"]
-    place = {"head": 1, "patch": (1, 0), "word": "▁blue"}
-    for name, time in ((names[0], times[-1]), (names[-1], times[0])):  # what is there is what a whole run says of it
-        mine, theirs = (one.set(block=name, step=time, **place).current_view() for one in (made, whole))
-        assert mine.text.partition(" Recorded are")[0] == theirs.text
-        assert np.array_equal(mine.shades["word"], theirs.shades["word"])
+    assert ("Recorded are" in explorer.view["text"]) == (budget < 24)
+    if budget < 24:
+        assert f"Recorded are {blocks} of 4 blocks and {steps} of 6 steps" in explorer.view["text"]
+    for name, time in ((names[0], times[-1]), (names[-1], times[0])):  # the same as in a complete recording
+        choice = {"block": name, "step": time, "head": 1, "patch": (1, 0), "word": "▁blue"}
+        view, expected = explorer.set(**choice).current_view(), whole.set(**choice).current_view()
+        assert view.text.partition(" Recorded are")[0] == expected.text
+        assert np.array_equal(view.shades["word"], expected.shades["word"])
 
 
-def test_attention_of_two_questions_a_step_and_of_two_passes(pipe, plain_pipe, allow, held):
-    allow(EACH * 16)
-    widgets.attention(pipe, PROMPT, solver="midpoint", **ASKED)
-    assert held[-1] == EACH * 4 * 2 * 2
-    made = widgets.attention(plain_pipe, PROMPT, guidance=3.0, **ASKED)
-    assert held[-1] == EACH * 4 * 4
-    assert "4 of 6 steps" in made.view["text"]
+def test_attention_with_two_evaluations_per_step_and_with_two_passes(pipe, plain_pipe, set_budget, held_bytes):
+    set_budget(QK_BYTES * 16)
+    widgets.attention(pipe, PROMPT, solver="midpoint", **OPTIONS)
+    assert held_bytes[-1] == QK_BYTES * 4 * 2 * 2
+    explorer = widgets.attention(plain_pipe, PROMPT, guidance=3.0, **OPTIONS)
+    assert held_bytes[-1] == QK_BYTES * 4 * 4
+    assert "4 of 6 steps" in explorer.view["text"]
 
 
-def test_attention_keeps_what_was_asked_for_or_refuses(pipe, allow, held):
-    allow(EACH * 8)
-    made = widgets.attention(pipe, PROMPT, blocks="single.*", at_steps=[0, 1, 2, 5], **ASKED)
-    assert held[-1] == EACH * 8 and "Recorded are" not in made.view["text"]
-    for asked in ({"blocks": "*"}, {"blocks": "double.*"}, {"at_steps": slice(0, 3)}):
+def test_attention_records_the_chosen_blocks_and_steps_or_refuses(pipe, set_budget, held_bytes):
+    set_budget(QK_BYTES * 8)
+    explorer = widgets.attention(pipe, PROMPT, blocks="single.*", at_steps=[0, 1, 2, 5], **OPTIONS)
+    assert held_bytes[-1] == QK_BYTES * 8 and "Recorded are" not in explorer.view["text"]
+    for chosen in ({"blocks": "*"}, {"blocks": "double.*"}, {"at_steps": slice(0, 3)}):
         with pytest.raises(BudgetError, match="name fewer sites, steps or heads"):
-            widgets.attention(pipe, PROMPT, **asked, **ASKED)
-    allow(EACH - 1)  # not even one block and step
+            widgets.attention(pipe, PROMPT, **chosen, **OPTIONS)
+    set_budget(QK_BYTES - 1)  # less than one block and step
     with pytest.raises(BudgetError):
-        widgets.attention(pipe, PROMPT, **ASKED)
+        widgets.attention(pipe, PROMPT, **OPTIONS)
 
 
 def test_evenly_spaced():
     assert [evenly_spaced(57, 1), evenly_spaced(5, 5), evenly_spaced(3, 9)] == [[28], [0, 1, 2, 3, 4], [0, 1, 2]]
     for count in (19, 50, 57):
         for most in range(1, count + 1):
-            places = evenly_spaced(count, most)
-            gaps = {b - a for a, b in zip(places, places[1:], strict=False)}
-            assert len(places) == most and 0 <= places[0] and places[-1] < count
+            indices = evenly_spaced(count, most)
+            gaps = {b - a for a, b in pairwise(indices)}
+            assert len(indices) == most and 0 <= indices[0] and indices[-1] < count
             assert not gaps or (min(gaps) >= 1 and max(gaps) - min(gaps) <= 1)
-            assert count // 2 in places or not most % 2
+            assert count // 2 in indices or not most % 2
 
 
 def rms(x):
@@ -95,63 +97,66 @@ def rms(x):
 
 
 def by_hand(pipe, rec):
-    """Sizes, what is given and what is added, from whole streams, as they were found before they were reduced."""
-    sizes, given, added = [], [], []
+    """Sizes of tokens, of what is added to them, and relative changes, from complete recordings."""
+    sizes, added_sizes, changes = [], [], []
     for name in blocks_of(pipe):
-        get = lambda site, name=name: rec[f"{name}.{site}"].tensor  # noqa: E731
         if name.startswith("double"):
             x, attention, mlp = (
-                torch.cat([get(f"{s}{part}") for s in ("txt", "img")], dim=1)
-                for part in ("", "_attn_contribution", "_mlp_contribution")
+                torch.cat([rec[f"{name}.txt{site}"].tensor, rec[f"{name}.img{site}"].tensor], dim=1)
+                for site in ("", "_attn_contribution", "_mlp_contribution")
             )
-            before, after = get("img"), get("img_out")
+            before, after = rec[f"{name}.img"].tensor, rec[f"{name}.img_out"].tensor
         else:
-            block, gate = pipe.flux.single_blocks[int(name[-1])], get("gate")
-            attention, mlp = split_contribution(block, get("heads"), get("mlp_hidden"), gate.view(len(gate), 1, -1))
-            x, before, after = get("x"), get("x")[:, -4:], get("out")[:, -4:]
+            heads, hidden, gate = (rec[f"{name}.{site}"].tensor for site in ("heads", "mlp_hidden", "gate"))
+            block = pipe.flux.single_blocks[int(name[-1])]
+            attention, mlp = split_contribution(block, heads, hidden, gate.view(len(gate), 1, -1))
+            x = rec[f"{name}.x"].tensor
+            before, after = x[:, -4:], rec[f"{name}.out"].tensor[:, -4:]
         sizes.append(rms(x))
-        given.append(torch.stack([rms(v) for v in (attention, mlp, attention + mlp)]))
-        added.append((after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1))
-    return torch.stack(sizes), torch.stack(given), torch.stack(added)
+        added_sizes.append(torch.stack([rms(v) for v in (attention, mlp, attention + mlp)]))
+        changes.append((after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1))
+    return torch.stack(sizes), torch.stack(added_sizes), torch.stack(changes)
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("how", [{}, {"solver": "midpoint"}, {"guidance": 3.0, "guidance_interval": (0.3, 1.0)}])
+@pytest.mark.parametrize("options", [{}, {"solver": "midpoint"}, {"guidance": 3.0, "guidance_interval": (0.3, 1.0)}])
 @torch.no_grad()
-def test_sizes_are_kept_and_not_streams(make_pipe, allow, held, how, half):
-    pipe = make_pipe(embedded="guidance" not in how)
+def test_sizes_are_recorded_and_not_streams(make_pipe, set_budget, held_bytes, options, half):
+    pipe = make_pipe(embedded="guidance" not in options)
     pipe = pipe.to(torch.bfloat16) if half else pipe
     with fe.record("double.*", "single.*", passes="prompted") as rec:
-        pipe(PROMPT, **ASKED, **how)
-    wanted, questions = by_hand(pipe, rec), 2 if "solver" in how else 1
-    allow(4 * 6 * questions * T * 4 * 4)  # blocks, steps, questions, tokens, numbers, bytes: a twelfth of the streams'
-    sizes, given, _ = measure_contributions(pipe, PROMPT, **ASKED, **how)
-    added = lenses.contributions(pipe, PROMPT, **ASKED, **how)
-    assert held[-2] == recorder.BUDGET and held[-1] <= 4 * 6 * questions * 4
-    for found, right in zip((sizes, given, added), wanted, strict=True):
-        assert torch.allclose(found.tensor.float(), right.float(), rtol=1e-5, atol=0)
-    assert sizes.coords["step"] == given.coords["step"] == added.coords["step"] == rec["single.0.x"].coords["step"]
-    with pytest.raises(BudgetError), fe.record("single.*.x"):  # of which the streams of two blocks alone are more
-        pipe(PROMPT, **ASKED, **how)
+        pipe(PROMPT, **OPTIONS, **options)
+    expected, evaluations = by_hand(pipe, rec), 2 if "solver" in options else 1
+    # blocks, steps, evaluations, tokens, numbers, bytes: a twelfth of the streams
+    set_budget(4 * 6 * evaluations * T * 4 * 4)
+    sizes, added_sizes, _ = measure_contributions(pipe, PROMPT, **OPTIONS, **options)
+    changes = lenses.contributions(pipe, PROMPT, **OPTIONS, **options)
+    assert held_bytes[-2] == recorder.BUDGET and held_bytes[-1] <= 4 * 6 * evaluations * 4
+    for found, value in zip((sizes, added_sizes, changes), expected, strict=True):
+        assert torch.allclose(found.tensor.float(), value.float(), rtol=1e-5, atol=0)
+    for found in (sizes, added_sizes, changes):
+        assert found.coords["step"] == rec["single.0.x"].coords["step"]
+    with pytest.raises(BudgetError), fe.record("single.*.x"):  # two of the streams alone exceed it
+        pipe(PROMPT, **OPTIONS, **options)
 
 
-def test_the_explorers_of_sizes_open(pipe, allow):
-    allow(4 * 6 * T * 4 * 4)
-    assert "attention adds" in widgets.contributions(pipe, PROMPT, **ASKED).view["text"]
-    assert "attention adds" in widgets.streams(pipe, PROMPT, **ASKED).view["text"]
+def test_the_explorers_of_sizes_open(pipe, set_budget):
+    set_budget(4 * 6 * T * 4 * 4)
+    assert "attention adds" in widgets.contributions(pipe, PROMPT, **OPTIONS).view["text"]
+    assert "attention adds" in widgets.streams(pipe, PROMPT, **OPTIONS).view["text"]
 
 
-def test_the_bench_holds_a_step(pipe, allow):
-    allow(4 * T * D * 4)
-    assert "the latent changes by" in widgets.bench(pipe, PROMPT, PROMPT.replace("red", "green"), **ASKED).view["text"]
+def test_the_bench_holds_one_step(pipe, set_budget):
+    set_budget(4 * T * D * 4)
+    explorer = widgets.bench(pipe, PROMPT, PROMPT.replace("red", "green"), **OPTIONS)
+    assert "the latent changes by" in explorer.view["text"]
 
 
-def test_the_map_of_the_model_shows_fewer_steps(pipe, allow, held):
-    times = lambda made: made.control["step"].labels  # noqa: E731
-    whole = times(widgets.architecture(pipe, PROMPT, **ASKED))
+def test_the_architecture_explorer_shows_fewer_steps(pipe, set_budget, held_bytes):
+    whole = widgets.architecture(pipe, PROMPT, **OPTIONS).control["step"].labels
     assert len(whole) == 6
     sites = [site for site in fe.sites(pipe) if len(site.shape) > 2 and site.shape[-2] != 1]
-    once = [site for site in sites if site.name.startswith(("t5.", "clip.", "ae."))]
-    allow(4 * 256 * 640 * (2 * len(sites) - len(once)))
-    assert times(widgets.architecture(pipe, PROMPT, **ASKED)) == [whole[0], whole[-1]]
-    assert max(held[-2:]) < recorder.BUDGET
+    outside_steps = [site for site in sites if site.name.startswith(("t5.", "clip.", "ae."))]
+    set_budget(4 * 256 * 640 * (2 * len(sites) - len(outside_steps)))
+    assert widgets.architecture(pipe, PROMPT, **OPTIONS).control["step"].labels == [whole[0], whole[-1]]
+    assert max(held_bytes[-2:]) < recorder.BUDGET

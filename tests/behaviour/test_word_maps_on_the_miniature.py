@@ -1,4 +1,4 @@
-"""Word maps find the thing that the word names: on held-out pictures, of which the judge knows where each thing is."""
+"""Word maps localise the object that the word names, on held-out images in which the judge has found every object."""
 
 import numpy as np
 import pytest
@@ -10,44 +10,45 @@ from fluxedu.nano.judge import detect
 from fluxedu.nano.scenes import LETTERS, Scene, SceneObject, object_map
 
 SCENES = 100
-LATE = slice(8, None)  # of 20 steps: things are where they will be
+LATE_STEPS = slice(8, None)  # of 20: by then, the objects are where they will be
 
 
-def patches_of(found, reading):
-    """The share of every patch that a thing covers, ``[rows, columns]``."""
-    thing = SceneObject(found.form, found.color, found.size, found.x, found.y, found.radius)
-    covered = object_map(Scene("white", (thing,), reading.height, reading.width, 0)) >= 0
-    return covered.reshape(reading.height // 16, 16, reading.width // 16, 16).mean((1, 3))
+def covered_share(found, detected):
+    """The share of every patch that an object covers, ``[rows, columns]``."""
+    scene_object = SceneObject(found.form, found.color, found.size, found.x, found.y, found.radius)
+    covered = object_map(Scene("white", (scene_object,), detected.height, detected.width, 0)) >= 0
+    return covered.reshape(detected.height // 16, 16, detected.width // 16, 16).mean((1, 3))
 
 
-def overlap(weights, share):
-    """Intersection over union of the patches of half the map's peak and more, and those the thing covers."""
+def intersection_over_union(weights, share):
+    """Of the patches with at least half the map's peak, and those that the object covers."""
     bright, covered = weights >= weights.max() / 2, share > 0.15
     return (bright & covered).sum() / (bright | covered).sum()
 
 
 @pytest.mark.slow
-def test_words_point_at_their_things(noted):
-    """Of the best block: at least 85 % of the words have their brightest patch on the thing; IoU is above a half."""
+def test_words_point_at_their_objects(noted):
+    """In the best block, at least 85 % of the words have their brightest patch on the object, and the mean IoU is
+    at least 0.5."""
     pipe, scores = fe.load(), {}
     for q in questions(SCENES):
-        asked = {"seed": q.seed, "height": q.size[0], "width": q.size[1], "progress": False}
+        options = {"seed": q.seed, "height": q.size[0], "width": q.size[1], "progress": False}
         words = [f"{color} {'letter ' if form in LETTERS else ''}{form}" for color, form, _ in q.claim.objects]
-        maps = lenses.word_maps(pipe, q.prompt, words, at_steps=LATE, **asked)
-        reading = detect(pipe(q.prompt, **asked).images[0])
+        maps = lenses.word_maps(pipe, q.prompt, words, at_steps=LATE_STEPS, **options)
+        detected = detect(pipe(q.prompt, **options).images[0])
         for i, (color, form, _) in enumerate(q.claim.objects):
-            found = [t for t in reading.objects if (t.color, t.form) == (color, form)]
+            found = [o for o in detected.objects if (o.color, o.form) == (color, form)]
             if len(found) != 1:
                 continue  # not drawn, so there is nothing to point at
-            share = patches_of(found[0], reading)
+            share = covered_share(found[0], detected)
             for block, weights in zip(maps.coords["block"], maps.tensor[:, i].numpy(), strict=True):
                 hit = share.flat[weights.argmax()] > 0.1
-                scores.setdefault(block, []).append((hit, overlap(weights, share)))
-    mean = {block: np.mean(rows, axis=0) for block, rows in scores.items()}
-    best = max(mean, key=lambda block: mean[block].sum())
-    pointing, iou = mean[best]
-    each = {block: {"pointing": 100 * float(hit), "iou": float(over)} for block, (hit, over) in mean.items()}
-    noted("word maps", {"scenes": SCENES, "words": len(scores[best]), "best": best, "by_block": each})
+                scores.setdefault(block, []).append((hit, intersection_over_union(weights, share)))
+    means = {block: np.mean(pairs, axis=0) for block, pairs in scores.items()}
+    best = max(means, key=lambda block: means[block].sum())
+    pointing, iou = means[best]
+    by_block = {block: {"pointing": 100 * float(hit), "iou": float(mean)} for block, (hit, mean) in means.items()}
+    noted("word maps", {"scenes": SCENES, "words": len(scores[best]), "best": best, "by_block": by_block})
     print(f"\n{len(scores[best])} words: {best} points at {100 * pointing:.1f} %, mean IoU {iou:.2f}")
     assert len(scores[best]) > SCENES
     assert pointing >= 0.85
