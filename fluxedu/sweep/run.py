@@ -149,7 +149,7 @@ def run_sweep(sweep: Sweep, folder: str | Path, workers=1, scheduler: str | None
             begin(sweep, folder, environment)
             left = [number for number, file in enumerate(sweep.files()) if not (folder / file).is_file()]
             done = parallel_map(_work, left, expected=environment, **options)
-            list(progress_bar(done, "sweep", total=len(left), unit="file", show=progress))
+            list(progress_bar(done, desc="sweep", total=len(left), unit="file", show=progress))
     finally:
         _load.cache_clear()
         torch.set_num_threads(threads)

@@ -244,7 +244,7 @@ def test_a_damaged_result_is_found(whole, tmp_path):
         ("{prompts: [a], keep: [video]}", "an item of keep must be one of image, latent, trajectory, not 'video'."),
         ("{prompts: [a], record: [{sites: x, reduce: y}]}", "reduce must be one of head-mean,"),
         ("{prompts: [a], lens: [word_maps]}", "lens must be a mapping of names to values, not ['word_maps']."),
-        ("{prompts: [a], lens: {word_map: {}}}", "lens has an unknown key 'word_map'; the keys are attention_balance,"),
+        ("{prompts: [a], lens: {word_map: {}}}", "lens has an unknown key 'word_map'; the keys are word_maps,"),
         ("{prompts: [a], lens: {word_maps: {}}}", "lens word_maps needs the key 'words'."),
         (
             "{prompts: [a], lens: {contributions: {at_steps: 0}}}",
