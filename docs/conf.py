@@ -5,14 +5,14 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-from made import course, pages  # noqa: E402 - what is written from the code itself
+from made import course, pages  # noqa: E402 - after sys.path
 
 project = "fluxedu"
 author = "The fluxedu contributors"
 copyright = "The fluxedu contributors, Apache-2.0"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build", "_made", "images/*.py", "made.py"]
-nb_execution_mode = "off"  # `make test` has run them
+nb_execution_mode = "off"  # the notebooks are stored with their outputs
 nb_render_markdown_format = "myst"
 nb_mime_priority_overrides = [
     ("html", "application/vnd.jupyter.widget-view+json", None),  # explorers show their static figures here
@@ -30,6 +30,6 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_theme_options = {"source_repository": "", "top_of_page_buttons": []}
 
-# The notebooks are written here, since Sphinx reads only what is below this folder.
+# Sphinx reads only what is in this folder, so the notebooks are copied into it.
 course(HERE.parent / "notebooks", HERE / "notebooks")
 pages(HERE / "_made")

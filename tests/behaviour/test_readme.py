@@ -46,3 +46,11 @@ def test_every_command_shown_is_a_command():
     from fluxedu.cli import app
 
     assert set(re.findall(r"^fluxedu (\w+)", README, re.MULTILINE)) <= set(get_command(app).commands)
+
+
+def test_the_table_of_the_official_code_names_code_that_exists(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from made import OFFICIAL, source_lines
+
+    for _, name, _ in OFFICIAL:
+        assert re.fullmatch(r"`fluxedu/[\w/]+\.py` \d+-\d+", source_lines(name)), name
