@@ -10,18 +10,23 @@
 
 A wrong answer serves two purposes: the check must reject it, and a student whose answer gives the same values reads
 its message.
+
+The student starts from the solution's signature and docstring. In a class, a comment ``# your turn`` marks each method
+that is to be written, and the lines above it are kept. `Exercise.starter_code` has the details.
 """
 
 from __future__ import annotations
 
 import inspect
-import textwrap
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
+
+YOUR_TURN = re.compile(r"^ +# (your turn.*)\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,6 @@ class Exercise:
     call: ``(answer, *case) -> tensors``, for an answer that is not simply a function of the case
     against: what the answer is compared with; None: the solution
     tolerance: largest relative error, or 0 for equality
-    stub: the code that the student starts from; None: the solution's signature and docstring
     """
 
     name: str
@@ -55,7 +59,6 @@ class Exercise:
     call: Callable[..., Any] = lambda answer, *case: answer(*case)
     against: Callable | None = None
     tolerance: float = 1e-5
-    stub: str | None = None
     wrong: list[WrongAnswer] = field(default_factory=list)
 
     @property
@@ -69,22 +72,36 @@ class Exercise:
         return inspect.cleandoc(self.solution.__doc__ or "")
 
     @property
-    def solution_code(self) -> str:
-        """The code of the solution, without decorators."""
+    def _marked_code(self) -> str:
+        """The code of the solution, without decorators, with its comments ``# your turn``."""
         lines = inspect.getsource(self.solution).splitlines()
         start = next(i for i, line in enumerate(lines) if line.startswith(("def ", "class ")))
-        return "\n".join(lines[start:])
+        return "\n".join(line.removesuffix("  # fmt: skip") for line in lines[start:])
+
+    @property
+    def solution_code(self) -> str:
+        """The code of the solution, without decorators."""
+        return YOUR_TURN.sub("", self._marked_code)
 
     @property
     def starter_code(self) -> str:
-        """The code that the student starts from: signature and task, with the body left to write."""
-        if self.stub is not None:
-            return textwrap.dedent(self.stub).strip()
-        lines = self.solution_code.splitlines()
-        end = next(
-            i for i, line in enumerate(lines) if line.rstrip().endswith('"""') and (i > 1 or line.count('"""') == 2)
-        )
-        return "\n".join([*lines[: end + 1], '    raise NotImplementedError("your turn")'])
+        """The code that the student starts from.
+
+        A function keeps its signature and docstring. A class keeps everything but the lines from a comment
+        ``# your turn`` to the end of its method. Methods after the last such comment only help the solution, and are
+        left out. ``# your turn: self.lin`` puts its text into the NotImplementedError.
+        """
+        code, *marked = YOUR_TURN.split(self._marked_code)
+        if not marked:
+            if isinstance(self.solution, type):
+                raise ValueError(f"{self.name}: no comment `# your turn` marks the methods that are to be written.")
+            docstring_end = code.index('"""', code.index('"""') + 3) + 3
+            return f'{code[:docstring_end]}\n    raise NotImplementedError("your turn")'
+        for text, rest in zip(marked[::2], marked[1::2], strict=True):
+            code += f'        raise NotImplementedError("{text}")'
+            if rest is not marked[-1]:
+                code += rest[rest.index("\n\n    def ") :]
+        return code
 
 
 _exercises: dict[str, Exercise] = {}
@@ -94,10 +111,6 @@ def exercise(name: str, **details) -> Callable[[Callable], Callable]:
     """A decorator that registers the solution of an exercise; ``details`` are the fields of :class:`Exercise`."""
 
     def register(solution: Callable) -> Callable:
-        if isinstance(solution, type) and details.get("stub") is None:
-            raise ValueError(
-                f"{name}: a class needs a stub, since `raise` in the class body would stop the cell that defines it."
-            )
         _exercises[name] = Exercise(name, solution, **details)
         return solution
 
@@ -109,6 +122,23 @@ def wrong(name: str, message: str) -> Callable[[Callable], Callable]:
 
     def register(answer: Callable) -> Callable:
         _exercises[name].wrong.append(WrongAnswer(answer, message))
+        return answer
+
+    return register
+
+
+def mistakes(name: str, *messages: tuple[str, str]) -> Callable[[Callable], Callable]:
+    """A decorator that registers one wrong answer to ``name`` for each pair (mistake, message).
+
+    It decorates a function ``answer(mistake, *case)``, or a class that reads ``self.mistake``.
+    """
+
+    def register(answer: Callable) -> Callable:
+        for mistake, message in messages:
+            if isinstance(answer, type):
+                wrong(name, message)(type(answer.__name__, (answer,), {"mistake": mistake}))
+            else:
+                wrong(name, message)(partial(answer, mistake))
         return answer
 
     return register

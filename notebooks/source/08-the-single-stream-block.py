@@ -210,8 +210,9 @@ print("for attention and MLP separately it is at least twice as large:", bool(tw
 
 # %% [markdown]
 # Read this figure with care. It shows one step of one run, and each share is a quotient: text tokens are larger, so the
-# same addition is a smaller share of them. At other steps the image's share is only 1.2 to 1.8 times the text's, and the
-# absolute sizes of the additions are about equal. It does not follow that the text is static.
+# same addition is a smaller share of them. In a separate test over the other steps, the image's share was only 1.2 to
+# 1.8 times the text's, and the absolute sizes of the additions were about equal. It does not follow that the text is
+# static.
 #
 # The explorer shows all blocks and steps. Move over the table with the mouse, or with Tab and the arrow keys. Where do
 # attention and MLP reinforce each other, where do they oppose each other, and in which part of the image?

@@ -407,8 +407,9 @@ pads.against("below 2 %" if change["all padding"] < 0.02 else "below 20 %" if ch
 # With this seed, removing the largest value turns the background, which the prompt leaves open, from grey to black, while
 # circle and square stay. Without *red* the circle stays red, and you know why.
 #
-# Do not read these distances as a ranking. It changes with the seed: in five other seeds, removing *circle* changed the
-# latent most, then padding, then the massive value. And distance is not importance: look at the images.
+# Do not read these distances as a ranking. It changes with the seed: in a separate test over five other seeds, removing
+# *circle* changed the latent most, then padding, then the massive value. And distance is not importance: look at the
+# images.
 #
 # ## In five lines
 #

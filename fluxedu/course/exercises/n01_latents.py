@@ -195,21 +195,6 @@ def _downsampled(answer: type[nn.Module], x: Tensor, weight: Tensor, bias: Tenso
     cases=_grids,
     call=_downsampled,
     against=LibraryDownsample,
-    stub='''
-    class Downsample(nn.Module):
-        """Halve the grid `[B, C, h, w]` with a 3 x 3 convolution of stride 2.
-
-        The constructor gets the number of channels. The convolution must be named `conv`, so that the trained weights
-        fit. One row of zeros is added **below** and one column **on the right**, none above and none on the left.
-        """
-
-        def __init__(self, channels: int):
-            super().__init__()
-            self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-        def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, C, h/2, w/2]
-            raise NotImplementedError("your turn")
-    ''',
     hints=(
         "The padding argument of a convolution adds the same on both sides. Here the sides differ, so pad before it.",
         "`F.pad(x, (left, right, above, below))`: the last axis comes first.",
@@ -228,6 +213,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, h, w] -> [B, C, h/2, w/2]
+        # your turn
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 

@@ -74,28 +74,6 @@ def _attended(answer: type[nn.Module], x: Tensor, heads: int, weights: dict[str,
     cases=_sequences,
     call=_attended,
     against=CLIPAttention,
-    stub='''
-    class CausalAttention(nn.Module):
-        """Self-attention in which a token attends only to itself and to earlier tokens: `[B, L, D] -> [B, L, D]`.
-
-        Scores are divided by the square root of a head's width. Later tokens must get a weight of exactly 0.
-        """
-
-        def __init__(self, dim: int, num_heads: int):
-            super().__init__()
-            self.num_heads = num_heads
-            self.q_proj = nn.Linear(dim, dim)
-            self.k_proj = nn.Linear(dim, dim)
-            self.v_proj = nn.Linear(dim, dim)
-            self.out_proj = nn.Linear(dim, dim)
-
-        def forward(self, x: Tensor) -> Tensor:  # [B, L, D]
-            b, n, _ = x.shape
-            q = self.q_proj(x).reshape(b, n, self.num_heads, -1).transpose(1, 2)  # [B, H, L, d]
-            k = self.k_proj(x).reshape(b, n, self.num_heads, -1).transpose(1, 2)  # [B, H, L, d]
-            v = self.v_proj(x).reshape(b, n, self.num_heads, -1).transpose(1, 2)  # [B, H, L, d]
-            raise NotImplementedError("your turn: scores, mask, softmax, weighted sum of values, out_proj")
-    ''',
     hints=(
         "If you set the weights of later tokens to 0 after the softmax, rows no longer sum to 1. Set their scores to "
         "minus infinity before the softmax instead.",
@@ -124,6 +102,7 @@ class CausalAttention(nn.Module):
         q = self.q_proj(x).reshape(b, n, self.num_heads, -1).transpose(1, 2)  # [B, H, L, d]
         k = self.k_proj(x).reshape(b, n, self.num_heads, -1).transpose(1, 2)  # [B, H, L, d]
         v = self.v_proj(x).reshape(b, n, self.num_heads, -1).transpose(1, 2)  # [B, H, L, d]
+        # your turn: scores, mask, softmax, weighted sum of values, out_proj
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, H, L, L], one row per query
         later = torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1)  # the key comes after the query
         heads = scores.masked_fill(later, -torch.inf).softmax(dim=-1) @ v  # [B, H, L, d]

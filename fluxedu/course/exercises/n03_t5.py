@@ -123,20 +123,6 @@ def _normalised(answer: type[nn.Module], x: Tensor, weight: Tensor, eps: float) 
     cases=_vectors,
     call=_normalised,
     against=T5Norm,
-    stub='''
-    class RMSNorm(nn.Module):
-        """Divide every vector (the last axis) by its root mean square, then multiply element by element by `weight`.
-
-        `eps` is added to the mean square, under the root. No mean is subtracted, and there is no bias.
-        """
-
-        def __init__(self, dim: int, eps: float):
-            super().__init__()
-            self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-        def forward(self, x: Tensor) -> Tensor:  # [..., D]
-            raise NotImplementedError("your turn")
-    ''',
     hints=(
         "Read *root mean square* backwards: square, take the mean over the vector, take the root.",
         "`x.square().mean(dim=-1, keepdim=True)` keeps the last axis, so that x can be divided by it. `torch.rsqrt` is "
@@ -155,6 +141,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D]
+        # your turn
         return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps) * self.weight
 
 
@@ -212,22 +199,6 @@ def _mlp_output(answer: type[nn.Module], x: Tensor, hidden: int, weights: dict[s
     cases=_tokens,
     call=_mlp_output,
     against=T5GatedMLP,
-    stub='''
-    class GatedMLP(nn.Module):
-        """T5's MLP: multiply the output of `wi_1` element by element by a gate, then apply `wo`.
-
-        The gate is the GELU, in its tanh approximation, of the output of `wi_0`. Both layers get the same token.
-        """
-
-        def __init__(self, dim: int, hidden: int):
-            super().__init__()
-            self.wi_0 = nn.Linear(dim, hidden, bias=False)
-            self.wi_1 = nn.Linear(dim, hidden, bias=False)
-            self.wo = nn.Linear(hidden, dim, bias=False)
-
-        def forward(self, x: Tensor) -> Tensor:  # [B, L, D] -> [B, L, D]
-            raise NotImplementedError("your turn")
-    ''',
     hints=(
         "Apply both hidden layers to the same token and multiply their outputs element by element. Only one of the two "
         "goes through the activation function.",
@@ -248,6 +219,7 @@ class GatedMLP(nn.Module):
         self.wo = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, L, D] -> [B, L, D]
+        # your turn
         return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
 
 

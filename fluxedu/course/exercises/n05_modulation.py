@@ -88,20 +88,6 @@ def _vectors() -> list[tuple]:
         "`self.in_layer = nn.Linear(in_dim, hidden_dim)`, `self.out_layer = nn.Linear(hidden_dim, hidden_dim)`, and "
         "forward returns `self.out_layer(F.silu(self.in_layer(x)))`.",
     ),
-    stub='''
-    class MLPEmbedder(nn.Module):
-        """Map a vector `[..., in_dim]` to the hidden width `[..., hidden_dim]`: `out_layer(silu(in_layer(x)))`.
-
-        The two linear layers must be named `in_layer` and `out_layer`, so that the trained weights fit.
-        """
-
-        def __init__(self, in_dim: int, hidden_dim: int):
-            super().__init__()
-            raise NotImplementedError("your turn")
-
-        def forward(self, x: Tensor) -> Tensor:
-            raise NotImplementedError("your turn")
-    ''',
 )
 class MLPEmbedder(nn.Module):
     """Map a vector `[..., in_dim]` to the hidden width `[..., hidden_dim]`: `out_layer(silu(in_layer(x)))`.
@@ -111,10 +97,12 @@ class MLPEmbedder(nn.Module):
 
     def __init__(self, in_dim: int, hidden_dim: int):
         super().__init__()
+        # your turn
         self.in_layer = nn.Linear(in_dim, hidden_dim)
         self.out_layer = nn.Linear(hidden_dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        # your turn
         return self.out_layer(F.silu(self.in_layer(x)))  # [..., in_dim] -> [..., hidden_dim]
 
 
@@ -174,25 +162,6 @@ def _row_and_parts(answer, vec: Tensor, arguments: tuple, weights: dict[str, Ten
         "`parts = row.unsqueeze(-2).chunk(3 * self.layers, dim=-1)`; for one layer return `[ShiftScaleGate(*parts)]`, "
         "for two `[ShiftScaleGate(*parts[:3]), ShiftScaleGate(*parts[3:])]`.",
     ),
-    stub='''
-    class Modulation(nn.Module):
-        """The layer that computes one (shift, scale, gate) from `vec`, or two if `double`.
-
-        `forward`: `vec [..., D]` -> a row `[..., 3 D]` or `[..., 6 D]`, `lin(silu(vec))`. `split`: a row `[B, 3 D]` or
-        `[B, 6 D]` -> a list of `ShiftScaleGate(shift, scale, gate)`, each `[B, 1, D]`: the attention's, then the MLP's.
-        """
-
-        def __init__(self, dim: int, double: bool):
-            super().__init__()
-            self.layers = 2 if double else 1
-            raise NotImplementedError("your turn: self.lin")
-
-        def forward(self, vec: Tensor) -> Tensor:
-            raise NotImplementedError("your turn")
-
-        def split(self, row: Tensor) -> list[ShiftScaleGate]:
-            raise NotImplementedError("your turn")
-    ''',
 )
 class Modulation(nn.Module):
     """The layer that computes one (shift, scale, gate) from `vec`, or two if `double`.
@@ -204,12 +173,15 @@ class Modulation(nn.Module):
     def __init__(self, dim: int, double: bool):
         super().__init__()
         self.layers = 2 if double else 1
+        # your turn: self.lin
         self.lin = nn.Linear(dim, 3 * self.layers * dim)
 
     def forward(self, vec: Tensor) -> Tensor:
+        # your turn
         return self.lin(F.silu(vec))  # [..., D] -> [..., 3 D] or [..., 6 D]
 
     def split(self, row: Tensor) -> list[ShiftScaleGate]:
+        # your turn
         parts = row.unsqueeze(-2).chunk(3 * self.layers, dim=-1)  # each [B, 1, D], the 1 for the tokens
         if self.layers == 1:
             return [ShiftScaleGate(*parts)]

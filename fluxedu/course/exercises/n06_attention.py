@@ -104,22 +104,6 @@ class _Float64Norm(library.QKNorm):
         "`x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * scale`, then `.type_as(x)`; q with "
         "`self.query_norm.scale`, k with `self.key_norm.scale`.",
     ),
-    stub='''
-    class QKNorm(nn.Module):
-        """Bring every query and key `[B, H, N, d]` to root mean square 1, then multiply by a learned `scale [d]`.
-
-        The formula is `x / sqrt(mean(x^2) + 1e-6) * scale`, with the mean over the d numbers of one head of one token.
-        Compute in float32 and convert back to the dtype of x. Return (q, k); each has its own scale.
-        """
-
-        def __init__(self, head_dim: int):
-            super().__init__()
-            self.query_norm = nn.ParameterDict({"scale": torch.ones(head_dim)})
-            self.key_norm = nn.ParameterDict({"scale": torch.ones(head_dim)})
-
-        def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-            raise NotImplementedError("your turn")
-    ''',
 )
 class QKNorm(nn.Module):
     """Bring every query and key `[B, H, N, d]` to root mean square 1, then multiply by a learned `scale [d]`.
@@ -134,6 +118,7 @@ class QKNorm(nn.Module):
         self.key_norm = nn.ParameterDict({"scale": torch.ones(head_dim)})
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        # your turn
         return self.rms_norm(q, self.query_norm.scale), self.rms_norm(k, self.key_norm.scale)
 
     def rms_norm(self, x: Tensor, scale: Tensor) -> Tensor:
@@ -208,24 +193,6 @@ def _stream_cases() -> list[tuple]:
         "`q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)`, then "
         "`q, k = self.norm(q, k)`.",
     ),
-    stub='''
-    class SelfAttention(nn.Module):
-        """Compute one stream's q, k and v: `x [B, N, D]` -> three tensors `[B, H, N, d]`, q and k normalised.
-
-        `qkv` computes all three at once, `D -> 3 D`; `norm` is the QKNorm. `proj` is applied to the attention output,
-        by the block; you do not need it here.
-        """
-
-        def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
-            super().__init__()
-            self.num_heads = num_heads
-            self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-            self.norm = library.QKNorm(dim // num_heads)  # or your own
-            self.proj = nn.Linear(dim, dim)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            raise NotImplementedError("your turn")
-    ''',
 )
 class SelfAttention(nn.Module):
     """Compute one stream's q, k and v: `x [B, N, D]` -> three tensors `[B, H, N, d]`, q and k normalised.
@@ -242,6 +209,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # your turn
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
         q, k = self.norm(q, k)

@@ -274,31 +274,6 @@ def _block_output(answer, weights, img, txt, vec, rope):
         "joint(txt_qkv, img_qkv, rope)`; then `leave` for each stream with its own `mod`, `attn` and `mlp`, and return "
         "`img, txt`.",
     ),
-    stub='''
-    class Block(nn.Module):
-        """The whole block, from your three functions: `forward(img, txt, mods, rope)` returns the new `(img, txt)`.
-
-        `img [B, N, D]`, `txt [B, L, D]`, `mods` a dict with both streams' modulation, `rope` the rotations of
-        [text, image]. The modules have the official names, so that the trained weights fit.
-        """
-
-        def __init__(self, dim: int, num_heads: int, mlp_hidden: int):
-            super().__init__()
-            self.img_mod = Modulation(dim, double=True)
-            self.img_attn = SelfAttention(dim, num_heads, qkv_bias=True)
-            self.img_mlp = MLP(dim, mlp_hidden)
-            self.txt_mod = Modulation(dim, double=True)
-            self.txt_attn = SelfAttention(dim, num_heads, qkv_bias=True)
-            self.txt_mlp = MLP(dim, mlp_hidden)
-
-        def plan(self, vec: Tensor) -> dict[str, Tensor]:  # [..., D] -> [..., 6 D] for each stream
-            return {"txt": self.txt_mod(vec), "img": self.img_mod(vec)}
-
-        def forward(self, img: Tensor, txt: Tensor, mods: dict[str, Tensor], rope: Tensor) -> tuple[Tensor, Tensor]:
-            img_mod = mods["img"].unsqueeze(-2).chunk(6, dim=-1)  # six times [B, 1, D]
-            txt_mod = mods["txt"].unsqueeze(-2).chunk(6, dim=-1)
-            raise NotImplementedError("your turn")
-    ''',
 )
 class Block(nn.Module):
     """The whole block, from your three functions: `forward(img, txt, mods, rope)` returns the new `(img, txt)`.
@@ -322,6 +297,7 @@ class Block(nn.Module):
     def forward(self, img: Tensor, txt: Tensor, mods: dict[str, Tensor], rope: Tensor) -> tuple[Tensor, Tensor]:
         img_mod = mods["img"].unsqueeze(-2).chunk(6, dim=-1)  # six times [B, 1, D]
         txt_mod = mods["txt"].unsqueeze(-2).chunk(6, dim=-1)
+        # your turn
         img_qkv = enter(img, img_mod, self.img_attn)
         txt_qkv = enter(txt, txt_mod, self.txt_attn)
         txt_attn_out, img_attn_out = joint(txt_qkv, img_qkv, rope)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.course.exercise import exercise, wrong
+from fluxedu.course.exercise import exercise, mistakes, wrong
 from fluxedu.course.exercises.n07_double import CONFIG, _random
 from fluxedu.models.attention import QKNorm, rope_table, rotate, split_heads
 from fluxedu.models.blocks import SingleStreamBlock
@@ -185,25 +185,6 @@ def _run_block(block_class, state, x, vec, rope):
         "`hidden = F.gelu(hidden, approximate='tanh')`, and finally "
         "`x + gate * self.linear2(torch.cat([attn_out, hidden], dim=-1))`.",
     ),
-    stub='''
-    class Block(nn.Module):
-        """One sequence of tokens, with attention and MLP side by side. `forward(x, mods, rope)`."""
-
-        def __init__(self, dim: int, num_heads: int, mlp_hidden: int):
-            super().__init__()
-            self.num_heads, self.widths = num_heads, [3 * dim, mlp_hidden]
-            self.linear1 = nn.Linear(dim, 3 * dim + mlp_hidden)
-            self.linear2 = nn.Linear(dim + mlp_hidden, dim)
-            self.norm = QKNorm(dim // num_heads)
-            self.modulation = Modulation(dim, double=False)
-
-        def plan(self, vec: Tensor) -> Tensor:  # [..., D] -> [..., 3 D]
-            return self.modulation(vec)
-
-        def forward(self, x: Tensor, mods: Tensor, rope: Tensor, txt_len: int = 0) -> Tensor:
-            shift, scale, gate = mods.unsqueeze(-2).chunk(3, dim=-1)  # each [B, 1, D]
-            raise NotImplementedError("your turn")
-    ''',
 )
 class Block(nn.Module):
     """Write `forward(x, mods, rope)` of the block: it returns the new `x [B, L + N, D]`, text tokens first.
@@ -231,6 +212,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mods: Tensor, rope: Tensor, txt_len: int = 0) -> Tensor:
         shift, scale, gate = mods.unsqueeze(-2).chunk(3, dim=-1)  # each [B, 1, D]
+        # your turn
         y = (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
         qkv, hidden = self.linear1(y).split(self.widths, dim=-1)  # [B, L + N, 3 D], [B, L + N, M]
         q, k, v = split_heads(qkv, 3, self.num_heads)  # each [B, H, L + N, d]
@@ -241,33 +223,8 @@ class Block(nn.Module):
         return x + gate * self.linear2(torch.cat([attn_out, hidden], dim=-1))
 
 
-def _block_with(mistake: str) -> type[Block]:
-    """The solution with one mistake in it."""
-
-    class Mistaken(Block):
-        def forward(self, x, mods, rope, txt_len=0):
-            shift, scale, gate = mods.unsqueeze(-2).chunk(3, dim=-1)
-            normed = x if mistake == "no LayerNorm" else F.layer_norm(x, x.shape[-1:], eps=1e-6)
-            qkv, hidden = self.linear1((1 + scale) * normed + shift).split(self.widths, dim=-1)
-            q, k, v = split_heads(qkv, 3, self.num_heads)
-            if mistake != "no QKNorm":
-                q, k = self.norm(q, k)
-            if mistake != "no RoPE":
-                q, k = rotate(q, rope), rotate(k, rope)
-            attn_out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            if mistake == "GELU of attention":
-                attn_out = F.gelu(attn_out, approximate="tanh")
-            hidden = F.gelu(hidden, approximate="none" if mistake == "exact GELU" else "tanh")
-            parts = [hidden, attn_out] if mistake == "MLP first" else [attn_out, hidden]
-            update = gate * self.linear2(torch.cat(parts, dim=-1))
-            if mistake == "no residual":
-                return update
-            return (1 - gate) * x + update if mistake == "gate blends" else x + update
-
-    return Mistaken
-
-
-for _mistake, _message in (
+@mistakes(
+    "single.block",
     ("exact GELU", "this is the exact GELU; FLUX was trained with its tanh approximation."),
     (
         "GELU of attention",
@@ -279,5 +236,23 @@ for _mistake, _message in (
     ("no RoPE", "queries and keys are not rotated by their positions."),
     ("no residual", "x itself is lost: a block adds to the residual stream and does not replace it."),
     ("no LayerNorm", "the tokens are modulated, but were not normalised first."),
-):
-    wrong("single.block", _message)(_block_with(_mistake))
+)
+class _Mistaken(Block):
+    def forward(self, x, mods, rope, txt_len=0):
+        shift, scale, gate = mods.unsqueeze(-2).chunk(3, dim=-1)
+        normed = x if self.mistake == "no LayerNorm" else F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        qkv, hidden = self.linear1((1 + scale) * normed + shift).split(self.widths, dim=-1)
+        q, k, v = split_heads(qkv, 3, self.num_heads)
+        if self.mistake != "no QKNorm":
+            q, k = self.norm(q, k)
+        if self.mistake != "no RoPE":
+            q, k = rotate(q, rope), rotate(k, rope)
+        attn_out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        if self.mistake == "GELU of attention":
+            attn_out = F.gelu(attn_out, approximate="tanh")
+        hidden = F.gelu(hidden, approximate="none" if self.mistake == "exact GELU" else "tanh")
+        parts = [hidden, attn_out] if self.mistake == "MLP first" else [attn_out, hidden]
+        update = gate * self.linear2(torch.cat(parts, dim=-1))
+        if self.mistake == "no residual":
+            return update
+        return (1 - gate) * x + update if self.mistake == "gate blends" else x + update

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxedu.checkpoints import convert
-from fluxedu.course.exercise import exercise, wrong
+from fluxedu.course.exercise import exercise, mistakes, wrong
 from fluxedu.course.exercises.n07_double import _random
 from fluxedu.models import Flux, FluxConfig
 from fluxedu.models.attention import rope_table
@@ -55,29 +55,6 @@ def _velocity(network_class, config, state, *inputs):
         "`x = torch.cat([txt, img], dim=1)`, then `x = block(x, block.plan(vec), rope, txt_len)` for every single "
         "block, and `self.final_layer(x[:, txt_len:], self.final_layer.plan(vec))`.",
     ),
-    stub='''
-    class MyFlux(nn.Module):
-        """From noisy image tokens and text tokens to a velocity for every image token."""
-
-        def __init__(self, config: FluxConfig):
-            super().__init__()
-            self.config, dim = config, config.hidden_size
-            self.img_in = nn.Linear(config.in_channels, dim)
-            self.txt_in = nn.Linear(config.context_in_dim, dim)
-            self.time_in = MLPEmbedder(256, dim)
-            self.vector_in = MLPEmbedder(config.vec_in_dim, dim)
-            self.guidance_in = MLPEmbedder(256, dim) if config.guidance_embed else None
-            self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
-            self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
-            self.final_layer = LastLayer(dim, config.out_channels)
-
-        def forward(
-            self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor, y: Tensor,
-            guidance: Tensor | None = None,
-        ) -> Tensor:
-            rope = rope_table(torch.cat([txt_ids, img_ids]), self.config.axes_dim).to(torch.complex64)
-            raise NotImplementedError("your turn")
-    ''',
 )
 class MyFlux(nn.Module):
     """Assemble the transformer: write `forward`, which returns the velocity `[B, N, out_channels]` of the image tokens.
@@ -105,6 +82,7 @@ class MyFlux(nn.Module):
         guidance: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         rope = rope_table(torch.cat([txt_ids, img_ids]), self.config.axes_dim).to(torch.complex64)
+        # your turn
         vec = self.time_in(timestep_embedding(timesteps).to(y)) + self.vector_in(y)  # [B, D]
         if self.guidance_in is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance).to(y))
@@ -118,38 +96,8 @@ class MyFlux(nn.Module):
         return self.final_layer(x[:, txt_len:], self.final_layer.plan(vec))  # [B, N, out_channels]
 
 
-def _flux_with(mistake: str) -> type[MyFlux]:
-    """The solution with one mistake in it."""
-
-    class Mistaken(MyFlux):
-        def forward(self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None):
-            ids = [img_ids, txt_ids] if mistake == "image ids first" else [txt_ids, img_ids]
-            rope = rope_table(torch.cat(ids), self.config.axes_dim).to(torch.complex64)
-            scale = 1000 if mistake == "time x 1000 twice" else 1
-            vec = self.time_in(timestep_embedding(scale * timesteps))
-            if mistake != "no pooled text":
-                vec = vec + self.vector_in(y)
-            if guidance is not None and mistake != "no guidance":
-                vec = vec + self.guidance_in(timestep_embedding(guidance))
-            img, txt = self.img_in(img), self.txt_in(txt)
-            for block in self.double_blocks:
-                img, txt = block(img, txt, block.plan(vec), rope)
-            txt_len = txt.shape[1]
-            if mistake == "text left out":
-                txt, rope, txt_len = txt[:, :0], rope[..., txt_len:, :], 0
-            x = torch.cat([txt, img], dim=1)
-            for block in self.single_blocks:
-                x = block(x, block.plan(vec), rope)
-            img = x[:, : x.shape[1] - txt_len] if mistake == "first tokens" else x[:, txt_len:]
-            mods = self.final_layer.plan(vec)
-            if mistake == "scale before shift":
-                mods = mods.roll(self.config.hidden_size, -1)
-            return self.final_layer(img, mods)
-
-    return Mistaken
-
-
-for _mistake, _message in (
+@mistakes(
+    "whole.flux",
     ("first tokens", "you return the first tokens, which are text; the image tokens come after them."),
     ("image ids first", "the rotations are computed with the image ids first, but the text tokens come first."),
     ("time x 1000 twice", "the time is multiplied by 1000 twice: timestep_embedding does it already."),
@@ -160,8 +108,31 @@ for _mistake, _message in (
         "the last layer takes scale before shift, diffusers' order; the official one is shift, scale.",
     ),
     ("text left out", "the single blocks get the image tokens only; they need the text tokens as well."),
-):
-    wrong("whole.flux", _message)(_flux_with(_mistake))
+)
+class _Mistaken(MyFlux):
+    def forward(self, img, img_ids, txt, txt_ids, timesteps, y, guidance=None):
+        ids = [img_ids, txt_ids] if self.mistake == "image ids first" else [txt_ids, img_ids]
+        rope = rope_table(torch.cat(ids), self.config.axes_dim).to(torch.complex64)
+        scale = 1000 if self.mistake == "time x 1000 twice" else 1
+        vec = self.time_in(timestep_embedding(scale * timesteps))
+        if self.mistake != "no pooled text":
+            vec = vec + self.vector_in(y)
+        if guidance is not None and self.mistake != "no guidance":
+            vec = vec + self.guidance_in(timestep_embedding(guidance))
+        img, txt = self.img_in(img), self.txt_in(txt)
+        for block in self.double_blocks:
+            img, txt = block(img, txt, block.plan(vec), rope)
+        txt_len = txt.shape[1]
+        if self.mistake == "text left out":
+            txt, rope, txt_len = txt[:, :0], rope[..., txt_len:, :], 0
+        x = torch.cat([txt, img], dim=1)
+        for block in self.single_blocks:
+            x = block(x, block.plan(vec), rope)
+        img = x[:, : x.shape[1] - txt_len] if self.mistake == "first tokens" else x[:, txt_len:]
+        mods = self.final_layer.plan(vec)
+        if self.mistake == "scale before shift":
+            mods = mods.roll(self.config.hidden_size, -1)
+        return self.final_layer(img, mods)
 
 
 def _configs() -> list[tuple]:

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from fluxedu.course.exercise import exercise, wrong
+from fluxedu.course.exercise import exercise, mistakes, wrong
 from fluxedu.sampling import solvers
 from fluxedu.sampling.solvers import schedule as library_schedule
 from fluxedu.sampling.solvers import shift_amount
@@ -131,8 +130,14 @@ def midpoint(x: Tensor, t: float, t_next: float, velocity: Callable) -> tuple[Te
     return x + (t_next - t) * velocity(x_mid, t_mid), v
 
 
+@mistakes(
+    "sampling.midpoint",
+    ("old time", "the second evaluation is at the middle state but at the old time; use the middle time too."),
+    ("starts at the middle", "your last step starts at the middle state; the whole step starts at x."),
+    ("two Euler steps", "these are two Euler steps of half the length; midpoint starts again from x."),
+    ("sign", "your step goes towards the noise: t_next - t is negative, and must be."),
+)
 def _midpoint_with(mistake, x, t, t_next, velocity):
-    """The solution with one mistake in it."""
     v, t_mid = velocity(x, t), (t + t_next) / 2
     sign = -1 if mistake == "sign" else 1
     x_mid = x + sign * (t_mid - t) * v
@@ -141,15 +146,6 @@ def _midpoint_with(mistake, x, t, t_next, velocity):
         return x_mid + (t_next - t_mid) * v_mid, v
     start = x_mid if mistake == "starts at the middle" else x
     return start + sign * (t_next - t) * v_mid, v
-
-
-for _mistake, _message in (
-    ("old time", "the second evaluation is at the middle state but at the old time; use the middle time too."),
-    ("starts at the middle", "your last step starts at the middle state; the whole step starts at x."),
-    ("two Euler steps", "these are two Euler steps of half the length; midpoint starts again from x."),
-    ("sign", "your step goes towards the noise: t_next - t is negative, and must be."),
-):
-    wrong("sampling.midpoint", _message)(partial(_midpoint_with, _mistake))
 
 
 @exercise(
@@ -175,8 +171,14 @@ def heun(x: Tensor, t: float, t_next: float, velocity: Callable) -> tuple[Tensor
     return x + (t_next - t) * (v + v_end) / 2, v
 
 
+@mistakes(
+    "sampling.heun",
+    ("sum", "the two velocities are added; use their mean, or the step is twice as long."),
+    ("old time", "the second evaluation is at the old time t; its state belongs to t_next."),
+    ("starts at the end", "you continue from the end of the trial step; the step starts at x."),
+    ("second velocity only", "only the second velocity is used; Heun takes the mean of both."),
+)
 def _heun_with(mistake, x, t, t_next, velocity):
-    """The solution with one mistake in it."""
     v = velocity(x, t)
     x_end = x + (t_next - t) * v
     v_end = velocity(x_end, t if mistake == "old time" else t_next)
@@ -184,12 +186,3 @@ def _heun_with(mistake, x, t, t_next, velocity):
         return x + (t_next - t) * v_end, v
     start = x_end if mistake == "starts at the end" else x
     return start + (t_next - t) * (v + v_end) / (1 if mistake == "sum" else 2), v
-
-
-for _mistake, _message in (
-    ("sum", "the two velocities are added; use their mean, or the step is twice as long."),
-    ("old time", "the second evaluation is at the old time t; its state belongs to t_next."),
-    ("starts at the end", "you continue from the end of the trial step; the step starts at x."),
-    ("second velocity only", "only the second velocity is used; Heun takes the mean of both."),
-):
-    wrong("sampling.heun", _message)(partial(_heun_with, _mistake))

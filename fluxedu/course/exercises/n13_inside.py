@@ -1,11 +1,9 @@
 """Notebook 13: look inside."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from fluxedu.course.exercise import exercise, wrong
+from fluxedu.course.exercise import exercise, mistakes, wrong
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.reductions import Value, to_named
 from fluxedu.instruments.reductions import entropy as library_entropy
@@ -123,8 +121,17 @@ def iou(weights: Tensor, coverage: Tensor) -> Tensor:
     return (bright & covered).sum(dim=(1, 2)) / (bright | covered).sum(dim=(1, 2))
 
 
+@mistakes(
+    "inside.iou",
+    (
+        "recall",
+        "you divide by the object's patches, which rewards maps that are bright everywhere; divide by the union.",
+    ),
+    ("one peak", "your threshold is half of the largest weight of all words; each map has its own peak."),
+    ("Dice", "that is Dice, twice the intersection over the sum of both sizes; the union counts shared patches once."),
+    ("mean", "bright means at least half of the map's peak; yours are the patches above the map's mean."),
+)
 def _iou_with(mistake, weights, coverage):
-    """The solution with one mistake in it."""
     threshold = weights.amax(dim=(1, 2), keepdim=True) / 2
     if mistake == "one peak":
         threshold = weights.max() / 2
@@ -135,18 +142,6 @@ def _iou_with(mistake, weights, coverage):
     if mistake == "recall":
         return both / covered.sum(dim=(1, 2))
     return 2 * both / (both + either) if mistake == "Dice" else both / either
-
-
-for _mistake, _message in (
-    (
-        "recall",
-        "you divide by the object's patches, which rewards maps that are bright everywhere; divide by the union.",
-    ),
-    ("one peak", "your threshold is half of the largest weight of all words; each map has its own peak."),
-    ("Dice", "that is Dice, twice the intersection over the sum of both sizes; the union counts shared patches once."),
-    ("mean", "bright means at least half of the map's peak; yours are the patches above the map's mean."),
-):
-    wrong("inside.iou", _message)(partial(_iou_with, _mistake))
 
 
 def _attention() -> list[tuple]:
@@ -197,8 +192,17 @@ def spread(value: Value) -> Named:
     return p.dropped("key", torch.special.entr(p.tensor).sum(-1).exp())
 
 
+@mistakes(
+    "inside.spread",
+    ("entropy", "you return the entropy itself; its exponential counts tokens."),
+    ("bits", "bits and nats are mixed: with log2 in the entropy, take 2 to its power."),
+    (
+        "participation",
+        "that is one over the sum of squares, a different count, which gives large weights more influence.",
+    ),
+    ("mean", "each query has its own entropy; you average over all queries before the exponential."),
+)
 def _spread_with(mistake, value):
-    """The solution with one mistake in it."""
     p = to_named(value)
     entropy = torch.special.entr(p.tensor).sum(-1)
     if mistake == "entropy":
@@ -208,18 +212,6 @@ def _spread_with(mistake, value):
     if mistake == "mean":
         entropy = entropy.mean(-1, keepdim=True).expand_as(entropy)
     return p.dropped("key", 1 / p.tensor.square().sum(-1) if mistake == "participation" else entropy.exp())
-
-
-for _mistake, _message in (
-    ("entropy", "you return the entropy itself; its exponential counts tokens."),
-    ("bits", "bits and nats are mixed: with log2 in the entropy, take 2 to its power."),
-    (
-        "participation",
-        "that is one over the sum of squares, a different count, which gives large weights more influence.",
-    ),
-    ("mean", "each query has its own entropy; you average over all queries before the exponential."),
-):
-    wrong("inside.spread", _message)(partial(_spread_with, _mistake))
 
 
 def _tokens() -> list[tuple]:

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.checkpoints.lora import merge as library_merge
-from fluxedu.course.exercise import exercise, wrong
+from fluxedu.course.exercise import exercise, mistakes, wrong
 from fluxedu.sampling import conditions as library
 from fluxedu.sampling.latents import image_ids, pack
 
@@ -60,8 +59,17 @@ def fill_tokens(noise: Tensor, masked: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([pack(noise), pack(masked), pack(cells)], dim=-1)  # [B, h/2 * w/2, 64 + 64 + 256]
 
 
+@mistakes(
+    "family.fill",
+    ("mask before image", "the mask comes before the masked image; the order is noise, masked image, mask."),
+    ("columns first", "within a cell the mask's pixels are ordered column by column; they go row by row."),
+    ("mask inverted", "your mask is 0 in the region to be painted; it should be 1 there."),
+    (
+        "whole patches",
+        "you fold the mask in patches of 16 x 16 pixels; fold 8 x 8 into cells first, then pack the cells.",
+    ),
+)
 def _fill_with(mistake, noise, masked, mask):
-    """The solution with one mistake in it."""
     b, _, h, w = noise.shape
     if mistake == "mask inverted":
         mask = 1 - mask
@@ -73,18 +81,6 @@ def _fill_with(mistake, noise, masked, mask):
     if mistake == "mask before image":
         return torch.cat([pack(noise), mask_tokens, pack(masked)], dim=-1)
     return torch.cat([pack(noise), pack(masked), mask_tokens], dim=-1)
-
-
-for _mistake, _message in (
-    ("mask before image", "the mask comes before the masked image; the order is noise, masked image, mask."),
-    ("columns first", "within a cell the mask's pixels are ordered column by column; they go row by row."),
-    ("mask inverted", "your mask is 0 in the region to be painted; it should be 1 there."),
-    (
-        "whole patches",
-        "you fold the mask in patches of 16 x 16 pixels; fold 8 x 8 into cells first, then pack the cells.",
-    ),
-):
-    wrong("family.fill", _message)(partial(_fill_with, _mistake))
 
 
 @exercise(
@@ -167,8 +163,14 @@ def with_image_tokens(txt: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor
     return tokens, torch.zeros(tokens.shape[1], 3)
 
 
+@mistakes(
+    "family.redux",
+    ("image first", "the image's tokens come before the text; they come after it."),
+    ("frame 1", "the image's tokens have frame 1, as in Kontext; here they are text, with ids of 0."),
+    ("numbered", "your ids number the tokens; the ids of text are all zero, and these tokens are text."),
+    ("first prompt", "only the first prompt of the batch gets the image; every prompt should."),
+)
 def _redux_with(mistake, txt, image_tokens):
-    """The solution with one mistake in it."""
     tokens, ids = _prompt_by_prompt(txt, image_tokens)
     txt_len = txt.shape[1]
     if mistake == "image first":
@@ -180,15 +182,6 @@ def _redux_with(mistake, txt, image_tokens):
     if mistake == "first prompt":
         tokens[1:, txt_len:] = 0
     return tokens, ids
-
-
-for _mistake, _message in (
-    ("image first", "the image's tokens come before the text; they come after it."),
-    ("frame 1", "the image's tokens have frame 1, as in Kontext; here they are text, with ids of 0."),
-    ("numbered", "your ids number the tokens; the ids of text are all zero, and these tokens are text."),
-    ("first prompt", "only the first prompt of the batch gets the image; every prompt should."),
-):
-    wrong("family.redux", _message)(partial(_redux_with, _mistake))
 
 
 def _test_velocity(x: Tensor, t: float) -> Tensor:
@@ -245,8 +238,17 @@ def invert(x: Tensor, times: Tensor, velocity: Callable, rounds: int = 1) -> Ten
     return x
 
 
+@mistakes(
+    "family.invert",
+    ("sampler's order", "you take the steps in the sampler's order; to go back, begin with its last step."),
+    ("sign", "your step has the sampler's sign, so it continues towards the image; time grows during inversion."),
+    ("end time", "you evaluate at t_next; the sampler evaluated at t, and that velocity has to be undone."),
+    (
+        "start moves",
+        "each round starts where the last one ended, so the step is taken several times; start at x again.",
+    ),
+)
 def _invert_with(mistake, x, times, velocity, rounds=1):
-    """The solution with one mistake in it."""
     steps = list(zip(times[:-1], times[1:], strict=True))
     for t, t_next in steps if mistake == "sampler's order" else reversed(steps):
         dt = t_next - t if mistake == "sign" else t - t_next
@@ -256,18 +258,6 @@ def _invert_with(mistake, x, times, velocity, rounds=1):
             guess = start + dt * velocity(guess, t_next if mistake == "end time" else t)
         x = guess
     return x
-
-
-for _mistake, _message in (
-    ("sampler's order", "you take the steps in the sampler's order; to go back, begin with its last step."),
-    ("sign", "your step has the sampler's sign, so it continues towards the image; time grows during inversion."),
-    ("end time", "you evaluate at t_next; the sampler evaluated at t, and that velocity has to be undone."),
-    (
-        "start moves",
-        "each round starts where the last one ended, so the step is taken several times; start at x again.",
-    ),
-):
-    wrong("family.invert", _message)(partial(_invert_with, _mistake))
 
 
 def _lora_factors() -> list[tuple]:
@@ -358,21 +348,18 @@ def elo(a: float, b: float, score: float, k: float = 32.0) -> tuple[float, float
     return a + gain, b - gain
 
 
+@mistakes(
+    "family.elo",
+    ("expected of b", "your expected score is that of b: if a is ahead, it must be above a half."),
+    ("base e", "your expected score uses powers of e; Elo uses powers of 10, so that 400 points mean ten to one."),
+    ("same direction", "the rating of b moves in the same direction as that of a; what one gains the other loses."),
+    ("fixed k", "k is 32 in your answer, whatever is passed in; use the argument."),
+    ("no expectation", "every win counts the same; a surprising result should move the ratings more."),
+)
 def _elo_with(mistake, a, b, score, k=32.0):
-    """The solution with one mistake in it."""
     gap = a - b if mistake == "expected of b" else b - a
     expected = 1 / (1 + (math.e if mistake == "base e" else 10) ** (gap / 400))
     if mistake == "no expectation":
         expected = 0.5
     gain = (32 if mistake == "fixed k" else k) * (score - expected)
     return a + gain, b + gain if mistake == "same direction" else b - gain
-
-
-for _mistake, _message in (
-    ("expected of b", "your expected score is that of b: if a is ahead, it must be above a half."),
-    ("base e", "your expected score uses powers of e; Elo uses powers of 10, so that 400 points mean ten to one."),
-    ("same direction", "the rating of b moves in the same direction as that of a; what one gains the other loses."),
-    ("fixed k", "k is 32 in your answer, whatever is passed in; use the argument."),
-    ("no expectation", "every win counts the same; a surprising result should move the ratings more."),
-):
-    wrong("family.elo", _message)(partial(_elo_with, _mistake))

@@ -1,14 +1,13 @@
 """Notebook 15: the arena."""
 
 import math
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxedu.course.exercise import exercise, wrong
+from fluxedu.course.exercise import exercise, mistakes
 
 
 def _win_tables() -> list[tuple]:
@@ -51,8 +50,15 @@ def likelihood(strengths: Tensor, wins: Tensor) -> Tensor:
     return (wins * F.logsigmoid(gaps)).sum()
 
 
+@mistakes(
+    "arena.likelihood",
+    ("transposed", "the difference has the wrong sign: `wins[i, j]` are wins of i, so it is s_i - s_j."),
+    ("no log", "you add up probabilities; take their logarithms first."),
+    ("once", "each pair counts once in your sum; multiply by the number of its votes."),
+    ("mean", "you return the mean over the votes; the log-likelihood is the sum."),
+    ("loss", "the sign is wrong: you return a loss; the log-likelihood is the sum itself."),
+)
 def _likelihood_with(mistake, strengths, wins):
-    """The solution with one mistake in it."""
     gaps = strengths[:, None] - strengths[None, :]
     if mistake == "transposed":
         gaps = -gaps
@@ -61,16 +67,6 @@ def _likelihood_with(mistake, strengths, wins):
     if mistake == "mean":
         total = total / wins.sum()
     return -total if mistake == "loss" else total
-
-
-for _mistake, _message in (
-    ("transposed", "the difference has the wrong sign: `wins[i, j]` are wins of i, so it is s_i - s_j."),
-    ("no log", "you add up probabilities; take their logarithms first."),
-    ("once", "each pair counts once in your sum; multiply by the number of its votes."),
-    ("mean", "you return the mean over the votes; the log-likelihood is the sum."),
-    ("loss", "the sign is wrong: you return a loss; the log-likelihood is the sum itself."),
-):
-    wrong("arena.likelihood", _message)(partial(_likelihood_with, _mistake))
 
 
 def _tables_with_anchor() -> list[tuple]:
@@ -121,8 +117,16 @@ def newton(strengths: Tensor, wins: Tensor) -> Tensor:
     return strengths + torch.linalg.solve(information[:-1, :-1], gradient[:-1])
 
 
+@mistakes(
+    "arena.newton",
+    ("gradient", "you step along the gradient; Newton's step solves with the information matrix, `linalg.solve`."),
+    ("diagonal", "you use only the diagonal of the information; a vote on i and j is about both strengths at once."),
+    ("sign", "the sign is wrong, so the likelihood falls: the information is minus the Hessian."),
+    ("equal weights", "all games have the same weight in your information; a predictable one has less, p (1 - p)."),
+    ("won games", "your expected wins come from `wins`, which lacks the games that were lost: use `wins + wins.T`."),
+    ("no anchor", "you leave out the last player, whose strength is 0; the games against that player count too."),
+)
 def _newton_with(mistake, strengths, wins):
-    """The solution with one mistake in it."""
     if mistake == "no anchor":
         wins = wins[:-1, :-1]
     everyone = torch.cat([strengths, torch.zeros(len(wins) - len(strengths))])
@@ -137,17 +141,6 @@ def _newton_with(mistake, strengths, wins):
         return strengths + gradient / information.diag()
     step = torch.linalg.pinv(information) @ gradient
     return strengths - step if mistake == "sign" else strengths + step
-
-
-for _mistake, _message in (
-    ("gradient", "you step along the gradient; Newton's step solves with the information matrix, `linalg.solve`."),
-    ("diagonal", "you use only the diagonal of the information; a vote on i and j is about both strengths at once."),
-    ("sign", "the sign is wrong, so the likelihood falls: the information is minus the Hessian."),
-    ("equal weights", "all games have the same weight in your information; a predictable one has less, p (1 - p)."),
-    ("won games", "your expected wins come from `wins`, which lacks the games that were lost: use `wins + wins.T`."),
-    ("no anchor", "you leave out the last player, whose strength is 0; the games against that player count too."),
-):
-    wrong("arena.newton", _message)(partial(_newton_with, _mistake))
 
 
 def _draws() -> list[tuple]:
@@ -192,8 +185,16 @@ def interval(draws: Tensor, level: float) -> Tensor:
     return torch.quantile(points, ends, dim=0).T  # [M, 2]
 
 
+@mistakes(
+    "arena.interval",
+    ("no mean", "the mean of each draw is not subtracted; a constant that all models share has no meaning."),
+    ("mean of draws", "you take the mean over the draws, so every model is at 1000; take it over the models."),
+    ("one mean", "you subtract one mean of everything; each draw has its own mean over the models."),
+    ("times 400", "you multiply strengths by 400; strengths are powers of e, Elo points powers of 10."),
+    ("cut twice", "each end cuts off all of 1 - level, so the interval is too narrow; cut off half at each end."),
+    ("normal", "mean and 1.96 deviations suit a normal distribution; these draws are skewed, so use their quantiles."),
+)
 def _interval_with(mistake, draws, level):
-    """The solution with one mistake in it."""
     mean = draws.mean(1, keepdim=True)
     if mistake == "no mean":
         mean = 0
@@ -206,17 +207,6 @@ def _interval_with(mistake, draws, level):
         return torch.stack([points.mean(0) - 1.96 * points.std(0), points.mean(0) + 1.96 * points.std(0)], dim=1)
     cut = 1 - level if mistake == "cut twice" else (1 - level) / 2
     return torch.quantile(points, torch.tensor([cut, 1 - cut]), dim=0).T
-
-
-for _mistake, _message in (
-    ("no mean", "the mean of each draw is not subtracted; a constant that all models share has no meaning."),
-    ("mean of draws", "you take the mean over the draws, so every model is at 1000; take it over the models."),
-    ("one mean", "you subtract one mean of everything; each draw has its own mean over the models."),
-    ("times 400", "you multiply strengths by 400; strengths are powers of e, Elo points powers of 10."),
-    ("cut twice", "each end cuts off all of 1 - level, so the interval is too narrow; cut off half at each end."),
-    ("normal", "mean and 1.96 deviations suit a normal distribution; these draws are skewed, so use their quantiles."),
-):
-    wrong("arena.interval", _message)(partial(_interval_with, _mistake))
 
 
 def _covariances() -> list[tuple]:
@@ -267,8 +257,14 @@ def gain(covariance: Tensor, p: float, i: int, j: int) -> Tensor:
     return w * c_d @ c_d / (1 + w * d_c_d)
 
 
+@mistakes(
+    "arena.gain",
+    ("one difference", "that is the variance of one difference; the vote also tells about all others who met i or j."),
+    ("undivided", "the division by 1 + w d^T C d is missing, so a vote could remove more variance than there is."),
+    ("certain", "every vote counts the same in your answer; a predictable one tells less, p (1 - p)."),
+    ("sum", "your d is 1 at both models; a vote compares a difference, so it is 1 and -1."),
+)
 def _gain_with(mistake, covariance, p, i, j):
-    """The solution with one mistake in it."""
     w = 1 / 4 if mistake == "certain" else p * (1 - p)
     sign = 1 if mistake == "sum" else -1
     c_d = covariance[:, i] + sign * covariance[:, j]
@@ -276,12 +272,3 @@ def _gain_with(mistake, covariance, p, i, j):
     if mistake == "one difference":
         return w * d_c_d**2 / (1 + w * d_c_d)
     return w * c_d @ c_d / (1 if mistake == "undivided" else 1 + w * d_c_d)
-
-
-for _mistake, _message in (
-    ("one difference", "that is the variance of one difference; the vote also tells about all others who met i or j."),
-    ("undivided", "the division by 1 + w d^T C d is missing, so a vote could remove more variance than there is."),
-    ("certain", "every vote counts the same in your answer; a predictable one tells less, p (1 - p)."),
-    ("sum", "your d is 1 at both models; a vote compares a difference, so it is 1 and -1."),
-):
-    wrong("arena.gain", _message)(partial(_gain_with, _mistake))
