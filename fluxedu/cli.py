@@ -50,6 +50,14 @@ def _from_checkout(name: str):
     return import_module(name)
 
 
+def _check_extra(extra: str, module: str) -> None:
+    """End the command if a module is missing that an extra of the package installs."""
+    from importlib.util import find_spec
+
+    if find_spec(module) is None:
+        raise fail(f"this needs {module}: pip install 'fluxedu[{extra}]'.")
+
+
 def _open_picture(path: Path):
     """Read an image file completely."""
     from PIL import Image
@@ -330,12 +338,10 @@ def lab(
     import os
     import subprocess
     import sys
-    from importlib.util import find_spec
 
+    _check_extra("lab", "jupyterlab")
     from fluxedu.course.build import copy_notebooks
 
-    if find_spec("jupyterlab") is None:
-        raise fail("fluxedu lab needs JupyterLab; run pip install 'fluxedu[lab]'.")
     with report_errors():
         copied, existing = copy_notebooks(folder)
     typer.echo(f"{folder}: {len(copied)} notebooks copied, {len(existing)} left as they are")
@@ -360,6 +366,7 @@ def grade(
     memory: Annotated[int, typer.Option(min=1, help="Memory limit of a notebook, in GB.")] = 16,
 ) -> None:
     """Run students' notebooks, each in its own process, and mark the exercises. This is no sandbox."""
+    _check_extra("lab", "nbclient")
     from fluxedu.course.grade import as_csv, class_table, grade_notebook, write_csv
     from fluxedu.errors import CourseError
     from fluxedu.files import write_text

@@ -94,6 +94,16 @@ def test_a_missing_package_is_named_before_any_work(arguments, hidden, tmp_path,
     assert not list(Path(tmp_path).iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "module"), [(["lab"], "jupyterlab"), (["grade", "04-rotary-positions.ipynb"], "nbclient")]
+)
+def test_a_missing_extra_is_named(arguments, module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert f"this needs {module}: pip install 'fluxedu[lab]'" in error_of(*arguments)
+    assert not list(Path(tmp_path).iterdir())
+
+
 def test_an_image_does_not_replace_a_folder(tmp_path):
     (tmp_path / "out.png").mkdir()
     assert "is a folder" in error_of("sample", "x", "--steps", "1", "-o", tmp_path / "out.png")
