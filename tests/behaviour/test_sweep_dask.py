@@ -145,7 +145,8 @@ def test_ctrl_c_is_one_sentence(whole, tmp_path):
         os.killpg(command.pid, signal.SIGINT)
         _, errors = command.communicate(timeout=120)
     assert command.returncode == 2 and "Traceback" not in errors, errors[-2000:]
-    assert [line for line in errors.splitlines() if line.startswith("fluxedu: stopped; ")], errors[-2000:]
+    sentence = "fluxedu: interrupted; the same command continues from here."
+    assert sentence in errors.splitlines(), errors[-2000:]
 
 
 # ---------------------------------------------------------------- a scheduler
