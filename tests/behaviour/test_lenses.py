@@ -308,8 +308,8 @@ def test_attention_shares_are_of_the_images_own_patches(variant, argument):
         ),
         (lambda pipe: lenses.velocity_field(pipe, PROMPT, at_step=99, steps=2), "there is no step 99"),
         (lambda pipe: lenses.divergence(pipe, PROMPT, probes=0), "probes must be a whole number from 1"),
-        (lambda pipe: lenses.straightness(None), "must be the trajectory of a run"),
-        (lambda pipe: lenses.curvature(None), "must be the trajectory of a run"),
+        (lambda pipe: lenses.straightness(None), "trajectory must be that of a run"),
+        (lambda pipe: lenses.curvature(None), "trajectory must be that of a run"),
     ],
 )
 def test_wrong_arguments(pipe, wrong, says):

@@ -16,8 +16,6 @@ from fluxedu.sampling.latents import pack, unpack
 from fluxedu.sampling.pipeline import FluxPipeline, Output, Trajectory
 from fluxedu.sampling.request import Request
 
-MAX_SEED = 2**63 - 2  # a lens may use the next seed as well
-
 
 @lens
 def straightness(trajectory: Trajectory) -> Named:
@@ -49,9 +47,7 @@ def curvature(trajectory: Trajectory) -> Named:
 
 def _check_trajectory(trajectory: Trajectory) -> None:
     if not isinstance(trajectory, Trajectory):
-        raise InstrumentError(
-            f"trajectory must be the trajectory of a run (trajectory=True), not {describe(trajectory)}."
-        )
+        raise InstrumentError(f"trajectory must be that of a run, pipe(...).trajectory, not {describe(trajectory)}.")
 
 
 @lens
@@ -63,7 +59,7 @@ def divergence(pipe: FluxPipeline, prompt: str, *, probes: int = 8, seed: int = 
     to the image, as t falls.
     """
     check_integer("probes", probes, 1, 1000, error=InstrumentError)
-    check_integer("seed", seed, 0, MAX_SEED, error=InstrumentError)
+    check_integer("seed", seed, 0, 2**63 - 2, error=InstrumentError)
     out, velocity = _run_with_velocity(pipe, prompt, {"seed": seed} | options)
     times, latents, h = out.trajectory.times[:-1].tolist(), out.trajectory.latents, 0.01
     generator, divergences = torch.Generator().manual_seed(seed), []
@@ -90,7 +86,7 @@ def velocity_field(
     there. The plane is our own choice; velocity fields of flows: arXiv 2210.02747.
     """
     check_integer("size", size, 1, 256, error=InstrumentError)
-    check_integer("seed", seed, 0, MAX_SEED, error=InstrumentError)
+    check_integer("seed", seed, 0, 2**63 - 2, error=InstrumentError)
     reach = check_number("reach", reach, -1e30, 1e30, error=InstrumentError)
     out, velocity = _run_with_velocity(pipe, prompt, {"seed": [seed, seed + 1]} | options)
     times, latents = out.trajectory.times[:-1].tolist(), out.trajectory.latents[:-1]
@@ -112,9 +108,7 @@ def velocity_field(
     return Named(table, ("up", "across", "what"), {"what": ["across", "up", "v across", "v up"]})
 
 
-def _run_with_velocity(
-    pipe: FluxPipeline, prompt: str, options: dict
-) -> tuple[Output, Callable[[Tensor, float], Tensor]]:
+def _run_with_velocity(pipe: FluxPipeline, prompt: str, options: dict) -> tuple[Output, Callable]:
     """A run, and its guided velocity as a function of a latent ``[1, C, h, w]`` and one of the run's times."""
     requests: list[Request] = []
 

@@ -88,9 +88,7 @@ def x0_by_block(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None, deco
     model once per step.
     """
     if options.get("solver", "euler") != "euler":
-        raise InstrumentError(
-            f"x0_by_block needs solver='euler', one model evaluation per step, not {describe(options['solver'])}."
-        )
+        raise InstrumentError(f"x0_by_block is defined for solver='euler' only, not {describe(options['solver'])}.")
     globs = ("double.*.img_out", "single.*.out", "vec", "sample.x")
     out, rec = run_recorded(pipe, prompt, *globs, options=options, steps=at_steps)
     if "sample.x" not in rec:

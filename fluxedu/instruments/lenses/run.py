@@ -40,8 +40,6 @@ def lens(function: Callable) -> Callable[..., Named]:
     """
     signature = inspect.signature(function)
     is_generator = inspect.isgeneratorfunction(function)
-    if is_generator:
-        SINGLE_RUN_LENSES[function.__name__] = function
     if "prompt" not in signature.parameters:
         LENSES[function.__name__] = function
         return function
@@ -54,9 +52,10 @@ def lens(function: Callable) -> Callable[..., Named]:
         own = {name: kwargs.pop(name) for name in signature.parameters if name in kwargs}
         return _run(pipe, prompt, [function(pipe, prompt, *args, **own)], kwargs)[1][0]
 
-    if is_generator:  # as help() and the documentation show it
+    if is_generator:
+        SINGLE_RUN_LENSES[function.__name__] = function
         options = inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)
-        parameters = [*signature.parameters.values(), options]
+        parameters = [*signature.parameters.values(), options]  # as help() and the documentation show them
         checked.__signature__ = signature.replace(parameters=parameters, return_annotation="Named")
     LENSES[function.__name__] = checked
     return checked
