@@ -1,4 +1,4 @@
-"""Draws the picture on the README's first screen: ``python docs/images/make_miniature.py``."""
+"""Draws the figure on the README's first screen: ``python docs/images/make_miniature.py``."""
 
 import textwrap
 from pathlib import Path
@@ -19,10 +19,10 @@ PROMPTS = [
 ]
 
 if __name__ == "__main__":
-    pictures = fe.load()(PROMPTS, seed=4, progress=False).images
+    images = fe.load()(PROMPTS, seed=4, progress=False).images
     fig, axes = plt.subplots(2, 4, figsize=(10, 6.2), layout="constrained")
-    for ax, prompt, picture in zip(axes.flat, PROMPTS, pictures, strict=True):
-        ax.imshow(picture)
+    for ax, prompt, image in zip(axes.flat, PROMPTS, images, strict=True):
+        ax.imshow(image)
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
         ax.set_xlabel(textwrap.fill(prompt, 34), fontsize=9, color="#444", labelpad=6)
