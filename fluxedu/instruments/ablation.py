@@ -11,7 +11,7 @@ from torch import Tensor
 from fluxedu.attention_map import AttentionMap
 from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.interventions import STREAMS, Context, Times, intervene
-from fluxedu.instruments.recorder import Steps, checked_heads
+from fluxedu.instruments.selection import Steps, checked_heads
 from fluxedu.instruments.tokens import Word, as_list, contains_words
 
 _BLOCK = re.compile(r"(double|single)\.(\*|\d+)")

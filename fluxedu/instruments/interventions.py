@@ -23,8 +23,9 @@ from fluxedu.attention_map import AttentionMap
 from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.catalogue import axes_of
 from fluxedu.instruments.named import Named
-from fluxedu.instruments.recorder import Steps, checked_steps, is_selected, record
+from fluxedu.instruments.recorder import record
 from fluxedu.instruments.recording import Recording
+from fluxedu.instruments.selection import Steps, checked_steps, is_selected
 from fluxedu.instruments.tokens import Word, token_indices_at
 from fluxedu.instruments.watching import Instrument, accepts
 from fluxedu.probe import Sited
@@ -229,7 +230,7 @@ def patch(
     """
     if not isinstance(source, (record, Recording, Named, Tensor)):
         raise InstrumentError(f"source must be a recording, a Named or a tensor, not {type(source).__name__}.")
-    if isinstance(source, record) and (source.tokens or source.heads or source.new_reductions()):
+    if isinstance(source, record) and (source.selection.tokens or source.selection.heads or source.new_reductions()):
         raise InstrumentError("a patch needs whole values: record them without tokens=, heads= and reduce=.")
     prompts_encoded: Counter = Counter()  # (run, site) -> number of prompts
 

@@ -7,7 +7,6 @@ rec["double.2.attn.map"]        # axes (step, query, key)
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,15 +20,41 @@ from fluxedu.instruments.catalogue import axes_of
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recording import FolderRecording, Recording, StepKey, open_recording
 from fluxedu.instruments.reductions import MapView, Reduction, Value, reduction_factory, to_named
-from fluxedu.instruments.tokens import Word, as_list, contains_words, prompt_at, token_indices_at, tokenizer_at
+from fluxedu.instruments.selection import PASSES, Selection, Steps, is_selected
+from fluxedu.instruments.tokens import Word
 from fluxedu.instruments.watching import Instrument
 from fluxedu.probe import Sited
 from fluxedu.sampling.solvers import solver_called
 from fluxedu.sampling.step_context import StepContext, current_context
 
 BUDGET = 2 * 2**30  # bytes
-PASSES = ("negative", "prompted")  # of classifier-free guidance, in the order of the batch
-Steps = int | Sequence[int] | slice | None
+
+
+class Budget:
+    """The bytes that a recording will hold by the end of the run, known as soon as one value per site has passed."""
+
+    def __init__(self, limit: float, to_folder: bool):
+        self.limit, self.to_folder = limit, to_folder
+        self.expected: dict[tuple, int] = {}  # (site, run or purpose) -> bytes
+        self.total = 0
+        self.exceeded_at: tuple[int, int, int] | None = None  # the step in which the total passed the limit
+        self.raised = False
+
+    def expect(self, site: str, purpose: Any, nbytes: int, step_id: tuple[int, int, int]) -> None:
+        """``nbytes`` will be held for ``site``; replaces what was expected before for the same purpose."""
+        self.total += nbytes - self.expected.get((site, purpose), 0)
+        self.expected[site, purpose] = nbytes
+        if self.exceeded_at is None and self.total > self.limit:
+            self.exceeded_at = step_id
+
+    def error(self) -> BudgetError:
+        self.raised = True
+        folder = "" if self.to_folder else "write to a folder (to=...), "
+        return BudgetError(
+            f"recording {len({site for site, _ in self.expected})} sites or more needs at least {self.total:,} bytes, "
+            f"the budget is {self.limit:,}: name fewer sites, steps or heads, "
+            f"reduce (reduce='head-mean', tokens=[...]), {folder}or allow more (budget={self.total})."
+        )
 
 
 class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record(...) as rec``
@@ -60,8 +85,6 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         dtype: torch.dtype | None = None,
     ):
         super().__init__(*globs)
-        if not isinstance(passes, (str, type(None))) or passes not in (None, *PASSES):
-            raise InstrumentError(f"passes must be 'prompted', 'negative' or None for both, not {describe(passes)}.")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise InstrumentError(f"dtype must be a floating point type such as torch.float16, not {describe(dtype)}.")
         budget = BUDGET if budget is None else budget
@@ -69,9 +92,9 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
             raise InstrumentError(f"budget must be a number of bytes, not {describe(budget)}.")
         if not isinstance(to, (str, Path)):
             raise InstrumentError(f"to must be 'memory' or a new folder, not {describe(to)}.")
-        self.steps, self.heads = checked_steps(steps), checked_heads(heads)
-        self.tokens = None if tokens is None else as_list(tokens)
-        self.passes, self.dtype, self.budget = passes, dtype, budget
+        self.selection = Selection.of(steps, tokens, heads, passes)
+        self.budget = Budget(budget, to_folder=to != "memory")
+        self.dtype = dtype
         self.new_reductions = reduction_factory(reduce)
         self.over_steps = any(getattr(reduction, "over_steps", False) for reduction in self.new_reductions())
         self.recording = Recording() if to == "memory" else FolderRecording(to)
@@ -81,50 +104,32 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         self.recorded_sites: set[str] = set()
         self.skipped_steps = 0  # number of steps of a run of which at least one was not selected
         self.txt_len = 0  # number of text tokens in the most recent run
-        self.expected_bytes: dict[tuple, int] = {}  # (site, run) -> by the end of that run
-        self.total_bytes = 0  # their sum
-        self.over_budget_at: tuple[int, int, int] | None = None  # the step in which it passed the budget
-        self.refused = False
 
     # ---------------------------------------------------------------- a value passes
 
     def see(self, owner: Sited, name: str, site: str, value: Any) -> Any:
         context = current_context()
         in_step = context is not None and context.step is not None
-        if in_step and not is_selected(self.steps, context.step, context.steps):
+        if in_step and not is_selected(self.selection.steps, context.step, context.steps):
             self.skipped_steps = context.steps
             return value
-        if self._is_other_pass(site, context, value):
+        if self.selection.is_other_pass(site, context, value):
             return value
         key = self._key(site, context)
-        if context is None and not is_selected(self.steps, key.step, None):
+        if context is None and not is_selected(self.selection.steps, key.step, None):
             return value
-        if self.over_budget_at is not None and self.over_budget_at != key.step_id:
-            raise self._budget_error()  # a whole step has passed since, so the needs of a step are known
+        if self.budget.exceeded_at not in (None, key.step_id):
+            raise self.budget.error()  # a whole step has passed since, so the needs of a step are known
         with torch.no_grad():
-            selected = self._named(owner, name, value)
-            selected = self._select_pass(selected, context)
-            selected = self._select(selected, site, context)
+            selected = self.selection.apply(_with_axes(owner, name, value), site, context, self.budget.limit)
             reduced = self._reduce(selected, value, site, context, key)
         self.recorded_sites.add(site)
         if reduced is not None:
             stored = self._to_storage(reduced, context)
             self._expect(site, stored.tensor.nbytes, context, key)
-            if self.over_budget_at is None:
+            if self.budget.exceeded_at is None:
                 self.recording.add(site, key, stored, last_only=self.over_steps)
         return value
-
-    def _is_other_pass(self, site: str, context: StepContext | None, value: Any) -> bool:
-        """Whether the value is only of the guidance pass that is not recorded."""
-        if self.passes is None or context is None or context.step is None:
-            return False
-        is_negative = self.passes == "negative"
-        if not context.request.uses_cfg:  # the only pass is the prompted one
-            return is_negative and not site.startswith("sample.")
-        if site in ("sample.negative", "sample.prompted"):
-            return not site.endswith(self.passes)
-        is_single = not site.startswith("sample.") and value.shape[0] == 1  # guidance is off at this time
-        return is_single and is_negative
 
     def _key(self, site: str, context: StepContext | None) -> StepKey:
         if context is None:
@@ -133,67 +138,6 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         self.recording.pictures, self.recording.completed[context.run] = context.pictures, context.ended
         self.txt_len = context.txt_len
         return StepKey(context.run, context.picture, context.step, max(context.stage, 0), context.time)
-
-    def _named(self, owner: Sited, name: str, value: Any) -> Named | AttentionMap:
-        if isinstance(value, AttentionMap):
-            return value
-        axes = axes_of(owner, name)
-        if axes is None or len(axes) != value.ndim:
-            axes = tuple(f"axis{i}" for i in range(value.ndim))
-        return Named(value.detach(), axes)
-
-    # ---------------------------------------------------------------- selection
-
-    def _kept_pass(self) -> str | None:
-        """The pass of guidance that is kept, None for both. Words belong to the prompt, so they mean its pass."""
-        return self.passes or ("prompted" if self.tokens and contains_words(self.tokens) else None)
-
-    def _select_pass(self, value: Named | AttentionMap, context: StepContext | None) -> Named | AttentionMap:
-        """One of the two passes of guidance, before anything is computed from both."""
-        kept = self._kept_pass() if context is not None and context.request.uses_cfg else None
-        if kept is None:
-            return value
-        if isinstance(value, AttentionMap):
-            return value.picture(PASSES.index(kept)) if value.shape[0] == 2 else value
-        return value.take("batch", [PASSES.index(kept)]) if value.sizes.get("batch") == 2 else value
-
-    def _select(self, value: Named | AttentionMap, site: str, context: StepContext | None) -> Value:
-        """The selected tokens and heads of a value."""
-        tokens, labels = None, None
-        if self.tokens is not None:
-            tokens = token_indices_at(context, site, self.tokens, self.passes == "negative")
-            if context is not None:
-                pieces = tokenizer_at(context, site).pieces(prompt_at(context, self.passes == "negative"))
-                labels = [pieces[i] if 0 <= i < len(pieces) else "<pad>" for i in tokens]
-
-        if isinstance(value, AttentionMap):
-            self._check_tokens(site, tokens, value.txt_len)
-            for head in self.heads or []:
-                if not -value.shape[1] <= head < value.shape[1]:
-                    raise InstrumentError(f"{site!r} has {value.shape[1]} heads, so there is no head {head}.")
-            queries = slice(None) if tokens is None else _image_queries(value.txt_len, value.shape[2])
-            return MapView(value, self.heads, queries, tokens, labels, self.budget)
-
-        if tokens is not None and value.axes[-1] == "key":  # a map that an intervention replaced by a tensor
-            in_encoder = context is None or context.text is not None
-            txt_len = value.shape[-1] if in_encoder else context.txt_len
-            self._check_tokens(site, tokens, txt_len)
-            queries = range(value.sizes["query"])[_image_queries(txt_len, value.sizes["query"])]
-            value = value.take("query", list(queries)).take("key", tokens)
-            value = Named(value.tensor, value.axes, {} if labels is None else {"key": labels})
-        elif tokens is not None:
-            axis = next((a for a in ("text", "token") if a in value.axes), None)
-            if axis is None:
-                raise InstrumentError(f"{site!r} has no text tokens (its axes are {', '.join(value.axes)}).")
-            is_joint = context is not None and axis == "token"
-            self._check_tokens(site, tokens, context.txt_len if is_joint else value.sizes[axis])
-            value = value.take(axis, tokens)
-        return value if self.heads is None else value.take("head", self.heads)
-
-    def _check_tokens(self, site: str, tokens: list[int] | None, txt_len: int) -> None:
-        for token in tokens or []:
-            if not 0 <= token < txt_len:
-                raise InstrumentError(f"{site!r} has {txt_len} text tokens, so there is no token {token}.")
 
     # ---------------------------------------------------------------- reduction and storage
 
@@ -207,7 +151,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         if isinstance(selected, MapView) and not reductions:
             b, h, n, m = selected.shape
             self._expect(site, (self.dtype or torch.float32).itemsize * b * h * n * m, context, key)
-            if self.over_budget_at is not None:
+            if self.budget.exceeded_at is not None:
                 return None  # refused before it is computed
         version = _version(value)
         for reduction in reductions:
@@ -223,7 +167,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         if _version(value) != version:
             raise InstrumentError(f"the reduction changed the value of {site!r} in place; begin it with .clone().")
         memory = sum(getattr(reduction, "nbytes", 0) for reduction in reductions)
-        self._expect_bytes((f"{site}, state of the reduction", None), memory, key)
+        self.budget.expect(site, "state of the reduction", memory, key.step_id)
         return None if selected is None else to_named(selected)
 
     def _to_storage(self, value: Named, context: StepContext | None) -> Named:
@@ -231,7 +175,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         tensor, axes = value.tensor, list(value.axes)
         if context is not None and context.request.uses_cfg and value.sizes.get("batch") == 2:
             axes[axes.index("batch")] = "pass"
-            kept = self._kept_pass()
+            kept = self.selection.kept_pass()
             if kept is not None:
                 tensor = tensor.select(axes.index("pass"), PASSES.index(kept))
                 axes.remove("pass")
@@ -244,10 +188,8 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         tensor = tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
         return Named(tensor, tuple(axes), value.coords)
 
-    # ---------------------------------------------------------------- budget
-
     def _expect(self, site: str, nbytes: int, context: StepContext | None, key: StepKey) -> None:
-        """Count the bytes that a site will hold by the end of the run, given those of one value."""
+        """Tell the budget how many bytes a site will hold by the end of the run, given those of one value."""
         evaluations = 1
         if context is not None and context.stage >= 0:
             evaluations = len(solver_called(context.request.solver).stages)
@@ -259,25 +201,9 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         elif context.step is None or self.over_steps:
             values = context.pictures
         else:
-            steps = sum(is_selected(self.steps, i, context.steps) for i in range(context.steps))
+            steps = sum(is_selected(self.selection.steps, i, context.steps) for i in range(context.steps))
             values = evaluations * steps * context.pictures
-        self._expect_bytes((site, run), nbytes * values, key)
-
-    def _expect_bytes(self, what: tuple[str, int | None], nbytes: int, key: StepKey) -> None:
-        self.total_bytes += nbytes - self.expected_bytes.get(what, 0)
-        self.expected_bytes[what] = nbytes
-        if self.over_budget_at is None and self.total_bytes > self.budget:
-            self.over_budget_at = key.step_id
-
-    def _budget_error(self) -> BudgetError:
-        self.refused = True
-        sites = {name.removesuffix(", state of the reduction") for name, _ in self.expected_bytes}
-        folder = "" if isinstance(self.recording, FolderRecording) else "write to a folder (to=...), "
-        return BudgetError(
-            f"recording {len(sites)} sites or more needs at least {self.total_bytes:,} bytes, "
-            f"the budget is {self.budget:,}: name fewer sites, steps or heads, "
-            f"reduce (reduce='head-mean', tokens=[...]), {folder}or allow more (budget={self.total_bytes})."
-        )
+        self.budget.expect(site, run, nbytes * values, key.step_id)
 
     # ---------------------------------------------------------------- enter and exit
 
@@ -296,15 +222,16 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
             self.recording.close(failed=not is_whole)
         if kind is not None:
             return
-        if self.over_budget_at is not None and not self.refused:
-            raise self._budget_error()
+        if self.budget.exceeded_at is not None and not self.budget.raised:
+            raise self.budget.error()
         for site, error in self.missing_words.items():
             if site not in self.recorded_sites:
                 raise error
         if self.own_site_passed and not self.recorded_sites and not self.missing_words:
-            reason = f"there was no {self.passes} pass"
+            reason = f"there was no {self.selection.passes} pass"
             if self.skipped_steps:
-                reason = f"the run has {self.skipped_steps} steps, and none of them is in steps={describe(self.steps)}"
+                steps = describe(self.selection.steps)
+                reason = f"the run has {self.skipped_steps} steps, and none of them is in steps={steps}"
             warnings.warn(f"nothing was recorded at {' and '.join(self.globs)}: {reason}.", stacklevel=2)
 
     # ---------------------------------------------------------------- what was recorded
@@ -341,57 +268,17 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         return self.recording.nbytes
 
 
-def _image_queries(txt_len: int, queries: int) -> slice:
-    """With tokens=, the queries of a joint map are the image tokens; a text encoder's are all its tokens."""
-    return slice(txt_len if txt_len < queries else 0, None)
+def _with_axes(owner: Sited, name: str, value: Any) -> Named | AttentionMap:
+    """The value with the names of its axes; a lazy map as it is."""
+    if isinstance(value, AttentionMap):
+        return value
+    axes = axes_of(owner, name)
+    if axes is None or len(axes) != value.ndim:
+        axes = tuple(f"axis{i}" for i in range(value.ndim))
+    return Named(value.detach(), axes)
 
 
 def _version(value: Any) -> tuple:
     """Changes when the value (of a map: its q, k or v) is written to in place."""
     parts = (value.q, value.k, value.v) if isinstance(value, AttentionMap) else (value,)
     return tuple(x._version for x in parts if isinstance(x, torch.Tensor) and not x.is_inference())
-
-
-# ---------------------------------------------------------------- arguments that several instruments take
-
-
-def checked_steps(steps: Steps) -> int | list[int] | slice | None:
-    """``steps``, sequences as a list; raises InstrumentError for what cannot select steps."""
-    ends = [steps.start, steps.stop, steps.step] if isinstance(steps, slice) else []
-    if steps is None or (ends and all(end is None or isinstance(end, int) for end in ends) and steps.step != 0):
-        return steps
-    try:
-        return _integers(steps)
-    except TypeError:
-        raise InstrumentError(f"steps must be a number, a list of numbers or a slice, not {describe(steps)}.") from None
-
-
-def checked_heads(heads: Sequence[int] | int | None) -> list[int] | None:
-    """Head indices as a list; raises InstrumentError for what selects no head."""
-    try:
-        found = None if heads is None else _integers(heads)
-    except TypeError:
-        raise InstrumentError(f"heads must be a number or a list of numbers, not {describe(heads)}.") from None
-    if found == []:
-        raise InstrumentError("heads must not be empty; leave it out for all of them.")
-    return [found] if isinstance(found, int) else found
-
-
-def _integers(values) -> int | list[int]:
-    """A whole number, or a list of them from any iterable of them; raises TypeError."""
-    if isinstance(values, (str, bytes, bool)):
-        raise TypeError
-    try:
-        return operator.index(values)
-    except TypeError:  # several; an array of length 1 has __index__ too
-        return [operator.index(value) for value in values]
-
-
-def is_selected(steps: Steps, step: int | None, count: int | None) -> bool:
-    """Whether ``step`` (of ``count`` steps, if known) is one of ``steps``; negative numbers count from the end."""
-    if steps is None or step is None:
-        return True
-    if isinstance(steps, slice):
-        return step in range(*steps.indices(count if count is not None else step + 1))
-    selected = [steps] if isinstance(steps, int) else steps
-    return step in [s + count if s < 0 and count is not None else s for s in selected]

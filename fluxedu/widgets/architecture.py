@@ -14,8 +14,9 @@ from fluxedu.instruments.catalogue import Site, sites
 from fluxedu.instruments.lenses.run import run_recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts
-from fluxedu.instruments.recorder import Steps, record
+from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import MapView, Value, to_named
+from fluxedu.instruments.selection import Steps
 from fluxedu.plots import PART_COLOURS
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.solvers import from_strength

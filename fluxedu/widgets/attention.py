@@ -22,7 +22,8 @@ from fluxedu.instruments.lenses.run import (
     recorded_blocks,
     run_recorded,
 )
-from fluxedu.instruments.recorder import Steps, record
+from fluxedu.instruments.recorder import record
+from fluxedu.instruments.selection import Steps
 from fluxedu.probe import Sited
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.solvers import solver_called
@@ -132,13 +133,14 @@ class QueryKeyRecorder(record):
     def _choose(self, context: StepContext, q: torch.Tensor) -> None:
         evaluations = len(solver_called(context.request.solver).stages)
         nbytes = 2 * q.nbytes // len(q) * evaluations  # queries and keys of one block and step
-        names, affordable = blocks_of(context.pipe), int(self.budget // nbytes)
-        self.steps = evenly_spaced(context.steps, max(affordable // len(names), 1))
+        names, affordable = blocks_of(context.pipe), int(self.budget.limit // nbytes)
+        steps = evenly_spaced(context.steps, max(affordable // len(names), 1))
+        self.selection = replace(self.selection, steps=steps)
         self.names = {names[i] for i in evenly_spaced(len(names), max(affordable, 1))}
-        if len(self.steps) * len(self.names) < context.steps * len(names):
+        if len(steps) * len(self.names) < context.steps * len(names):
             self.note = (
-                f" Recorded are {len(self.names)} of {len(names)} blocks and {len(self.steps)} of {context.steps} "
-                f"steps, as many as fit in {self.budget / 2**30:.3g} GiB; blocks= and at_steps= choose others."
+                f" Recorded are {len(self.names)} of {len(names)} blocks and {len(steps)} of {context.steps} "
+                f"steps, as many as fit in {self.budget.limit / 2**30:.3g} GiB; blocks= and at_steps= choose others."
             )
 
 

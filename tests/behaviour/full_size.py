@@ -49,7 +49,13 @@ def count_factor(rec: record, site: str, context) -> float:
     is_named = any(fnmatchcase(site, glob) and re.match(r"(double|single)\.\d+\.", glob) for glob in rec.globs)
     blocks = BLOCKS if is_of_a_block and not is_named else 1
     holds_one_step = rec.over_steps or isinstance(rec.recording, FolderRecording)
-    if holds_one_step or rec.steps is not None or context is None or context.step is None or context.steps != STEPS:
+    if (
+        holds_one_step
+        or rec.selection.steps is not None
+        or context is None
+        or context.step is None
+        or context.steps != STEPS
+    ):
         return blocks
     return blocks * 50 / STEPS
 

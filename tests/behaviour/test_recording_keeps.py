@@ -20,7 +20,7 @@ def test_the_budget_refuses_before_anything_is_made(pipe, monkeypatch):
     monkeypatch.setattr("fluxedu.attention_map.AttentionMap.rows", None)
     monkeypatch.setattr("fluxedu.attention_map.AttentionMap.columns", None)
     need = 4 * 2 * 36 * 36 * 3  # float32, heads, queries, keys, steps
-    with pytest.raises(BudgetError, match=rf"needs {need:,} bytes.*reduce='head-mean'"):
+    with pytest.raises(BudgetError, match=rf"needs at least {need:,} bytes.*reduce='head-mean'"):
         with fe.record(MAP, budget=need - 1) as rec:
             draw(pipe)
     assert len(rec) == 0
@@ -170,7 +170,7 @@ def test_the_refusal_knows_what_a_whole_step_needs(pipe):
         draw(pipe)
     with fe.record(*globs) as whole:
         draw(pipe)
-    assert f"recording {len(whole)} sites or more needs {whole.nbytes:,} bytes or more" in str(refused.value)
+    assert f"recording {len(whole)} sites or more needs at least {whole.nbytes:,} bytes" in str(refused.value)
     assert rec.nbytes <= 1000
 
 

@@ -9,7 +9,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import examples, gradients, randomise, worst_gradient
-from rounding import exact_result, worst_error
+from rounding import Exact, worst_error
 
 from fluxedu.models import AutoEncoder, AutoEncoderConfig
 
@@ -93,19 +93,19 @@ def test_encode_and_decode(network):
         posterior = model.encode(image).latent_dist
         return [posterior.mean, posterior.logvar, config.scale_factor * (posterior.mean - config.shift_factor)]
 
-    exact = exact_result(lambda: their_encodings(reference, image.double()), worst_error)
-    assert exact.error_of(their_encodings(theirs, image)) <= exact.bound(torch.float32)
-    assert exact.error_of(our_encodings(ours, image)) <= exact.bound(torch.float32)
-    assert exact.error_of(our_encodings(ours64, image.double())) <= exact.bound(torch.float64)
+    exact = Exact(lambda: their_encodings(reference, image.double()), worst_error)
+    exact.check(their_encodings(theirs, image), torch.float32)
+    exact.check(our_encodings(ours, image), torch.float32)
+    exact.check(our_encodings(ours64, image.double()), torch.float64)
 
     def their_image(model, latents):
         return model.decode(latents / config.scale_factor + config.shift_factor).sample
 
     latents = ours.encode(image)
-    exact = exact_result(lambda: their_image(reference, latents.double()))
-    assert exact.error_of(their_image(theirs, latents)) <= exact.bound(torch.float32)
-    assert exact.error_of(ours.decode(latents)) <= exact.bound(torch.float32)
-    assert exact.error_of(ours64.decode(latents.double())) <= exact.bound(torch.float64)
+    exact = Exact(lambda: their_image(reference, latents.double()))
+    exact.check(their_image(theirs, latents), torch.float32)
+    exact.check(ours.decode(latents), torch.float32)
+    exact.check(ours64.decode(latents.double()), torch.float64)
 
 
 @examples(10)
@@ -133,10 +133,10 @@ def test_gradients(network):
         of_weights, of_image = gradients_of(model, reconstruct, dtype)
         return {**of_weights, **of_image}
 
-    exact = exact_result(lambda: their_gradients(reference, torch.float64), worst_gradient)
-    assert exact.error_of(their_gradients(theirs, torch.float32)) <= exact.bound(torch.float32)
-    assert exact.error_of(our_gradients(ours, torch.float32)) <= exact.bound(torch.float32)
-    assert exact.error_of(our_gradients(ours64, torch.float64)) <= exact.bound(torch.float64)
+    exact = Exact(lambda: their_gradients(reference, torch.float64), worst_gradient)
+    exact.check(their_gradients(theirs, torch.float32), torch.float32)
+    exact.check(our_gradients(ours, torch.float32), torch.float32)
+    exact.check(our_gradients(ours64, torch.float64), torch.float64)
 
 
 @torch.no_grad()
@@ -151,7 +151,7 @@ def test_samples_of_the_posterior():
         sample = model.encode(image).latent_dist.sample(torch.Generator().manual_seed(5))
         return config.scale_factor * (sample - config.shift_factor)
 
-    exact = exact_result(lambda: their_sample(reference, image.double()))
+    exact = Exact(lambda: their_sample(reference, image.double()))
     theirs = their_sample(diffusers_autoencoder(config, ours.state_dict()), image)
-    assert exact.error_of(theirs) <= exact.bound(torch.float32)
-    assert exact.error_of(ours.encode(image, torch.Generator().manual_seed(5))) <= exact.bound(torch.float32)
+    exact.check(theirs, torch.float32)
+    exact.check(ours.encode(image, torch.Generator().manual_seed(5)), torch.float32)

@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from oracle import randomise
 from PIL import Image
-from rounding import exact_result, relative_error, worst_error
+from rounding import Exact, relative_error, worst_error
 from test_pipeline_against_diffusers import LONG, PROMPT, run_theirs, their_pipe
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -76,16 +76,16 @@ def test_conditioning_on_an_image(case, prompt, make_pipe, tiny, tokenizer_folde
     def their_latents(theirs):
         return run_theirs(theirs, [7], HEIGHT, WIDTH, 4, prompt=[prompt], **of_theirs)[0]
 
-    exact = exact_result(lambda: their_latents(reference), worst_error)
-    assert exact.error_of(their_latents(theirs)) <= exact.bound(torch.float32)
-    assert exact.error_of(list(out.trajectory.latents[1:])) <= exact.bound(torch.float32)
+    exact = Exact(lambda: their_latents(reference), worst_error)
+    exact.check(their_latents(theirs), torch.float32)
+    exact.check(list(out.trajectory.latents[1:]), torch.float32)
 
     condition = {"fill": "mask", "control": "control"}.get(case, "reference")
     mirrored = {**arguments, condition: arguments[condition].transpose(Image.Transpose.FLIP_LEFT_RIGHT)}
     assert relative_error(pipe(prompt, **how, **mirrored).latents, out.latents) > 1e-3  # the condition has an effect
 
     out64 = pipe.to(torch.float64)(prompt, **how, **arguments)
-    assert exact.error_of(list(out64.trajectory.latents[1:])) <= exact.bound(torch.float64)
+    exact.check(list(out64.trajectory.latents[1:]), torch.float64)
 
 
 class VisionEncoder(torch.nn.Module):
@@ -126,6 +126,6 @@ def test_redux_tokens_follow_the_text(make_pipe, tiny, tokenizer_folder):
 
     in_float32 = their_latents(theirs, siglip, their_head, image)
     siglip64, head64, image64 = copy.deepcopy(siglip).double(), copy.deepcopy(their_head).double(), image.double()
-    exact = exact_result(lambda: their_latents(reference, siglip64, head64, image64), worst_error)
-    assert exact.error_of(in_float32) <= exact.bound(torch.float32)
-    assert exact.error_of(list(out.trajectory.latents[1:])) <= exact.bound(torch.float32)
+    exact = Exact(lambda: their_latents(reference, siglip64, head64, image64), worst_error)
+    exact.check(in_float32, torch.float32)
+    exact.check(list(out.trajectory.latents[1:]), torch.float32)

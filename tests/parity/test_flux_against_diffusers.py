@@ -24,7 +24,7 @@ from oracle import (
     to_diffusers,
     worst_gradient,
 )
-from rounding import exact_result, exact_value, relative_error
+from rounding import Exact, exact_value, relative_error
 
 from fluxedu.models import FluxConfig, attention, modulation
 from fluxedu.models import flux as flux_module
@@ -36,10 +36,10 @@ def check_velocity(case):
     ours, x, x64 = case.model(), case.inputs(), cast(case.inputs(), torch.float64)
     state = ours.state_dict()
     theirs, reference = diffusers_flux(case.config, state), float64_flux(case.config, state)
-    exact = exact_result(lambda: run_theirs(reference, x64))
-    assert exact.error_of(run_theirs(theirs, x)) <= exact.bound(torch.float32)
-    assert exact.error_of(run_ours(ours, x)) <= exact.bound(torch.float32)
-    assert exact.error_of(run_ours(ours.double(), x64)) <= exact.bound(torch.float64)
+    exact = Exact(lambda: run_theirs(reference, x64))
+    exact.check(run_theirs(theirs, x), torch.float32)
+    exact.check(run_ours(ours, x), torch.float32)
+    exact.check(run_ours(ours.double(), x64), torch.float64)
     return exact
 
 
@@ -106,10 +106,10 @@ def test_gradients(regime):
             of_weights, of_inputs = gradients_of(model, run_theirs, x, case.seed + 2)
             return {**of_weights, **of_inputs}
 
-        exact = exact_result(lambda: their_gradients(reference, x64), worst_gradient)
-        assert exact.error_of(their_gradients(theirs, x)) <= exact.bound(torch.float32)
-        assert exact.error_of(our_gradients(ours, x)) <= exact.bound(torch.float32)
-        assert exact.error_of(our_gradients(ours.double(), x64)) <= exact.bound(torch.float64)
+        exact = Exact(lambda: their_gradients(reference, x64), worst_gradient)
+        exact.check(their_gradients(theirs, x), torch.float32)
+        exact.check(our_gradients(ours, x), torch.float32)
+        exact.check(our_gradients(ours.double(), x64), torch.float64)
 
     check()
 
@@ -137,9 +137,9 @@ def test_velocity_in_bfloat16():
     @torch.no_grad()
     def check(case):
         ours, theirs, compute = bfloat16_velocities(case)
-        exact = exact_result(compute)
-        assert exact.error_of(ours) <= exact.bound(torch.bfloat16)
-        assert exact.error_of(theirs) <= exact.bound(torch.bfloat16)
+        exact = Exact(compute)
+        exact.check(ours, torch.bfloat16)
+        exact.check(theirs, torch.bfloat16)
 
     check()
 
@@ -173,8 +173,8 @@ def test_bfloat16_keeps_the_time():
     @torch.no_grad()
     def check(case):
         ours, _, compute = bfloat16_velocities(case)
-        exact = exact_result(compute)
-        assert exact.error_of(ours) <= exact.bound(torch.bfloat16)
+        exact = Exact(compute)
+        exact.check(ours, torch.bfloat16)
         log_ratios.append(bfloat16_log_ratio(case))
 
     check()
@@ -203,7 +203,7 @@ def unbroken(regime, seed, dtype):
     model, x = case.model().to(dtype), cast(case.inputs(), dtype)
     reference, x64 = float64_flux(TINY, case.model().state_dict()), cast(case.inputs(), torch.float64)
     with torch.no_grad():
-        return model, x, exact_result(lambda: run_theirs(reference, x64))
+        return model, x, Exact(lambda: run_theirs(reference, x64))
 
 
 def erf_gelu(patch, model):
@@ -292,8 +292,8 @@ CLEARLY = 10  # times the bound
 def test_a_mistake_is_found(mistake, seed, dtype, monkeypatch):
     model, x, exact = unbroken(MISTAKES[mistake], seed, dtype)
     with torch.no_grad():
-        assert exact.error_of(run_ours(model, x)) <= exact.bound(dtype)
+        exact.check(run_ours(model, x), dtype)
         with monkeypatch.context() as patch:
             mistake(patch, model)
             assert exact.error_of(run_ours(model, x)) > CLEARLY * exact.bound(dtype)
-        assert exact.error_of(run_ours(model, x)) <= exact.bound(dtype)  # the mistake is undone
+        exact.check(run_ours(model, x), dtype)  # the mistake is undone

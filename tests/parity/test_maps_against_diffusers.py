@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle import cast, float64_flux
-from rounding import exact_result
+from rounding import Exact
 
 import fluxedu as fe
 from benchmarks.instruments import WORDS, diffusers_word_maps
@@ -41,9 +41,9 @@ def test_maps_of_every_block(flux):
         ours = flux(**x)
     reference, x64 = float64_flux(SMALL, flux.state_dict()), cast(x, torch.float64)
     with torch.no_grad():
-        exact = exact_result(lambda: reference(**diffusers_inputs(x64))[0])
-    assert exact.error_of(theirs) <= exact.bound(torch.float32)
-    assert exact.error_of(ours) <= exact.bound(torch.float32)
+        exact = Exact(lambda: reference(**diffusers_inputs(x64))[0])
+    exact.check(theirs, torch.float32)
+    exact.check(ours, torch.float32)
     assert len(kept) == len(rec) == 5
     for site, map_ in zip(rec, kept, strict=True):
         assert (

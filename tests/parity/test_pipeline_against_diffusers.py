@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import diffusers_flux, examples, float64_flux, randomise
 from PIL import Image
-from rounding import exact_result, worst_error
+from rounding import Exact, worst_error
 from test_autoencoder_against_diffusers import diffusers_autoencoder
 from test_text_encoders_against_transformers import to_float64, transformers_clip, transformers_t5
 from transformers import CLIPTokenizer, T5Tokenizer
@@ -128,15 +128,15 @@ def test_from_prompt_to_image(case, make_pipe, tokenizer_folder, monkeypatch):
         return run_theirs(pipe, seeds, height, width, steps, prompt=prompts, **of_theirs)
 
     latents, images = their_run(theirs)
-    exact = exact_result(lambda: their_run(reference)[0], worst_error)
-    assert exact.error_of(latents) <= exact.bound(torch.float32)
-    assert exact.error_of(list(out.trajectory.latents[1:])) <= exact.bound(torch.float32)
+    exact = Exact(lambda: their_run(reference)[0], worst_error)
+    exact.check(latents, torch.float32)
+    exact.check(list(out.trajectory.latents[1:]), torch.float32)
     assert torch.equal(out.latents, out.trajectory.latents[-1])
     assert worst_pixel(out.images, images) <= LEVEL
     assert all(np.asarray(image).std() > 10 for image in images)  # any two uniform images would agree
 
     out64 = ours.to(torch.float64)(prompts, **how, **arguments)
-    assert exact.error_of(list(out64.trajectory.latents[1:])) <= exact.bound(torch.float64)
+    exact.check(list(out64.trajectory.latents[1:]), torch.float64)
 
 
 @examples(60)

@@ -8,7 +8,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import examples, gradients, randomise, worst_gradient
-from rounding import exact_result, worst_error
+from rounding import Exact, worst_error
 
 from fluxedu.models import CLIPTextConfig, CLIPTextEncoder, T5Config, T5Encoder
 
@@ -93,17 +93,17 @@ def test_clip(prompt):
     ours64 = CLIPTextEncoder(config)
     ours64.load_state_dict(state)
     ours64.double()
-    exact = exact_result(lambda: their_states(reference), worst_error)
-    assert exact.error_of(their_states(theirs)) <= exact.bound(torch.float32)
-    assert exact.error_of(our_states(ours)) <= exact.bound(torch.float32)
-    assert exact.error_of(our_states(ours64)) <= exact.bound(torch.float64)
+    exact = Exact(lambda: their_states(reference), worst_error)
+    exact.check(their_states(theirs), torch.float32)
+    exact.check(our_states(ours), torch.float32)
+    exact.check(our_states(ours64), torch.float64)
 
     if config.hidden_size <= 2:  # LayerNorm leaves only the order of two numbers: its gradient is all rounding
         return
-    exact = exact_result(lambda: their_gradients(reference), worst_gradient)
-    assert exact.error_of(their_gradients(theirs)) <= exact.bound(torch.float32)
-    assert exact.error_of(our_gradients(ours)) <= exact.bound(torch.float32)
-    assert exact.error_of(our_gradients(ours64)) <= exact.bound(torch.float64)
+    exact = Exact(lambda: their_gradients(reference), worst_gradient)
+    exact.check(their_gradients(theirs), torch.float32)
+    exact.check(our_gradients(ours), torch.float32)
+    exact.check(our_gradients(ours64), torch.float64)
 
 
 # --- T5 -------------------------------------------------------------------------------------------
@@ -152,12 +152,12 @@ def test_t5(prompt):
     ours64 = T5Encoder(config)
     ours64.load_state_dict(state)
     ours64.double()
-    exact = exact_result(lambda: reference(ids).last_hidden_state)
-    assert exact.error_of(theirs(ids).last_hidden_state) <= exact.bound(torch.float32)
-    assert exact.error_of(ours(ids)) <= exact.bound(torch.float32)
-    assert exact.error_of(ours64(ids)) <= exact.bound(torch.float64)
+    exact = Exact(lambda: reference(ids).last_hidden_state)
+    exact.check(theirs(ids).last_hidden_state, torch.float32)
+    exact.check(ours(ids), torch.float32)
+    exact.check(ours64(ids), torch.float64)
 
-    exact = exact_result(lambda: their_gradients(reference), worst_gradient)
-    assert exact.error_of(their_gradients(theirs)) <= exact.bound(torch.float32)
-    assert exact.error_of(our_gradients(ours)) <= exact.bound(torch.float32)
-    assert exact.error_of(our_gradients(ours64)) <= exact.bound(torch.float64)
+    exact = Exact(lambda: their_gradients(reference), worst_gradient)
+    exact.check(their_gradients(theirs), torch.float32)
+    exact.check(our_gradients(ours), torch.float32)
+    exact.check(our_gradients(ours64), torch.float64)

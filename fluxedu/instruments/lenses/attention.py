@@ -10,8 +10,9 @@ import torch
 from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.lenses.run import LensRun, lens, patch_grid, stack_blocks, unfold_patches
 from fluxedu.instruments.named import Named
-from fluxedu.instruments.recorder import Steps, record
+from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import Value, head_mean, rows, step_mean, to_named
+from fluxedu.instruments.selection import Steps
 from fluxedu.instruments.tokens import text_tokens, token_indices
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.step_context import current_context

@@ -20,8 +20,9 @@ from fluxedu.instruments.lenses.run import (
     stack_blocks,
 )
 from fluxedu.instruments.named import Named
-from fluxedu.instruments.recorder import Steps, record
+from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import Value, to_named
+from fluxedu.instruments.selection import Steps
 from fluxedu.instruments.watching import Instrument
 from fluxedu.progress import progress_bar
 from fluxedu.sampling.latents import unpack
