@@ -8,6 +8,9 @@
     @wrong("rope.rotate", "you pair the two halves, as Llama does; FLUX rotates neighbouring components.")
     def halves(x, angles): ...
 
+    @mistakes("sampling.heun", ("sum", "the two velocities are added; ..."), ("old time", "the second ..."))
+    def heun_with(mistake, x, t, t_next, velocity): ...
+
 A wrong answer serves two purposes: the check must reject it, and a student whose answer gives the same values reads
 its message.
 
@@ -73,7 +76,7 @@ class Exercise:
 
     @property
     def _marked_code(self) -> str:
-        """The code of the solution, without decorators, with its comments ``# your turn``."""
+        """The solution's code with the comments ``# your turn``, without decorators and the formatter's comments."""
         lines = inspect.getsource(self.solution).splitlines()
         start = next(i for i, line in enumerate(lines) if line.startswith(("def ", "class ")))
         return "\n".join(line.removesuffix("  # fmt: skip") for line in lines[start:])
@@ -97,10 +100,9 @@ class Exercise:
                 raise ValueError(f"{self.name}: no comment `# your turn` marks the methods that are to be written.")
             docstring_end = code.index('"""', code.index('"""') + 3) + 3
             return f'{code[:docstring_end]}\n    raise NotImplementedError("your turn")'
-        for text, rest in zip(marked[::2], marked[1::2], strict=True):
-            code += f'        raise NotImplementedError("{text}")'
-            if rest is not marked[-1]:
-                code += rest[rest.index("\n\n    def ") :]
+        next_methods = [rest[rest.index("\n\n    def ") :] for rest in marked[1:-1:2]]
+        for text, next_method in zip(marked[::2], [*next_methods, ""], strict=True):
+            code += f'        raise NotImplementedError("{text}")' + next_method
         return code
 
 

@@ -10,6 +10,14 @@ def random_weights(module: nn.Module, seed: int, mean: float = 0.0, std: float =
     return {name: std * torch.randn(x.shape, generator=g) + mean for name, x in module.state_dict().items()}
 
 
+def randomise(module: nn.Module, g: torch.Generator) -> nn.Module:
+    """The module with random weights, norm scales included, so that no weight is exactly 0 or 1."""
+    for name, p in module.named_parameters():
+        noise = torch.randn(p.shape, generator=g)
+        p.data = 1 + 0.3 * noise if name.endswith("scale") else noise * p.shape[-1] ** -0.5
+    return module.eval().requires_grad_(False)
+
+
 def build_module(answer: type[nn.Module], arguments: tuple, weights: dict[str, Tensor]) -> nn.Module:
     """A student's module with the given weights. Raises an error in one sentence if the names of its tensors differ."""
     module = answer(*arguments)
@@ -20,3 +28,8 @@ def build_module(answer: type[nn.Module], arguments: tuple, weights: dict[str, T
         raise ValueError(f"its tensors are named {actual}; the names should be {expected}")
     module.load_state_dict(weights)
     return module
+
+
+def run_module(answer: type[nn.Module], arguments: tuple, weights: dict[str, Tensor], *inputs: Tensor):
+    """The output of a student's module with the given weights: the ``call`` of exercises whose answer is a module."""
+    return build_module(answer, arguments, weights)(*inputs)

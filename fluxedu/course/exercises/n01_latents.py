@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, wrong
-from fluxedu.course.exercises import build_module
+from fluxedu.course.exercises import run_module
 from fluxedu.models.autoencoder import Downsample as LibraryDownsample
 from fluxedu.sampling.latents import pack as library_pack
 from fluxedu.sampling.latents import unpack as library_unpack
@@ -180,12 +180,9 @@ def _grids() -> list[tuple]:
     for shape in ((2, 3, 6, 10), (1, 2, 8, 4)):
         c = shape[1]
         weight = torch.randn(c, c, 3, 3, generator=g)
-        cases.append((torch.randn(shape, generator=g) + 0.5, weight, torch.randn(c, generator=g)))
+        x, bias = torch.randn(shape, generator=g) + 0.5, torch.randn(c, generator=g)
+        cases.append(((c,), {"conv.weight": weight, "conv.bias": bias}, x))
     return cases
-
-
-def _downsampled(answer: type[nn.Module], x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return build_module(answer, (x.shape[1],), {"conv.weight": weight, "conv.bias": bias})(x)
 
 
 @exercise(
@@ -193,7 +190,7 @@ def _downsampled(answer: type[nn.Module], x: Tensor, weight: Tensor, bias: Tenso
     minutes=8,
     difficulty=2,
     cases=_grids,
-    call=_downsampled,
+    call=run_module,
     against=LibraryDownsample,
     hints=(
         "The padding argument of a convolution adds the same on both sides. Here the sides differ, so pad before it.",

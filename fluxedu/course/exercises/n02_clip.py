@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.course.exercise import exercise, wrong
-from fluxedu.course.exercises import build_module
+from fluxedu.course.exercise import exercise, mistakes, wrong
+from fluxedu.course.exercises import run_module
 from fluxedu.models.clip import CLIPAttention
 from fluxedu.models.clip import quick_gelu as library_quick_gelu
 
@@ -59,12 +59,8 @@ def _sequences() -> list[tuple]:
     for batch, length, dim, heads in ((2, 5, 12, 3), (1, 7, 8, 2)):
         weights = {f"{name}.weight": 0.8 * torch.randn(dim, dim, generator=g) for name in layers}
         weights |= {f"{name}.bias": torch.randn(dim, generator=g) for name in layers}
-        cases.append((torch.randn(batch, length, dim, generator=g), heads, weights))
+        cases.append(((dim, heads), weights, torch.randn(batch, length, dim, generator=g)))
     return cases
-
-
-def _attended(answer: type[nn.Module], x: Tensor, heads: int, weights: dict[str, Tensor]) -> Tensor:
-    return build_module(answer, (x.shape[-1], heads), weights)(x)
 
 
 @exercise(
@@ -72,7 +68,7 @@ def _attended(answer: type[nn.Module], x: Tensor, heads: int, weights: dict[str,
     minutes=15,
     difficulty=2,
     cases=_sequences,
-    call=_attended,
+    call=run_module,
     against=CLIPAttention,
     hints=(
         "If you set the weights of later tokens to 0 after the softmax, rows no longer sum to 1. Set their scores to "
@@ -109,64 +105,34 @@ class CausalAttention(nn.Module):
         return self.out_proj(heads.transpose(1, 2).reshape(x.shape))  # [B, L, D], heads side by side
 
 
-class _Attention(CausalAttention):
-    """The same attention in steps, for the wrong answers to override."""
-
-    def scores(self, q, k):
-        return q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-
-    def weights(self, scores):
-        later = torch.ones_like(scores, dtype=torch.bool).triu(1)
-        return scores.masked_fill(later, -torch.inf).softmax(dim=-1)
-
-    def merge(self, heads):
-        return heads.transpose(1, 2)
-
+@mistakes(
+    "clip.CausalAttention",
+    ("no mask", "every token attends to every other: the mask is missing."),
+    ("reversed", "the mask is reversed: your tokens attend to later tokens instead of earlier ones."),
+    ("after softmax", "you mask the weights after the softmax, so a row no longer sums to 1; mask the scores."),
+    ("zero scores", "a score of 0 gives the weight exp(0) = 1 before normalisation; use minus infinity."),
+    ("whole width", "you divide the scores by the root of the whole width; use the width of one head."),
+    ("no transpose", "you reshape the heads without transposing first, which mixes up the tokens."),
+)
+class _MistakenAttention(CausalAttention):
     def forward(self, x):
         b, n, _ = x.shape
-        q, k, v = (
-            proj(x).reshape(b, n, self.num_heads, -1).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        heads = self.weights(self.scores(q, k)) @ v
-        return self.out_proj(self.merge(heads).reshape(x.shape))
-
-
-@wrong("clip.CausalAttention", "every token attends to every other: the mask is missing.")
-class _NoMask(_Attention):
-    def weights(self, scores):
-        return scores.softmax(dim=-1)
-
-
-@wrong("clip.CausalAttention", "the mask is reversed: your tokens attend to later tokens instead of earlier ones.")
-class _MaskReversed(_Attention):
-    def weights(self, scores):
-        earlier = torch.ones_like(scores, dtype=torch.bool).tril(-1)
-        return scores.masked_fill(earlier, -torch.inf).softmax(dim=-1)
-
-
-@wrong("clip.CausalAttention", "you mask the weights after the softmax, so a row no longer sums to 1; mask the scores.")
-class _MaskAfterSoftmax(_Attention):
-    def weights(self, scores):
-        return scores.softmax(dim=-1).tril()
-
-
-@wrong("clip.CausalAttention", "a score of 0 gives the weight exp(0) = 1 before normalisation; use minus infinity.")
-class _ZeroScores(_Attention):
-    def weights(self, scores):
-        return scores.tril().softmax(dim=-1)
-
-
-@wrong("clip.CausalAttention", "you divide the scores by the root of the whole width; use the width of one head.")
-class _WholeWidth(_Attention):
-    def scores(self, q, k):
-        return q @ k.transpose(-1, -2) * (q.shape[1] * q.shape[-1]) ** -0.5
-
-
-@wrong("clip.CausalAttention", "you reshape the heads without transposing first, which mixes up the tokens.")
-class _NoTranspose(_Attention):
-    def merge(self, heads):
-        return heads
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (layer(x).reshape(b, n, self.num_heads, -1).transpose(1, 2) for layer in layers)
+        width = x.shape[-1] if self.mistake == "whole width" else q.shape[-1]
+        scores = q @ k.transpose(-1, -2) * width**-0.5
+        later = torch.ones(n, n, dtype=torch.bool).triu(1)
+        if self.mistake == "reversed":
+            later = later.T
+        if self.mistake not in ("no mask", "after softmax"):
+            scores = scores.masked_fill(later, 0 if self.mistake == "zero scores" else -torch.inf)
+        weights = scores.softmax(dim=-1)
+        if self.mistake == "after softmax":
+            weights = weights.tril()
+        heads = weights @ v
+        if self.mistake != "no transpose":
+            heads = heads.transpose(1, 2)
+        return self.out_proj(heads.reshape(x.shape))
 
 
 def _states() -> list[tuple]:

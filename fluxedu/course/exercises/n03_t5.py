@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.course.exercise import exercise, wrong
-from fluxedu.course.exercises import build_module
+from fluxedu.course.exercise import exercise, mistakes, wrong
+from fluxedu.course.exercises import run_module
 from fluxedu.models.config import T5Config
 from fluxedu.models.t5 import T5GatedMLP, T5Norm, distance_buckets
 
@@ -69,51 +69,35 @@ def _one_direction(length, num_buckets, max_distance):
     return buckets(length, num_buckets, max_distance) % (num_buckets // 2)
 
 
-@wrong("t5.buckets", "every distance has its own bucket until they run out; far distances must share buckets.")
-def _none_shared(length, num_buckets, max_distance):
-    position = torch.arange(length)
-    offset = position[None, :] - position[:, None]
-    return offset.abs().clamp(max=num_buckets // 2 - 1) + num_buckets // 2 * (offset > 0)
-
-
-def _with_far_formula(length: int, num_buckets: int, formula) -> Tensor:
-    """The buckets with another formula for far distances, `formula(distance, near, half)`."""
-    half, near = num_buckets // 2, num_buckets // 4
+@mistakes(
+    "t5.buckets",
+    ("none shared", "every distance has its own bucket until they run out; far distances must share buckets."),
+    ("linear", "your far buckets are equally spaced in the distance; use its logarithm."),
+    ("rounded", "the bucket numbers of far distances are rounded to the nearest; round them down."),
+)
+def _buckets_with(mistake, length, num_buckets, max_distance):
+    half = num_buckets // 2
+    near = half if mistake == "none shared" else half // 2  # this many distances have their own bucket
     position = torch.arange(length)
     offset = position[None, :] - position[:, None]
     distance = offset.abs()
-    far = formula(distance, near, half).long().clamp(max=half - 1)
+    fraction = torch.log(distance.clamp(min=1) / near) / math.log(max_distance / near)
+    if mistake == "linear":
+        fraction = (distance - near) / (max_distance - near)
+    buckets_after_near = fraction * (half - near)
+    if mistake == "rounded":
+        buckets_after_near = buckets_after_near.round()
+    far = (near + buckets_after_near.long()).clamp(max=half - 1)
     return torch.where(distance < near, distance, far) + half * (offset > 0)
-
-
-@wrong("t5.buckets", "your far buckets are equally spaced in the distance; use its logarithm.")
-def _linear(length, num_buckets, max_distance):
-    def formula(distance, near, half):
-        return near + (distance - near) / (max_distance - near) * (half - near)
-
-    return _with_far_formula(length, num_buckets, formula)
-
-
-@wrong("t5.buckets", "the bucket numbers of far distances are rounded to the nearest; round them down.")
-def _rounded(length, num_buckets, max_distance):
-    def formula(distance, near, half):
-        fraction = torch.log(distance.clamp(min=1) / near) / math.log(max_distance / near)
-        return near + (fraction * (half - near)).round()
-
-    return _with_far_formula(length, num_buckets, formula)
 
 
 def _vectors() -> list[tuple]:
     g = torch.Generator().manual_seed(2)
-    return [
-        (torch.randn(2, 3, 6, generator=g) + 0.7, torch.randn(6, generator=g), 1e-6),
-        (1e-3 * torch.randn(1, 4, 5, generator=g), torch.randn(5, generator=g), 1e-6),
-        (torch.randn(7, generator=g), torch.randn(7, generator=g), 0.3),
-    ]
-
-
-def _normalised(answer: type[nn.Module], x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return build_module(answer, (len(weight), eps), {"weight": weight})(x)
+    cases = []
+    for shape, size, mean, eps in (((2, 3, 6), 1, 0.7, 1e-6), ((1, 4, 5), 1e-3, 0, 1e-6), ((7,), 1, 0, 0.3)):
+        x = size * torch.randn(shape, generator=g) + mean
+        cases.append(((shape[-1], eps), {"weight": torch.randn(shape[-1], generator=g)}, x))
+    return cases
 
 
 @exercise(
@@ -121,7 +105,7 @@ def _normalised(answer: type[nn.Module], x: Tensor, weight: Tensor, eps: float) 
     minutes=6,
     difficulty=1,
     cases=_vectors,
-    call=_normalised,
+    call=run_module,
     against=T5Norm,
     hints=(
         "Read *root mean square* backwards: square, take the mean over the vector, take the root.",
@@ -182,14 +166,8 @@ def _tokens() -> list[tuple]:
         d = shape[-1]
         sizes = {"wi_0": (hidden, d), "wi_1": (hidden, d), "wo": (d, hidden)}
         weights = {f"{name}.weight": torch.randn(size, generator=g) for name, size in sizes.items()}
-        cases.append((torch.randn(shape, generator=g), hidden, weights))
+        cases.append(((d, hidden), weights, torch.randn(shape, generator=g)))
     return cases
-
-
-def _mlp_output(answer: type[nn.Module], x: Tensor, hidden: int, weights: dict[str, Tensor]) -> Tensor:
-    if answer is T5GatedMLP:
-        return build_module(answer, (T5Config(d_model=x.shape[-1], d_ff=hidden),), weights)(x)
-    return build_module(answer, (x.shape[-1], hidden), weights)(x)
 
 
 @exercise(
@@ -197,8 +175,8 @@ def _mlp_output(answer: type[nn.Module], x: Tensor, hidden: int, weights: dict[s
     minutes=8,
     difficulty=1,
     cases=_tokens,
-    call=_mlp_output,
-    against=T5GatedMLP,
+    call=run_module,
+    against=lambda dim, hidden: T5GatedMLP(T5Config(d_model=dim, d_ff=hidden)),
     hints=(
         "Apply both hidden layers to the same token and multiply their outputs element by element. Only one of the two "
         "goes through the activation function.",

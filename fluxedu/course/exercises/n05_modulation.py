@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, wrong
-from fluxedu.course.exercises import build_module, random_weights
+from fluxedu.course.exercises import build_module, random_weights, run_module
 from fluxedu.models import modulation
 from fluxedu.models.modulation import ShiftScaleGate
 
@@ -70,8 +70,8 @@ def _half_exponent(t, dim):
 def _vectors() -> list[tuple]:
     g = torch.Generator().manual_seed(5)
     return [
-        (torch.randn(2, 6, generator=g), (6, 4), random_weights(modulation.MLPEmbedder(6, 4), 1)),
-        (torch.randn(3, 2, 3, generator=g), (3, 8), random_weights(modulation.MLPEmbedder(3, 8), 2)),
+        ((6, 4), random_weights(modulation.MLPEmbedder(6, 4), 1), torch.randn(2, 6, generator=g)),
+        ((3, 8), random_weights(modulation.MLPEmbedder(3, 8), 2), torch.randn(3, 2, 3, generator=g)),
     ]
 
 
@@ -80,7 +80,7 @@ def _vectors() -> list[tuple]:
     minutes=6,
     difficulty=1,
     cases=_vectors,
-    call=lambda answer, x, arguments, weights: build_module(answer, arguments, weights)(x),
+    call=run_module,
     against=modulation.MLPEmbedder,
     hints=(
         "A linear layer to the hidden width, an activation function, and a linear layer of that width.",

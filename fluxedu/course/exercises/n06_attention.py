@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.course.exercise import exercise, wrong
-from fluxedu.course.exercises import build_module, random_weights
+from fluxedu.course.exercise import exercise, mistakes, wrong
+from fluxedu.course.exercises import random_weights, run_module
 from fluxedu.models import attention as library
 from fluxedu.models.attention import rope_table, rotate
 from fluxedu.probe import Probed
@@ -69,9 +69,9 @@ def _norm_cases() -> list[tuple]:
     cases = []
     for shape, size in (((2, 3, 5, 4), 3.0), ((1, 2, 3, 6), 0.01)):  # with small vectors the value of eps matters
         q, k = (size * (torch.randn(*shape, generator=g) + 0.5) for _ in range(2))
-        cases.append((q, k, (shape[-1],), _weights(library.QKNorm(shape[-1]), shape[-1])))
+        cases.append(((shape[-1],), _weights(library.QKNorm(shape[-1]), shape[-1]), q, k))
     q, k = (1e-2 * torch.randn(1, 2, 4, 8, generator=g) for _ in range(2))
-    return [*cases, (q.bfloat16(), k.bfloat16(), (8,), _weights(library.QKNorm(8), 8))]
+    return [*cases, ((8,), _weights(library.QKNorm(8), 8), q.bfloat16(), k.bfloat16())]
 
 
 def _weights(module: nn.Module, seed: int) -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ class _Float64Norm(library.QKNorm):
     minutes=10,
     difficulty=2,
     cases=_norm_cases,
-    call=lambda answer, q, k, arguments, weights: build_module(answer, arguments, weights)(q, k),
+    call=run_module,
     against=_Float64Norm,
     tolerance=3e-5,
     hints=(
@@ -174,7 +174,7 @@ def _stream_cases() -> list[tuple]:
     cases = []
     for b, n, dim, heads, bias in ((2, 5, 12, 3, True), (1, 7, 8, 2, False)):
         weights = _weights(library.SelfAttention(dim, heads, bias), dim)
-        cases.append((torch.randn(b, n, dim, generator=g), (dim, heads, bias), weights))
+        cases.append(((dim, heads, bias), weights, torch.randn(b, n, dim, generator=g)))
     return cases
 
 
@@ -183,7 +183,7 @@ def _stream_cases() -> list[tuple]:
     minutes=12,
     difficulty=2,
     cases=_stream_cases,
-    call=lambda answer, x, arguments, weights: build_module(answer, arguments, weights)(x),
+    call=run_module,
     against=library.SelfAttention,
     hints=(
         "One linear layer computes q, k and v of all heads side by side. You have to split its `3 D` outputs correctly "
@@ -277,7 +277,7 @@ def _joint_cases() -> list[tuple]:
     return cases
 
 
-def _library_joint(txt: tuple, img: tuple, apply_rope: Rope) -> list[Tensor]:
+def library_joint(txt: tuple, img: tuple, apply_rope: Callable[[Tensor], Tensor]) -> list[Tensor]:
     q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt, img, strict=True))
     txt_len = txt[0].shape[2]
     attn_out = library.attend(apply_rope(q), apply_rope(k), v, txt_len, Probed())
@@ -289,7 +289,7 @@ def _library_joint(txt: tuple, img: tuple, apply_rope: Rope) -> list[Tensor]:
     minutes=12,
     difficulty=3,
     cases=_joint_cases,
-    against=_library_joint,
+    against=library_joint,
     hints=(
         "Concatenate the tokens of the two streams, text first, apply the attention once, and split the result again.",
         "`torch.cat` along the axis of tokens, which is 2. Apply `apply_rope` to q and k only. To merge the heads, "
@@ -314,53 +314,30 @@ def joint(txt: tuple, img: tuple, apply_rope: Callable[[Tensor], Tensor]) -> tup
     return attn_out[:, :txt_len], attn_out[:, txt_len:]
 
 
-def _concatenated(txt, img):
-    return [torch.cat(pair, dim=2) for pair in zip(txt, img, strict=True)]
-
-
-def _attend_apart(txt, img, apply_rope, txt_keys, img_keys):
-    """The text attends only to the tokens `txt_keys`, the image only to `img_keys`."""
-    q, k, v = _concatenated(txt, img)
-    q, k = apply_rope(q), apply_rope(k)
-    txt_q, img_q = q[:, :, : txt[0].shape[2]], q[:, :, txt[0].shape[2] :]
-    txt_out = F.scaled_dot_product_attention(txt_q, k[:, :, txt_keys], v[:, :, txt_keys])
-    img_out = F.scaled_dot_product_attention(img_q, k[:, :, img_keys], v[:, :, img_keys])
-    return txt_out.transpose(1, 2).flatten(2), img_out.transpose(1, 2).flatten(2)
-
-
-@wrong("attention.joint", "each stream attends only to itself; concatenate the tokens before the softmax.")
-def _separate(txt, img, apply_rope):
+@mistakes(
+    "attention.joint",
+    ("separate", "each stream attends only to itself; concatenate the tokens before the softmax."),
+    ("across", "each stream attends only to the other; every token should attend to all tokens."),
+    ("image first", "you put the image first, so tokens get the rotations of other tokens; text comes first."),
+    ("not rotated", "q and k are not rotated, so the positions are missing."),
+    ("values rotated", "you rotate the values as well; rotate only q and k."),
+    ("no transpose", "heads and tokens are mixed up: transpose them before you flatten the heads."),
+)
+def joint_with(mistake, txt, img, apply_rope):
+    if mistake == "image first":
+        image, text = joint(img, txt, apply_rope)
+        return text, image
+    q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt, img, strict=True))
+    if mistake != "not rotated":
+        q, k = apply_rope(q), apply_rope(k)
+    if mistake == "values rotated":
+        v = apply_rope(v)
     txt_len = txt[0].shape[2]
-    return _attend_apart(txt, img, apply_rope, slice(0, txt_len), slice(txt_len, None))
-
-
-@wrong("attention.joint", "each stream attends only to the other; every token should attend to all tokens.")
-def _across(txt, img, apply_rope):
-    txt_len = txt[0].shape[2]
-    return _attend_apart(txt, img, apply_rope, slice(txt_len, None), slice(0, txt_len))
-
-
-@wrong("attention.joint", "you put the image first, so tokens get the rotations of other tokens; text comes first.")
-def _image_first(txt, img, apply_rope):
-    image, text = joint(img, txt, apply_rope)
-    return text, image
-
-
-@wrong("attention.joint", "q and k are not rotated, so the positions are missing.")
-def _not_rotated(txt, img, apply_rope):
-    return joint(txt, img, lambda x: x)
-
-
-@wrong("attention.joint", "you rotate the values as well; rotate only q and k.")
-def _values_rotated(txt, img, apply_rope):
-    q, k, v = _concatenated(txt, img)
-    attn_out = library.merge_heads(F.scaled_dot_product_attention(apply_rope(q), apply_rope(k), apply_rope(v)))
-    return attn_out[:, : txt[0].shape[2]], attn_out[:, txt[0].shape[2] :]
-
-
-@wrong("attention.joint", "heads and tokens are mixed up: transpose them before you flatten the heads.")
-def _no_transpose(txt, img, apply_rope):
-    q, k, v = _concatenated(txt, img)
-    attn_out = F.scaled_dot_product_attention(apply_rope(q), apply_rope(k), v)
+    is_text = torch.arange(q.shape[2]) < txt_len
+    same_stream = is_text[:, None] == is_text[None, :]  # [L + N, L + N], one row per query
+    allowed = {"separate": same_stream, "across": ~same_stream}.get(mistake)
+    attn_out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)  # [B, H, L + N, d]
+    if mistake != "no transpose":
+        attn_out = attn_out.transpose(1, 2)
     attn_out = attn_out.reshape(len(q), q.shape[2], -1)
-    return attn_out[:, : txt[0].shape[2]], attn_out[:, txt[0].shape[2] :]
+    return attn_out[:, :txt_len], attn_out[:, txt_len:]

@@ -1,28 +1,23 @@
 """Notebook 07: the double-stream block."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.course.exercise import exercise, wrong
+from fluxedu.course.exercise import exercise, mistakes, wrong
+from fluxedu.course.exercises import build_module, randomise
+from fluxedu.course.exercises.n06_attention import joint_with, library_joint
 from fluxedu.models import FluxConfig
-from fluxedu.models.attention import SelfAttention, attend, rope_table, rotate
+from fluxedu.models.attention import SelfAttention, rope_table, rotate
 from fluxedu.models.blocks import MLP, DoubleStreamBlock
 from fluxedu.models.modulation import Modulation, layer_norm, modulate
-from fluxedu.probe import Probed
 from fluxedu.sampling.latents import image_ids
 
 CONFIG = FluxConfig(
     hidden_size=24, num_heads=2, mlp_ratio=2.0, axes_dim=(2, 4, 6), depth=1, depth_single_blocks=1, vec_in_dim=8
 )
-
-
-def _random(module: nn.Module, g: torch.Generator) -> nn.Module:
-    """The module with random weights, norm scales included, so that no weight is exactly 0 or 1."""
-    for name, p in module.named_parameters():
-        noise = torch.randn(p.shape, generator=g)
-        p.data = 1 + 0.3 * noise if name.endswith("scale") else noise * p.shape[-1] ** -0.5
-    return module.eval().requires_grad_(False)
 
 
 def _mod(g: torch.Generator, batch: int) -> tuple[Tensor, ...]:
@@ -31,7 +26,7 @@ def _mod(g: torch.Generator, batch: int) -> tuple[Tensor, ...]:
 
 def _enter_cases() -> list[tuple]:
     g = torch.Generator().manual_seed(70)
-    attn = _random(SelfAttention(24, 2, True), g)
+    attn = randomise(SelfAttention(24, 2, True), g)
     return [
         (torch.randn(2, 5, 24, generator=g) * 4 + 1, _mod(g, 2), attn),
         (torch.randn(1, 3, 24, generator=g) * 0.01, _mod(g, 1), attn),  # so small that the value of eps matters
@@ -100,24 +95,12 @@ def _joint_cases() -> list[tuple]:
     return [(qkv(2, 4), qkv(2, 6), _rope(4)), (qkv(1, 7), qkv(1, 6), _rope(7))]
 
 
-def _library_joint(txt, img, rope):
-    txt_len = txt[0].shape[2]
-    q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt, img, strict=True))
-    attn_out = attend(rotate(q, rope), rotate(k, rope), v, txt_len, Probed())
-    return attn_out[:, :txt_len], attn_out[:, txt_len:]
-
-
-def _attend_alone(stream: tuple, rope: Tensor) -> Tensor:
-    q, k, v = stream
-    return attend(rotate(q, rope), rotate(k, rope), v, 0, Probed())
-
-
 @exercise(
     "double.joint",
     minutes=12,
     difficulty=2,
     cases=_joint_cases,
-    against=_library_joint,
+    against=lambda txt, img, rope: library_joint(txt, img, partial(rotate, rope=rope)),
     hints=(
         "Concatenate the tokens of text and image, apply the attention once, and split the result at the same token.",
         "Tokens are axis 2 of `[B, H, N, d]`. `F.scaled_dot_product_attention(q, k, v)` is notebook 06's attention; "
@@ -141,42 +124,21 @@ def joint(txt: tuple[Tensor, ...], img: tuple[Tensor, ...], rope: Tensor) -> tup
     return attn_out[:, :txt_len], attn_out[:, txt_len:]
 
 
-@wrong("double.joint", "each stream attends only to itself: concatenate them before the attention, not after it.")
-def _separate(txt, img, rope):
-    txt_len = txt[0].shape[2]
-    return _attend_alone(txt, rope[..., :txt_len, :]), _attend_alone(img, rope[..., txt_len:, :])
-
-
-@wrong("double.joint", "queries and keys are not rotated: without positions the order of the patches is lost.")
-def _not_rotated(txt, img, rope):
-    return _library_joint(txt, img, torch.ones_like(rope))
-
-
-@wrong("double.joint", "you put the image first, so tokens get the rotations of other tokens; rope has the text first.")
-def _image_first(txt, img, rope):
-    image, text = _library_joint(img, txt, rope)
-    return text, image
-
-
-@wrong("double.joint", "you rotate the values too; rotate only queries and keys.")
-def _values_rotated(txt, img, rope):
-    txt_len = txt[0].shape[2]
-    txt = (txt[0], txt[1], rotate(txt[2], rope[..., :txt_len, :]))
-    img = (img[0], img[1], rotate(img[2], rope[..., txt_len:, :]))
-    return _library_joint(txt, img, rope)
-
-
-@wrong("double.joint", "the heads are merged in the wrong order: transpose to [B, N, H, d] before you flatten.")
-def _no_transpose(txt, img, rope):
-    q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt, img, strict=True))
-    attn_out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
-    attn_out = attn_out.reshape(len(q), q.shape[2], -1)
-    return attn_out[:, : txt[0].shape[2]], attn_out[:, txt[0].shape[2] :]
+@mistakes(
+    "double.joint",
+    ("separate", "each stream attends only to itself: concatenate them before the attention, not after it."),
+    ("not rotated", "queries and keys are not rotated: without positions the order of the patches is lost."),
+    ("image first", "you put the image first, so tokens get the rotations of other tokens; rope has the text first."),
+    ("values rotated", "you rotate the values too; rotate only queries and keys."),
+    ("no transpose", "the heads are merged in the wrong order: transpose to [B, N, H, d] before you flatten."),
+)
+def _joint_with(mistake, txt, img, rope):
+    return joint_with(mistake, txt, img, partial(rotate, rope=rope))
 
 
 def _leave_cases() -> list[tuple]:
     g = torch.Generator().manual_seed(72)
-    attn, mlp = _random(SelfAttention(24, 2, True), g), _random(MLP(24, 60), g)
+    attn, mlp = randomise(SelfAttention(24, 2, True), g), randomise(MLP(24, 60), g)
     return [
         (torch.randn(2, 5, 24, generator=g) * 4 + 1, torch.randn(2, 5, 24, generator=g), _mod(g, 2), attn, mlp),
         (torch.randn(1, 3, 24, generator=g) * 0.1, torch.randn(1, 3, 24, generator=g), _mod(g, 1), attn, mlp),
@@ -246,7 +208,7 @@ def _block_cases() -> list[tuple]:
     cases = []
     for seed, batch, txt_len, side in ((73, 2, 3, (4, 4)), (74, 1, 5, (2, 6))):
         g = torch.Generator().manual_seed(seed)
-        weights = _random(DoubleStreamBlock(CONFIG), g).state_dict()
+        weights = randomise(DoubleStreamBlock(CONFIG), g).state_dict()
         ids = image_ids(*side)
         rope = rope_table(torch.cat([torch.zeros(txt_len, 3), ids]), CONFIG.axes_dim).to(torch.complex64)
         img, txt = torch.randn(batch, len(ids), 24, generator=g), 3 * torch.randn(batch, txt_len, 24, generator=g)
@@ -255,8 +217,7 @@ def _block_cases() -> list[tuple]:
 
 
 def _block_output(answer, weights, img, txt, vec, rope):
-    block = answer(24, 2, 48)
-    block.load_state_dict(weights)
+    block = build_module(answer, (24, 2, 48), weights)
     return block(img, txt, block.plan(vec), rope)
 
 

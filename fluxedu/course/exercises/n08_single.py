@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, mistakes, wrong
-from fluxedu.course.exercises.n07_double import CONFIG, _random
+from fluxedu.course.exercises import build_module, randomise
+from fluxedu.course.exercises.n07_double import CONFIG
 from fluxedu.models.attention import QKNorm, rope_table, rotate, split_heads
 from fluxedu.models.blocks import SingleStreamBlock
 from fluxedu.models.modulation import Modulation
@@ -16,7 +17,7 @@ def _layers() -> list[tuple]:
     g = torch.Generator().manual_seed(80)
     cases = []
     for dim, hidden in ((6, 15), (4, 4)):
-        layers = tuple(_random(nn.Linear(dim, width), g) for width in (dim, dim, dim, hidden))
+        layers = tuple(randomise(nn.Linear(dim, width), g) for width in (dim, dim, dim, hidden))
         cases.append((torch.randn(2, 3, dim, generator=g), *layers))
     return cases
 
@@ -79,7 +80,7 @@ def _fused_outputs() -> list[tuple]:
     g = torch.Generator().manual_seed(81)
     cases = []
     for dim, hidden in ((6, 15), (5, 7)):
-        linear2 = _random(nn.Linear(dim + hidden, dim), g)
+        linear2 = randomise(nn.Linear(dim + hidden, dim), g)
         cases.append((linear2, torch.randn(2, 3, dim, generator=g), torch.randn(2, 3, hidden, generator=g)))
     return cases
 
@@ -155,7 +156,7 @@ def _block_inputs() -> list[tuple]:
     cases = []
     for seed, batch, txt_len, size in ((82, 2, 3, (4, 4)), (83, 1, 5, (2, 6))):
         g = torch.Generator().manual_seed(seed)
-        state = _random(SingleStreamBlock(CONFIG), g).state_dict()
+        state = randomise(SingleStreamBlock(CONFIG), g).state_dict()
         ids = torch.cat([torch.zeros(txt_len, 3), image_ids(*size)])
         rope = rope_table(ids, CONFIG.axes_dim).to(torch.complex64)
         x = 3 * torch.randn(batch, len(ids), 24, generator=g)
@@ -164,8 +165,7 @@ def _block_inputs() -> list[tuple]:
 
 
 def _run_block(block_class, state, x, vec, rope):
-    block = block_class(24, 2, 48)
-    block.load_state_dict(state)
+    block = build_module(block_class, (24, 2, 48), state)
     return block(x, block.plan(vec), rope)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from fluxedu.checkpoints import convert
 from fluxedu.course.exercise import exercise, mistakes, wrong
-from fluxedu.course.exercises.n07_double import _random
+from fluxedu.course.exercises import randomise, run_module
 from fluxedu.models import Flux, FluxConfig
 from fluxedu.models.attention import rope_table
 from fluxedu.models.blocks import DoubleStreamBlock, SingleStreamBlock
@@ -25,18 +25,12 @@ def _inputs() -> list[tuple]:
     cases = []
     for seed, config, batch, txt_len, size in ((90, SMALL, 2, 5, (4, 6)), (91, UNGUIDED, 1, 3, (8, 4))):
         g = torch.Generator().manual_seed(seed)
-        state, img_ids = _random(Flux(config), g).state_dict(), image_ids(*size)
+        state, img_ids = randomise(Flux(config), g).state_dict(), image_ids(*size)
         img, txt = torch.randn(batch, len(img_ids), 20, generator=g), torch.randn(batch, txt_len, 10, generator=g)
         timesteps, pooled = torch.rand(batch, generator=g), torch.randn(batch, 6, generator=g)
         guidance = 1 + 4 * torch.rand(batch, generator=g) if config.guidance_embed else None
-        cases.append((config, state, img, img_ids, txt, text_ids(txt_len), timesteps, pooled, guidance))
+        cases.append(((config,), state, img, img_ids, txt, text_ids(txt_len), timesteps, pooled, guidance))
     return cases
-
-
-def _velocity(network_class, config, state, *inputs):
-    flux = network_class(config)
-    flux.load_state_dict(state)
-    return flux(*inputs)
 
 
 @exercise(
@@ -44,7 +38,7 @@ def _velocity(network_class, config, state, *inputs):
     minutes=15,
     difficulty=2,
     cases=_inputs,
-    call=_velocity,
+    call=run_module,
     against=Flux,
     hints=(
         "Five steps: compute the conditioning vector `vec`, compute the rotations, project image and text tokens to "
@@ -210,7 +204,7 @@ def _single_blocks() -> list[tuple]:
     cases = []
     for seed, dim, num_heads in ((92, 24, 2), (93, 36, 3)):
         config = SMALL.with_(hidden_size=dim, num_heads=num_heads, mlp_ratio=4.0)
-        block = _random(SingleStreamBlock(config), torch.Generator().manual_seed(seed))
+        block = randomise(SingleStreamBlock(config), torch.Generator().manual_seed(seed))
         cases.append((dict(block.state_dict()), dim))
     return cases
 
