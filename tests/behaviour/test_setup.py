@@ -1,4 +1,4 @@
-"""The set-up keeps its promises: one set of bounds, a light import, imports one way, commands that exist."""
+"""Installation: equal version bounds everywhere, a fast import, the import order, and commands that exist."""
 
 import configparser
 import json
@@ -15,7 +15,7 @@ import yaml
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib  # pytest brings it on 3.10
+    import tomli as tomllib  # installed with pytest on 3.10
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -24,7 +24,7 @@ CONDA_NAMES = {"torch": "pytorch"}
 
 
 def split(requirement: str) -> tuple[str, frozenset[str]]:
-    """``"torch>=2.9,<2.14"`` → ``("torch", {">=2.9", "<2.14"})``."""
+    """``"torch>=2.10,<3"`` -> ``("torch", {">=2.10", "<3"})``."""
     name, bounds = re.fullmatch(r"([A-Za-z0-9_.-]+)\s*(.*)", requirement).groups()
     return name.lower().replace("_", "-"), frozenset(b.strip() for b in bounds.split(",") if b.strip())
 
@@ -34,16 +34,16 @@ def run_python(code: str) -> str:
 
 
 def test_environment_yml_has_the_bounds_of_pyproject():
-    wanted = {"python": split("python" + PROJECT["requires-python"])[1]}
+    expected = {"python": split("python" + PROJECT["requires-python"])[1]}
     for requirement in [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]:
         name, bounds = split(requirement)
         name = CONDA_NAMES.get(name, name)
-        assert wanted.setdefault(name, bounds) == bounds, f"{name} has two different bounds in pyproject.toml"
+        assert expected.setdefault(name, bounds) == bounds, f"{name} has two different bounds in pyproject.toml"
 
     lines = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    named = [split(line) for line in lines if isinstance(line, str) and line != "pip"]
-    assert len(named) == len(dict(named)), "environment.yml names a package twice"
-    assert dict(named) == wanted
+    requirements = [split(line) for line in lines if isinstance(line, str) and line != "pip"]
+    assert len(requirements) == len(dict(requirements)), "environment.yml names a package twice"
+    assert dict(requirements) == expected
     assert [line for line in lines if isinstance(line, dict)] == [{"pip": ["-e ."]}]
 
 
@@ -54,7 +54,7 @@ def test_core_dependencies_have_both_bounds():
 
 
 def test_import_is_light():
-    """What `import fluxedu` adds to `import torch`: nothing heavy, and at most 0.3 s (the best of three)."""
+    """`import fluxedu` adds at most 0.3 s (the best of three) to `import torch`, and imports nothing heavy."""
     code = """
 import json, sys, time, torch
 before = set(sys.modules)
@@ -68,8 +68,8 @@ print(json.dumps([time.perf_counter() - start, sorted({m.split(".")[0] for m in 
     assert min(seconds for seconds, _ in runs) <= 0.3
 
 
-def test_a_first_picture_does_not_wait_for_the_compiler():
-    """torch's compiler takes seconds to import; opening the miniature and drawing with it must not need it."""
+def test_a_first_image_does_not_import_the_compiler():
+    """torch's compiler takes seconds to import; loading the miniature and drawing an image must not need it."""
     code = """
 import sys, fluxedu
 fluxedu.load()("a red circle", steps=1, progress=False)
@@ -79,8 +79,8 @@ print([m for m in ("torch._dynamo", "sympy", "transformers", "matplotlib") if m 
 
 
 def test_imports_point_one_way():
-    beside = Path(sys.executable).parent / "lint-imports"
-    command = str(beside) if beside.exists() else shutil.which("lint-imports")
+    in_environment = Path(sys.executable).parent / "lint-imports"
+    command = str(in_environment) if in_environment.exists() else shutil.which("lint-imports")
     assert command, "import-linter is not installed: pip install -e '.[test]'"
     result = subprocess.run([command, "--no-cache"], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -95,11 +95,11 @@ def test_version_is_the_same_everywhere():
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", ".ci/run"])
-def test_every_make_command_that_is_named_exists(document):
+def test_every_make_command_in_the_documents_exists(document):
     targets = set(re.findall(r"^([a-z]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"lab", "test", "check", "bench", "train", "docs"} <= targets
     text = (ROOT / document).read_text()
-    # In code only (a fence, backticks, or a script's own line): prose may well "make sure".
+    # only in code (a fence, backticks, a line of a script): prose may say "make sure"
     code = re.findall(r"`make ([a-z]+)", text) + re.findall(r"^\s*(?:\$ )?make ([a-z]+)", text, re.MULTILINE)
     assert code, f"{document} names no make target"
     assert set(code) <= targets
@@ -112,7 +112,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def test_every_notebook_cell_was_executed():
-    """nbval passes over a cell that has no execution count, so a notebook without counts would prove nothing."""
+    """nbval skips cells without an execution count, so a notebook without counts would not be tested."""
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         for number, cell in enumerate(json.loads(path.read_text())["cells"]):
             if cell["cell_type"] == "code" and "".join(cell["source"]).strip():
@@ -129,7 +129,7 @@ def test_every_notebook_cell_was_executed():
         ("error 0.013", "error 0.014", False),
     ],
 )
-def test_notebook_outputs_are_compared_but_for_times_and_addresses(one, other, same):
+def test_notebook_outputs_are_compared_except_times_and_addresses(one, other, same):
     parser = configparser.RawConfigParser()
     parser.read(ROOT / "notebooks" / "nbval.cfg", encoding="utf-8")
 
