@@ -142,22 +142,26 @@ def test_t5(prompt):
     ours = randomise(T5Encoder(config), seed)
     state = ours.state_dict()
     theirs, reference = transformers_t5(config, state), transformers_t5(config, to_float64(state))
-
-    def our_gradients(model):
-        return gradients_of(model, lambda: model(ids), seed)
-
-    def their_gradients(model):
-        return gradients_of(model, lambda: model(ids).last_hidden_state, seed)
-
     ours64 = T5Encoder(config)
     ours64.load_state_dict(state)
     ours64.double()
+
     exact = Exact(lambda: reference(ids).last_hidden_state)
     exact.check(theirs(ids).last_hidden_state, torch.float32)
     exact.check(ours(ids), torch.float32)
     exact.check(ours64(ids), torch.float64)
 
-    exact = Exact(lambda: their_gradients(reference), worst_gradient)
-    exact.check(their_gradients(theirs), torch.float32)
-    exact.check(our_gradients(ours), torch.float32)
-    exact.check(our_gradients(ours64), torch.float64)
+    def our_gradients(model, ids):
+        return gradients_of(model, lambda: model(ids), seed)
+
+    def their_gradients(model, ids):
+        return gradients_of(model, lambda: model(ids).last_hidden_state, seed)
+
+    exact = Exact(lambda: their_gradients(reference, ids), worst_gradient)
+    exact.check(our_gradients(ours64, ids), torch.float64)
+    # In float32 with few tokens. A gradient of the position bias is a sum over all pairs of tokens, which kernels add
+    # one after the other: of tens of thousands of terms, the sum alone loses more than the margin allows.
+    few = ids[:, :40]
+    exact = Exact(lambda: their_gradients(reference, few), worst_gradient)
+    exact.check(their_gradients(theirs, few), torch.float32)
+    exact.check(our_gradients(ours, few), torch.float32)
