@@ -22,7 +22,7 @@ def test_elsewhere_the_command_says_that_it_needs_a_checkout(tmp_path, monkeypat
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "fluxedu" / "cli.py"))
     result = CliRunner().invoke(cli.app, [command])
     assert result.exit_code == 2
-    assert f"{folder}/ is not installed with the package; git clone the repository" in result.output
+    assert f"{folder}/ is not part of the installed package; clone the repository" in result.output
 
 
 def test_the_commands_find_the_checkout_from_any_folder(tmp_path):
