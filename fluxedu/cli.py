@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fluxedu.arena.cli import app as arena
-from fluxedu.terminal import check_writable, fail, report_errors, report_interrupts, write_json
+from fluxedu.terminal import check_extra, check_writable, fail, report_errors, report_interrupts, write_json
 
 app = typer.Typer(help="FLUX.1 in code that reads like its diagram.", no_args_is_help=True, add_completion=False)
 app.add_typer(arena, name="arena")
@@ -48,14 +48,6 @@ def _from_checkout(name: str):
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     return import_module(name)
-
-
-def _check_extra(extra: str, module: str) -> None:
-    """End the command if a module is missing that an extra of the package installs."""
-    from importlib.util import find_spec
-
-    if find_spec(module) is None:
-        raise fail(f"this needs {module}: pip install 'fluxedu[{extra}]'.")
 
 
 def _open_picture(path: Path):
@@ -339,7 +331,7 @@ def lab(
     import subprocess
     import sys
 
-    _check_extra("lab", "jupyterlab")
+    check_extra("lab", "jupyterlab")
     from fluxedu.course.build import copy_notebooks
 
     with report_errors():
@@ -366,7 +358,7 @@ def grade(
     memory: Annotated[int, typer.Option(min=1, help="Memory limit of a notebook, in GB.")] = 16,
 ) -> None:
     """Run students' notebooks, each in its own process, and mark the exercises. This is no sandbox."""
-    _check_extra("lab", "nbclient")
+    check_extra("lab", "nbclient")
     from fluxedu.course.grade import as_csv, class_table, grade_notebook, write_csv
     from fluxedu.errors import CourseError
     from fluxedu.files import write_text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import typer
@@ -35,6 +36,12 @@ def report_interrupts() -> Iterator[None]:
             yield
     except KeyboardInterrupt:
         raise fail("interrupted; the same command continues from here.") from None
+
+
+def check_extra(extra: str, module: str) -> None:
+    """End the command if ``module`` is missing, which an extra of the package installs."""
+    if find_spec(module) is None:
+        raise fail(f"this needs {module}: pip install 'fluxedu[{extra}]'.")
 
 
 def check_writable(path: Path | None) -> None:

@@ -99,7 +99,7 @@ def test_a_missing_package_is_named_before_any_work(arguments, hidden, tmp_path,
 )
 def test_a_missing_extra_is_named(arguments, module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("fluxedu.terminal.find_spec", lambda name: None)
     assert f"this needs {module}: pip install 'fluxedu[lab]'" in error_of(*arguments)
     assert not list(Path(tmp_path).iterdir())
 
