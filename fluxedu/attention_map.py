@@ -20,26 +20,6 @@ from torch import Tensor
 
 Index = int | slice | list[int] | Tensor
 ROWS_AT_ONCE = 512  # where no kernel gives the log-sum-exp
-SHORT = 256  # number of tokens up to which three plain steps train faster on a CPU than the fused kernel
-
-
-def softmax_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    """``softmax(q k^T * scale + bias) v`` for ``q, k, v [B, H, N, d]``, by the fastest exact method for the size.
-
-    ``scale`` is ``1 / sqrt(d)`` by default; ``causal``: a token attends only to itself and earlier ones.
-    """
-    is_plain = bias is None and not causal and scale is None
-    if is_plain and q.requires_grad and q.device.type == "cpu" and q.shape[2] <= SHORT:
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
-    mask = None if bias is None else bias.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
 
 
 def weighted_sum(attn_map: AttentionMap | Tensor, v: Tensor) -> Tensor:
@@ -87,7 +67,10 @@ class AttentionMap:
     def output(self) -> Tensor:
         """The attention output ``[B, H, N, d]``, to the last bit what an unwatched block computes."""
         if self._output is None:
-            self._output = softmax_attention(self.q, self.k, self.v, self.bias, self.causal, self.scale)
+            mask = None if self.bias is None else self.bias.to(self.q.dtype)
+            self._output = F.scaled_dot_product_attention(
+                self.q, self.k, self.v, attn_mask=mask, is_causal=self.causal, scale=self.scale
+            )
         return self._output
 
     @property

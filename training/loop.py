@@ -21,9 +21,11 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from fluxedu.files import atomic_path
@@ -52,6 +54,22 @@ def bfloat16_is_faster() -> bool:
 def matmul_dtype() -> torch.dtype:
     """The dtype of matrix products during training."""
     return torch.bfloat16 if bfloat16_is_faster() else torch.float32
+
+
+class PlainAttention(TorchFunctionMode):
+    """Inside a ``with``, short attention on a CPU is three plain steps: in bfloat16, backward included, a fifth of the
+    time of the fused kernel.
+    """
+
+    MAX_TOKENS = 256
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_plain = func is F.scaled_dot_product_attention and all(not value for value in kwargs.values())
+        if is_plain and args[0].device.type == "cpu" and args[0].shape[2] <= self.MAX_TOKENS:
+            q, k, v = args
+            return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+        return func(*args, **kwargs)
 
 
 def mixed_precision() -> torch.autocast:
@@ -271,7 +289,8 @@ class Run:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.recipe.lr * self.recipe.rate(self.step)
-        value, values = loss(self.step)
+        with PlainAttention():
+            value, values = loss(self.step)
         if not math.isfinite(float(value.detach())):
             raise FloatingPointError(
                 f"the loss of {self.name} is {float(value.detach())} at step {self.step}; use a lower learning rate."

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.attention_map import AttentionMap, at_least_float32, softmax_attention, weighted_sum
+from fluxedu.attention_map import AttentionMap, at_least_float32, weighted_sum
 from fluxedu.probe import Probed
 
 RMS_EPS = 1e-6
@@ -25,6 +25,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        # x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * scale, in one kernel
         return F.rms_norm(x, x.shape[-1:], self.scale, RMS_EPS)
 
 
@@ -44,7 +45,8 @@ class QKNorm(nn.Module):
 
 def split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
     """``[B, N, parts * D] -> parts x [B, H, N, d]`` with ``D = H * d``; each part is contiguous (one copy in all)."""
-    return x.unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+    x = x.unflatten(-1, (parts, num_heads, -1))  # [B, N, parts, H, d]
+    return x.permute(2, 0, 3, 1, 4).contiguous().unbind(0)  # [parts, B, H, N, d]
 
 
 def to_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -83,16 +85,17 @@ class SelfAttention(Probed):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, txt_len: int, block: Probed) -> Tensor:
-    """Attention, then heads merged: ``3 x [B, H, N, d] -> [B, N, H * d]``. ``txt_len`` is the number of text tokens.
+    """Attention over all T tokens, then heads merged: ``3 x [B, H, T, d] -> [B, T, H * d]``.
 
-    The sites belong to ``block``. An intervention may replace the lazy ``attn.map`` by a tensor ``[B, H, N, N]``.
+    ``txt_len``: how many of the tokens are text, for those who watch the map · ``block``: the block that the sites
+    belong to. The map is computed only where it is watched; an intervention may return a tensor ``[B, H, T, T]``.
     """
     if block.is_watched("attn.map"):
         attn_map = AttentionMap(q, k, v, txt_len)
         attn_map = block.probe("attn.map", attn_map)  # [B, H, T, T] attention map (lazy), one row per query
         out = weighted_sum(attn_map, v)
     else:
-        out = softmax_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v, without storing the map
     out = block.probe("heads", out)  # [B, H, T, d] the output of each head; ablate heads here
     return merge_heads(out)
 

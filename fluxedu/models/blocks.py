@@ -51,52 +51,56 @@ class DoubleStreamBlock(Probed):
         return {"txt": self.txt_mod(vec), "img": self.img_mod(vec)}
 
     def forward(self, img: Tensor, txt: Tensor, mods: dict[str, Tensor], rope: Tensor) -> tuple[Tensor, Tensor]:
-        """``img [B, N, D]``, ``txt [B, L, D]``, ``mods`` of :meth:`plan`, ``rope [..., 1, L + N, d/2]`` -> img, txt."""
+        """``img [B, N, D]``, ``txt [B, L, D]``, ``mods`` of :meth:`plan`, ``rope [1, T, d/2]`` with T = L + N."""
         img = self.probe("img", img)  # [B, N, D] the image stream as it enters the block
         txt = self.probe("txt", txt)  # [B, L, D] the text stream as it enters the block
         img_mod1, img_mod2 = self.img_mod.split(mods["img"])
         txt_mod1, txt_mod2 = self.txt_mod.split(mods["txt"])
 
         # image: norm, modulate, q k v
-        img_in = self.probe("img_norm1", layer_norm(img))  # [B, N, D] layer-normalised, before shift and scale
-        img_in = modulate(img_in, img_mod1.shift, img_mod1.scale)
-        img_in = self.probe("img_modulated1", img_in)  # [B, N, D] shifted and scaled: the attention's input
-        img_q, img_k, img_v = self.img_attn(img_in)  # [B, H, N, d] each
+        img_attn_in = self.probe("img_norm1", layer_norm(img))  # [B, N, D] layer-normalised, before shift and scale
+        img_attn_in = modulate(img_attn_in, img_mod1.shift, img_mod1.scale)
+        img_attn_in = self.probe("img_modulated1", img_attn_in)  # [B, N, D] shifted and scaled: the attention's input
+        img_q, img_k, img_v = self.img_attn(img_attn_in)  # [B, H, N, d] each
 
         # text: the same with its own weights
-        txt_in = self.probe("txt_norm1", layer_norm(txt))  # [B, L, D] layer-normalised, before shift and scale
-        txt_in = modulate(txt_in, txt_mod1.shift, txt_mod1.scale)
-        txt_in = self.probe("txt_modulated1", txt_in)  # [B, L, D] shifted and scaled: the attention's input
-        txt_q, txt_k, txt_v = self.txt_attn(txt_in)  # [B, H, L, d] each
+        txt_attn_in = self.probe("txt_norm1", layer_norm(txt))  # [B, L, D] layer-normalised, before shift and scale
+        txt_attn_in = modulate(txt_attn_in, txt_mod1.shift, txt_mod1.scale)
+        txt_attn_in = self.probe("txt_modulated1", txt_attn_in)  # [B, L, D] shifted and scaled: the attention's input
+        txt_q, txt_k, txt_v = self.txt_attn(txt_attn_in)  # [B, H, L, d] each
 
         # joint attention, text first
-        q = torch.cat([txt_q, img_q], dim=2)  # [B, H, L + N, d]
+        q = torch.cat([txt_q, img_q], dim=2)  # [B, H, T, d]
         k = torch.cat([txt_k, img_k], dim=2)
         v = torch.cat([txt_v, img_v], dim=2)
-        del img_in, img_q, img_k, img_v, txt_in, txt_q, txt_k, txt_v  # q, k, v are copies; free their parts
+        del img_attn_in, img_q, img_k, img_v, txt_attn_in, txt_q, txt_k, txt_v  # q, k, v are copies; free their parts
         rope = self.probe("attn.rope", rope)  # [1, T, d/2] the rotation of each channel pair, as complex numbers
         q = self.probe("attn.q", rotate(q, rope))  # [B, H, T, d] queries, rotated by position
         k = self.probe("attn.k", rotate(k, rope))  # [B, H, T, d] keys, rotated by position
-        attn = attend(q, k, v, txt.shape[1], self)  # [B, L + N, D]
+        attn = attend(q, k, v, txt.shape[1], self)  # [B, T, D]
         txt_attn, img_attn = attn.split([txt.shape[1], img.shape[1]], dim=1)
 
         # image: add the attention, then the MLP, each scaled by its gate
-        img_out = self.probe("img_attn_out", self.img_attn.proj(img_attn))  # [B, N, D] attention output, before gating
-        img = gated(img, img_mod1.gate, img_out, self, "img_attn_contribution")  # [B, N, D] gate * attention output
-        img_in = self.probe("img_norm2", layer_norm(img))  # [B, N, D] layer-normalised, before shift and scale
-        img_in = modulate(img_in, img_mod2.shift, img_mod2.scale)
-        img_in = self.probe("img_modulated2", img_in)  # [B, N, D] shifted and scaled: the MLP's input
-        img_out = self.probe("img_mlp_out", self.img_mlp(img_in))  # [B, N, D] MLP output, before gating
-        img = gated(img, img_mod2.gate, img_out, self, "img_mlp_contribution")  # [B, N, D] gate * MLP output
+        img_attn = self.img_attn.proj(img_attn)
+        img_attn = self.probe("img_attn_out", img_attn)  # [B, N, D] attention output, before gating
+        img = gated(img, img_mod1.gate, img_attn, self, "img_attn_contribution")  # [B, N, D] gate * attention output
+        img_mlp_in = self.probe("img_norm2", layer_norm(img))  # [B, N, D] layer-normalised, before shift and scale
+        img_mlp_in = modulate(img_mlp_in, img_mod2.shift, img_mod2.scale)
+        img_mlp_in = self.probe("img_modulated2", img_mlp_in)  # [B, N, D] shifted and scaled: the MLP's input
+        img_mlp = self.img_mlp(img_mlp_in)
+        img_mlp = self.probe("img_mlp_out", img_mlp)  # [B, N, D] MLP output, before gating
+        img = gated(img, img_mod2.gate, img_mlp, self, "img_mlp_contribution")  # [B, N, D] gate * MLP output
 
         # text: the same
-        txt_out = self.probe("txt_attn_out", self.txt_attn.proj(txt_attn))  # [B, L, D] attention output, before gating
-        txt = gated(txt, txt_mod1.gate, txt_out, self, "txt_attn_contribution")  # [B, L, D] gate * attention output
-        txt_in = self.probe("txt_norm2", layer_norm(txt))  # [B, L, D] layer-normalised, before shift and scale
-        txt_in = modulate(txt_in, txt_mod2.shift, txt_mod2.scale)
-        txt_in = self.probe("txt_modulated2", txt_in)  # [B, L, D] shifted and scaled: the MLP's input
-        txt_out = self.probe("txt_mlp_out", self.txt_mlp(txt_in))  # [B, L, D] MLP output, before gating
-        txt = gated(txt, txt_mod2.gate, txt_out, self, "txt_mlp_contribution")  # [B, L, D] gate * MLP output
+        txt_attn = self.txt_attn.proj(txt_attn)
+        txt_attn = self.probe("txt_attn_out", txt_attn)  # [B, L, D] attention output, before gating
+        txt = gated(txt, txt_mod1.gate, txt_attn, self, "txt_attn_contribution")  # [B, L, D] gate * attention output
+        txt_mlp_in = self.probe("txt_norm2", layer_norm(txt))  # [B, L, D] layer-normalised, before shift and scale
+        txt_mlp_in = modulate(txt_mlp_in, txt_mod2.shift, txt_mod2.scale)
+        txt_mlp_in = self.probe("txt_modulated2", txt_mlp_in)  # [B, L, D] shifted and scaled: the MLP's input
+        txt_mlp = self.txt_mlp(txt_mlp_in)
+        txt_mlp = self.probe("txt_mlp_out", txt_mlp)  # [B, L, D] MLP output, before gating
+        txt = gated(txt, txt_mod2.gate, txt_mlp, self, "txt_mlp_contribution")  # [B, L, D] gate * MLP output
 
         img = self.probe("img_out", img)  # [B, N, D] the image stream as it leaves the block
         txt = self.probe("txt_out", txt)  # [B, L, D] the text stream as it leaves the block
@@ -127,7 +131,7 @@ class SingleStreamBlock(Probed):
         return self.modulation(vec)
 
     def forward(self, x: Tensor, mods: Tensor, rope: Tensor, txt_len: int = 0) -> Tensor:
-        """``x [B, L + N, D]``, ``mods`` from :meth:`plan`, ``rope [..., 1, L + N, d/2]`` -> x; ``txt_len`` is L."""
+        """``x [B, T, D]``, the first ``txt_len`` tokens being text; ``mods`` from :meth:`plan`; ``rope [1, T, d/2]``."""
         x = self.probe("x", x)  # [B, T, D] text and image tokens as they enter the block
         (mod,) = self.modulation.split(mods)
 

@@ -8,9 +8,10 @@ official ``text_encoder`` folder. Source: arXiv 2103.00020; transformers, models
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.attention_map import AttentionMap, softmax_attention, weighted_sum
+from fluxedu.attention_map import AttentionMap, weighted_sum
 from fluxedu.models.attention import merge_heads, to_heads
 from fluxedu.models.config import CLIPTextConfig
 from fluxedu.probe import Probed, name_sites
@@ -42,7 +43,7 @@ class CLIPAttention(Probed):
             attn_map = self.probe("map", attn_map)  # [B, H, L, L] attention map (lazy), one row per query
             out = weighted_sum(attn_map, v)
         else:
-            out = softmax_attention(q, k, v, causal=self.causal)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         out = self.probe("heads", out)  # [B, H, L, d] the output of each head
         return self.out_proj(merge_heads(out))
 

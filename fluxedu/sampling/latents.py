@@ -1,6 +1,6 @@
-"""Latents as tokens: noise, packing, positions, sizes.
+"""Latents as tokens: noise, packing, position ids, sizes.
 
-    latent [B, 16, h, w]  <->  tokens [B, h/2 * w/2, 64]     (2 x 2 cells of 16 numbers are one token)
+    latent [B, 16, h, w]  <->  tokens [B, h/2 * w/2, 64]     (2 x 2 cells of 16 channels are one token)
 
 Source: black-forest-labs/flux, sampling.py.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fluxedu.errors import describe
+from fluxedu.probe import Sited
 
 PATCH = 2  # latent cells along one side of a token
 
@@ -27,7 +28,7 @@ def pack(latent: Tensor) -> Tensor:
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The way back: ``[B, h/2 * w/2, 4 C] -> [B, C, h, w]``, ``height`` and ``width`` in latent cells."""
+    """The inverse of :func:`pack`: ``[B, h/2 * w/2, 4 C] -> [B, C, h, w]``; ``height``, ``width`` in cells."""
     b, n, d = tokens.shape
     rows, cols = height // 2, width // 2
     if n != rows * cols:
@@ -36,8 +37,17 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return x.permute(0, 3, 1, 4, 2, 5).reshape(b, d // 4, height, width)
 
 
+def probe_latent(owner: Sited, name: str, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Pass tokens through ``owner``'s site ``name`` as the latent ``[B, C, h, w]`` that they are; returns tokens."""
+    if not owner.is_watched(name):
+        return tokens
+    latent = unpack(tokens, *shape)
+    probed = owner.probe(name, latent)
+    return tokens if probed is latent else pack(probed)
+
+
 def image_ids(height: int, width: int) -> Tensor:
-    """Positions of image tokens, ``[h/2 * w/2, 3]`` = (0, row, column), for a latent of h x w cells.
+    """Position ids of image tokens, ``[h/2 * w/2, 3]`` = (0, row, column), for a latent of h x w cells.
 
     Float32, which is exact here; in bfloat16 rows from 257 on would be wrong.
     """
@@ -49,26 +59,26 @@ def image_ids(height: int, width: int) -> Tensor:
 
 
 def text_ids(length: int) -> Tensor:
-    """Positions of text tokens, ``[L, 3]``: all zero. The order of words is T5's business."""
+    """Position ids of text tokens, ``[L, 3]``: all zero. The order of words is encoded by T5 alone."""
     return torch.zeros(length, 3)
 
 
 def latent_size(height: int, width: int, downscale: int = 8, rounding: str = "up") -> tuple[int, int]:
-    """Latent rows and columns for a picture of ``height x width`` pixels; always even.
+    """Latent rows and columns for an image of ``height x width`` pixels; always even.
 
-    ``rounding="up"`` is the official code's, ``2 * ceil(pixels / 16)`` (1000 px -> 126 cells);
+    ``rounding="up"`` is BFL's, ``2 * ceil(pixels / 16)`` (1000 px -> 126 cells);
     ``rounding="down"`` is diffusers', ``2 * floor(pixels / 16)`` (1000 px -> 124 cells).
     """
     if not isinstance(rounding, str) or rounding not in ("up", "down"):
-        raise ValueError(f"rounding is 'up' (the official code's) or 'down' (diffusers'), not {describe(rounding)}.")
+        raise ValueError(f"rounding must be 'up' (as BFL) or 'down' (as diffusers), not {describe(rounding)}.")
     whole = math.ceil if rounding == "up" else math.floor
     return tuple(2 * whole(pixels / (PATCH * downscale)) for pixels in (height, width))
 
 
 def draw_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
-    """Standard normal noise ``[1, C, h, w]`` for one picture, float32, drawn on the CPU.
+    """Standard normal noise ``[1, C, h, w]`` for one image, float32, drawn on the CPU.
 
-    A picture's noise depends on its own seed only, so it is the same alone, in a batch and on any device.
+    It depends only on the image's own seed, so it is the same alone, in a batch and on any device.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(1, channels, height, width, generator=generator)

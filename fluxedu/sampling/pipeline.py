@@ -22,7 +22,7 @@ from fluxedu.probe import Sited
 from fluxedu.progress import progress_bar
 from fluxedu.sampling.conditions import check_pictures, encode_conditions, paste_outside
 from fluxedu.sampling.images import Picture, resized, to_images, to_mask, to_tensor
-from fluxedu.sampling.latents import draw_noise, pack, unpack
+from fluxedu.sampling.latents import draw_noise, pack, probe_latent, unpack
 from fluxedu.sampling.prompts import Conditioning, PromptEncoder
 from fluxedu.sampling.request import Request, checked_device, make_requests
 from fluxedu.sampling.solvers import from_strength, schedule, solver_called
@@ -196,31 +196,33 @@ class FluxPipeline(Sited):
     ) -> tuple[Image.Image, Tensor, Tensor]:
         """One image: noise, steps, decoding. Returns it with its latents ``[N+1, 1, C, h, w]`` and velocities.
 
-        ``keep_all=False`` keeps only the last latent and velocity.
+        ``keep_all=False`` returns only the last latent and velocity.
         """
+        # what stays the same during the run
         txt = self.probe("txt", texts.txt)  # [B, L, D] the prompt's T5 tokens, once per image: edit words here
         pooled = self.probe("pooled", texts.pooled)  # [B, D] the prompt's CLIP vector, once per image
         velocity = self.velocity_field(times, Conditioning(txt, pooled), request)
         solver = solver_called(request.solver)
 
+        # from noise, t = 1, to the image, t = 0
         noise = self.start(request, times[0])
         noise = self.probe("noise", noise)  # [B, C, h, w] the state at the beginning of the run
         x = pack(noise)
-        latents, velocities = [x], []
+        states, velocities = [], []
         for i, (t, t_next) in enumerate(pairwise(times.tolist())):
             with entered(step=i, time=t, stage=-1):
-                if self.is_watched("x"):
-                    latent = unpack(x, *request.shape)
-                    probed = self.probe("x", latent)  # [B, C, h, w] the state at the beginning of each step
-                    x = latents[-1] = x if probed is latent else pack(probed)
-                x, v = _checked_step(solver.step(x, t, t_next, velocity), x, request.solver)
-            if not keep_all:
-                latents, velocities = [], []
-            latents.append(x)
+                x = probe_latent(self, "x", x, request.shape)  # [B, C, h, w] the state at the beginning of each step
+                x_next, v = checked_step(solver.step(x, t, t_next, velocity), x, request.solver)
+            states.append(x)
             velocities.append(v)
+            if not keep_all:
+                states, velocities = [], [v]
+            x = x_next
             bar.update()
+        states.append(x)
 
-        latents = torch.stack([unpack(x, *request.shape) for x in latents])
+        # from tokens to the image
+        latents = torch.stack([unpack(x, *request.shape) for x in states])
         velocities = torch.stack([unpack(v, *request.shape) for v in velocities])
         latent = self.probe("latent", latents[-1])  # [B, C, h, w] the state at the end of the run
         image = self.autoencoder.decode(latent)
@@ -275,7 +277,7 @@ class FluxPipeline(Sited):
         return self.autoencoder.encode(picture.to(self.device, self.dtype))
 
 
-def _checked_step(result, x: Tensor, solver: str) -> tuple[Tensor, Tensor]:
+def checked_step(result, x: Tensor, solver: str) -> tuple[Tensor, Tensor]:
     """A solver's result, if it is ``(x_next, v)``; users register solvers of their own."""
     if isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, Tensor) for part in result):
         if all(part.shape == x.shape for part in result):
