@@ -131,7 +131,7 @@ class SingleStreamBlock(Probed):
         return self.modulation(vec)
 
     def forward(self, x: Tensor, mods: Tensor, rope: Tensor, txt_len: int = 0) -> Tensor:
-        """``x [B, T, D]``, the first ``txt_len`` tokens being text; ``mods`` from :meth:`plan`; ``rope [1, T, d/2]``."""
+        """``x [B, T, D]``, its first ``txt_len`` tokens text; ``mods`` from :meth:`plan`; ``rope [1, T, d/2]``."""
         x = self.probe("x", x)  # [B, T, D] text and image tokens as they enter the block
         (mod,) = self.modulation.split(mods)
 

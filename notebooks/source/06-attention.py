@@ -368,7 +368,7 @@ plt.show()
 #
 # **Read**: Attention Is All You Need, arXiv 1706.03762 · QKNorm at scale, arXiv 2302.05442 · text and image in one
 # softmax, arXiv 2506.07986 · `black-forest-labs/flux`, `modules/layers.py` (`QKNorm`, `SelfAttention`) and `math.py`
-# (`attention`) · ours: `fluxedu/models/attention.py` and `fluxedu/models/attention_map.py`.
+# (`attention`) · ours: `fluxedu/models/attention.py` and `fluxedu/attention_map.py`.
 
 # %%
 fe.score()
