@@ -6,20 +6,20 @@ PROMPT, OTHER = "a red circle left of a blue square", "a big green triangle"
 MAP = "double.1.attn.map"
 
 
-def draw(pipe, prompt=PROMPT, **asked):
-    return pipe(prompt, **{"progress": False, "steps": 3, **asked})
+def draw(pipe, prompt=PROMPT, **options):
+    return pipe(prompt, **{"progress": False, "steps": 3, **options})
 
 
-def latents(pipe, prompt=PROMPT, **asked):
-    return draw(pipe, prompt, **asked).latents
+def latents(pipe, prompt=PROMPT, **options):
+    return draw(pipe, prompt, **options).latents
 
 
-def under(pipe, *contexts, **asked):
+def under(pipe, *contexts, **options):
     """The latents of a run inside the contexts."""
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)
-        return latents(pipe, **asked)
+        return latents(pipe, **options)
 
 
 def off(a, b):

@@ -1,4 +1,4 @@
-"""Charge recordings of the pretend FLUX.1-dev for what they would need of the real one, within a budget to match.
+"""Charge recordings of the simulated FLUX.1-dev for what they would need of the real one, within a budget to match.
 
     measure()      # in the process that records, after pretend_dev.make_quick()
 
@@ -22,7 +22,7 @@ from fluxedu.models import FluxConfig
 from fluxedu.widgets.architecture import COLUMNS, ROWS, as_table
 
 DEV = FluxConfig.variant("dev")
-TOKENS = {128: 512, 144: 4096, 272: 4608}  # pretend -> real: text tokens, image tokens, both
+TOKENS = {128: 512, 144: 4096, 272: 4608}  # simulated -> real: text tokens, image tokens, both
 SIDES = {24: 128, 192: 1024}  # of a latent, of an image
 WIDTHS = {256: DEV.hidden_size, 1024: 4 * DEV.hidden_size, 48: DEV.context_in_dim}
 REAL_SIZES = {

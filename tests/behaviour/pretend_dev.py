@@ -1,10 +1,10 @@
-"""A pretend FLUX.1-dev: the official repository in a Hugging Face cache, with small widths and random values.
+"""A simulated FLUX.1-dev: the official repository in a Hugging Face cache, with small widths and random values.
 
     put_in(cache)     # then, with HF_HUB_CACHE=cache, fe.load("dev") opens it in bfloat16
-    make_quick()      # in the process that loads it: where nothing is said 192 x 192 pixels, 20 steps; 128 text tokens
+    make_quick()      # in the process that loads it: defaults of 192 x 192 pixels, 20 steps and 128 text tokens
 
-What an official pipeline has and the miniature has not: bfloat16, heads of 128 with axes (16, 56, 56), 77 tokens of
-CLIP's, more of T5's, the shift that grows with the size, and other widths, depths and pictures than a page may expect.
+It has what the miniature lacks: bfloat16, heads of 128 with axes (16, 56, 56), 77 CLIP tokens, more T5 tokens, and a
+shift that grows with the image's size. Its widths, depths and images also differ from what a notebook may assume.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SIZE, STEPS, TEXT = 192, 20, 128
 
 
 def put_in(cache: Path) -> None:
-    """Make the repository in ``cache``, an empty folder."""
+    """Create the repository in ``cache``, an empty folder."""
     home = cache / f"models--{OFFICIAL['dev'].id.replace('/', '--')}"
     snapshot = home / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
@@ -53,7 +53,7 @@ def put_in(cache: Path) -> None:
 
 @torch.no_grad()
 def _made(network: nn.Module) -> dict:
-    """Its values in bfloat16, large enough to be heard through all layers."""
+    """The network's values in bfloat16, large enough to have an effect through all layers."""
     for p in network.parameters():
         if p.ndim > 1:
             p *= 3**0.5  # torch's own scale keeps a third of the variance
@@ -61,7 +61,7 @@ def _made(network: nn.Module) -> dict:
 
 
 def make_quick() -> None:
-    """For the rest of this process: defaults with which a CPU draws a picture in two seconds."""
+    """For the rest of this process, use defaults with which a CPU draws an image in two seconds."""
     dev = VARIANTS["dev"]
     VARIANTS["dev"] = replace(dev, sampling=replace(dev.sampling, steps=STEPS, text_length=TEXT))
     begin = FluxPipeline.__init__

@@ -1,12 +1,13 @@
-"""A pretend GPU: ``cuda:0`` on a machine without one, for tests of whether code puts its tensors in one place.
+"""A simulated GPU: ``cuda:0`` on a machine without one. Tests use it to check that tensors are on the right device.
 
     with pretend_gpu():
         x = torch.ones(3, device="cuda")   # x.device is cuda:0; it is computed on the CPU
         x + torch.ones(3)                  # RuntimeError: Expected all tensors to be on the same device ...
 
-A tensor there is a CPU tensor of another class, :class:`OnGpu`. What is asked of it, and every tensor made or moved
-meanwhile, passes through :func:`_call`, which says no where CUDA would: to a mixture of places, to ``.numpy()``, to a
-CPU generator. So gradients, views and sharing are torch's own. Not pretended: speed, and CUDA's rounding.
+A tensor on it is a CPU tensor of another class, :class:`OnGpu`. Every call on such a tensor, and every call that makes
+or moves a tensor, goes through :func:`_call`, which raises an error where CUDA would: for a mixture of devices, for
+``.numpy()``, or for a CPU generator. Gradients, views and sharing are torch's own. Speed and CUDA's rounding are not
+simulated.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from torch.overrides import TorchFunctionMode
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 GIB = 2**30
 
-#: they make a tensor out of nothing, or of numbers: on the CPU unless a device is said
+#: functions that create a tensor: on the CPU unless a device is given
 MAKERS = (
     "zeros ones empty full arange linspace logspace eye rand randn randint randperm scalar_tensor fft_fftfreq "
     "fft_rfftfreq hann_window hamming_window blackman_window tril_indices triu_indices from_numpy empty_strided"
 ).split()
-#: here not even a single number may be elsewhere
+#: functions that do not even accept a single number from another device
 TOGETHER = (
     "cat concat concatenate stack hstack vstack dstack column_stack embedding index_select gather take take_along_dim "
     "scatter scatter_ scatter_add scatter_add_ index_add index_add_ index_copy index_copy_"
@@ -37,7 +38,7 @@ CPU_ONLY = ("histogram", "histogramdd", "_scaled_dot_product_flash_attention_for
 
 
 class OnGpu(Tensor):
-    """A tensor on the pretend GPU."""
+    """A tensor on the simulated GPU."""
 
     device = property(lambda self: GPU)
     is_cuda = property(lambda self: True)
@@ -76,14 +77,14 @@ class OnGpu(Tensor):
 
 
 class _Mode(TorchFunctionMode):
-    """What makes or moves tensors of the ordinary kind comes here too."""
+    """Passes calls that create or move ordinary tensors to :func:`_call` as well."""
 
     def __torch_function__(self, func, kinds, args=(), kwargs=None):
         return _call(func, args, kwargs or {})
 
 
 def _numbered(device: torch.device | None = None) -> float:
-    """All of its memory; as torch does, this takes no device without a number."""
+    """The memory fraction, 1; like torch, this refuses a device without an index."""
     if device is not None and torch.device(device).index is None:
         raise ValueError(f"Expected a torch.device with a specified index or an integer, but got: {device}")
     return 1.0
@@ -91,8 +92,8 @@ def _numbered(device: torch.device | None = None) -> float:
 
 @contextmanager
 def pretend_gpu() -> Iterator[None]:
-    """Within it there is a GPU. Tensors that were made on it stay what they are afterwards."""
-    said = {
+    """Inside this context there is a GPU. Tensors made on it stay GPU tensors afterwards."""
+    defaults = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: 1,
@@ -117,32 +118,32 @@ def pretend_gpu() -> Iterator[None]:
         "stream": lambda stream: ExitStack(),
     }
     with ExitStack() as stack:
-        for name, what in said.items():
+        for name, what in defaults.items():
             stack.enter_context(patch.object(torch.cuda, name, what))
-        # which the compiler, imported where there is a GPU, takes from a build for CUDA
+        # torch.compile needs this function of a CUDA build once a GPU is reported
         stack.enter_context(patch.object(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, create=True))
         stack.enter_context(_Mode())
         yield
 
 
 def switch_on() -> Counter:
-    """For the rest of this process. Gives back a count: how often a module of each class answered, on which device."""
+    """Simulate a GPU for the rest of this process. Returns a count of forwards by (class, output's device type)."""
     answers = Counter()
 
     def count(module: nn.Module, given, answer) -> None:
-        places = {x.device.type for x in _leaves(answer) if isinstance(x, Tensor)}
-        answers.update((type(module).__name__, place) for place in places)
+        device_types = {x.device.type for x in _leaves(answer) if isinstance(x, Tensor)}
+        answers.update((type(module).__name__, device_type) for device_type in device_types)
 
     nn.modules.module.register_module_forward_hook(count)
     _on.enter_context(pretend_gpu())
     return answers
 
 
-_on = ExitStack()  # of switch_on
+_on = ExitStack()  # holds the context that switch_on enters
 
 
 class _Event:
-    """A moment on a stream, at once in the past."""
+    """An event of a stream that has always finished."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -173,7 +174,7 @@ class _Stream(_Event):
 
 
 def _call(func: Callable, args: tuple, kwargs: dict):
-    """``func(*args, **kwargs)`` as it would be with a GPU."""
+    """The result of ``func(*args, **kwargs)`` on a machine with a GPU, or the error."""
     with torch._C.DisableTorchFunctionSubclass():
         name = _name(func)
         if name in _OWN:
@@ -201,7 +202,7 @@ def _call(func: Callable, args: tuple, kwargs: dict):
 
 
 def _name(func: Callable) -> str:
-    """``add``; of a property ``data.get`` or ``data.set``."""
+    """The function's name, such as ``add``; for a property ``data.get`` or ``data.set``."""
     name = getattr(func, "__name__", str(func))
     if name in ("__get__", "__set__"):
         return f"{func.__self__.__name__}.{name.strip('_')}"
@@ -219,7 +220,7 @@ def _leaves(value) -> Iterator:
 
 
 def _there(name: str, args: tuple, gpu: list[Tensor]) -> bool:
-    """Where no device is said: is the result on the GPU?"""
+    """Is the result on the GPU if no device is given?"""
     return isinstance(args[0], OnGpu) if name == "__getitem__" else bool(gpu) and name not in MAKERS
 
 
@@ -231,7 +232,7 @@ def _checked(device) -> torch.device:
 
 
 def _placed(result, there: bool, known: list[Tensor]):
-    """The same result, its new tensors on the GPU if that is where they are; not those that were an argument."""
+    """The same result; its new tensors, but not the arguments among them, are marked as GPU tensors if ``there``."""
     if there:
         for x in _leaves(result):
             if isinstance(x, Tensor) and not isinstance(x, OnGpu) and not any(x is k for k in known):
@@ -240,7 +241,7 @@ def _placed(result, there: bool, known: list[Tensor]):
 
 
 def _put(x: Tensor, there: bool) -> Tensor:
-    """Call it one of the GPU's or of the CPU's; a parameter stays one."""
+    """Mark a tensor as on the GPU or on the CPU; a parameter stays a parameter."""
     param = isinstance(x, nn.Parameter)
     if there:
         x.__class__ = OnGpu
@@ -252,7 +253,7 @@ def _put(x: Tensor, there: bool) -> Tensor:
 
 
 def _mixes(name: str, args: tuple, cpu: list[Tensor]) -> bool:
-    """Would CUDA refuse these tensors of both places? It takes single numbers, and indices, from the CPU."""
+    """Would CUDA refuse this mixture of devices? It accepts single numbers, and indices, from the CPU."""
     first = args[0] if args else None
     at_home = isinstance(first, Tensor) and not isinstance(first, OnGpu)
     if name in ("copy_", "fill_", "_has_compatible_shallow_copy_type"):
@@ -280,19 +281,19 @@ def _fancy(index) -> bool:
 
 def _to(func, x: Tensor, *args, **kwargs) -> Tensor:
     """``x.to(...)``, whose arguments may be a device, a dtype, both, or a tensor."""
-    wanted, given = kwargs.get("device"), []
+    target, given = kwargs.get("device"), []
     for a in args:
         if isinstance(a, Tensor):
-            wanted = a.device
-            given += [CPU if wanted.type == "cuda" else wanted, a.dtype]
+            target = a.device
+            given += [CPU if target.type == "cuda" else target, a.dtype]
         elif isinstance(a, (str, torch.device)):
-            wanted = _checked(a)
-            given.append(CPU if wanted.type == "cuda" else wanted)
+            target = _checked(a)
+            given.append(CPU if target.type == "cuda" else target)
         else:
             given.append(a)
-    if "device" in kwargs and wanted is not None:
-        kwargs = {**kwargs, "device": CPU if _checked(wanted).type == "cuda" else wanted}
-    there = isinstance(x, OnGpu) if wanted is None else _checked(wanted).type == "cuda"
+    if "device" in kwargs and target is not None:
+        kwargs = {**kwargs, "device": CPU if _checked(target).type == "cuda" else target}
+    there = isinstance(x, OnGpu) if target is None else _checked(target).type == "cuda"
     new = Tensor.to(x, *given, **kwargs)
     if new is x:
         return x if there == isinstance(x, OnGpu) else _put(x.clone(), there)
@@ -300,7 +301,7 @@ def _to(func, x: Tensor, *args, **kwargs) -> Tensor:
 
 
 def _tensor(func, data, *args, **kwargs) -> Tensor:
-    """``torch.tensor`` and ``torch.as_tensor``: of a tensor in its place, of numbers on the CPU."""
+    """``torch.tensor`` and ``torch.as_tensor``: a tensor keeps its device, numbers go to the CPU by default."""
     if isinstance(data, Tensor):
         again = kwargs.pop("requires_grad", False)
         data = data.detach().clone() if func is torch.tensor else data

@@ -38,12 +38,12 @@ def test_it_samples_as_diffusers_pipeline_does(sd, steps):
     theirs.set_progress_bar_config(disable=True)
     txt, empty_txt = sd.encode(PROMPTS), sd.encode(["", ""])
     noise = torch.cat([draw_noise(s, 16, 12, 20) for s in (3, 4)])
-    wanted = theirs(
+    expected = theirs(
         prompt_embeds=txt, negative_prompt_embeds=empty_txt, latents=noise, guidance_scale=4.0, height=96, width=160,
         num_inference_steps=steps, output_type="latent",
     ).images  # fmt: skip
     ours = sd(PROMPTS, seed=[3, 4], steps=steps, guidance=4.0, height=96, width=160, progress=False).latents
-    assert (ours - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+    assert (ours - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 def test_the_text_states_are_clips_last_hidden_states(sd):
@@ -60,15 +60,15 @@ def test_noise_is_added_as_in_the_paper():
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = torch.cumprod(1 - beta, 0)[[0, 499, 999]].float()[:, None, None, None]
     x0, noise = torch.randn(2, 3, 16, 4, 4, generator=torch.Generator().manual_seed(0))
-    wanted = kept.sqrt() * x0 + (1 - kept).sqrt() * noise
-    assert torch.allclose(noise_schedule().add_noise(x0, noise, torch.tensor([0, 499, 999])), wanted, atol=1e-5)
+    expected = kept.sqrt() * x0 + (1 - kept).sqrt() * noise
+    assert torch.allclose(noise_schedule().add_noise(x0, noise, torch.tensor([0, 499, 999])), expected, atol=1e-5)
 
 
 def test_diffusers_opens_what_ships():
     theirs = diffusers.UNet2DConditionModel.from_pretrained(WEIGHTS / FILE.parent)
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in build_unet().parameters())
-    told = json.loads((WEIGHTS / FILE).with_name("config.json").read_text())
-    assert {k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if k != "_class_name"} == UNET
+    config = json.loads((WEIGHTS / FILE).with_name("config.json").read_text())
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "_class_name"} == UNET
 
 
 @pytest.mark.parametrize(

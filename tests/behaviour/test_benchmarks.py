@@ -81,7 +81,7 @@ def test_cards_are_measured_with_a_checkpoint_and_predicted_without(checkpoint):
 
 
 def test_on_a_gpu_the_inputs_are_where_the_weights_are(checkpoint):
-    """On a pretend one, which refuses what CUDA refuses: mixed devices, and some calls without a GPU's number."""
+    """On a simulated one, which refuses what CUDA refuses: mixed devices, and some calls without a GPU's number."""
     with pretend_gpu():
         checked = checked_device("cuda")
         config = FluxConfig().with_(**SMALL[Flux])

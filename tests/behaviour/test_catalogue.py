@@ -43,9 +43,9 @@ def test_the_shapes_are_true(walked, pipe):
         shape = walked[site.name]
         assert len(site.axes) == len(site.shape) == len(shape), site
         pairs = list(zip(site.shape, shape, strict=True))
-        assert all(said == is_ for said, is_ in pairs if isinstance(said, int)), site
+        assert all(stated == actual for stated, actual in pairs if isinstance(stated, int)), site
         letters = {"B": (1, 2), "L": (32, 12), "N": (4,), "T": (36,)}
-        assert all(is_ in letters.get(said, (is_,)) for said, is_ in pairs), site
+        assert all(actual in letters.get(stated, (actual,)) for stated, actual in pairs), site
 
 
 def test_the_source_is_where_the_value_passes(walked, pipe):
@@ -57,7 +57,7 @@ def test_the_source_is_where_the_value_passes(walked, pipe):
         assert last in text or "level." in text or "vec." in text or f'_{last.partition("_")[2]}"' in text, (site, text)
 
 
-def test_every_meaning_is_said(pipe):
+def test_every_site_has_a_meaning(pipe):
     for site in fe.sites(pipe):
         assert len(site.meaning) > 10, site
         assert all(axis and not axis[0].isdigit() for axis in site.axes)
@@ -84,10 +84,10 @@ def test_a_variant_that_is_not_there():
 
 
 def test_the_command_line():
-    said = CliRunner().invoke(app, ["sites", "attn.map"])
-    assert said.exit_code == 0
-    assert "double.1.attn.map" in said.output
-    assert "vec.text" not in said.output
+    result = CliRunner().invoke(app, ["sites", "attn.map"])
+    assert result.exit_code == 0
+    assert "double.1.attn.map" in result.output
+    assert "vec.text" not in result.output
     as_json = json.loads(CliRunner().invoke(app, ["sites", "--model", "dev", "--json"]).output)
     assert {"name", "axes", "shape", "meaning", "source"} == set(as_json[0])
     assert len(as_json) > 2000

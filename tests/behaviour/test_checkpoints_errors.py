@@ -185,23 +185,25 @@ def test_axes_dim_does_not_follow_from_the_shapes(tmp_path):
 def test_files_cut_short_or_damaged(tmp_path):
     path = tmp_path / "f.safetensors"
     save_file(flux_state(), path)
-    whole = path.read_bytes()
-    for length in (len(whole) - 1, len(whole) // 2):
-        path.write_bytes(whole[:length])
-        says(f"f.safetensors is cut short: it has {length:,} bytes, its header promises {len(whole):,}.", read, path)
-    header = 8 + int.from_bytes(whole[:8], "little")
-    path.write_bytes(whole[:100])
+    intact = path.read_bytes()
+    for length in (len(intact) - 1, len(intact) // 2):
+        path.write_bytes(intact[:length])
+        says(f"f.safetensors is cut short: it has {length:,} bytes, its header promises {len(intact):,}.", read, path)
+    header = 8 + int.from_bytes(intact[:8], "little")
+    path.write_bytes(intact[:100])
     says(f"f.safetensors is cut short: it has 100 bytes, its header alone {header:,}.", read, path)
-    path.write_bytes(whole[:5])
+    path.write_bytes(intact[:5])
     says("f.safetensors is cut short: it has only 5 bytes.", read, path)
     path.write_bytes(b"")
     says("f.safetensors is cut short: it has only 0 bytes.", read, path)
-    path.write_bytes(whole + b"x")
-    says(f"f.safetensors is too long: it has {len(whole) + 1:,} bytes, its header promises {len(whole):,}.", read, path)
-    path.write_bytes(whole[:8] + b"{" + b"?" * (header - 9) + whole[header:])
-    says("f.safetensors has a damaged header and is no safetensors file.", read, path)
-    path.write_bytes(b"GGUF" + whole)
-    says("f.safetensors is no safetensors file (it begins with b'GGUF" + repr(whole[:4])[2:-1] + "').", read, path)
+    path.write_bytes(intact + b"x")
+    says(
+        f"f.safetensors is too long: it has {len(intact) + 1:,} bytes, its header promises {len(intact):,}.", read, path
+    )
+    path.write_bytes(intact[:8] + b"{" + b"?" * (header - 9) + intact[header:])
+    says("f.safetensors has a damaged header and is not a safetensors file.", read, path)
+    path.write_bytes(b"GGUF" + intact)
+    says("f.safetensors is not a safetensors file (it begins with b'GGUF" + repr(intact[:4])[2:-1] + "').", read, path)
 
 
 def handmade(path, header, data=b""):
@@ -223,7 +225,7 @@ def test_headers_that_do_not_fit_the_data(tmp_path):
     handmade(path, {"a": {"dtype": "U16", "shape": [3], "data_offsets": [0, 6]}}, bytes(6))
     says(re.compile("f.safetensors has 'a' in dtype U16, not one of F64, .*"), read, path)
     handmade(path, {"a": {"dtype": "F32"}})
-    says("f.safetensors has a damaged header and is no safetensors file.", read, path)
+    says("f.safetensors has a damaged header and is not a safetensors file.", read, path)
     handmade(path, {})
     says("f.safetensors holds no tensors.", read, path)
     one, two = ({"dtype": "U8", "shape": [2], "data_offsets": ends} for ends in ([0, 2], [1, 3]))
@@ -256,7 +258,7 @@ def test_a_key_that_occurs_twice(tmp_path):
     path, entry = tmp_path / "f.safetensors", '{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'
     text = f'{{"a":{entry},"a":{entry}}}'.encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(2))
-    says("f.safetensors has a damaged header and is no safetensors file.", read, path)
+    says("f.safetensors has a damaged header and is not a safetensors file.", read, path)
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.bin", "model.safetensors"])
@@ -272,11 +274,15 @@ def test_pickles_are_refused_whatever_they_are_called(tmp_path, name, legacy):
 
 def test_paths_without_a_checkpoint(tmp_path):
     says(f"there is no file or folder {tmp_path / 'none'}.", read, tmp_path / "none")
-    says(f"{tmp_path} holds no .safetensors file.", read, tmp_path)
+    says(f"{tmp_path} contains no .safetensors file.", read, tmp_path)
     for part in ("transformer", "vae"):
         (tmp_path / part).mkdir()
         save_file({"a": torch.ones(1)}, tmp_path / part / "a.safetensors")
-    says(f"{tmp_path} holds no .safetensors file; its subfolders transformer, vae do.", read, tmp_path)
+    says(
+        f"{tmp_path} contains no .safetensors file, but its subfolders transformer, vae do; pass one of them.",
+        read,
+        tmp_path,
+    )
     for name in "ab":
         save_file({"a": torch.ones(1)}, tmp_path / f"{name}.safetensors")
     says(

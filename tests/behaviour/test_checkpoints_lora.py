@@ -146,13 +146,13 @@ def test_an_extracted_lora_turns_one_network_into_the_other():
     def wide():
         return load_into(Flux(CONFIG.with_(in_channels=14)), widen_input(before.state_dict(), 14))
 
-    whole = extract(after.state_dict(), before.state_dict(), rank=10_000)
+    full = extract(after.state_dict(), before.state_dict(), rank=10_000)
     assert (
-        lora_in_channels(whole) == 14
+        lora_in_channels(full) == 14
         and lora_in_channels({"x.lora_A.weight": draw(2, 3), "x.lora_B.weight": draw(3, 2)}) is None
     )
     there = wide()
-    merge(there, whole)
+    merge(there, full)
     for name, tensor in after.state_dict().items():
         torch.testing.assert_close(there.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
     name, near = "single_blocks.0.linear1.weight", wide()

@@ -12,8 +12,8 @@ RUN = {"prompt": "a red circle left of a blue square", "seed": 1, "steps": 3, "p
 @pytest.mark.parametrize("memory", ["full", "no-modulations"])
 def test_it_draws_the_same(backend, memory):
     plain, compiled = fe.load(), fe.load(compile=backend, memory=memory)
-    wanted = plain(**RUN).latents
-    torch.testing.assert_close(compiled(**RUN).latents, wanted, rtol=0, atol=1e-4)
+    expected = plain(**RUN).latents
+    torch.testing.assert_close(compiled(**RUN).latents, expected, rtol=0, atol=1e-4)
     with fe.record("double.1.attn.map", "single.0.gate", "velocity") as rec, fe.ablate("double.0.heads", heads=[1]):
         seen = compiled(**RUN).latents
     with fe.record("double.1.attn.map", "single.0.gate", "velocity") as by_hand, fe.ablate("double.0.heads", heads=[1]):
@@ -40,19 +40,19 @@ def test_the_blocks_are_compiled():
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("options", "message"),
     [
         ({"compile": "x"}, "compile is True or one of eager, aot_eager, .*inductor.*, not 'x'"),
         ({"compile": 1}, "compile is True or one of .*, not 1"),
         ({"compile": "eager", "memory": "stream"}, "blocks that visit cannot be compiled"),
     ],
 )
-def test_what_cannot_be_had_is_said(asked, said):
-    with pytest.raises(ValueError, match=said):
-        fe.load(**asked)
+def test_unsupported_options_raise(options, message):
+    with pytest.raises(ValueError, match=message):
+        fe.load(**options)
 
 
-def test_a_compiler_that_does_not_work_is_said(monkeypatch):
+def test_a_compiler_that_does_not_work_raises(monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("no C++ compiler was found.\nand much more")
 

@@ -99,7 +99,7 @@ def test_a_copy_of_euler_is_euler_to_the_last_bit(pipe, monkeypatch):
 
 
 @pytest.mark.parametrize("result", [None, 3, (1, 2), "x only"])
-def test_a_solver_that_returns_something_else_is_told_what_to_return(pipe, monkeypatch, result):
+def test_a_wrong_return_value_of_a_solver_is_refused(pipe, monkeypatch, result):
     step = (lambda x, *rest: x) if result == "x only" else (lambda *inputs: result)
     monkeypatch.setitem(SOLVERS, "mine", Solver(step))
     with pytest.raises(RequestError, match=r"solver 'mine' must return \(x_next, v\), two tensors \[1, 4, 64\]"):

@@ -183,13 +183,13 @@ def test_a_wider_dtype_than_the_input_is_reported():
         def rms_norm(self, x, scale):
             return super().rms_norm(x.float(), scale)
 
-    said = assess(all_exercises()["attention.qknorm"], Wide).message
-    assert said.startswith("the dtype is float32 but should be bfloat16")
+    message = assess(all_exercises()["attention.qknorm"], Wide).message
+    assert message.startswith("the dtype is float32 but should be bfloat16")
 
 
 def test_a_recording_needs_names():
-    said = assess(all_exercises()["inside.spread"], lambda p: torch.special.entr(p.tensor).sum(-1).exp()).message
-    assert "a recording needs a Named" in said
+    message = assess(all_exercises()["inside.spread"], lambda p: torch.special.entr(p.tensor).sum(-1).exp()).message
+    assert "a recording needs a Named" in message
 
 
 def test_a_check_prints_its_verdict_and_is_a_truth_value(capsys):
@@ -217,7 +217,7 @@ def test_points(answer, actual, got):
 
 
 @pytest.mark.parametrize(
-    "answer, actual, said",
+    "answer, actual, message",
     [
         ("two", 2, "must be a number, not 'two'"),
         ([1], [1, 2], "2 parts"),
@@ -225,8 +225,8 @@ def test_points(answer, actual, got):
         (True, 1.0, "a number"),
     ],
 )
-def test_values_that_cannot_be_compared_are_refused(answer, actual, said):
-    with pytest.raises(CourseError, match=said):
+def test_values_that_cannot_be_compared_are_refused(answer, actual, message):
+    with pytest.raises(CourseError, match=message):
         points(answer, actual, within=0.1)
 
 
@@ -251,34 +251,34 @@ def test_a_session_of_predictions(capsys, monkeypatch):
 # ---------------------------------------------------------------- the notebooks
 
 
-def place(source, which):
+def notebook_path(source, which):
     return ROOT / "notebooks" / EDITIONS[which] / f"{source.stem}.ipynb"
 
 
 @pytest.mark.parametrize("source, which", MADE, ids=lambda x: getattr(x, "stem", x))
 def test_a_notebook_matches_its_source(source, which):
     """Run `make notebooks` after every change of a source or an exercise."""
-    made, kept = edition(source, which), nbformat.read(place(source, which), 4)
+    made, kept = edition(source, which), nbformat.read(notebook_path(source, which), 4)
     assert [(c.cell_type, c.source, c.id) for c in kept.cells] == [(c.cell_type, c.source, c.id) for c in made.cells]
 
 
 @pytest.mark.parametrize("source, which", MADE, ids=lambda x: getattr(x, "stem", x))
 def test_a_notebook_has_run_from_top_to_bottom(source, which):
     """A cell without an execution count is never compared, so it would pass whatever it does."""
-    kept = nbformat.read(place(source, which), 4)
+    kept = nbformat.read(notebook_path(source, which), 4)
     cells = [c for c in kept.cells if c.cell_type == "code"]
     assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
     outputs = [o for c in cells for o in c.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
-    said = "".join(o.get("text", "") for o in outputs)
-    assert ("✓" in said) == (which == "solved" and "exercise=" in source.read_text(encoding="utf-8"))
-    assert "✗" not in said and "widgets" not in kept.metadata
-    assert ("○" in said) == (which == "student" and "exercise=" in source.read_text(encoding="utf-8"))
+    text = "".join(o.get("text", "") for o in outputs)
+    assert ("✓" in text) == (which == "solved" and "exercise=" in source.read_text(encoding="utf-8"))
+    assert "✗" not in text and "widgets" not in kept.metadata
+    assert ("○" in text) == (which == "student" and "exercise=" in source.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("source", [s for s, which in MADE if which == "student"], ids=lambda s: s.stem)
 def test_a_students_notebook_gives_nothing_away(source):
-    student = nbformat.read(place(source, "student"), 4)
+    student = nbformat.read(notebook_path(source, "student"), 4)
     code = "\n".join(c.source for c in student.cells if c.cell_type == "code")
     for name in re.findall(r'exercise="([\w.]+)"', source.read_text(encoding="utf-8")):
         task = all_exercises()[name]

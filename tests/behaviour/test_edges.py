@@ -70,18 +70,20 @@ def test_without_opencv_a_sentence(monkeypatch):
 
 
 def test_canny_follows_a_picture_from_a_file(tmp_path):
-    """``--control photo.png --edges``: other colours, the same forms at the same places."""
+    """``--control photo.png --edges``: other colours, the same forms at the same positions."""
     Image.fromarray(render(SCENE)).save(tmp_path / "photo.png")
-    asked = ["sample", "a pink circle and a green square on a black background", "--variant", "canny", "--edges"]
-    told = CliRunner().invoke(app, [*asked, "--control", str(tmp_path / "photo.png"), "-o", str(tmp_path / "o.png")])
-    assert told.exit_code == 0, told.output
+    command = ["sample", "a pink circle and a green square on a black background", "--variant", "canny", "--edges"]
+    result = CliRunner().invoke(
+        app, [*command, "--control", str(tmp_path / "photo.png"), "-o", str(tmp_path / "o.png")]
+    )
+    assert result.exit_code == 0, result.output
     drawn = np.asarray(Image.open(tmp_path / "o.png"))
     seen = {(t.color, t.form): (t.x, t.y) for t in detect(drawn).objects}
     assert set(seen) == {("pink", "circle"), ("green", "square")}
     for thing, key in zip(THINGS, [("pink", "circle"), ("green", "square")], strict=True):
         assert np.hypot(seen[key][0] - thing.x, seen[key][1] - thing.y) <= 4
-    again = fe.load("nano-canny")(asked[1], seed=0, control=edges(tmp_path / "photo.png"), trajectory=False)
+    again = fe.load("nano-canny")(command[1], seed=0, control=edges(tmp_path / "photo.png"), trajectory=False)
     assert np.array_equal(np.asarray(again.images[0]), drawn)
-    alone = CliRunner().invoke(app, asked)
+    alone = CliRunner().invoke(app, command)
     assert alone.exit_code != 0
     assert "--edges are those of --control" in alone.output

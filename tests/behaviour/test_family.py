@@ -74,18 +74,18 @@ def test_what_is_under_the_mask_is_not_seen(by_channels):
 def test_outside_the_mask_the_picture_is_its_own(by_channels):
     mask, noise = MASK.copy(), np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     mask[:, 8:24] = 255
-    asked = {"image": noise, "mask": mask, "steps": 2, "progress": False}
-    drawn = np.asarray(by_channels[384]("a star", **asked).images[0])
-    raw = np.asarray(by_channels[384]("a star", paste=False, **asked).images[0])
+    options = {"image": noise, "mask": mask, "steps": 2, "progress": False}
+    drawn = np.asarray(by_channels[384]("a star", **options).images[0])
+    raw = np.asarray(by_channels[384]("a star", paste=False, **options).images[0])
     assert np.array_equal(drawn[mask == 0], noise[mask == 0]) and not np.array_equal(raw[mask == 0], noise[mask == 0])
     assert np.array_equal(drawn[mask == 255], raw[mask == 255])
 
 
 @pytest.mark.parametrize("extra", [{"true_cfg_scale": 3.0}, {"solver": "heun"}, {"seed": [1, 2]}])
 def test_conditions_go_with_everything_else(by_channels, extra):
-    asked = {"steps": 2, "progress": False, "height": 32, "width": 48}
+    options = {"steps": 2, "progress": False, "height": 32, "width": 48}
     for channels, given in ((64, {"reference": PICTURE}), (128, {"control": PICTURE})):
-        out = by_channels[channels]("a red circle", **given, **asked, **extra)
+        out = by_channels[channels]("a red circle", **given, **options, **extra)
         assert out.images[0].size == (48, 32) and out.latents.isfinite().all()
 
 
@@ -139,12 +139,12 @@ def test_masks_are_small_and_large():
 
 
 class Truth:
-    """A pipeline that cannot be wrong: it draws the scene it is asked about."""
+    """A pipeline that cannot be wrong: it draws the scene that the prompt describes."""
 
     def __init__(self, pictures):
         self.pictures, self.autoencoder = iter(pictures), self
 
-    def __call__(self, *args, **asked):
+    def __call__(self, *args, **options):
         picture = next(self.pictures)
         latents = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
         return type("Drawn", (), {"images": [Image.fromarray(picture)], "latents": latents})
@@ -236,7 +236,7 @@ def test_a_style_is_a_dial():
 
 
 @pytest.mark.parametrize(
-    ("asked", "sentence"),
+    ("options", "sentence"),
     [
         ({"lora": 3}, "lora must be a file or one of hollow, not 3."),
         ({"lora": "nothing.safetensors"}, "there is no file or folder nothing.safetensors."),
@@ -253,9 +253,9 @@ def test_a_style_is_a_dial():
         ),
     ],
 )
-def test_a_lora_that_does_not_fit_is_refused(asked, sentence):
+def test_a_lora_that_does_not_fit_is_refused(options, sentence):
     with pytest.raises((RequestError, fe.checkpoints.CheckpointError), match=re.escape(sentence)):
-        fe.load("nano", **asked)
+        fe.load("nano", **options)
 
 
 def test_the_middle_of_an_outline_is_empty_and_of_a_shape_full():

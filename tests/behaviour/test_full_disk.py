@@ -1,4 +1,4 @@
-"""The disk fills up while something is written: the old file stays whole, nothing is half-written, work can resume.
+"""The disk fills up while something is written: the old file stays intact, nothing is half-written, work can resume.
 
 The system itself stops the writing, also in native code: this process may write no file larger than a limit
 (RLIMIT_FSIZE), which fails as a full disk does.

@@ -45,7 +45,7 @@ def submitted(folder, first):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limits", [{"timeout": 2}, {"timeout": 100, "whole": 12}])
+@pytest.mark.parametrize("limits", [{"timeout": 2}, {"timeout": 100, "notebook_timeout": 12}])
 def test_a_cell_that_ignores_its_interrupt_is_killed(tmp_path, limits):
     started = time.monotonic()
     (mark,) = grade_notebook(submitted(tmp_path / "eve", STUBBORN), **limits)

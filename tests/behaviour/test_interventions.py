@@ -21,12 +21,12 @@ pytestmark = pytest.mark.usefixtures("everything_is_restored")
 # --- nothing changed, not a bit -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", [{}, {"true_cfg_scale": 3.0}, {"solver": "heun"}])
-def test_what_changes_nothing_leaves_every_bit(pipe, asked):
-    plain = draw(pipe, **asked)
-    assert torch.equal(under(pipe, fe.intervene("*", lambda x, ctx: x), **asked), plain)
+@pytest.mark.parametrize("options", [{}, {"true_cfg_scale": 3.0}, {"solver": "heun"}])
+def test_what_changes_nothing_leaves_every_bit(pipe, options):
+    plain = draw(pipe, **options)
+    assert torch.equal(under(pipe, fe.intervene("*", lambda x, ctx: x), **options), plain)
     copy = lambda x, ctx: x.clone() if isinstance(x, torch.Tensor) else x  # noqa: E731
-    assert torch.equal(under(pipe, fe.intervene("*", copy), **asked), plain)
+    assert torch.equal(under(pipe, fe.intervene("*", copy), **options), plain)
 
 
 def test_a_runs_own_values_put_back_leave_every_bit(pipe):
@@ -35,7 +35,7 @@ def test_a_runs_own_values_put_back_leave_every_bit(pipe):
     assert torch.equal(under(pipe, *(fe.patch(site, rec) for site in rec)), plain)
 
 
-def test_places_told_as_they_are(pipe):
+def test_unchanged_positions_change_nothing(pipe):
     assert torch.equal(under(pipe, fe.intervene("*.attn.rope", positions(lambda ids: ids))), draw(pipe))
 
 
@@ -98,9 +98,9 @@ def test_the_mean_instead(pipe):
         draw(pipe)
     with fe.record("sample.txt") as plain:
         draw(pipe)
-    told, was = rec["sample.txt"].tensor, plain["sample.txt"].tensor
-    assert relative(told[1], was.mean(0)) <= 1e-6
-    assert torch.equal(told[2:], was[2:])
+    contexts, was = rec["sample.txt"].tensor, plain["sample.txt"].tensor
+    assert relative(contexts[1], was.mean(0)) <= 1e-6
+    assert torch.equal(contexts[2:], was[2:])
 
 
 def test_streams_of_a_glob_over_both(pipe):
@@ -150,12 +150,12 @@ def test_they_act_in_the_order_they_came_and_recorders_see_the_end(pipe):
 
 
 def test_the_context_tells_where_one_is(pipe):
-    told = []
-    with fe.intervene("single.1.gate", lambda x, ctx: told.append((ctx.site, ctx.step, ctx.time, ctx.axes)) or x):
+    contexts = []
+    with fe.intervene("single.1.gate", lambda x, ctx: contexts.append((ctx.site, ctx.step, ctx.time, ctx.axes)) or x):
         draw(pipe, steps=2)
-    assert [t[:2] for t in told] == [("single.1.gate", 0), ("single.1.gate", 1)]
-    assert told[0][2] == 1.0
-    assert told[0][3] == ("batch", "one", "channel")
+    assert [t[:2] for t in contexts] == [("single.1.gate", 0), ("single.1.gate", 1)]
+    assert contexts[0][2] == 1.0
+    assert contexts[0][3] == ("batch", "one", "channel")
 
 
 # --- values from elsewhere ------------------------------------------------------------------------
@@ -185,18 +185,18 @@ def test_a_map_from_another_run(pipe):
     assert relative(patched["double.0.heads"].tensor, rec["double.0.attn.map"].tensor @ v) <= 1e-6
 
 
-def test_a_picture_foreseen_at_the_last_step_is_the_picture(pipe):
+def test_the_predicted_x0_of_the_last_step_is_the_image(pipe):
     """Euler's last step goes to t = 0 along the velocity, that is to x0."""
     goal = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(1))
     assert relative(under(pipe, fe.intervene("sample.x0", lambda x, ctx: goal, steps=-1)), goal) <= 1e-6
 
 
-def test_heun_asks_at_the_end_as_well(pipe):
+def test_heun_evaluates_at_the_end_as_well(pipe):
     zero = fe.intervene("sample.x0", lambda x, ctx: torch.zeros_like(x))
     assert under(pipe, zero, solver="heun").isfinite().all()
 
 
-def test_a_state_put_elsewhere_goes_on_from_there(pipe):
+def test_sampling_continues_from_a_replaced_state(pipe):
     with fe.record("sample.x") as rec:
         other = draw(pipe, seed=5)
     assert torch.equal(under(pipe, fe.patch("sample.x", rec, steps=1)), other)
@@ -206,18 +206,24 @@ def test_a_state_put_elsewhere_goes_on_from_there(pipe):
     assert torch.equal(path.latents[1, 0], rec["sample.x"].tensor[1])
 
 
-def test_other_places_are_other_ids(pipe):
-    """One forward with the rows told to be 0 is a forward with such ids."""
+def test_positions_replaces_position_ids(pipe):
+    """Setting the row coordinates to 0 equals a forward pass with such position ids."""
     edit = lambda ids: ids * torch.tensor([1.0, 0.0, 1.0])  # noqa: E731
     with fe.intervene("*.attn.rope", positions(edit)), fe.record("sample.velocity") as rec:
         draw(pipe, steps=1)
-    said = pipe.prompt_encoder([PROMPT])
+    encoded = pipe.prompt_encoder([PROMPT])
     x = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
     from fluxedu.sampling.latents import pack, unpack
 
     with torch.no_grad():
         v = pipe.flux(
-            pack(x), edit(image_ids(4, 4)), said.txt, text_ids(32), torch.ones(1), said.pooled, torch.tensor([3.5])
+            pack(x),
+            edit(image_ids(4, 4)),
+            encoded.txt,
+            text_ids(32),
+            torch.ones(1),
+            encoded.pooled,
+            torch.tensor([3.5]),
         )
     assert relative(rec["sample.velocity"].tensor, unpack(v, 4, 4)) <= 1e-6
 
@@ -261,22 +267,22 @@ def test_times_are_between_0_and_1(times):
 def test_places_of_a_reference_pictures_tokens():
     """Kontext: they are among the tokens that are edited, in frame 1; unchanged, not a bit of the run changes."""
     kontext, seen = fe.load("nano-kontext"), []
-    asked = {"reference": torch.rand(3, 64, 96) * 2 - 1, "steps": 1, "progress": False, "height": 64, "width": 64}
+    options = {"reference": torch.rand(3, 64, 96) * 2 - 1, "steps": 1, "progress": False, "height": 64, "width": 64}
 
     def edit(ids):
         seen.append(ids)
         return ids
 
-    whole = kontext("make the circle red", **asked).latents
+    reference = kontext("make the circle red", **options).latents
     with fe.intervene("double.0.attn.rope", positions(edit)):
-        same = kontext("make the circle red", **asked).latents
-    assert torch.equal(whole, same)
+        same = kontext("make the circle red", **options).latents
+    assert torch.equal(reference, same)
     (ids,) = seen
     assert ids.shape == (4 * 4 + 4 * 6, 3) and ids[:16, 0].eq(0).all() and ids[16:, 0].eq(1).all()
     into_one = positions(lambda ids: ids * torch.tensor([0, 1, 1]))  # the reference where the picture is
     with fe.intervene("*.attn.rope", into_one):
-        other = kontext("make the circle red", **asked).latents
-    assert relative(other, whole) > 0.05
+        other = kontext("make the circle red", **options).latents
+    assert relative(other, reference) > 0.05
 
 
 WRITTEN = ["vec", "vec.time", "sample.x", "sample.velocity", "sample.x0", "single.0.contribution", "double.0.attn.rope",
@@ -293,21 +299,23 @@ def test_a_change_may_write_into_its_value(pipe, site, solver):
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "options",
     [{}, {"solver": "heun"}, {"true_cfg_scale": 3.0, "negative_prompt": "a star"}, {"prompt": [PROMPT, OTHER]}],
     ids=["euler", "heun", "cfg", "two prompts"],
 )
-def test_all_of_a_runs_values_put_back_leave_every_bit(pipe, asked):
-    asked = {"prompt": PROMPT} | asked
+def test_all_of_a_runs_values_put_back_leave_every_bit(pipe, options):
+    options = {"prompt": PROMPT} | options
     with fe.record("*") as rec:
-        whole = draw(pipe, **asked)
-    assert torch.equal(under(pipe, fe.patch("*", rec), **asked), whole)
+        reference = draw(pipe, **options)
+    assert torch.equal(under(pipe, fe.patch("*", rec), **options), reference)
 
 
 def test_a_patch_from_another_schedule_or_of_two_runs_is_refused(pipe):
     with fe.record("vec", "t5.states") as eight:
         draw(pipe, steps=8)
-    with pytest.raises(InstrumentError, match=r"step 1 of the recording of 'vec' is at t = .*, and of this run at t"):
+    with pytest.raises(
+        InstrumentError, match=r"step 1 is at t = .* in the recording of 'vec' but at t = .* in this run"
+    ):
         under(pipe, fe.patch("vec", eight))
     with fe.record("vec") as twice:
         draw(pipe), draw(pipe, OTHER)
@@ -322,7 +330,7 @@ def test_a_patch_from_another_schedule_or_of_two_runs_is_refused(pipe):
         under(pipe, fe.patch("vec", turns["double.0.attn.rope"].tensor.flatten()[:48]))
 
 
-def test_random_changes_are_told_by_the_seed(pipe):
+def test_random_changes_are_reproducible_by_seed(pipe):
     """The same for the same seed; another for another seed, site, step or question."""
     drawn = []
 
@@ -366,6 +374,6 @@ def test_a_patch_needs_whole_values(pipe):
         fe.patch("double.1.heads", turned)
 
 
-def test_a_site_outside_of_steps_is_told_beside_one_that_acted(pipe):
-    with pytest.warns(UserWarning, match="t5.states passes outside of the steps"):
+def test_a_site_outside_of_steps_is_reported_beside_one_that_acted(pipe):
+    with pytest.warns(UserWarning, match="t5.states is computed outside the steps of a run"):
         under(pipe, fe.intervene("t5.states", "single.0.x", lambda x, ctx: 0 * x, steps=0))

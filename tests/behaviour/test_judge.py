@@ -95,17 +95,17 @@ def lies(claim):
 
 
 def test_false_claims_are_rejected(world):
-    told = {}
+    counts = {}
     for scene, claim, picture in world[:400]:
         reading = detect(picture)
         for about, lie in lies(claim):
             verdict = judge(reading, lie)
-            told[about] = told.get(about, 0) + 1
+            counts[about] = counts.get(about, 0) + 1
             assert not verdict.everything, (scene, lie)
             wrong = getattr(verdict, about)
-            # the lie is found where it was told, not merely somewhere
+            # the error is found in the part that is false, not merely somewhere
             assert wrong if about in ("missing", "extra") else wrong is False or False in wrong, (about, scene, lie)
-    assert set(told) == {"colors", "forms", "sizes", "background", "relations", "missing", "extra"}
+    assert set(counts) == {"colors", "forms", "sizes", "background", "relations", "missing", "extra"}
 
 
 def two(second="blue"):

@@ -43,8 +43,8 @@ def test_word_maps_are_sums_of_columns_of_the_attention_maps(pipe):
     assert found.axes == ("block", "word", "row", "column")
     assert found.shape == (4, 2, 2, 2)
     assert found.coords == {"block": BLOCKS, "word": ["red", "left of"]}
-    whole = rec["double.1.attn.map"].tensor.mean((0, 1))[32:]  # [image, key]
-    by_hand = torch.stack([whole[:, 1], whole[:, [3, 4]].sum(-1)]).reshape(2, 2, 2)
+    full = rec["double.1.attn.map"].tensor.mean((0, 1))[32:]  # [image, key]
+    by_hand = torch.stack([full[:, 1], full[:, [3, 4]].sum(-1)]).reshape(2, 2, 2)
     assert torch.allclose(found.at(block=1).tensor, by_hand, atol=1e-6)
     assert out.latents.shape[-2:] == (4, 4)
 

@@ -1,7 +1,7 @@
-"""Nobody is told: with a model that ships, nothing here asks for an address or opens a connection.
+"""No telemetry: with a model that ships, nothing here looks up an address or opens a connection.
 
-Python itself tells an audit hook of every look-up, connection and URL, whoever asks for it. The hook is put in before
-anything else, and shown to see: a deliberate connection is among what it found.
+Python calls an audit hook for every look-up, connection and URL, whichever library makes it. The hook is installed
+before anything else, and a test shows that it works: it reports a deliberate connection.
 """
 
 import json
@@ -11,11 +11,11 @@ import sys
 
 HOOK = """
 import json, sys
-asked = []
+events = []
 def hook(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.sendmsg",
                  "socket.bind", "urllib.Request", "http.client.connect"):
-        asked.append([event, repr(arguments)])
+        events.append([event, repr(arguments)])
 sys.addaudithook(hook)
 """
 USE = """
@@ -54,23 +54,23 @@ except OSError:
 
 
 def addresses(code: str, *arguments: object) -> list[list[str]]:
-    """What a fresh Python asked for: (event, arguments), in order."""
-    code = f"{HOOK}{code}\nprint('ASKED', json.dumps(asked))"
+    """The network events of a fresh Python process: (event, arguments), in order."""
+    code = f"{HOOK}{code}\nprint('EVENTS', json.dumps(events))"
     # as a reader has it: nothing that a test or a machine may have set to keep the libraries offline
     env = {k: v for k, v in os.environ.items() if "OFFLINE" not in k and "TELEMETRY" not in k and "TRACK" not in k}
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.rpartition("ASKED ")[2])
+    return json.loads(done.stdout.rpartition("EVENTS ")[2])
 
 
 def test_the_hook_sees_who_connects():
     found = addresses(DELIBERATE)
     assert {event for event, _ in found} >= {"socket.getaddrinfo", "socket.connect", "urllib.Request"}
-    assert any("127.0.0.1" in said for _, said in found)
+    assert any("127.0.0.1" in details for _, details in found)
 
 
-def test_nobody_is_asked_for(tmp_path):
+def test_no_connection_is_opened(tmp_path):
     """A picture, a recording, a trace, commands, a sweep."""
     assert addresses(USE, tmp_path / "out") == []

@@ -1,4 +1,4 @@
-"""Every notebook runs on a GPU with no change: the solved editions, on a pretend one.
+"""Every notebook runs on a GPU with no change: the solved editions, on a simulated one.
 
 Two quick ones always, all of them with FLUXEDU_PRETEND_GPU=1.
 """
@@ -37,7 +37,7 @@ def on_the_gpu(notebook: NotebookNode) -> tuple[list[str], Counter]:
 def test_it_runs_on_a_gpu(path):
     failed, answers = on_the_gpu(nbformat.read(path, 4))
     assert not failed, "\n".join(failed)
-    on, off = (answers["DoubleStreamBlock", place] for place in ("cuda", "cpu"))
+    on, off = (answers["DoubleStreamBlock", device] for device in ("cuda", "cpu"))
     assert on > 10 * off, f"the transformer's blocks answered {on} times on the GPU and {off} times on the CPU"
 
 

@@ -1,4 +1,4 @@
-"""FLUXEDU_MODEL=dev switches every notebook to the official weights: the solved editions run, on a pretend FLUX.1-dev.
+"""FLUXEDU_MODEL=dev switches every notebook to the official weights: the solved editions run on a simulated dev.
 
 What they print is not compared: a network of random numbers draws nothing. What they record is counted as large as it
 is at full size, so a cell that would pass fe.record's budget there passes it here. Two quick ones always, all of them

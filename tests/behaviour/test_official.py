@@ -108,8 +108,8 @@ def test_every_variant_loads_by_name_from_the_cache(cache, ingredients, variant)
     pipe = fe.load(variant, device="cpu")
     assert pipe.defaults == VARIANTS[variant].sampling and pipe.size == 1024 and pipe.dtype == torch.bfloat16
     assert pipe.flux.config == FluxConfig.variant(variant).with_(**SMALL)
-    wanted = flux_of(variant).state_dict()
-    assert all(torch.equal(t, wanted[n]) for n, t in pipe.flux.state_dict().items())
+    expected = flux_of(variant).state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in pipe.flux.state_dict().items())
     assert pipe.prompt_encoder.t5_tokenizer.length == VARIANTS[variant].sampling.text_length
 
 
@@ -151,8 +151,8 @@ def test_diffusers_shards_are_the_same_weights(cache, ingredients):
     repository(cache, "dev", ingredients, "transformer", "vae", *ENCODERS)
     files = find("dev")
     assert files.parts["transformer"].name == "transformer" and len(list(files.parts["transformer"].iterdir())) > 3
-    ours, wanted = load_model(files.parts["transformer"]).state_dict(), flux_of("dev").state_dict()
-    assert all(torch.equal(t, wanted[n]) for n, t in ours.items())
+    ours, expected = load_model(files.parts["transformer"]).state_dict(), flux_of("dev").state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in ours.items())
     assert convert(ours, to="diffusers").keys() != ours.keys()
 
 
@@ -186,8 +186,14 @@ def test_all_missing_files_are_named(cache):
     with pytest.raises(CheckpointError) as error:
         fe.load("kontext")
     message = str(error.value)
-    wanted = ("flux1-kontext-dev.safetensors", "ae.safetensors", "text_encoder/*", "text_encoder_2/*", "tokenizer_2/*")
-    assert all(f'--include "{name}"' in message for name in wanted)
+    expected = (
+        "flux1-kontext-dev.safetensors",
+        "ae.safetensors",
+        "text_encoder/*",
+        "text_encoder_2/*",
+        "tokenizer_2/*",
+    )
+    assert all(f'--include "{name}"' in message for name in expected)
     assert "`hf download black-forest-labs/FLUX.1-Kontext-dev " in message
     assert "FLUX.1 [dev] Non-Commercial License" in message and "`hf auth login`" in message
     assert "https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev" in message and "\n" not in message

@@ -1,4 +1,4 @@
-"""The pretend GPU refuses what a GPU refuses, and no more; where there is a real one, both are asked."""
+"""The simulated GPU refuses what a GPU refuses, and no more; where there is a real one, both are tested."""
 
 import copy
 
@@ -116,11 +116,11 @@ SAME = {  # what is allowed with both gives what it gives on the CPU, and it is 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what, place", SAME.values(), ids=SAME)
-def test_what_is_allowed_gives_the_same(both, what, place):
+@pytest.mark.parametrize("what, device_type", SAME.values(), ids=SAME)
+def test_what_is_allowed_gives_the_same(both, what, device_type):
     g, c = both
     want, got = what(c.clone(), c.clone()), what(g, c)
-    assert got.device.type == place and got.is_cuda == (place == "cuda") and got.dtype == want.dtype
+    assert got.device.type == device_type and got.is_cuda == (device_type == "cuda") and got.dtype == want.dtype
     torch.testing.assert_close(got.cpu(), want)
 
 

@@ -16,11 +16,11 @@ pytestmark = pytest.mark.usefixtures("nothing_stays")
 # --- exactness ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", [{}, {"solver": "heun"}, {"true_cfg_scale": 3.0}, {"height": 48, "width": 32}])
-def test_recording_everything_changes_nothing(pipe, asked):
-    plain = draw(pipe, **asked)
+@pytest.mark.parametrize("options", [{}, {"solver": "heun"}, {"true_cfg_scale": 3.0}, {"height": 48, "width": 32}])
+def test_recording_everything_changes_nothing(pipe, options):
+    plain = draw(pipe, **options)
     with fe.record("*") as rec:
-        seen = draw(pipe, **asked)
+        seen = draw(pipe, **options)
     assert torch.equal(plain.latents, seen.latents)
     assert torch.equal(plain.trajectory.velocities, seen.trajectory.velocities)
     assert len(rec) > 100
@@ -66,30 +66,34 @@ def test_contributions_are_what_is_added(pipe):
 
 
 def test_a_words_columns_are_the_maps(pipe):
-    with fe.record(MAP) as whole, fe.record(MAP, tokens=["red", "square"]) as rec, fe.record(MAP, tokens=[1]) as place:
+    with (
+        fe.record(MAP) as full,
+        fe.record(MAP, tokens=["red", "square"]) as rec,
+        fe.record(MAP, tokens=[1]) as by_index,
+    ):
         draw(pipe)
     columns = rec[MAP]
     assert columns.axes == ("step", "head", "query", "key")
     assert columns.coords["key"] == ["▁red", "▁square"]
-    assert off(columns.tensor, whole[MAP].tensor[:, :, 32:, [1, 7]]) <= 1e-6  # the image's queries
-    assert torch.equal(place[MAP].tensor, columns.tensor[..., :1])
+    assert off(columns.tensor, full[MAP].tensor[:, :, 32:, [1, 7]]) <= 1e-6  # the image's queries
+    assert torch.equal(by_index[MAP].tensor, columns.tensor[..., :1])
 
 
 def test_heads_and_steps_are_chosen(pipe):
-    with fe.record(MAP, "sample.x") as whole, fe.record(MAP, heads=[1], steps=[0, -1]) as rec:
+    with fe.record(MAP, "sample.x") as full, fe.record(MAP, heads=[1], steps=[0, -1]) as rec:
         draw(pipe, steps=4)
-    assert torch.equal(rec[MAP].tensor, whole[MAP].tensor[[0, 3]][:, [1]])
-    assert rec[MAP].coords["step"] == [whole["sample.x"].coords["step"][i] for i in (0, 3)]
+    assert torch.equal(rec[MAP].tensor, full[MAP].tensor[[0, 3]][:, [1]])
+    assert rec[MAP].coords["step"] == [full["sample.x"].coords["step"][i] for i in (0, 3)]
     with fe.record("sample.x", steps=slice(None, None, 2)) as every_second:
         draw(pipe, steps=4)
-    assert torch.equal(every_second["sample.x"].tensor, whole["sample.x"].tensor[::2])
+    assert torch.equal(every_second["sample.x"].tensor, full["sample.x"].tensor[::2])
 
 
 def test_tokens_of_a_stream_are_chosen(pipe):
-    with fe.record("txt_in", "single.0.x") as whole, fe.record("txt_in", "single.0.x", tokens="blue") as rec:
+    with fe.record("txt_in", "single.0.x") as full, fe.record("txt_in", "single.0.x", tokens="blue") as rec:
         draw(pipe)
-    assert torch.equal(rec["txt_in"].tensor, whole["txt_in"].tensor[:, [6]])
-    assert torch.equal(rec["single.0.x"].tensor, whole["single.0.x"].tensor[:, [6]])
+    assert torch.equal(rec["txt_in"].tensor, full["txt_in"].tensor[:, [6]])
+    assert torch.equal(rec["single.0.x"].tensor, full["single.0.x"].tensor[:, [6]])
 
 
 # --- reductions -----------------------------------------------------------------------------------
@@ -113,17 +117,17 @@ def test_tokens_of_a_stream_are_chosen(pipe):
     ],
 )
 def test_a_reduction_is_the_reduced_map(pipe, reduce, by_hand):
-    with fe.record(MAP) as whole, fe.record(MAP, reduce=reduce) as rec:
+    with fe.record(MAP) as full, fe.record(MAP, reduce=reduce) as rec:
         draw(pipe)
-    assert off(rec[MAP].tensor, by_hand(whole[MAP].tensor)) <= 1e-5
+    assert off(rec[MAP].tensor, by_hand(full[MAP].tensor)) <= 1e-5
 
 
 @pytest.mark.parametrize("reduce", ["head-mean", "entropy", "norm"])
 def test_reductions_of_chosen_heads_and_words(pipe, reduce):
     chosen = {"heads": [1], "tokens": ["red", "circle"]}
-    with fe.record(MAP, **chosen) as whole, fe.record(MAP, reduce=reduce, **chosen) as rec:
+    with fe.record(MAP, **chosen) as full, fe.record(MAP, reduce=reduce, **chosen) as rec:
         draw(pipe)
-    w = whole[MAP].tensor
+    w = full[MAP].tensor
     by_hand = {"head-mean": w.mean(1), "entropy": torch.special.entr(w).sum(-1), "norm": w.norm(dim=-1)}[reduce]
     assert off(rec[MAP].tensor, by_hand) <= 1e-6
 
@@ -156,9 +160,9 @@ def test_pictures_have_memories_of_their_own(pipe):
 
 
 def test_both_passes_of_guidance(plain_pipe):
-    asked = {"guidance": 3.0}
+    options = {"guidance": 3.0}
     with fe.record("img_in", "txt_in") as both, fe.record("txt_in", passes="prompted") as one:
-        draw(plain_pipe, **asked)
+        draw(plain_pipe, **options)
     assert both["txt_in"].axes == ("step", "pass", "text", "channel")
     assert torch.equal(both["txt_in"].tensor[:, 1], one["txt_in"].tensor)
     assert torch.equal(both["img_in"].tensor[:, 0], both["img_in"].tensor[:, 1])  # the same noise, twice
@@ -211,7 +215,7 @@ def test_a_dataset(pipe):
 # --- several runs, two texts, changed maps --------------------------------------------------------
 
 
-def test_runs_in_one_recorder_are_told_apart(pipe):
+def test_runs_in_one_recorder_are_separate(pipe):
     prompts = [PROMPT, "a green star"]
     with fe.record("sample.x", "vec") as rec, fe.record("vec", reduce="step-mean") as means:
         first, second = (pipe(prompts, steps=2, seed=s, progress=False).trajectory.latents[:-1] for s in (0, 4))
@@ -230,46 +234,46 @@ def test_runs_of_other_lengths_are_not_stacked(pipe):
 
 def test_clip_is_read_with_its_own_pieces(pipe):
     """CLIP has a mark before the first word, T5 has none."""
-    with fe.record("clip.states", "t5.states") as whole, fe.record("clip.states", "t5.states", tokens="red") as rec:
+    with fe.record("clip.states", "t5.states") as full, fe.record("clip.states", "t5.states", tokens="red") as rec:
         draw(pipe)
-    assert torch.equal(rec["clip.states"].tensor, whole["clip.states"].tensor[[2]])
-    assert torch.equal(rec["t5.states"].tensor, whole["t5.states"].tensor[[1]])
+    assert torch.equal(rec["clip.states"].tensor, full["clip.states"].tensor[[2]])
+    assert torch.equal(rec["t5.states"].tensor, full["t5.states"].tensor[[1]])
 
 
 def test_each_prompt_is_searched_for_itself(pipe):
-    with fe.record("t5.states") as whole, fe.record("t5.states", tokens="star") as rec:
+    with fe.record("t5.states") as full, fe.record("t5.states", tokens="star") as rec:
         draw(pipe, ["a red star", "a big green star"])
-    assert torch.equal(rec["t5.states"].tensor[:, 0], whole["t5.states"].tensor[[0, 1], [2, 3]])
+    assert torch.equal(rec["t5.states"].tensor[:, 0], full["t5.states"].tensor[[0, 1], [2, 3]])
 
 
 def test_words_are_the_prompted_pass(plain_pipe):
-    asked = {"guidance": 3.0, "negative_prompt": "a big green star"}
+    options = {"guidance": 3.0, "negative_prompt": "a big green star"}
     with fe.record(MAP, passes="prompted", tokens="red") as prompted, fe.record(MAP, tokens="red") as rec:
-        draw(plain_pipe, **asked)
+        draw(plain_pipe, **options)
     assert torch.equal(rec[MAP].tensor, prompted[MAP].tensor)
     with fe.record(MAP, passes="negative", tokens="star") as negative:
-        draw(plain_pipe, **asked)
+        draw(plain_pipe, **options)
     assert negative[MAP].coords["key"] == ["▁star"]
     with (
         pytest.raises(InstrumentError, match="does not contain 'red'"),
         fe.record(MAP, passes="negative", tokens="red"),
     ):
-        draw(plain_pipe, **asked)
+        draw(plain_pipe, **options)
 
 
 def test_a_pass_that_is_not_there_is_not_kept(plain_pipe):
-    asked = {"guidance": 3.0, "guidance_interval": (0.8, 1.0)}
+    options = {"guidance": 3.0, "guidance_interval": (0.8, 1.0)}
     with fe.record("txt_in", "sample.prompted", passes="negative") as rec, fe.record("sample.x") as all_steps:
-        draw(plain_pipe, **asked)
+        draw(plain_pipe, **options)
     on = sum(t >= 0.8 for t in all_steps["sample.x"].coords["step"])
     assert 0 < rec["txt_in"].shape[0] == on < 3
     assert "sample.prompted" not in rec
 
 
 def test_a_changed_map_is_recorded_as_changed(pipe):
-    with fe.ablate(MAP, tokens="red"), fe.record(MAP) as whole, fe.record(MAP, tokens=["red", "blue"]) as rec:
+    with fe.ablate(MAP, tokens="red"), fe.record(MAP) as full, fe.record(MAP, tokens=["red", "blue"]) as rec:
         draw(pipe)
-    assert torch.equal(rec[MAP].tensor, whole[MAP].tensor[:, :, 32:, [1, 6]])
+    assert torch.equal(rec[MAP].tensor, full[MAP].tensor[:, :, 32:, [1, 6]])
     assert not rec[MAP].tensor[..., 0].any()
     assert rec[MAP].coords["key"] == ["▁red", "▁blue"]
 
@@ -277,10 +281,10 @@ def test_a_changed_map_is_recorded_as_changed(pipe):
 def test_places_keep_their_numbers_in_bfloat16(make_pipe):
     pipe = make_pipe().to(torch.bfloat16)
     site = "single.0.mlp_hidden"
-    with fe.record(site) as whole, fe.record(site, reduce="top-3", dtype=torch.bfloat16) as rec:
+    with fe.record(site) as full, fe.record(site, reduce="top-3", dtype=torch.bfloat16) as rec:
         draw(pipe, steps=1)
-    values, places = rec[site].tensor.unbind(-1)
-    assert torch.equal(whole[site].tensor.float().gather(-1, places.long()), values)
+    values, indices = rec[site].tensor.unbind(-1)
+    assert torch.equal(full[site].tensor.float().gather(-1, indices.long()), values)
 
 
 def test_a_turn_has_length_one(pipe):
@@ -306,9 +310,9 @@ def test_heads_and_steps_from_arrays(pipe):
 
 def test_cosine_compares_the_same_question_of_two_steps(pipe):
     """Heun asks twice a step; worked out from the values themselves."""
-    with fe.record("sample.velocity") as whole, fe.record("sample.velocity", reduce="cosine") as rec:
+    with fe.record("sample.velocity") as full, fe.record("sample.velocity", reduce="cosine") as rec:
         draw(pipe, solver="heun")
-    values = [v.tensor for _, v in whole.entries("sample.velocity")]
+    values = [v.tensor for _, v in full.entries("sample.velocity")]
     got = [v.tensor for _, v in rec.entries("sample.velocity")]
     want = [torch.cosine_similarity(values[i], values[i + 2], dim=-1) for i in range(len(values) - 2)]
     assert len(values) == 6 and len(got) == 4
@@ -317,11 +321,11 @@ def test_cosine_compares_the_same_question_of_two_steps(pipe):
 
 def test_a_mean_over_steps_of_other_shapes_is_refused(plain_pipe):
     """Guidance in an interval: two passes, then one."""
-    asked = {"guidance": 3.0, "negative_prompt": "a star", "guidance_interval": (0.7, 1.0), "steps": 6}
+    options = {"guidance": 3.0, "negative_prompt": "a star", "guidance_interval": (0.7, 1.0), "steps": 6}
     with pytest.raises(InstrumentError, match="values of one shape.*passes='prompted'"):
         with fe.record("vec", reduce="step-mean"):
-            draw(plain_pipe, **asked)
+            draw(plain_pipe, **options)
     with fe.record("vec", reduce="step-mean", passes="prompted") as mean, fe.record("vec", passes="prompted") as rec:
-        draw(plain_pipe, **asked)
+        draw(plain_pipe, **options)
     by_hand = torch.stack([v.tensor for _, v in rec.entries("vec")]).mean(0)
     assert off(mean["vec"].tensor, by_hand) < 1e-6

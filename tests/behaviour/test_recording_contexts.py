@@ -1,4 +1,4 @@
-"""Recorders in every context: threads, generators, compilers, errors; and what is asked wrongly."""
+"""Recorders in every context: threads, generators, compilers, errors; and invalid arguments."""
 
 import gc
 import subprocess
@@ -196,7 +196,7 @@ def test_a_reduction_that_writes_is_refused(pipe):
             draw(pipe)
 
 
-def test_what_is_never_recorded_is_said(pipe):
+def test_sites_that_are_never_recorded_are_reported(pipe):
     with pytest.warns(UserWarning, match=r"nothing was recorded at vec: the run has 3 steps.*steps=\[10\]"):
         with fe.record("vec", steps=[10]):
             draw(pipe)

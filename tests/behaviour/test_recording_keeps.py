@@ -26,14 +26,14 @@ def test_the_budget_refuses_before_anything_is_made(pipe, monkeypatch):
     assert len(rec) == 0
 
 
-@pytest.mark.parametrize(("asked", "times"), [({}, 3), ({"solver": "heun"}, 6), ({"seed": [1, 2]}, 6)])
-def test_the_refusal_says_how_much_would_do(pipe, asked, times):
+@pytest.mark.parametrize(("options", "times"), [({}, 3), ({"solver": "heun"}, 6), ({"seed": [1, 2]}, 6)])
+def test_the_refusal_says_how_much_would_do(pipe, options, times):
     need = 4 * 2 * 36 * 36 * times
     with fe.record(MAP, budget=need) as rec:
-        draw(pipe, **asked)
+        draw(pipe, **options)
     assert rec.nbytes == rec[MAP].tensor.nbytes == need
     with pytest.raises(BudgetError, match=f"{need:,} bytes"), fe.record(MAP, budget=need - 1) as rec:
-        draw(pipe, **asked)
+        draw(pipe, **options)
     assert len(rec) == 0
 
 
@@ -164,13 +164,13 @@ def test_a_generator_that_is_closed_keeps_what_it_recorded(tmp_path):
 
 def test_the_refusal_knows_what_a_whole_step_needs(pipe):
     """It comes when the first step has gone by, names what the run would have held, and that would do."""
-    asked = {"passes": None, "reduce": None}
+    options = {"passes": None, "reduce": None}
     globs = ("double.*.attn.map", "single.*.out", "vec")
-    with pytest.raises(BudgetError) as refused, fe.record(*globs, budget=1000, **asked) as rec:
+    with pytest.raises(BudgetError) as refused, fe.record(*globs, budget=1000, **options) as rec:
         draw(pipe)
-    with fe.record(*globs) as whole:
+    with fe.record(*globs) as full:
         draw(pipe)
-    assert f"recording {len(whole)} sites or more needs at least {whole.nbytes:,} bytes" in str(refused.value)
+    assert f"recording at least {len(full)} sites needs at least {full.nbytes:,} bytes" in str(refused.value)
     assert rec.nbytes <= 1000
 
 

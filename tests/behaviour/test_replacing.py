@@ -1,4 +1,4 @@
-"""Existing files and folders are replaced whole, restored, or left alone; never half, and never other files."""
+"""Existing files and folders are replaced atomically, restored, or left alone; never partly, and no other files."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whatever is asked wrongly is refused before anything is computed, in one sentence that says what would be right."""
+"""Invalid arguments are refused before anything is computed, in one sentence that says what is allowed."""
 
 import copy
 import re
@@ -13,7 +13,7 @@ from fluxedu.sampling.request import checked_device, checked_dtype
 
 NAN, INF = float("nan"), float("inf")
 PICTURE = Image.new("RGB", (32, 32), "teal")
-# what was asked, and what the sentence has to say besides being one
+# the arguments, and a pattern that the error message must match; it must also be one sentence
 BAD = [
     *[
         ({"steps": x}, "steps must be a whole number from 1 to 1000")
@@ -119,11 +119,11 @@ def one_sentence(error):
     return True
 
 
-@pytest.mark.parametrize(("asked", "says"), BAD, ids=name)
-def test_a_bad_request(asked, says, pipe, monkeypatch):
+@pytest.mark.parametrize(("options", "says"), BAD, ids=name)
+def test_a_bad_request(options, says, pipe, monkeypatch):
     monkeypatch.setattr(pipe, "velocity_field", None)  # nothing is computed
     with pytest.raises(RequestError, match=says) as error:
-        pipe(**{"prompt": "a red circle", "progress": False, **asked})
+        pipe(**{"prompt": "a red circle", "progress": False, **options})
     assert type(error.value) is RequestError and one_sentence(error)
 
 
@@ -138,7 +138,7 @@ def test_the_sentence_names_what_was_given(guidance, plain_pipe):
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "options",
     [
         {"prompt": ""},
         {"prompt": ["", "a red circle"]},
@@ -157,8 +157,8 @@ def test_the_sentence_names_what_was_given(guidance, plain_pipe):
     ],
     ids=name,
 )
-def test_a_good_request(asked, pipe):
-    out = pipe(**{"steps": 1, "progress": False, **asked})
+def test_a_good_request(options, pipe):
+    out = pipe(**{"steps": 1, "progress": False, **options})
     assert torch.isfinite(out.latents).all()
 
 

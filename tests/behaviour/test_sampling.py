@@ -30,13 +30,13 @@ def same(a, b):
     return torch.equal(a.latents, b.latents) and [im.tobytes() for im in a.images] == [im.tobytes() for im in b.images]
 
 
-def draw(pipe, prompt=PROMPT, **asked):
-    return pipe(prompt, **{"progress": False, **asked})
+def draw(pipe, prompt=PROMPT, **options):
+    return pipe(prompt, **{"progress": False, **options})
 
 
 @pytest.fixture
 def calls(pipe, plain_pipe, monkeypatch):
-    """How often the networks were asked, by batch size."""
+    """The batch size of each evaluation of the network."""
     made = []
     for p in (pipe, plain_pipe):
         ask = p.flux.velocity
@@ -61,13 +61,13 @@ def test_a_field_that_knows_its_picture_arrives(solver, steps, pipe, monkeypatch
 
 
 @pytest.mark.parametrize(("solver", "questions"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
-@pytest.mark.parametrize("asked", [{}, CFG], ids=["", "cfg"])
-def test_a_planned_run_is_the_plain_forward_step_by_step(solver, questions, asked, pipe, calls, make_pipe):
+@pytest.mark.parametrize("options", [{}, CFG], ids=["", "cfg"])
+def test_a_planned_run_is_the_plain_forward_step_by_step(solver, questions, options, pipe, calls, make_pipe):
     """Compared in float64: guidance multiplies float32's rounding errors, which differ from processor to processor."""
     steps, guidance = 5, 2.0
-    run = {"seed": [3, 4], "steps": steps, "solver": solver, "guidance": guidance, "height": 48, **asked}
+    run = {"seed": [3, 4], "steps": steps, "solver": solver, "guidance": guidance, "height": 48, **options}
     draw(pipe, PROMPTS[:2], **run)
-    assert calls == [2 if asked else 1] * questions * steps * 2  # picture by picture
+    assert calls == [2 if options else 1] * questions * steps * 2  # picture by picture
 
     pipe = make_pipe().to(torch.float64)
     out = draw(pipe, PROMPTS[:2], **run)
@@ -88,10 +88,10 @@ def test_a_planned_run_is_the_plain_forward_step_by_step(solver, questions, aske
 
     def velocity(x, t):
         prompted = forward(x, t, PROMPTS[:2])
-        if not asked:
+        if not options:
             return prompted
-        negative = forward(x, t, [asked["negative_prompt"]] * 2)
-        return negative + asked["true_cfg_scale"] * (prompted - negative)
+        negative = forward(x, t, [options["negative_prompt"]] * 2)
+        return negative + options["true_cfg_scale"] * (prompted - negative)
 
     with torch.no_grad():
         x = pack(torch.cat([draw_noise(3, 16, 6, 4), draw_noise(4, 16, 6, 4)])).double()
@@ -151,7 +151,7 @@ def test_a_limited_interval(plain_pipe, calls, make_pipe):
     run = draw(plain_pipe, steps=8, guidance_interval=interval, **CFG).trajectory
     made, times = list(calls), run.times.tolist()[:-1]
     on = [0.4 <= t <= 0.8 for t in times]
-    assert made == [2 if twice else 1 for twice in on]  # outside, the negative is not even asked
+    assert made == [2 if twice else 1 for twice in on]  # outside, the negative prompt is not evaluated
     assert on == [active(t, interval) for t in times] and not on[0] and any(on) and not on[-1]
 
     pipe = make_pipe(embedded=False).to(torch.float64)  # guidance multiplies float32's rounding errors
@@ -178,8 +178,8 @@ def test_both_roundings(height, width):
     up, down = latent_size(height, width), latent_size(height, width, rounding="down")
     assert up == (2 * -(-height // 16), 2 * -(-width // 16))
     assert down == (2 * (height // 16), 2 * (width // 16))
-    whole = (height // 16 * 16, width // 16 * 16)
-    assert latent_size(*whole) == latent_size(*whole, rounding="down") == down
+    size = (height // 16 * 16, width // 16 * 16)
+    assert latent_size(*size) == latent_size(*size, rounding="down") == down
 
 
 def test_a_thousand_pixels():
@@ -189,9 +189,9 @@ def test_a_thousand_pixels():
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (16, 80), (57, 33), (64, 48)])
 def test_any_size(height, width, pipe):
-    for rounding, whole in (("up", math.ceil), ("down", math.floor)):
+    for rounding, to_integer in (("up", math.ceil), ("down", math.floor)):
         out = draw(pipe, height=height, width=width, steps=1, rounding=rounding)
-        rows, cols = 16 * whole(height / 16), 16 * whole(width / 16)
+        rows, cols = 16 * to_integer(height / 16), 16 * to_integer(width / 16)
         assert out.images[0].size == (cols, rows) and out.latents.shape == (1, 16, rows // 8, cols // 8)
     assert draw(pipe, steps=1).images[0].size == (32, 32)  # the pipeline's own
 
@@ -275,20 +275,20 @@ def test_noise_depends_on_the_seed_only():
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_twice_is_the_same_to_the_last_bit(solver, pipe):
-    asked = {"seed": [4, 5], "solver": solver, **CFG}
-    first = draw(pipe, PROMPTS[:2], **asked)
+    options = {"seed": [4, 5], "solver": solver, **CFG}
+    first = draw(pipe, PROMPTS[:2], **options)
     torch.manual_seed(123)
-    assert same(draw(pipe, PROMPTS[:2], **asked), first)
-    assert same(draw(pipe, PROMPTS[:2], trajectory=False, **asked), first)
+    assert same(draw(pipe, PROMPTS[:2], **options), first)
+    assert same(draw(pipe, PROMPTS[:2], trajectory=False, **options), first)
 
 
-@pytest.mark.parametrize("asked", [{}, CFG, {"image": PICTURE}], ids=["", "cfg", "image"])
-def test_alone_or_in_a_batch(asked, make_pipe):
+@pytest.mark.parametrize("options", [{}, CFG, {"image": PICTURE}], ids=["", "cfg", "image"])
+def test_alone_or_in_a_batch(options, make_pipe):
     """To the last bit, at the miniature's own size, where a batched matrix product would round differently."""
     nano = make_pipe(sizes=NANO)
-    batch = draw(nano, PROMPTS, seed=[1, 2, 3], steps=3, height=128, width=128, **asked)
+    batch = draw(nano, PROMPTS, seed=[1, 2, 3], steps=3, height=128, width=128, **options)
     for i, prompt in enumerate(PROMPTS):
-        alone = draw(nano, prompt, seed=i + 1, steps=3, height=128, width=128, **asked)
+        alone = draw(nano, prompt, seed=i + 1, steps=3, height=128, width=128, **options)
         assert alone.images[0].tobytes() == batch.images[i].tobytes()
         assert torch.equal(alone.trajectory.latents, batch.trajectory.latents[:, i : i + 1])
         assert torch.equal(alone.trajectory.velocities, batch.trajectory.velocities[:, i : i + 1])
@@ -347,7 +347,7 @@ def test_the_trajectory(solver, pipe):
     assert run.latents.shape == (6, *shape) and run.velocities.shape == run.x0.shape == (5, *shape)
     assert torch.equal(run.latents[-1], out.latents) and not out.latents.requires_grad
     assert torch.equal(run.latents[0], draw_noise(0, 16, 6, 4).expand(shape))
-    for i, t in enumerate(run.times[:-1]):  # the picture foreseen: x_t = (1 - t) picture + t noise, v = noise - picture
+    for i, t in enumerate(run.times[:-1]):  # predicted x0: x_t = (1 - t) picture + t noise, v = noise - picture
         assert relative(run.x0[i], run.latents[i] - t * run.velocities[i]) <= 1e-7
         if solver == "euler":
             assert relative(run.latents[i + 1], run.latents[i] + (run.times[i + 1] - t) * run.velocities[i]) <= 1e-6

@@ -1,4 +1,4 @@
-"""Modules swapped for others, and what is asked wrongly of swaps, changes and patches."""
+"""Modules swapped for others, and invalid arguments of swaps, changes and patches."""
 
 import threading
 from weakref import WeakSet
@@ -117,10 +117,10 @@ def test_a_learners_own_site(pipe):
 
 def test_a_swapped_block_has_the_sites_of_the_one_before(pipe):
     config = pipe.flux.config
-    for place, kind in (("single.0", SingleStreamBlock), ("double.0", DoubleStreamBlock)):
-        with fe.record(f"{place}.*") as before:
+    for path, kind in (("single.0", SingleStreamBlock), ("double.0", DoubleStreamBlock)):
+        with fe.record(f"{path}.*") as before:
             pipe("a red circle", steps=1, progress=False)
-        with fe.swap(place, lambda old, kind=kind: kind(config), pipe=pipe), fe.record(f"{place}.*") as swapped:
+        with fe.swap(path, lambda old, kind=kind: kind(config), pipe=pipe), fe.record(f"{path}.*") as swapped:
             pipe("a red circle", steps=1, progress=False)
         assert set(swapped.keys()) == set(before.keys())
     plain = pipe("a red circle", steps=1, progress=False).latents
@@ -139,25 +139,28 @@ def test_what_was_swapped_in_comes_back_as_it_was(pipe):
 
 def test_swapping_leaves_the_callers_random_numbers(pipe):
     torch.manual_seed(3)
-    wanted = torch.rand(4)
+    expected = torch.rand(4)
     torch.manual_seed(3)
     with fe.swap("double.0.img_attn", SelfAttention, pipe):
-        assert torch.equal(torch.rand(4), wanted)
+        assert torch.equal(torch.rand(4), expected)
 
 
-@pytest.mark.parametrize("place, block", [("double.*", DoubleStreamBlock), ("single.*", SingleStreamBlock)])
-def test_whole_blocks_are_made_as_they_were(pipe, place, block):
+@pytest.mark.parametrize("path, block", [("double.*", DoubleStreamBlock), ("single.*", SingleStreamBlock)])
+def test_whole_blocks_are_made_as_they_were(pipe, path, block):
     class Mine(block):
         pass
 
-    whole = draw(pipe)
-    assert torch.equal(under(pipe, fe.swap(place, Mine, pipe)), whole)
+    reference = draw(pipe)
+    assert torch.equal(under(pipe, fe.swap(path, Mine, pipe)), reference)
 
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (lambda: fe.intervene("sample.noise", lambda x, ctx: 0 * x, times=(0, 1)), "outside of the steps"),
+        (
+            lambda: fe.intervene("sample.noise", lambda x, ctx: 0 * x, times=(0, 1)),
+            "computed outside the steps of a run",
+        ),
         (lambda: fe.intervene("vec", lambda x, ctx: 0 * x, times=0.5), "a pair"),
         (lambda: fe.ablate("single.0.attn.map", tokens="red", streams="txt"), "columns are removed"),
         (lambda: fe.patch("sample.noise", torch.zeros(4, 4, 16)), "but the patch is"),

@@ -46,7 +46,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def reference(tmp_path_factory):
     """The description, and the folder that one process draws without interruption."""
     folder = tmp_path_factory.mktemp("sweep")
     config = written(folder)
@@ -66,23 +66,23 @@ def test_cells_are_the_product_in_order():
     assert from_dict(json.loads(json.dumps(vars(sweep)))) == sweep
 
 
-def test_a_cell_holds_what_the_instruments_give(whole):
+def test_a_cell_holds_what_the_instruments_give(reference):
     """Each kind of intervention, beside the same one made by hand."""
-    results, pipe = open_sweep(whole[1]), fe.load()
-    asked = {"seed": 4, "steps": 2, "height": 64, "width": 64, "progress": False}
+    results, pipe = open_sweep(reference[1]), fe.load()
+    options = {"seed": 4, "steps": 2, "height": 64, "width": 64, "progress": False}
     prompt = "a red circle left of a blue square"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with fe.record("double.1.attn.map", reduce="head-mean", tokens=["a"], steps=0) as map_:
-            plain = pipe(prompt, **asked)
+            plain = pipe(prompt, **options)
         with fe.ablate("double.1.heads", heads=[2]):
-            ablated = pipe(prompt, **asked)
+            ablated = pipe(prompt, **options)
         with fe.record("double.1.img_mlp_contribution") as blue:
-            pipe("a blue circle", **{**asked, "seed": 0})
+            pipe("a blue circle", **{**options, "seed": 0})
         half = fe.intervene("single.*.gate", lambda x, ctx: 0.5 * x, times=(0.5, 1.0))
         with half, fe.patch("double.1.img_mlp_contribution", blue):
-            both = pipe(prompt, **asked)
+            both = pipe(prompt, **options)
     finally:
         torch.set_num_threads(threads)
     for number, expected in ((3, plain), (4, ablated), (5, both)):
@@ -117,7 +117,7 @@ def test_everything_can_be_kept_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["the file is written", "the table is written", "the manifest is written"])
-def test_killed_between_writing_and_naming(whole, tmp_path, when):
+def test_killed_between_writing_and_naming(reference, tmp_path, when):
     """The worst moment: all bytes are there under the temporary name, and the process dies before the rename."""
     last = {"the table is written": "cells.csv", "the manifest is written": "manifest.json"}
     target = last.get(when, "00003.safetensors")
@@ -129,30 +129,30 @@ replace = files._replace
 def killed(part, target):
     os.kill(os.getpid(), signal.SIGKILL) if target.name == {target!r} else replace(part, target)
 files._replace = killed
-run_sweep(read_config({str(whole[0])!r}), {str(tmp_path / "out")!r})
+run_sweep(read_config({str(reference[0])!r}), {str(tmp_path / "out")!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [p.name for p in (tmp_path / "out").rglob("*.part")] and not list((tmp_path / "out").rglob(target))
-    run_sweep(read_config(whole[0]), tmp_path / "out")
-    assert hashes(tmp_path / "out") == hashes(whole[1])
+    run_sweep(read_config(reference[0]), tmp_path / "out")
+    assert hashes(tmp_path / "out") == hashes(reference[1])
 
 
-def test_the_table_as_parquet_is_the_same_table(whole):
+def test_the_table_as_parquet_is_the_same_table(reference):
     """Row for row what ``cells.csv`` and :func:`open_sweep` say, with numbers as numbers; and it is in the manifest.
 
     That it has the same bytes after a kill, the other tests show: they compare every file of the folder.
     """
     parquet = pytest.importorskip("pyarrow.parquet")
-    rows = parquet.read_table(whole[1] / "cells.parquet").to_pylist()
-    results = open_sweep(whole[1])
+    rows = parquet.read_table(reference[1] / "cells.parquet").to_pylist()
+    results = open_sweep(reference[1])
     assert rows == results.cells and [type(row["seed"]) for row in rows] == [int] * len(results)
-    with (whole[1] / "cells.csv").open(newline="") as file:
+    with (reference[1] / "cells.csv").open(newline="") as file:
         assert [{name: str(value) for name, value in row.items()} for row in rows] == list(csv.DictReader(file))
     assert "cells.parquet" in results.manifest["files"] and results.damaged() == []
 
 
-def test_killed_while_the_parquet_is_written(whole, tmp_path):
+def test_killed_while_the_parquet_is_written(reference, tmp_path):
     """Half of it is on the disk, under another name: the next run writes it anew, the same."""
     pytest.importorskip("pyarrow")
     code = f"""
@@ -165,30 +165,30 @@ def half(table, path):
     os.truncate(path, os.path.getsize(path) // 2)
     os.kill(os.getpid(), signal.SIGKILL)
 parquet.write_table = half
-run_sweep(read_config({str(whole[0])!r}), {str(tmp_path / "out")!r})
+run_sweep(read_config({str(reference[0])!r}), {str(tmp_path / "out")!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     out = tmp_path / "out"
     assert list(out.glob(".cells.parquet.*")) and not (out / "cells.parquet").exists()
     before = {path: path.stat().st_mtime_ns for path in out.glob("shards/*")}
-    run_sweep(read_config(whole[0]), out)
-    assert hashes(out) == hashes(whole[1])
+    run_sweep(read_config(reference[0]), out)
+    assert hashes(out) == hashes(reference[1])
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
 
 
 # ---------------------------------------------------------------- refusals
 
 
-def test_a_folder_is_for_one_sweep(whole, tmp_path):
-    before = hashes(whole[1])
+def test_a_folder_is_for_one_sweep(reference, tmp_path):
+    before = hashes(reference[1])
     with pytest.raises(SweepError, match=r"holds another sweep \(prompts differs\)"):
-        run_sweep(from_dict({"prompts": ["something else"]}), whole[1])
+        run_sweep(from_dict({"prompts": ["something else"]}), reference[1])
     described = yaml.safe_load(CONFIG)
     described["interventions"] = dict(reversed(described["interventions"].items()))
     with pytest.raises(SweepError, match=r"holds another sweep \(the order of interventions differs\)"):
-        run_sweep(from_dict(described), whole[1])
-    assert hashes(whole[1]) == before
+        run_sweep(from_dict(described), reference[1])
+    assert hashes(reference[1]) == before
     (tmp_path / "diary.txt").write_text("mine")
     with pytest.raises(SweepError, match="holds 'diary.txt' and no sweep"):
         run_sweep(from_dict({"prompts": ["a"]}), tmp_path)
@@ -196,8 +196,8 @@ def test_a_folder_is_for_one_sweep(whole, tmp_path):
         open_sweep(tmp_path)
 
 
-def test_a_damaged_result_is_found(whole, tmp_path):
-    run_sweep(read_config(whole[0]), tmp_path / "out")
+def test_a_damaged_result_is_found(reference, tmp_path):
+    run_sweep(read_config(reference[0]), tmp_path / "out")
     (tmp_path / "out/shards/00001.safetensors").write_bytes(b"x")
     (tmp_path / "out/shards/00002.safetensors").unlink()
     assert open_sweep(tmp_path / "out").damaged() == ["shards/00001.safetensors", "shards/00002.safetensors"]

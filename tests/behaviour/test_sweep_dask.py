@@ -26,7 +26,7 @@ SMALL = {"prompts": ["a"], "settings": {"steps": 1, "height": 32, "width": 32}}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def reference(tmp_path_factory):
     """The description, and the folder that one process draws without interruption."""
     folder = tmp_path_factory.mktemp("sweep")
     config = written(folder)
@@ -116,15 +116,15 @@ def run_and_kill_a_worker(config: Path, out: Path, pid: int, **options) -> None:
 # ---------------------------------------------------------------- a local cluster
 
 
-def test_a_killed_worker_is_replaced(whole, tmp_path):
-    run_and_kill_a_worker(whole[0], tmp_path / "out", os.getpid(), workers=2)
-    assert hashes(tmp_path / "out") == hashes(whole[1]) and open_sweep(tmp_path / "out").damaged() == []
+def test_a_killed_worker_is_replaced(reference, tmp_path):
+    run_and_kill_a_worker(reference[0], tmp_path / "out", os.getpid(), workers=2)
+    assert hashes(tmp_path / "out") == hashes(reference[1]) and open_sweep(tmp_path / "out").damaged() == []
 
 
-def test_a_killed_command_goes_on(whole, tmp_path):
+def test_a_killed_command_goes_on(reference, tmp_path):
     """Its workers end with it; finished files stay, the others come, and nothing else is left."""
     out = tmp_path / "out"
-    with ended(start(whole[0], out, "--workers", "2")) as command:
+    with ended(start(reference[0], out, "--workers", "2")) as command:
         until(lambda: drawn(out) or command.poll() is not None)
         workers = workers_of(command.pid)
         command.kill()
@@ -132,15 +132,15 @@ def test_a_killed_command_goes_on(whole, tmp_path):
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive and unfinished(out)
     before = {path: path.stat().st_mtime_ns for path in drawn(out)}
-    run_sweep(read_config(whole[0]), out)
-    assert hashes(out) == hashes(whole[1])
+    run_sweep(read_config(reference[0]), out)
+    assert hashes(out) == hashes(reference[1])
     assert all(path.stat().st_mtime_ns == then for path, then in before.items()), "a finished file was written again"
 
 
-def test_ctrl_c_is_one_sentence(whole, tmp_path):
+def test_ctrl_c_is_one_sentence(reference, tmp_path):
     """A terminal sends it to the workers as well, which say nothing."""
     out = tmp_path / "out"
-    with ended(start(whole[0], out, "--workers", "2", start_new_session=True)) as command:
+    with ended(start(reference[0], out, "--workers", "2", start_new_session=True)) as command:
         until(lambda: drawn(out) or command.poll() is not None)
         os.killpg(command.pid, signal.SIGINT)
         _, errors = command.communicate(timeout=120)
@@ -152,16 +152,16 @@ def test_ctrl_c_is_one_sentence(whole, tmp_path):
 # ---------------------------------------------------------------- a scheduler
 
 
-def test_on_a_cluster_whose_workers_and_command_are_killed(whole, cluster, tmp_path):
+def test_on_a_cluster_whose_workers_and_command_are_killed(reference, cluster, tmp_path):
     """The command first, then a worker; the cluster stays, and does not keep the model."""
     (address, workers), out = cluster, tmp_path / "out"
-    with ended(start(whole[0], out, DASK_SCHEDULER_ADDRESS=address)) as command:
+    with ended(start(reference[0], out, DASK_SCHEDULER_ADDRESS=address)) as command:
         until(lambda: drawn(out) or command.poll() is not None)
         command.kill()
     time.sleep(1)  # the cluster goes on with what it was drawing
     assert unfinished(out)
-    run_and_kill_a_worker(whole[0], out, workers.pid, scheduler=address)
-    assert hashes(out) == hashes(whole[1])
+    run_and_kill_a_worker(reference[0], out, workers.pid, scheduler=address)
+    assert hashes(out) == hashes(reference[1])
     with distributed.Client(address) as client:
         assert {info.currsize for info in client.run(run._load.cache_info).values()} == {0}
 
@@ -220,9 +220,9 @@ def test_no_scheduler_and_no_workers(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_dask_is_not_installed(whole, tmp_path, monkeypatch):
+def test_dask_is_not_installed(reference, tmp_path, monkeypatch):
     """One process draws without it; several name what installs it."""
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(SweepError, match=r"^several workers need distributed: pip install 'fluxedu\[sweep\]'\.$"):
-        run_sweep(read_config(whole[0]), tmp_path / "out", workers=2)
+        run_sweep(read_config(reference[0]), tmp_path / "out", workers=2)
     assert len(open_sweep(run_sweep(from_dict(SMALL), tmp_path / "out"))) == 1

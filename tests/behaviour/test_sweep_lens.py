@@ -40,13 +40,13 @@ def test_what_a_lens_finds_is_what_it_finds_by_hand(pipe, change):
     with fe.intervene("sample.noise", lambda x, ctx: drawn.append(1) or x):
         kept = Runner(sweep, pipe).draw(sweep.cell(list(interventions).index(change)))
     assert len(drawn) == 1
-    asked = {"seed": 0, **SMALL["settings"]}
+    options = {"seed": 0, **SMALL["settings"]}
     for name, given in GIVEN.items():
         if change == "as it is":
-            found = getattr(lenses, name)(pipe, PROMPT, **given, **asked)
+            found = getattr(lenses, name)(pipe, PROMPT, **given, **options)
         else:
             with fe.ablate("double.1.heads", heads=[1]):
-                found = getattr(lenses, name)(pipe, PROMPT, **given, **asked)
+                found = getattr(lenses, name)(pipe, PROMPT, **given, **options)
         value = kept[f"lens/{name}"]
         assert torch.equal(value.tensor, found.tensor), name
         assert value.axes == found.axes and value.coords == found.coords, name
@@ -65,7 +65,7 @@ def test_a_lens_data_set_is_read_by_name(tmp_path):
     assert set(results[0]) == {"latent", "lens/head_gallery", "lens/contributions"}
 
 
-def test_a_word_that_a_prompt_lacks_is_said_of_its_cell(pipe):
+def test_a_word_that_a_prompt_lacks_is_reported_with_its_cell(pipe):
     sweep = from_dict({"prompts": ["a", PROMPT], "lens": {"word_maps": {"words": ["circle"]}}, **SMALL})
     runner = Runner(sweep, pipe)
     with pytest.raises(SweepError, match=r"cell 0 .*'circle'"):
@@ -104,14 +104,14 @@ def test_the_sweeps_in_the_documentation_can_be_read(tmp_path):
 
 
 def opened(monkeypatch, **env) -> dict:
-    """What a sweep of ``dev`` asks :func:`fe.load` for."""
-    asked, sweep = {}, env.pop("sweep", {})
+    """The arguments with which a sweep of ``dev`` calls :func:`fe.load`."""
+    request, sweep = {}, env.pop("sweep", {})
 
     class Enough(Exception):
         pass
 
     def load(model, **options):
-        asked.update(options, model=model)
+        request.update(options, model=model)
         raise Enough
 
     monkeypatch.setattr("fluxedu.load", load)
@@ -119,13 +119,13 @@ def opened(monkeypatch, **env) -> dict:
         monkeypatch.setenv(name, value)
     with pytest.raises(Enough):
         run_sweep(from_dict({"prompts": ["a"], "model": "dev", **sweep}), "nowhere")
-    return asked
+    return request
 
 
 def test_the_model_chooses_its_device_and_dtype(monkeypatch):
     assert opened(monkeypatch) == {"model": "dev", "device": None, "dtype": None}
-    said = {"device": "cpu", "dtype": "float32"}
-    assert opened(monkeypatch, sweep=said) == {"model": "dev", **said}
+    choices = {"device": "cpu", "dtype": "float32"}
+    assert opened(monkeypatch, sweep=choices) == {"model": "dev", **choices}
 
 
 @pytest.mark.parametrize(("device", "given"), [(None, None), ("cuda", "cuda:1"), ("cpu", "cpu")])

@@ -1,4 +1,4 @@
-"""The page of a run: whole, self-contained, small, and true."""
+"""The page of a run: complete, self-contained, small, and correct."""
 
 import base64
 import io
@@ -90,8 +90,8 @@ def test_the_numbers_are_the_runs(made, pipe):
 
 def test_the_command_line(tmp_path):
     out = tmp_path / "out.html"
-    said = CliRunner().invoke(app, ["trace", "a red circle", "--steps", "2", "--html", str(out)])
-    assert said.exit_code == 0, said.output
+    result = CliRunner().invoke(app, ["trace", "a red circle", "--steps", "2", "--html", str(out)])
+    assert result.exit_code == 0, result.output
     assert "a red circle" in out.read_text()
     wrong = CliRunner().invoke(app, ["trace", "a red circle", "--html", str(tmp_path / "no" / "out.html")])
     assert wrong.exit_code == 2
@@ -113,9 +113,9 @@ def test_every_value_can_be_seen(made, pipe):
     values = {site.name: site.thumbnail for stage in found for site in stage.sites}
     with fe.record("single.1.attn.map", "double.0.img_attn.q", "sample.noise", "vec", steps=-1) as rec:
         pipe(PROMPT, steps=3, progress=False)
-    whole = rec["single.1.attn.map"].tensor[0].mean(0)
+    full = rec["single.1.attn.map"].tensor[0].mean(0)
     assert values["single.1.attn.map"].shape == (16, 36)  # of 36 x 36
-    assert torch.allclose(values["single.1.attn.map"][0], whole[:3].mean(0), atol=1e-6)
+    assert torch.allclose(values["single.1.attn.map"][0], full[:3].mean(0), atol=1e-6)
     q = rec["double.0.img_attn.q"].tensor[0]  # [head, image, channel]
     assert torch.allclose(values["double.0.img_attn.q"], q.transpose(0, 1).flatten(1), atol=1e-6)
     assert torch.allclose(values["sample.noise"], rec["sample.noise"].tensor.mean(0), atol=1e-6)

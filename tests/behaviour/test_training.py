@@ -35,8 +35,8 @@ def loss_for(run, stop_at=None):
 
 
 def test_resumed_is_uninterrupted(tmp_path):
-    whole = run_of(tmp_path / "whole")
-    whole.train(loss_for(whole))
+    full = run_of(tmp_path / "whole")
+    full.train(loss_for(full))
 
     first = run_of(tmp_path / "parts")
     with pytest.raises(KeyboardInterrupt):
@@ -46,15 +46,15 @@ def test_resumed_is_uninterrupted(tmp_path):
     assert second.step == 5
     second.train(loss_for(second))
 
-    for key, value in whole.model.state_dict().items():
+    for key, value in full.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[key]), key
-        assert torch.equal(whole.average[key], second.average[key]), key
+        assert torch.equal(full.average[key], second.average[key]), key
 
 
 def test_ctrl_c_stops_between_steps_and_loses_none(tmp_path):
     """The signal comes in the middle of step 5: that step is finished, saved and resumed from."""
-    whole = run_of(tmp_path / "whole")
-    whole.train(loss_for(whole))
+    full = run_of(tmp_path / "whole")
+    full.train(loss_for(full))
 
     def interrupted(step):
         if step == 5:
@@ -68,7 +68,7 @@ def test_ctrl_c_stops_between_steps_and_loses_none(tmp_path):
     second = run_of(tmp_path / "parts")
     assert second.step == 6
     second.train(loss_for(second))
-    for key, value in whole.average.items():
+    for key, value in full.average.items():
         assert torch.equal(value, second.average[key]), key
 
 
@@ -98,22 +98,22 @@ def test_a_step_without_a_gradient_is_an_error_and_not_saved(tmp_path):
 
 
 def test_no_resume_is_for_the_named_stage_only(tmp_path, monkeypatch):
-    asked = {}
+    overwrite = {}
 
     def stand_in(name):
-        return lambda *args: asked.setdefault(name, args[-1])
+        return lambda *args: overwrite.setdefault(name, args[-1])
 
     monkeypatch.setattr(stages.autoencoder, "train", stand_in("autoencoder"))
     monkeypatch.setattr(stages.t5, "train", stand_in("t5"))
     monkeypatch.setattr(
-        stages.clip, "train", lambda *args: asked.setdefault("clip", args[-1]) and SimpleNamespace(text=0)
+        stages.clip, "train", lambda *args: overwrite.setdefault("clip", args[-1]) and SimpleNamespace(text=0)
     )
     monkeypatch.setattr(stages.data, "make_shards", stand_in("latents"))
     monkeypatch.setattr(stages.flow, "train", stand_in("flow"))
     monkeypatch.setattr(stages, "fingerprint", lambda *networks: "")
     monkeypatch.setattr(stages, "sample_report", lambda *args: None)
     stages.run_stages(["flow"], tmp_path, resume=False, ship_to=tmp_path)
-    assert asked == {"autoencoder": True, "t5": True, "clip": True, "latents": True, "flow": False}
+    assert overwrite == {"autoencoder": True, "t5": True, "clip": True, "latents": True, "flow": False}
 
 
 def test_latents_of_another_autoencoder_are_made_again(tmp_path, monkeypatch):
@@ -132,7 +132,7 @@ def test_a_finished_stage_is_taken_as_it_is(tmp_path):
     run = run_of(tmp_path)
     run.train(loss_for(run))
     again = run_of(tmp_path)
-    again.train(lambda step: pytest.fail("a finished run asked for a step"))
+    again.train(lambda step: pytest.fail("a finished run made a step"))
     for key, value in run.average.items():
         assert torch.equal(value, again.average[key])
 
@@ -160,9 +160,9 @@ def test_facts_keep_what_the_caption_says():
     rng = np.random.default_rng(0)
     for _ in range(50):
         _, claim = caption(sample_scene(rng), rng)
-        told = facts(claim)
-        assert all(color in told and form in told for color, form, _ in claim.objects)
-        assert all(name in told for _, name, _ in claim.relations)
+        stated = facts(claim)
+        assert all(color in stated and form in stated for color, form, _ in claim.objects)
+        assert all(name in stated for _, name, _ in claim.relations)
 
 
 def test_patch_labels_name_what_is_drawn():

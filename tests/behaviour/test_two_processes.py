@@ -26,7 +26,7 @@ from training.card import add_entry
 me = sys.argv[1]
 print("ready", flush=True)
 for line in sys.stdin:
-    code, place = json.loads(line)
+    code, target = json.loads(line)
     try:
         exec(code)
         print("done", flush=True)
@@ -48,10 +48,10 @@ def pair():
             process.wait()
 
 
-def begin(pair, code: str, place: Path) -> None:
+def begin(pair, code: str, target: Path) -> None:
     """Both processes run ``code`` at the same time."""
     for process in pair:
-        process.stdin.write(json.dumps([code, str(place)]) + "\n")
+        process.stdin.write(json.dumps([code, str(target)]) + "\n")
         process.stdin.flush()
 
 
@@ -67,10 +67,10 @@ def leave_behind(target: Path, count: int = 200) -> None:
 
 
 def test_one_file_is_written_by_both(pair, tmp_path):
-    """At any time a reader sees the whole text of one writer; both delete what killed writers have left."""
+    """At any time a reader sees the complete text of one writer; both delete what killed writers have left."""
     target, seen = tmp_path / "notes.txt", set()
     leave_behind(target)
-    begin(pair, 'for n in range(150): write_text(place, f"{me} {n};" * 5_000)', target)
+    begin(pair, 'for n in range(150): write_text(target, f"{me} {n};" * 5_000)', target)
     give_up = time.monotonic() + 60
     while not {"0 149", "1 149"} & seen and time.monotonic() < give_up:
         if target.exists():
@@ -85,7 +85,7 @@ def test_one_file_is_written_by_both(pair, tmp_path):
 def test_one_checkpoint_is_written_by_both(pair, tmp_path):
     target = tmp_path / "model.safetensors"
     leave_behind(target)
-    begin(pair, 'for _ in range(30): save_file({"w": torch.full((9_000,), float(me))}, place, overwrite=True)', target)
+    begin(pair, 'for _ in range(30): save_file({"w": torch.full((9_000,), float(me))}, target, overwrite=True)', target)
     end(pair)
     assert len(set(load_file(target)["w"].tolist())) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
@@ -93,7 +93,7 @@ def test_one_checkpoint_is_written_by_both(pair, tmp_path):
 
 def test_both_note_their_figures_in_one_file(pair, tmp_path):
     """Two trainings that end at the same time: both members are in the file."""
-    begin(pair, 'for n in range(40): add_entry(place, f"{me} {n}", {"figures": {}})', tmp_path)
+    begin(pair, 'for n in range(40): add_entry(target, f"{me} {n}", {"figures": {}})', tmp_path)
     end(pair)
     family = json.loads((tmp_path / "family.json").read_text())
     assert set(family) == {f"{me} {n}" for me in "01" for n in range(40)}
@@ -103,7 +103,7 @@ def test_a_gallery_is_filled_by_both(pair, tmp_path):
     """The images of an arena in one folder: each is there once, and complete."""
     code = """
 draw = lambda prompt, seed, height, width: Image.effect_noise((width, height), seed + 1)
-gallery = Gallery([Contestant("a", draw), Contestant("b", draw)], place)
+gallery = Gallery([Contestant("a", draw), Contestant("b", draw)], target)
 for seed in range(100):
     for name in "ab":
         gallery.image(name, "x", seed, 64, 64)
@@ -119,7 +119,7 @@ for seed in range(100):
 def test_two_labs_are_opened_in_one_folder(pair, tmp_path):
     begin(
         pair,
-        "from fluxedu.course.build import copy_notebooks; from pathlib import Path; copy_notebooks(Path(place))",
+        "from fluxedu.course.build import copy_notebooks; from pathlib import Path; copy_notebooks(Path(target))",
         tmp_path,
     )
     end(pair)

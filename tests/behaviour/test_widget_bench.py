@@ -10,7 +10,7 @@ from fluxedu.nano.judge import Detection, Detections
 from fluxedu.widgets.bench import CHANGES, bench, bench_view, describe_objects
 
 PROMPT, OTHER = "a red circle left of a blue square", "a green circle left of a blue square"
-ASKED = {"seed": 4, "steps": 2, "progress": False}
+OPTIONS = {"seed": 4, "steps": 2, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def explorer(pipe):
-    return bench(pipe, PROMPT, OTHER, **ASKED)
+    return bench(pipe, PROMPT, OTHER, **OPTIONS)
 
 
 def after(explorer, block, change):
@@ -40,27 +40,27 @@ def test_removals_and_positions_match_the_instruments(pipe, explorer):
     for block in ("double.1", "single.3"):
         for change, instrument in by_hand.items():
             with instrument(block):
-                wanted = pixels(pipe(PROMPT, **ASKED))
-            assert np.array_equal(after(explorer, block, change), wanted), (block, change)
+                expected = pixels(pipe(PROMPT, **OPTIONS))
+            assert np.array_equal(after(explorer, block, change), expected), (block, change)
 
 
 def test_text_and_image_tokens_together_give_the_other_run_and_alone_do_not(pipe, explorer):
     """All tokens of the other run before a block: the rest of the network has nothing left of the prompt's."""
     with fe.record("single.2.x") as rec:
-        pipe(OTHER, **ASKED)
+        pipe(OTHER, **OPTIONS)
     with fe.patch("single.2.x", rec):
-        both = pipe(PROMPT, **ASKED)
-    theirs = pipe(OTHER, **ASKED)
+        both = pipe(PROMPT, **OPTIONS)
+    theirs = pipe(OTHER, **OPTIONS)
     far = float((both.latents - theirs.latents).norm() / theirs.latents.norm())
     assert far < 0.1  # the pooled vector is still the prompt's own
     for change in CHANGES[3:]:
         assert not np.array_equal(after(explorer, "single.2", change), pixels(both))
-    assert not np.array_equal(after(explorer, "double.0", 3), pixels(pipe(PROMPT, **ASKED)))
+    assert not np.array_equal(after(explorer, "double.0", 3), pixels(pipe(PROMPT, **OPTIONS)))
 
 
 def test_replaced_image_tokens_give_the_other_image(pipe, explorer):
     image = after(explorer, "single.5", "use the other prompt's image tokens").astype(float)
-    own, theirs = (pixels(pipe(p, **ASKED)).astype(float) for p in (PROMPT, OTHER))
+    own, theirs = (pixels(pipe(p, **OPTIONS)).astype(float) for p in (PROMPT, OTHER))
     assert np.abs(image - theirs).mean() < np.abs(image - own).mean()
 
 

@@ -60,6 +60,6 @@ def test_the_explorer_moves():
     assert "attn.add_q_proj.weight, attn.add_k_proj.weight, attn.add_v_proj.weight" in made.view["text"]
     first, second = made.current_view().panels
     assert first.mark == names.index("double_blocks.txt_attn") and second.mark == 0
-    made.set(variant="mine", part=99, tensor=99)  # a place that this variant has not: the last one it has
+    made.set(variant="mine", part=99, tensor=99)  # indices past the end of this variant: the last ones are used
     assert "mine" in made.view["text"]
     assert [made.set(variant=name).view["text"].split(":")[0] for name in VARIANTS] == list(VARIANTS)

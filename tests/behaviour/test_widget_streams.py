@@ -7,7 +7,7 @@ from fluxedu.widgets.contributions import rms_over_tokens
 from fluxedu.widgets.streams import QUANTITIES, streams
 
 PROMPT = "a red circle left of a blue square"
-ASKED = {"seed": 3, "steps": 3, "progress": False}
+OPTIONS = {"seed": 3, "steps": 3, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +17,12 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def explorer(pipe):
-    return streams(pipe, PROMPT, **ASKED)
+    return streams(pipe, PROMPT, **OPTIONS)
 
 
 def test_curves_match_the_sites(pipe, explorer):
     with fe.record("double.1.txt", "double.1.img", "double.1.*_contribution", steps=2, reduce="rms") as rec:
-        pipe(PROMPT, **ASKED)
+        pipe(PROMPT, **OPTIONS)
     explorer.set(block="double.1", step=2)
     depth, over_time, _ = explorer.current_view().panels
     for name, stream in (("text", "txt"), ("image", "img")):
@@ -37,7 +37,7 @@ def test_curves_match_the_sites(pipe, explorer):
 def test_words_are_shaded_by_the_chosen_quantity(pipe, explorer):
     explorer.set(block="double.1", step=1)
     with fe.record("double.1.txt_attn_contribution", steps=1, reduce="rms") as rec:
-        pipe(PROMPT, **ASKED)
+        pipe(PROMPT, **OPTIONS)
     shown = explorer.set(quantity=QUANTITIES[1]).current_view().shades["word"]
     added = rec["double.1.txt_attn_contribution"].tensor[0][: len(shown)]
     assert shown == pytest.approx((added / added.max()).tolist(), abs=1e-4)

@@ -97,8 +97,8 @@ def test_colours_are_matplotlibs():
     import matplotlib
 
     values = torch.linspace(0, 4, 12).view(3, 4)
-    wanted = (matplotlib.colormaps["magma"](values.numpy() / 4)[..., :3] * 255).round()
-    assert np.abs(panels.sequential(values).astype(int) - wanted).max() <= 4  # one place of the table
+    expected = (matplotlib.colormaps["magma"](values.numpy() / 4)[..., :3] * 255).round()
+    assert np.abs(panels.sequential(values).astype(int) - expected).max() <= 4  # one entry of the colour table
     white = panels.diverging(torch.tensor([[-2.0, 0.0, 2.0]]))[0].astype(int)
     assert white[1].min() > 240 and white[0, 2] > white[0, 0] and white[2, 0] > white[2, 2]  # blue, white, red
 
@@ -122,20 +122,20 @@ def test_attention_shows_the_rows_and_columns_of_the_map(pipe, attention):
         pipe(PROMPT, steps=3, progress=False)
     words = pipe.prompt_encoder.t5_tokenizer.length
     for block, step, head in (("single.1", 2, 3), ("double.0", 0, None)):
-        whole = rec[f"{block}.attn.map"].tensor[step]  # [H, T, T]
-        one = whole.mean(0) if head is None else whole[head]
+        reference = rec[f"{block}.attn.map"].tensor[step]  # [H, T, T]
+        one = reference.mean(0) if head is None else reference[head]
         attention.set(
             block=block, step=step, head="mean of all heads" if head is None else head, patch=(2, 5), word="▁blue"
         )
         view = attention.current_view()
         row = one[words + 2 * 8 + 5]
-        said = row[: len(attention.control["word"].labels)]
-        assert np.allclose(view.shades["word"], said / said.max(), atol=1e-5)
+        word_weights = row[: len(attention.control["word"].labels)]
+        assert np.allclose(view.shades["word"], word_weights / word_weights.max(), atol=1e-5)
         column = one[words:, attention.values["word"]]
         peak = divmod(int(column.argmax()), 8)
         assert f"is in row {peak[0]}, column {peak[1]}" in view.text
         assert f"gives {float(row[words:].sum()):.0%} of its attention to the image" in view.text
-        assert f"and {float(row[len(said) : words].sum()):.0%} to the padding" in view.text
+        assert f"and {float(row[len(word_weights) : words].sum()):.0%} to the padding" in view.text
         assert view.panels[0].mark == (2, 5)
 
 
@@ -161,7 +161,7 @@ def test_modulation_matches_the_sites(pipe):
     made = widgets.modulation(pipe, [PROMPT, "a letter K"], times=5)
     before = made.current_view().text
     assert made.set(guidance=10).current_view().text != before
-    assert made.values["guidance"] == 9  # a number is a value, where places have values
+    assert made.values["guidance"] == 9  # a number is a value, not an index, where the control has values
     assert made.set(kind="gate", cell=(3, 4)).current_view().panels[1].mark == 0.0  # the last of the times
 
 
@@ -242,14 +242,14 @@ def test_the_grid_shows_what_the_pipeline_draws(pipe):
 
 def test_heads_are_removed_as_by_ablate(pipe):
     made = widgets.heads(pipe, PROMPT, steps=2)
-    whole = pipe(PROMPT, steps=2, progress=False)
+    reference = pipe(PROMPT, steps=2, progress=False)
     cuts = {"this head": ([3], "head 3 of"), "all other heads of its block": ([0, 1, 2, 4], "all heads of")}
     for removed, (lost, named) in cuts.items():
         view = made.set(removed=removed, cell=(4, 3)).current_view()
         with fe.ablate("single.2.heads", heads=lost):
             other = pipe(PROMPT, steps=2, progress=False)
         assert np.array_equal(view.panels[2].image, np.asarray(other.images[0]))
-        far = float((other.latents - whole.latents).norm() / whole.latents.norm())
+        far = float((other.latents - reference.latents).norm() / reference.latents.norm())
         assert view.text.startswith(f"Without {named} single.2") and f" the latent changes by {far:.0%}" in view.text
 
 
@@ -314,9 +314,9 @@ def test_the_map_under_guidance_and_other_solvers(base, pipe):
 
 
 def test_pictures_keep_their_shape(pipe):
-    asked = {"height": 96, "width": 160, "steps": 2, "progress": False}
-    attention, latent = widgets.attention(pipe, PROMPT, **asked), widgets.latents(pipe, PROMPT, **asked)
-    trajectory = widgets.trajectory(pipe, PROMPT, **asked)
+    options = {"height": 96, "width": 160, "steps": 2, "progress": False}
+    attention, latent = widgets.attention(pipe, PROMPT, **options), widgets.latents(pipe, PROMPT, **options)
+    trajectory = widgets.trajectory(pipe, PROMPT, **options)
     for shown in (panel(attention, 0), panel(latent, 0), panel(latent, 2), panel(trajectory, 2)):
         assert shown.image.shape[0] / shown.image.shape[1] == 96 / 160
     assert panel(attention, 0).cells == (6, 10)
@@ -405,7 +405,7 @@ def test_an_invalid_move_is_reported_and_the_page_goes_on(small):
 
 
 @pytest.mark.parametrize(
-    "moves, said",
+    "moves, message",
     [
         ({"step": 2}, "step must be one of 2 options (first, second), not 2."),
         ({"step": "third"}, "step must be one of 2 options (first, second), not 'third'."),
@@ -417,9 +417,9 @@ def test_an_invalid_move_is_reported_and_the_page_goes_on(small):
         ({"cell": 5}, "cell must be an index into 10 x 10, counted from 0, not 5."),
     ],
 )
-def test_moves_by_hand_are_checked(small, moves, said):
+def test_moves_by_hand_are_checked(small, moves, message):
     before = small.state
-    with pytest.raises(InstrumentError, match=re.escape(said)):
+    with pytest.raises(InstrumentError, match=re.escape(message)):
         small.set(**moves)
     assert small.state == before
 
@@ -451,8 +451,8 @@ def test_a_cell_shows_the_static_figure_and_then_the_widget(small, monkeypatch):
 
 
 def test_panels_are_few_bytes_and_plain(attention):
-    for told in attention.view["panels"]:
-        assert len(told["data"]) == told["width"] * told["height"] * 3 <= 256 * 256 * 3
+    for shown in attention.view["panels"]:
+        assert len(shown["data"]) == shown["width"] * shown["height"] * 3 <= 256 * 256 * 3
     lines = Lines("l", [1.0, 0.0], {"a": [1 / 3, 2.0]}, mark=0.5).message()
     assert lines["series"] == [{"name": "a", "y": [0.3333, 2.0]}]
     points = Points("p", np.array([[1.0, 2.0]]), np.zeros((1, 2)), [0], ["g"], (1.0, 1.0)).message()

@@ -44,19 +44,19 @@ def set_budget(monkeypatch):
     [(24, 4, 6), (23, 4, 5), (8, 4, 2), (7, 4, 1), (3, 3, 1), (2, 2, 1), (1, 1, 1)],
 )
 def test_attention_records_what_fits_in_the_budget(pipe, set_budget, held_bytes, budget, blocks, steps):
-    whole = widgets.attention(pipe, PROMPT, **OPTIONS)
+    full = widgets.attention(pipe, PROMPT, **OPTIONS)
     set_budget(QK_BYTES * budget + 1)
     explorer = widgets.attention(pipe, PROMPT, **OPTIONS)
     assert held_bytes[-1] == QK_BYTES * blocks * steps <= recorder.BUDGET
     names, times = (explorer.control[name].labels for name in ("block", "step"))
     assert len(names) == blocks and len(times) == steps
-    assert ("Recorded are" in explorer.view["text"]) == (budget < 24)
+    assert ("steps were recorded" in explorer.view["text"]) == (budget < 24)
     if budget < 24:
-        assert f"Recorded are {blocks} of 4 blocks and {steps} of 6 steps" in explorer.view["text"]
+        assert f" {blocks} of 4 blocks and {steps} of 6 steps were recorded" in explorer.view["text"]
     for name, time in ((names[0], times[-1]), (names[-1], times[0])):  # the same as in a complete recording
         choice = {"block": name, "step": time, "head": 1, "patch": (1, 0), "word": "▁blue"}
-        view, expected = explorer.set(**choice).current_view(), whole.set(**choice).current_view()
-        assert view.text.partition(" Recorded are")[0] == expected.text
+        view, expected = explorer.set(**choice).current_view(), full.set(**choice).current_view()
+        assert view.text.partition(f" {blocks} of 4 blocks and ")[0] == expected.text
         assert np.array_equal(view.shades["word"], expected.shades["word"])
 
 
@@ -72,9 +72,9 @@ def test_attention_with_two_evaluations_per_step_and_with_two_passes(pipe, plain
 def test_attention_records_the_chosen_blocks_and_steps_or_refuses(pipe, set_budget, held_bytes):
     set_budget(QK_BYTES * 8)
     explorer = widgets.attention(pipe, PROMPT, blocks="single.*", at_steps=[0, 1, 2, 5], **OPTIONS)
-    assert held_bytes[-1] == QK_BYTES * 8 and "Recorded are" not in explorer.view["text"]
+    assert held_bytes[-1] == QK_BYTES * 8 and "steps were recorded" not in explorer.view["text"]
     for chosen in ({"blocks": "*"}, {"blocks": "double.*"}, {"at_steps": slice(0, 3)}):
-        with pytest.raises(BudgetError, match="name fewer sites, steps or heads"):
+        with pytest.raises(BudgetError, match="record fewer sites, steps or heads"):
             widgets.attention(pipe, PROMPT, **chosen, **OPTIONS)
     set_budget(QK_BYTES - 1)  # less than one block and step
     with pytest.raises(BudgetError):
@@ -153,10 +153,10 @@ def test_the_bench_holds_one_step(pipe, set_budget):
 
 
 def test_the_architecture_explorer_shows_fewer_steps(pipe, set_budget, held_bytes):
-    whole = widgets.architecture(pipe, PROMPT, **OPTIONS).control["step"].labels
-    assert len(whole) == 6
+    full = widgets.architecture(pipe, PROMPT, **OPTIONS).control["step"].labels
+    assert len(full) == 6
     sites = [site for site in fe.sites(pipe) if len(site.shape) > 2 and site.shape[-2] != 1]
     outside_steps = [site for site in sites if site.name.startswith(("t5.", "clip.", "ae."))]
     set_budget(4 * 256 * 640 * (2 * len(sites) - len(outside_steps)))
-    assert widgets.architecture(pipe, PROMPT, **OPTIONS).control["step"].labels == [whole[0], whole[-1]]
+    assert widgets.architecture(pipe, PROMPT, **OPTIONS).control["step"].labels == [full[0], full[-1]]
     assert max(held_bytes[-2:]) < recorder.BUDGET

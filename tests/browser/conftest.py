@@ -16,7 +16,7 @@ import nbformat
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-#: nothing outside the machine is asked for, whatever a browser likes to ask for by itself
+#: no requests leave the machine, not even those that a browser makes by itself
 QUIET = [
     "--no-sandbox",
     "--disable-gpu",
@@ -42,8 +42,8 @@ ALONE = [
 def browser():
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
-        wanted = f"no browser was found (looked for {', '.join(NAMES)}; CHROMIUM=/path names another)"
-        pytest.fail(wanted) if os.environ.get("FLUXEDU_BROWSER") == "required" else pytest.skip(wanted)
+        message = f"no browser was found (looked for {', '.join(NAMES)}; CHROMIUM=/path names another)"
+        pytest.fail(message) if os.environ.get("FLUXEDU_BROWSER") == "required" else pytest.skip(message)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -54,17 +54,17 @@ def browser():
 
 @pytest.fixture
 def tab(browser):
-    """A page that must have complained of nothing by the end, and asked the network for nothing but localhost."""
+    """A page that by the end must have reported no errors and requested nothing but localhost."""
     page = browser.new_page(viewport={"width": 1200, "height": 900})
-    complaints, asked = [], []
+    complaints, requested = [], []
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: requested.append(request.url))
     yield page
     page.close()
     assert complaints == []
     here = ("file:", "data:", "blob:", "http://localhost:", "ws://localhost:")
-    assert [url for url in asked if not url.startswith(here)] == []
+    assert [url for url in requested if not url.startswith(here)] == []
 
 
 @pytest.fixture(scope="session")
@@ -74,19 +74,19 @@ def lab(browser, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    places = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
-    places["JUPYTERLAB_SETTINGS_DIR"] = str(folder / "settings")
-    places["JUPYTERLAB_WORKSPACES_DIR"] = str(folder / "workspaces")
+    folders = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    folders["JUPYTERLAB_SETTINGS_DIR"] = str(folder / "settings")
+    folders["JUPYTERLAB_WORKSPACES_DIR"] = str(folder / "workspaces")
     quiet = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    whole = folder / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
-    whole.parent.mkdir(parents=True)
-    whole.write_text('{"windowingMode": "none"}')  # older versions take cells that are out of sight out of the page
+    settings = folder / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"windowingMode": "none"}')  # older versions take cells that are out of sight out of the page
     command = [sys.executable, "-m", "jupyterlab", *ALONE, "--ip=localhost", f"--port={port}",
                f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=t"]  # fmt: skip
     with open(folder / "log", "w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | places)
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | folders)
         try:
             wait_for(f"http://localhost:{port}/api/status?token=t", server, folder / "log")
             yield folder, f"http://localhost:{port}"

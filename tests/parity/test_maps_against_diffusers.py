@@ -37,7 +37,7 @@ def test_maps_of_every_block(flux):
     with torch.no_grad(), diffusers_word_maps(kept, 24):
         (theirs,) = diffusers_model(flux)(**diffusers_inputs(x))
     how = {"tokens": list(range(WORDS)), "reduce": "head-mean", "dtype": torch.float16}
-    with fe.record("*.attn.map", **how) as rec, fe.record("*.attn.map") as whole:
+    with fe.record("*.attn.map", **how) as rec, fe.record("*.attn.map") as full:
         ours = flux(**x)
     reference, x64 = float64_flux(SMALL, flux.state_dict()), cast(x, torch.float64)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_maps_of_every_block(flux):
         assert (
             float((rec[site].tensor[0].float() - map_[0].float()).abs().max()) <= 2**-11
         )  # half precision's last place
-        assert float((whole[site].tensor[0].mean(0)[24:, :WORDS] - map_[0].float()).abs().max()) <= 2**-11
+        assert float((full[site].tensor[0].mean(0)[24:, :WORDS] - map_[0].float()).abs().max()) <= 2**-11
 
 
 def test_sites_change_nothing(flux, monkeypatch):

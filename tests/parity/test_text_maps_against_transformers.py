@@ -99,12 +99,12 @@ def test_the_autoencoders_one_attention():
 
 @pytest.mark.parametrize("reduce", ["entropy", "head-mean", "top-2"])
 def test_reductions_of_a_map_with_a_bias(reduce):
-    """T5's maps have a bias, for which no fused kernel returns a log-sum-exp; reductions are those of the whole."""
+    """T5's maps have a bias, for which no fused kernel returns a log-sum-exp; reductions are those of the full map."""
     pipe = fe.load(dtype="float64")
     at = "t5.encoder.block.2.layer.0.SelfAttention.map"
-    with fe.record(at) as whole, fe.record(at, reduce=reduce) as rec, fe.record(at, tokens=["red"]) as word:
+    with fe.record(at) as full, fe.record(at, reduce=reduce) as rec, fe.record(at, tokens=["red"]) as word:
         pipe("a red circle", steps=1, progress=False)
-    p = whole[at].tensor
+    p = full[at].tensor
     want = {"entropy": torch.special.entr(p).sum(-1), "head-mean": p.mean(0)}.get(reduce, p.topk(2, dim=-1).values)
     got = rec[at].tensor[..., 0] if reduce == "top-2" else rec[at].tensor
     assert_close(got, want)

@@ -1,6 +1,6 @@
 """What the fuzz tests share: cases by number, values nobody expects, and a judge of what comes out.
 
-FLUXEDU_FUZZ=10000 makes that many cases in all (a few hundred if not said). A case is known by the name of its test and
+FLUXEDU_FUZZ=10000 makes that many cases in all (by default a few hundred). A case is known by the name of its test and
 its number, and always the same; a failure names it. FLUXEDU_FIGURES=fuzz.json keeps how many there were, and how
 they ended (of one process: not with -n 2).
 """
@@ -53,7 +53,7 @@ def _audit(event: str, arguments: tuple) -> None:
     writes = event == "open" and arguments[2] is not None and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     if writes or event in ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "shutil.rmtree"):
         if event.startswith("os.") and arguments[-1] not in (-1, None) and event in ("os.remove", "os.rmdir"):
-            return  # inside of a folder that rmtree was told of
+            return  # inside a folder that rmtree deletes
         paths = arguments[:2] if event in ("os.rename", "os.link") else arguments[:1]
         for path in (p for p in paths if isinstance(p, (str, bytes, os.PathLike))):
             where = Path(os.path.realpath(os.fsdecode(path)))
@@ -85,7 +85,7 @@ def guarded(folder: Path):
 
 
 def is_a_sentence(error: BaseException) -> bool:
-    """One of the library's own errors, said in one line; or the system's, about a file."""
+    """Is it one of the library's own errors, in one line, or the system's error about a file?"""
     if isinstance(error, OSError):
         return True
     own = isinstance(error, ValueError) and type(error).__module__.startswith("fluxedu.")
@@ -105,8 +105,8 @@ def fuzz(name: str, share: float, case, folder: Path) -> None:
                 raise
             hangs += isinstance(error, Hung)
             if not is_a_sentence(error):
-                said = "".join(traceback.format_exception(error)[-4:])
-                faults.append(f"case {number}: {said[-1500:]}")
+                text = "".join(traceback.format_exception(error)[-4:])
+                faults.append(f"case {number}: {text[-1500:]}")
     _keep(name, cases, len(faults) - hangs, hangs)
     assert not faults, f"{len(faults)} cases of {name} end badly:\n\n" + "\n".join(faults[:4])
 
@@ -149,19 +149,19 @@ def bytes_changed(chance: random.Random, data: bytes) -> bytes:
     return bytes(data)
 
 
-def places(value, path=()):
-    """Every place in a nest of lists and mappings."""
+def paths_in(value, path=()):
+    """The path of keys and indices to every value in nested lists and mappings."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
-        yield from places(inner, (*path, key))
+        yield from paths_in(inner, (*path, key))
 
 
 def plain_changed(chance: random.Random, value, pool=PLAIN):
     """A copy in which a few things, or their names, are others'."""
     value = json.loads(json.dumps(value))
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
-        path = chance.choice(list(places(value)))
+        path = chance.choice(list(paths_in(value)))
         if not path:
             if chance.random() < 0.05:
                 return copy.deepcopy(chance.choice(pool))

@@ -1,4 +1,4 @@
-"""Any part of an attention map is what the softmax of the whole one says, in float64, by the formula."""
+"""Any part of an attention map equals that part of the full softmax, computed by the formula in float64."""
 
 import math
 
@@ -39,17 +39,17 @@ def off(a, b):
 def test_every_part_is_part_of_the_whole(seed, dtype, sizes, tokens, dim):
     batch, heads = sizes
     q, k, v = qkv(seed, dtype, batch, heads, tokens, dim)
-    whole, within = softmax(q, k), EXACT[dtype]
+    full, within = softmax(q, k), EXACT[dtype]
     lazy = AttentionMap(q, k, v)
     few = [0, tokens - 1, tokens // 2]
-    assert lazy.shape == whole.shape
-    assert off(lazy.weights(), whole) <= within
-    assert off(lazy.rows(few), whole[:, :, few]) <= within
-    assert off(lazy.columns(few), whole[..., few]) <= within
-    assert off(lazy.columns(few, few), whole[:, :, few][..., few]) <= within
-    assert off(lazy.columns(0), whole[..., :1]) <= within
-    assert off(lazy.head_mean(), whole.mean(1)) <= within
-    assert off(lazy.entropy(), torch.special.entr(whole).sum(-1)) <= 10 * within  # nats, up to log N
+    assert lazy.shape == full.shape
+    assert off(lazy.weights(), full) <= within
+    assert off(lazy.rows(few), full[:, :, few]) <= within
+    assert off(lazy.columns(few), full[..., few]) <= within
+    assert off(lazy.columns(few, few), full[:, :, few][..., few]) <= within
+    assert off(lazy.columns(0), full[..., :1]) <= within
+    assert off(lazy.head_mean(), full.mean(1)) <= within
+    assert off(lazy.entropy(), torch.special.entr(full).sum(-1)) <= 10 * within  # nats, up to log N
 
 
 def test_columns_without_a_kernel_that_returns_its_log_sum_exp(monkeypatch):

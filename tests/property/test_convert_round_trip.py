@@ -50,10 +50,10 @@ def autoencoder_configs(draw):
     )
 
 
-def filled(wanted, dtype):
+def filled(expected, dtype):
     """Every tensor with values of its own, NaNs and minus zero among them (a copy keeps those too)."""
     state, start = {}, 0
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         values = torch.arange(start, start + torch.Size(shape).numel(), dtype=torch.float64)
         values[::7], values[3::11] = torch.nan, -0.0
         state[name] = values.reshape(shape).to(dtype)

@@ -45,19 +45,19 @@ def some(chance, good: dict, odd=ODD, rate=0.4) -> dict:
     return {name: chance.choice(odd if chance.random() < rate else good[name]) for name in names}
 
 
-def small(asked: dict) -> bool:
-    """Is it soon drawn, if it is drawn at all? 1000 steps are a sensible thing to ask for, but not here."""
-    sizes = [asked.get(name, 1) for name in ("steps", "height", "width")]
+def small(request: dict) -> bool:
+    """Is it drawn quickly, if at all? 1000 steps are a valid request, but too slow here."""
+    sizes = [request.get(name, 1) for name in ("steps", "height", "width")]
     return all(not isinstance(s, int) or s <= 64 or s > 5000 for s in sizes)
 
 
 def test_pipelines(pipe, plain_pipe, tmp_path):
     def case(chance):
         prompt = chance.choice(["a red circle", "", ["x", "y"], "é" * 20, "red " * 50, chance.choice(ODD)])
-        asked = some(chance, GOOD, rate=0.25)
-        if small(asked):
+        request = some(chance, GOOD, rate=0.25)
+        if small(request):
             one = chance.choice((pipe, plain_pipe))
-            one(prompt, **{"steps": 1, "height": 16, "width": 16, "progress": False, **asked})
+            one(prompt, **{"steps": 1, "height": 16, "width": 16, "progress": False, **request})
 
     fuzz("pipelines", 0.08, case, tmp_path)
 
@@ -184,13 +184,13 @@ def test_lenses(pipe, tmp_path):
     def case(chance):
         name = chance.choice(lenses.__all__)
         takes = inspect.signature(getattr(lenses, name)).parameters
-        asked = some(chance, {key: good[key] for key in takes if key in good}, THINGS, 0.2)
+        request = some(chance, {key: good[key] for key in takes if key in good}, THINGS, 0.2)
         for key, argument in takes.items():  # what is needed is there
             if key in good and argument.default is argument.empty:
-                asked.setdefault(key, good[key][0])
+                request.setdefault(key, good[key][0])
         start = {"pipe": pipe, "prompt": chance.choice(["a red circle"] * 9 + ODD)}
         small = {"steps": 2, "height": 16, "width": 16, "progress": False} if "options" in takes else {}
-        getattr(lenses, name)(**{key: value for key, value in start.items() if key in takes}, **asked, **small)
+        getattr(lenses, name)(**{key: value for key, value in start.items() if key in takes}, **request, **small)
 
     fuzz("lenses", 0.06, case, tmp_path)
 

@@ -57,7 +57,7 @@ COMMANDS = {
     "convert": (["in.safetensors", "."], ["--to", "--shard-gb", "--overwrite"]),
     "bench": ([], ["--json", "--quick"]),
     "lab": ([], ["--port", "--folder"]),
-    "grade": (["in.ipynb", "."], ["--csv", "--table", "--timeout", "--whole", "--memory"]),
+    "grade": (["in.ipynb", "."], ["--csv", "--table", "--timeout", "--notebook-timeout", "--memory"]),
     "sweep": (["sweep.yaml", "in.safetensors", "."], ["--out", "--workers", "--scheduler"]),
     "arena run": (["nano", "nano@4"], ["--votes", "--count", "--axis", "--prompts", "--pictures", "--seed"]),
     "arena serve": (["nano", "nano@4"], ["--votes", "--port", "--axis", "--prompts", "--pictures", "--seed"]),
@@ -102,11 +102,11 @@ def quick(pipe, tmp_path, monkeypatch):
     real, kept = fe.load, {}
 
     def small(model="nano", **options):
-        said = {name: value for name, value in options.items() if value not in (None, "auto", False, 1.0)}
-        if model in ("nano", "") and not said:
+        changed_options = {name: value for name, value in options.items() if value not in (None, "auto", False, 1.0)}
+        if model in ("nano", "") and not changed_options:
             return pipe
-        if (key := (model, repr(said))) not in kept:
-            kept[key] = real(model, **said)
+        if (key := (model, repr(changed_options))) not in kept:
+            kept[key] = real(model, **changed_options)
             kept[key].defaults, kept[key].size = replace(kept[key].defaults, steps=1), 32
         return kept[key]
 
@@ -208,7 +208,7 @@ SWEEP = {
 
 
 def test_sweeps(pipe, tmp_path):
-    """What is read is drawn, or said to be undrawable; and it can be read again from what it writes down."""
+    """A sweep that can be read is either run or refused, and can be read again from its own values."""
     path = tmp_path / "sweep.yaml"
 
     def case(chance):

@@ -250,11 +250,11 @@ def test_a_row_of_the_map_is_the_row():
 
     def check(module, name, value):
         if name == "attn.map":
-            whole = value.weights()
-            assert whole.shape == value.shape == (2, 2, 21, 21)
-            assert relative(value.rows([2, 7]), whole[:, :, [2, 7]]) <= ROUNDING
-            assert relative(value.rows(3), whole[:, :, 3:4]) <= ROUNDING
-            assert relative(whole.sum(-1), torch.ones(2, 2, 21)) <= ROUNDING
+            full = value.weights()
+            assert full.shape == value.shape == (2, 2, 21, 21)
+            assert relative(value.rows([2, 7]), full[:, :, [2, 7]]) <= ROUNDING
+            assert relative(value.rows(3), full[:, :, 3:4]) <= ROUNDING
+            assert relative(full.sum(-1), torch.ones(2, 2, 21)) <= ROUNDING
         return value
 
     with watching(check):
@@ -298,7 +298,7 @@ def test_without_qkv_bias_only_the_double_blocks_lose_one():
 # --- what is refused ------------------------------------------------------------------------------
 
 
-def test_guidance_is_asked_for():
+def test_guidance_is_required():
     x = arguments()
     del x["guidance"]
     with pytest.raises(ValueError, match="guidance"):
