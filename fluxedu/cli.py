@@ -354,7 +354,7 @@ def grade(
         typer.Option("--table", help="Also write a CSV file with one row per student, one column per exercise."),
     ] = None,
     timeout: Annotated[int, typer.Option(min=1, help="Time limit of a cell, in seconds.")] = 120,
-    whole: Annotated[int, typer.Option(min=1, help="Time limit of a notebook, in seconds.")] = 900,
+    notebook_timeout: Annotated[int, typer.Option(min=1, help="Time limit of a notebook, in seconds.")] = 900,
     memory: Annotated[int, typer.Option(min=1, help="Memory limit of a notebook, in GB.")] = 16,
 ) -> None:
     """Run students' notebooks, each in its own process, and mark the exercises. This is no sandbox."""
@@ -368,7 +368,7 @@ def grade(
     marks = []
     for path in notebooks:
         try:
-            of_notebook = grade_notebook(path, timeout, whole, memory)
+            of_notebook = grade_notebook(path, timeout, notebook_timeout, memory)
         except CourseError as error:
             fail(error)  # printed; the other notebooks are still graded
             continue

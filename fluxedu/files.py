@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and locks between processes.
+"""Files that are written atomically, and locks between processes.
 
 A result is written under a temporary name and renamed at the end. Whatever stops the writing (an error, Ctrl-C, a full
 disk, SIGKILL, a power cut), the target is what it was before.
@@ -61,7 +61,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a small text file, replacing an existing one; it changes whole or not at all.
+    """Write a small text file, replacing an existing one; it is written atomically.
 
     A path that is not an ordinary file (``/dev/stdout``, a pipe, a link) is written to directly and stays what it is.
     """

@@ -1,4 +1,4 @@
-"""What all commands share: errors are printed as one sentence with exit status 2, and JSON files are written whole."""
+"""What all commands share: errors are printed as one sentence with exit status 2; JSON files are written atomically."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise pickle_error(path)
         if size < 9:
             raise CheckpointError(f"{path.name} is cut short: it has only {size} bytes.")
-        raise CheckpointError(f"{path.name} is no safetensors file (it begins with {start[:8]!r}).")
+        raise CheckpointError(f"{path.name} is not a safetensors file (it begins with {start[:8]!r}).")
     if size < 8 + length:
         raise CheckpointError(f"{path.name} is cut short: it has {size:,} bytes, its header alone {8 + length:,}.")
     try:
@@ -111,7 +111,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise CheckpointError(f"{path.name} has a damaged header ({' '.join(reason.split())[:150]}).") from None
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise CheckpointError(f"{path.name} has a damaged header and is no safetensors file.") from None
+        raise CheckpointError(f"{path.name} has a damaged header and is not a safetensors file.") from None
     entries = {}
     for name, values in header.items():
         dtype = values["dtype"]
@@ -149,8 +149,8 @@ class TensorFile(Mapping):
     def _window(self, path: Path, start: int) -> mmap.mmap:
         """The mapped part of a file with all tensors that begin within ``_WINDOW`` bytes of ``start``.
 
-        Writing changes the memory and never the file. safetensors maps a whole file in this way, which systems refuse
-        if it is larger than the machine's memory; in parts they allow it.
+        Writing to this memory never changes the file. safetensors maps a whole file at once, which operating systems
+        refuse when the file is larger than the machine's memory; they do allow mapping it in parts.
         """
         if (path, start) not in self._windows:
             inside = [e for e in self.entries.values() if e.path == path and start <= e.offset < start + _WINDOW]
@@ -178,15 +178,15 @@ class TensorFile(Mapping):
             while len(memory):  # a system reads at most 2 GiB at once
                 count = file.readinto(memory)
                 if not count:
-                    raise CheckpointError(f"{entry.path.name} has become shorter while it was read.")
+                    raise CheckpointError(f"{entry.path.name} was truncated while being read.")
                 memory = memory[count:]
 
 
 def read(path: str | Path) -> TensorFile:
     """Open ``path`` without loading it: a ``.safetensors`` file, or a folder with one file or an index of shards.
 
-    Prefixes such as ``model.diffusion_model.`` are removed from the names. Raises CheckpointError if there is nothing,
-    or if what is there is cut short, damaged, a pickle, or ambiguous.
+    Prefixes such as ``model.diffusion_model.`` are removed from the names. Raises CheckpointError if ``path``
+    does not exist or holds no tensors, and if a file is cut short, damaged, a pickle, or ambiguous.
     """
     path = Path(path)
     if not path.exists():
@@ -223,8 +223,8 @@ def _files_of_folder(folder: Path) -> dict[Path, set[str] | None]:
     if pickles:
         raise pickle_error(pickles[0])
     parts = sorted(d.name for d in folder.iterdir() if d.is_dir() and any(d.glob("*.safetensors")))
-    hint = f"; its subfolders {', '.join(parts)} do" if parts else ""
-    raise CheckpointError(f"{folder} holds no .safetensors file{hint}.")
+    hint = f", but its subfolders {', '.join(parts)} do; pass one of them" if parts else ""
+    raise CheckpointError(f"{folder} contains no .safetensors file{hint}.")
 
 
 def _read_index(index: Path) -> dict[Path, set[str]]:
@@ -274,7 +274,7 @@ def load_into(
     dtype: torch.dtype | None = None,
     device: torch.device | str | Callable[[str], torch.device | str] | None = None,
 ) -> nn.Module:
-    """Give ``module`` these weights, strictly, and return it.
+    """Load ``tensors`` into ``module`` (strict), and return it.
 
     The tensors become the weights, without a second copy: ``module`` may have been built on the meta device, and the
     weights of a file stay in the file until they are used. ``dtype=None`` keeps the file's dtype; ``device`` may also
@@ -296,7 +296,7 @@ def load_into(
 
 
 def open_model(path: str | Path, config: Config | None = None) -> tuple[nn.Module, Mapping[str, Tensor]]:
-    """The network stored at ``path`` on the meta device, and the tensors that :func:`load_into` gives it."""
+    """The network stored at ``path``, on the meta device, and the tensors to load with :func:`load_into`."""
     tensors = read(path)
     config = config or config_of(tensors)
     with meta_init():
@@ -345,7 +345,7 @@ def stream(
 
 
 def row_chunks(tensors: Mapping[str, Tensor], name: str, buffers: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The rows of a tensor in order, a buffer's worth at a time; those of a file are read into the next buffer."""
+    """Yield a tensor's rows in order, as many as fit in a buffer; those of a file are read into the next buffer."""
     pieces, source = _pieces(tensors, name)
     for piece in pieces:
         tensor = source.entries[piece.name] if isinstance(source, TensorFile) else torch.atleast_1d(source[piece.name])
@@ -367,7 +367,7 @@ def row_chunks(tensors: Mapping[str, Tensor], name: str, buffers: Iterator[Tenso
 
 
 def free_buffers(nbytes: int, device: torch.device) -> Iterator[Tensor]:
-    """Two buffers in turn, again and again, each when its last copy to ``device`` has finished."""
+    """Alternate between two buffers; one is yielded once its previous copy to ``device`` has finished."""
     is_cuda = device.type == "cuda"
     buffers = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(2)]
     copied: list[torch.cuda.Event | None] = [None, None]

@@ -83,7 +83,7 @@ def save_file(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Write one ``.safetensors`` file, names as they are; it appears whole or not at all.
+    """Write one ``.safetensors`` file, names as they are; it is written atomically.
 
     ``config`` is stored in the file's metadata, so that :func:`load_model` needs no other source for it. ``dtype``
     rounds floating-point tensors to another dtype; ``progress(bytes_done, bytes_total)`` is called along the way.
@@ -111,7 +111,7 @@ def save_folder(
 ) -> Path:
     """Write a folder as diffusers or transformers do: ``config.json``, and one file or shards with an index.
 
-    The folder appears whole or not at all. ``tensors`` may be in either layout; ``to="bfl"`` keeps the official names
+    The folder is written atomically. ``tensors`` may be in either layout; ``to="bfl"`` keeps the official names
     inside the folder.
     """
     from huggingface_hub import split_state_dict_into_shards_factory  # slow to import

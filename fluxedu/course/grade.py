@@ -64,8 +64,8 @@ def exercises_in(notebook: nbformat.NotebookNode) -> list[Exercise]:
 
 
 @contextmanager
-def time_limits(client, cell: float, whole: float):
-    """Kill the kernel if a cell ignores its interrupt, or if the notebook takes longer than ``whole`` seconds.
+def time_limits(client, cell: float, notebook: float):
+    """Kill the kernel if a cell ignores its interrupt, or if the notebook takes longer than ``notebook`` seconds.
 
     nbclient interrupts a cell after ``cell`` seconds, but would wait forever for one that ignores this.
     """
@@ -82,7 +82,7 @@ def time_limits(client, cell: float, whole: float):
 
     def watch() -> None:
         while not finished.wait(0.2):
-            if time.monotonic() > min(started + whole, cell_deadline) and client.km is not None:
+            if time.monotonic() > min(started + notebook, cell_deadline) and client.km is not None:
                 client.km.provisioner.process.kill()
                 return
 
@@ -96,12 +96,12 @@ def time_limits(client, cell: float, whole: float):
         watcher.join()
 
 
-def grade_notebook(path: Path, timeout: int = 120, whole: int = 900, memory: int = 16) -> list[Mark]:
+def grade_notebook(path: Path, timeout: int = 120, notebook_timeout: int = 900, memory: int = 16) -> list[Mark]:
     """Run one notebook and check its exercises: those of the course's notebook of that name, else its answer cells'.
 
     A cell that raises, or is interrupted after ``timeout`` seconds, does not stop the rest; a cell that ignores the
-    interrupt does, and so does the end of ``whole`` seconds. ``memory`` is the limit of the address space in GB, where
-    the system supports one. Raises CourseError if the file is no notebook or has no exercise.
+    interrupt does, and so does the end of ``notebook_timeout`` seconds. ``memory`` is the limit of the address space in
+    GB, where the system supports one. Raises CourseError if the file is no notebook or has no exercise.
     """
     from nbclient import NotebookClient
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -128,7 +128,7 @@ def grade_notebook(path: Path, timeout: int = 120, whole: int = 900, memory: int
         )
         reason = "it was not reached, because the notebook did not run to its end."
         try:
-            with time_limits(client, timeout, whole):
+            with time_limits(client, timeout, notebook_timeout):
                 client.execute(env=os.environ | {"MPLBACKEND": "agg"})
         except (CellTimeoutError, DeadKernelError) as error:
             reason = f"it was not reached, because of a {type(error).__name__}."

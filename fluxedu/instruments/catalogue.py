@@ -147,11 +147,11 @@ def _descriptions(kind: type) -> dict[str, Description]:
     return found
 
 
-def _described(line: str, place: object, number: int) -> dict[str, Description]:
+def _described(line: str, owner: object, number: int) -> dict[str, Description]:
     match = _LINE.search(line)
     if match is None:
         return {}
-    file = Path(inspect.getsourcefile(place))
+    file = Path(inspect.getsourcefile(owner))
     shape = tuple(letter.strip() for letter in match["shape"].split(","))
     return {match["name"]: Description(shape, match["meaning"].strip(), f"{file.parent.name}/{file.name}:{number}")}
 

@@ -1,4 +1,4 @@
-"""Interventions: continue with another value than the one that was computed.
+"""Interventions: replace a computed value by another and continue the run with it.
 
     with fe.intervene("single.3.gate", lambda x, ctx: 0 * x, times=(0.5, 1.0)):
         pipe("a red circle")
@@ -82,7 +82,7 @@ class Context:
 
 
 class intervene(Instrument):  # noqa: N801 - used like a function
-    """``change(value, ctx) -> value`` at every site that matches ``globs``.
+    """Replace the value at every site that matches ``globs`` by ``change(value, ctx)``.
 
     steps: which steps (a number, a list, a slice) · times: (from, to) in [0, 1], 1 is noise. The result must have the
     value's shape and dtype; ``change`` may write to the value, which is a copy. At ``attn.map`` it receives the lazy
@@ -106,14 +106,14 @@ class intervene(Instrument):  # noqa: N801 - used like a function
         self.change, self.steps, self.times = change, checked_steps(steps), _checked_times(times)
         self.changed_sites: set[str] = set()
         self.outside_steps: set[str] = set()  # sites that passed outside of steps, though steps= or times= select some
-        self.skipped_steps = 0  # number of steps of a run of which at least one was not selected
+        self.steps_in_run = 0  # number of steps of a run in which at least one step was not selected
 
     def see(self, owner: Sited, name: str, full_name: str, value: Any) -> Any:
         context = current_context()
         if not self._is_selected(context, full_name):
             return value
-        own = value.clone() if isinstance(value, Tensor) else value  # the change may write to it
-        result = self.change(own, Context(full_name, axes_of(owner, name), context))
+        value_copy = value.clone() if isinstance(value, Tensor) else value  # the change may write to it
+        result = self.change(value_copy, Context(full_name, axes_of(owner, name), context))
         self.changed_sites.add(full_name)
         return _checked_result(result, value, full_name)
 
@@ -126,7 +126,7 @@ class intervene(Instrument):  # noqa: N801 - used like a function
         low, high = self.times or (-1.0, 2.0)
         if is_selected(self.steps, context.step, context.steps) and low <= context.time <= high:
             return True
-        self.skipped_steps = context.steps
+        self.steps_in_run = context.steps
         return False
 
     def __exit__(self, kind, *rest) -> None:
@@ -135,17 +135,17 @@ class intervene(Instrument):  # noqa: N801 - used like a function
             return
         if self.missing_words and not self.changed_sites:
             raise next(iter(self.missing_words.values()))
-        never = sorted(self.outside_steps - self.changed_sites)
-        if never:
-            message = f"{never[0]} passes outside of the steps of a run, so with steps= or times= it is never changed"
+        never_changed = sorted(self.outside_steps - self.changed_sites)
+        if never_changed:
+            message = f"{never_changed[0]} is computed outside the steps of a run, so steps= and times= never select it"
             if not self.changed_sites:
-                raise InstrumentError(f"{message}; leave them out.")
+                raise InstrumentError(f"{message}; remove them.")
             warnings.warn(f"{message}.", stacklevel=2)
-        if self.skipped_steps and not self.changed_sites:
+        if self.steps_in_run and not self.changed_sites:
             selected = [] if self.steps is None else [f"steps={describe(self.steps)}"]
             selected += [] if self.times is None else ["times=({:g}, {:g})".format(*self.times)]
             warnings.warn(
-                f"nothing was changed at {' and '.join(self.globs)}: the run has {self.skipped_steps} steps, and none "
+                f"nothing was changed at {' and '.join(self.globs)}: the run has {self.steps_in_run} steps, and none "
                 f"of them is in {' and '.join(selected)}.",
                 stacklevel=2,
             )
@@ -224,14 +224,14 @@ def patch(
 ) -> intervene:
     """Activation patching: continue with values from another run (arXiv 2202.05262).
 
-    source: a recording of the same sites in one run, not reduced, from which the value of the same step is taken (at a
-    text encoder, of the same prompt: the first encoded, the second, ...); or one value, a tensor or :class:`Named`, for
-    all steps. Raises InstrumentError when the recording lacks the site, step, time or shape, or holds several runs.
+    source: an unreduced recording of one run, or a single value (a tensor or :class:`Named`) for all steps. From a
+    recording, each step uses the value recorded at the same step; at a text encoder, the n-th prompt uses the n-th
+    recorded value. Raises InstrumentError when the recording lacks the site, step, time or shape, or has several runs.
     """
     if not isinstance(source, (record, Recording, Named, Tensor)):
         raise InstrumentError(f"source must be a recording, a Named or a tensor, not {type(source).__name__}.")
     if isinstance(source, record) and (source.selection.tokens or source.selection.heads or source.new_reductions()):
-        raise InstrumentError("a patch needs whole values: record them without tokens=, heads= and reduce=.")
+        raise InstrumentError("fe.patch needs complete values: record them without tokens=, heads= and reduce=.")
     prompts_encoded: Counter = Counter()  # (run, site) -> number of prompts
 
     def change(value: Any, ctx: Context) -> Tensor:
@@ -263,7 +263,7 @@ def _recorded_value(source: record | Recording, ctx: Context, prompts_encoded: C
         if number >= len(entries):
             raise InstrumentError(
                 f"the recording of {ctx.site!r} has {len(entries)} encoded prompts, and this run encodes more; "
-                f"pass one value to use it every time."
+                f"pass a single value to use it every time."
             )
         return entries[number][1]
     stage = max(context.stage, 0)
@@ -274,7 +274,7 @@ def _recorded_value(source: record | Recording, ctx: Context, prompts_encoded: C
     key, value = same_step[min(context.picture, len(same_step) - 1)]
     if key.time is not None and abs(key.time - ctx.time) > 1e-4:
         raise InstrumentError(
-            f"step {key.step} of the recording of {ctx.site!r} is at t = {key.time:.3f}, and of this run at "
-            f"t = {ctx.time:.3f}; record a run of the same steps, or pass one value."
+            f"step {key.step} is at t = {key.time:.3f} in the recording of {ctx.site!r} but at t = {ctx.time:.3f} in "
+            f"this run; record a run with the same steps, or pass a single value."
         )
     return value

@@ -1,4 +1,6 @@
-"""Recording: keep the values that pass through sites, reduced where they are, exact, within a memory budget.
+"""Recording: store the values that pass through sites, within a memory budget.
+
+Values are reduced on their device, without approximation.
 
 with fe.record("double.*.attn.map", tokens=["red"], reduce="head-mean") as rec:
     pipe("a red circle")
@@ -24,7 +26,7 @@ from fluxedu.instruments.selection import PASSES, Selection, Steps, is_selected
 from fluxedu.instruments.tokens import Word
 from fluxedu.instruments.watching import Instrument
 from fluxedu.probe import Sited
-from fluxedu.sampling.solvers import solver_called
+from fluxedu.sampling.solvers import get_solver
 from fluxedu.sampling.step_context import StepContext, current_context
 
 BUDGET = 2 * 2**30  # bytes
@@ -51,21 +53,21 @@ class Budget:
         self.raised = True
         folder = "" if self.to_folder else "write to a folder (to=...), "
         return BudgetError(
-            f"recording {len({site for site, _ in self.expected})} sites or more needs at least {self.total:,} bytes, "
-            f"the budget is {self.limit:,}: name fewer sites, steps or heads, "
+            f"recording at least {len({site for site, _ in self.expected})} sites needs at least {self.total:,} bytes, "
+            f"but the budget is {self.limit:,}; record fewer sites, steps or heads, "
             f"reduce (reduce='head-mean', tokens=[...]), {folder}or allow more (budget={self.total})."
         )
 
 
 class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record(...) as rec``
-    """Keep the values of the sites that match ``globs``, inside a ``with`` block.
+    """Record the values of the sites that match ``globs``, inside a ``with`` block.
 
     steps: which steps, a number, a list or a slice; all by default · tokens: words of the prompt or indices of text
     tokens; at an attention map they select the keys, and the queries are then the image tokens · heads: which heads ·
     reduce: a name, a function ``Named -> Named`` or a list of them, see :mod:`fluxedu.instruments.reductions` · to:
     ``"memory"``, or a new folder to which every completed step is written · budget: the most bytes to hold, 2 GiB by
-    default · passes: ``"prompted"`` or ``"negative"``, one of the two passes of classifier-free guidance · dtype: what
-    to store the values in, their own by default.
+    default · passes: ``"prompted"`` or ``"negative"``, one of the two passes of classifier-free guidance · dtype: the
+    dtype to store the values in, by default their own.
 
     Without a pipeline (a network called directly) every call counts as a step. Values are copies on the CPU.
     Raises InstrumentError for sites, words, heads or tokens that do not exist, BudgetError before the budget is
@@ -102,7 +104,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         self.reductions: dict[str, tuple[tuple, list[Reduction]]] = {}  # site -> (run, picture), its reductions
         self.calls: dict[str, int] = {}  # site -> calls so far, of a network without a pipeline
         self.recorded_sites: set[str] = set()
-        self.skipped_steps = 0  # number of steps of a run of which at least one was not selected
+        self.steps_in_run = 0  # number of steps of a run in which at least one step was not selected
         self.txt_len = 0  # number of text tokens in the most recent run
 
     # ---------------------------------------------------------------- a value passes
@@ -111,15 +113,17 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         context = current_context()
         in_step = context is not None and context.step is not None
         if in_step and not is_selected(self.selection.steps, context.step, context.steps):
-            self.skipped_steps = context.steps
+            self.steps_in_run = context.steps
             return value
         if self.selection.is_other_pass(site, context, value):
             return value
-        key = self._key(site, context)
+        if context is not None:
+            self._note_run(context)
+        key = self._next_key(site, context)
         if context is None and not is_selected(self.selection.steps, key.step, None):
             return value
         if self.budget.exceeded_at not in (None, key.step_id):
-            raise self.budget.error()  # a whole step has passed since, so the needs of a step are known
+            raise self.budget.error()  # one full step is complete, so its size is known
         with torch.no_grad():
             selected = self.selection.apply(_with_axes(owner, name, value), site, context, self.budget.limit)
             reduced = self._reduce(selected, value, site, context, key)
@@ -131,12 +135,15 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
                 self.recording.add(site, key, stored, last_only=self.over_steps)
         return value
 
-    def _key(self, site: str, context: StepContext | None) -> StepKey:
+    def _note_run(self, context: StepContext) -> None:
+        self.recording.pictures, self.recording.completed[context.run] = context.pictures, context.ended
+        self.txt_len = context.txt_len
+
+    def _next_key(self, site: str, context: StepContext | None) -> StepKey:
+        """The key of the value; without a pipeline, the site's calls are counted in place of steps."""
         if context is None:
             self.calls[site] = self.calls.get(site, -1) + 1
             return StepKey(0, 0, self.calls[site], 0, None)
-        self.recording.pictures, self.recording.completed[context.run] = context.pictures, context.ended
-        self.txt_len = context.txt_len
         return StepKey(context.run, context.picture, context.step, max(context.stage, 0), context.time)
 
     # ---------------------------------------------------------------- reduction and storage
@@ -152,7 +159,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
             b, h, n, m = selected.shape
             self._expect(site, (self.dtype or torch.float32).itemsize * b * h * n * m, context, key)
             if self.budget.exceeded_at is not None:
-                return None  # refused before it is computed
+                return None  # over budget: do not compute the map
         version = _version(value)
         for reduction in reductions:
             if hasattr(reduction, "stage"):
@@ -171,7 +178,10 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         return None if selected is None else to_named(selected)
 
     def _to_storage(self, value: Named, context: StepContext | None) -> Named:
-        """A copy on the CPU, without axes of length 1 that carry no meaning; of guidance, the axis is called pass."""
+        """A copy on the CPU, without axes of length 1 that carry no meaning.
+
+        With classifier-free guidance the batch axis is called ``pass``.
+        """
         tensor, axes = value.tensor, list(value.axes)
         if context is not None and context.request.uses_cfg and value.sizes.get("batch") == 2:
             axes[axes.index("batch")] = "pass"
@@ -192,7 +202,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         """Tell the budget how many bytes a site will hold by the end of the run, given those of one value."""
         evaluations = 1
         if context is not None and context.stage >= 0:
-            evaluations = len(solver_called(context.request.solver).stages)
+            evaluations = len(get_solver(context.request.solver).stages)
         run = None if context is None else context.run
         if isinstance(self.recording, FolderRecording) and not self.over_steps:
             values, run = evaluations, None  # one step is held at a time; the others are on disk
@@ -229,9 +239,9 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
                 raise error
         if self.own_site_passed and not self.recorded_sites and not self.missing_words:
             reason = f"there was no {self.selection.passes} pass"
-            if self.skipped_steps:
+            if self.steps_in_run:
                 steps = describe(self.selection.steps)
-                reason = f"the run has {self.skipped_steps} steps, and none of them is in steps={steps}"
+                reason = f"the run has {self.steps_in_run} steps, and none of them is in steps={steps}"
             warnings.warn(f"nothing was recorded at {' and '.join(self.globs)}: {reason}.", stacklevel=2)
 
     # ---------------------------------------------------------------- what was recorded

@@ -151,10 +151,10 @@ def _matching_modules(network: nn.Module, glob: str) -> list[tuple[nn.Module, st
     prefix = getattr(network, "site_path", "")
     found = []
     for path, module in network.named_modules():
-        whole = ".".join(part for part in (prefix, probe.short_path(path)) if part)
-        if path and fnmatchcase(whole, glob):
+        full_path = ".".join(part for part in (prefix, probe.short_path(path)) if part)
+        if path and fnmatchcase(full_path, glob):
             parent, _, name = path.rpartition(".")
-            found.append((network.get_submodule(parent), name, module, whole))
+            found.append((network.get_submodule(parent), name, module, full_path))
     return [f for f in found if not any(g[2] is not f[2] and f[0] in g[2].modules() for g in found)]  # the outermost
 
 

@@ -1,7 +1,7 @@
-"""Opening the networks in little memory: weights that stay on the host and are streamed to the device when needed.
+"""Loading the networks with little memory: weights stay on the host and are streamed to the device when needed.
 
-    networks = open_networks(parts, device, dtype, memory="auto")      # each weight where its placement wants it
-    WeightStreamer(flux.single_blocks, device="cuda")                  # only two of 38 blocks are there at a time
+    networks = open_networks(parts, device, dtype, memory="auto")  # each on the device that its placement assigns
+    WeightStreamer(flux.single_blocks, device="cuda")              # only two of 38 blocks are there at a time
 
 While a module computes, a thread copies the weights of the next one, on CUDA in a stream of its own. Nothing is
 computed differently, so results are equal to the bit. On the CPU the copies are made and freed all the same, so that
@@ -55,8 +55,8 @@ def open_networks(
 ) -> dict[str, nn.Module]:
     """``flux``, ``ae``, ``clip`` and ``t5``, from ``parts`` (hub folder name -> folder or file).
 
-    ``quantised`` is a format for the weights of the flow's blocks (see quantised.py). With ``memory="auto"`` on a GPU,
-    one line on stderr says what was chosen.
+    ``quantised``: a format for the weights of the transformer's blocks (see quantised.py). With ``memory="auto"`` on a
+    GPU, one line on stderr says what was chosen.
     """
     if quantised is not None:
         check_installed(quantised)
@@ -82,7 +82,7 @@ def open_networks(
 def _load(
     network: nn.Module, tensors: Mapping[str, Tensor], placement: Placement, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Load each weight to where the placement wants it; quantise; stream what is streamed."""
+    """Load each weight on the device that its placement assigns, quantise, and set up streaming."""
     groups = placement.streamed_modules(network)
     to_quantise = {f"{name}.weight" for name in placement.quantised_layers(network)}
     on_host = placement.streamed_names(network) | to_quantise  # blocks move to the device one by one, to be quantised
@@ -104,7 +104,7 @@ class _Copies:
     """Copies of some weights on the device, and what they were copied from."""
 
     tensors: list[Tensor]
-    versions: list[tuple[int, int]]  # the address of each weight, and how often it had been changed
+    versions: list[tuple[int, int]]  # the address of each weight, and its version counter
     done: torch.cuda.Event | None
 
 
@@ -126,7 +126,7 @@ class WeightStreamer:
             module.register_forward_hook(lambda *_, i=i: self._leave(i), always_call=True)
 
     def _enter(self, i: int, args: tuple) -> tuple:
-        """Put copies in the place of the weights, and start copying the next module's."""
+        """Replace the weights by their device copies, and start copying the next module's."""
         weights = self._weights(i)
         pending = self.pending.pop(i, None)
         copies = pending.result() if pending else None

@@ -60,7 +60,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class SelfAttention(Probed):
-    """The attention weights of one stream: input to q, k, v, and attention output back to the stream (``proj``).
+    """The layers of one stream's attention: the projection to q, k, v, QKNorm, and the output projection (``proj``).
 
     The attention itself happens in between, over both streams together: see :func:`attend`.
     """
@@ -73,7 +73,7 @@ class SelfAttention(Probed):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``x [B, N, D]`` -> q, k (both after QKNorm) and v, each ``[B, H, N, d]``."""
+        """``x [B, S, D]`` -> q, k (both after QKNorm) and v, each ``[B, H, S, d]``."""
         q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
         q = self.probe("q", q)  # [B, H, S, d] queries, before QKNorm
         k = self.probe("k", k)  # [B, H, S, d] keys, before QKNorm
@@ -87,8 +87,9 @@ class SelfAttention(Probed):
 def attend(q: Tensor, k: Tensor, v: Tensor, txt_len: int, block: Probed) -> Tensor:
     """Attention over all T tokens, then heads merged: ``3 x [B, H, T, d] -> [B, T, H * d]``.
 
-    ``txt_len``: how many of the tokens are text, for those who watch the map · ``block``: the block that the sites
-    belong to. The map is computed only where it is watched; an intervention may return a tensor ``[B, H, T, T]``.
+    ``txt_len``: number of text tokens, passed on to instruments that watch the map · ``block``: the block that the
+    sites belong to. The map is computed only where it is watched; an intervention may return a tensor
+    ``[B, H, T, T]``.
     """
     if block.is_watched("attn.map"):
         attn_map = AttentionMap(q, k, v, txt_len)
@@ -112,13 +113,16 @@ def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: float = 10_000) ->
 
     Pair ``i`` of an axis with ``d_axis`` channels rotates by ``id * theta ** (-2 i / d_axis)`` radians: the first pair
     fast, the last hardly at all. At head width 128, 8 pairs rotate with the frame, 28 with the row, 28 with the column.
-    Angles are float64, since float32 loses digits of id times frequency. The 1 is for the heads, which share the table.
+    Angles are float64, since float32 loses digits of id times frequency. The axis of size 1 broadcasts over the heads.
 
     Raises ValueError when ``ids`` does not have one id per axis.
     """
     if ids.shape[-1] != len(axes_dim):
-        raise ValueError(f"ids must have {len(axes_dim)} ids per token, as axes_dim {axes_dim}, not {ids.shape[-1]}.")
-    ids = ids.cpu() if ids.device.type == "mps" else ids  # which has no float64
+        raise ValueError(
+            f"ids must have one position id per entry of axes_dim {axes_dim}, so {len(axes_dim)} per token, "
+            f"not {ids.shape[-1]}."
+        )
+    ids = ids.cpu() if ids.device.type == "mps" else ids  # MPS has no float64
     angles = []
     for axis, dim in enumerate(axes_dim):
         pair = torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device)

@@ -22,7 +22,7 @@ class MLP(Probed, nn.Sequential):
     def __init__(self, dim: int, hidden: int):
         super().__init__(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
+    def forward(self, x: Tensor) -> Tensor:  # [B, S, D] -> [B, S, D]
         hidden = self.probe("hidden", self[1](self[0](x)))  # [B, S, M] inside the MLP, after the GELU
         return self[2](hidden)
 
@@ -51,7 +51,7 @@ class DoubleStreamBlock(Probed):
         return {"txt": self.txt_mod(vec), "img": self.img_mod(vec)}
 
     def forward(self, img: Tensor, txt: Tensor, mods: dict[str, Tensor], rope: Tensor) -> tuple[Tensor, Tensor]:
-        """``img [B, N, D]``, ``txt [B, L, D]``, ``mods`` of :meth:`plan`, ``rope [1, T, d/2]`` with T = L + N."""
+        """``img [B, N, D]``, ``txt [B, L, D]``, ``mods`` from :meth:`plan`, ``rope [1, T, d/2]`` with T = L + N."""
         img = self.probe("img", img)  # [B, N, D] the image stream as it enters the block
         txt = self.probe("txt", txt)  # [B, L, D] the text stream as it enters the block
         img_mod1, img_mod2 = self.img_mod.split(mods["img"])
@@ -131,7 +131,7 @@ class SingleStreamBlock(Probed):
         return self.modulation(vec)
 
     def forward(self, x: Tensor, mods: Tensor, rope: Tensor, txt_len: int = 0) -> Tensor:
-        """``x [B, T, D]``, its first ``txt_len`` tokens text; ``mods`` from :meth:`plan`; ``rope [1, T, d/2]``."""
+        """``x [B, T, D]``, whose first ``txt_len`` are text; ``mods`` from :meth:`plan`; ``rope [1, T, d/2]``."""
         x = self.probe("x", x)  # [B, T, D] text and image tokens as they enter the block
         (mod,) = self.modulation.split(mods)
 
@@ -145,7 +145,7 @@ class SingleStreamBlock(Probed):
 
         # attention
         q, k, v = split_heads(qkv, 3, self.num_heads)  # [B, H, T, d] each
-        del h, qkv  # what is not needed any more does not stay in memory: h is the network's widest tensor
+        del h, qkv  # free h, the network's widest tensor; q, k, v are copies
         q = self.probe("q", q)  # [B, H, T, d] queries, before QKNorm
         k = self.probe("k", k)  # [B, H, T, d] keys, before QKNorm
         v = self.probe("v", v)  # [B, H, T, d] values: what a token passes on to the tokens that attend to it
@@ -179,7 +179,7 @@ class LastLayer(Probed):
     def forward(self, x: Tensor, mods: Tensor) -> Tensor:  # [B, N, D] -> [B, N, out_channels]
         shift, scale = mods.unsqueeze(-2).chunk(2, dim=-1)
         shift = self.probe("shift", shift)  # [B, 1, D] added to the normalised image tokens
-        scale = self.probe("scale", scale)  # [B, 1, D] plus 1, the factor of the normalised image tokens
+        scale = self.probe("scale", scale)  # [B, 1, D] the normalised image tokens are multiplied by 1 + scale
         x = self.probe("norm", layer_norm(x))  # [B, N, D] image tokens, layer-normalised
         x = self.probe("modulated", modulate(x, shift, scale))  # [B, N, D] shifted and scaled: the last linear's input
         return self.linear(x)

@@ -217,7 +217,7 @@ class Sampling:
     guidance: float
     text_length: int
     shift: bool
-    shift_ends: tuple[float, float] = (0.5, 1.15)  # how strong at 256 and at 4096 tokens: see schedule.py
+    shift_ends: tuple[float, float] = (0.5, 1.15)  # mu at 256 and at 4096 tokens: sampling/solvers.py
 
 
 @dataclass(frozen=True)

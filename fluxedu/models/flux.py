@@ -150,7 +150,7 @@ class Flux(Probed):
         terms["text"] = self.probe("vec.text", terms["text"])  # [B, D] the pooled CLIP text's term of vec
         changed = any(terms[name] is not plan.terms[name] for name in terms)
         vec = sum(terms.values()) if changed else plan.vec
-        vec = self.probe("vec", vec)  # [B, D] their sum, from which every shift, scale and gate is computed
+        vec = self.probe("vec", vec)  # [B, D] sum of the time, guidance and text embeddings; sets all modulation
         return plan if vec is plan.vec else self._modulation(terms, vec)
 
     def _check_shapes(self, img: Tensor, txt: Tensor, rope: Tensor) -> None:

@@ -77,19 +77,19 @@ class Modulation(Probed):
 
     def split(self, row: Tensor) -> list[ShiftScaleGate]:
         """``row [B, 6 D]`` -> the attention's and the MLP's modulation; ``[B, 3 D]`` -> one, for a single block."""
-        row = row.unsqueeze(-2)  # [B, 1, 6 D]: the 1 is for the tokens, which share it
+        row = row.unsqueeze(-2)  # [B, 1, 6 D]: the axis of size 1 broadcasts over the tokens
         if not self.is_double:
             shift, scale, gate = row.chunk(3, dim=-1)
             shift = self.probe("shift", shift)  # [B, 1, D] added to the normalised tokens before attention and MLP
-            scale = self.probe("scale", scale)  # [B, 1, D] plus 1, the factor of the normalised tokens
+            scale = self.probe("scale", scale)  # [B, 1, D] the normalised tokens are multiplied by 1 + scale
             gate = self.probe("gate", gate)  # [B, 1, D] the factor of the block's contribution to the residual stream
             return [ShiftScaleGate(shift, scale, gate)]
         shift1, scale1, gate1, shift2, scale2, gate2 = row.chunk(6, dim=-1)
         shift1 = self.probe("shift1", shift1)  # [B, 1, D] added to the normalised tokens before the attention
-        scale1 = self.probe("scale1", scale1)  # [B, 1, D] plus 1, the factor of the normalised tokens
+        scale1 = self.probe("scale1", scale1)  # [B, 1, D] the normalised tokens are multiplied by 1 + scale
         gate1 = self.probe("gate1", gate1)  # [B, 1, D] the factor of the attention's contribution
         shift2 = self.probe("shift2", shift2)  # [B, 1, D] added to the normalised tokens before the MLP
-        scale2 = self.probe("scale2", scale2)  # [B, 1, D] plus 1, the factor of the normalised tokens
+        scale2 = self.probe("scale2", scale2)  # [B, 1, D] the normalised tokens are multiplied by 1 + scale
         gate2 = self.probe("gate2", gate2)  # [B, 1, D] the factor of the MLP's contribution
         return [ShiftScaleGate(shift1, scale1, gate1), ShiftScaleGate(shift2, scale2, gate2)]
 

@@ -126,9 +126,10 @@ class Verdict:
 def detect(image) -> Detections:
     """The background and the objects of an image: uint8 ``[H, W, 3]`` or a PIL image."""
     pixels = _pixels(image)
-    ground = _background_color(pixels)
-    background = _nearest(ground, BACKGROUNDS)
-    objects = [_identify(pixels, ground, background, mask) for mask in _object_masks(pixels, ground, background)]
+    background_rgb = _background_color(pixels)
+    background = _nearest(background_rgb, BACKGROUNDS)
+    masks = _object_masks(pixels, background_rgb, background)
+    objects = [_identify(pixels, background_rgb, background, mask) for mask in masks]
     return Detections(background, tuple(objects), *pixels.shape[:2])
 
 
@@ -152,14 +153,14 @@ def _nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str
     return min(palette, key=lambda name: float(np.sum((color - palette[name]) ** 2)))
 
 
-def _unmix(pixels: np.ndarray, ground: np.ndarray, inks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Explain each of ``pixels`` ``[N, 3]`` as a mixture of the background ``ground`` and one of ``inks`` ``[C, 3]``.
+def _unmix(pixels: np.ndarray, background_rgb: np.ndarray, inks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Explain each of ``pixels`` ``[N, 3]`` as a mixture of ``background_rgb`` and one of ``inks`` ``[C, 3]``.
 
     Returns the index of the ink and its share, both ``[N]``. Distance to the line between the two colours decides, not
     distance to the ink: the edge of a yellow object on black is brown, nearer to other inks than to yellow.
     """
-    difference = pixels - ground
-    direction = (inks - ground).astype(np.float32)
+    difference = pixels - background_rgb
+    direction = (inks - background_rgb).astype(np.float32)
     length2 = (direction**2).sum(1)
     along = difference @ direction.T  # [N, C]
     share = np.clip(along / length2, 0, 1)
@@ -169,12 +170,12 @@ def _unmix(pixels: np.ndarray, ground: np.ndarray, inks: np.ndarray) -> tuple[np
     return ink, share[np.arange(len(ink)), ink]
 
 
-def _object_masks(pixels: np.ndarray, ground: np.ndarray, background: str) -> list[np.ndarray]:
+def _object_masks(pixels: np.ndarray, background_rgb: np.ndarray, background: str) -> list[np.ndarray]:
     """A mask, bool ``[H, W]``, for each object, the largest first."""
     inks = np.array([COLORS[name] for name in visible_colors(background)])
-    far = ((pixels - ground) ** 2).sum(-1) > 30.0**2  # no other pixel can be half of any visible colour
+    far = ((pixels - background_rgb) ** 2).sum(-1) > 30.0**2  # no other pixel can be half of any visible colour
     ink = np.full(far.shape, -1)
-    nearest, share = _unmix(pixels[far], ground, inks)
+    nearest, share = _unmix(pixels[far], background_rgb, inks)
     ink[far] = np.where(share > 0.5, nearest, -1)
     # dilate by a pixel before connecting, so that a hairline crack does not divide a stroke into two objects
     regions, count = ndimage.label(ndimage.binary_dilation(ink >= 0), np.ones((3, 3)))
@@ -182,21 +183,20 @@ def _object_masks(pixels: np.ndarray, ground: np.ndarray, background: str) -> li
     area = np.bincount(regions.ravel(), minlength=count + 1)
     area[0] = 0
     largest = [regions == index for index in np.argsort(-area)[:MAX_OBJECTS] if area[index] >= MIN_PIXELS]
-    masks = [mask for region in largest for mask in _split(region, ink, pixels, ground, inks)]
+    masks = [mask for region in largest for mask in _split(region, ink, pixels, background_rgb, inks)]
     return sorted(masks, key=np.count_nonzero, reverse=True)[:MAX_OBJECTS]
 
 
-def _split(region: np.ndarray, ink: np.ndarray, pixels: np.ndarray, ground: np.ndarray, inks: np.ndarray) -> list:
-    """Divide a region, bool ``[H, W]``, where objects of different colours touch; most regions stay whole.
+def _split(region: np.ndarray, ink: np.ndarray, pixels: np.ndarray, background_rgb: np.ndarray, inks: np.ndarray):
+    """A list of masks: the region, bool ``[H, W]``, divided where objects of different colours touch.
 
-    Blur and lossy compression leave a rim of wrong colours, one or two pixels wide: erosion removes it, but keeps the
-    thinnest stroke of a letter.
+    Erosion removes the rim of wrong colours that blur and compression leave, but keeps a letter's thinnest stroke.
     """
     core = [np.count_nonzero(ndimage.binary_erosion(region & (ink == c))) for c in range(len(inks))]
     present = [c for c, n in enumerate(core) if n >= max(MIN_CORE, 0.1 * sum(core))]
     if len(present) < 2:
         return [region]
-    nearest, _ = _unmix(pixels[region], ground, inks[present])
+    nearest, _ = _unmix(pixels[region], background_rgb, inks[present])
     masks = []
     for c in range(len(present)):
         of_color = np.zeros_like(region)
@@ -206,13 +206,13 @@ def _split(region: np.ndarray, ink: np.ndarray, pixels: np.ndarray, ground: np.n
     return masks
 
 
-def _identify(pixels: np.ndarray, ground: np.ndarray, background: str, mask: np.ndarray) -> Detection:
+def _identify(pixels: np.ndarray, background_rgb: np.ndarray, background: str, mask: np.ndarray) -> Detection:
     """The colour, form, size and position of the object whose mask is bool ``[H, W]``."""
     inner = ndimage.binary_erosion(mask)
     ink = np.median(pixels[inner if np.count_nonzero(inner) >= MIN_PIXELS else mask], axis=0)
     color = _nearest(ink, {name: COLORS[name] for name in visible_colors(background)})
-    direction = ink - ground
-    share = (pixels - ground) @ direction / max(float(direction @ direction), 1.0)
+    direction = ink - background_rgb
+    share = (pixels - background_rgb) @ direction / max(float(direction @ direction), 1.0)
     share = np.clip((share - 0.2) / 0.6, 0, 1)  # removes shading and stripes from the object's inside
     share[~ndimage.binary_dilation(mask, iterations=2)] = 0  # removes neighbouring objects
     form, x, y, radius, match = _match(share)
@@ -300,9 +300,9 @@ def judge(image, claim: Claim) -> Verdict:
 def _assign(objects: Sequence[Detection], claim: Claim) -> tuple[int | None, ...]:
     """The index of the detected object for each claimed one: the assignment with the most colours and forms right.
 
-    Colour counts slightly more than form: if "a blue square" was asked for and a blue circle is there, it is the square
-    drawn wrong. Size only breaks ties. An object with neither the colour nor the form of the claim is a different
-    object, and the claimed one is missing.
+    Colour counts slightly more than form: if the prompt names a blue square and the image shows a blue circle, the
+    circle is taken for a wrongly drawn square. Size only breaks ties. An object with neither the colour nor the form
+    of the claim is a different object, and the claimed one is missing.
     """
 
     def agreement(index: int | None, color: str, form: str, size: str | None) -> float:
@@ -376,7 +376,7 @@ def quality(image, detections: Detections) -> float:
     scenes' own texture has 2 to 3), 0 at 40. Without objects, only the background scores.
     """
     pixels = _pixels(image)
-    ground = _background_color(pixels)
+    background_rgb = _background_color(pixels)
     y, x = np.mgrid[: detections.height, : detections.width] + 0.5
     bare = np.ones(pixels.shape[:2], bool)
     forms, edges = [], []
@@ -384,16 +384,16 @@ def quality(image, detections: Detections) -> float:
         near = np.hypot(x - o.x, y - o.y) <= 1.25 * o.radius + 2
         bare &= ~near
         forms.append(o.match)
-        edges.append(_steepness(pixels, ground, o, near))
-    deviation = float(np.sqrt(((pixels[bare] - ground) ** 2).mean())) if bare.any() else 40.0
-    objects = (sum(forms) + sum(edges)) / max(len(detections.objects), 1)
-    return (objects + float(np.clip((40 - deviation) / 36, 0, 1))) / 3
+        edges.append(_steepness(pixels, background_rgb, o, near))
+    deviation = float(np.sqrt(((pixels[bare] - background_rgb) ** 2).mean())) if bare.any() else 40.0
+    object_score = (sum(forms) + sum(edges)) / max(len(detections.objects), 1)
+    return (object_score + float(np.clip((40 - deviation) / 36, 0, 1))) / 3
 
 
-def _steepness(pixels: np.ndarray, ground: np.ndarray, detected: Detection, near: np.ndarray) -> float:
+def _steepness(pixels: np.ndarray, background_rgb: np.ndarray, detected: Detection, near: np.ndarray) -> float:
     """The slope of an object's outline in [0, 1], measured over the pixels ``near``, bool ``[H, W]``."""
-    direction = np.subtract(COLORS[detected.color], ground)
-    down, right = np.gradient(np.clip((pixels - ground) @ direction / (direction @ direction), 0, 1))
+    direction = np.subtract(COLORS[detected.color], background_rgb)
+    down, right = np.gradient(np.clip((pixels - background_rgb) @ direction / (direction @ direction), 0, 1))
     slope = np.hypot(down, right)[near]
     # high powers, so that the many faint slopes of shading and stripes do not count
     return float(np.clip((slope**3).sum() / max((slope**2).sum(), 1e-6) / CLEAN_SLOPE, 0, 1))

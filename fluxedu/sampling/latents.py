@@ -71,8 +71,8 @@ def latent_size(height: int, width: int, downscale: int = 8, rounding: str = "up
     """
     if not isinstance(rounding, str) or rounding not in ("up", "down"):
         raise ValueError(f"rounding must be 'up' (as BFL) or 'down' (as diffusers), not {describe(rounding)}.")
-    whole = math.ceil if rounding == "up" else math.floor
-    return tuple(2 * whole(pixels / (PATCH * downscale)) for pixels in (height, width))
+    round_to_int = math.ceil if rounding == "up" else math.floor
+    return tuple(2 * round_to_int(pixels / (PATCH * downscale)) for pixels in (height, width))
 
 
 def draw_noise(seed: int, channels: int, height: int, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a prompt to an image. This file alone knows the order of the stages:
+"""From a prompt to an image. The order of the stages is defined only here:
 
 prompt -> tokenizers -> CLIP pooled vector + T5 tokens -> noise packed to tokens -> schedule
 -> for each step: Flux, solver -> unpack -> autoencoder -> image
@@ -25,7 +25,7 @@ from fluxedu.sampling.images import Picture, resized, to_images, to_mask, to_ten
 from fluxedu.sampling.latents import draw_noise, pack, probe_latent, unpack
 from fluxedu.sampling.prompts import Conditioning, PromptEncoder
 from fluxedu.sampling.request import Request, checked_device, make_requests
-from fluxedu.sampling.solvers import from_strength, schedule, solver_called
+from fluxedu.sampling.solvers import from_strength, get_solver, schedule
 from fluxedu.sampling.step_context import StepContext, entered
 from fluxedu.sampling.velocity_field import VelocityField
 
@@ -42,7 +42,10 @@ class Trajectory:
 
     @property
     def x0(self) -> Tensor:
-        """The predicted x0 of each step, ``x_t - t v``: where its tangent ends. ``[N, B, C, h, w]``."""
+        """The predicted x0 of each step, ``x_t - t v``: the point that the tangent at x_t reaches at t = 0.
+
+        Shape ``[N, B, C, h, w]``.
+        """
         return self.latents[:-1] - self.times[:-1].view(-1, 1, 1, 1, 1).to(self.latents) * self.velocities
 
 
@@ -59,8 +62,9 @@ class FluxPipeline(Sited):
     """The whole of FLUX.1: ``pipe("a red circle", seed=0).images[0]``.
 
     Attributes: ``prompt_encoder``, ``flux``, ``autoencoder`` · ``defaults`` and ``size``, the variant's sampling
-    settings and image side in pixels · ``redux``, a :class:`fluxedu.models.redux.Redux` or None, which turns a picture
-    into tokens after T5's · ``lora``, the :class:`fluxedu.checkpoints.Merged` of ``load(lora=...)``, or None.
+    settings and image side in pixels · ``redux``, a :class:`fluxedu.models.redux.Redux` or None, which encodes an
+    image as tokens that are appended to T5's · ``lora``, the :class:`fluxedu.checkpoints.Merged` of ``load(lora=...)``,
+    or None.
     """
 
     site_path = "sample"
@@ -88,15 +92,17 @@ class FluxPipeline(Sited):
         return networks if self.redux is None else networks | {"redux": self.redux}
 
     def to(self, *args, **kwargs) -> FluxPipeline:
-        """Move or cast all networks, as ``nn.Module.to``; raises RequestError for a device that is not there."""
+        """Move or cast all networks, as ``nn.Module.to``; raises RequestError for an unavailable device."""
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, (str, torch.device)):
                 checked_device(argument)
         placement = self.flux.placement
         if placement is not None and placement.mode != "full":
-            raise RequestError("weights that are streamed cannot be moved; load again with another device or memory.")
+            raise RequestError("to() cannot move streamed weights; call fe.load again with device= or memory='full'.")
         if placement is not None and placement.quantised:
-            raise RequestError(f"{placement.quantised} weights cannot be moved or cast; load again.")
+            raise RequestError(
+                f"to() cannot move or cast {placement.quantised} weights; call fe.load again with device= or dtype=."
+            )
         for network in self.networks().values():
             network.to(*args, **kwargs)
         return self
@@ -126,29 +132,37 @@ class FluxPipeline(Sited):
         progress: bool = True,
         rounding: str = "up",
     ) -> Output:
-        """Draw ``prompt`` (or each of a list).
+        """Draw ``prompt``, or one image for each prompt of a list.
 
-        seed: a number, or a list to draw one image per seed; an image depends only on its own seed and prompt · steps,
-        guidance, height, width (pixels): the variant's own by default · guidance: the guidance scale, through the
-        model's guidance input where it has one, else by classifier-free guidance, 0 is off · true_cfg_scale: the scale
-        of classifier-free guidance for a model that has the input, with negative_prompt · guidance_interval: times
-        between which classifier-free guidance is on · solver: euler, midpoint, heun, or one added to
-        ``fe.sampling.SOLVERS`` · image, strength: start from a picture instead of noise · trajectory: keep the states
-        of all steps · rounding: see :func:`fluxedu.sampling.latents.latent_size`.
+        negative_prompt: the prompt that classifier-free guidance moves away from; the empty prompt by default.
+        seed: a number, or a list to draw one image per seed; an image depends only on its own seed and prompt.
+        steps: number of steps; the variant's own by default.
+        guidance: the guidance scale; the variant's own by default. It is an input of the model where the model has
+        one, otherwise the scale of classifier-free guidance, and 0 turns that off.
+        true_cfg_scale: the scale of classifier-free guidance for a model with a guidance input; 1 turns it off.
+        guidance_interval: the times (low, high) between which classifier-free guidance is on.
+        height, width: size of the image in pixels; by default that of the input picture, or the variant's own.
+        solver: ``euler``, ``midpoint``, ``heun``, or one added to ``fe.sampling.SOLVERS``.
+        image: the picture that image-to-image starts from; with ``mask``, the picture that is filled (fill).
+        strength: the fraction of the steps that image-to-image runs; 1 keeps nothing of ``image``.
+        mask: the mask for ``image``, white where to paint (fill).
+        paste: whether the original pixels outside the mask are pasted back, in ``images`` only.
+        control: the edges or the depth map that the image follows (canny, depth).
+        reference: the picture that the prompt edits (kontext).
+        image_prompt: a picture that is encoded as part of the prompt (redux).
+        trajectory: whether to return the states of all steps.
+        progress: whether to show a progress bar.
+        rounding: how sizes are rounded to whole patches, see :func:`fluxedu.sampling.latents.latent_size`.
 
-        Pictures for members of the family: image and mask (fill), the mask white where to paint · paste: put the
-        image's own pixels back outside the mask, in ``images`` only · control (canny, depth) · reference (kontext):
-        the picture that the prompt edits · image_prompt (redux).
-
-        Raises RequestError, one sentence, for arguments that do not fit; OutOfMemory when memory runs out.
+        Raises RequestError for invalid arguments; OutOfMemory when memory runs out.
         """
         pictures = {"image": image, "control": control, "reference": reference, "image_prompt": image_prompt}
         pictures = {name: None if picture is None else to_tensor(picture) for name, picture in pictures.items()}
         pictures["mask"] = None if mask is None else to_mask(mask)
         downscale = self.autoencoder.config.downscale
         check_pictures(self.flux.config, downscale, self.redux is not None, pictures)
-        sized = [pictures[name] for name in ("image", "control", "reference") if pictures[name] is not None]
-        own_height, own_width = sized[0].shape[-2:] if sized else (self.size, self.size)
+        size_sources = [pictures[name] for name in ("image", "control", "reference") if pictures[name] is not None]
+        default_height, default_width = size_sources[0].shape[-2:] if size_sources else (self.size, self.size)
         requests = make_requests(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -157,8 +171,8 @@ class FluxPipeline(Sited):
             guidance=self.defaults.guidance if guidance is None else guidance,
             true_cfg_scale=true_cfg_scale,
             guidance_interval=guidance_interval,
-            height=own_height if height is None else height,
-            width=own_width if width is None else width,
+            height=default_height if height is None else height,
+            width=default_width if width is None else width,
             rounding=rounding,
             solver=solver,
             strength=strength,
@@ -179,17 +193,17 @@ class FluxPipeline(Sited):
         ):
             with entered(context):
                 texts = self.encode(requests)
-            drawn = []
+            results = []
             # one image at a time: products of larger matrices round differently, and no image may depend on others
             for i, request in enumerate(requests):
                 with entered(replace(context, request=request, picture=i)):
-                    drawn.append(self.draw(request, texts[i], times, bar, trajectory))
-        latents = torch.cat([latents[-1] for _, latents, _ in drawn])
+                    results.append(self.draw(request, texts[i], times, bar, trajectory))
+        latents = torch.cat([latents[-1] for _, latents, _ in results])
         if not trajectory:
-            return Output([picture for picture, _, _ in drawn], latents, None)
-        all_latents = torch.cat([latents for _, latents, _ in drawn], dim=1)  # [N+1, B, C, h, w]
-        velocities = torch.cat([velocities for _, _, velocities in drawn], dim=1)
-        return Output([picture for picture, _, _ in drawn], latents, Trajectory(times, all_latents, velocities))
+            return Output([picture for picture, _, _ in results], latents, None)
+        all_latents = torch.cat([latents for _, latents, _ in results], dim=1)  # [N+1, B, C, h, w]
+        velocities = torch.cat([velocities for _, _, velocities in results], dim=1)
+        return Output([picture for picture, _, _ in results], latents, Trajectory(times, all_latents, velocities))
 
     def draw(
         self, request: Request, texts: Conditioning, times: Tensor, bar, keep_all: bool = True
@@ -202,7 +216,7 @@ class FluxPipeline(Sited):
         txt = self.probe("txt", texts.txt)  # [B, L, D] the prompt's T5 tokens, once per image: edit words here
         pooled = self.probe("pooled", texts.pooled)  # [B, D] the prompt's CLIP vector, once per image
         velocity = self.velocity_field(times, Conditioning(txt, pooled), request)
-        solver = solver_called(request.solver)
+        solver = get_solver(request.solver)
 
         # from noise, t = 1, to the image, t = 0
         noise = self.start(request, times[0])
@@ -243,7 +257,7 @@ class FluxPipeline(Sited):
         return [self._add_image_prompt(request, text) for request, text in zip(requests, texts, strict=True)]
 
     def _add_image_prompt(self, request: Request, texts: Conditioning) -> Conditioning:
-        """Redux: a picture as tokens after T5's."""
+        """Redux: encode the image prompt as tokens that are appended to T5's."""
         if request.image_prompt is None:
             return texts
         tokens = self.redux(request.image_prompt.to(self.device, self.dtype))  # [1, M, D]
@@ -266,7 +280,7 @@ class FluxPipeline(Sited):
     def velocity_field(self, times: Tensor, texts: Conditioning, request: Request) -> VelocityField:
         """The function ``velocity(x, t)`` that the solver integrates."""
         conditions = encode_conditions(request, self._encode_picture, self._downscale)
-        evaluation_times = solver_called(request.solver).evaluation_times(times.tolist())
+        evaluation_times = get_solver(request.solver).evaluation_times(times.tolist())
         return VelocityField(self.flux, texts, conditions, request, evaluation_times)
 
     @property
@@ -278,7 +292,7 @@ class FluxPipeline(Sited):
 
 
 def checked_step(result, x: Tensor, solver: str) -> tuple[Tensor, Tensor]:
-    """A solver's result, if it is ``(x_next, v)``; users register solvers of their own."""
+    """Return the solver's result, or raise if it is not ``(x_next, v)``; users can register solvers."""
     if isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, Tensor) for part in result):
         if all(part.shape == x.shape for part in result):
             return result

@@ -24,8 +24,9 @@ class Solver:
     """A method of integration, to be registered under a name in :data:`SOLVERS`.
 
     step: ``step(x, t, t_next, velocity) -> (x_next, v)``, where ``velocity(x, t)`` evaluates the model and ``v`` is the
-    velocity at the beginning of the step · stages: where in the step the model is evaluated, 0 the beginning and 1 the
-    end, in order; the modulation of those times is computed ahead of the loop::
+    velocity at the beginning of the step. t runs from 1 (noise) to 0 (image), so ``dt = t_next - t`` is negative ·
+    stages: the times at which ``step`` evaluates the velocity, in order, as fractions of the step (0 is its beginning,
+    1 its end). Their modulation is computed ahead of the loop, that of other times only when it is needed::
 
         fe.sampling.SOLVERS["ralston"] = fe.sampling.Solver(ralston, stages=(0, 2 / 3))
         pipe("a red circle", solver="ralston")
@@ -70,7 +71,7 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-def solver_called(name: str) -> Solver:
+def get_solver(name: str) -> Solver:
     """The registered solver; a plain step function in the registry counts as evaluating the model once per step."""
     found = SOLVERS[name]
     return found if isinstance(found, Solver) else Solver(found)
@@ -87,7 +88,8 @@ def shift_amount(tokens: int, base: tuple[int, float] = (256, 0.5), top: tuple[i
 
 def shift_times(times: Tensor, mu: float) -> Tensor:
     """Move times in [0, 1] towards 1 (noise), ``e^mu / (e^mu + 1/t - 1)``; 0 and 1 stay where they are."""
-    factor = torch.tensor(math.exp(mu), dtype=times.dtype)  # a tensor: torch rounds number / tensor twice
+    # a tensor, because number / tensor is rounded twice in PyTorch
+    factor = torch.tensor(math.exp(mu), dtype=times.dtype)
     return factor / (factor + (1 / times - 1))  # at t = 0: 1 / 0 is inf, and factor / inf is 0
 
 
@@ -110,8 +112,8 @@ def schedule(steps: int, tokens: int, shift: bool = True, ends: tuple[float, flo
 def from_strength(times: Tensor, strength: float) -> Tensor:
     """The part of a schedule that image-to-image runs: the last ``strength`` (0 to 1) of its steps, at least one.
 
-    At strength 1 the whole schedule runs and nothing of the image is kept; at a small strength it starts late and keeps
-    most of it. The number of steps is rounded as in diffusers.
+    At strength 1 the whole schedule runs and nothing of the image is kept; at a small strength the run starts late and
+    keeps most of the image. The number of steps is rounded as in diffusers.
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be above 0 and at most 1, not {strength!r}.")
@@ -124,8 +126,9 @@ def from_strength(times: Tensor, strength: float) -> Tensor:
 
 
 def guide(negative: Tensor, prompted: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: the velocity extrapolated from the negative prompt's through the prompt's.
+    """Classifier-free guidance.
 
+    The velocity is extrapolated from the velocity for the negative prompt through the velocity for the prompt:
     ``v = v_negative + scale * (v_prompted - v_negative)``; scale 1 is no guidance (arXiv 2207.12598). It needs two
     model evaluations, done as one batch of twice the size. FLUX.1-dev does not need them: it was distilled with the
     guidance scale as an *input* (``guidance_embed``).

@@ -26,12 +26,12 @@ from fluxedu.instruments.recorder import record
 from fluxedu.instruments.selection import Steps
 from fluxedu.probe import Sited
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.sampling.solvers import solver_called
+from fluxedu.sampling.solvers import get_solver
 from fluxedu.sampling.step_context import StepContext, current_context
 from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Chips, Choice, Explorer, View, check_request, explorer, time_slider
 from fluxedu.widgets.panels import Pixels, downscale, overlay, overlay_colours, to_rgb, upscale
 
-SIDE = 256  # the least size, about, of a shown image in pixels
+SIDE = 256  # approximate minimum size of a displayed image, in pixels
 
 
 @dataclass
@@ -46,27 +46,27 @@ class RunAttention:
     txt_len: int
     grid: tuple[int, int]
     _maps: dict[tuple[str, int], AttentionMap] = field(default_factory=dict, repr=False)
-    _last_column: tuple = (None, None)  # its arguments and values: it stays while the pointer moves over patches
+    _last_column: tuple = (None, None)  # (arguments, values); kept while the pointer moves over patches
 
     @cached_property
     def shown_image(self) -> np.ndarray:
-        """The image in the size in which it is shown."""
+        """The image, scaled to its display size."""
         return upscale(to_rgb(downscale(self.image, 2 * SIDE)), SIDE)
 
     def map(self, block: str, step: int) -> AttentionMap:
-        """The lazy map of one block at one step, made once so that it computes its log-sum-exp once."""
+        """The lazy map of one block at one step, cached, so that it computes its log-sum-exp only once."""
         if (block, step) not in self._maps:
             q, k = self.q[block][step][None], self.k[block][step][None]
-            # any values will do: with them the fused kernel computes the log-sum-exp
+            # the values v do not matter here, but with them the fused kernel computes the log-sum-exp
             self._maps[block, step] = AttentionMap(q, k, v=k, txt_len=self.txt_len)
         return self._maps[block, step]
 
-    def rows(self, block: str, step: int, head: int | None, token: int) -> np.ndarray:
+    def row(self, block: str, step: int, head: int | None, token: int) -> np.ndarray:
         """Attention of one token to every token, ``[T]``, of one head or (None) averaged over heads."""
         row = self.map(block, step).rows([token])[0, :, 0]
         return (row.mean(0) if head is None else row[head]).numpy()
 
-    def columns(self, block: str, step: int, head: int | None, token: int) -> np.ndarray:
+    def column(self, block: str, step: int, head: int | None, token: int) -> np.ndarray:
         """Attention of every token to one token, ``[T]``."""
         arguments = block, step, head, token
         if self._last_column[0] != arguments:
@@ -78,11 +78,11 @@ class RunAttention:
 def attention_view(
     run: RunAttention, pieces: Sequence[str], block: str, step: int, head: int | None, patch: tuple[int, int], word: int
 ) -> View:
-    """The row of a patch, over the image and the words, and the column of a word, over the image."""
+    """The attention of a patch to the image and the words (a row of the map) and of the image to a word (a column)."""
     rows, columns = run.grid
-    row = run.rows(block, step, head, run.txt_len + patch[0] * columns + patch[1])
+    row = run.row(block, step, head, run.txt_len + patch[0] * columns + patch[1])
     image = slice(run.txt_len, run.txt_len + rows * columns)  # tokens of a reference image would follow
-    column = run.columns(block, step, head, word)[image].reshape(rows, columns)
+    column = run.column(block, step, head, word)[image].reshape(rows, columns)
     to_patches, to_words = row[image].reshape(rows, columns), row[: len(pieces)]
     strongest = int(to_words.argmax())
     peak = np.unravel_index(column.argmax(), column.shape)
@@ -131,7 +131,7 @@ class QueryKeyRecorder(record):
         return super().see(owner, name, site, value) if site.partition(".attn.")[0] in self.names else value
 
     def _choose(self, context: StepContext, q: torch.Tensor) -> None:
-        evaluations = len(solver_called(context.request.solver).stages)
+        evaluations = len(get_solver(context.request.solver).stages)
         nbytes = 2 * q.nbytes // len(q) * evaluations  # queries and keys of one block and step
         names, affordable = blocks_of(context.pipe), int(self.budget.limit // nbytes)
         steps = evenly_spaced(context.steps, max(affordable // len(names), 1))
@@ -139,8 +139,8 @@ class QueryKeyRecorder(record):
         self.names = {names[i] for i in evenly_spaced(len(names), max(affordable, 1))}
         if len(steps) * len(self.names) < context.steps * len(names):
             self.note = (
-                f" Recorded are {len(self.names)} of {len(names)} blocks and {len(steps)} of {context.steps} "
-                f"steps, as many as fit in {self.budget.limit / 2**30:.3g} GiB; blocks= and at_steps= choose others."
+                f" {len(self.names)} of {len(names)} blocks and {len(steps)} of {context.steps} steps were recorded, "
+                f"as many as fit in {self.budget.limit / 2**30:.3g} GiB. Use blocks= and at_steps= to choose others."
             )
 
 

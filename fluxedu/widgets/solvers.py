@@ -10,7 +10,7 @@ from fluxedu.errors import InstrumentError, check_choice
 from fluxedu.instruments.lenses.run import check_one_prompt
 from fluxedu.progress import progress_bar
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.sampling.solvers import SOLVERS, solver_called
+from fluxedu.sampling.solvers import SOLVERS, get_solver
 from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, View, explorer
 from fluxedu.widgets.grid import shifted
 from fluxedu.widgets.panels import RGB, Lines, Pixels, contact_sheet, to_rgb
@@ -47,7 +47,7 @@ def solvers_view(
 def steps_for(solver: str, evaluations: int) -> int:
     """Number of steps of ``solver`` that take this many model evaluations; raises InstrumentError if there is none."""
     check_choice("solver", solver, SOLVERS, error=InstrumentError)
-    per_step = len(solver_called(solver).stages)
+    per_step = len(get_solver(solver).stages)
     if evaluations < per_step or evaluations % per_step:
         whole = f"a multiple of {per_step}, its number of model evaluations per step"
         raise InstrumentError(f"evaluations of {solver} must be {whole}, not {evaluations}.")

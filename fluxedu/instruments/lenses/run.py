@@ -1,6 +1,6 @@
 """How lenses are registered and run, and helpers for writing one.
 
-A lens that needs a single run is a generator, and the whole work of adding it is this function::
+A lens that needs a single run is a generator; this function is all you have to write::
 
     @lens
     def my_lens(pipe: FluxPipeline, prompt: str) -> LensRun:
