@@ -197,7 +197,7 @@ class FluxPipeline(Sited):
             # one image at a time: products of larger matrices round differently, and no image may depend on others
             for i, request in enumerate(requests):
                 with entered(replace(context, request=request, picture=i)):
-                    results.append(self.draw(request, texts[i], times, bar, trajectory))
+                    results.append(self.draw(request, texts[i], times, bar))
         latents = torch.cat([latents[-1] for _, latents, _ in results])
         if not trajectory:
             return Output([picture for picture, _, _ in results], latents, None)
@@ -205,13 +205,8 @@ class FluxPipeline(Sited):
         velocities = torch.cat([velocities for _, _, velocities in results], dim=1)
         return Output([picture for picture, _, _ in results], latents, Trajectory(times, all_latents, velocities))
 
-    def draw(
-        self, request: Request, texts: Conditioning, times: Tensor, bar, keep_all: bool = True
-    ) -> tuple[Image.Image, Tensor, Tensor]:
-        """One image: noise, steps, decoding. Returns it with its latents ``[N+1, 1, C, h, w]`` and velocities.
-
-        ``keep_all=False`` returns only the last latent and velocity.
-        """
+    def draw(self, request: Request, texts: Conditioning, times: Tensor, bar) -> tuple[Image.Image, Tensor, Tensor]:
+        """One image: noise, steps, decoding. Returns it with its latents ``[N+1, 1, C, h, w]`` and velocities."""
         # what stays the same during the run
         txt = self.probe("txt", texts.txt)  # [B, L, D] the prompt's T5 tokens, once per image: edit words here
         pooled = self.probe("pooled", texts.pooled)  # [B, D] the prompt's CLIP vector, once per image
@@ -229,8 +224,6 @@ class FluxPipeline(Sited):
                 x_next, v = checked_step(solver.step(x, t, t_next, velocity), x, request.solver)
             states.append(x)
             velocities.append(v)
-            if not keep_all:
-                states, velocities = [], [v]
             x = x_next
             bar.update()
         states.append(x)
