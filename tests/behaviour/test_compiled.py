@@ -42,9 +42,9 @@ def test_the_blocks_are_compiled():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compile": "x"}, "compile is True or one of eager, aot_eager, .*inductor.*, not 'x'"),
-        ({"compile": 1}, "compile is True or one of .*, not 1"),
-        ({"compile": "eager", "memory": "stream"}, "blocks that visit cannot be compiled"),
+        ({"compile": "x"}, "compile must be True or one of eager, aot_eager, .*inductor.*, not 'x'"),
+        ({"compile": 1}, "compile must be True or one of .*, not 1"),
+        ({"compile": "eager", "memory": "stream"}, "streamed blocks cannot be compiled"),
     ],
 )
 def test_unsupported_options_raise(options, message):

@@ -67,7 +67,7 @@ BAD = [
     ],
     ({"guidance_interval": (0.8, 0.2)}, r"must be \(low, high\)"),
     *[({"solver": x}, "solver must be one of euler, midpoint, heun") for x in ("rk4", "Euler", "", None, 1, ["euler"])],
-    *[({"rounding": x}, "rounding is 'up' .* or 'down'") for x in ("near", None, 1, ["up"])],
+    *[({"rounding": x}, "rounding must be 'up' .* or 'down'") for x in ("near", None, 1, ["up"])],
     *[
         ({"strength": x, "image": PICTURE}, "strength must be a number from 0.001 to 1, ")
         for x in (0, -0.5, 2, NAN, "x", None, True)
