@@ -16,7 +16,18 @@ from safetensors.torch import save_file as their_save_file
 from torch import nn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from fluxedu.checkpoints import config_of, convert, convert_file, load_into, load_model, read, save_file, save_folder
+from fluxedu.checkpoints import (
+    config_of,
+    convert,
+    convert_file,
+    from_diffusers_config,
+    load_into,
+    load_model,
+    read,
+    save_file,
+    save_folder,
+    to_diffusers_config,
+)
 from fluxedu.errors import CheckpointError
 from fluxedu.files import write_text
 from fluxedu.models import (
@@ -146,6 +157,12 @@ def test_text_encoders_both_ways(tmp_path):
         same(again.state_dict(), ours.state_dict())
 
 
+@pytest.mark.parametrize(("stored", "expected"), [(2, 49), (49, 49), (7, 7)])
+def test_the_end_of_text_token_2_of_clips_own_file_is_the_last_of_the_vocabulary(stored, expected):
+    values = to_diffusers_config(CLIP) | {"eos_token_id": stored}
+    assert from_diffusers_config(values) == CLIP.with_(eos_token_id=expected)
+
+
 def test_other_names_of_the_text_encoders_tensors(tmp_path):
     clip, t5 = random_weights(CLIPTextEncoder(CLIP)).state_dict(), random_weights(T5Encoder(T5)).state_dict()
     flat = {name.removeprefix("text_model."): tensor for name, tensor in clip.items()}
@@ -213,6 +230,14 @@ def test_another_dtype_and_odd_tensors(tmp_path):
     assert back["scalar"].dtype == torch.int64 and torch.equal(back["view"], state["view"].to(torch.bfloat16))
     with safe_open(tmp_path / "bf16.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("length", range(1, 140, 9))
+def test_the_data_of_a_file_begins_at_a_multiple_of_64_bytes(tmp_path, length):
+    save_file({"n" * length: torch.ones(3)}, tmp_path / "f.safetensors")
+    header = int.from_bytes((tmp_path / "f.safetensors").read_bytes()[:8], "little")
+    assert (8 + header) % 64 == 0
+    assert read(tmp_path / "f.safetensors")["n" * length].data_ptr() % 64 == 0
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float64])

@@ -239,6 +239,20 @@ def test_merging_keeps_no_graph():
     assert all(parameter.grad_fn is None for parameter in flux.parameters())
 
 
+def test_a_merged_weight_is_rounded_once():
+    """The change is added in float32, whatever the dtype of the weights."""
+    layer = nn.Linear(32, 96)
+    layer.weight.data, layer.bias.data = draw(96, 32).bfloat16(), draw(96).bfloat16()
+    A, B, bias = draw(4, 32), draw(96, 4), draw(96)
+    weight = layer.weight.detach().double() + SCALE * (B.double() @ A.double())
+    shifted = layer.bias.detach().double() + SCALE * bias.double()
+    lora = {"layer.lora_A.weight": A, "layer.lora_B.weight": B, "layer.lora_B.bias": bias}
+    merge(nn.ModuleDict({"layer": layer}), lora, scale=SCALE)
+    half_a_step = {"rtol": 2**-8, "atol": 1e-6}  # of bfloat16; and the rounding of float32
+    torch.testing.assert_close(layer.weight.detach().double(), weight, **half_a_step)
+    torch.testing.assert_close(layer.bias.detach().double(), shifted, **half_a_step)
+
+
 @pytest.mark.parametrize("scale", [float("nan"), "1", float("inf"), True, None])
 def test_a_scale_is_a_number(scale):
     with pytest.raises(CheckpointError, match="scale must be a number"):

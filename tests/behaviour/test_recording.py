@@ -9,6 +9,7 @@ from torch.nn.functional import cosine_similarity
 import fluxedu as fe
 from fluxedu.errors import InstrumentError
 from fluxedu.instruments import reductions
+from fluxedu.sampling.latents import image_ids, text_ids
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
 
@@ -189,6 +190,30 @@ def test_a_network_called_by_hand(pipe):
         states = pipe.prompt_encoder.t5(ids)
     assert rec["t5.states"].axes == ("step", "batch", "text", "channel")
     assert torch.equal(rec["t5.states"].tensor[0], states)
+
+
+def call_network(pipe):
+    """The velocity of the transformer, called directly and with gradients, as in training."""
+    g, c = torch.Generator().manual_seed(0), pipe.flux.config
+    widths = (4, c.in_channels), (3, c.context_in_dim)
+    img, txt = (torch.randn(1, *width, generator=g) for width in widths)
+    return pipe.flux(img, image_ids(4, 4), txt, text_ids(3), torch.ones(1), torch.zeros(1, c.vec_in_dim), torch.ones(1))
+
+
+def test_a_recorded_value_is_a_copy(pipe):
+    with fe.record("velocity") as rec:
+        velocity = call_network(pipe)
+    before = velocity.clone()
+    velocity.detach().zero_()
+    assert torch.equal(rec["velocity"].tensor[0], before[0])
+
+
+@pytest.mark.parametrize("reduce", [None, "head-mean", "entropy"])
+def test_a_recording_keeps_no_graph(pipe, reduce):
+    """Of a network that is being trained, the values are recorded and not how they were computed."""
+    with fe.record("double.0.attn.map", reduce=reduce) as rec:
+        assert call_network(pipe).requires_grad
+    assert not rec["double.0.attn.map"].tensor.requires_grad
 
 
 # --- the budget and the folder --------------------------------------------------------------------
