@@ -65,7 +65,7 @@ class PlainAttention(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        is_plain = func is F.scaled_dot_product_attention and all(not value for value in kwargs.values())
+        is_plain = func is F.scaled_dot_product_attention and not kwargs
         if is_plain and args[0].device.type == "cpu" and args[0].shape[2] <= self.MAX_TOKENS:
             q, k, v = args
             return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
