@@ -60,8 +60,7 @@ circle = fe.predict(
     "A beats B, B beats C and C beats A, 9 times in 10: Elo between the best and the worst", 0
 )  # answer
 rival = fe.predict(
-    "At equal cost, which more often puts objects on the side that the prompt says? U-Net (with CLIP) / FLUX (with T5)",
-    "FLUX",
+    "At equal cost, which more often puts objects on the right side? U-Net (with CLIP) / FLUX (with T5)", "FLUX"
 )  # answer
 spots = fe.predict(
     "An image covered in spots: in what percentage of pairs does the judge notice, on prompt following?", 0
