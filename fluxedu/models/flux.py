@@ -21,6 +21,8 @@ from fluxedu.models.config import FluxConfig
 from fluxedu.models.modulation import TIMESTEP_DIM, MLPEmbedder, timestep_embedding
 from fluxedu.probe import Probed, name_sites
 
+TIMES_AT_ONCE = 8  # whose modulation is computed in one matrix product
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -47,6 +49,32 @@ class Plan:
 
     def __iter__(self) -> Iterator[Plan]:
         return (self[i] for i in range(self.vec.shape[0]))
+
+
+class PlanAhead:
+    """The plans of a whole run, ``plans.at(t)``: computed for several times in one matrix product, then discarded.
+
+    times: those at which the model will be evaluated, in order; another time is planned on its own, when it is needed.
+    """
+
+    def __init__(self, flux: Flux, times: list[float], guidance: Tensor | None, pooled: Tensor):
+        self.flux, self.guidance, self.pooled = flux, guidance, pooled
+        self.times = list(dict.fromkeys(times))
+        is_streamed = flux.placement is not None and flux.placement.mode != "full"
+        self.times_at_once = len(self.times) if is_streamed else TIMES_AT_ONCE  # streamed weights travel only once
+        self.plans: dict[float, Plan] = {}
+
+    def at(self, t: float) -> Plan:
+        if t not in self.plans:
+            times = [t]
+            if t in self.times:
+                start = min(self.times.index(t), max(len(self.times) - self.times_at_once, 0))
+                times = self.times[start : start + self.times_at_once]
+            with torch.no_grad():
+                timesteps = torch.tensor(times, device=self.pooled.device)[:, None]
+                plan = self.flux.plan(timesteps, self.guidance, self.pooled)
+            self.plans = dict(zip(times, plan, strict=True))
+        return self.plans[t]
 
 
 class Flux(Probed):

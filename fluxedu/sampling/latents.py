@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fluxedu.errors import describe
-from fluxedu.probe import Sited
 
 PATCH = 2  # latent cells along one side of a token
 
@@ -35,15 +34,6 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
         raise ValueError(f"{n} tokens do not fill a latent of {height} x {width} cells, which has {rows * cols}.")
     x = tokens.reshape(b, rows, cols, d // 4, 2, 2)  # [B, rows, cols, C, 2, 2]
     return x.permute(0, 3, 1, 4, 2, 5).reshape(b, d // 4, height, width)
-
-
-def probe_latent(owner: Sited, name: str, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Pass tokens through ``owner``'s site ``name`` as the latent ``[B, C, h, w]`` that they are; returns tokens."""
-    if not owner.is_watched(name):
-        return tokens
-    latent = unpack(tokens, *shape)
-    probed = owner.probe(name, latent)
-    return tokens if probed is latent else pack(probed)
 
 
 def image_ids(height: int, width: int) -> Tensor:

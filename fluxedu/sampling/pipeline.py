@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fluxedu.errors import RequestError, describe
+from fluxedu.errors import RequestError
 from fluxedu.memory.placement import Networks, memory_advice
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
@@ -22,11 +22,11 @@ from fluxedu.probe import Sited
 from fluxedu.progress import progress_bar
 from fluxedu.sampling.conditions import check_pictures, encode_conditions, paste_outside
 from fluxedu.sampling.images import Picture, resized, to_images, to_mask, to_tensor
-from fluxedu.sampling.latents import draw_noise, pack, probe_latent, unpack
+from fluxedu.sampling.latents import draw_noise
 from fluxedu.sampling.prompts import Conditioning, PromptEncoder
 from fluxedu.sampling.request import Request, checked_device, make_requests
-from fluxedu.sampling.solvers import from_strength, get_solver, schedule
-from fluxedu.sampling.step_context import StepContext, entered
+from fluxedu.sampling.solvers import Solver, from_strength, get_solver, schedule
+from fluxedu.sampling.step_context import StepContext, at_step, entered
 from fluxedu.sampling.velocity_field import VelocityField
 
 _RUNS = count()
@@ -187,58 +187,42 @@ class FluxPipeline(Sited):
         context = StepContext(self, requests[0], next(_RUNS), txt_len, 0, len(requests), len(times) - 1)
         networks = Networks(self.flux, self.autoencoder, self.prompt_encoder.clip, self.prompt_encoder.t5, self.dtype)
         height, width = (side * downscale for side in requests[0].shape)
+        images, runs = [], []
         with (
             memory_advice(networks, self.device, height, width, txt_len),
             progress_bar(total=len(requests) * (len(times) - 1), show=progress, desc="sampling") as bar,
         ):
             with entered(context):
                 texts = self.encode(requests)
-            results = []
             # one image at a time: products of larger matrices round differently, and no image may depend on others
             for i, request in enumerate(requests):
                 with entered(replace(context, request=request, picture=i)):
-                    results.append(self.draw(request, texts[i], times, bar))
-        latents = torch.cat([latents[-1] for _, latents, _ in results])
+                    velocity = self.velocity_field(times, texts[i], request)
+                    noise = self.start(request, times[0])
+                    run = self.denoise(noise, times, velocity, get_solver(request.solver), bar)
+                    images.append(self.decode(run.latents[-1], request))
+                    runs.append(run)
+        latents = torch.cat([run.latents[-1] for run in runs])
         if not trajectory:
-            return Output([picture for picture, _, _ in results], latents, None)
-        all_latents = torch.cat([latents for _, latents, _ in results], dim=1)  # [N+1, B, C, h, w]
-        velocities = torch.cat([velocities for _, _, velocities in results], dim=1)
-        return Output([picture for picture, _, _ in results], latents, Trajectory(times, all_latents, velocities))
+            return Output(images, latents, None)
+        all_latents = torch.cat([run.latents for run in runs], dim=1)  # [N+1, B, C, h, w]
+        velocities = torch.cat([run.velocities for run in runs], dim=1)
+        return Output(images, latents, Trajectory(times, all_latents, velocities))
 
-    def draw(self, request: Request, texts: Conditioning, times: Tensor, bar) -> tuple[Image.Image, Tensor, Tensor]:
-        """One image: noise, steps, decoding. Returns it with its latents ``[N+1, 1, C, h, w]`` and velocities."""
-        # what stays the same during the run
-        txt = self.probe("txt", texts.txt)  # [B, L, D] the prompt's T5 tokens, once per image: edit words here
-        pooled = self.probe("pooled", texts.pooled)  # [B, D] the prompt's CLIP vector, once per image
-        velocity = self.velocity_field(times, Conditioning(txt, pooled), request)
-        solver = get_solver(request.solver)
-
-        # from noise, t = 1, to the image, t = 0
-        noise = self.start(request, times[0])
-        noise = self.probe("noise", noise)  # [B, C, h, w] the state at the beginning of the run
-        x = pack(noise)
+    def denoise(self, x: Tensor, times: Tensor, velocity: VelocityField, solver: Solver, bar) -> Trajectory:
+        """From noise (t = 1) to the image (t = 0): the solver integrates ``dx/dt = velocity(x, t)`` along ``times``."""
         states, velocities = [], []
-        for i, (t, t_next) in enumerate(pairwise(times.tolist())):
-            with entered(step=i, time=t, stage=-1):
-                x = probe_latent(self, "x", x, request.shape)  # [B, C, h, w] the state at the beginning of each step
-                x_next, v = checked_step(solver.step(x, t, t_next, velocity), x, request.solver)
-            states.append(x)
+        for step, (t, t_next) in enumerate(pairwise(times.tolist())):
+            with at_step(step, t):
+                x = self.probe("x", x)  # [B, C, h, w] the state at the beginning of each step
+                states.append(x)
+                x, v = solver(x, t, t_next, velocity)
             velocities.append(v)
-            x = x_next
             bar.update()
         states.append(x)
+        return Trajectory(times, torch.stack(states), torch.stack(velocities))
 
-        # from tokens to the image
-        latents = torch.stack([unpack(x, *request.shape) for x in states])
-        velocities = torch.stack([unpack(v, *request.shape) for v in velocities])
-        latent = self.probe("latent", latents[-1])  # [B, C, h, w] the state at the end of the run
-        image = self.autoencoder.decode(latent)
-        image = self.probe("image", image)  # [B, C, h, w] the image, about -1 to 1; h and w are pixels
-        if request.mask is not None and request.paste:
-            image = paste_outside(image, request, self.autoencoder.config.downscale)
-        return to_images(image)[0], latents, velocities
-
-    # ---------------------------------------------------------------- the stages
+    # ---------------------------------------------------------------- before and after the loop
 
     def encode(self, requests: list[Request]) -> list[Conditioning]:
         """Encode the prompts, each distinct one once; with classifier-free guidance, negative prompts come first."""
@@ -263,18 +247,29 @@ class FluxPipeline(Sited):
         return from_strength(times, request.strength) if request.is_image_to_image else times
 
     def start(self, request: Request, t: Tensor) -> Tensor:
-        """The latent at the first time ``t``: noise, or the request's image with noise added."""
+        """The latent ``[B, C, h, w]`` at the first time ``t``: noise, or the request's image with noise added."""
         noise = draw_noise(request.seed, self.autoencoder.config.z_channels, *request.shape)
-        noise = noise.to(self.device, self.dtype)
-        if not request.is_image_to_image:
-            return noise
-        return (1 - t) * self._encode_picture(resized(request.image, request.shape, self._downscale)) + t * noise
+        x = noise.to(self.device, self.dtype)
+        if request.is_image_to_image:
+            x = (1 - t) * self._encode_picture(resized(request.image, request.shape, self._downscale)) + t * x
+        return self.probe("noise", x)  # [B, C, h, w] the state at the beginning of the run
 
     def velocity_field(self, times: Tensor, texts: Conditioning, request: Request) -> VelocityField:
-        """The function ``velocity(x, t)`` that the solver integrates."""
-        conditions = encode_conditions(request, self._encode_picture, self._downscale)
+        """The function ``velocity(x, t)`` that the solver integrates, with all that stays the same during the run."""
+        txt = self.probe("txt", texts.txt)  # [B, L, D] the prompt's T5 tokens, once per image: edit words here
+        pooled = self.probe("pooled", texts.pooled)  # [B, D] the prompt's CLIP vector, once per image
+        pictures = encode_conditions(request, self._encode_picture, self._downscale)
         evaluation_times = get_solver(request.solver).evaluation_times(times.tolist())
-        return VelocityField(self.flux, texts, conditions, request, evaluation_times)
+        return VelocityField(self.flux, Conditioning(txt, pooled), pictures, request, evaluation_times)
+
+    def decode(self, latent: Tensor, request: Request) -> Image.Image:
+        """The image of a latent ``[1, C, h, w]``; for fill, with the original pixels outside the mask."""
+        latent = self.probe("latent", latent)  # [B, C, h, w] the state at the end of the run
+        image = self.autoencoder.decode(latent)
+        image = self.probe("image", image)  # [B, C, h, w] the image, about -1 to 1; h and w are pixels
+        if request.mask is not None and request.paste:
+            image = paste_outside(image, request, self._downscale)
+        return to_images(image)[0]
 
     @property
     def _downscale(self) -> int:
@@ -282,13 +277,3 @@ class FluxPipeline(Sited):
 
     def _encode_picture(self, picture: Tensor) -> Tensor:
         return self.autoencoder.encode(picture.to(self.device, self.dtype))
-
-
-def checked_step(result, x: Tensor, solver: str) -> tuple[Tensor, Tensor]:
-    """Return the solver's result, or raise if it is not ``(x_next, v)``; users can register solvers."""
-    if isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, Tensor) for part in result):
-        if all(part.shape == x.shape for part in result):
-            return result
-    raise RequestError(
-        f"solver {solver!r} must return (x_next, v), two tensors {list(x.shape)}, not {describe(result)}."
-    )

@@ -6,7 +6,7 @@ its vector is a summary. T5 carries the content of the prompt, so a prompt that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from fluxedu.errors import RequestError, describe
 from fluxedu.models.clip import CLIPTextEncoder
 from fluxedu.models.t5 import T5Encoder
-from fluxedu.sampling.step_context import entered
+from fluxedu.sampling.step_context import current_context, entered
 
 
 class Tokenizer:
@@ -92,7 +92,8 @@ class PromptEncoder:
         device = self.t5.shared.weight.device
         encoded = {}
         for prompt in dict.fromkeys(prompts):
-            with entered(text=prompt):
+            context = current_context()
+            with entered(context and replace(context, text=prompt)):
                 txt = self.t5(self.t5_tokenizer([prompt]).to(device))
                 _, pooled = self.clip(self.clip_tokenizer([prompt]).to(device))
             encoded[prompt] = Conditioning(txt, pooled)

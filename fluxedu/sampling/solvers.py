@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fluxedu.errors import RequestError, describe
+
 Velocity = Callable[[Tensor, float], Tensor]
 Step = Callable[[Tensor, float, float, Velocity], tuple[Tensor, Tensor]]
 
@@ -36,7 +38,13 @@ class Solver:
     stages: tuple[float, ...] = (0,)
 
     def __call__(self, x: Tensor, t: float, t_next: float, velocity: Velocity) -> tuple[Tensor, Tensor]:
-        return self.step(x, t, t_next, velocity)
+        """One step, checked; raises RequestError when ``step`` does not return two tensors of x's shape."""
+        result = self.step(x, t, t_next, velocity)
+        if isinstance(result, tuple) and [getattr(part, "shape", None) for part in result] == [x.shape, x.shape]:
+            return result
+        raise RequestError(
+            f"a solver's step must return (x_next, v), two tensors {list(x.shape)}, not {describe(result)}."
+        )
 
     def evaluation_times(self, times: list[float]) -> list[float]:
         """Every time at which the model is evaluated on a schedule, in order."""

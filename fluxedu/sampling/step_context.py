@@ -1,6 +1,6 @@
 """The step context: which image, step and time the sampler is at, for instruments that watch it.
 
-The pipeline sets it (``with entered(context)``); recorders and interventions read it (``current_context()``).
+The pipeline sets it (``entered(context)``, ``at_step(step, time)``), instruments read it (``current_context()``).
 """
 
 from __future__ import annotations
@@ -50,19 +50,27 @@ def current_context() -> StepContext | None:
 
 
 @contextmanager
-def entered(context: StepContext | None = None, **changes) -> Iterator[None]:
-    """Make ``context``, or the current one with ``changes``, the current step context inside the ``with``."""
+def entered(context: StepContext | None) -> Iterator[None]:
+    """Make ``context`` the current step context inside the ``with``."""
     before = current_context()
-    here = _thread.context = context or (before and replace(before, **changes))
+    _thread.context = context
     try:
         yield
-        if here is not None and "step" in changes:
-            here.ended.add((here.picture, here.step))
     finally:
         _thread.context = before
 
 
-def count_evaluation(time: float) -> None:
-    """Note that the model is evaluated once more in this step, at ``time``."""
+@contextmanager
+def at_step(step: int, time: float) -> Iterator[None]:
+    """Inside the ``with``, the pipeline is at this step of its run; afterwards the step counts as completed."""
+    context = current_context()
+    with entered(context and replace(context, step=step, time=time, stage=-1)):
+        yield
+    if context is not None:
+        context.ended.add((context.picture, step))
+
+
+def next_evaluation(time: float) -> None:
+    """The model is evaluated once more in this step, at ``time``."""
     context = current_context()
     _thread.context = context and replace(context, time=time, stage=context.stage + 1)

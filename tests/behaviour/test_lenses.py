@@ -10,7 +10,6 @@ import fluxedu as fe
 from fluxedu.errors import InstrumentError
 from fluxedu.instruments import lenses
 from fluxedu.instruments.lenses import run
-from fluxedu.sampling.latents import pack
 
 PROMPT = "a red circle left of a blue square"
 BLOCKS = ["double.0", "double.1", "single.0", "single.1"]
@@ -160,12 +159,12 @@ def test_modulation_agrees_with_the_recorded_sites(pipe):
 
 
 def replace_velocity(pipe, monkeypatch, field):
-    """Replace the pipeline's velocity by ``field(latent tokens, t)``."""
+    """Replace the pipeline's velocity by ``field(latent, t)``."""
     monkeypatch.setattr(pipe, "velocity_field", lambda *arguments: field)
 
 
 def test_a_field_towards_one_image_has_straight_trajectories(pipe, monkeypatch):
-    target = pack(torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(5)))
+    target = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(5))
     replace_velocity(pipe, monkeypatch, lambda x, t: (x - target) / t)
     trajectory = pipe(PROMPT, steps=5, progress=False).trajectory
     assert float(lenses.straightness(trajectory).tensor) <= 1e-10
@@ -179,7 +178,7 @@ def test_a_field_towards_one_image_has_straight_trajectories(pipe, monkeypatch):
 
 def test_curvature_of_a_turning_field(pipe, monkeypatch):
     """The velocity turns by 90 degrees over the run."""
-    first, second = torch.randn(2, 1, 4, 64, generator=torch.Generator().manual_seed(6)).unbind(0)
+    first, second = torch.randn(2, 1, 16, 4, 4, generator=torch.Generator().manual_seed(6)).unbind(0)
     first, second = first / first.norm(), second - (second * first).sum() * first / first.norm() ** 2
     second = second / second.norm()
 

@@ -12,7 +12,6 @@ from fluxedu.instruments.interventions import intervene
 from fluxedu.instruments.lenses.run import lens
 from fluxedu.instruments.named import Named
 from fluxedu.progress import progress_bar
-from fluxedu.sampling.latents import pack, unpack
 from fluxedu.sampling.pipeline import FluxPipeline, Output, Trajectory
 from fluxedu.sampling.request import Request
 
@@ -120,4 +119,4 @@ def _run_with_velocity(pipe: FluxPipeline, prompt: str, options: dict) -> tuple[
         out = pipe(prompt, **({"progress": False} | options | {"trajectory": True}))
     (texts,) = pipe.encode(requests[:1])
     velocity = pipe.velocity_field(out.trajectory.times, texts, requests[0])
-    return out, lambda x, t: unpack(velocity(pack(x), t), *x.shape[-2:])
+    return out, velocity
