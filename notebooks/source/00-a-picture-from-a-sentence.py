@@ -31,32 +31,35 @@ out = pipe(prompt, seed=4, steps=20, progress=False)
 out.images[0].resize((256, 256))
 
 # %% [markdown]
-# One call runs the whole pipeline. `out` also contains the intermediate results of every step. Before you go on,
-# predict what you will see: the notebook measures it later and keeps your score. Two terms for the questions. The
-# *transformer* is the network that is evaluated once per step, and its output is called the *velocity* (section 5). A
-# *token* is one vector of the sequence that a transformer works on. The image has 128 × 128 × 3 = 49,152 numbers.
+# One call runs the whole pipeline. `out` also contains the intermediate results of every step.
+#
+# Before you go on, predict what you will see. The notebook measures each answer later and keeps your score. The
+# questions use two terms. The *transformer* is the network that is evaluated once per step; its output is called the
+# *velocity* (section 5). A *token* is one vector of the sequence that the transformer works on. The finished image
+# consists of 128 × 128 × 3 = 49,152 numbers.
 
 # %%
-numbers = fe.predict("How many numbers describe the image while FLUX works on it?", 4096)  # answer
-order = fe.predict(
-    "Shuffle T5's token vectors before the transformer. Does its output change? Choose 'yes' or 'no'.", "no"
+latent_size = fe.predict("How many numbers describe the image while FLUX works on it?", 4096)  # answer
+shuffle_effect = fe.predict(
+    "T5's token vectors are shuffled before the transformer gets them. Does its output change: 'yes' or 'no'?", "no"
 )  # answer
-most = fe.predict(
-    "What changes the output more: zero T5 vectors ('text') or swapped rows and columns ('rows')?", "text"
+larger_effect = fe.predict(
+    "What changes the output more: setting T5's vectors to zero ('text') or swapping rows and columns ('rows')?", "text"
 )  # answer
 
 # %%
-numbers.against(out.latents.numel())
+latent_size.against(out.latents.numel())
 print("latent:", tuple(out.latents.shape), "=", out.latents.numel(), "numbers")
-print("the image has", np.asarray(out.images[0]).size // out.latents.numel(), "times as many")
+print("the image has", np.asarray(out.images[0]).size // out.latents.numel(), "times as many numbers")
 
 # %% [markdown]
 # ## 1 · From words to token ids
 #
-# A tokenizer splits text into pieces and gives each piece a number, its token id. FLUX uses two. T5's pieces begin with
-# `▁` where a word begins; CLIP's end with `</w>` where a word ends. The miniature's vocabulary is small, so nearly
-# every word is one piece. Both lists are filled up to a fixed length with *padding* tokens, because all prompts of a
-# batch need the same length. FLUX has no attention mask: it treats padding tokens like any other text token.
+# A tokenizer splits text into pieces and replaces each piece by a number, its token id. FLUX uses two tokenizers, one
+# for each of its two text encoders, T5 and CLIP. T5's pieces begin with `▁` where a word begins; CLIP's end with `</w>`
+# where a word ends. The miniature's vocabulary is small, so nearly every word is one piece. Both lists of ids are filled
+# up to a fixed length with *padding* tokens, because all prompts of a batch need the same length. FLUX does not mask the
+# padding: it treats padding tokens like any other text token.
 
 # %%
 encoder = pipe.prompt_encoder
@@ -68,10 +71,11 @@ print("ids :", tuple(t5_ids.shape), "for T5,", tuple(clip_ids.shape), "for CLIP"
 # %% [markdown]
 # ## 2 · From token ids to vectors
 #
-# Two text encoders turn the ids into vectors. CLIP produces **one** vector for the whole prompt, the *pooled vector*,
-# which modulates every block (layer) of the transformer. T5 produces one vector **per token**. These join the image's
-# tokens in the transformer's attention. FLUX.1 gets the same two inputs from CLIP-L (768 numbers) and T5-XXL (4,096
-# numbers per token).
+# The two text encoders turn the ids into vectors. CLIP produces **one** vector for the whole prompt, the *pooled vector*.
+# It helps to set the scale and the offset of the values inside every *block* (a group of layers) of the transformer,
+# which is called *modulation* (notebook 05). T5 produces one vector **per token**. These vectors join the image's tokens
+# in the transformer's attention. FLUX.1 gets the same two inputs from CLIP-L (768 numbers) and T5-XXL (4,096 numbers per
+# token).
 
 # %%
 with torch.no_grad():
@@ -87,14 +91,18 @@ fig, ax = plt.subplots(figsize=(6, 4.8), layout="constrained")
 heatmap = ax.imshow(similarity.float().cpu(), cmap="cividis", vmin=-0.2, vmax=1)
 ax.set_xticks(range(len(pieces)), pieces, rotation=90)
 ax.set_yticks(range(len(pieces)), pieces)
-ax.set_title("T5's vectors are similar within an object: red and circle, blue and square")
+of_pair = lambda a, b: float(similarity[pieces.index(a), pieces.index(b)])
+ax.set_title(
+    f"T5's vectors of red and circle are similar ({of_pair('▁red', '▁circle'):.2f}),\n"
+    f"those of red and square are not ({of_pair('▁red', '▁square'):.2f})"
+)
 _ = fig.colorbar(heatmap, label="cosine similarity", shrink=0.8)
 
 # %% [markdown]
 # Find two pairs next to the diagonal: *red* and *circle* have similar vectors, and so have *blue* and *square*; *red*
-# and *square* do not. The three *a* have three different vectors, because T5 has processed the whole sentence before
-# FLUX receives a single token. It has to: FLUX gives every text token the same position, so the order of the words
-# reaches it only through the vectors of T5 and CLIP.
+# and *square* do not. The word *a* occurs three times, with three different vectors, because T5 processes the whole
+# sentence before FLUX receives any of its tokens. This is necessary: FLUX gives every text token the same position, so
+# it learns about the order of the words only from the vectors of T5 and CLIP.
 
 # %% [markdown]
 # ## 3 · From noise to image tokens
@@ -140,7 +148,10 @@ ax.plot(schedule(20, 256), "o-", ms=3, color="#0072B2", label="FLUX.1, 256 token
 ax.plot(schedule(20, 4096), "o-", ms=3, color="#D55E00", label="FLUX.1, 4096 tokens (1024 × 1024)")
 ax.plot(times, "k--", lw=1, label="this image")
 ax.set(xlabel="step", ylabel="time t (1 = noise)", xticks=range(0, 21, 5))
-ax.set_title("FLUX.1 spends more steps near the noise when the image is larger")
+near_noise = [int((schedule(20, 4096, shift=shift)[:-1] > 0.5).sum()) for shift in (True, False)]
+ax.set_title(
+    f"At 4096 tokens FLUX.1 starts {near_noise[0]} of 20 steps above t = 0.5, without the shift {near_noise[1]}"
+)
 _ = ax.legend(frameon=False)
 
 # %% [markdown]
@@ -176,7 +187,7 @@ print("velocity:", tuple(v.shape))
 fig, axes = plt.subplots(1, 2, figsize=(6, 3))
 show(x, axes[0], "pure noise, decoded")
 show(x - 1.0 * v, axes[1], "predicted x0")
-fig.suptitle("One evaluation on pure noise already gives a blurred first image", fontsize=10)
+fig.suptitle("One evaluation on pure noise already predicts a blurred image", fontsize=10)
 
 # %% [markdown]
 # Pure noise tells the network nothing about the image, so many images are still possible, and the predicted x0 is
@@ -203,7 +214,12 @@ fig, axes = plt.subplots(2, len(steps_to_show), figsize=(11, 4.2))
 for column, i in enumerate(steps_to_show):
     show(states[i], axes[0, column], f"x at t = {times[i]:.2f}")
     show(predicted_x0[i], axes[1, column], "predicted x0")
-_ = fig.suptitle("The state x (top) stays noisy for long; the predicted x0 (bottom) shows the layout early")
+x_error, x0_error = (float((z[5] - x).norm() / x.norm()) for z in (states, predicted_x0))
+_ = fig.suptitle(
+    f"At t = {times[5]:.2f} the state x (top) differs from the final latent by {x_error:.0%} of its length, "
+    f"the predicted x0 (bottom) by {x0_error:.0%}",
+    fontsize=10,
+)
 
 # %% [markdown]
 # ## 7 · From tokens to pixels
@@ -231,10 +247,11 @@ print(len(fe.sites(pipe)), "sites")
 widgets.architecture(pipe, prompt, seed=4, progress=False)
 
 # %% [markdown]
-# Text acts on the image mainly through *attention*, in which each token collects information from the others; how much
-# it takes from each is its attention. Point at a patch of the left image: the brightness shows how much that patch
-# attends to each other patch, and the shade of each word shows how much it attends to that word. Point at a word: the
-# right image shows which patches attend to it. Find a block in which mostly patches of the square attend to *blue*.
+# Text acts on the image mainly through *attention*, in which each token collects information from all tokens, from some
+# more and from others less. We say that it *attends* to the tokens from which it takes much. Point at a patch of the
+# left image: the brightness shows how much that patch attends to each other patch, and the shade of each word shows how
+# much it attends to that word. Point at a word: the right image shows which patches attend to it. Can you find a block
+# in which mostly patches of the square attend to *blue*?
 
 # %%
 widgets.attention(pipe, prompt, seed=4, progress=False)
@@ -242,8 +259,8 @@ widgets.attention(pipe, prompt, seed=4, progress=False)
 # %% [markdown]
 # ## 9 · Break it
 #
-# Each line below changes one input. Guess first which changes affect the network's output at all, and which affects it
-# most.
+# Each line of `trials` below changes one input of the network. Guess first which changes affect its output at all, and
+# which change affects it most.
 
 # %%
 t = times[6:7].to(device)  # the time of the state below
@@ -263,8 +280,8 @@ change = {}
 for name, output in trials.items():
     change[name] = float((output - unchanged).norm() / unchanged.norm())
     print(f"{name:<34}", "no change (below 1 in 100,000)" if change[name] < 1e-5 else f"changes by {change[name]:.0%}")
-order.against("yes" if change["shuffle T5's token vectors"] > 1e-5 else "no")
-most.against("text" if change["set T5's vectors to zero"] > change["swap rows and columns"] else "rows")
+shuffle_effect.against("yes" if change["shuffle T5's token vectors"] > 1e-5 else "no")
+larger_effect.against("text" if change["set T5's vectors to zero"] > change["swap rows and columns"] else "rows")
 
 # %% [markdown]
 # Shuffling the text tokens changes nothing: the transformer treats them as a set without order. Adding the same number
