@@ -47,18 +47,22 @@ course.where(pipe, "encoder", "image")
 # ## Predict
 #
 # Attention compares every token with every token, so its cost grows with the number of *pairs* of tokens. For the third
-# question we use the *judge*, a small program of this course that finds shapes and colours in an image by geometry,
-# without a network. It recognises a red star of each of these radii in the original image. How small may the star be
-# if the image has been encoded and decoded?
+# question we draw red stars of five sizes, then encode and decode the images. The *judge*, a small program of this course
+# that finds shapes and colours in an image by geometry, without a network, recognises all five stars before that. Which
+# of them does it still recognise afterwards?
 
 # %%
-pairs = fe.predict("One token per pixel at 128 x 128: how many times as many pairs as with 64 tokens?", 65536)  # answer
-order = fe.predict(
-    "Reorder the numbers inside each token. The image is: 'the same', 'a bit worse' or 'ruined'?", "ruined"
+pair_ratio = fe.predict(
+    "With one token per pixel at 128 x 128, how many times as many pairs are there as with 64 tokens?", 65536
 )  # answer
-star = fe.predict("Which is the smallest radius of a star that survives: 24, 16, 12, 8 or 6 pixels?", 12)  # answer
-trips = fe.predict(
-    "Encode and decode ten times instead of once. The result is: 'no worse' or 'worse'?", "worse"
+reorder_effect = fe.predict(
+    "The numbers inside each token are reordered. Is the image 'the same', 'a bit worse' or 'ruined'?", "ruined"
+)  # answer
+smallest_star = fe.predict(
+    "What is the radius of the smallest star that the judge still recognises: 24, 16, 12, 8 or 6 pixels?", 12
+)  # answer
+round_trips = fe.predict(
+    "An image is encoded and decoded ten times instead of once. Is the result 'no worse' or 'worse'?", "worse"
 )  # answer
 
 # %% [markdown]
@@ -72,7 +76,7 @@ for side in (128, 1024):
     pixels, cells, tokens = side**2, (side // 8) ** 2, (side // 16) ** 2
     print(f"{side:4} x {side}: {pixels:9,} pixels · {cells:6,} cells · {tokens:5,} tokens")
     print(f"{'':12} {3 * pixels:,} numbers become {16 * cells:,}, one in {3 * pixels // (16 * cells)}")
-pairs.against((128 * 128) ** 2 // 64**2)
+pair_ratio.against((128 * 128) ** 2 // 64**2)
 
 # %% [markdown]
 # The amount of data shrinks by a factor of 12. The number of **tokens** shrinks by a factor of 256, and the number of
@@ -80,7 +84,7 @@ pairs.against((128 * 128) ** 2 // 64**2)
 #
 # ## Build it
 #
-# First the factor 8. The encoder is a pyramid that halves the grid three times. `fe.record` stores the values that pass
+# We begin with the factor 8. The encoder is a pyramid that halves the grid three times. `fe.record` stores the values that pass
 # through the named *sites* (named points inside the model). These are the channels, rows and columns at each level:
 
 # %%
@@ -99,9 +103,9 @@ for name in [f"ae.encoder.down.{i}.out" for i in range(4)] + ["ae.encoder.moment
 downsample_passed = passed
 
 # %% [markdown]
-# The last layer has 32 channels: 16 means and 16 logarithms of variances, because this is a *variational* autoencoder:
-# it was trained with noise added to its latent. The decoder therefore tolerates small errors in the latent, and small
-# errors of the *flow* (the transformer, which learns to turn noise into latents) stay small in the image.
+# The last layer has 32 channels: 16 means and 16 logarithms of variances. This is a *variational* autoencoder, which was
+# trained with noise of these variances added to the means. The decoder therefore tolerates small errors in the latent,
+# and small errors of the *flow* (the transformer, which learns to turn noise into latents) stay small in the image.
 
 # %% exercise="latents.standardise"
 
@@ -122,8 +126,9 @@ if standardise_passed:
 # %% [markdown]
 # This is what `scale` and `shift` are for. Noise has mean 0 and standard deviation 1, and the flow mixes it with the
 # latent, `(1 − t)·latent + t·noise`. Both must have the same scale, or t = 0.5 would not mean half noise. (Over many
-# images the latent's standard deviation is 1.0; these four images happen to lie below it.) FLUX.1's two numbers, 0.3611
-# and 0.1159, do the same for its own autoencoder: a scale of 0.3611 fits a standard deviation of 1 / 0.3611.
+# images the latent's standard deviation is 1.0; that of these four images happens to be smaller.) FLUX.1's two numbers,
+# 0.3611 and 0.1159, do the same for its own autoencoder, whose means have a standard deviation of about
+# 1 / 0.3611 = 2.8.
 #
 # Next come the tokens.
 
@@ -163,9 +168,10 @@ plt.show()
 
 # %% [markdown]
 # Because the channels preserve positions, the transformer can work with rows and columns, and an image can be edited in
-# its latent. Do 16 channels hold 16 different things? Keep only the few directions along which the latents vary most
-# (their principal components), and decode. (*PSNR* measures the error in decibels: 20 dB is an error of a tenth of the
-# range from black to white, 40 dB a hundredth.)
+# its latent. Are all 16 channels needed? The 16 numbers of a cell are a point in a space of 16 dimensions. Keep only the
+# few directions in this space along which the latents vary most (their principal components), and decode. (*PSNR*, the
+# peak signal-to-noise ratio, expresses the error in decibels: 20 dB is an error of a tenth of the range from black to
+# white, 40 dB a hundredth.)
 
 # %%
 flat = latent.permute(0, 2, 3, 1).reshape(-1, 16)  # [cells, 16]
@@ -186,7 +192,9 @@ for (side, value), style in zip(thumbnails.items(), (":", "--")):
     ax.axhline(value, color="#D55E00", linestyle=style, label=f"{side} x {side} thumbnail, {3 * side * side:,} numbers")
 ax.set_xlabel("number of directions kept, of 16")
 ax.set_ylabel("PSNR in dB")
-ax.set_title(f"Six of 16 directions lose {quality[-1] - quality[4]:.1f} dB and beat a thumbnail with twice the numbers")
+ax.set_title(
+    f"Six of 16 directions cost only {quality[-1] - quality[4]:.1f} dB, and beat a thumbnail of twice as many numbers"
+)
 ax.legend()
 plt.show()
 print("six directions lose less than 2 dB compared with all sixteen:", quality[-1] - quality[4] < 2)
@@ -194,11 +202,12 @@ print("six directions (1,536 numbers) beat a thumbnail of 3,072 numbers:", quali
 
 # %% [markdown]
 # The miniature's images are simple, so ten of the sixteen directions are hardly used; photographs need more. Earlier
-# latent diffusion models had 4 channels, FLUX has 16: with 8 × 8 pixels per cell, detail can only be stored in the
+# latent diffusion models had 4 channels, FLUX has 16: since a cell covers 8 × 8 pixels, detail can only be stored in the
 # channels.
 #
-# What is lost, then? A Fourier transform splits an image into stripes of all widths. Compare the image with its
-# reconstruction at each width. (At the grey line, half is lost.)
+# Which details does the autoencoder lose? A Fourier transform writes an image as a sum of stripe patterns of all widths.
+# We compare the image with its reconstruction at each width. (At the grey line, the error has half as much power as the
+# image.)
 
 # %%
 reconstruction = autoencoder.decode(latent)
@@ -215,19 +224,21 @@ def power(x: Tensor) -> Tensor:
 
 
 width = 1 / ((torch.arange(12) + 0.5) / 24)  # pixels from one stripe to the next
-lost = (power(reconstruction - images) / power(images)).cpu()
+error_share = (power(reconstruction - images) / power(images)).cpu()
 fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
-ax.semilogx(width, 100 * lost, "o-", color="#0072B2")
+ax.semilogx(width, 100 * error_share, "o-", color="#0072B2")
 ax.axhline(50, color="0.6", linewidth=1)
 ax.set_xticks([2, 3, 4, 6, 10, 16, 48], [2, 3, 4, 6, 10, 16, 48])
 ax.minorticks_off()
 ax.set_xlabel("width of the stripes: pixels from one to the next")
 ax.set_ylabel("error, % of the power")
 ax.set_ylim(0, 100)
-ax.set_title(f"The widest stripes lose {lost[0]:.0%} of their power, the narrowest {lost[-1]:.0%}")
+ax.set_title(
+    f"The error is {error_share[0]:.0%} of the power for the widest stripes, {error_share[-1]:.0%} for the narrowest"
+)
 plt.show()
-print("stripes wider than 9 pixels lose less than a tenth:", bool(lost[:3].max() < 0.1))
-print("the narrowest stripes lose more than half:", bool(lost[-2:].min() > 0.5))
+print("for stripes wider than 9 pixels the error is less than a tenth of the power:", bool(error_share[:3].max() < 0.1))
+print("for the narrowest stripes it is more than half:", bool(error_share[-2:].min() > 0.5))
 
 # %% [markdown]
 # How far does the influence of one cell reach? Change all 16 numbers of one cell, and see where the image changes:
@@ -241,8 +252,8 @@ print("more than two thirds of the change is in the cell's own 8 x 8 pixels:", o
 print("more than nine tenths is in these and the eight cells around them:", neighbourhood > 0.9)
 
 # %% [markdown]
-# Now edit a latent yourself. Add to a few cells of one channel and see what changes; a change of one cell alone is
-# hardly visible. (Tab to the left image and use the arrow keys, or use the mouse.) Does any channel stand for one
+# Now edit a latent yourself. Change the values of a few cells in one channel and see what happens to the image; a change
+# of a single cell is hardly visible. (Tab to the left image and use the arrow keys, or use the mouse.) Does any channel stand for one
 # property, such as a colour? Nothing in the training requires that.
 
 # %%
@@ -258,8 +269,8 @@ widgets.latents(pipe, reference.images[0]).set(channel=14, cell=(5, 11))
 # %%
 if downsample_passed and pack_passed:
     with fe.swap("ae.encoder.*.downsample", lambda old: Downsample(old.conv.in_channels), autoencoder):
-        again = autoencoder.encode(images)
-    print("the encoder with your layers gives the same latent:", bool((again - latent).abs().max() < 1e-4))
+        yours = autoencoder.encode(images)
+    print("the encoder with your layers gives the same latent:", bool((yours - latent).abs().max() < 1e-4))
 
     state = {}
 
@@ -269,8 +280,8 @@ if downsample_passed and pack_passed:
 
     with fe.intervene("sample.x", remember):
         with fe.intervene("img_in", lambda tokens, ctx: pipe.flux.img_in(pack(state["latent"]))):
-            again = pipe(prompt, seed=4, progress=False)
-    difference = (again.latents - reference.latents).norm() / reference.latents.norm()
+            out = pipe(prompt, seed=4, progress=False)
+    difference = (out.latents - reference.latents).norm() / reference.latents.norm()
     print("the latent made from your tokens is the same, to 1 in 1,000:", bool(difference < 1e-3))
 else:
     print("solve the exercises above first; then run this cell again")
@@ -278,8 +289,8 @@ else:
 # %% [markdown]
 # ## Break it
 #
-# **Another order inside the token.** The tokens are the right ones and contain all 64 numbers, but now the channel
-# changes fastest. `view` and `transpose` produce this layout easily by accident.
+# **Another order inside the token.** Each token contains the right 64 numbers, but in another order: now the channel
+# changes fastest. A wrong `view` or `transpose` easily produces this order by accident.
 
 # %%
 state = {}
@@ -300,7 +311,7 @@ with fe.intervene("sample.x", remember):
     with fe.intervene("img_in", lambda tokens, ctx: pipe.flux.img_in(pack_channel_fastest(state["latent"]))):
         reordered = pipe(prompt, seed=4, progress=False)
 difference = float((reordered.latents - reference.latents).norm() / reference.latents.norm())
-order.against("ruined" if difference > 1 else "a bit worse" if difference > 0.01 else "the same")
+reorder_effect.against("ruined" if difference > 1 else "a bit worse" if difference > 0.01 else "the same")
 
 # %% [markdown]
 # **Padding on the other side**, as `padding=1` does, and **no scaling**: the encoder's means go to the decoder without
@@ -347,16 +358,17 @@ def stars(images) -> int:
     return sum([found.form for found in detect(image).objects] == ["star"] for image in images)
 
 
-radii, survives, examples = (24, 16, 12, 8, 6), [], []
+radii, all_recognised, examples = (24, 16, 12, 8, 6), [], []
 centres = [(64, 64), (50.5, 70), (71, 43)]
 for r in radii:
     originals = [render(Scene("white", (SceneObject("star", "red", "small", x, y, r),), 128, 128)) for x, y in centres]
     decoded = to_images(autoencoder.decode(autoencoder.encode(to_tensor(np.stack(originals)).to(device))))
     before, after = stars(originals), stars(decoded)
     examples.append((originals[0][36:92, 36:92], np.asarray(decoded[0])[36:92, 36:92]))
-    survives.append(after == len(centres))
+    all_recognised.append(after == len(centres))
     print(f"radius {r:2}: recognised as a star {before} times of 3 before, {after} times after")
-star.against(min((r for r, whole in zip(radii, survives) if whole), default=0))
+smallest = min((r for r, recognised in zip(radii, all_recognised) if recognised), default=0)
+smallest_star.against(smallest)
 
 fig, axes = plt.subplots(2, 5, figsize=(8, 3.4), layout="constrained")
 for column, (r, pair) in enumerate(zip(radii, examples)):
@@ -364,13 +376,15 @@ for column, (r, pair) in enumerate(zip(radii, examples)):
         axes[row, column].imshow(image)
         axes[row, column].axis("off")
     axes[0, column].set_title(f"radius {r} px", fontsize=9)
-fig.suptitle("Top: original. Bottom: encoded and decoded. Smaller stars lose their points")
+fig.suptitle(
+    f"Top: original. Bottom: encoded and decoded. Below a radius of {smallest} pixels, stars lose their points"
+)
 plt.show()
 
 # %% [markdown]
-# Two cells are 16 pixels wide, and a star of radius 8 has all its five points within them. However good the transformer
-# is, it cannot draw what the decoder cannot. The same holds for small faces and small letters in large models: in a
-# larger image the same object gets more cells.
+# A star of radius 8 fits into a square of two by two cells, with all of its five points. However good the transformer
+# is, it cannot draw what the decoder cannot. The same holds for small faces and small letters in large models. It helps
+# to generate a larger image, in which the same object covers more cells.
 #
 # **Ten round trips**, as happens when an image is edited, saved and edited again.
 
@@ -379,7 +393,7 @@ x, decibel = images[:2], []
 for _ in range(10):  # encode and decode
     x = autoencoder.decode(autoencoder.encode(x)).clamp(-1, 1)
     decibel.append(psnr(images[:2], x))
-trips.against("worse" if decibel[-1] < decibel[0] - 1 else "no worse")
+round_trips.against("worse" if decibel[-1] < decibel[0] - 1 else "no worse")
 print("from the first to the tenth round trip, more than 5 dB are lost:", decibel[0] - decibel[-1] > 5)
 
 # %% [markdown]
@@ -388,14 +402,14 @@ print("from the first to the tenth round trip, more than 5 dB are lost:", decibe
 # 1. Pixels would be too many tokens: one token covers 16 × 16 pixels, and the cost of attention grows with the pairs.
 # 2. The encoder halves the grid three times; each cell has 16 numbers, and the latent preserves positions.
 # 3. Scale and shift give the latent the mean and standard deviation of the noise that it is mixed with.
-# 4. Packing puts 2 × 2 cells into one token, in the order (channel, row, column). It loses nothing; any other order
-#    ruins the image.
+# 4. Packing puts 2 × 2 cells into one token, in the order (channel, row, column). It loses nothing. A trained transformer
+#    works with this order only.
 # 5. Detail finer than a few pixels is lost in the autoencoder, whatever the transformer does.
 #
 # **Questions people ask**: *Does encoding draw a random sample?* The official code takes the mean if so configured,
 # diffusers samples; the noise is a few percent of the standard deviation, as you measured above. *Why does my
 # 1000-pixel image come out with another size?* A side must be a whole number of tokens of 16 pixels. The official code
-# rounds up, to 126 cells; diffusers rounds down, to 124. *Why does memory run out at large sizes?* The number of tokens
+# rounds up, to 126 cells of 8 pixels; diffusers rounds down, to 124. *Why does memory run out at large sizes?* The number of tokens
 # grows with the area, and the number of pairs with its square: twice the side means 16 times the pairs.
 #
 # **Read**: Latent Diffusion, arXiv 2112.10752 · Scaling Rectified Flow Transformers, arXiv 2403.03206 (why 16

@@ -43,31 +43,26 @@ def pack(latent: Tensor) -> Tensor:
     return x.reshape(b, h // 2 * (w // 2), 4 * c)
 
 
-@wrong("latents.pack", "inside a token your channel changes fastest; FLUX's tokens hold all of channel 0 first.")
-def _channel_last(latent):
+def _packed(latent: Tensor, *order: int) -> Tensor:
     b, c, h, w = latent.shape
-    x = latent.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1)
-    return x.reshape(b, h // 2 * (w // 2), 4 * c)
+    return latent.reshape(b, c, h // 2, 2, w // 2, 2).permute(order).reshape(b, h // 2 * (w // 2), 4 * c)
 
 
-@wrong("latents.pack", "your tokens are numbered column by column; number them row by row, as you read.")
-def _column_by_column(latent):
-    b, c, h, w = latent.shape
-    x = latent.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 4, 2, 1, 3, 5)
-    return x.reshape(b, h // 2 * (w // 2), 4 * c)
+wrong("latents.pack", "inside a token your channel changes fastest; FLUX's tokens hold all of channel 0 first.")(
+    lambda latent: _packed(latent, 0, 2, 4, 3, 5, 1)
+)
+wrong("latents.pack", "your tokens are numbered column by column; number them row by row, as you read.")(
+    lambda latent: _packed(latent, 0, 4, 2, 1, 3, 5)
+)
+wrong("latents.pack", "you exchanged rows and columns inside each 2 x 2 square.")(
+    lambda latent: _packed(latent, 0, 2, 4, 1, 5, 3)
+)
 
 
 @wrong("latents.pack", "a reshape alone does not reorder numbers: permute the axes before the last reshape.")
 def _no_permute(latent):
     b, c, h, w = latent.shape
     return latent.reshape(b, h // 2 * (w // 2), 4 * c)
-
-
-@wrong("latents.pack", "rows and columns inside each 2 x 2 square are exchanged.")
-def _inner_exchanged(latent):
-    b, c, h, w = latent.shape
-    x = latent.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 5, 3)
-    return x.reshape(b, h // 2 * (w // 2), 4 * c)
 
 
 def _tokens() -> list[tuple]:
