@@ -4,8 +4,8 @@
     python -m fluxedu.course.build notebooks 04 06      # only these
 
 A source is in jupytext's percent format. A cell ``# %% exercise="rope.rotate"`` stands for a whole exercise: its task,
-the starter code or the solution, the check and the hints. A line that ends in ``# answer`` contains a prediction, which
-the student's edition replaces by ``...``.
+the starter code or the solution, the check and the hints. An exercise that no cell names stands where its own ``after``
+says. A line that ends in ``# answer`` contains a prediction, which the student's edition replaces by ``...``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fluxedu.files import atomic_path
 
 EDITIONS = {"student": Path("."), "solved": Path("solved")}
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-ANSWER = re.compile(r",\s+(\"[^\"]*\"|\[[^\]]*\]|[^,()\[\]\"]+?)\s*\)  # answer$", re.MULTILINE)
+ANSWER = r",\s+(\"[^\"]*\"|\[[^\]]*\]|[^,()\[\]\"]+?)\s*\)  # answer$"
 NUMBERED = "[0-9][0-9]-*"
 
 
@@ -42,33 +42,56 @@ def edition(source: Path, which: str) -> NotebookNode:
     import jupytext
 
     solved = which == "solved"
+    source_cells = jupytext.read(source, fmt="py:percent").cells
+    below = _placed_by_text(source.name, source_cells)
     cells = []
-    for cell in jupytext.read(source, fmt="py:percent").cells:
+    for i, cell in enumerate(source_cells):
         if "exercise" in cell.metadata:
             name = cell.metadata["exercise"]
             if name not in all_exercises():
                 raise CourseError(f"{source.name} refers to an exercise {name!r}, which does not exist.")
-            cells += _exercise_cells(all_exercises()[name], cell.source.strip(), solved)
+            cells += _exercise_cells(all_exercises()[name], solved, cell.source.strip(), assign="passed = ")
         elif cell.cell_type == "code":
-            without_marks = re.sub(r"  # answer$", "", cell.source, flags=re.M)
-            cells.append(
-                new_code_cell(without_marks if solved else ANSWER.sub(", ...)  # your answer for ...", cell.source))
-            )
+            marked, replacement = ("  # answer$", "") if solved else (ANSWER, ", ...)  # your answer for ...")
+            cells.append(new_code_cell(re.sub(marked, replacement, cell.source, flags=re.M)))
         else:
             cells.append(new_markdown_cell(cell.source))
+        for task in below.get(i, []):
+            cells += _exercise_cells(task, solved)
     for i, cell in enumerate(cells):
         cell["id"] = f"{source.stem[:2]}-{i:03d}"
     metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}, "fluxedu": {"edition": which}}
     return new_notebook(cells=cells, metadata=metadata)
 
 
-def _exercise_cells(task: Exercise, introduction: str, solved: bool) -> list[NotebookNode]:
-    """Task, code and check; in the student's edition also the hints and the folded solution."""
+def _placed_by_text(source: str, cells: list[NotebookNode]) -> dict[int, list[Exercise]]:
+    """The notebook's exercises that no cell of the source names, by the index of the cell that they stand below."""
+    names = [cell.metadata.get("exercise") for cell in cells]
+    below: dict[int, list[Exercise]] = {}
+    for task in all_exercises().values():
+        if task.notebook != source[:2] or task.name in names:
+            continue
+        matches = [name == task.after or task.after in cell.source for name, cell in zip(names, cells, strict=True)]
+        if sum(matches) != 1:
+            raise CourseError(
+                f"the exercise {task.name!r} needs as `after` the name of an exercise in {source}, or a text of "
+                f"exactly one cell; {task.after!r} fits {sum(matches)} cells."
+            )
+        below.setdefault(matches.index(True), []).append(task)
+    return below
+
+
+def _exercise_cells(task: Exercise, solved: bool, introduction: str = "", assign: str = "") -> list[NotebookNode]:
+    """Task, code and check; in the student's edition also the hints and the folded solution.
+
+    Only an exercise that the source names assigns its verdict to ``passed``, which the cells below it may read. Placed
+    by ``after``, an exercise leaves the ``passed`` of the one above it as it is.
+    """
     dots = "●" * task.difficulty + "○" * (3 - task.difficulty)
     head = f"### Exercise · `{task.name}`\n\n{dots} · {task.minutes} minutes\n\n{task.task}"
     introduction = "\n".join(line.removeprefix("#").strip() for line in introduction.splitlines())
     code = task.solution_code if solved else task.starter_code
-    check = f'passed = fe.check("{task.name}", {task.answer_name})'
+    check = f'{assign}fe.check("{task.name}", {task.answer_name})'
     cells = [
         new_markdown_cell(f"{head}\n\n{introduction}".strip()),
         new_code_cell(code, metadata={"fluxedu": {"exercise": task.name, "role": "answer"}}),

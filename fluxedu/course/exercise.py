@@ -1,6 +1,6 @@
 """An exercise: its solution, the cases it is checked with, and the wrong answers that people really give.
 
-    @exercise("rope.rotate", minutes=10, difficulty=2, hints=(...), cases=some_inputs)
+    @exercise("rope.rotate", minutes=10, difficulty=2, hints=(...), cases=some_inputs, after="## Build it")
     def rotate(x, angles):
         '''The task, as the student reads it.'''
         ...
@@ -51,6 +51,8 @@ class Exercise:
     call: ``(answer, *case) -> tensors``, for an answer that is not simply a function of the case
     against: what the answer is compared with; None: the solution
     tolerance: largest relative error, or 0 for equality
+    after: where the exercise stands in its notebook: below the one cell whose source contains this text (a heading,
+        say), or below the exercise of this name; not needed if a cell of the source names the exercise
     """
 
     name: str
@@ -62,7 +64,13 @@ class Exercise:
     call: Callable[..., Any] = lambda answer, *case: answer(*case)
     against: Callable | None = None
     tolerance: float = 1e-5
+    after: str = ""
     wrong: list[WrongAnswer] = field(default_factory=list)
+
+    @property
+    def notebook(self) -> str:
+        """The number of the exercise's notebook, from the name of its file: ``"04"`` for ``n04_rope.py``."""
+        return self.solution.__module__.rpartition(".")[2][1:3]
 
     @property
     def answer_name(self) -> str:

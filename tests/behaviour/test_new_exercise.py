@@ -130,7 +130,9 @@ def test_an_exercise_stands_below_a_text_or_another_exercise(tmp_path, monkeypat
     assert [head for head in before if head.startswith("#")][-1] == above
 
 
-@pytest.mark.parametrize("after, count", [(None, 0), ("## No such heading", 0), ("## ", 2)])
+@pytest.mark.parametrize("after, count", [("", 7), ("## No such heading", 0), ("## ", 2)])
 def test_the_place_of_an_exercise_must_be_clear(tmp_path, monkeypatch, after, count):
-    with pytest.raises(CourseError, match=f"'rope.half' needs as `after` a text .* fits {count} cells"):
+    with pytest.raises(
+        CourseError, match=f"'rope.half' needs as `after` .*, or a text of exactly one cell; .* fits {count} cells"
+    ):
         heads_of(tmp_path, monkeypatch, after)

@@ -1,5 +1,7 @@
 """Notebook 05: time and modulation."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -220,14 +222,8 @@ class _ByKind(Modulation):
         return [ShiftScaleGate(*parts[i :: self.layers]) for i in range(self.layers)]
 
 
-class TanhLayer:
-    """A layer for the exercise's cases: `tanh(x @ weights + 0.3)`."""
-
-    def __init__(self, weights: Tensor):
-        self.weights = weights
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return (x @ self.weights + 0.3).tanh()
+def _tanh_layer(weights: Tensor, x: Tensor) -> Tensor:
+    return (x @ weights + 0.3).tanh()
 
 
 def _tokens() -> list[tuple]:
@@ -235,7 +231,7 @@ def _tokens() -> list[tuple]:
     cases = []
     for b, n, d, size in ((2, 5, 4, 1.0), (1, 3, 6, 0.02)):  # with small tokens the value of eps matters
         x = size * (torch.randn(b, n, d, generator=g) + 0.5)
-        layer = TanhLayer(torch.randn(d, d, generator=g))
+        layer = partial(_tanh_layer, torch.randn(d, d, generator=g))
         cases.append((x, layer, *(torch.randn(b, 1, d, generator=g) for _ in range(3))))
     return cases
 

@@ -1,6 +1,7 @@
 """Notebook 06: attention."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -256,16 +257,6 @@ class _Order(_Split):
         return q, k, v
 
 
-class Rope:
-    """Rotates queries or keys by the positions `ids`, for the exercise's cases."""
-
-    def __init__(self, ids: Tensor, axes_dim: tuple[int, ...]):
-        self.table = rope_table(ids, axes_dim, 100.0)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return rotate(x, self.table)
-
-
 def _joint_cases() -> list[tuple]:
     g = torch.Generator().manual_seed(9)
     cases = []
@@ -273,7 +264,7 @@ def _joint_cases() -> list[tuple]:
         txt = tuple(1.5 * torch.randn(b, h, txt_len, sum(axes_dim), generator=g) for _ in range(3))
         img = tuple(1.5 * torch.randn(b, h, patches, sum(axes_dim), generator=g) for _ in range(3))
         ids = torch.cat([torch.zeros(txt_len, 2), torch.rand(patches, 2, generator=g) * 9])
-        cases.append((txt, img, Rope(ids, axes_dim)))
+        cases.append((txt, img, partial(rotate, rope=rope_table(ids, axes_dim, 100.0))))
     return cases
 
 

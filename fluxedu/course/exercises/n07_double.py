@@ -82,8 +82,10 @@ def _mlp_modulation(x, mod, attn):
     return attn((1 + mod[4]) * layer_norm(x) + mod[3])
 
 
-def _rope(txt_len: int) -> Tensor:
-    return rope_table(torch.cat([torch.zeros(txt_len, 3), image_ids(4, 6)]), (2, 4, 6)).to(torch.complex64)
+def rotations(txt_len: int, height: int, width: int) -> Tensor:
+    """The rotations of text tokens and an image of `height x width` latent cells, for a block with `CONFIG`."""
+    ids = torch.cat([torch.zeros(txt_len, 3), image_ids(height, width)])
+    return rope_table(ids, CONFIG.axes_dim).to(torch.complex64)
 
 
 def _joint_cases() -> list[tuple]:
@@ -92,7 +94,7 @@ def _joint_cases() -> list[tuple]:
     def qkv(batch: int, n: int) -> tuple[Tensor, ...]:
         return tuple(torch.randn(batch, 2, n, 12, generator=g) for _ in range(3))
 
-    return [(qkv(2, 4), qkv(2, 6), _rope(4)), (qkv(1, 7), qkv(1, 6), _rope(7))]
+    return [(qkv(2, 4), qkv(2, 6), rotations(4, 4, 6)), (qkv(1, 7), qkv(1, 6), rotations(7, 4, 6))]
 
 
 @exercise(
@@ -209,9 +211,8 @@ def _block_cases() -> list[tuple]:
     for seed, batch, txt_len, side in ((73, 2, 3, (4, 4)), (74, 1, 5, (2, 6))):
         g = torch.Generator().manual_seed(seed)
         weights = randomise(DoubleStreamBlock(CONFIG), g).state_dict()
-        ids = image_ids(*side)
-        rope = rope_table(torch.cat([torch.zeros(txt_len, 3), ids]), CONFIG.axes_dim).to(torch.complex64)
-        img, txt = torch.randn(batch, len(ids), 24, generator=g), 3 * torch.randn(batch, txt_len, 24, generator=g)
+        rope, patches = rotations(txt_len, *side), side[0] * side[1] // 4
+        img, txt = torch.randn(batch, patches, 24, generator=g), 3 * torch.randn(batch, txt_len, 24, generator=g)
         cases.append((weights, img, txt, torch.randn(batch, 24, generator=g), rope))
     return cases
 

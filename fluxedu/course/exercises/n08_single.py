@@ -6,11 +6,10 @@ from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, mistakes, wrong
 from fluxedu.course.exercises import build_module, randomise
-from fluxedu.course.exercises.n07_double import CONFIG
-from fluxedu.models.attention import QKNorm, rope_table, rotate, split_heads
+from fluxedu.course.exercises.n07_double import CONFIG, rotations
+from fluxedu.models.attention import QKNorm, rotate, split_heads
 from fluxedu.models.blocks import SingleStreamBlock
 from fluxedu.models.modulation import Modulation
-from fluxedu.sampling.latents import image_ids
 
 
 def _layers() -> list[tuple]:
@@ -157,9 +156,8 @@ def _block_inputs() -> list[tuple]:
     for seed, batch, txt_len, size in ((82, 2, 3, (4, 4)), (83, 1, 5, (2, 6))):
         g = torch.Generator().manual_seed(seed)
         state = randomise(SingleStreamBlock(CONFIG), g).state_dict()
-        ids = torch.cat([torch.zeros(txt_len, 3), image_ids(*size)])
-        rope = rope_table(ids, CONFIG.axes_dim).to(torch.complex64)
-        x = 3 * torch.randn(batch, len(ids), 24, generator=g)
+        rope = rotations(txt_len, *size)
+        x = 3 * torch.randn(batch, rope.shape[-2], 24, generator=g)
         cases.append((state, x, torch.randn(batch, 24, generator=g), rope))
     return cases
 

@@ -217,7 +217,6 @@ wrong("guidance.fitted", "that is plain guidance: multiply the negative velocity
 )
 
 
-@wrong("guidance.fitted", "it starts at the rescaled velocity, but the difference still uses the original one.")
-def _half_done(negative, prompted, scale):
-    factor = (prompted * negative).flatten(1).sum(1) / negative.flatten(1).square().sum(1)
-    return factor.view(-1, *[1] * (negative.ndim - 1)) * negative + scale * (prompted - negative)
+wrong("guidance.fitted", "it starts at the rescaled velocity, but the difference still uses the original one.")(
+    lambda negative, prompted, scale: fitted(negative, prompted, 0) + scale * (prompted - negative)
+)
