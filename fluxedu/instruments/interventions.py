@@ -230,7 +230,8 @@ def patch(
     """
     if not isinstance(source, (record, Recording, Named, Tensor)):
         raise InstrumentError(f"source must be a recording, a Named or a tensor, not {type(source).__name__}.")
-    if isinstance(source, record) and (source.selection.tokens or source.selection.heads or source.new_reductions()):
+    is_partial = isinstance(source, record) and (source.selection.tokens or source.selection.heads)
+    if is_partial or (isinstance(source, record) and source.reductions.factories):
         raise InstrumentError("fe.patch needs complete values: record them without tokens=, heads= and reduce=.")
     prompts_encoded: Counter = Counter()  # (run, site) -> number of prompts
 

@@ -33,6 +33,10 @@ class Named:
         return self.tensor.shape
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
     def sizes(self) -> dict[str, int]:
         return dict(zip(self.axes, self.tensor.shape, strict=True))
 
@@ -71,6 +75,11 @@ class Named:
         """``tensor`` with the same axes except ``name``."""
         axes = tuple(a for a in self.axes if a != name)
         return Named(tensor, axes, {k: v for k, v in self.coords.items() if k in axes})
+
+    def copy_to(self, device: str, dtype: torch.dtype) -> Named:
+        """A contiguous copy on a device."""
+        tensor = self.tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        return Named(tensor, self.axes, self.coords)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         tensor = self.tensor.float() if self.tensor.dtype == torch.bfloat16 else self.tensor

@@ -43,6 +43,8 @@ class StepKey:
 class Recording:
     """Everything recorded: ``rec["double.2.attn.map"]`` is a :class:`Named` over all images and steps."""
 
+    holds_one_step = False  # whether the values of one step only are in memory
+
     pictures: int = 1
     values: dict[str, list[tuple[StepKey, Named]]] = field(default_factory=dict)
     completed: dict[int, set[tuple[int, int]]] = field(
@@ -81,6 +83,13 @@ class Recording:
             )
         runs, pictures = len(pictures_per_run), len(values_per_picture) // len(pictures_per_run)
         return _stack(entries, runs, pictures, self.pictures)
+
+    def close(self, failed: bool = False) -> None:
+        """The recorder has ended, or ``failed`` within a step."""
+
+    def saved(self) -> Recording:
+        """The recording to read from."""
+        return self
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.values)
@@ -135,6 +144,8 @@ def _stack(entries: list[tuple[StepKey, Named]], runs: int, pictures: int, reque
 class FolderRecording(Recording):
     """A recording that is written to a folder at the end of every step, and then leaves memory."""
 
+    holds_one_step = True
+
     def __init__(self, folder: str | Path):
         super().__init__()
         self.folder = Path(folder).expanduser()
@@ -169,6 +180,9 @@ class FolderRecording(Recording):
                 self._write(values, "picture-all-step-none")
         finally:
             (self.folder / IN_USE).unlink(missing_ok=True)
+
+    def saved(self) -> Recording:
+        return open_recording(self.folder) if self.files_written else Recording()
 
     def _write_step(self, failed: bool = False) -> None:
         """Write the step in memory if it was completed, drop it if not.

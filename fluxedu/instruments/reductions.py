@@ -1,9 +1,8 @@
 """Reductions: what is kept of a value instead of all of it, computed where the value is.
 
-A reduction is a function ``Named -> Named``, created anew for every site, so it may remember earlier steps (it then
-reports how much in ``nbytes``, for the budget); it returns None when there is nothing to keep yet. The recorder sets
-the attributes ``site`` and ``stage`` of a reduction that has them. An attention map arrives as a :class:`MapView`; the
-whole map is computed only on request.
+A reduction is a function ``Named -> Named``. One that needs to know the site or the step, or that remembers earlier
+steps, is a :class:`StepReduction`. An attention map arrives as a :class:`MapView`; the whole map is computed only on
+request.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch import Tensor
 from fluxedu.attention_map import AttentionMap, at_least_float32
 from fluxedu.errors import BudgetError, InstrumentError, describe
 from fluxedu.instruments.named import Named
+from fluxedu.instruments.recording import StepKey
 
 MAP_AXES = ("batch", "head", "query", "key")
 
@@ -48,10 +48,14 @@ class MapView:
         self.selected = lazy if heads is None else lazy.heads(heads)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.lazy.q.dtype == torch.float64 else torch.float32
+
+    @property
+    def shape(self) -> torch.Size:
         b, h, n, m = self.selected.shape
         rows = len(range(n)[self.queries]) if isinstance(self.queries, slice) else len(self.queries)
-        return (b, h, rows, m if self.keys is None else len(self.keys))
+        return torch.Size((b, h, rows, m if self.keys is None else len(self.keys)))
 
     def take(self, name: str, index: list[int]) -> MapView:
         """The same view with other queries or keys, as indices into the whole map."""
@@ -170,20 +174,32 @@ def top(count: int) -> Reduction:
     return reduction
 
 
-class cosine:  # noqa: N801 - a function with state
+class StepReduction:
+    """A reduction that is also called with the site and the step; each site and image has its own.
+
+    nbytes: the memory that it holds, for the budget · over_steps: whether each value replaces the earlier ones.
+    """
+
+    nbytes = 0
+    over_steps = False
+
+    def __call__(self, value: Value, site: str, key: StepKey) -> Named | None:
+        """The reduced value, or None when there is nothing to keep yet."""
+        raise NotImplementedError
+
+
+class cosine(StepReduction):  # noqa: N801 - a function with state
     """Cosine similarity of the vectors along the last axis with those of the previous step; none for the first step.
 
     With a solver of several stages (midpoint, heun), each stage is compared with the same stage of the previous step.
     """
 
-    stage = 0  # of the solver, set by the recorder
-
     def __init__(self):
-        self.previous: dict[int, Named] = {}
+        self.previous: dict[int, Named] = {}  # stage -> value
 
-    def __call__(self, value: Value) -> Named | None:
-        x, previous = to_real(value), self.previous.get(self.stage)
-        self.previous[self.stage] = x
+    def __call__(self, value: Value, site: str, key: StepKey) -> Named | None:
+        x, previous = to_real(value), self.previous.get(key.stage)
+        self.previous[key.stage] = x
         if previous is None or previous.shape != x.shape:
             return None
         return x.dropped(x.axes[-1], torch.cosine_similarity(previous.tensor, x.tensor, dim=-1))
@@ -193,7 +209,7 @@ class cosine:  # noqa: N801 - a function with state
         return sum(x.tensor.nbytes for x in self.previous.values())
 
 
-class step_mean:  # noqa: N801 - a function with state
+class step_mean(StepReduction):  # noqa: N801 - a function with state
     """The running mean over steps: one value per image, whatever the number of steps."""
 
     over_steps = True
@@ -201,7 +217,7 @@ class step_mean:  # noqa: N801 - a function with state
     def __init__(self):
         self.total, self.count = None, 0
 
-    def __call__(self, value: Value) -> Named:
+    def __call__(self, value: Value, site: str, key: StepKey) -> Named:
         x = to_real(value)
         if self.total is not None and self.total.shape != x.shape:
             raise InstrumentError(
@@ -229,11 +245,49 @@ NAMES: dict[str, Callable[[], Reduction]] = {
 }
 
 
-def reduction_factory(reduce) -> Callable[[], list[Reduction]]:
-    """A function that creates the reductions named by ``reduce=``: a name, a function, a list of both, or None."""
-    steps = [] if reduce is None else list(reduce) if isinstance(reduce, (list, tuple)) else [reduce]
-    factories = [_factory(step) for step in steps]
-    return lambda: [create() for create in factories]
+class Reductions:
+    """The reductions of ``reduce=`` in a row: a name, a function, a list of both, or None.
+
+    Each site and image has its own, since some remember earlier steps.
+    """
+
+    def __init__(self, reduce):
+        steps = [] if reduce is None else list(reduce) if isinstance(reduce, (list, tuple)) else [reduce]
+        self.factories = [_factory(step) for step in steps]
+        self.over_steps = any(getattr(reduction, "over_steps", False) for reduction in self.create())
+        self.active: dict[str, tuple[tuple[int, int], list[Reduction]]] = {}  # site -> (run, picture), reductions
+
+    def create(self) -> list[Reduction]:
+        return [factory() for factory in self.factories]
+
+    def __call__(self, value: Value, site: str, key: StepKey) -> Value | None:
+        """The reduced value, or None when there is nothing to keep yet. Raises InstrumentError for a wrong result."""
+        picture = key.run, key.picture
+        if site not in self.active or self.active[site][0] != picture:
+            self.active[site] = picture, self.create()
+        tensors = (value.lazy.q, value.lazy.k, value.lazy.v) if isinstance(value, MapView) else (value.tensor,)
+        versions = _versions(tensors)
+        for reduction in self.active[site][1]:
+            value = reduction(value, site, key) if isinstance(reduction, StepReduction) else reduction(value)
+            if not isinstance(value, (Named, MapView, type(None))):
+                raise InstrumentError(f"a reduction must return a Named or None, not {type(value).__name__}.")
+            if value is None:
+                break
+        if _versions(tensors) != versions:
+            raise InstrumentError(f"the reduction changed the value of {site!r} in place; begin it with .clone().")
+        return value
+
+    def nbytes(self, site: str) -> int:
+        """The memory of a site's reductions."""
+        return sum(getattr(reduction, "nbytes", 0) for reduction in self.active[site][1])
+
+    def clear(self) -> None:
+        self.active.clear()
+
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
+    """How often each was written to in place."""
+    return [x._version for x in tensors if isinstance(x, Tensor) and not x.is_inference()]
 
 
 def _factory(step) -> Callable[[], Reduction]:
@@ -244,7 +298,7 @@ def _factory(step) -> Callable[[], Reduction]:
         if head == "top" and number.isdigit() and int(number):
             return lambda: top(int(number))
         raise InstrumentError(f"reduce must be one of {', '.join(NAMES)}, top-8 or a function, not {describe(step)}.")
-    if step is cosine or step is step_mean:
+    if isinstance(step, type) and issubclass(step, StepReduction):
         return step
     if callable(step):
         return lambda: step

@@ -10,6 +10,7 @@ from typing import Any
 from fluxedu.attention_map import AttentionMap
 from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.named import Named
+from fluxedu.instruments.recording import StepKey
 from fluxedu.instruments.reductions import MapView, Value
 from fluxedu.instruments.tokens import Word, as_list, contains_words, prompt_at, token_indices_at, tokenizer_at
 from fluxedu.sampling.step_context import StepContext
@@ -60,17 +61,15 @@ def is_selected(steps: Steps, step: int | None, count: int | None) -> bool:
     return step in [s + count if s < 0 and count is not None else s for s in selected]
 
 
-# ---------------------------------------------------------------- a part of a value
-
-
-@dataclass(frozen=True)
+@dataclass
 class Selection:
-    """The part of each value that is recorded; None selects everything. Arguments as in :class:`record`."""
+    """Which values are recorded, and which part of each; None selects everything. Arguments as in :class:`record`."""
 
     steps: Steps = None
     tokens: list[Word] | None = None
     heads: list[int] | None = None
     passes: str | None = None
+    missed: str = ""  # why a value was left out, to say so when all were
 
     @classmethod
     def of(cls, steps: Steps, tokens, heads, passes: str | None) -> Selection:
@@ -79,11 +78,24 @@ class Selection:
             raise InstrumentError(f"passes must be 'prompted', 'negative' or None for both, not {describe(passes)}.")
         return cls(checked_steps(steps), None if tokens is None else as_list(tokens), checked_heads(heads), passes)
 
-    def kept_pass(self) -> str | None:
-        """The pass of guidance that is kept, None for both. Words belong to the prompt, so they mean its pass."""
-        return self.passes or ("prompted" if self.tokens and contains_words(self.tokens) else None)
+    # ---------------------------------------------------------------- which values
 
-    def is_other_pass(self, site: str, context: StepContext | None, value: Any) -> bool:
+    def includes(self, site: str, value: Any, key: StepKey, context: StepContext | None) -> bool:
+        """Whether the value's step and pass of guidance are selected."""
+        steps = None if context is None else context.steps
+        if not is_selected(self.steps, key.step, steps):
+            self.missed = f"the run has {steps} steps, and none of them is in steps={describe(self.steps)}"
+            return False
+        if self._is_other_pass(site, value, context):
+            self.missed = self.missed or f"there was no {self.passes} pass"
+            return False
+        return True
+
+    def number_of_steps(self, count: int) -> int:
+        """How many of ``count`` steps are selected."""
+        return sum(is_selected(self.steps, step, count) for step in range(count))
+
+    def _is_other_pass(self, site: str, value: Any, context: StepContext | None) -> bool:
         """Whether the value belongs only to the guidance pass that is not selected."""
         if self.passes is None or context is None or context.step is None:
             return False
@@ -95,12 +107,17 @@ class Selection:
         is_single = not site.startswith("sample.") and value.shape[0] == 1  # guidance is off at this time
         return is_single and is_negative
 
-    def apply(self, value: Named | AttentionMap, site: str, context: StepContext | None, budget: float) -> Value:
+    # ---------------------------------------------------------------- which part of a value
+
+    def part(self, value: Named | AttentionMap, site: str, context: StepContext | None, budget: float) -> Value:
         """The selected pass, tokens and heads of a value."""
         return self._select_tokens(self._select_pass(value, context), site, context, budget)
 
     def _select_pass(self, value: Named | AttentionMap, context: StepContext | None) -> Named | AttentionMap:
-        kept = self.kept_pass() if context is not None and context.request.uses_cfg else None
+        if context is None or not context.request.uses_cfg:
+            return value
+        has_words = self.tokens is not None and contains_words(self.tokens)
+        kept = self.passes or ("prompted" if has_words else None)  # words belong to the prompt, so they mean its pass
         if kept is None:
             return value
         if isinstance(value, AttentionMap):

@@ -9,6 +9,8 @@ from torch import Tensor
 from fluxedu.instruments.lenses.run import blocks_of, run_recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
+from fluxedu.instruments.recording import StepKey
+from fluxedu.instruments.reductions import StepReduction
 from fluxedu.models.attention import merge_heads
 from fluxedu.models.blocks import SingleStreamBlock
 from fluxedu.plots import TIME_LABEL
@@ -69,18 +71,16 @@ def _text_and_image(rec: record, block: str, site: str) -> Tensor:
     return torch.cat([rec[f"{block}.txt{site}"].tensor, rec[f"{block}.img{site}"].tensor], dim=-1)
 
 
-class _Sizes:
+class _Sizes(StepReduction):
     """A reduction to root mean squares: of the tokens that enter a block, ``[1, T]``, and of what it adds to them,
     ``[1, source, T]``. The latter is computed when the last of the values it needs passes; the others wait in ``held``.
     """
 
-    site = ""  # set by the recorder before each call
-
     def __init__(self, pipe: FluxPipeline):
         self.pipe, self.held = pipe, {}
 
-    def __call__(self, value: Named) -> Named | None:
-        block, name = self.site.rsplit(".", 1)
+    def __call__(self, value: Named, site: str, key: StepKey) -> Named | None:
+        block, name = site.rsplit(".", 1)
         if name in ("img", "txt", "x"):
             return Named(_rms(value.tensor), ("batch", "token"))
         self.held[name] = value.tensor

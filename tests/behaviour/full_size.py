@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatchcase
-from math import ceil, prod
+from math import prod
 
 from pretend_dev import FLUX, STEPS
 
 from fluxedu.instruments import recorder
-from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
-from fluxedu.instruments.recording import FolderRecording
+from fluxedu.instruments.reductions import Value
 from fluxedu.models import FluxConfig
 from fluxedu.widgets.architecture import COLUMNS, ROWS, as_table
 
@@ -35,10 +34,10 @@ BLOCKS = (DEV.depth + DEV.depth_single_blocks) / (FLUX.depth + FLUX.depth_single
 UNIT = 4608 * 3072 / (272 * 256) * BLOCKS  # growth of all tokens in all blocks
 
 
-def size_factor(rec: record, value: Named) -> float:
+def size_factor(rec: record, value: Value) -> float:
     """How many times larger a recorded value is in the real model."""
-    if as_table in rec.new_reductions():  # tables of the architecture explorer have a limited size
-        return max(1, 4 * ROWS * COLUMNS / value.tensor.nbytes) if value.shape[0] > 1 else 1
+    if as_table in rec.reductions.create():  # tables of the architecture explorer have a limited size
+        return max(1, 4 * ROWS * COLUMNS / (4 * value.shape.numel())) if value.shape[0] > 1 else 1
     sizes = zip(value.axes, value.shape, strict=True)
     return prod(REAL_SIZES.get(axis, {}).get(size, size) / size for axis, size in sizes)
 
@@ -48,7 +47,7 @@ def count_factor(rec: record, site: str, context) -> float:
     is_of_a_block = re.match(r"(double|single)\.", site)
     is_named = any(fnmatchcase(site, glob) and re.match(r"(double|single)\.\d+\.", glob) for glob in rec.globs)
     blocks = BLOCKS if is_of_a_block and not is_named else 1
-    holds_one_step = rec.over_steps or isinstance(rec.recording, FolderRecording)
+    holds_one_step = rec.reductions.over_steps or rec.recording.holds_one_step
     if (
         holds_one_step
         or rec.selection.steps is not None
@@ -62,15 +61,14 @@ def count_factor(rec: record, site: str, context) -> float:
 
 def measure() -> None:
     """Count this way for the rest of this process."""
-    to_storage, expect = record._to_storage, record._expect
+    store, values_held = record._store, record._values_held
 
-    def measured_storage(self, value, context):
-        self.size_factor = size_factor(self, value)
-        return to_storage(self, value, context)
+    def measured_store(self, site, key, value, context):
+        self.size_factor = 1 if value is None else size_factor(self, value)
+        store(self, site, key, value, context)
 
-    def expect_more(self, site, nbytes, context, key):
-        larger = getattr(self, "size_factor", 1) * count_factor(self, site, context)
-        expect(self, site, ceil(nbytes * larger / UNIT), context, key)
+    def more_values(self, site, context):
+        return values_held(self, site, context) * self.size_factor * count_factor(self, site, context) / UNIT
 
-    record._to_storage, record._expect = measured_storage, expect_more
+    record._store, record._values_held = measured_store, more_values
     recorder.BUDGET = int(recorder.BUDGET / UNIT)

@@ -202,8 +202,8 @@ def test_files_cut_short_or_damaged(tmp_path):
     )
     path.write_bytes(intact[:8] + b"{" + b"?" * (header - 9) + intact[header:])
     says("f.safetensors has a damaged header and is not a safetensors file.", read, path)
-    path.write_bytes(b"GGUF" + intact)
-    says("f.safetensors is not a safetensors file (it begins with b'GGUF" + repr(intact[:4])[2:-1] + "').", read, path)
+    path.write_bytes(b"GIF8" + intact)
+    says("f.safetensors is not a safetensors file (it begins with b'GIF8" + repr(intact[:4])[2:-1] + "').", read, path)
 
 
 def handmade(path, header, data=b""):

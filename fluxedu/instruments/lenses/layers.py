@@ -21,7 +21,8 @@ from fluxedu.instruments.lenses.run import (
 )
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
-from fluxedu.instruments.reductions import Value, to_named
+from fluxedu.instruments.recording import StepKey
+from fluxedu.instruments.reductions import StepReduction, Value, to_named
 from fluxedu.instruments.selection import Steps
 from fluxedu.instruments.watching import Instrument
 from fluxedu.progress import progress_bar
@@ -53,23 +54,21 @@ def _output_site(block: str) -> str:
     return f"{block}.img_out" if block.startswith("double") else f"{block}.out"
 
 
-class _RelativeChange:
+class _RelativeChange(StepReduction):
     """A reduction to ``|block(x) - x| / |x|`` of the image's own tokens, computed where a block ends.
 
     The tokens that enter a block are held on the device until it ends.
     """
 
-    site = ""  # set by the recorder
-
     def __init__(self):
         self.before: Tensor | None = None
 
-    def __call__(self, value: Named) -> Named | None:
+    def __call__(self, value: Named, site: str, key: StepKey) -> Named | None:
         context = current_context()
         rows, columns = patch_grid(context.request.shape)
-        first = 0 if self.site.startswith("double") else context.txt_len
+        first = 0 if site.startswith("double") else context.txt_len
         x = value.tensor[:, first : first + rows * columns]
-        if not self.site.endswith("out"):
+        if not site.endswith("out"):
             self.before = x.clone()
             return None
         before, self.before = self.before, None
