@@ -17,9 +17,20 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from fluxedu.checkpoints import Merged, find, load_into, lora_in_channels, merge, read, widen_input
-from fluxedu.checkpoints.lora import is_scale
-from fluxedu.errors import RequestError, describe
+from fluxedu.checkpoints import (
+    OFFICIAL,
+    Official,
+    config_of,
+    find,
+    load_into,
+    lora_in_channels,
+    read,
+    widen_input,
+)
+from fluxedu.checkpoints.contents import own_dtype
+from fluxedu.checkpoints.lora import is_scale, merge_lazily, merged_while_loading
+from fluxedu.checkpoints.lora_files import read_lora
+from fluxedu.errors import RequestError, check_choice, describe
 from fluxedu.memory import open_networks
 from fluxedu.memory.compiled import compile_blocks
 from fluxedu.models import VARIANTS, Flux, FluxConfig, Sampling
@@ -80,17 +91,25 @@ def load(
     memory: str = "auto",
     quantise: str | None = None,
     compile: bool | str = False,
-    lora: str | Path | None = None,
-    lora_scale: float = 1.0,
+    variant: str | None = None,
+    revision: str | None = None,
+    like: str | None = None,
+    lora: str | Path | tuple | list | None = None,
+    lora_scale: float | list[float] = 1.0,
 ) -> FluxPipeline:
     """Load a pipeline: a shipped model, a variant of the official weights, a folder, or a transformer's file.
 
     name: by default the environment variable FLUXEDU_MODEL, else ``nano`` · device, dtype: by default the CPU and
-    float32; for the official weights a GPU if there is one, and bfloat16 · transformer: the transformer's folder inside
-    ``name`` · memory: auto, full, no-modulations or stream (:mod:`fluxedu.memory`) · quantise: int8, fp8 or nf4, not
-    exact (:mod:`fluxedu.memory.quantised`) · compile: True, or a backend of torch.compile; recordings stay the same ·
-    lora: a file, or ``hollow``, the style that ships; ``lora_scale`` times its change is merged.
-    ``pipe.lora.unmerge()`` reverts it, but not the input channels that a LoRA such as canny's adds.
+    float32; for other weights than the miniature's, a GPU if there is one, and the dtype of the transformer's file
+    (bfloat16 for fp8) · transformer: the transformer's folder inside ``name`` · memory: auto, full, no-modulations or
+    stream (:mod:`fluxedu.memory`) · quantise: int8, fp8 or nf4, not exact (:mod:`fluxedu.memory.quantised`) ·
+    compile: True, or a backend of torch.compile; recordings stay the same · variant: a set of files such as fp16, as in
+    diffusers · revision: a branch, tag or commit of a repository in the cache · like: the model whose sampling settings
+    are used, such as dev; needed only where the files do not tell schnell from a de-distilled dev · lora: a file, a
+    folder, or ``hollow``, the style that ships; or a list of them. ``lora_scale`` times its change is merged into the
+    transformer and the text encoders; it is one number, or one for each LoRA, or stands beside the file:
+    ``lora=["a.safetensors", ("b.safetensors", 0.5)]``. ``pipe.lora.unmerge()`` reverts them, but not the input channels
+    that a LoRA such as canny's adds.
 
     Raises RequestError for a device or dtype that cannot be used, CheckpointError for files that are missing or do not
     fit, with the command that downloads them, QuantiseError and CompileError where those are not available.
@@ -104,19 +123,33 @@ def load(
         if not shipped.folder(WEIGHTS).is_dir():
             variant = name.removeprefix("nano-")
             raise RequestError(f"{name} does not ship yet; `fluxedu train --variant {variant} --ship-to {WEIGHTS}`.")
+        if variant is not None or revision is not None:
+            raise RequestError(f"variant= and revision= do not apply to {name}, which ships with fluxedu.")
         files, sampling, size, head = find(WEIGHTS, shipped.transformer), shipped.sampling, 128, shipped.head
     else:
-        files, head = find(name, transformer), None
-        sampling = _sampling_of(name, transformer)
+        files, head = find(name, transformer, variant, revision), None
+        sampling = _sampling_of(files.scheduler, transformer)
         size = 1024 if sampling is None else 128
-    if files.variant is not None:
+    if sampling is None:
+        tensors = read(files.parts["transformer"], "transformer")
+        like = _like(config_of(tensors), like, files)
+        sampling = VARIANTS[like].sampling
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or "bfloat16"
+        dtype = dtype or own_dtype((entry.dtype, entry.nbytes) for entry in tensors.entries.values())
+    elif like is not None:
+        raise RequestError(f"like= does not apply to the miniature, {name}, which has its own sampling settings.")
     device, dtype = checked_device(device or "cpu"), checked_dtype(dtype)
 
-    networks = open_networks(files.parts, device, dtype, memory, quantise)
+    groups = [[(WEIGHTS / shipped.lora / LORA_FILE, 1.0)] if shipped and shipped.lora else []]
+    groups.append(requested_loras(lora, lora_scale))
+    opened_with_lora: dict[str, tuple] = {}
+
+    def merge_loras(opened: dict[str, tuple]) -> dict[str, tuple]:
+        opened_with_lora.update(with_loras(opened, groups))
+        return opened | opened_with_lora
+
+    networks = open_networks(files.parts, device, dtype, memory, quantise, change=merge_loras)
     clip, t5, flux, vae = (networks[name] for name in ("clip", "t5", "flux", "ae"))
-    sampling = sampling or VARIANTS[files.variant or _like(flux.config)].sampling
     clip_length = clip.config.max_position_embeddings
     prompts = PromptEncoder(
         Tokenizer(files.parts["tokenizer"], "<|endoftext|>", "<|endoftext|>", clip_length, truncate=True),
@@ -133,34 +166,48 @@ def load(
         vision_encoder.load_state_dict(load_file(WEIGHTS / head / "eye.safetensors"), assign=True)
         redux_head.load_state_dict(load_file(WEIGHTS / head / "model.safetensors"), assign=True)
         pipe.redux = build_redux(vision_encoder, redux_head).to(device, dtype)
-    if shipped is not None and shipped.lora:
-        pipe.flux, _ = with_lora(pipe.flux, shipped.folder(WEIGHTS) / LORA_FILE, label=name)
-    if lora is not None:
-        pipe.flux, pipe.lora = with_lora(pipe.flux, lora, lora_scale)
-    elif lora_scale != 1.0:
-        raise RequestError("lora_scale needs lora=, the LoRA whose change it scales.")
+    pipe.lora = merged_while_loading(opened_with_lora) if lora is not None else None
     if compile is not False:
         compile_blocks(pipe.flux, compile)
     return pipe
 
 
-def with_lora(flux: Flux, lora: str | Path, scale: float = 1.0, label: str = "a LoRA") -> tuple[Flux, Merged]:
-    """``flux`` with a LoRA merged; its input is widened for a LoRA with more channels, such as canny's."""
-    if not is_scale(scale):
-        raise RequestError(f"lora_scale must be a number, 1 for the change as trained, not {describe(scale)}.")
-    if not isinstance(lora, (str, Path)):
-        raise RequestError(f"lora must be a file or one of {', '.join(LORAS)}, not {describe(lora)}.")
-    if flux.placement is not None and flux.placement.mode != "full":
-        raise RequestError(f"{label} cannot be merged into streamed weights; load with memory='full'.")
-    if flux.placement is not None and flux.placement.quantised:
-        raise RequestError(
-            f"{label} cannot be merged into quantised weights; load without quantise=, then quantise pipe.flux."
-        )
-    tensors = read(WEIGHTS / LORAS[lora] / LORA_FILE if lora in LORAS else lora)
-    in_channels = lora_in_channels(tensors) or 0
-    if in_channels > flux.config.in_channels:
-        flux = widened(flux, in_channels)
-    return flux, merge(flux, tensors, scale)
+def requested_loras(lora: object, lora_scale: object) -> list[tuple[Path, float]]:
+    """The files and scales of ``load(lora=, lora_scale=)``; raises RequestError for anything else."""
+    if lora is None:
+        if lora_scale != 1.0:
+            raise RequestError("lora_scale needs lora=, the LoRA whose change it scales.")
+        return []
+    items = lora if isinstance(lora, list) else [lora]
+    scales = lora_scale if isinstance(lora_scale, (list, tuple)) else [lora_scale] * len(items)
+    if len(scales) != len(items):
+        raise RequestError(f"lora_scale must be one number or one for each of the {len(items)} LoRAs, not {scales}.")
+    requested = []
+    for item, scale in zip(items, scales, strict=True):
+        file, scale = item if isinstance(item, tuple) and len(item) == 2 else (item, scale)
+        if not is_scale(scale):
+            raise RequestError(f"lora_scale must be a number, 1 for the change as trained, not {describe(scale)}.")
+        if not isinstance(file, (str, Path)):
+            raise RequestError(f"lora must be a file or one of {', '.join(LORAS)}, not {describe(file)}.")
+        requested.append((WEIGHTS / LORAS[file] / LORA_FILE if file in LORAS else Path(file), scale))
+    return requested
+
+
+def with_loras(opened: dict[str, tuple], groups: list[list[tuple[Path, float]]]) -> dict[str, tuple]:
+    """The transformer and the text encoders of ``opened`` with LoRAs merged into their tensors, one group after another.
+
+    The transformer's input is widened for a LoRA with more channels, such as canny's.
+    """
+    merged = {name: opened[name] for name in ("flux", "clip", "t5")}
+    for group in groups:
+        loras = [(read_lora(file), scale) for file, scale in group]
+        flux, tensors = merged["flux"]
+        in_channels = max([flux.config.in_channels, *(lora_in_channels(tensors) or 0 for tensors, _ in loras)])
+        with meta_init():
+            wide = Flux(flux.config.with_(in_channels=in_channels)).eval()
+        if loras:
+            merged = merge_lazily(merged | {"flux": (wide, tensors)}, loras)
+    return merged
 
 
 def widened(flux: Flux, in_channels: int) -> Flux:
@@ -176,17 +223,38 @@ def build_redux(vision_encoder: VisionEncoder, head: ReduxHead) -> Redux:
     return Redux(vision_encoder, head, tokens=VisionEncoder.TOKENS).eval().requires_grad_(False)
 
 
-def _sampling_of(folder: str | Path, transformer: str) -> Sampling | None:
+def _sampling_of(scheduler: Path | None, transformer: str) -> Sampling | None:
     """The sampling settings of a folder that holds the miniature, recognised by its scheduler's shift; else None."""
-    path = Path(folder) / "scheduler" / "scheduler_config.json"
-    values = json.loads(path.read_text()) if path.is_file() else {}
+    values = json.loads(scheduler.read_text()) if scheduler else {}
     if (values.get("base_shift"), values.get("max_shift")) != NANO_SHIFT:
         return None
     return next((m.sampling for m in SHIPPED_MODELS.values() if m.transformer == transformer), SHIPPED["nano"].sampling)
 
 
-def _like(config: FluxConfig) -> str:
-    """The variant whose sampling settings fit a transformer without a name."""
-    if not config.guidance_embed:
-        return "schnell"
-    return {384: "fill", 128: "depth"}.get(config.in_channels, "dev")
+def _like(config: FluxConfig, like: str | None, files: Official) -> str:
+    """The variant whose sampling settings a transformer gets: ``like``, that of its name, or the one that it fits.
+
+    schnell and a de-distilled dev have the same tensors. Their schedulers differ: only dev's shifts the times.
+    """
+    if like is not None:
+        check_choice("like", like, OFFICIAL)
+    elif files.variant is not None:
+        like = files.variant
+    elif config.guidance_embed:
+        like = {6.0: "fill", 2.0: "depth"}.get(config.in_channels / config.out_channels, "dev")
+    elif files.scheduler is not None:
+        like = "dev" if json.loads(files.scheduler.read_text()).get("use_dynamic_shifting") else "schnell"
+    else:
+        raise RequestError(
+            f"{files.parts['transformer']} has no guidance input, as schnell and as a de-distilled dev; "
+            "say which with like='schnell' or like='dev'."
+        )
+    theirs = VARIANTS[like].flux
+    if config.in_channels * theirs.out_channels != theirs.in_channels * config.out_channels:
+        raise RequestError(
+            f"a transformer like {like} has {theirs.in_channels} input channels for {theirs.out_channels} output "
+            f"channels, but this one has {config.in_channels} for {config.out_channels}; choose another like=."
+        )
+    if config.guidance_embed and not theirs.guidance_embed:
+        raise RequestError(f"this transformer has a guidance input, which {like} has not; choose like='dev'.")
+    return like

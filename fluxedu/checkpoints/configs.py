@@ -59,6 +59,9 @@ _CLASSES = {
     CLIPTextConfig: ("CLIPTextModel", "a CLIP text encoder"),
     T5Config: ("T5EncoderModel", "a T5 encoder"),
 }
+#: classes of transformers that contain these encoders
+_LARGER_CLASSES = {"CLIPModel": "CLIPTextModel", "CLIPTextModelWithProjection": "CLIPTextModel"}
+_LARGER_CLASSES |= {"T5ForConditionalGeneration": "T5EncoderModel", "T5Model": "T5EncoderModel"}
 
 
 # ---------------------------------------------------------------- config.json
@@ -108,6 +111,8 @@ def from_diffusers_config(values: dict, kind: type[Config] | None = None) -> Con
     architectures = values.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else None
     class_name = values.get("_class_name") or first
+    if isinstance(class_name, str):
+        class_name = _LARGER_CLASSES.get(class_name, class_name)
     expected = {name: known for known, (name, _) in _CLASSES.items() if kind in (None, known)}
     if class_name is None and len(expected) == 1:
         (class_name,) = expected
@@ -150,6 +155,8 @@ def _autoencoder_from_diffusers(values: dict) -> AutoEncoderConfig:
 
 
 def _text_from_transformers(kind: type[Config], values: dict) -> Config:
+    if isinstance(values.get("text_config"), dict):  # all of CLIP; transformers may omit its own defaults there
+        values = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, **values["text_config"]}
     for name, only in _TEXT_FIXED[kind].items():
         if values.get(name, only) != only:
             raise CheckpointError(f"config.json has {name} {describe(values[name])}, but FLUX.1's is {only!r}.")
@@ -176,7 +183,7 @@ def _our_fields(values: dict, names: dict[str, tuple], fixed: dict) -> dict:
 # ---------------------------------------------------------------- shapes
 
 #: names by which a network and its layout are recognised; any one of them is enough
-_MARKS: dict[tuple[type[Config], str], tuple[str, ...]] = {
+MARKS: dict[tuple[type[Config], str], tuple[str, ...]] = {
     (FluxConfig, "bfl"): ("img_in.weight", "final_layer.linear.weight", "txt_in.weight"),
     (FluxConfig, "diffusers"): ("x_embedder.weight", "norm_out.linear.weight", "context_embedder.weight"),
     (AutoEncoderConfig, "bfl"): ("encoder.mid.block_1.norm1.weight", "decoder.mid.block_1.norm1.weight"),
@@ -191,7 +198,7 @@ _MARKS: dict[tuple[type[Config], str], tuple[str, ...]] = {
 
 def recognise(names: Mapping[str, object]) -> tuple[type[Config], str] | None:
     """The network and the layout that these tensor names belong to; None if they are of neither."""
-    return next((known for known, marks in _MARKS.items() if any(mark in names for mark in marks)), None)
+    return next((known for known, marks in MARKS.items() if any(mark in names for mark in marks)), None)
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:

@@ -24,7 +24,7 @@ torch.Size([48, 16])
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -42,6 +42,7 @@ from fluxedu.checkpoints.configs import (
     shapes_of,
     to_diffusers_config,
 )
+from fluxedu.checkpoints.contents import PARTS, without_prefixes
 from fluxedu.errors import CheckpointError, ConfigError, first_of
 from fluxedu.models import (
     AutoEncoder,
@@ -58,8 +59,6 @@ from fluxedu.models.meta_init import meta_init
 
 LAYOUTS = ("bfl", "diffusers")
 MODELS = {FluxConfig: Flux, AutoEncoderConfig: AutoEncoder, CLIPTextConfig: CLIPTextEncoder, T5Config: T5Encoder}
-#: prefixes that other programs put before every name
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "first_stage_model.", "vae.", "model.")
 
 
 # ---------------------------------------------------------------- the table of names
@@ -278,7 +277,7 @@ def convert_lazily(tensors: Mapping[str, Tensor], to: str, config: Config | None
     """Like :func:`convert`, but each tensor is made when it is looked up."""
     if to not in LAYOUTS:
         raise CheckpointError(f"there is no layout called {to!r}; there are {' and '.join(LAYOUTS)}.")
-    tensors = without_prefixes(tensors)
+    tensors = without_prefixes(tensors, part_of(config))
     found = shapes_of(tensors)
     config = config or _config_for_names(tensors, found)
     layout = "bfl"
@@ -312,33 +311,12 @@ def _with_fields(config: Config, fields: dict) -> Config:
     return config.with_(**fields, axes_dim=axes_dim)
 
 
-# ---------------------------------------------------------------- names and checks
+# ---------------------------------------------------------------- checks
 
 
-def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """Name without prefixes -> name as stored.
-
-    Something is a prefix only if every name has it. CLIP gets its ``text_model.`` back where a newer transformers
-    omitted it, and loses ``position_ids``, which are 0, 1, 2, … and no weight. T5's token embedding is often stored
-    twice: it is called ``shared.weight`` here.
-    """
-    names = {name: name for name in names}
-    while prefix := next((p for p in PREFIXES if names and all(name.startswith(p) for name in names)), None):
-        names = {name.removeprefix(prefix): stored for name, stored in names.items()}
-    if "embeddings.token_embedding.weight" in names:
-        names = {f"text_model.{name}": stored for name, stored in names.items()}
-    names.pop("text_model.embeddings.position_ids", None)
-    if "encoder.block.0.layer.0.SelfAttention.q.weight" in names and "encoder.embed_tokens.weight" in names:
-        duplicate = names.pop("encoder.embed_tokens.weight")
-        names.setdefault("shared.weight", duplicate)
-    return names
-
-
-def without_prefixes(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors under their plain names; those that come from a file have them already."""
-    if hasattr(tensors, "shapes"):
-        return tensors
-    return {name: tensors[stored] for name, stored in plain_names(tensors).items()}
+def part_of(config: Config | None) -> str | None:
+    """The name of the network that ``config`` describes, as in ``PARTS``; None for anything else."""
+    return next((part for part, kind in PARTS.items() if kind is type(config)), None)
 
 
 def check_network(found: dict[str, Shape], config: Config, layout: str, label: str) -> None:

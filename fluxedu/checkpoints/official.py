@@ -11,11 +11,18 @@ the family, so they are taken from whichever is in the cache.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fluxedu.checkpoints.configs import fields_from_shapes, kind_name
+from fluxedu.checkpoints.contents import PARTS, stored_networks
+from fluxedu.checkpoints.headers import gguf_error, read_entries, variant_of_file, weights_in
+from fluxedu.checkpoints.reading import open_model, read
 from fluxedu.errors import CheckpointError, describe
 from fluxedu.files import read_json
+from fluxedu.models import FluxConfig
 
 
 @dataclass(frozen=True)
@@ -38,73 +45,122 @@ OFFICIAL = {
     "kontext": Repository("black-forest-labs/FLUX.1-Kontext-dev", "flux1-kontext-dev.safetensors"),
 }
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", *TOKENIZERS)
 
 
 @dataclass(frozen=True)
 class Official:
-    """The files of a pipeline: the path of each part, and the variant if the name reveals it."""
+    """The files of a pipeline: the path of each part, the variant if the name reveals it, and the scheduler's file.
+
+    A path is a folder, a file or an index of shards; a file with several networks is the path of several parts.
+    """
 
     parts: dict[str, Path]
     variant: str | None
+    scheduler: Path | None = None
 
 
-def find(name: str | Path, transformer: str = "transformer") -> Official:
-    """The files of ``name``: a variant, a repository's id, a folder, or the transformer's file.
+def find(
+    name: str | Path, transformer: str = "transformer", variant: str | None = None, revision: str | None = None
+) -> Official:
+    """The files of ``name``: a variant of FLUX.1, a repository's id, a folder, or the transformer's file.
 
-    ``transformer`` is the name of the transformer's folder. Raises CheckpointError, one sentence with the missing files
-    and the command that downloads them.
+    ``transformer`` is the name of the transformer's folder; ``variant`` is diffusers' name for a set of files, such as
+    fp16; ``revision`` is a branch, tag or commit of a repository. Files directly in a folder, or beside the
+    transformer's file, are recognised by the names of their tensors. Encoders, autoencoder and tokenizers that are not
+    there are taken from another repository of the family in the cache.
+
+    Raises CheckpointError: one sentence with the missing files and the command that downloads them, or with the files
+    between which it cannot choose.
     """
     if not isinstance(name, (str, Path)) or not isinstance(transformer, str) or "\0" in f"{name}{transformer}":
         raise CheckpointError(
             f"a model must be a name or a path, not {describe(name)} (transformer folder {describe(transformer)})."
         )
-    variant, path = _variant_of(str(name)), Path(name)
-    parts, folders = {}, []
+    known, path = _variant_of(str(name)), Path(name)
+    if revision is not None and (not isinstance(revision, str) or path.exists()):
+        raise CheckpointError(
+            f"revision= is for repositories in the Hugging Face cache; here it is {describe(revision)}."
+        )
+    parts: dict[str, Path] = {}
     if path.is_file():
-        parts["transformer"], folders = path, [path.parent]
+        folders, parts = [path.parent], dict.fromkeys(_parts_of(path), path)
+        if "transformer" not in parts:
+            raise CheckpointError(
+                f"{path.name} holds no transformer of FLUX.1; pass a folder, or a transformer's file."
+            )
     elif path.is_dir():
         folders = [path]
     else:
-        cached = snapshot(OFFICIAL[variant].id if variant else str(name))
-        if cached is None and variant is None:
+        cached = snapshot(OFFICIAL[known].id if known else str(name), revision)
+        if cached is None and known is None:
+            at = f" at revision {revision!r}" if revision else ""
             raise CheckpointError(
                 f"there is no model {describe(str(name))} on this machine, neither file nor folder nor in the Hugging "
-                f"Face cache; use nano, {', '.join(OFFICIAL)} or a path."
+                f"Face cache{at}; use nano, {', '.join(OFFICIAL)} or a path."
             )
         folders = [cached] if cached else []
-    missing = []
-    for part in PARTS:
+    missing, faults = [], []
+    for part in (*PARTS, *TOKENIZERS):
         if part in parts:
             continue
-        shared = []  # the other repositories of the family
-        if variant and part != "transformer":
-            shared = [found for repository in OFFICIAL.values() if (found := snapshot(repository.id))]
-        folder_name = transformer if part == "transformer" else part
-        found, absent = _first_complete(part, folder_name, variant, [*folders, *shared])
-        if found:
+        search = _Search(part, transformer if part == "transformer" else part, known, variant, parts, faults)
+        family = [] if part == "transformer" else _family()
+        found = next((path for folder in (*folders, *family) if (path := search.look_in(folder))), None)
+        if found is None:
+            missing += search.missing
+        else:
             parts[part] = found
-        missing += absent
+    if missing and faults:
+        raise faults[0]
     if missing:
-        repository = OFFICIAL[variant or "dev"]
-        options = " ".join(f'--include "{file}"' for file in missing)
+        repository = OFFICIAL[known or "dev"]
+        options = " ".join(f'--include "{file}"' for file in missing) + (f" --revision {revision}" if revision else "")
         raise CheckpointError(
             f"{str(name)!r} lacks {', '.join(missing)}; get {'it' if len(missing) == 1 else 'them'} with "
             f"`hf download {repository.id} {options}` (its licence is the {repository.licence}; the hub allows the "
             f"download after `hf auth login` and accepting the terms at https://huggingface.co/{repository.id})."
         )
-    return Official(parts, variant)
+    if variant is not None and all(variant_of_file(path) != variant for path in parts.values()):
+        raise CheckpointError(
+            f"{str(name)!r} has no files of the variant {describe(variant)}, as in model.fp16.safetensors."
+        )
+    schedulers = [] if path.is_file() else [folder / "scheduler" / "scheduler_config.json" for folder in folders]
+    return Official(parts, known, next((file for file in schedulers if file.is_file()), None))
 
 
-def snapshot(repository: str) -> Path | None:
+def snapshot(repository: str, revision: str | None = None) -> Path | None:
     """The folder of a repository in the Hugging Face cache; None if nothing of it is there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, local_files_only=True))
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
+
+
+def _family() -> Iterator[Path]:
+    """The repositories of FLUX.1 in the cache: the official ones first, then others that hold its pipeline."""
+    from huggingface_hub import constants
+
+    official = [repository.id for repository in OFFICIAL.values()]
+    cached = [path.name for path in sorted(Path(constants.HF_HUB_CACHE).glob("models--*"))]
+    others = [name.removeprefix("models--").replace("--", "/") for name in cached]
+    yield from (folder for name in official if (folder := snapshot(name)))
+    for name in others:
+        if name not in official and (folder := snapshot(name)) and _is_of_the_family(folder):
+            yield folder
+
+
+def _is_of_the_family(folder: Path) -> bool:
+    """Whether a repository names a pipeline of FLUX.1, or holds a transformer of it."""
+    index = folder / "model_index.json"
+    if index.is_file():
+        try:
+            return re.match(r"Flux(?!2)", read_json(index.read_bytes())["_class_name"]) is not None
+        except (ValueError, LookupError, TypeError):
+            return False
+    return _Search("transformer", "transformer", None, None, {}, []).look_in(folder) is not None
 
 
 def _variant_of(name: str) -> str | None:
@@ -115,38 +171,108 @@ def _variant_of(name: str) -> str | None:
     for variant, repository in OFFICIAL.items():
         in_cache = f"models--{repository.id.replace('/', '--')}" in path.parts
         has_its_name = name == repository.id or path.name in (repository.single, repository.id.split("/")[1])
-        if in_cache or has_its_name or (path / repository.single).is_file():
+        if in_cache or has_its_name:
             return variant
-    return None
+    held = [variant for variant, repository in OFFICIAL.items() if (path / repository.single).is_file()]
+    return held[0] if len(held) == 1 else None
 
 
-def _first_complete(
-    part: str, folder_name: str, variant: str | None, folders: list[Path]
-) -> tuple[Path | None, list[str]]:
-    """The first complete copy of a part in ``folders``; or None, and the names of the missing files."""
-    single = "ae.safetensors" if part == "vae" else None
-    if folder_name == "transformer" and variant:
-        single = OFFICIAL[variant].single
-    missing = [single or f"{folder_name}/*"]
-    for folder in folders:
-        if single and (folder / single).is_file():
-            return folder / single, []
-        absent = _absent_files(folder / folder_name, part in TOKENIZERS)
-        if absent == []:
-            return folder / folder_name, []
-        if absent:
-            missing = [f"{folder_name}/{file}" for file in absent]
-    return None, missing
+def _parts_of(path: Path) -> Collection[str]:
+    """The networks that a file or an index of shards holds."""
+    return stored_networks(read_entries(path)[0], path.name)
 
 
-def _absent_files(folder: Path, is_tokenizer: bool) -> list[str] | None:
-    """The files that a part's folder lacks; None if it has none of them."""
-    if is_tokenizer:
-        return [] if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file() else None
-    for index in folder.glob("*.safetensors.index.json"):
+@dataclass
+class _Search:
+    """The search for one part in a folder; ``missing`` has the names of the files that are not there."""
+
+    part: str
+    folder_name: str
+    known: str | None  # the variant of FLUX.1
+    variant: str | None  # of the files
+    parts: dict[str, Path]  # what has been found already, the transformer first
+    faults: list[CheckpointError]  # why files that hold this part cannot be used
+
+    def __post_init__(self):
+        self.single = "ae.safetensors" if self.part == "vae" else None
+        if self.folder_name == "transformer" and self.known:
+            self.single = OFFICIAL[self.known].single
+        self.missing = [self.single or f"{self.folder_name}/*"]
+
+    def look_in(self, folder: Path) -> Path | None:
+        """The part's path in ``folder``: a file as in the official repository, a subfolder, or a file at its top."""
+        if self.single and (folder / self.single).is_file() and self.part in _parts_of(folder / self.single):
+            return folder / self.single
+        subfolder = folder / self.folder_name
+        if self.part in TOKENIZERS:
+            return subfolder if any((subfolder / name).is_file() for name in ("tokenizer.json", "vocab.json")) else None
+        if any(subfolder.glob("*.safetensors*")):
+            absent, path = _absent_shards(subfolder, self.variant)
+            if not absent:
+                return path
+            self.missing = [f"{self.folder_name}/{file}" for file in absent]
+        return self._at_the_top(folder)
+
+    def _at_the_top(self, folder: Path) -> Path | None:
+        """A file or an index directly in ``folder`` that holds this part and fits the transformer.
+
+        Of several, the transformer's own file comes first, then the files of the variant, then the largest (fp16 before
+        fp8). Raises CheckpointError if that leaves several.
+        """
+        files = [*folder.glob("*.safetensors.index*.json"), *folder.glob("*.safetensors")]
+        files = [f for f in sorted(files) if f.is_file() and not re.search(r"-\d{5}-of-\d{5}", f.name)]
+        fitting = {path: size for path in files if (size := self._size_if_fitting(path))}
+        own = [path for path in fitting if path == self.parts.get("transformer")]
+        found = own or [path for path in fitting if variant_of_file(path) == self.variant] or list(fitting)
+        if self.part != "transformer":
+            found = [path for path in found if fitting[path] == max(fitting[path] for path in found)]
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise CheckpointError(
+                f"{folder} holds {kind_name(PARTS[self.part])} in several files, {names}; "
+                f"{'pass the path of one' if self.part == 'transformer' else 'leave one of them there'}."
+            )
+        if not found and self.part == "transformer":
+            self.faults += [gguf_error(path) for path in sorted(folder.glob("*.gguf"))]
+        return found[0] if found else None
+
+    def _size_if_fitting(self, path: Path) -> int:
+        """The bytes of this part in a file; 0 if it is not there, cannot be opened, or does not fit the transformer."""
         try:
-            shards = sorted(set(read_json(index.read_bytes())["weight_map"].values()))
-            return [name for name in shards if not (folder / name).is_file()]
-        except (ValueError, LookupError, TypeError, AttributeError):
-            return []  # read() says what is wrong with the index
-    return [] if any(file.is_file() for file in folder.glob("*.safetensors")) else None
+            if self.part not in _parts_of(path):
+                return 0
+            module, tensors = open_model(path, part=self.part)
+            if self.part != "transformer" and "transformer" in self.parts:
+                flux = fields_from_shapes(FluxConfig, read(self.parts["transformer"], "transformer").shapes)
+                field, expected = _WIDTHS[self.part]
+                if getattr(module.config, field) != expected(flux):
+                    return 0
+        except CheckpointError as error:
+            self.faults.append(error)
+            return 0
+        return sum(entry.nbytes for entry in tensors.source.entries.values())
+
+
+#: the field of a network's configuration that must fit the transformer, and the value that it must have
+_WIDTHS = {
+    "vae": ("z_channels", lambda flux: flux["out_channels"] // 4),
+    "text_encoder": ("hidden_size", lambda flux: flux["vec_in_dim"]),
+    "text_encoder_2": ("d_model", lambda flux: flux["context_in_dim"]),
+}
+
+
+def _absent_shards(folder: Path, variant: str | None) -> tuple[list[str], Path]:
+    """The shards that a folder lacks, and its path: of the variant's files where it has them."""
+    try:
+        source = weights_in(folder, variant)
+    except CheckpointError:
+        variant = None
+    try:
+        source = weights_in(folder, variant)
+        shards = (
+            set(read_json(source.read_bytes())["weight_map"].values()) if source.suffix == ".json" else {source.name}
+        )
+        absent = sorted(name for name in shards if not (folder / name).is_file())
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return [], folder  # read() says what is wrong
+    return absent, source if variant else folder

@@ -1,29 +1,26 @@
 """Reading safetensors files, and folders of them, as mappings from names to tensors.
 
-    tensors = read("flux1-dev.safetensors")      # opens and checks, loads nothing
-    tensors.shapes["img_in.weight"]              # (3072, 64)
-    tensors["img_in.weight"]                     # a tensor whose memory is the file's pages
-    flux = load_model("flux1-dev.safetensors")   # the network with these weights
-
-Only safetensors is read: a pickle can run code when it is opened.
+tensors = read("flux1-dev.safetensors")      # opens and checks, loads nothing
+tensors.shapes["img_in.weight"]              # (3072, 64)
+tensors["img_in.weight"]                     # a tensor whose memory is the file's pages
+flux = load_model("flux1-dev.safetensors")   # the network with these weights
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fluxedu.checkpoints.configs import Shape, from_diffusers_config, infer_config, label_of, shapes_of
+from fluxedu.checkpoints.configs import from_diffusers_config, infer_config, label_of, shapes_of
+from fluxedu.checkpoints.contents import StoredNetwork, check_stored, dequantised, the_network, without_prefixes
+from fluxedu.checkpoints.headers import WEIGHTS, Entry, read_entries
 from fluxedu.checkpoints.layouts import (
     MODELS,
     ConvertedTensors,
@@ -32,113 +29,48 @@ from fluxedu.checkpoints.layouts import (
     check_network,
     convert_lazily,
     dtypes_of,
-    plain_names,
-    without_prefixes,
+    part_of,
 )
-from fluxedu.errors import CheckpointError, describe, first_of
-from fluxedu.files import WEIGHTS, read_json
+from fluxedu.errors import CheckpointError
+from fluxedu.files import read_json
 from fluxedu.models.config import Config
 from fluxedu.models.meta_init import meta_init
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 _WINDOW = 1 << 30  # bytes of a file that are mapped at once
 CHUNK = 32 << 20  # bytes of a file that are read at once, on their way to another device or dtype
 
 
-# ---------------------------------------------------------------- files
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor is stored: ``offset`` bytes into ``path``."""
-
-    path: Path
-    dtype: torch.dtype
-    shape: Shape
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape)
-
-
-def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors of a safetensors file, and its metadata; raises CheckpointError if the file is damaged.
-
-    The safetensors library checks the file. This function adds the offsets, which the library does not give, and
-    refuses a key that occurs twice, which the library accepts.
-    Format: https://huggingface.co/docs/safetensors/index#format.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(9)  # the length of the header, and its first character
-        length = int.from_bytes(start[:8], "little")
-        text = start[8:] + file.read(min(length, size) - 1) if length else b""
-    if start[8:] != b"{":
-        if path.suffix in PICKLES or re.match(rb"PK|\x80[\x02-\x05]", start):
-            raise pickle_error(path)
-        if size < 9:
-            raise CheckpointError(f"{path.name} is cut short: it has only {size} bytes.")
-        raise CheckpointError(f"{path.name} is not a safetensors file (it begins with {start[:8]!r}).")
-    if size < 8 + length:
-        raise CheckpointError(f"{path.name} is cut short: it has {size:,} bytes, its header alone {8 + length:,}.")
-    try:
-        header = read_json(text)
-        metadata = header.pop("__metadata__", None) or {}
-        end = 8 + length + max((max(values["data_offsets"]) for values in header.values()), default=0)
-        with safe_open(path, "np"):
-            pass
-    except SafetensorError as error:
-        if size != end:
-            fault = "cut short" if size < end else "too long"
-            raise CheckpointError(
-                f"{path.name} is {fault}: it has {size:,} bytes, its header promises {end:,}."
-            ) from None
-        reason = str(error).removeprefix("Error while deserializing header: ")
-        raise CheckpointError(f"{path.name} has a damaged header ({' '.join(reason.split())[:150]}).") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise CheckpointError(f"{path.name} has a damaged header and is not a safetensors file.") from None
-    entries = {}
-    for name, values in header.items():
-        dtype = values["dtype"]
-        if dtype not in DTYPES:
-            raise CheckpointError(f"{path.name} has {describe(name)} in dtype {dtype}, not one of {', '.join(DTYPES)}.")
-        offset = 8 + length + values["data_offsets"][0]
-        entries[name] = Entry(path, DTYPES[dtype], tuple(values["shape"]), offset)
-    return entries, metadata
-
-
-def pickle_error(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path.name} is a pickle, which can run code when opened; fluxedu reads .safetensors only.")
-
-
 class TensorFile(Mapping):
-    """The tensors of a file or folder, each opened when it is looked up; see :func:`read`."""
+    """The tensors of a file or folder, each opened when it is looked up; see :func:`read`.
 
-    def __init__(self, path: Path, entries: dict[str, Entry], metadata: dict[str, str]):
+    Scaled fp8 weights are dequantised then; ``dtypes`` has their dtype after it, ``entries`` the stored one.
+    """
+
+    def __init__(
+        self, path: Path, entries: dict[str, Entry], metadata: dict[str, str], network: StoredNetwork | None = None
+    ):
         self.path, self.metadata, self.label = path, metadata, path.name or str(path)
-        self.entries = {name: entries[stored] for name, stored in plain_names(entries).items()}
-        self.shapes = {name: entry.shape for name, entry in self.entries.items()}
-        self.dtypes = {name: entry.dtype for name, entry in self.entries.items()}
+        self.dtypes = {name: entry.dtype for name, entry in entries.items()}
+        self.scales: dict[str, Entry] = {}
+        if network is not None:
+            shapes = {name: entry.shape for name, entry in entries.items()}
+            self.dtypes = check_stored(network, self.dtypes, shapes, self.label)
+            self.scales = {name: entries[stored] for name, stored in network.scales.items()}
+            entries = {name: entries[stored] for name, stored in network.names.items()}
+        self.entries = entries
+        self.shapes = {name: entry.shape for name, entry in entries.items()}
         self._windows: dict[tuple[Path, int], mmap.mmap] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor; its memory is the mapped pages of the file."""
-        entry = self.entries[name]
+        """The tensor; its memory is the mapped pages of the file, unless it is dequantised."""
+        tensor = self._mapped(self.entries[name])
+        return self.dequantised(tensor, name).to(self.dtypes[name])
+
+    def dequantised(self, rows: Tensor, name: str, start: int = 0) -> Tensor:
+        """``rows``, which begin with row ``start`` of the tensor, times their scale if there is one, in float32."""
+        return dequantised(rows, self._mapped(self.scales[name]), start) if name in self.scales else rows
+
+    def _mapped(self, entry: Entry) -> Tensor:
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=entry.dtype)
         start = entry.offset // _WINDOW * _WINDOW
@@ -153,7 +85,8 @@ class TensorFile(Mapping):
         refuse when the file is larger than the machine's memory; they do allow mapping it in parts.
         """
         if (path, start) not in self._windows:
-            inside = [e for e in self.entries.values() if e.path == path and start <= e.offset < start + _WINDOW]
+            entries = (*self.entries.values(), *self.scales.values())
+            inside = [e for e in entries if e.path == path and start <= e.offset < start + _WINDOW]
             length = max(entry.offset + entry.nbytes for entry in inside) - start
             with path.open("rb") as file:
                 window = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
@@ -182,66 +115,20 @@ class TensorFile(Mapping):
                 memory = memory[count:]
 
 
-def read(path: str | Path) -> TensorFile:
-    """Open ``path`` without loading it: a ``.safetensors`` file, or a folder with one file or an index of shards.
+def read(path: str | Path, part: str | None = None) -> TensorFile:
+    """Open ``path`` without loading it: a ``.safetensors`` file, an index of shards, or a folder with one of them.
 
-    Prefixes such as ``model.diffusion_model.`` are removed from the names. Raises CheckpointError if ``path``
-    does not exist or holds no tensors, and if a file is cut short, damaged, a pickle, or ambiguous.
+    Prefixes such as ``model.diffusion_model.`` are removed from the names, tensors that FLUX does not use are left out
+    (CLIP's image half and projections, T5's decoder), and scaled fp8 weights are dequantised. ``part`` chooses one
+    network of a file with several: transformer, vae, text_encoder or text_encoder_2. A folder's plain files are read if
+    it has any, otherwise those of its only variant, such as fp16.
+
+    Raises CheckpointError if ``path`` does not exist or holds no tensors, if a file is cut short, damaged, a pickle,
+    or ambiguous, and for formats that cannot be read (GGUF, nf4, Chroma, …).
     """
     path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"there is no file or folder {path}.")
-    files = _files_of_folder(path) if path.is_dir() else {path: None}
-    entries, metadata = {}, {}
-    for file, indexed in files.items():
-        found, metadata = read_header(file)
-        if indexed is not None:
-            if missing := sorted(indexed - found.keys()):
-                raise CheckpointError(f"{file.name} lacks the key {first_of(missing)} that the index promises.")
-            if extra := sorted(found.keys() - indexed):
-                raise CheckpointError(f"{file.name} has the key {first_of(extra)}, which the index does not name.")
-        entries |= found
-    if not entries:
-        raise CheckpointError(f"{path.name} holds no tensors.")
-    return TensorFile(path, entries, metadata)
-
-
-def _files_of_folder(folder: Path) -> dict[Path, set[str] | None]:
-    """The files of a folder, each with the names that the index gives it (None: there is no index)."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if len(indices) > 1:
-        raise CheckpointError(f"{folder.name} has several indices, among them {first_of(i.name for i in indices)}.")
-    if indices:
-        return _read_index(indices[0])
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) == 1:
-        return {files[0]: None}
-    if files:
-        names = ", ".join(file.name for file in files)
-        raise CheckpointError(f"{folder.name} has no index but {len(files)} .safetensors files; name one of {names}.")
-    pickles = sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
-    if pickles:
-        raise pickle_error(pickles[0])
-    parts = sorted(d.name for d in folder.iterdir() if d.is_dir() and any(d.glob("*.safetensors")))
-    hint = f", but its subfolders {', '.join(parts)} do; pass one of them" if parts else ""
-    raise CheckpointError(f"{folder} contains no .safetensors file{hint}.")
-
-
-def _read_index(index: Path) -> dict[Path, set[str]]:
-    """Shard -> the names of its tensors."""
-    try:
-        weight_map = dict(read_json(index.read_bytes())["weight_map"])
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{index.name} is not an index of shards (JSON with a weight_map).") from None
-    shards: dict[Path, set[str]] = {}
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{index.name} names the shard {describe(shard)}, which is not a file beside it.")
-        shards.setdefault(index.parent / shard, set()).add(name)
-    missing = [shard.name for shard in shards if not shard.is_file()]
-    if missing:
-        raise CheckpointError(f"{index.parent.name} lacks the shard {first_of(missing)} that its index names.")
-    return shards
+    entries, metadata = read_entries(path)
+    return TensorFile(path, entries, metadata, the_network(entries, path.name or str(path), part))
 
 
 # ---------------------------------------------------------------- networks
@@ -254,7 +141,7 @@ def config_of(tensors: TensorFile) -> Config:
     it.
     """
     stored, path = tensors.metadata.get("fluxedu_config"), tensors.path
-    config_json = (path.parent if re.fullmatch(WEIGHTS, path.name) else path) / "config.json"
+    config_json = (path.parent if WEIGHTS.fullmatch(path.name) else path) / "config.json"
     try:
         if stored:
             class_name, fields = read_json(stored)
@@ -282,9 +169,9 @@ def load_into(
 
     Raises CheckpointError, before anything is changed, for a missing or unexpected key or a wrong shape.
     """
-    tensors = without_prefixes(tensors)
-    found, label = shapes_of(tensors), label_of(tensors)
     config = getattr(module, "config", None)
+    tensors = without_prefixes(tensors, part_of(config))
+    found, label = shapes_of(tensors), label_of(tensors)
     if type(config) in MODELS:
         check_network(found, config, "bfl", label)
     else:
@@ -295,9 +182,14 @@ def load_into(
     return module
 
 
-def open_model(path: str | Path, config: Config | None = None) -> tuple[nn.Module, Mapping[str, Tensor]]:
-    """The network stored at ``path``, on the meta device, and the tensors to load with :func:`load_into`."""
-    tensors = read(path)
+def open_model(
+    path: str | Path, config: Config | None = None, part: str | None = None
+) -> tuple[nn.Module, Mapping[str, Tensor]]:
+    """The network stored at ``path``, on the meta device, and the tensors to load with :func:`load_into`.
+
+    ``part`` chooses one of several networks, see :func:`read`.
+    """
+    tensors = read(path, part or part_of(config))
     config = config or config_of(tensors)
     with meta_init():
         module = MODELS[type(config)](config)
@@ -309,9 +201,13 @@ def load_model(
     config: Config | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    part: str | None = None,
 ) -> nn.Module:
-    """The network stored at ``path``, in either layout: a Flux, AutoEncoder, CLIPTextEncoder or T5Encoder."""
-    module, tensors = open_model(path, config)
+    """The network stored at ``path``, in either layout: a Flux, AutoEncoder, CLIPTextEncoder or T5Encoder.
+
+    ``part`` chooses one of several networks, see :func:`read`.
+    """
+    module, tensors = open_model(path, config, part)
     return load_into(module, tensors, dtype, device)
 
 
@@ -362,7 +258,7 @@ def row_chunks(tensors: Mapping[str, Tensor], name: str, buffers: Iterator[Tenso
                     buffer = torch.empty(nbytes, dtype=torch.uint8)
                 rows = buffer[:nbytes].view(tensor.dtype).view(stop - start, *tensor.shape[1:])
                 source.read_into(rows, piece.name, start)
-                yield rows
+                yield source.dequantised(rows, piece.name, start)
             start = stop
 
 

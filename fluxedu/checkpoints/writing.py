@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from fluxedu.checkpoints.configs import shapes_of, to_diffusers_config
+from fluxedu.checkpoints.headers import DTYPES
 from fluxedu.checkpoints.layouts import ConvertedTensors, convert_lazily, dtypes_of
-from fluxedu.checkpoints.reading import DTYPES, config_of, free_buffers, read, row_chunks
+from fluxedu.checkpoints.reading import config_of, free_buffers, read, row_chunks
 from fluxedu.errors import CheckpointError
 from fluxedu.files import atomic_path
 from fluxedu.models import CLIPTextConfig, T5Config

@@ -13,7 +13,7 @@ This is for inference: autograd and ``fe.swap`` would not find streamed weights 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,15 +52,18 @@ def open_networks(
     memory: str = "auto",
     quantised: str | None = None,
     txt_len: int = 512,
+    change: Callable[[dict], dict] = dict,
 ) -> dict[str, nn.Module]:
     """``flux``, ``ae``, ``clip`` and ``t5``, from ``parts`` (hub folder name -> folder or file).
 
-    ``quantised``: a format for the weights of the transformer's blocks (see quantised.py). With ``memory="auto"`` on a
-    GPU, one line on stderr says what was chosen.
+    ``quantised``: a format for the weights of the transformer's blocks (see quantised.py). ``change`` receives, by
+    name, every network without its weights and the tensors to load, and returns what is loaded instead. With
+    ``memory="auto"`` on a GPU, one line on stderr says what was chosen.
     """
     if quantised is not None:
         check_installed(quantised)
-    opened = {name: open_model(parts[folder]) for name, folder in FOLDERS.items()}
+    opened = {name: open_model(parts[folder], part=folder) for name, folder in FOLDERS.items()}
+    opened = change(opened)
     modules = {name: module for name, (module, _) in opened.items()}
     networks, free = Networks(**modules, dtype=dtype), free_bytes(device)
     if memory == "auto" and free == float("inf"):

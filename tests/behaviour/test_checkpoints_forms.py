@@ -1,11 +1,12 @@
 """Weights in the forms in which people share them: variants, all-in-one files, prefixes, scaled fp8, larger encoders.
 
-Files are written by diffusers, transformers and safetensors, or with the names that other programs use. What is read must
-be equal to the bit, and dequantised values follow the formula weight * scale.
+Files are written by diffusers, transformers and safetensors, or with the names that other programs use. What is read
+must be equal to the bit, and dequantised values follow the formula weight * scale.
 """
 
 import functools
 import re
+import shutil
 
 import bitsandbytes
 import pytest
@@ -146,22 +147,25 @@ def test_wrapped_modules_are_unwrapped(tmp_path, wrap, layout):
 
 @pytest.mark.parametrize("shard", ["1GB", "40KB"])
 def test_files_of_a_variant(tmp_path, shard):
-    theirs = random_weights(FluxTransformer2DModel.from_config(FluxTransformer2DModel(**their_size()).config))
-    plain = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
-    theirs.half().save_pretrained(tmp_path, variant="fp16", max_shard_size=shard)
-    half = {name: tensor.half() for name, tensor in plain.items()}
-    same(dict(read(tmp_path)), half)
-    assert load_model(tmp_path).config == FLUX  # from the config.json
-    theirs.bfloat16().save_pretrained(tmp_path, variant="bf16", max_shard_size=shard)
-    says(f"{tmp_path.name} has the variants bf16, fp16; choose one with variant=.", read, tmp_path)
-    theirs.load_state_dict(plain)
-    random_weights(theirs.float())
-    theirs.save_pretrained(tmp_path, max_shard_size=shard)
-    same(dict(read(tmp_path)), dict(theirs.state_dict()))  # the plain files come first
-    index = "diffusion_pytorch_model.safetensors.index.fp16.json"
-    single = tmp_path / (index if shard == "40KB" else "diffusion_pytorch_model.fp16.safetensors")
-    same(dict(read(single)), half)
-    assert load_model(single).config == FLUX
+    theirs = FluxTransformer2DModel.from_config(FluxTransformer2DModel(**their_size()).config)
+    saved = {}
+    for seed, (variant, dtype) in enumerate(
+        {"fp16": torch.float16, "bf16": torch.bfloat16, None: torch.float32}.items()
+    ):
+        random_weights(theirs, seed).to(dtype)
+        theirs.save_pretrained(tmp_path / str(variant), variant=variant, max_shard_size=shard)
+        saved[variant] = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    same(dict(read(tmp_path / "fp16")), saved["fp16"])
+    assert load_model(tmp_path / "fp16").config == FLUX  # from the config.json
+    both = shutil.copytree(tmp_path / "fp16", tmp_path / "both")
+    shutil.copytree(tmp_path / "bf16", both, dirs_exist_ok=True)
+    says("both has the variants bf16, fp16; choose one with variant=.", read, both)
+    shutil.copytree(tmp_path / "None", both, dirs_exist_ok=True)
+    same(dict(read(both)), saved[None])  # the plain files come first
+    stem = "diffusion_pytorch_model"
+    chosen = both / (f"{stem}.safetensors.index.fp16.json" if shard == "40KB" else f"{stem}.fp16.safetensors")
+    same(dict(read(chosen)), saved["fp16"])
+    assert load_model(chosen).config == FLUX
 
 
 def test_files_of_a_variant_of_a_text_encoder(tmp_path):
@@ -186,7 +190,8 @@ def test_encoders_inside_larger_models(tmp_path):
     projected = CLIPTextModelWithProjection(CLIPTextConfig(**text))
     ids = torch.tensor([[48, 7, 49, 0]])
     for number, model in enumerate((whole, projected)):
-        random_weights(model).save_pretrained(tmp_path / str(number))
+        random_weights(model.text_model)
+        model.save_pretrained(tmp_path / str(number))
         clip = load_model(tmp_path / str(number))
         assert clip.config == CLIP
         text_model = model.text_model
