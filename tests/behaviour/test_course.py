@@ -310,8 +310,9 @@ def test_marks(tmp_path):
     notebook = nbformat.read(ROOT / "notebooks" / "04-rotary-positions.ipynb", 4)
     cells = [c for c in notebook.cells if c.metadata.get("fluxedu", {}).get("role") == "answer"]
     answers = {"rope.ids": all_exercises()["rope.ids"].solution_code, "rope.angles": "1 / 0", "rope.rotate": HALVES}
-    for cell in cells:
-        cell.source = answers[cell.metadata["fluxedu"]["exercise"]]
+    names = [cell.metadata["fluxedu"]["exercise"] for cell in cells]
+    for name, cell in zip(names, cells, strict=True):
+        cell.source = answers.get(name, "")
     first = [c for c in notebook.cells if c.cell_type == "code"][0]
     first.source = "import torch\nfrom torch import Tensor"
     notebook.cells = [first, *cells]
@@ -320,7 +321,7 @@ def test_marks(tmp_path):
     nbformat.write(notebook, path)
     ran = CliRunner().invoke(app, ["grade", str(path), str(tmp_path / "none.ipynb"), "--csv", str(tmp_path / "m.csv"),
                                     "--table", str(tmp_path / "t.csv")])  # fmt: skip
-    assert "ada: 1 of 3" in ran.output
+    assert f"ada: 1 of {len(names)}" in ran.output
     assert "✓ rope.ids: right in 3 cases." in ran.output
     assert "✗ rope.angles: not written yet." in ran.output
     assert "✗ rope.rotate: your pairs are halves" in ran.output
@@ -328,7 +329,9 @@ def test_marks(tmp_path):
     rows = (tmp_path / "m.csv").read_text().splitlines()
     assert rows[0] == "student,notebook,exercise,passed,message"
     assert rows[1].startswith("ada,04-rotary-positions.ipynb,rope.ids,1,")
-    assert (tmp_path / "t.csv").read_text() == "student,rope.ids,rope.angles,rope.rotate,passed\nada,1,0,0,1\n"
+    header, row = (line.split(",") for line in (tmp_path / "t.csv").read_text().splitlines())
+    assert header == ["student", *names, "passed"]
+    assert row == ["ada", *("1" if name == "rope.ids" else "0" for name in names), "1"]
 
 
 HALVES = """
