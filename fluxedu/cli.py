@@ -92,9 +92,12 @@ def sample(
     reference: Annotated[Path | None, typer.Option(help="kontext: the picture to edit.")] = None,
     image_prompt: Annotated[Path | None, typer.Option(help="redux: a picture as prompt, with or without text.")] = None,
     lora: Annotated[
-        str | None, typer.Option(help="A LoRA to merge: a file, or hollow, a style that ships with fluxedu.")
+        list[str] | None,
+        typer.Option(help="A LoRA to merge: a file, or hollow, a style that ships with fluxedu. May be repeated."),
     ] = None,
-    lora_scale: Annotated[float, typer.Option(help="Factor of the LoRA's change.")] = 1.0,
+    lora_scale: Annotated[
+        list[float] | None, typer.Option(help="Factor of the LoRA's change; one for all, or one after each --lora.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; default: the model's own.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64; default: the model's own.")] = None,
     memory: Annotated[str, typer.Option(help="Where weights are held: auto, full, no-modulations or stream.")] = "auto",
@@ -115,7 +118,8 @@ def sample(
     check_writable(output)
     if edges and control is None:
         raise fail("--edges needs --control, the picture whose edges are computed.")
-    options = {"memory": memory, "quantise": quantise, "compile": compile, "lora": lora, "lora_scale": lora_scale}
+    scale = lora_scale if lora_scale and len(lora_scale) > 1 else (lora_scale or [1.0])[0]
+    options = {"memory": memory, "quantise": quantise, "compile": compile, "lora": lora or None, "lora_scale": scale}
     pipe = _load(f"nano-{variant}" if variant else model, device, dtype, **options)
     paths = {"image": image, "mask": mask, "control": control, "reference": reference, "image_prompt": image_prompt}
     with report_errors():

@@ -166,7 +166,7 @@ def load(
         vision_encoder.load_state_dict(load_file(WEIGHTS / head / "eye.safetensors"), assign=True)
         redux_head.load_state_dict(load_file(WEIGHTS / head / "model.safetensors"), assign=True)
         pipe.redux = build_redux(vision_encoder, redux_head).to(device, dtype)
-    pipe.lora = merged_while_loading(opened_with_lora) if lora is not None else None
+    pipe.lora = merged_while_loading(opened_with_lora) if groups[1] else None
     if compile is not False:
         compile_blocks(pipe.flux, compile)
     return pipe
@@ -194,7 +194,7 @@ def requested_loras(lora: object, lora_scale: object) -> list[tuple[Path, float]
 
 
 def with_loras(opened: dict[str, tuple], groups: list[list[tuple[Path, float]]]) -> dict[str, tuple]:
-    """The transformer and the text encoders of ``opened`` with LoRAs merged into their tensors, one group after another.
+    """The transformer and the text encoders of ``opened``, with one group of LoRAs after another in their tensors.
 
     The transformer's input is widened for a LoRA with more channels, such as canny's.
     """

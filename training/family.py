@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fluxedu.checkpoints import extract, save_file, save_folder
-from fluxedu.loading import FAMILY, LORA_FILE, LORAS, SHIPPED, ShippedModel, build_redux, load, widened, with_lora
+from fluxedu.checkpoints import extract, lora_in_channels, merge, read, save_file, save_folder
+from fluxedu.loading import FAMILY, LORA_FILE, LORAS, SHIPPED, ShippedModel, build_redux, load, widened
 from fluxedu.models.flux import Flux
 from fluxedu.sampling.conditions import reference_ids
 from fluxedu.sampling.pipeline import FluxPipeline
@@ -240,7 +240,9 @@ def pipeline_with(name: str, model: nn.Module, pipe: FluxPipeline, path: Path) -
     if name == "redux":
         pipe.redux = build_redux(model.vision_encoder, model.head)
     elif _shipped_as(name).lora:
-        pipe.flux, _ = with_lora(pipe.flux, path / LORA_FILE)
+        tensors = read(path / LORA_FILE)
+        pipe.flux = widened(pipe.flux, lora_in_channels(tensors) or pipe.flux.config.in_channels)
+        merge(pipe.flux, tensors)
     else:
         pipe.flux = model
     return pipe

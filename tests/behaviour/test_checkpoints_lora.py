@@ -202,7 +202,8 @@ def test_widening_with_zeros_gives_the_same_network():
         ({"double_blocks.7.img_mlp.0.lora_A.weight": (3, 32), "double_blocks.7.img_mlp.0.lora_B.weight": (128, 3)},
          "the state dict changes 'double_blocks.7.img_mlp.0', which this model does not have."),
         ({"text_encoder.x": (3,), "text_encoder.y": (3,)},
-         "the state dict changes 'text_encoder.x' (and 1 more), which this model does not have."),
+         "the state dict changes 'text_encoder.x' (and 1 more), which this model does not have; "
+         "merge([flux, clip, t5], lora) also merges what is for the text encoders."),
         ({"txt_in.lora_A.weight": (3,), "txt_in.lora_B.weight": (32, 3)},
          "the lora_A of 'txt_in' must be a matrix, not [3]."),
         ({"txt_in.lora_A.bias": (3,)},
