@@ -30,7 +30,7 @@ from fluxedu.checkpoints import (
 from fluxedu.checkpoints.contents import own_dtype
 from fluxedu.checkpoints.lora import is_scale, merge_lazily, merged_while_loading
 from fluxedu.checkpoints.lora_files import read_lora
-from fluxedu.errors import RequestError, check_choice, describe
+from fluxedu.errors import CheckpointError, RequestError, check_choice, describe
 from fluxedu.memory import open_networks
 from fluxedu.memory.compiled import compile_blocks
 from fluxedu.models import VARIANTS, Flux, FluxConfig, Sampling
@@ -150,6 +150,14 @@ def load(
 
     networks = open_networks(files.parts, device, dtype, memory, quantise, change=merge_loras)
     clip, t5, flux, vae = (networks[name] for name in ("clip", "t5", "flux", "ae"))
+    fits = {"CLIP's width": (clip.config.hidden_size, flux.config.vec_in_dim)}
+    fits |= {"T5's width": (t5.config.d_model, flux.config.context_in_dim)}
+    fits |= {"the autoencoder's channels times 4": (4 * vae.config.z_channels, flux.config.out_channels)}
+    for what, (found, needed) in fits.items():
+        if found != needed:
+            raise CheckpointError(
+                f"{describe(str(name))} has parts of different models: {what} is {found}, not {needed}."
+            )
     clip_length = clip.config.max_position_embeddings
     prompts = PromptEncoder(
         Tokenizer(files.parts["tokenizer"], "<|endoftext|>", "<|endoftext|>", clip_length, truncate=True),

@@ -63,7 +63,8 @@ def stored_networks(names: Iterable[str], label: str) -> dict[str, StoredNetwork
     """The networks that the tensors with these names belong to, by part; none if they are of no network or a LoRA's.
 
     A prefix is what stands before the names by which a network is recognised. CLIP gets its ``text_model.`` back where
-    a newer transformers omitted it. T5's token embedding is often stored twice: it is called ``shared.weight`` here.
+    a newer transformers omitted it, T5's token embedding is called ``shared.weight``, and the official layout's norms
+    have a ``scale``.
     Raises CheckpointError for a format that cannot be read, by its name, and for a network that occurs twice.
     """
     names = list(names)
@@ -92,7 +93,8 @@ def stored_networks(names: Iterable[str], label: str) -> dict[str, StoredNetwork
 
 
 def _with_usual_names(names: dict[str, str]) -> StoredNetwork:
-    """Add CLIP's ``text_model.``, keep one name of T5's embedding, and separate the scales from the weights."""
+    """The names that our networks use: some tensors have two, T5's embedding is often stored twice; scales apart."""
+    names = {re.sub(r"\b(query|key)_norm\.weight$", r"\1_norm.scale", name): stored for name, stored in names.items()}
     if "embeddings.token_embedding.weight" in names:
         names = {f"text_model.{name}": stored for name, stored in names.items()}
     if "encoder.block.0.layer.0.SelfAttention.q.weight" in names and "encoder.embed_tokens.weight" in names:

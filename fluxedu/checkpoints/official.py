@@ -99,26 +99,31 @@ def find(
                 f"Face cache{at}; use nano, {', '.join(OFFICIAL)} or a path."
             )
         folders = [cached] if cached else []
-    missing, faults = [], []
+    missing, faults = [], []  # files that are not there, and why others cannot be used
     for part in (*PARTS, *TOKENIZERS):
         if part in parts:
             continue
-        search = _Search(part, transformer if part == "transformer" else part, known, variant, parts, faults)
+        search = _Search(part, transformer if part == "transformer" else part, known, variant, parts)
         family = [] if part == "transformer" else _family()
-        found = next((path for folder in (*folders, *family) if (path := search.look_in(folder))), None)
+        found = next((file for folder in (*folders, *family) if (file := search.look_in(folder))), None)
         if found is None:
             missing += search.missing
+            faults += search.faults
         else:
             parts[part] = found
     if missing and faults:
         raise faults[0]
     if missing:
-        repository = OFFICIAL[known or "dev"]
+        official = OFFICIAL[known or "dev"]
+        repository = official.id if known or path.exists() else str(name)
+        terms = (
+            f" (its licence is the {official.licence}; the hub allows the download after `hf auth login` and accepting "
+            f"the terms at https://huggingface.co/{official.id})"
+        )
         options = " ".join(f'--include "{file}"' for file in missing) + (f" --revision {revision}" if revision else "")
         raise CheckpointError(
             f"{str(name)!r} lacks {', '.join(missing)}; get {'it' if len(missing) == 1 else 'them'} with "
-            f"`hf download {repository.id} {options}` (its licence is the {repository.licence}; the hub allows the "
-            f"download after `hf auth login` and accepting the terms at https://huggingface.co/{repository.id})."
+            f"`hf download {repository} {options}`{terms if repository == official.id else ''}."
         )
     if variant is not None and all(variant_of_file(path) != variant for path in parts.values()):
         raise CheckpointError(
@@ -160,7 +165,7 @@ def _is_of_the_family(folder: Path) -> bool:
             return re.match(r"Flux(?!2)", read_json(index.read_bytes())["_class_name"]) is not None
         except (ValueError, LookupError, TypeError):
             return False
-    return _Search("transformer", "transformer", None, None, {}, []).look_in(folder) is not None
+    return _Search("transformer", "transformer", None, None, {}).look_in(folder) is not None
 
 
 def _variant_of(name: str) -> str | None:
@@ -191,9 +196,9 @@ class _Search:
     known: str | None  # the variant of FLUX.1
     variant: str | None  # of the files
     parts: dict[str, Path]  # what has been found already, the transformer first
-    faults: list[CheckpointError]  # why files that hold this part cannot be used
 
     def __post_init__(self):
+        self.faults: list[CheckpointError] = []  # why files that hold this part cannot be used
         self.single = "ae.safetensors" if self.part == "vae" else None
         if self.folder_name == "transformer" and self.known:
             self.single = OFFICIAL[self.known].single
@@ -219,7 +224,7 @@ class _Search:
         Of several, the transformer's own file comes first, then the files of the variant, then the largest (fp16 before
         fp8). Raises CheckpointError if that leaves several.
         """
-        files = [*folder.glob("*.safetensors.index*.json"), *folder.glob("*.safetensors")]
+        files = [file for end in ("safetensors", "sft", "safetensors.index*.json") for file in folder.glob(f"*.{end}")]
         files = [f for f in sorted(files) if f.is_file() and not re.search(r"-\d{5}-of-\d{5}", f.name)]
         fitting = {path: size for path in files if (size := self._size_if_fitting(path))}
         own = [path for path in fitting if path == self.parts.get("transformer")]
@@ -232,8 +237,9 @@ class _Search:
                 f"{folder} holds {kind_name(PARTS[self.part])} in several files, {names}; "
                 f"{'pass the path of one' if self.part == 'transformer' else 'leave one of them there'}."
             )
-        if not found and self.part == "transformer":
-            self.faults += [gguf_error(path) for path in sorted(folder.glob("*.gguf"))]
+        if not found:
+            gguf = [*sorted((folder / self.folder_name).glob("*.gguf")), *sorted(folder.glob("*.gguf"))]
+            self.faults += [gguf_error(path) for path in gguf]
         return found[0] if found else None
 
     def _size_if_fitting(self, path: Path) -> int:

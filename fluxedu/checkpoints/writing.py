@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fluxedu.checkpoints.configs import shapes_of, to_diffusers_config
 from fluxedu.checkpoints.headers import DTYPES
-from fluxedu.checkpoints.layouts import ConvertedTensors, convert_lazily, dtypes_of
+from fluxedu.checkpoints.layouts import ConvertedTensors, convert_lazily, dtypes_of, part_of
 from fluxedu.checkpoints.reading import config_of, free_buffers, read, row_chunks
 from fluxedu.errors import CheckpointError
 from fluxedu.files import atomic_path
@@ -150,6 +150,7 @@ def convert_file(
     to: str,
     *,
     config: Config | None = None,
+    part: str | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
@@ -157,11 +158,12 @@ def convert_file(
 ) -> Path:
     """Convert a file or folder: ``to="bfl"`` writes one file, ``to="diffusers"`` a folder.
 
-    The source may be in either layout, with or without shards and prefixes. Without ``config`` the source's own is
+    The source may be in either layout, with or without shards and prefixes; scaled fp8 weights are dequantised, and
+    ``part`` chooses one of several networks, see :func:`read`. Without ``config`` the source's own is
     used (see :func:`config_of`). Memory stays at a few megabytes. Raises CheckpointError for a source that is not in
     order, before anything is written.
     """
-    tensors = read(source)
+    tensors = read(source, part or part_of(config))
     config = config or config_of(tensors)
     options = {"dtype": dtype, "overwrite": overwrite, "progress": progress}
     if to == "diffusers":

@@ -83,6 +83,14 @@ def test_every_part_of_an_all_in_one_file_is_read(tmp_path, prefixes):
     says(f"part must be one of {parts}, not 'unet'.", read, tmp_path / "all.safetensors", "unet")
 
 
+def test_one_part_of_an_all_in_one_file_is_converted(tmp_path):
+    save_file(all_in_one(), tmp_path / "all.safetensors")
+    convert_file(tmp_path / "all.safetensors", tmp_path / "vae", to="diffusers", config=AE)
+    convert_file(tmp_path / "all.safetensors", tmp_path / "t5.safetensors", to="bfl", part="text_encoder_2")
+    same(dict(read(tmp_path / "vae")), convert(state_of("vae"), "diffusers", AE))
+    same(dict(read(tmp_path / "t5.safetensors")), state_of("text_encoder_2"))
+
+
 @pytest.mark.parametrize(
     "name", ["model.diffusion_model.new.weight", "vae.new.weight", "new.weight", "text_encoders.x"]
 )
@@ -140,6 +148,15 @@ def test_wrapped_modules_are_unwrapped(tmp_path, wrap, layout):
     save_file(state, tmp_path / "f.safetensors")
     same(dict(read(tmp_path / "f.safetensors")), plain)
     same(load_model(tmp_path / "f.safetensors", FLUX).state_dict(), convert(plain, "bfl", FLUX))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_norms_whose_scale_is_called_weight(tmp_path, prefix):
+    names = {name: re.sub(r"(query|key)_norm\.scale$", r"\1_norm.weight", name) for name in state_of("transformer")}
+    state = {prefix + names[name]: tensor.clone() for name, tensor in state_of("transformer").items()}
+    assert len(set(names.values()) - names.keys()) == 4 * 2 + 2 * 3
+    save_file(state, tmp_path / "f.safetensors")
+    same(load_model(tmp_path / "f.safetensors", FLUX).state_dict(), state_of("transformer"))
 
 
 # ---------------------------------------------------------------- variants of files
