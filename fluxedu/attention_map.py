@@ -22,11 +22,6 @@ Index = int | slice | list[int] | Tensor
 ROWS_AT_ONCE = 512  # where no kernel gives the log-sum-exp
 
 
-def weighted_sum(attn_map: AttentionMap | Tensor, v: Tensor) -> Tensor:
-    """``attn_map @ v``, ``[B, H, N, d]``; the map is lazy, or a tensor that an intervention put in its place."""
-    return attn_map.to(v.dtype) @ v if isinstance(attn_map, Tensor) else attn_map.output()
-
-
 def at_least_float32(x: Tensor) -> Tensor:
     """``x`` in float32, or unchanged if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
@@ -72,6 +67,10 @@ class AttentionMap:
                 self.q, self.k, self.v, attn_mask=mask, is_causal=self.causal, scale=self.scale
             )
         return self._output
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """``map @ v``, the weighted sum of the values: ``[B, H, N, d]``."""
+        return self.output() if v is self.v else self.weights().to(v.dtype) @ v
 
     @property
     def lse(self) -> Tensor:

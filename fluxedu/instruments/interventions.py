@@ -174,7 +174,7 @@ def _checked_result(result: Any, value: Any, site: str) -> Any:
             f"the change at {site!r} returned a tensor {list(result.shape)}; it must be {list(value.shape)}."
         )
     if isinstance(value, AttentionMap):
-        return value if torch.equal(result, value.weights().to(result)) else result
+        return value if torch.equal(result, value.weights().to(result)) else result.to(value.q.dtype)
     if result.dtype != value.dtype or result.device != value.device:
         raise InstrumentError(
             f"the change at {site!r} returned {result.dtype} on {result.device}; "

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.attention_map import AttentionMap, at_least_float32, weighted_sum
+from fluxedu.attention_map import AttentionMap, at_least_float32
 from fluxedu.probe import Probed
 
 RMS_EPS = 1e-6
@@ -60,9 +60,10 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class SelfAttention(Probed):
-    """The layers of one stream's attention: the projection to q, k, v, QKNorm, and the output projection (``proj``).
+    """One stream's own part of the attention: the layers before it (``qkv``, ``norm``) and after it (``proj``).
 
-    The attention itself happens in between, over both streams together: see :func:`attend`.
+    The double block calls :meth:`forward` for text and for image, lets both attend together with :func:`attend`, and
+    then calls each stream's ``proj``.
     """
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
@@ -73,7 +74,7 @@ class SelfAttention(Probed):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``x [B, S, D]`` -> q, k (both after QKNorm) and v, each ``[B, H, S, d]``."""
+        """The stream's S tokens ``x [B, S, D]`` -> q, k (both after QKNorm) and v, each ``[B, H, S, d]``."""
         q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
         q = self.probe("q", q)  # [B, H, S, d] queries, before QKNorm
         k = self.probe("k", k)  # [B, H, S, d] keys, before QKNorm
@@ -84,17 +85,19 @@ class SelfAttention(Probed):
         return q, k, v
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, txt_len: int, block: Probed) -> Tensor:
-    """Attention over all T tokens, then heads merged: ``3 x [B, H, T, d] -> [B, T, H * d]``.
+def attend(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, txt_len: int, block: Probed) -> Tensor:
+    """Joint attention: each of the T text and image tokens attends to all of them. ``3 x [B, H, T, d] -> [B, T, D]``.
 
-    ``txt_len``: number of text tokens, passed on to instruments that watch the map · ``block``: the block that the
-    sites belong to. The map is computed only where it is watched; an intervention may return a tensor
-    ``[B, H, T, T]``.
+    rope: the rotations ``[1, T, d/2]`` from :func:`rope_table`, for queries and keys · txt_len: the first ``txt_len``
+    tokens are text, which only instruments need to know · block: the block that the sites belong to.
     """
+    rope = block.probe("attn.rope", rope)  # [1, T, d/2] the rotation of each channel pair, as complex numbers
+    q = block.probe("attn.q", rotate(q, rope))  # [B, H, T, d] queries, rotated by position
+    k = block.probe("attn.k", rotate(k, rope))  # [B, H, T, d] keys, rotated by position
     if block.is_watched("attn.map"):
         attn_map = AttentionMap(q, k, v, txt_len)
         attn_map = block.probe("attn.map", attn_map)  # [B, H, T, T] attention map (lazy), one row per query
-        out = weighted_sum(attn_map, v)
+        out = attn_map @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v, without storing the map
     out = block.probe("heads", out)  # [B, H, T, d] the output of each head; ablate heads here

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.attention_map import AttentionMap, weighted_sum
+from fluxedu.attention_map import AttentionMap
 from fluxedu.models.config import AutoEncoderConfig
 from fluxedu.probe import Probed, name_sites
 
@@ -67,7 +67,7 @@ class AttnBlock(Probed):
         if self.is_watched("map"):
             attn_map = AttentionMap(q, k, v)
             attn_map = self.probe("map", attn_map)  # [B, 1, G, G] attention map (lazy), one row per query
-            out = weighted_sum(attn_map, v)
+            out = attn_map @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v)
         out = out.squeeze(1).transpose(1, 2).reshape(x.shape)  # [B, C, h, w]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.attention import QKNorm, SelfAttention, attend, rotate, split_heads
+from fluxedu.models.attention import QKNorm, SelfAttention, attend, split_heads
 from fluxedu.models.config import FluxConfig
 from fluxedu.models.modulation import Modulation, gated, layer_norm, modulate
 from fluxedu.probe import Probed
@@ -74,10 +74,7 @@ class DoubleStreamBlock(Probed):
         k = torch.cat([txt_k, img_k], dim=2)
         v = torch.cat([txt_v, img_v], dim=2)
         del img_attn_in, img_q, img_k, img_v, txt_attn_in, txt_q, txt_k, txt_v  # q, k, v are copies; free their parts
-        rope = self.probe("attn.rope", rope)  # [1, T, d/2] the rotation of each channel pair, as complex numbers
-        q = self.probe("attn.q", rotate(q, rope))  # [B, H, T, d] queries, rotated by position
-        k = self.probe("attn.k", rotate(k, rope))  # [B, H, T, d] keys, rotated by position
-        attn = attend(q, k, v, txt.shape[1], self)  # [B, T, D]
+        attn = attend(q, k, v, rope, txt.shape[1], self)  # [B, T, D] with RoPE
         txt_attn, img_attn = attn.split([txt.shape[1], img.shape[1]], dim=1)
 
         # image: add the attention, then the MLP, each scaled by its gate
@@ -152,10 +149,7 @@ class SingleStreamBlock(Probed):
         q, k = self.norm(q, k)
         q = self.probe("q_norm", q)  # [B, H, T, d] queries after QKNorm
         k = self.probe("k_norm", k)  # [B, H, T, d] keys after QKNorm
-        rope = self.probe("attn.rope", rope)  # [1, T, d/2] the rotation of each channel pair, as complex numbers
-        q = self.probe("attn.q", rotate(q, rope))  # [B, H, T, d] queries, rotated by position
-        k = self.probe("attn.k", rotate(k, rope))  # [B, H, T, d] keys, rotated by position
-        attn = attend(q, k, v, txt_len, self)  # [B, T, D]
+        attn = attend(q, k, v, rope, txt_len, self)  # [B, T, D] with RoPE
         del q, k, v
 
         # both halves through the second linear layer, added through the gate

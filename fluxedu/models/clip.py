@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.attention_map import AttentionMap, weighted_sum
+from fluxedu.attention_map import AttentionMap
 from fluxedu.models.attention import merge_heads, to_heads
 from fluxedu.models.config import CLIPTextConfig
 from fluxedu.probe import Probed, name_sites
@@ -41,7 +41,7 @@ class CLIPAttention(Probed):
         if self.is_watched("map"):
             attn_map = AttentionMap(q, k, v, x.shape[1], causal=self.causal)
             attn_map = self.probe("map", attn_map)  # [B, H, L, L] attention map (lazy), one row per query
-            out = weighted_sum(attn_map, v)
+            out = attn_map @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         out = self.probe("heads", out)  # [B, H, L, d] the output of each head

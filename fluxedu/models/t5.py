@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.attention_map import AttentionMap, weighted_sum
+from fluxedu.attention_map import AttentionMap
 from fluxedu.models.attention import merge_heads, to_heads
 from fluxedu.models.config import T5Config
 from fluxedu.probe import Probed, name_sites
@@ -78,7 +78,7 @@ class T5Attention(Probed):
         if self.is_watched("map"):
             attn_map = AttentionMap(q, k, v, x.shape[1], bias, scale=1.0)
             attn_map = self.probe("map", attn_map)  # [B, H, L, L] attention map (lazy), one row per query
-            out = weighted_sum(attn_map, v)
+            out = attn_map @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
         out = self.probe("heads", out)  # [B, H, L, d] the output of each head

@@ -133,14 +133,15 @@ class QueryKeyRecorder(record):
     def _choose(self, context: StepContext, q: torch.Tensor) -> None:
         evaluations = len(get_solver(context.request.solver).stages)
         nbytes = 2 * q.nbytes // len(q) * evaluations  # queries and keys of one block and step
-        names, affordable = blocks_of(context.pipe), int(self.budget.limit // nbytes)
+        budget = self.storage.budget.limit
+        names, affordable = blocks_of(context.pipe), int(budget // nbytes)
         steps = evenly_spaced(context.steps, max(affordable // len(names), 1))
-        self.selection = replace(self.selection, steps=steps)
+        self.selection.steps = steps
         self.names = {names[i] for i in evenly_spaced(len(names), max(affordable, 1))}
         if len(steps) * len(self.names) < context.steps * len(names):
             self.note = (
                 f" {len(self.names)} of {len(names)} blocks and {len(steps)} of {context.steps} steps were recorded, "
-                f"as many as fit in {self.budget.limit / 2**30:.3g} GiB. Use blocks= and at_steps= to choose others."
+                f"as many as fit in {budget / 2**30:.3g} GiB. Use blocks= and at_steps= to choose others."
             )
 
 

@@ -17,6 +17,7 @@ from pretend_dev import FLUX, STEPS
 from fluxedu.instruments import recorder
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import Value
+from fluxedu.instruments.storage import Storage
 from fluxedu.models import FluxConfig
 from fluxedu.widgets.architecture import COLUMNS, ROWS, as_table
 
@@ -47,7 +48,7 @@ def count_factor(rec: record, site: str, context) -> float:
     is_of_a_block = re.match(r"(double|single)\.", site)
     is_named = any(fnmatchcase(site, glob) and re.match(r"(double|single)\.\d+\.", glob) for glob in rec.globs)
     blocks = BLOCKS if is_of_a_block and not is_named else 1
-    holds_one_step = rec.reductions.over_steps or rec.recording.holds_one_step
+    holds_one_step = rec.reductions.over_steps or rec.storage.recording.holds_one_step
     if (
         holds_one_step
         or rec.selection.steps is not None
@@ -61,14 +62,20 @@ def count_factor(rec: record, site: str, context) -> float:
 
 def measure() -> None:
     """Count this way for the rest of this process."""
-    store, values_held = record._store, record._values_held
+    see, add, values_held = record.see, Storage.add, Storage._values_held
+    current: dict = {}  # the recorder that sees a value now, and how many times larger the real value is
 
-    def measured_store(self, site, key, value, context):
-        self.size_factor = 1 if value is None else size_factor(self, value)
-        store(self, site, key, value, context)
+    def note_and_see(self, *arguments):
+        current["recorder"] = self
+        return see(self, *arguments)
 
-    def more_values(self, site, context):
-        return values_held(self, site, context) * self.size_factor * count_factor(self, site, context) / UNIT
+    def measure_and_add(self, site, key, value, context, *rest):
+        rec = current["recorder"]
+        current["larger"] = 1 if value is None else size_factor(rec, value) * count_factor(rec, site, context)
+        add(self, site, key, value, context, *rest)
 
-    record._store, record._values_held = measured_store, more_values
+    def more_values(self, *arguments):
+        return values_held(self, *arguments) * current["larger"] / UNIT
+
+    record.see, Storage.add, Storage._values_held = note_and_see, measure_and_add, more_values
     recorder.BUDGET = int(recorder.BUDGET / UNIT)

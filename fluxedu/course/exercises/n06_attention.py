@@ -271,7 +271,7 @@ def _joint_cases() -> list[tuple]:
 def library_joint(txt: tuple, img: tuple, apply_rope: Callable[[Tensor], Tensor]) -> list[Tensor]:
     q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt, img, strict=True))
     txt_len = txt[0].shape[2]
-    attn_out = library.attend(apply_rope(q), apply_rope(k), v, txt_len, Probed())
+    attn_out = library.attend(q, k, v, apply_rope.keywords["rope"], txt_len, Probed())
     return [attn_out[:, :txt_len], attn_out[:, txt_len:]]
 
 
