@@ -36,6 +36,8 @@ _UNUSED |= {"lm_head", "spiece_model"}
 _UNUSED |= {"scaled_fp8", "comfy_quant", "input_scale", "scale_input", "output_scale", "scale_output"}
 #: a scaled weight's value is ``weight * scale``: X.weight with X.scale_weight, or with X.weight_scale
 _SCALES = (".scale_weight", ".weight_scale")
+#: the scale of the official layout's norms, as some programs call it
+_NORM_WEIGHT = re.compile(r"(query|key)_norm\.weight$")
 _QUANTISED = "holds weights quantised with {}, which cannot be read; use the bfloat16 or fp8 weights, with quantise="
 #: what can be recognised and not read
 _REFUSED = {
@@ -82,7 +84,7 @@ def stored_networks(names: Iterable[str], label: str) -> dict[str, StoredNetwork
         owners = [part for part, prefix in prefixes.items() if name.startswith(prefix)]
         if owners:
             owners = [max(owners, key=lambda part: len(prefixes[part]))]
-            name = name.removeprefix(prefixes[owners[0]])
+            name = _NORM_WEIGHT.sub(r"\1_norm.scale", name.removeprefix(prefixes[owners[0]]))
         if owners == ["text_encoder_2"] and name.startswith("decoder."):  # T5's other half
             continue
         for owner in owners or networks:  # a name that belongs to no network is refused, whichever is opened
@@ -93,18 +95,18 @@ def stored_networks(names: Iterable[str], label: str) -> dict[str, StoredNetwork
 
 
 def _with_usual_names(names: dict[str, str]) -> StoredNetwork:
-    """The names that our networks use: some tensors have two, T5's embedding is often stored twice; scales apart."""
-    names = {re.sub(r"\b(query|key)_norm\.weight$", r"\1_norm.scale", name): stored for name, stored in names.items()}
+    """Add CLIP's ``text_model.``, separate the scales from the weights, and keep one name of T5's embedding."""
     if "embeddings.token_embedding.weight" in names:
         names = {f"text_model.{name}": stored for name, stored in names.items()}
-    if "encoder.block.0.layer.0.SelfAttention.q.weight" in names and "encoder.embed_tokens.weight" in names:
-        duplicate = names.pop("encoder.embed_tokens.weight")
-        names.setdefault("shared.weight", duplicate)
     scales = {}
     for name in [name for name in names if name.endswith(_SCALES)]:
         weight = f"{name.rpartition('.')[0]}.weight"
         if weight in names and weight not in scales:
             scales[weight] = names.pop(name)
+    if "encoder.block.0.layer.0.SelfAttention.q.weight" in names and "encoder.embed_tokens.weight" in names:
+        duplicate, scale = names.pop("encoder.embed_tokens.weight"), scales.pop("encoder.embed_tokens.weight", None)
+        if names.setdefault("shared.weight", duplicate) == duplicate and scale:
+            scales["shared.weight"] = scale
     return StoredNetwork(names, scales)
 
 

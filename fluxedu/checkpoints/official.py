@@ -76,11 +76,12 @@ def find(
         raise CheckpointError(
             f"a model must be a name or a path, not {describe(name)} (transformer folder {describe(transformer)})."
         )
+    for option, value in (("variant", variant), ("revision", revision)):
+        if value is not None and not isinstance(value, str):
+            raise CheckpointError(f"{option} must be a text, such as 'fp16' or 'main', not {describe(value)}.")
     known, path = _variant_of(str(name)), Path(name)
-    if revision is not None and (not isinstance(revision, str) or path.exists()):
-        raise CheckpointError(
-            f"revision= is for repositories in the Hugging Face cache; here it is {describe(revision)}."
-        )
+    if revision is not None and path.exists():
+        raise CheckpointError(f"revision= is for repositories in the Hugging Face cache, and {str(name)!r} is a path.")
     parts: dict[str, Path] = {}
     if path.is_file():
         folders, parts = [path.parent], dict.fromkeys(_parts_of(path), path)
@@ -104,8 +105,9 @@ def find(
         if part in parts:
             continue
         search = _Search(part, transformer if part == "transformer" else part, known, variant, parts)
-        family = [] if part == "transformer" else _family()
-        found = next((file for folder in (*folders, *family) if (file := search.look_in(folder))), None)
+        found = next((file for folder in folders if (file := search.look_in(folder))), None)
+        if found is None and part != "transformer":
+            found = next((file for folder in _family() if (file := search.look_in(folder, own=False))), None)
         if found is None:
             missing += search.missing
             faults += search.faults
@@ -165,7 +167,7 @@ def _is_of_the_family(folder: Path) -> bool:
             return re.match(r"Flux(?!2)", read_json(index.read_bytes())["_class_name"]) is not None
         except (ValueError, LookupError, TypeError):
             return False
-    return _Search("transformer", "transformer", None, None, {}).look_in(folder) is not None
+    return _Search("transformer", "transformer", None, None, {}).look_in(folder, own=False) is not None
 
 
 def _variant_of(name: str) -> str | None:
@@ -204,8 +206,20 @@ class _Search:
             self.single = OFFICIAL[self.known].single
         self.missing = [self.single or f"{self.folder_name}/*"]
 
-    def look_in(self, folder: Path) -> Path | None:
-        """The part's path in ``folder``: a file as in the official repository, a subfolder, or a file at its top."""
+    def look_in(self, folder: Path, own: bool = True) -> Path | None:
+        """The part's path in ``folder``: a file as in the official repository, a subfolder, or a file at its top.
+
+        Raises CheckpointError for a damaged file, or several to choose from; unless the folder is not the user's
+        ``own``.
+        """
+        try:
+            return self._look_in(folder)
+        except CheckpointError:
+            if own:
+                raise
+            return None
+
+    def _look_in(self, folder: Path) -> Path | None:
         if self.single and (folder / self.single).is_file() and self.part in _parts_of(folder / self.single):
             return folder / self.single
         subfolder = folder / self.folder_name

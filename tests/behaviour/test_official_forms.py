@@ -217,6 +217,10 @@ def test_a_lone_transformer_takes_the_rest_from_any_repository_of_the_family(cac
         {n: 3 * t for n, t in load_model(sd3 / "vae").state_dict().items()},
     )
     (sd3 / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+    many = cached(cache, "a/kijai")  # several of everything, from which nothing can be chosen
+    for name in ("x", "y"):
+        write(many / f"{name}.safetensors", STATES["flux"])
+        write(many / f"{name}-clip.safetensors", STATES["clip"])
     snapshot = encoders(cached(cache, known))
     if known == "someone/tune":
         (snapshot / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
@@ -335,9 +339,11 @@ def test_revision_chooses_a_version_of_a_repository(cache, tmp_path):  # noqa: F
         fe.load("someone/tune")
     with pytest.raises(CheckpointError, match=r"`hf download black-forest-labs/FLUX.1-dev .*--revision v3`"):
         fe.load("dev", revision="v3")
-    for revision in ("v2", 2):
-        with pytest.raises(CheckpointError, match="revision= is for repositories in the Hugging Face cache"):
-            fe.load(tmp_path, revision=revision)
+    with pytest.raises(CheckpointError, match="revision= is for repositories in the Hugging Face cache, and '.*' is a"):
+        fe.load(tmp_path, revision="v2")
+    for option in ("variant", "revision"):
+        with pytest.raises(CheckpointError, match=f"{option} must be a text, such as 'fp16' or 'main', not 2"):
+            fe.load("someone/tune", **{option: 2})
 
 
 # ---------------------------------------------------------------- which sampling settings
