@@ -230,6 +230,7 @@ def _changes_of_file(
 ) -> list[_Change]:
     label, changes, unknown = label_of(lora), [], []
     layers = layer_changes(lora)
+    configs = {network: config_for(config, network, label) for network in (None, *(name for name, _ in targets))}
     for stored in layers:
         is_whole = stored.value is not None
         leaves = [stored.leaf] if is_whole else ["weight", "bias"][: 1 if stored.bias is None else 2]
@@ -239,7 +240,7 @@ def _changes_of_file(
             network, pieces = next(((n, t[name]) for n, t in targets for name in names if name in t), (None, []))
             if not pieces:
                 unknown.append(f"{stored.stored_name}.bias" if leaf == "bias" and not is_whole else stored.stored_name)
-            strength = scale * (1.0 if is_whole else stored.strength(config_for(config, network)))
+            strength = scale * (1.0 if is_whole else stored.strength(configs[network]))
             stored_rows, row = sum(piece.stop - piece.start for piece in pieces), 0
             for piece in pieces:
                 height = piece.stop - piece.start

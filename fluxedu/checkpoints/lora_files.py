@@ -47,6 +47,7 @@ _RENAMED = {
     r"(double_blocks\.\d+)\.processor\.(qkv|proj)_lora2": r"\1.txt_attn.\2",
     r"single_blocks\.(\d+)\.processor\.qkv_lora": r"single_transformer_blocks.\1.attn.to_qkv",
     r"(single_blocks\.\d+)\.processor\.proj_lora": r"\1.linear2",
+    r"(.+\.self_attn)\.to_(q|k|v|out)_lora": r"\1.\2_proj",
     r"(.+)\.processor\.to_out_lora": r"\1.to_out.0",
     r"(.+)\.processor\.(\w+)_lora": r"\1.\2",
 }
@@ -149,7 +150,7 @@ def layer_changes(lora: Mapping[str, Tensor]) -> list[LayerChange]:
         change.check(label)
     changes = [*others, *layers.values()]  # what replaces a parameter comes before what is added to it
     if unused := [change.stored_name for change in changes if _UNUSED.match(change.layer)]:
-        warnings.warn(f"{label} also changes {first_of(unused)}, which FLUX does not use.", stacklevel=3)
+        warnings.warn(f"{label} also changes {first_of(unused)}, which FLUX does not use.", stacklevel=1)
     return [change for change in changes if not _UNUSED.match(change.layer)]
 
 
@@ -197,7 +198,7 @@ def adapter_config(lora: Mapping[str, Tensor]) -> dict:
         if path and any(name.startswith("base_model.model.") for name in lora) and not any(".alpha" in n for n in lora):
             warnings.warn(
                 f"{label_of(lora)} has no adapter_config.json beside it, so alpha is taken to be each layer's rank.",
-                stacklevel=4,
+                stacklevel=1,
             )
         alpha = metadata.get("ss_network_alpha")
         is_kohyas = any(".lora_down" in name for name in lora)
@@ -213,26 +214,26 @@ def _is_of_the_folder(path: Path) -> bool:
     return path.name.startswith("adapter_model") or len(list(path.parent.glob("*.safetensors"))) == 1
 
 
-def config_for(config: Mapping, network: str | None) -> dict:
+def config_for(config: Mapping, network: str | None, label: str) -> dict:
     """The part of a configuration that is for one network (transformer, text_encoder, …), checked.
 
     diffusers puts the network before each key, ``transformer.lora_alpha``; PEFT's file is for one network.
     """
     if not isinstance(config, Mapping):
-        raise CheckpointError(f"the configuration of a LoRA must be a mapping, not {describe(config)}.")
+        raise CheckpointError(f"the configuration of {label} must be a mapping, not {describe(config)}.")
     scoped = [key for key in config if re.match(r"(transformer|unet|text_encoder(_2)?)\.", str(key))]
     if scoped:
         config = {k.removeprefix(f"{network}."): config[k] for k in scoped if k.startswith(f"{network}.")}
     kind = config.get("peft_type") or "LORA"
     if kind != "LORA":
-        raise CheckpointError(f"the adapter is of the kind {describe(kind)}, which cannot be merged; only LORA can.")
+        raise CheckpointError(f"{label} is of the kind {describe(kind)}, which cannot be merged; fluxedu merges LoRA.")
     for option, kind in _OTHER_OPTIONS.items():
         if config.get(option):
-            raise CheckpointError(f"the adapter is {kind} ({option} is set), which cannot be merged; only LoRA can.")
+            raise CheckpointError(f"{label} is {kind} ({option} is set), which cannot be merged; fluxedu merges LoRA.")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise CheckpointError(
-            f"the adapter was initialised with {start}, which changes the model's own weights; convert it to a LoRA "
+            f"{label} was initialised with {start}, which changes the model's own weights; convert it to a LoRA "
             "with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
         )
     config = {key: value for key, value in config.items() if value is not None}

@@ -247,10 +247,6 @@ def test_a_style_is_a_dial():
         ({"lora": "hollow", "lora_scale": "much"}, "lora_scale must be a number, 1 for the change as trained"),
         ({"lora_scale": 0.5}, "lora_scale needs lora=, the LoRA whose change it scales."),
         ({"lora": "hollow", "lora_scale": 10**400}, "lora_scale must be a number, 1 for the change as trained"),
-        (
-            {"lora": "hollow", "memory": "no-modulations"},
-            "a LoRA cannot be merged into streamed weights; load with memory='full'",
-        ),
     ],
 )
 def test_a_lora_that_does_not_fit_is_refused(options, sentence):
@@ -267,15 +263,11 @@ def test_the_middle_of_an_outline_is_empty_and_of_a_shape_full():
     assert len(found[None]) > 20 and all(found[4.0]) and not any(found[None])
 
 
-def test_a_member_that_is_a_lora_takes_another_and_says_what_it_needs():
+def test_a_member_that_is_a_lora_takes_another():
     state = torch.random.get_rng_state()
     pipe = fe.load("nano-canny", lora="hollow")
     assert not pipe.flux.training and torch.equal(state, torch.random.get_rng_state())
     pipe("a red circle", control=Image.new("RGB", (128, 128)), steps=1, progress=False)
-    with pytest.raises(
-        RequestError, match="nano-canny cannot be merged into streamed weights; load with memory='full'."
-    ):
-        fe.load("nano-canny", memory="stream")
 
 
 def test_the_card_keeps_its_sections_apart(tmp_path):

@@ -109,7 +109,6 @@ def test_auto_streams_the_modulation_where_quantised_blocks_do_not_fit_with_it()
         ({"quantise": 4}, "quantise must be one of int8, fp8, nf4, not 4"),
         ({"quantise": "int8", "memory": "stream"}, "streamed blocks cannot be quantised"),
         ({"quantise": "int8", "dtype": "float64"}, "quantised from float32 or bfloat16, not from float64"),
-        ({"quantise": "int8", "lora": "hollow"}, "load without quantise=, then quantise pipe.flux"),
     ],
 )
 def test_combinations_that_are_errors(options, message):
