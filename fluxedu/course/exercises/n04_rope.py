@@ -43,7 +43,7 @@ def _growing(positions, dim, theta):
     return positions[:, None] * theta ** (torch.arange(0, dim, 2) / dim)
 
 
-@wrong("rope.angles", "the slowest pair comes first; the fastest should.")
+@wrong("rope.angles", "the slowest pair comes first in your answer; the fastest should.")
 def _reversed(positions, dim, theta):
     return angles(positions, dim, theta).flip(-1)
 

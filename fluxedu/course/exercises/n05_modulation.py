@@ -41,13 +41,13 @@ def waves(t: Tensor, dim: int) -> Tensor:
     return torch.cat([phase.cos(), phase.sin()], dim=-1)  # [B, dim]
 
 
-@wrong("modulation.waves", "the sines come first; FLUX puts the cosines first.")
+@wrong("modulation.waves", "in your answer the sines come first; FLUX puts the cosines first.")
 def _sines_first(t, dim):
     sines, cosines = waves(t, dim).chunk(2, dim=-1)
     return torch.cat([cosines, sines], dim=-1)
 
 
-@wrong("modulation.waves", "cosines and sines alternate; FLUX puts all cosines first, then all sines.")
+@wrong("modulation.waves", "in your answer cosines and sines alternate; FLUX puts all cosines first, then all sines.")
 def _alternating(t, dim):
     cosines, sines = waves(t, dim).chunk(2, dim=-1)
     return torch.stack([cosines, sines], dim=-1).flatten(-2)
@@ -202,20 +202,26 @@ class _SiluLast(Modulation):
         return F.silu(self.lin(vec))
 
 
-@wrong("modulation.modulation", "scale comes before shift; BFL's order is shift, scale, gate.")
+@wrong("modulation.modulation", "in your answer scale comes before shift; BFL's order is shift, scale, gate.")
 class _ScaleFirst(Modulation):
     def split(self, row):
         return [ShiftScaleGate(m.scale, m.shift, m.gate) for m in super().split(row)]
 
 
-@wrong("modulation.modulation", "you cut the row into every sixth or third number; shift is its first D numbers.")
+@wrong(
+    "modulation.modulation",
+    "one vector of yours is every third or sixth number of the row; it should be D neighbouring numbers.",
+)
 class _Interleaved(Modulation):
     def split(self, row):
         parts = row.unflatten(-1, (-1, 3 * self.layers)).unsqueeze(-3).unbind(-1)
         return [ShiftScaleGate(*parts[i : i + 3]) for i in range(0, len(parts), 3)]
 
 
-@wrong("modulation.modulation", "your order is both shifts, both scales, both gates; the row holds layer after layer.")
+@wrong(
+    "modulation.modulation",
+    "your order is both shifts, both scales, both gates; the attention's three vectors come first, then the MLP's.",
+)
 class _ByKind(Modulation):
     def split(self, row):
         parts = row.unsqueeze(-2).chunk(3 * self.layers, dim=-1)

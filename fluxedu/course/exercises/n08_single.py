@@ -60,7 +60,7 @@ def _no_bias(*layers):
     return fused
 
 
-wrong("single.fuse", "the rows of the MLP come first in your layer; the order is q, k, v, MLP.")(
+wrong("single.fuse", "the rows of the MLP's layer come first in yours; the order is q, k, v, MLP.")(
     lambda to_q, to_k, to_v, proj_mlp: fuse(proj_mlp, to_q, to_k, to_v)
 )
 wrong("single.fuse", "keys and values are exchanged: the order is q, k, v, MLP.")(
@@ -144,7 +144,10 @@ def _bias_lost(linear2, dim):
     return attn_proj, mlp_proj
 
 
-@wrong("single.split", "your columns start at the wrong end: linear2 reads the attention output first, then the MLP.")
+@wrong(
+    "single.split",
+    "your columns start at the wrong end: linear2 reads the attention output first, then the MLP's hidden layer.",
+)
 def _wrong_end(linear2, dim):
     attn_proj, mlp_proj = split(linear2, dim)
     attn_proj.weight.data, mlp_proj.weight.data = linear2.weight[:, -dim:], linear2.weight[:, :-dim]
@@ -228,12 +231,12 @@ class Block(nn.Module):
         "GELU of attention",
         "the GELU is applied to the attention output too; it belongs to the MLP's hidden layer only.",
     ),
-    ("MLP first", "linear2 reads the MLP's hidden layer first here; the attention output comes first."),
-    ("gate blends", "the gate blends, (1 - gate) x + gate f; FLUX leaves the residual stream whole, x + gate f."),
-    ("no QKNorm", "the QKNorm is missing: q and k are used as linear1 gives them."),
+    ("MLP first", "you concatenate the MLP's hidden layer first; linear2 reads the attention output first."),
+    ("gate blends", "your gate blends, (1 - gate) x + gate f; in FLUX all of x is kept: x + gate f."),
+    ("no QKNorm", "the QKNorm is missing: q and k are used as they come out of linear1."),
     ("no RoPE", "queries and keys are not rotated by their positions."),
-    ("no residual", "x itself is lost: a block adds to the residual stream and does not replace it."),
-    ("no LayerNorm", "the tokens are modulated, but were not normalised first."),
+    ("no residual", "x itself is missing: a block adds to x and does not replace it."),
+    ("no LayerNorm", "the tokens are modulated, but not normalised before."),
 )
 class _Mistaken(Block):
     def forward(self, x, mods, rope, txt_len=0):

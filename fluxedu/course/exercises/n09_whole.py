@@ -99,7 +99,7 @@ class MyFlux(nn.Module):
     ("no guidance", "the guidance is not in vec, though this variant has a guidance input."),
     (
         "scale before shift",
-        "the last layer takes scale before shift, diffusers' order; the official one is shift, scale.",
+        "your last layer takes scale before shift, which is diffusers' order; the official one is shift, scale.",
     ),
     ("text left out", "the single blocks get the image tokens only; they need the text tokens as well."),
 )

@@ -44,7 +44,7 @@ def between(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     return (1 - t) * x0 + t * noise, noise - x0
 
 
-wrong("flow.between", "time runs the other way: here t = 0 is the image and t = 1 the noise.")(
+wrong("flow.between", "your time runs in the opposite direction: here t = 0 is the image and t = 1 the noise.")(
     lambda x0, noise, t: between(noise, x0, t)
 )
 wrong("flow.between", "the velocity has the wrong sign: the state moves towards the noise as t grows, noise - x0.")(
@@ -55,7 +55,7 @@ wrong("flow.between", "you return the noise, which DDPM-style models predict; th
 )
 
 
-@wrong("flow.between", "the weights are square roots, as in DDPM; a straight line needs 1 - t and t.")
+@wrong("flow.between", "your weights are square roots, as in DDPM; a straight line needs the weights 1 - t and t.")
 def _roots(x0, noise, t):
     t = t.view(-1, *[1] * (x0.ndim - 1))
     return (1 - t).sqrt() * x0 + t.sqrt() * noise, noise - x0
@@ -170,7 +170,7 @@ def _unscaled(x, t, points):
     return (x - p @ points) / t
 
 
-wrong("flow.best", "all points have the same weight; those near the state are more likely to be its origin.")(
+wrong("flow.best", "you give all points the same weight; a state is more likely to come from a point near it.")(
     lambda x, t, points: (x - points.mean(0)) / t
 )
 
@@ -221,7 +221,7 @@ def detour(path: Tensor) -> Tensor:
     return length / (path[-1] - path[0]).flatten(1).norm(dim=-1)
 
 
-wrong("flow.detour", "you measured from the last state to 0; the straight line goes from the first state to the last.")(
+wrong("flow.detour", "you divide by the length of the last state; divide by its distance from the first state.")(
     lambda path: detour(path) * _length(path[-1] - path[0]) / _length(path[-1])
 )
 wrong(

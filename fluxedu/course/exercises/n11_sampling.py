@@ -132,10 +132,10 @@ def midpoint(x: Tensor, t: float, t_next: float, velocity: Callable) -> tuple[Te
 
 @mistakes(
     "sampling.midpoint",
-    ("old time", "the second evaluation is at the middle state but at the old time; use the middle time too."),
+    ("old time", "your second evaluation is at the middle state, but at the time t; use the middle time as well."),
     ("starts at the middle", "your last step starts at the middle state; the whole step starts at x."),
     ("two Euler steps", "these are two Euler steps of half the length; midpoint starts again from x."),
-    ("sign", "your step goes towards the noise: t_next - t is negative, and must be."),
+    ("sign", "your step goes towards the noise: use t_next - t, which is negative."),
 )
 def _midpoint_with(mistake, x, t, t_next, velocity):
     v, t_mid = velocity(x, t), (t + t_next) / 2
@@ -174,7 +174,7 @@ def heun(x: Tensor, t: float, t_next: float, velocity: Callable) -> tuple[Tensor
 @mistakes(
     "sampling.heun",
     ("sum", "the two velocities are added; use their mean, or the step is twice as long."),
-    ("old time", "the second evaluation is at the old time t; its state belongs to t_next."),
+    ("old time", "your second evaluation is at the time t; its state belongs to t_next."),
     ("starts at the end", "you continue from the end of the trial step; the step starts at x."),
     ("second velocity only", "only the second velocity is used; Heun takes the mean of both."),
 )

@@ -148,7 +148,7 @@ def within(t: float, interval: tuple[float, float]) -> bool:
 wrong("guidance.within", "your times are counted with the image as 1; in FLUX t = 1 is the noise.")(
     lambda t, interval: interval[0] <= 1 - t <= interval[1]
 )
-wrong("guidance.within", "it is on outside the interval and off inside.")(
+wrong("guidance.within", "guidance is on outside the interval and off inside; it should be the other way round.")(
     lambda t, interval: not interval[0] <= t <= interval[1]
 )
 wrong("guidance.within", "your interval excludes its ends; it should include them.")(
@@ -217,6 +217,6 @@ wrong("guidance.fitted", "that is plain guidance: multiply the negative velocity
 )
 
 
-wrong("guidance.fitted", "it starts at the rescaled velocity, but the difference still uses the original one.")(
+wrong("guidance.fitted", "you start at the rescaled velocity, but your difference still uses the original one.")(
     lambda negative, prompted, scale: fitted(negative, prompted, 0) + scale * (prompted - negative)
 )

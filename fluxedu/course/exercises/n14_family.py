@@ -245,7 +245,7 @@ def invert(x: Tensor, times: Tensor, velocity: Callable, rounds: int = 1) -> Ten
     ("end time", "you evaluate at t_next; the sampler evaluated at t, and that velocity has to be undone."),
     (
         "start moves",
-        "each round starts where the last one ended, so the step is taken several times; start at x again.",
+        "each of your rounds starts where the last one ended, so the step is taken repeatedly; start at x each time.",
     ),
 )
 def _invert_with(mistake, x, times, velocity, rounds=1):

@@ -97,8 +97,8 @@ def _by_autograd(strengths: Tensor, wins: Tensor) -> Tensor:
         "predict, which is a sum of `games * p` with `games = wins + wins.T`.",
         "The information is minus the second derivative. A vote on i and j adds `p (1 - p)` to the entries (i, i) and "
         "(j, j), and subtracts it from (i, j) and (j, i): `weights.sum(1).diag() - weights`.",
-        "`p = sigmoid(all_s[:, None] - all_s)`, `gradient = (wins - games * p).sum(1)`, "
-        "`weights = games * p * (1 - p)`. Leave the last player out of gradient and information, and return "
+        "With `all_s`, the strengths and a 0: `p = sigmoid(all_s[:, None] - all_s)`, `weights = games * p * (1 - p)`, "
+        "`gradient = (wins - games * p).sum(1)`. Leave the last player out of gradient and information, and return "
         "`strengths + torch.linalg.solve(information, gradient)`.",
     ),
 )
@@ -108,8 +108,8 @@ def newton(strengths: Tensor, wins: Tensor) -> Tensor:
     Only differences of strengths matter, so one strength must be fixed: the table has one more player, the last one,
     whose strength is 0 and stays 0. The step is the inverse of the information matrix times the gradient.
     """
-    everyone = torch.cat([strengths, torch.zeros(1)])  # [M + 1]
-    p = torch.sigmoid(everyone[:, None] - everyone[None, :])  # [M + 1, M + 1]
+    all_s = torch.cat([strengths, torch.zeros(1)])  # [M + 1]
+    p = torch.sigmoid(all_s[:, None] - all_s[None, :])  # [M + 1, M + 1]
     games = wins + wins.T
     gradient = (wins - games * p).sum(1)  # [M + 1]: actual wins minus expected wins
     weights = games * p * (1 - p)
@@ -129,8 +129,8 @@ def newton(strengths: Tensor, wins: Tensor) -> Tensor:
 def _newton_with(mistake, strengths, wins):
     if mistake == "no anchor":
         wins = wins[:-1, :-1]
-    everyone = torch.cat([strengths, torch.zeros(len(wins) - len(strengths))])
-    p = torch.sigmoid(everyone[:, None] - everyone[None, :])
+    all_s = torch.cat([strengths, torch.zeros(len(wins) - len(strengths))])
+    p = torch.sigmoid(all_s[:, None] - all_s[None, :])
     games = wins + wins.T
     gradient = (wins - (wins if mistake == "won games" else games) * p).sum(1)[: len(strengths)]
     weights = games / 4 if mistake == "equal weights" else games * p * (1 - p)
@@ -192,7 +192,10 @@ def interval(draws: Tensor, level: float) -> Tensor:
     ("one mean", "you subtract one mean of everything; each draw has its own mean over the models."),
     ("times 400", "you multiply strengths by 400; strengths are powers of e, Elo points powers of 10."),
     ("cut twice", "each end cuts off all of 1 - level, so the interval is too narrow; cut off half at each end."),
-    ("normal", "mean and 1.96 deviations suit a normal distribution; these draws are skewed, so use their quantiles."),
+    (
+        "normal",
+        "mean and 1.96 standard deviations suit a normal distribution; these draws are skewed, so use their quantiles.",
+    ),
 )
 def _interval_with(mistake, draws, level):
     mean = draws.mean(1, keepdim=True)
@@ -259,9 +262,12 @@ def gain(covariance: Tensor, p: float, i: int, j: int) -> Tensor:
 
 @mistakes(
     "arena.gain",
-    ("one difference", "that is the variance of one difference; the vote also tells about all others who met i or j."),
+    (
+        "one difference",
+        "that is the variance of one difference; a vote also informs about the models that were compared with i or j.",
+    ),
     ("undivided", "the division by 1 + w d^T C d is missing, so a vote could remove more variance than there is."),
-    ("certain", "every vote counts the same in your answer; a predictable one tells less, p (1 - p)."),
+    ("certain", "every vote counts the same in your answer; a predictable one adds less information, p (1 - p)."),
     ("sum", "your d is 1 at both models; a vote compares a difference, so it is 1 and -1."),
 )
 def _gain_with(mistake, covariance, p, i, j):
