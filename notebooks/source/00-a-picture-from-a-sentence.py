@@ -57,9 +57,9 @@ print("the image has", np.asarray(out.images[0]).size // out.latents.numel(), "t
 #
 # A tokenizer splits text into pieces and replaces each piece by a number, its token id. FLUX uses two tokenizers, one
 # for each of its two text encoders, T5 and CLIP. T5's pieces begin with `▁` where a word begins; CLIP's end with `</w>`
-# where a word ends. The miniature's vocabulary is small, so nearly every word is one piece. Both lists of ids are filled
-# up to a fixed length with *padding* tokens, because all prompts of a batch need the same length. FLUX does not mask the
-# padding: it treats padding tokens like any other text token.
+# where a word ends. The miniature's vocabulary is small, so nearly every word is one piece. Both lists of ids are
+# filled up to a fixed length with *padding* tokens, because all prompts of a batch need the same length. FLUX does not
+# mask the padding: it treats padding tokens like any other text token.
 
 # %%
 encoder = pipe.prompt_encoder
@@ -71,11 +71,11 @@ print("ids :", tuple(t5_ids.shape), "for T5,", tuple(clip_ids.shape), "for CLIP"
 # %% [markdown]
 # ## 2 · From token ids to vectors
 #
-# The two text encoders turn the ids into vectors. CLIP produces **one** vector for the whole prompt, the *pooled vector*.
-# It helps to set the scale and the offset of the values inside every *block* (a group of layers) of the transformer,
-# which is called *modulation* (notebook 05). T5 produces one vector **per token**. These vectors join the image's tokens
-# in the transformer's attention. FLUX.1 gets the same two inputs from CLIP-L (768 numbers) and T5-XXL (4,096 numbers per
-# token).
+# The two text encoders turn the ids into vectors. CLIP produces **one** vector for the whole prompt, the *pooled
+# vector*. It helps to set the scale and the offset of the values inside every *block* (a group of layers) of the
+# transformer, which is called *modulation* (notebook 05). T5 produces one vector **per token**. These vectors join the
+# image's tokens in the transformer's attention. FLUX.1 gets the same two inputs from CLIP-L (768 numbers) and T5-XXL
+# (4,096 numbers per token).
 
 # %%
 with torch.no_grad():
@@ -198,8 +198,8 @@ fig.suptitle("One evaluation on pure noise already predicts a blurred image", fo
 # %% [markdown]
 # ## 6 · The sampling loop
 #
-# This loop is all of sampling; it is Euler's method. The time decreases, so `t_next − t` is negative and each step
-# moves away from the noise.
+# This loop is the whole sampling procedure; the method is Euler's. The time decreases, so `t_next − t` is negative and
+# each step moves away from the noise.
 
 # %%
 states, predicted_x0 = [x], []
