@@ -6,7 +6,7 @@
 # and the decoder turns the result back into pixels. You will build the steps in and out of the latent, put them into
 # the trained model, and find out what gets lost on the way.
 #
-# Afterwards you can say how many tokens an image costs, cut a latent into tokens and put it together again, explain the
+# Afterwards you can say how many tokens an image needs, cut a latent into tokens and put it together again, explain the
 # two numbers 0.3611 and 0.1159, and predict which details survive.
 #
 # 50 minutes · needs notebook 00
@@ -47,9 +47,9 @@ course.where(pipe, "encoder", "image")
 # ## Predict
 #
 # Attention compares every token with every token, so its cost grows with the number of *pairs* of tokens. For the third
-# question we draw red stars of five sizes, then encode and decode the images. The *judge*, a small program of this course
-# that finds shapes and colours in an image by geometry, without a network, recognises all five stars before that. Which
-# of them does it still recognise afterwards?
+# question we draw red stars of five sizes, then encode and decode the images. The *judge*, a small program of this
+# course that finds shapes and colours in an image by geometry, without a network, recognises all five stars before
+# that. Which of them does it still recognise afterwards?
 
 # %%
 pair_ratio = fe.predict(
@@ -80,12 +80,13 @@ pair_ratio.against((128 * 128) ** 2 // 64**2)
 
 # %% [markdown]
 # The amount of data shrinks by a factor of 12. The number of **tokens** shrinks by a factor of 256, and the number of
-# pairs that attention has to compare by a factor of 65,536. That is the answer to the question above.
+# pairs that attention has to compare by a factor of 65,536, which answers the first question.
 #
 # ## Build it
 #
-# We begin with the factor 8. The encoder is a pyramid that halves the grid three times. `fe.record` stores the values that pass
-# through the named *sites* (named points inside the model). These are the channels, rows and columns at each level:
+# We begin with the factor 8. The encoder is a pyramid that halves the grid three times. `fe.record` stores the values
+# that pass through the named *sites* (named points inside the model). These are the channels, rows and columns at each
+# level:
 
 # %%
 with fe.record("ae.encoder.down.*.out", "ae.encoder.moments", "ae.latent") as rec:
@@ -103,9 +104,10 @@ for name in [f"ae.encoder.down.{i}.out" for i in range(4)] + ["ae.encoder.moment
 downsample_passed = passed
 
 # %% [markdown]
-# The last layer has 32 channels: 16 means and 16 logarithms of variances. This is a *variational* autoencoder, which was
-# trained with noise of these variances added to the means. The decoder therefore tolerates small errors in the latent,
-# and small errors of the *flow* (the transformer, which learns to turn noise into latents) stay small in the image.
+# The encoder's last layer has 32 channels: 16 means and 16 logarithms of variances. This is a *variational*
+# autoencoder, which was trained with noise of these variances added to the means. The decoder therefore tolerates small
+# errors in the latent, and small errors of the *flow* (the transformer, which learns to turn noise into latents) stay
+# small in the image.
 
 # %% exercise="latents.standardise"
 
@@ -168,10 +170,10 @@ plt.show()
 
 # %% [markdown]
 # Because the channels preserve positions, the transformer can work with rows and columns, and an image can be edited in
-# its latent. Are all 16 channels needed? The 16 numbers of a cell are a point in a space of 16 dimensions. Keep only the
-# few directions in this space along which the latents vary most (their principal components), and decode. (*PSNR*, the
-# peak signal-to-noise ratio, expresses the error in decibels: 20 dB is an error of a tenth of the range from black to
-# white, 40 dB a hundredth.)
+# its latent. Are all 16 channels needed? The 16 numbers of a cell are a point in a space of 16 dimensions. Keep only
+# the few directions in this space along which the latents vary most (their principal components), and decode. (*PSNR*,
+# the peak signal-to-noise ratio, expresses the error in decibels: 20 dB is an error of a tenth of the range from black
+# to white, 40 dB a hundredth.)
 
 # %%
 flat = latent.permute(0, 2, 3, 1).reshape(-1, 16)  # [cells, 16]
@@ -202,12 +204,12 @@ print("six directions (1,536 numbers) beat a thumbnail of 3,072 numbers:", quali
 
 # %% [markdown]
 # The miniature's images are simple, so ten of the sixteen directions are hardly used; photographs need more. Earlier
-# latent diffusion models had 4 channels, FLUX has 16: since a cell covers 8 × 8 pixels, detail can only be stored in the
-# channels.
+# latent diffusion models had 4 channels, FLUX has 16: since a cell covers 8 × 8 pixels, detail can only be stored in
+# the channels.
 #
-# Which details does the autoencoder lose? A Fourier transform writes an image as a sum of stripe patterns of all widths.
-# We compare the image with its reconstruction at each width. (At the grey line, the error has half as much power as the
-# image.)
+# Which details does the autoencoder lose? A Fourier transform writes an image as a sum of stripe patterns of all
+# widths. We compare the image with its reconstruction at each width. (At the grey line, the error has half as much
+# power as the image.)
 
 # %%
 reconstruction = autoencoder.decode(latent)
@@ -252,9 +254,9 @@ print("more than two thirds of the change is in the cell's own 8 x 8 pixels:", o
 print("more than nine tenths is in these and the eight cells around them:", neighbourhood > 0.9)
 
 # %% [markdown]
-# Now edit a latent yourself. Change the values of a few cells in one channel and see what happens to the image; a change
-# of a single cell is hardly visible. (Tab to the left image and use the arrow keys, or use the mouse.) Does any channel stand for one
-# property, such as a colour? Nothing in the training requires that.
+# Now edit a latent yourself. Change the values of a few cells in one channel and see what happens to the image; a
+# change of a single cell is hardly visible. (Tab to the left image and use the arrow keys, or use the mouse.) Does any
+# channel stand for one property, such as a colour? Nothing in the training requires that.
 
 # %%
 widgets.latents(pipe, reference.images[0]).set(channel=14, cell=(5, 11))
@@ -347,7 +349,7 @@ plt.show()
 
 # %% [markdown]
 # The missing scale is the most dangerous mistake, because the result still looks like an image, only with too much
-# contrast. In a run that starts from such a latent it is easily taken for a bad model.
+# contrast. When a run starts from such a latent, it is easy to blame the model.
 #
 # **A small star.** The judge looks for stars before and after the autoencoder.
 
@@ -402,15 +404,16 @@ print("from the first to the tenth round trip, more than 5 dB are lost:", decibe
 # 1. Pixels would be too many tokens: one token covers 16 × 16 pixels, and the cost of attention grows with the pairs.
 # 2. The encoder halves the grid three times; each cell has 16 numbers, and the latent preserves positions.
 # 3. Scale and shift give the latent the mean and standard deviation of the noise that it is mixed with.
-# 4. Packing puts 2 × 2 cells into one token, in the order (channel, row, column). It loses nothing. A trained transformer
-#    works with this order only.
+# 4. Packing puts 2 × 2 cells into one token, in the order (channel, row, column). It loses nothing. A trained
+#    transformer works with this order only.
 # 5. Detail finer than a few pixels is lost in the autoencoder, whatever the transformer does.
 #
 # **Questions people ask**: *Does encoding draw a random sample?* The official code takes the mean if so configured,
 # diffusers samples; the noise is a few percent of the standard deviation, as you measured above. *Why does my
 # 1000-pixel image come out with another size?* A side must be a whole number of tokens of 16 pixels. The official code
-# rounds up, to 126 cells of 8 pixels; diffusers rounds down, to 124. *Why does memory run out at large sizes?* The number of tokens
-# grows with the area, and the number of pairs with its square: twice the side means 16 times the pairs.
+# rounds up, to 126 cells of 8 pixels; diffusers rounds down, to 124. *Why does memory run out at large sizes?* The
+# number of tokens grows with the area, and the number of pairs with its square: twice the side means 16 times the
+# pairs.
 #
 # **Read**: Latent Diffusion, arXiv 2112.10752 · Scaling Rectified Flow Transformers, arXiv 2403.03206 (why 16
 # channels) · `black-forest-labs/flux`, `modules/autoencoder.py` and `sampling.py` · ours:
