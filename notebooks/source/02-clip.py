@@ -6,8 +6,8 @@
 # trained model, use the vector for the task it was trained for (finding the caption of an image), and then measure
 # which details of a caption that task depends on.
 #
-# Afterwards you can say which token the vector is taken from and why, write CLIP's loss, and say what CLIP's
-# prompt and T5's prompt each contribute to an image.
+# Afterwards you can say which token the vector is taken from and why, write CLIP's loss, and say what the prompt that
+# CLIP encodes and the prompt that T5 encodes each contribute to an image.
 #
 # 55 minutes · needs notebook 00
 
@@ -43,23 +43,28 @@ course.where(pipe, "clip", "vec")
 #
 # ## Predict
 #
-# For the third question one detail of a caption is changed. The change counts as noticed if more than 90 % of the
-# images match their own caption better than the changed one.
+# For the third question we take images of two shapes and change one detail of their captions: another colour for one
+# shape, another background, the two colours exchanged, or the two sides (left and right) exchanged. We say that CLIP
+# notices a change if more than 90 % of the images match their own caption better than the changed one.
 
 # %%
-earlier = fe.predict("The prompt's last word changes. How many of CLIP's tokens before it change?", 0)  # answer
-found = fe.predict("64 images, 64 captions: how many images does CLIP match to their own? (Chance: 1.)", 60)  # answer
-tells = fe.predict(
-    "Another [colour, background, order of colours, side] is noticed: 'yes' or 'no' each?", ["yes", "yes", "no", "no"]
+earlier_changes = fe.predict(
+    "Another word ends the prompt. How many of the token vectors before it change in CLIP?", 0
 )  # answer
-drawn_from = fe.predict("T5 and CLIP get different prompts. Which is drawn: 'T5', 'CLIP' or 'neither'?", "T5")  # answer
+matched = fe.predict("How many of 64 images does CLIP match to their own caption among 64? (Chance: 1.)", 60)  # answer
+noticed = fe.predict(
+    "Which of the four changes, in this order, does CLIP notice? Four times 'yes' or 'no'.", ["yes", "yes", "no", "no"]
+)  # answer
+drawn_prompt = fe.predict(
+    "T5 and CLIP get different prompts. Whose prompt is drawn: 'T5', 'CLIP' or 'neither'?", "T5"
+)  # answer
 
 # %% [markdown]
 # ## Build it
 #
 # CLIP's text encoder is a small transformer: each layer has attention and an MLP (two linear layers with an activation
 # function in between), and both outputs are added to their input. It differs from other transformers in two details.
-# The first is a cheap activation function.
+# The first is an activation function that is cheap to compute.
 
 # %% exercise="clip.quick_gelu"
 
@@ -135,10 +140,10 @@ def embed_text(sentences: list[str]) -> Tensor:
 image_vectors = F.normalize(towers.image(images), dim=-1)  # [64, D]
 scores = image_vectors @ embed_text(captions).T  # [64, 64], one row per image
 found_own = scores.argmax(dim=1) == torch.arange(64, device=device)
-found.against(int(found_own.sum()))
+matched.against(int(found_own.sum()))
 unprojected = image_vectors @ F.normalize(nano_clip(nano_tokenizer(captions).to(device))[1], dim=-1).T
 unprojected_right = int((unprojected.argmax(dim=1) == torch.arange(64, device=device)).sum())
-print("with the vector that FLUX gets, before the projection, fewer than 8 do:", unprojected_right < 8)
+print("with the vector that FLUX gets, before the projection, fewer than 8 images are matched:", unprojected_right < 8)
 if passed:
     temperature = float(towers.temperature_head.exp().clamp(max=100))
     ids = nano_tokenizer(captions).to(device)
@@ -168,36 +173,37 @@ ax.set_yticks(range(10), names, fontsize=7)
 ax.set_xticks(range(10))
 ax.set_xlabel("caption")
 ax.set_ylabel("image, with its caption")
-fig.suptitle(f"Images match their own captions (bright diagonal): {int(found_own.sum())} of 64 find theirs")
+fig.suptitle(f"Images match their own captions best (bright diagonal): {int(found_own.sum())} of 64 do")
 fig.colorbar(heatmap, ax=ax, label="cosine similarity")
 plt.show()
 
 # %% [markdown]
-# Next, the effect of the causal mask. Change the last word and measure how far each token's vector moves, in CLIP and
-# in T5, which has no mask.
+# Next, the effect of the causal mask. We replace the last word and measure how much each token's vector changes, in
+# CLIP and in T5, which has no mask.
 
 # %%
 other = prompt.replace("square", "star")
 encoder = pipe.prompt_encoder
-moves = {}
+changes = {}
 for name, network, its_tokenizer in (("CLIP", clip, tokenizer), ("T5", encoder.t5, encoder.t5_tokenizer)):
     out = network(its_tokenizer([prompt, other]).to(device))
     before, after = out[0] if name == "CLIP" else out  # [L, D] each; CLIP returns (states, pooled)
     pieces = [piece.replace("</w>", "").lstrip("▁") for piece in its_tokenizer.pieces(prompt)]
-    moves[name] = (pieces, ((after - before).norm(dim=-1) / before.norm(dim=-1))[: len(pieces)].float().cpu())
+    changes[name] = (pieces, ((after - before).norm(dim=-1) / before.norm(dim=-1))[: len(pieces)].float().cpu())
 
 fig, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
-for ax, (name, (pieces, move)) in zip(axes, moves.items()):
-    ax.bar(range(len(pieces)), 100 * move, color=["#D55E00" if piece == "square" else "#0072B2" for piece in pieces])
+for ax, (name, (pieces, change)) in zip(axes, changes.items()):
+    ax.bar(range(len(pieces)), 100 * change, color=["#D55E00" if piece == "square" else "#0072B2" for piece in pieces])
     ax.set_xticks(range(len(pieces)), [piece.strip("<|>") for piece in pieces], rotation=60)
     ax.set_title(name)
 axes[0].set_ylabel("change of the vector, %")
-fig.suptitle("“square” becomes “star”: in CLIP only it and later tokens change, in T5 every token does")
+n_t5 = len(changes["T5"][0])
+fig.suptitle(f"“square” becomes “star”: in CLIP only this and later tokens change, in T5 all {n_t5} tokens do")
 plt.show()
-pieces, move = moves["CLIP"]
+pieces, change = changes["CLIP"]
 changed_position = pieces.index("square")
-earlier.against(int((move[:changed_position] > 1e-5).sum()))
-print("number of T5's tokens that stay the same:", int((moves["T5"][1] < 1e-3).sum()))
+earlier_changes.against(int((change[:changed_position] > 1e-5).sum()))
+print("number of T5's tokens that stay the same:", int((changes["T5"][1] < 1e-3).sum()))
 
 # %% [markdown]
 # What does the match between image and caption depend on? Take an image of two shapes, its caption, and a caption with
@@ -231,9 +237,9 @@ while len(two_objects) < 120:
 rendered = to_tensor(np.stack([render(scene) for scene in two_objects])).to(device)
 vectors = F.normalize(towers.image(rendered), dim=-1)
 own_score = (vectors * embed_text([changed_caption(scene, "", 0) for scene in two_objects])).sum(-1)  # cosine, [120]
-changes = ("another colour", "another background", "another shape", "colours exchanged", "sides exchanged")
+all_changes = ("another colour", "another background", "another shape", "colours exchanged", "sides exchanged")
 share = {}
-for change in changes:
+for change in all_changes:
     changed = [changed_caption(scene, change, k) for k, scene in enumerate(two_objects)]
     changed_score = (vectors * embed_text(changed)).sum(-1)
     share[change] = float((own_score > changed_score).float().mean())
@@ -248,8 +254,8 @@ colour, sides = share["another colour"], share["sides exchanged"]
 ax.set_title(f"A changed colour is noticed in {colour:.0%} of the images, exchanged sides in {sides:.0%}")
 ax.legend(loc="lower right")
 plt.show()
-in_question = ("another colour", "another background", "colours exchanged", "sides exchanged")
-tells.against(["yes" if share[change] > 0.9 else "no" for change in in_question])
+predicted_changes = ("another colour", "another background", "colours exchanged", "sides exchanged")
+noticed.against(["yes" if share[change] > 0.9 else "no" for change in predicted_changes])
 
 # %% [markdown]
 # The match depends almost only on colours and background. The training explains it: among 64 captions these two are
@@ -258,9 +264,10 @@ tells.against(["yes" if share[change] > 0.9 else "no" for change in in_question]
 # word order and with which attribute belongs to which object has been measured for large CLIP models too (arXiv
 # 2204.03162, 2210.01936).
 #
-# Keep in mind what was measured: the *agreement of two towers*. It does not prove that the text vector lacks the rest.
+# Keep in mind what was measured: the *agreement of two towers*. It does not prove that the text vector lacks the other
+# details.
 # A linear map fitted to the vector (a *probe*, notebook 03) can read, for example, which colour the caption names
-# first. The vector may contain what the score ignores.
+# first. So the vector may contain details that the score ignores.
 #
 # Try it yourself. Choose two prompts; then change a word of the second.
 
@@ -270,9 +277,9 @@ similarity(pipe)
 # %% [markdown]
 # ## Put your code into the trained model
 #
-# `fe.swap` replaces modules by yours and copies the trained weights into them: your attention, and an MLP with your
-# activation function, in every layer of CLIP. `fe.intervene` replaces the value at a *site* (a named point in the
-# model) by the result of your pooling. The image must stay the same.
+# `fe.swap` replaces modules by yours and copies the trained weights into them. Here it puts your attention, and an MLP
+# with your activation function, into every layer of CLIP. `fe.intervene` replaces the value at a *site* (a named point
+# in the model) by the result of your pooling. The image must stay the same.
 
 
 # %%
@@ -306,8 +313,8 @@ if gelu_passed and attention_passed and pooled_passed:
         fe.intervene("clip.states", remember),
         fe.intervene("clip.pooled", your_pooling),
     ):
-        again = pipe(prompt, seed=4, progress=False)
-    difference = (again.latents - reference.latents).norm() / reference.latents.norm()
+        out = pipe(prompt, seed=4, progress=False)
+    difference = (out.latents - reference.latents).norm() / reference.latents.norm()
     print("the latent stays the same, to 1 in 1,000:", bool(difference < 1e-3))
 else:
     print("solve the exercises above first; then run this cell again")
@@ -328,8 +335,8 @@ def noise_except_end(states, ctx):
 
 
 with fe.intervene("clip.states", noise_except_end):
-    again = pipe(prompt, seed=4, progress=False)
-print("only the end token's state is used:", torch.equal(again.latents, reference.latents))
+    out = pipe(prompt, seed=4, progress=False)
+print("only the end token's state is used:", torch.equal(out.latents, reference.latents))
 
 # %% [markdown]
 # ## Break it
@@ -368,15 +375,15 @@ def relative_change(x: Tensor) -> float:
 print(
     "at the first token all 64 captions have the same vector:", bool((first_token - first_token[0]).abs().max() < 1e-5)
 )
-print("   images that find their caption with it: at most", number_matched(first_token))
+print("   number of images that find their caption with it:", number_matched(first_token))
 print("without the mask the vectors change by more than a fifth:", relative_change(unmasked) > 0.2)
-print("with the exact GELU they change, by less than a hundredth:", 0.001 < relative_change(exact_gelu) < 0.01)
+print("with the exact GELU they do change, but by less than a hundredth:", 0.001 < relative_change(exact_gelu) < 0.01)
 
 # %% [markdown]
 # The first mistake is the worst. The first token attends only to itself, so its state is the same for every prompt.
 # Code that searches for the end token's id and does not find it may silently take position 0; ours raises an error.
 #
-# **Two prompts.** T5 gets one prompt, CLIP another. Which of the two is drawn?
+# **Two prompts.** T5 gets one prompt and CLIP another. Which of the two is drawn?
 
 # %%
 A, B = "a red circle on a white background", "a blue square on a black background"
@@ -399,30 +406,30 @@ v = {pair: out.trajectory.velocities[0] for pair, out in outs.items()}  # of the
 by_clip, by_t5 = (float((v[pair] - v[A, A]).norm() / v[A, A].norm()) for pair in ((A, B), (B, A)))
 print("exchanging CLIP's prompt changes the first velocity by less than 15%:", by_clip < 0.15)
 print("exchanging T5's prompt changes it by more than 50%:", by_t5 > 0.5)
-mixed = detect(outs[A, B].images[0])  # the judge: finds shapes and colours by geometry
-found_in_image = (mixed.background, *((o.color, o.form) for o in mixed.objects))
+detected = detect(outs[A, B].images[0])  # the judge: finds shapes and colours by geometry
+found_in_image = (detected.background, *((o.color, o.form) for o in detected.objects))
 expected = {"T5": ("white", ("red", "circle")), "CLIP": ("black", ("blue", "square"))}
-drawn_from.against(next((who for who, what in expected.items() if found_in_image == what), "neither"))
+drawn_prompt.against(next((name for name, scene in expected.items() if found_in_image == scene), "neither"))
 
 # %% [markdown]
-# In this run of the miniature the pooled vector changes little: what is drawn, and where, comes from T5's tokens. How
-# much FLUX.1 owes to it is a separate question (arXiv 2602.09268 studies it). It cannot be more than one vector can
-# carry: the same shifts, scales and gates for every patch.
+# In this run of the miniature the pooled vector has little influence: what is drawn, and where, comes from T5's tokens.
+# How much FLUX.1 depends on its pooled vector is a separate question (arXiv 2602.09268 studies it). In any case its
+# influence is limited, because one vector gives the same shifts, scales and gates to every patch.
 #
 # ## In five lines
 #
 # 1. CLIP's text encoder is causal; the end token is the only one that has attended to the whole prompt.
 # 2. FLUX takes that token's state after the last LayerNorm, without CLIP's projection: one vector.
-# 3. The vector was trained to find the caption of an image, and does so well.
-# 4. That task needs mostly colours and background, so exchanged colours or sides hardly change the match. What else the
-#    vector contains is a question for a probe.
+# 3. The vector was trained to find the caption of an image among others, and finds 61 of 64.
+# 4. That task needs mostly colours and background, so exchanged colours or sides hardly change the match. A probe can
+#    test what else the vector contains.
 # 5. In FLUX the vector acts through modulation, which is the same for every patch. The T5 tokens of the next notebook
 #    are what patches can attend to.
 #
 # **Questions people ask**: *Is CLIP's output pooled?* (flux issue 64) Yes, at the first end token; the states of the
 # other tokens are not used. *What was CLIP trained on?* On 400 million pairs of image and text (arXiv 2103.00020); ours
 # on 51,200 pairs of scenes. *Is a long prompt truncated?* CLIP has 77 token positions, and what does not fit is dropped
-# without a warning; T5 still gets it. *Can CLIP and T5 get different prompts?* Yes; you just did that.
+# without a warning; T5 still gets it. *Can CLIP and T5 get different prompts?* Yes; you have just done so.
 #
 # **Read**: CLIP, arXiv 2103.00020 · Winoground, arXiv 2204.03162 · `transformers`, `modeling_clip.py`, which the
 # official code uses · ours: `fluxedu/models/clip.py`.
