@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 03 · T5
 #
-# **What do T5's token vectors know?** FLUX gives all text tokens the same position, so it cannot see their order. That
-# a circle is the red one, and stands on the left, must be contained *in the vector* of the token *circle*. T5, the
-# second text encoder, puts it there. You will build T5's parts, put them into the trained model, read facts from the
-# vectors after each block, and remove the one part that tells T5 about order.
+# **What do T5's token vectors contain?** FLUX gives all text tokens the same position, so it cannot see their order.
+# That the circle is red and stands on the left must therefore be contained *in the vector* of the token *circle*. T5,
+# the second text encoder, puts it there. You will build T5's parts, put them into the trained model, read facts from
+# the vectors after each block, and remove the one part that tells T5 about order.
 #
 # Afterwards you can say how T5 differs from CLIP and from FLUX's own blocks, read a relative position bias, and test
 # with a probe whether a vector contains a fact.
@@ -45,16 +45,22 @@ course.where(pipe, "t5", "in")
 # the vector contains the fact. The probes below get the vector of a **shape's** token, such as *circle*, and answer a
 # question about that object: its colour, or whether the caption says that it is left of something.
 #
-# Prompts are filled up to a fixed length with *padding* tokens; the last question is about them.
+# The third question is about T5's *position bias*, a number that is added to each attention score and depends on the
+# distance between the two tokens. The last question is about *padding*, the tokens that fill a prompt up to a fixed
+# length.
 
 # %%
-alone = fe.predict("Colour read from the shape's token before any block: 12 (chance), 50 or 100 percent?", 12)  # answer
-sides = fe.predict("Which does a shape's vector contain first: 'colour' or 'side'?", "colour")  # answer
-mirrored = fe.predict(
-    "Without the position bias, do 'A left of B' and 'B left of A' still differ? Choose 'yes' or 'no'.", "no"
+colour_before = fe.predict(
+    "Before any block, how often does the probe get the colour right: 12 (chance), 50 or 100 percent?", 12
 )  # answer
-pads = fe.predict(
-    "Without padding, the words' vectors: 'stay', 'move a little' or 'move a lot' (10 % or more)?", "move a lot"
+first_fact = fe.predict(
+    "Which does a shape's vector contain after fewer blocks: 'colour' or 'side'?", "colour"
+)  # answer
+order_visible = fe.predict(
+    "Without the position bias, do T5's vectors for 'A left of B' and 'B left of A' differ: 'yes' or 'no'?", "no"
+)  # answer
+padding_effect = fe.predict(
+    "Without padding, the words' vectors change 'not', 'a little' or 'a lot' (10 % or more)?", "a lot"
 )  # answer
 
 # %% [markdown]
@@ -76,7 +82,7 @@ for name, network in sizes.items():
 # %% [markdown]
 # It is a transformer like CLIP's, with five differences. Every token attends to every other; positions enter as a bias
 # that is added to the attention scores; the normalisation is RMSNorm; the MLP has a gate; and the scores are not
-# divided by √d, where d is the width of a head. First the normalisation.
+# divided by √d, where d is the width of a head. We begin with the normalisation.
 
 # %% exercise="t5.RMSNorm"
 
@@ -84,8 +90,8 @@ for name, network in sizes.items():
 all_passed = bool(passed)
 
 # %% [markdown]
-# FLUX uses the same normalisation for its queries and keys. T5's MLP has three matrices: two to the hidden width, one
-# back.
+# FLUX uses the same normalisation for its queries and keys. T5's MLP has three matrices: two map a token to the hidden
+# width, and one maps it back.
 
 # %% exercise="t5.GatedMLP"
 
@@ -104,7 +110,7 @@ all_passed = all_passed and passed
 # %% [markdown]
 # Now the position bias. T5 has no position vectors and no rotary positions. It has a table with one row per **bucket**
 # (a range of distances between two tokens) and one column per attention head; the entry is added to the score. Each
-# short distance has its own bucket, longer distances share one.
+# short distance has a bucket of its own, while several longer distances share one.
 
 # %% exercise="t5.buckets"
 
@@ -128,8 +134,8 @@ if passed:
 # Which distances do the heads of the miniature prefer?
 
 # %%
-owner = t5.encoder.block[0].attention
-bias = owner.bias(32)[0].cpu()  # [H, 32, 32]
+first_attention = t5.encoder.block[0].attention
+bias = first_attention.bias(32)[0].cpu()  # [H, 32, 32]
 offsets = range(-12, 13)
 fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
 for head, colour in enumerate(("#0072B2", "#D55E00", "#009E73", "#CC79A7")):
@@ -137,12 +143,12 @@ for head, colour in enumerate(("#0072B2", "#D55E00", "#009E73", "#CC79A7")):
 ax.axvline(0, color="0.7", linewidth=1)
 ax.set_xlabel("position of the key minus position of the query, in tokens")
 ax.set_ylabel("bias added to the score")
-ax.set_title("Every head prefers nearby tokens, most of all the direct neighbours")
-ax.legend(fontsize=8)
-plt.show()
 near = bias[:, 15, [13, 14, 16, 17]].amax(dim=1)
 distant = bias[:, 15, [8, 9, 21, 22]].amax(dim=1)
 prefer_near = int((near > distant).sum())
+ax.set_title(f"{prefer_near} of {len(near)} heads prefer neighbours to tokens that are 6 or 7 tokens away")
+ax.legend(fontsize=8)
+plt.show()
 print("heads that prefer a neighbour to every token at distance 6 or 7:", prefer_near, "of", len(near))
 
 # %% [markdown]
@@ -198,11 +204,7 @@ for (question, values), colour, marker in zip(accuracy.items(), ("#0072B2", "#00
     ax.plot(names, [100 * v for v in values], f"{marker}-", color=colour, label=question, alpha=0.85)
 ax.set_ylim(0, 103)
 ax.set_ylabel("probe accuracy, %")
-ax.set_title("The vector of a shape's token contains the colour after the first block, the side later")
-ax.legend(fontsize=8, loc="lower right")
-plt.show()
 colour, side = accuracy["which colour?"], accuracy["left of something?"]
-alone.against(min((12, 50, 100), key=lambda percent: abs(percent - 100 * colour[0])))
 
 
 def blocks_needed(values: list[float]) -> int:
@@ -210,14 +212,20 @@ def blocks_needed(values: list[float]) -> int:
     return next((i for i, value in enumerate(values) if value > 0.95), len(values))
 
 
-sides.against("colour" if blocks_needed(colour) < blocks_needed(side) else "side")
+ax.set_title(
+    f"For 95 % accuracy, the colour needs {blocks_needed(colour)} block and the side {blocks_needed(side)} blocks"
+)
+ax.legend(fontsize=8, loc="lower right")
+plt.show()
+colour_before.against(min((12, 50, 100), key=lambda percent: abs(percent - 100 * colour[0])))
+first_fact.against("colour" if blocks_needed(colour) < blocks_needed(side) else "side")
 print("blocks needed for 95% accuracy: colour", blocks_needed(colour), "· side", blocks_needed(side))
 
 # %% [markdown]
 # Before any block the token *circle* has the same vector in every caption, so its colour can only be guessed. (The side
-# can be guessed better, because most objects are left of nothing: always answering no is mostly right.) The colour
-# stands in the neighbouring token, and one block is enough to copy it. The side needs more blocks: the model has to
-# find that there is a *left of*, and then which object it belongs to.
+# can be guessed better: most objects are not left of anything, so the answer “no” is usually right.) The colour is in
+# the neighbouring token, and one block is enough to copy it. The side needs more blocks: the model has to find that
+# there is a *left of*, and then which object it belongs to.
 #
 # The miniature's T5 was trained with this in mind: besides filling in missing words it had to name the colour, size and
 # sides of every object (see `training/t5.py`). FLUX.1's T5-XXL was trained only to fill in missing words, in a very
@@ -278,8 +286,8 @@ if all_passed:
         fe.swap("t5.*.DenseReluDense", lambda old: GatedMLP(old.wi_0.in_features, old.wi_0.out_features), pipe),
         fe.swap("t5.*.SelfAttention", lambda old: Attention(old), pipe),
     ):
-        again = pipe(prompt, seed=4, progress=False)
-    difference = (again.latents - reference.latents).norm() / reference.latents.norm()
+        out = pipe(prompt, seed=4, progress=False)
+    difference = (out.latents - reference.latents).norm() / reference.latents.norm()
     print("the latent stays the same, to 1 in 1,000:", bool(difference < 1e-3))
 else:
     print("solve the exercises above first; then run this cell again")
@@ -304,7 +312,7 @@ def difference_without_order(states: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-table = owner.relative_attention_bias.weight
+table = first_attention.relative_attention_bias.weight
 original_table = table.clone()
 with_bias = t5(ids)
 table.zero_()
@@ -313,7 +321,7 @@ table.copy_(original_table)
 print("the two prompts have the same words:", same_words)
 print("with the bias they have the same vectors, apart from the order:", difference_without_order(with_bias) < 1e-4)
 print("without the bias:", difference_without_order(without_bias) < 1e-4)
-mirrored.against("no" if difference_without_order(without_bias) < 1e-4 else "yes")
+order_visible.against("no" if difference_without_order(without_bias) < 1e-4 else "yes")
 
 
 def draw(text: str, states: Tensor, seed: int = 4):
@@ -408,16 +416,16 @@ fig.suptitle("Two of the four mistakes ruin the image, the other two are hardly 
 plt.show()
 
 # %% [markdown]
-# The last two are the most dangerous: nothing looks wrong, and every image is slightly different from what it should
-# be.
+# The last two mistakes are the most dangerous: nothing looks wrong, but every image is slightly different from what it
+# should be.
 #
 # **No padding.** The miniature's prompts are padded to 32 tokens, those of FLUX.1-dev to 512. T5 gets no mask in FLUX,
 # so every word also attends to the padding. What happens without it?
 
 # %%
 unpadded = t5(ids[:1, :count])[0]  # the words only
-shift = float((unpadded - with_bias[0, :count]).norm() / unpadded.norm())
-pads.against("stay" if shift < 0.001 else "move a little" if shift < 0.1 else "move a lot")
+change = float((unpadded - with_bias[0, :count]).norm() / unpadded.norm())
+padding_effect.against("not" if change < 0.001 else "a little" if change < 0.1 else "a lot")
 states = with_bias[0].clone()
 states[:count] = unpadded
 out = draw(A, states)
@@ -425,16 +433,16 @@ objects = [{(t.color, t.form) for t in detect(o.images[0]).objects} for o in (re
 print("with the word vectors of the unpadded prompt the same objects are drawn:", objects[0] == objects[1])
 
 # %% [markdown]
-# The vectors change by a quarter, because each of the 13 words also attended to 19 padding tokens, and still the same
-# objects are drawn. But a model that was trained with padding has never worked without it, neither in the text encoder
-# nor in its own attention. Adding a mask afterwards is not a free improvement.
+# The vectors change by a quarter, because each of the prompt's 13 tokens also attended to 19 padding tokens. Still, the
+# same objects are drawn. But a model that was trained with padding has never worked without it, neither in the text
+# encoder nor in its own attention. Adding a mask afterwards is not a free improvement.
 #
 # ## In five lines
 #
 # 1. T5 gives one vector per token, and every token attends to every other.
 # 2. Order enters through a bias on the scores, one number per distance and head; without it T5 cannot see the order.
-# 3. RMSNorm, a gated MLP, scores without 1/√d: other choices would work too, but the trained weights fit only these.
-# 4. In the miniature the vector of a shape's token contains its colour after one block, and its side after a few.
+# 3. T5 has RMSNorm, a gated MLP, and scores without 1/√d. Other choices would work too, but not with these weights.
+# 4. In the miniature the vector of a shape's token contains its colour after one block, and its side after three.
 # 5. FLUX needs that, because it cannot see the order of the text tokens itself.
 #
 # **Questions people ask**: *Is there a padding mask?* (flux pull requests 507, 511 and 512 propose one) No, neither in
