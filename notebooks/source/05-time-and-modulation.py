@@ -6,8 +6,8 @@
 # every block computes three vectors from the sum: shift, scale and gate. This is called *modulation*. You will build
 # all of it, put it into the trained model, give the model a wrong time, and switch the modulation off.
 #
-# Afterwards you can say what a time looks like inside the network, write AdaLN from memory, and say what the
-# experiments here show about the pooled text, and what they do not.
+# Afterwards you can say how a time is encoded in the network, write AdaLN (LayerNorm with a computed shift and scale)
+# from memory, and say what the experiments here show about the pooled text vector, and what they do not.
 #
 # 65 minutes · needs notebook 00
 
@@ -33,23 +33,28 @@ course.where(pipe, "vec", "double", "single", "final")
 
 # %% [markdown]
 # The sum is called `vec`, one vector per image. It is not a token and takes no part in attention; it acts only through
-# the modulation of the blocks. At the end you will see how large a part of the network serves only this purpose.
+# the modulation of the blocks and of the last layer. You will see below how large a part of the network serves only
+# this purpose.
 #
 # ## Predict
 #
-# In the second question one of the three is set to 0 in all blocks; the velocity is the network's output. In the third,
-# all three are 0 in all blocks, and T5's token vectors are replaced by those of another prompt; below 10 % counts as
-# 'a little'.
+# The questions are about shift, scale and gate. For the second, we set one of the three to 0 in all blocks and measure
+# how much the *velocity* (the network's output) changes. For the third, we set all three to 0 in all blocks, and then
+# replace T5's token vectors by those of another prompt; a change below 10 % counts as 'a little'.
 
 # %%
-share = fe.predict("What percentage of FLUX.1-dev's parameters only compute shifts, scales and gates?", 27)  # answer
-component = fe.predict(
-    "Setting which one to 0 changes the velocity most: 'shift', 'scale' or 'gate'?", "gate"
+modulation_share = fe.predict(
+    "What percentage of FLUX.1-dev's parameters serve only to compute shifts, scales and gates?", 27
 )  # answer
-words = fe.predict(
-    "All three are 0, T5's prompt is exchanged. The velocity changes: 'nothing', 'a little' or 'much'?", "nothing"
+largest_effect = fe.predict(
+    "Which of the three changes the velocity most when it is set to 0: 'shift', 'scale' or 'gate'?", "gate"
 )  # answer
-colour = fe.predict("T5 gets 'a red circle ...', CLIP 'a blue star ...'. Which colour is drawn?", "red")  # answer
+t5_effect = fe.predict(
+    "With all three at 0, how much does another T5 prompt change the velocity: 'not', 'a little' or 'much'?", "not"
+)  # answer
+drawn_colour = fe.predict(
+    "T5 gets 'a red circle ...' and CLIP 'a blue star ...'. Which colour does the drawn object have?", "red"
+)  # answer
 
 # %% [markdown]
 # ## Build it
@@ -70,7 +75,7 @@ cosines = timestep_embedding(torch.linspace(1, 0, 701))[:, 20:128].T  # without 
 fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
 heatmap = ax.imshow(cosines, aspect="auto", cmap="cividis", extent=(1, 0, 128, 20), interpolation="nearest")
 ax.set(xlabel="time t (1 is noise)", ylabel="index of the wave")
-ax.set_title("Fast waves distinguish neighbouring times, slow waves early from late times")
+ax.set_title("Fast waves distinguish neighbouring times, slow waves distinguish early from late times")
 fig.colorbar(heatmap, label="cosine")
 plt.show()
 
@@ -83,8 +88,8 @@ t = torch.tensor(0.90453)
 print("exact:", round(1000 * float(t), 2), "· with t rounded to bfloat16:", int(t.bfloat16() * 1000))
 
 # %% [markdown]
-# The time embedding, the guidance embedding and CLIP's pooled vector are each brought to the network's width by a small
-# module of the same kind.
+# A small module brings the encoded time to the network's width. A second module of the same kind does this for the
+# encoded guidance scale, and a third for CLIP's pooled vector.
 
 # %% exercise="modulation.embedder"
 
@@ -99,9 +104,10 @@ with torch.no_grad():
         "pooled text": flux.vector_in(text[prompt].pooled),  # [1, D]
     }
     vec = sum(terms.values())  # [20, D]
-    plan = flux.plan(times[:, None], guidance, text[prompt].pooled)  # the modulation of all 20 steps
+    # `flux.plan` computes `vec` and the shifts, scales and gates of all blocks, here for all 20 steps at once
+    plan = flux.plan(times[:, None], guidance, text[prompt].pooled)
 print("vec, one row per step:", list(vec.shape))
-print("the library's is the same, to 1 in 100,000:", bool((vec - plan.vec[:, 0]).norm() / vec.norm() < 1e-5))
+print("it equals the library's, to 1 in 100,000:", bool((vec - plan.vec[:, 0]).norm() / vec.norm() < 1e-5))
 print(
     "models with a guidance input:", *(v for v in ("dev", "schnell") if fe.models.FluxConfig.variant(v).guidance_embed)
 )
@@ -122,9 +128,9 @@ plt.show()
 #
 # ## Shift, scale and gate
 #
-# Each block has a linear layer that computes its modulation from `silu(vec)`. A double-stream block has one for each of
-# its two streams (text and image), and each serves two layers, the attention and the MLP: six vectors. A single-stream
-# block has one, with three vectors.
+# Each block has linear layers that compute its modulation from `silu(vec)`. A double-stream block has one for each of
+# its two streams (text and image). Since each stream has an attention and an MLP, which both need a shift, a scale and
+# a gate, this layer computes six vectors. A single-stream block has one linear layer, which computes three vectors.
 
 # %% exercise="modulation.modulation"
 
@@ -137,39 +143,41 @@ print("single block:           ", flux.single_blocks[0].modulation.lin.out_featu
 print("linear1 of a single block:", list(flux.single_blocks[0].linear1.weight.shape), "= [3 D for q k v + 4 D, D]")
 
 # %% [markdown]
-# Why is it called *adaptive*? An ordinary LayerNorm learns one scale and one shift per channel, the same for all
-# inputs. The LayerNorm inside a FLUX block has no weights; its scale and shift are computed for every prompt and time.
+# Why is this called *adaptive* LayerNorm, AdaLN? An ordinary LayerNorm learns one scale and one shift per channel, the
+# same for all inputs. The LayerNorm inside a FLUX block has no weights; its scale and shift are computed for every
+# prompt and time.
 
 # %%
 ordinary = sum(p.numel() for p in torch.nn.LayerNorm(dim).parameters())
 parameters = sorted({name.split(".")[0] for name, _ in flux.single_blocks[0].named_parameters()})
 print("an ordinary LayerNorm has", ordinary, "parameters, the same for all prompts and times")
-print("modules with parameters in a single block:", *parameters, "(norm is that of q and k)")
+print("modules with parameters in a single block:", *parameters, "(norm is that of queries and keys)")
 scales = {}
 with torch.no_grad():
     for p in (prompt, other):
-        row = flux.plan(times[:, None], guidance, text[p].pooled).single[0]  # [20, 1, 3 D]: shift, scale, gate
-        scales[p] = row[:, 0, dim : 2 * dim]  # [20, D]
+        mods = flux.plan(times[:, None], guidance, text[p].pooled).single[0]  # [20, 1, 3 D]: shift, scale, gate
+        scales[p] = mods[:, 0, dim : 2 * dim]  # [20, D]
 first, last = scales[prompt][0], scales[prompt][-1]
 print("the scale differs between the first and the last time:", bool((first - last).norm() > 0.1 * first.norm()))
-print("                  and between the two prompts:", not torch.equal(scales[prompt], scales[other]))
+print("it differs between the two prompts:", not torch.equal(scales[prompt], scales[other]))
 
 # %% [markdown]
 # The idea is older than FLUX and has many names (conditional normalisation in GLIDE, arXiv 2112.10741, and StyleGAN-T,
 # arXiv 2301.09515); FLUX's version, with a gate, is DiT's AdaLN-Zero (arXiv 2212.09748).
 #
-# **A common mistake.** Some descriptions of FLUX say that a single-stream block computes no modulation for its MLP. It
-# has no *second* modulation, but the one it has acts on both: one shifted and scaled token goes into `linear1`, whose
-# output feeds attention and MLP, and one gate multiplies the sum of what both add. Others say that the modulation is
-# computed from the input tokens. It is computed from `vec`. Two images with different noise have the same modulation,
-# to the last bit. (`fe.record` stores the values at the named *sites*, which are points inside the model.)
+# **Two common mistakes.** Some descriptions of FLUX say that a single-stream block computes no modulation for its MLP.
+# There is no *second* modulation, but the one it has acts on both: each token is shifted and scaled once before it goes
+# into `linear1`, whose output feeds attention and MLP, and one gate multiplies the sum of what both add. Others say
+# that the modulation is computed from the input tokens. It is computed from `vec`, so two images with different noise
+# have the same modulation, to the last bit. (`fe.record` stores the values at *sites*, which are named points inside
+# the model.)
 
 # %%
 with fe.record("double.0.img_mod.scale1", "single.2.gate", "single.2.x") as rec:
     pipe(prompt, seed=[4, 5], steps=3, progress=False)
 for site in rec:
     first, second = (value.tensor for when, value in rec.entries(site) if when.step == 1)
-    print(f"{site:24} the same for both images: {torch.equal(first, second)}")
+    print(f"{site:24} same for both images: {torch.equal(first, second)}")
 
 # %% [markdown]
 # Now the modulated layer itself. `shift` and `scale` change the layer's input; `gate` multiplies its output before it
@@ -178,12 +186,12 @@ for site in rec:
 # %% exercise="modulation.adaln"
 
 # %% [markdown]
-# The gated output is added; it does not replace a part of `x`. The gate can be larger than 1 or below 0. Test yours on
-# a block of the trained network, with the values that the block itself computed:
+# The gated output is added to `x`; it does not replace a part of `x`. A gate can be larger than 1 or below 0. Test your
+# function on a block of the trained network, with the values that the block itself computed:
 
 # %%
 gates = torch.stack(plan.single)[..., 2 * dim :]  # [6 blocks, 20 steps, 1, D]
-print("gates of the single blocks below 0 exist:", bool(gates.min() < 0), "· above 1:", bool(gates.max() > 1))
+print("some gates of the single blocks are below 0:", bool(gates.min() < 0), "· above 1:", bool(gates.max() > 1))
 
 names = ("x", "shift", "scale", "gate", "modulated", "added", "out")
 with fe.record(*(f"single.3.{name}" for name in names), steps=8) as rec:
@@ -199,13 +207,11 @@ if passed:
 
     out = adaln(values["x"], layer, values["shift"], values["scale"], values["gate"])
     for name, mine in (("modulated", inputs[0]), ("out", out)):
-        print(
-            f"{name}: same as in the block, to 1 in 100,000:", bool((mine - values[name]).norm() / mine.norm() < 1e-5)
-        )
+        print(f"{name} equals the block's, to 1 in 100,000:", bool((mine - values[name]).norm() / mine.norm() < 1e-5))
 
 # %% [markdown]
-# With gate 0 a block is the identity. Networks of this kind are often initialised so: the last layer of every
-# modulation starts at zero, the untrained network passes its tokens through unchanged, and each block contributes only
+# With gate 0 a block is the identity. Networks of this kind are often initialised in this way: the linear layer of
+# every modulation starts at zero, so the untrained blocks leave their tokens unchanged, and each block contributes only
 # what it learns (AdaLN-**Zero**, DiT). How FLUX.1 was initialised has not been published.
 
 
@@ -222,8 +228,8 @@ print("with gate 0 the output equals the input:", torch.equal(rec["single.3.x"].
 # ## Computed before the first step
 #
 # `vec` is made of the time, the guidance scale and the pooled text. It does not depend on the image tokens, so the
-# modulation of all steps can be computed before the sampling loop; `flux.plan` does that. In FLUX.1 this matters: count
-# the parameters of the layers that only compute modulation.
+# modulation of all steps can be computed before the sampling loop; `flux.plan` does that. In FLUX.1 this matters, as
+# you see when you count the parameters of the layers that only compute modulation.
 
 # %%
 from fluxedu.models.meta_init import meta_init
@@ -233,16 +239,16 @@ with meta_init():  # shapes only, no weights
 modulation_size = sum(p.numel() for name, p in dev.named_parameters() if "_mod.lin" in name or "modulation.lin" in name)
 total = sum(p.numel() for p in dev.parameters())
 print(f"FLUX.1-dev: {modulation_size:,} of {total:,} parameters")
-share.against(round(100 * modulation_size / total))
+modulation_share.against(round(100 * modulation_size / total))
 print("in bfloat16 that is", round(2 * modulation_size / 1e9, 1), "GB, used once per step on a single vector")
 
 with torch.no_grad():
     step_8 = flux.plan(times[8:9], guidance, text[prompt].pooled)
-same = (step_8.single[3] - plan.single[3][8]).norm() / step_8.single[3].norm()
-print("step 8 planned alone equals step 8 of the whole plan, to 1 in 100,000:", bool(same < 1e-5))
+difference = (step_8.single[3] - plan.single[3][8]).norm() / step_8.single[3].norm()
+print("computed alone, step 8 has the same modulation as among all 20 steps, to 1 in 100,000:", bool(difference < 1e-5))
 
 # %% [markdown]
-# Once the plan is computed, these layers no longer need to be on the GPU.
+# Once the modulation of all steps is computed, these layers no longer need to be on the GPU.
 #
 # ## See it
 
@@ -252,8 +258,8 @@ fig.suptitle("Shift, scale and gate change with the time, differently in each bl
 fig
 
 # %% [markdown]
-# The explorer shows every channel. Change the guidance scale: does the modulation change much? Change the prompt: the
-# pooled text changes it as well. Point at a layer and time in the left panel.
+# The explorer shows every channel. Point at a layer and a time in the left panel. Change the guidance scale: does the
+# modulation change much? Then change the prompt, which changes the pooled text vector and so the modulation.
 
 # %%
 widgets.modulation(pipe, [prompt, other])
@@ -261,8 +267,8 @@ widgets.modulation(pipe, [prompt, other])
 # %% [markdown]
 # ## Put your code into the trained model
 #
-# `fe.swap` replaces modules by yours and copies the trained weights into them: four modulations in the double blocks,
-# six in the single blocks, and three embedders.
+# `fe.swap` replaces modules by yours and copies the trained weights into them. Here these are the four modulations of
+# the double blocks, the six of the single blocks, and the three embedders.
 
 # %%
 if embedder_passed and modulation_passed:
@@ -273,8 +279,8 @@ if embedder_passed and modulation_passed:
         fe.swap("guidance_in", MLPEmbedder, pipe.flux),
         fe.swap("vector_in", MLPEmbedder, pipe.flux),
     ):
-        again = pipe(prompt, seed=4, progress=False)
-    difference = (again.latents - reference.latents).norm() / reference.latents.norm()
+        out = pipe(prompt, seed=4, progress=False)
+    difference = (out.latents - reference.latents).norm() / reference.latents.norm()
     print("the latent stays the same, to 1 in 1,000:", bool(difference < 1e-3))
 else:
     print("solve the exercises above first; then run this cell again")
@@ -282,7 +288,7 @@ else:
 # %% [markdown]
 # ## Break it: a wrong time
 #
-# We change only the time that the network *receives*; the noise in its input stays as it is. Can the network see for
+# We change only the time that the network *receives*; the noise in its input stays as it is. Can the network tell by
 # itself how noisy its input is? If it did not need the time, the six images would be alike.
 
 
@@ -324,7 +330,7 @@ plt.show()
 #
 # ## Break it: the modulation
 #
-# Take one state of the run, at step 8. First set one kind of modulation at a time to zero.
+# We take one state of the run, at step 8, and first set one of shift, scale and gate to zero at a time.
 
 # %%
 from fluxedu.sampling.latents import image_ids, pack, text_ids
@@ -351,7 +357,7 @@ for kind in ("shift", "scale", "gate"):
     with fe.intervene(f"double.*_mod.{kind}?", f"single.*.{kind}", zero):
         changes[kind] = relative_difference(velocity(), unchanged)
 print("change of the velocity, relative to its size:", {kind: f"{change:.1f}" for kind, change in changes.items()})
-component.against(max(changes, key=changes.get))
+largest_effect.against(max(changes, key=changes.get))
 
 # %% [markdown]
 # Without gates no block adds anything; only the first layer, `img_in`, and the last layer are left. Without shifts or
@@ -369,12 +375,12 @@ with fe.intervene("double.*_mod.*", "single.*.shift", "single.*.scale", "single.
 for name, change in changes.items():
     print(f"exchanging {name:14}", "changes nothing at all" if change == 0 else "changes the velocity")
 by_t5 = changes["T5's vectors"]
-words.against("nothing" if by_t5 < 1e-6 else "a little" if by_t5 < 0.1 else "much")
+t5_effect.against("not" if by_t5 < 1e-6 else "a little" if by_t5 < 0.1 else "much")
 
 # %% [markdown]
 # ## Break it: two prompts
 #
-# T5 gets one prompt, CLIP another. The *judge*, a program of this course that recognises shapes and colours by
+# T5 gets one prompt and CLIP another. The *judge*, a program of this course that recognises shapes and colours by
 # geometry, says what was drawn.
 
 # %%
@@ -386,23 +392,24 @@ for row, t5 in enumerate((prompt, other)):
     for column, clip in enumerate((prompt, other)):
         with fe.intervene("sample.pooled", lambda pooled, ctx: text[clip].pooled.to(pooled)):
             out = pipe(t5, seed=4, progress=False)
-        reading = detect(np.asarray(out.images[0]))
-        first_object = next((f"{o.color} {o.form}" for o in reading.objects), "nothing")
+        detected = detect(np.asarray(out.images[0]))
+        first_object = next((f"{o.color} {o.form}" for o in detected.objects), "nothing")
         drawn[row, column] = first_object.split()[0]
-        print(f"T5 {short_name[t5]} · CLIP {short_name[clip]} -> {first_object}, {reading.background}")
+        print(f"T5 {short_name[t5]} · CLIP {short_name[clip]} -> {first_object}, {detected.background}")
         axes[row, column].imshow(out.images[0])
         axes[row, column].set(xticks=[], yticks=[])
 for i, name in enumerate(("red circle", "blue star")):
     axes[0, i].set_title(f"CLIP: {name}", fontsize=9)
     axes[i, 0].set_ylabel(f"T5: {name}", fontsize=9)
-fig.suptitle("The drawn object follows T5's prompt", fontsize=11)
+follows = sum(drawn[i, j] == ("red", "blue")[i] for i, j in drawn)
+fig.suptitle(f"The drawn object has the colour of T5's prompt\nin {follows} of 4 images", fontsize=11)
 plt.show()
-colour.against(drawn[0, 1])
+drawn_colour.against(drawn[0, 1])
 
 # %% [markdown]
-# In these four runs of the miniature the drawn object follows T5's prompt. Try `a red circle`, which leaves the
-# background open, with CLIP on “… on a white background”, and see how far the image follows CLIP. What the pooled
-# vector does in the large model has been studied in arXiv 2602.09268.
+# In these four runs of the miniature the drawn object follows T5's prompt. Give T5 the prompt `a red circle`, which
+# leaves the background open, and CLIP the same prompt with “… on a white background”. How far does the image follow
+# CLIP? What the pooled vector does in the large model has been studied in arXiv 2602.09268.
 #
 # ## In five lines
 #
@@ -410,7 +417,8 @@ colour.against(drawn[0, 1])
 # 2. `vec` = time + guidance + pooled text; schnell has no guidance.
 # 3. `lin(silu(vec))` gives shift, scale and gate: six vectors per stream of a double block, three for a single block.
 # 4. `x + gate * layer((1 + scale) * LN(x) + shift)`: the gated output is added; LN has no weights, and eps is 1e-6.
-# 5. All of it can be computed before the first step, by more than a quarter of the weights.
+# 5. The modulation of all steps can be computed before the first step. The layers that compute it have 27 % of
+#    FLUX.1-dev's parameters.
 #
 # **Questions people ask**: *Is the guidance input the same as classifier-free guidance?* (flux issues 63, 159) No: it
 # is a term of `vec`, learned by distillation, and needs one evaluation of the network per step. Notebook 12 compares
@@ -420,7 +428,7 @@ colour.against(drawn[0, 1])
 #
 # **Read**: DiT, arXiv 2212.09748 (AdaLN-Zero) · `black-forest-labs/flux`, `modules/layers.py` (`timestep_embedding`,
 # `MLPEmbedder`, `Modulation`, `LastLayer`) · ours: `fluxedu/models/modulation.py`. Take care when you convert weights:
-# diffusers stores the two of the last layer as (scale, shift), BFL as (shift, scale).
+# the last layer's modulation is stored as (scale, shift) by diffusers, and as (shift, scale) by BFL.
 
 # %%
 fe.score()
