@@ -1,5 +1,7 @@
 """The exercises, one file per notebook; `fluxedu.course.exercise` explains what an exercise consists of."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -33,3 +35,8 @@ def build_module(answer: type[nn.Module], arguments: tuple, weights: dict[str, T
 def run_module(answer: type[nn.Module], arguments: tuple, weights: dict[str, Tensor], *inputs: Tensor):
     """The output of a student's module with the given weights: the ``call`` of exercises whose answer is a module."""
     return build_module(answer, arguments, weights)(*inputs)
+
+
+def subclass(solution: type[nn.Module], **methods: Callable) -> type[nn.Module]:
+    """The solution with some methods replaced: a wrong answer to an exercise whose answer is a module."""
+    return type(solution.__name__, (solution,), methods)

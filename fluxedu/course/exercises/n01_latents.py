@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, wrong
-from fluxedu.course.exercises import run_module
+from fluxedu.course.exercises import run_module, subclass
 from fluxedu.models.autoencoder import Downsample as LibraryDownsample
 from fluxedu.sampling.latents import pack as library_pack
 from fluxedu.sampling.latents import unpack as library_unpack
@@ -149,24 +149,18 @@ def standardise(moments: Tensor, scale: float, shift: float) -> Tensor:
     return scale * (mean - shift)
 
 
-@wrong("latents.standardise", "you subtract the shift after the scaling; subtract it before.")
-def _scaled_first(moments, scale, shift):
-    return scale * moments.chunk(2, dim=1)[0] - shift
-
-
-@wrong("latents.standardise", "that is the inverse, divide and add, which is used before the decoder.")
-def _inverse(moments, scale, shift):
-    return moments.chunk(2, dim=1)[0] / scale + shift
-
-
-@wrong("latents.standardise", "you took the second half, the log variances; the means are the first half.")
-def _variances(moments, scale, shift):
-    return scale * (moments.chunk(2, dim=1)[1] - shift)
-
-
-@wrong("latents.standardise", "means and variances do not alternate: the means are the first half of the channels.")
-def _alternating(moments, scale, shift):
-    return scale * (moments[:, 0::2] - shift)
+wrong("latents.standardise", "you subtract the shift after the scaling; subtract it before.")(
+    lambda moments, scale, shift: scale * moments.chunk(2, dim=1)[0] - shift
+)
+wrong("latents.standardise", "that is the inverse, divide and add, which is used before the decoder.")(
+    lambda moments, scale, shift: moments.chunk(2, dim=1)[0] / scale + shift
+)
+wrong("latents.standardise", "you took the second half, the log variances; the means are the first half.")(
+    lambda moments, scale, shift: scale * (moments.chunk(2, dim=1)[1] - shift)
+)
+wrong("latents.standardise", "means and variances do not alternate: the means are the first half of the channels.")(
+    lambda moments, scale, shift: scale * (moments[:, 0::2] - shift)
+)
 
 
 def _grids() -> list[tuple]:
@@ -209,23 +203,14 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-@wrong(
+wrong(
     "latents.Downsample",
     "you pad on the left and above, as padding=1 does too: every cell then reads pixels one further up and left than "
     "in training.",
+)(subclass(Downsample, forward=lambda self, x: self.conv(F.pad(x, (1, 1, 1, 1)))))
+wrong("latents.Downsample", "you pad above instead of below; the numbers of F.pad are left, right, above, below.")(
+    subclass(Downsample, forward=lambda self, x: self.conv(F.pad(x, (0, 1, 1, 0))))
 )
-class _PadLeftAbove(Downsample):
-    def forward(self, x):
-        return self.conv(F.pad(x, (1, 1, 1, 1)))
-
-
-@wrong("latents.Downsample", "you pad above instead of below; the numbers of F.pad are left, right, above, below.")
-class _PadRightAbove(Downsample):
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 1, 0)))
-
-
-@wrong("latents.Downsample", "you pad by repeating the edge; the weights were trained with zeros there.")
-class _PadReplicate(Downsample):
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1), mode="replicate"))
+wrong("latents.Downsample", "you pad by repeating the edge; the weights were trained with zeros there.")(
+    subclass(Downsample, forward=lambda self, x: self.conv(F.pad(x, (0, 1, 0, 1), mode="replicate")))
+)

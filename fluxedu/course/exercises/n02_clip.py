@@ -32,24 +32,16 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-@wrong("clip.quick_gelu", "that is the exact GELU, with the error function; CLIP was trained with the quick one.")
-def _exact(x):
-    return F.gelu(x)
-
-
-@wrong("clip.quick_gelu", "that is the tanh approximation, which the MLPs of FLUX and T5 use; CLIP's is the quick one.")
-def _tanh(x):
-    return F.gelu(x, approximate="tanh")
-
-
-@wrong("clip.quick_gelu", "that is SiLU: the 1.702 inside the sigmoid is missing.")
-def _silu(x):
-    return F.silu(x)
-
-
-@wrong("clip.quick_gelu", "the factor 1.702 belongs inside the sigmoid only.")
-def _outside(x):
-    return 1.702 * x * torch.sigmoid(1.702 * x)
+wrong("clip.quick_gelu", "that is the exact GELU, with the error function; CLIP was trained with the quick one.")(
+    lambda x: F.gelu(x)
+)
+wrong("clip.quick_gelu", "that is the tanh approximation, which the MLPs of FLUX and T5 use; CLIP's is the quick one.")(
+    lambda x: F.gelu(x, approximate="tanh")
+)
+wrong("clip.quick_gelu", "that is SiLU: the 1.702 inside the sigmoid is missing.")(lambda x: F.silu(x))
+wrong("clip.quick_gelu", "the factor 1.702 belongs inside the sigmoid only.")(
+    lambda x: 1.702 * x * torch.sigmoid(1.702 * x)
+)
 
 
 def _sequences() -> list[tuple]:
@@ -163,29 +155,19 @@ def pooled(states: Tensor, ids: Tensor, end: int) -> Tensor:
     return states[torch.arange(len(ids), device=ids.device), first]
 
 
-@wrong("clip.pooled", "you take the last token, which is usually padding; take the first end token.")
-def _last(states, ids, end):
-    return states[:, -1]
-
-
-@wrong("clip.pooled", "you take the first token, which attends only to itself.")
-def _first(states, ids, end):
-    return states[:, 0]
-
-
-@wrong("clip.pooled", "you average over the tokens; CLIP takes the state of one token.")
-def _mean(states, ids, end):
-    return states.mean(dim=1)
-
-
-@wrong("clip.pooled", "you look for the largest id, which is the end token only if it is the vocabulary's last token.")
-def _largest(states, ids, end):
-    return states[torch.arange(len(ids)), ids.argmax(dim=1)]
-
-
-@wrong("clip.pooled", "you take the last word, the token before the end token; CLIP takes the state of the end token.")
-def _last_word(states, ids, end):
-    return states[torch.arange(len(ids)), (ids == end).int().argmax(dim=1) - 1]
+wrong("clip.pooled", "you take the last token, which is usually padding; take the first end token.")(
+    lambda states, ids, end: states[:, -1]
+)
+wrong("clip.pooled", "you take the first token, which attends only to itself.")(lambda states, ids, end: states[:, 0])
+wrong("clip.pooled", "you average over the tokens; CLIP takes the state of one token.")(
+    lambda states, ids, end: states.mean(dim=1)
+)
+wrong("clip.pooled", "you look for the largest id, which is the end token only if it is the vocabulary's last token.")(
+    lambda states, ids, end: states[torch.arange(len(ids)), ids.argmax(dim=1)]
+)
+wrong("clip.pooled", "you take the last word, the token before the end token; CLIP takes the state of the end token.")(
+    lambda states, ids, end: states[torch.arange(len(ids)), (ids == end).int().argmax(dim=1) - 1]
+)
 
 
 def _pairs() -> list[tuple]:
@@ -238,9 +220,9 @@ def _loss(scores: Tensor) -> Tensor:
     return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
 
 
-@wrong("clip.contrast", "the vectors are not normalised, so longer vectors get higher scores whatever their direction.")
-def _not_normalised(images, captions, temperature):
-    return _loss(temperature * images @ captions.T)
+wrong("clip.contrast", "the vectors are not normalised, so longer vectors get higher scores whatever their direction.")(
+    lambda images, captions, temperature: _loss(temperature * images @ captions.T)
+)
 
 
 @wrong("clip.contrast", "only images look for captions; captions must look for images too.")
@@ -249,14 +231,12 @@ def _one_direction(images, captions, temperature):
     return F.cross_entropy(scores, torch.arange(len(scores)))
 
 
-@wrong("clip.contrast", "you divide by the temperature; here it multiplies (CLIP stores the factor, not its inverse).")
-def _divided(images, captions, temperature):
-    return contrast(images, captions, 1 / temperature)
-
-
-@wrong("clip.contrast", "the two cross-entropies are added; take their mean.")
-def _summed(images, captions, temperature):
-    return 2 * contrast(images, captions, temperature)
+wrong("clip.contrast", "you divide by the temperature; here it multiplies (CLIP stores the factor, not its inverse).")(
+    lambda images, captions, temperature: contrast(images, captions, 1 / temperature)
+)
+wrong("clip.contrast", "the two cross-entropies are added; take their mean.")(
+    lambda images, captions, temperature: 2 * contrast(images, captions, temperature)
+)
 
 
 @wrong("clip.contrast", "you normalise over the batch; each vector must have length 1 (dim=-1).")

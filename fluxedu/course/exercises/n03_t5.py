@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, mistakes, wrong
-from fluxedu.course.exercises import run_module
+from fluxedu.course.exercises import run_module, subclass
 from fluxedu.models.config import T5Config
 from fluxedu.models.t5 import T5GatedMLP, T5Norm, distance_buckets
 
@@ -59,14 +59,12 @@ def buckets(length: int, num_buckets: int, max_distance: int) -> Tensor:
     return torch.where(distance < near, distance, far) + half * (offset > 0)
 
 
-@wrong("t5.buckets", "the two halves are exchanged: the upper half is for keys after the query.")
-def _halves_exchanged(length, num_buckets, max_distance):
-    return buckets(length, num_buckets, max_distance).T
-
-
-@wrong("t5.buckets", "earlier and later keys share their buckets; each direction needs its own half.")
-def _one_direction(length, num_buckets, max_distance):
-    return buckets(length, num_buckets, max_distance) % (num_buckets // 2)
+wrong("t5.buckets", "the two halves are exchanged: the upper half is for keys after the query.")(
+    lambda length, num_buckets, max_distance: buckets(length, num_buckets, max_distance).T
+)
+wrong("t5.buckets", "earlier and later keys share their buckets; each direction needs its own half.")(
+    lambda length, num_buckets, max_distance: buckets(length, num_buckets, max_distance) % (num_buckets // 2)
+)
 
 
 @mistakes(
@@ -129,16 +127,12 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps) * self.weight
 
 
-@wrong("t5.RMSNorm", "that is LayerNorm: T5's norm does not subtract the mean.")
-class _LayerNorm(RMSNorm):
-    def forward(self, x):
-        return F.layer_norm(x, x.shape[-1:], self.weight, None, self.eps)
-
-
-@wrong("t5.RMSNorm", "you add eps outside the root; add it to the mean square, under the root.")
-class _EpsOutside(RMSNorm):
-    def forward(self, x):
-        return x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps) * self.weight
+wrong("t5.RMSNorm", "that is LayerNorm: T5's norm does not subtract the mean.")(
+    subclass(RMSNorm, forward=lambda self, x: F.layer_norm(x, x.shape[-1:], self.weight, None, self.eps))
+)
+wrong("t5.RMSNorm", "you add eps outside the root; add it to the mean square, under the root.")(
+    subclass(RMSNorm, forward=lambda self, x: x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps) * self.weight)
+)
 
 
 @wrong("t5.RMSNorm", "you divide by the vector's length, the root of the sum of squares; use the root of their mean.")
@@ -147,16 +141,12 @@ class _Length(RMSNorm):
         return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + self.eps) * self.weight
 
 
-@wrong("t5.RMSNorm", "the weight is missing.")
-class _NoWeight(RMSNorm):
-    def forward(self, x):
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-
-
-@wrong("t5.RMSNorm", "the root is missing: you divide by the mean square.")
-class _NoRoot(RMSNorm):
-    def forward(self, x):
-        return x / (x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+wrong("t5.RMSNorm", "the weight is missing.")(
+    subclass(RMSNorm, forward=lambda self, x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+)
+wrong("t5.RMSNorm", "the root is missing: you divide by the mean square.")(
+    subclass(RMSNorm, forward=lambda self, x: x / (x.square().mean(-1, keepdim=True) + self.eps) * self.weight)
+)
 
 
 def _tokens() -> list[tuple]:
@@ -201,28 +191,18 @@ class GatedMLP(nn.Module):
         return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
 
 
-@wrong("t5.GatedMLP", "the two hidden layers are exchanged: wi_0 goes through the GELU, wi_1 does not.")
-class _Exchanged(GatedMLP):
-    def forward(self, x):
-        return self.wo(F.gelu(self.wi_1(x), approximate="tanh") * self.wi_0(x))
-
-
-@wrong("t5.GatedMLP", "that is the exact GELU, with the error function; T5 v1.1 uses the tanh approximation.")
-class _Exact(GatedMLP):
-    def forward(self, x):
-        return self.wo(F.gelu(self.wi_0(x)) * self.wi_1(x))
-
-
-@wrong("t5.GatedMLP", "there is no gate: wi_1 is not used.")
-class _NoGate(GatedMLP):
-    def forward(self, x):
-        return self.wo(F.gelu(self.wi_0(x), approximate="tanh"))
-
-
-@wrong("t5.GatedMLP", "your gate is a sigmoid, as in the first gated linear units; T5's is a GELU.")
-class _Sigmoid(GatedMLP):
-    def forward(self, x):
-        return self.wo(torch.sigmoid(self.wi_0(x)) * self.wi_1(x))
+wrong("t5.GatedMLP", "the two hidden layers are exchanged: wi_0 goes through the GELU, wi_1 does not.")(
+    subclass(GatedMLP, forward=lambda self, x: self.wo(F.gelu(self.wi_1(x), approximate="tanh") * self.wi_0(x)))
+)
+wrong("t5.GatedMLP", "that is the exact GELU, with the error function; T5 v1.1 uses the tanh approximation.")(
+    subclass(GatedMLP, forward=lambda self, x: self.wo(F.gelu(self.wi_0(x)) * self.wi_1(x)))
+)
+wrong("t5.GatedMLP", "there is no gate: wi_1 is not used.")(
+    subclass(GatedMLP, forward=lambda self, x: self.wo(F.gelu(self.wi_0(x), approximate="tanh")))
+)
+wrong("t5.GatedMLP", "your gate is a sigmoid, as in the first gated linear units; T5's is a GELU.")(
+    subclass(GatedMLP, forward=lambda self, x: self.wo(torch.sigmoid(self.wi_0(x)) * self.wi_1(x)))
+)
 
 
 @wrong("t5.GatedMLP", "both hidden layers go through the GELU; wi_1 has no activation function.")
@@ -262,26 +242,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return scores.softmax(dim=-1) @ v
 
 
-@wrong("t5.attend", "you divide the scores by the root of d; T5 does not.")
-def _divided(q, k, v, bias):
-    return attend(q * q.shape[-1] ** -0.5, k, v, bias)
-
-
-@wrong("t5.attend", "the bias is missing, so the attention has no information about positions.")
-def _no_bias(q, k, v, bias):
-    return attend(q, k, v, 0 * bias)
-
-
-@wrong("t5.attend", "you add the bias after the softmax; add it to the scores, before the softmax.")
-def _bias_after_softmax(q, k, v, bias):
-    return ((q @ k.transpose(-1, -2)).softmax(dim=-1) + bias) @ v
-
-
-@wrong("t5.attend", "your softmax is over the queries; the weights of one query must sum to 1 over the keys (dim=-1).")
-def _over_queries(q, k, v, bias):
-    return (q @ k.transpose(-1, -2) + bias).softmax(dim=-2) @ v
-
-
-@wrong("t5.attend", "the bias is transposed: its rows are queries, its columns keys.")
-def _transposed(q, k, v, bias):
-    return attend(q, k, v, bias.transpose(-1, -2))
+wrong("t5.attend", "you divide the scores by the root of d; T5 does not.")(
+    lambda q, k, v, bias: attend(q * q.shape[-1] ** -0.5, k, v, bias)
+)
+wrong("t5.attend", "the bias is missing, so the attention has no information about positions.")(
+    lambda q, k, v, bias: attend(q, k, v, 0 * bias)
+)
+wrong("t5.attend", "you add the bias after the softmax; add it to the scores, before the softmax.")(
+    lambda q, k, v, bias: ((q @ k.transpose(-1, -2)).softmax(dim=-1) + bias) @ v
+)
+wrong("t5.attend", "your softmax is over the queries; the weights of one query must sum to 1 over the keys (dim=-1).")(
+    lambda q, k, v, bias: (q @ k.transpose(-1, -2) + bias).softmax(dim=-2) @ v
+)
+wrong("t5.attend", "the bias is transposed: its rows are queries, its columns keys.")(
+    lambda q, k, v, bias: attend(q, k, v, bias.transpose(-1, -2))
+)

@@ -33,19 +33,15 @@ def angles(positions: Tensor, dim: int, theta: float) -> Tensor:
     return positions[:, None] * frequency[None, :]
 
 
-@wrong("rope.angles", "your exponent is -i / dim for pair i; it should be -2 i / dim.")
-def _half_exponent(positions, dim, theta):
-    return positions[:, None] * theta ** (-torch.arange(0, dim // 2) / dim)
-
-
-@wrong("rope.angles", "the frequencies grow from pair to pair; the exponent lacks its minus sign.")
-def _growing(positions, dim, theta):
-    return positions[:, None] * theta ** (torch.arange(0, dim, 2) / dim)
-
-
-@wrong("rope.angles", "the slowest pair comes first in your answer; the fastest should.")
-def _reversed(positions, dim, theta):
-    return angles(positions, dim, theta).flip(-1)
+wrong("rope.angles", "your exponent is -i / dim for pair i; it should be -2 i / dim.")(
+    lambda positions, dim, theta: positions[:, None] * theta ** (-torch.arange(0, dim // 2) / dim)
+)
+wrong("rope.angles", "the frequencies grow from pair to pair; the exponent lacks its minus sign.")(
+    lambda positions, dim, theta: positions[:, None] * theta ** (torch.arange(0, dim, 2) / dim)
+)
+wrong("rope.angles", "the slowest pair comes first in your answer; the fastest should.")(
+    lambda positions, dim, theta: angles(positions, dim, theta).flip(-1)
+)
 
 
 def _pairs() -> list[tuple]:
@@ -87,9 +83,9 @@ def _halves(x, angles):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-@wrong("rope.rotate", "you rotate in the opposite direction: check the sign of the two sines.")
-def _opposite(x, angles):
-    return rotate(x, -angles)
+wrong("rope.rotate", "you rotate in the opposite direction: check the sign of the two sines.")(
+    lambda x, angles: rotate(x, -angles)
+)
 
 
 @wrong("rope.rotate", "the numbers are right, but not their order: interleave the pairs instead of concatenating them.")
@@ -126,16 +122,10 @@ def ids(rows: int, columns: int) -> Tensor:
     return grid.reshape(rows * columns, 3)
 
 
-@wrong("rope.ids", "rows and columns are exchanged.")
-def _exchanged(rows, columns):
-    return ids(rows, columns)[:, [0, 2, 1]]
-
-
-@wrong("rope.ids", "you count from 1; FLUX counts rows and columns from 0.")
-def _from_one(rows, columns):
-    return ids(rows, columns) + torch.tensor([0.0, 1.0, 1.0])
-
-
-@wrong("rope.ids", "your patches are numbered column by column; number them row by row.")
-def _column_by_column(rows, columns):
-    return ids(columns, rows)[:, [0, 2, 1]]
+wrong("rope.ids", "rows and columns are exchanged.")(lambda rows, columns: ids(rows, columns)[:, [0, 2, 1]])
+wrong("rope.ids", "you count from 1; FLUX counts rows and columns from 0.")(
+    lambda rows, columns: ids(rows, columns) + torch.tensor([0.0, 1.0, 1.0])
+)
+wrong("rope.ids", "your patches are numbered column by column; number them row by row.")(
+    lambda rows, columns: ids(columns, rows)[:, [0, 2, 1]]
+)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, wrong
-from fluxedu.course.exercises import build_module, random_weights, run_module
+from fluxedu.course.exercises import build_module, random_weights, run_module, subclass
 from fluxedu.models import modulation
 from fluxedu.models.modulation import ShiftScaleGate
 
@@ -53,14 +53,12 @@ def _alternating(t, dim):
     return torch.stack([cosines, sines], dim=-1).flatten(-2)
 
 
-@wrong("modulation.waves", "the time is not multiplied by 1000, so even the fastest wave has a phase below 1 radian.")
-def _not_multiplied(t, dim):
-    return waves(t / 1000, dim)
-
-
-@wrong("modulation.waves", "you round 1000 t to an integer; it is a real number, not the index of a step.")
-def _rounded(t, dim):
-    return waves((1000 * t).round() / 1000, dim)
+wrong("modulation.waves", "the time is not multiplied by 1000, so even the fastest wave has a phase below 1 radian.")(
+    lambda t, dim: waves(t / 1000, dim)
+)
+wrong("modulation.waves", "you round 1000 t to an integer; it is a real number, not the index of a step.")(
+    lambda t, dim: waves((1000 * t).round() / 1000, dim)
+)
 
 
 @wrong("modulation.waves", "your exponent is -i / dim; it is -i / (dim / 2), so that frequencies go down to 1/10,000.")
@@ -108,28 +106,18 @@ class MLPEmbedder(nn.Module):
         return self.out_layer(F.silu(self.in_layer(x)))  # [..., in_dim] -> [..., hidden_dim]
 
 
-@wrong("modulation.embedder", "there is no activation function between the layers; put a SiLU there.")
-class _NoActivation(MLPEmbedder):
-    def forward(self, x):
-        return self.out_layer(self.in_layer(x))
-
-
-@wrong("modulation.embedder", "your activation function is GELU; FLUX uses SiLU here and GELU in the blocks' MLPs.")
-class _Gelu(MLPEmbedder):
-    def forward(self, x):
-        return self.out_layer(F.gelu(self.in_layer(x)))
-
-
-@wrong("modulation.embedder", "there is a second activation function; nothing comes after the second layer.")
-class _SiluAfter(MLPEmbedder):
-    def forward(self, x):
-        return F.silu(super().forward(x))
-
-
-@wrong("modulation.embedder", "your SiLU comes before the first layer; it belongs between the two.")
-class _SiluBefore(MLPEmbedder):
-    def forward(self, x):
-        return self.out_layer(self.in_layer(F.silu(x)))
+wrong("modulation.embedder", "there is no activation function between the layers; put a SiLU there.")(
+    subclass(MLPEmbedder, forward=lambda self, x: self.out_layer(self.in_layer(x)))
+)
+wrong("modulation.embedder", "your activation function is GELU; FLUX uses SiLU here and GELU in the blocks' MLPs.")(
+    subclass(MLPEmbedder, forward=lambda self, x: self.out_layer(F.gelu(self.in_layer(x))))
+)
+wrong("modulation.embedder", "there is a second activation function; nothing comes after the second layer.")(
+    subclass(MLPEmbedder, forward=lambda self, x: F.silu(MLPEmbedder.forward(self, x)))
+)
+wrong("modulation.embedder", "your SiLU comes before the first layer; it belongs between the two.")(
+    subclass(MLPEmbedder, forward=lambda self, x: self.out_layer(self.in_layer(F.silu(x))))
+)
 
 
 def _vecs() -> list[tuple]:
@@ -190,16 +178,12 @@ class Modulation(nn.Module):
         return [ShiftScaleGate(*parts[:3]), ShiftScaleGate(*parts[3:])]
 
 
-@wrong("modulation.modulation", "the SiLU before the layer is missing: it is lin(silu(vec)).")
-class _NoSilu(Modulation):
-    def forward(self, vec):
-        return self.lin(vec)
-
-
-@wrong("modulation.modulation", "your SiLU comes after the linear layer; it belongs before it: lin(silu(vec)).")
-class _SiluLast(Modulation):
-    def forward(self, vec):
-        return F.silu(self.lin(vec))
+wrong("modulation.modulation", "the SiLU before the layer is missing: it is lin(silu(vec)).")(
+    subclass(Modulation, forward=lambda self, vec: self.lin(vec))
+)
+wrong("modulation.modulation", "your SiLU comes after the linear layer; it belongs before it: lin(silu(vec)).")(
+    subclass(Modulation, forward=lambda self, vec: F.silu(self.lin(vec)))
+)
 
 
 @wrong("modulation.modulation", "in your answer scale comes before shift; BFL's order is shift, scale, gate.")
@@ -276,14 +260,12 @@ def _step(x, layer, shift, scale, gate, eps=1e-6, correction=0):
     return x + gate * layer((1 + scale) * normed + shift)
 
 
-@wrong("modulation.adaln", "you multiply by scale; it is 1 + scale, so that a scale of 0 changes nothing.")
-def _scale_alone(x, layer, shift, scale, gate):
-    return _step(x, layer, shift, scale - 1, gate)
-
-
-@wrong("modulation.adaln", "your eps is 1e-5, PyTorch's default; FLUX uses 1e-6.")
-def _eps(x, layer, shift, scale, gate):
-    return _step(x, layer, shift, scale, gate, eps=1e-5)
+wrong("modulation.adaln", "you multiply by scale; it is 1 + scale, so that a scale of 0 changes nothing.")(
+    lambda x, layer, shift, scale, gate: _step(x, layer, shift, scale - 1, gate)
+)
+wrong("modulation.adaln", "your eps is 1e-5, PyTorch's default; FLUX uses 1e-6.")(
+    lambda x, layer, shift, scale, gate: _step(x, layer, shift, scale, gate, eps=1e-5)
+)
 
 
 @wrong("modulation.adaln", "you add eps outside the root; add it to the variance, under the root.")
@@ -292,14 +274,12 @@ def _eps_outside(x, layer, shift, scale, gate):
     return x + gate * layer((1 + scale) * normed + shift)
 
 
-@wrong("modulation.adaln", "your variance divides by D - 1; LayerNorm's divides by D (correction=0).")
-def _unbiased(x, layer, shift, scale, gate):
-    return _step(x, layer, shift, scale, gate, correction=1)
-
-
-@wrong("modulation.adaln", "your gate blends old and new, (1 - gate) x + gate f; FLUX adds: x + gate f.")
-def _blend(x, layer, shift, scale, gate):
-    return (1 - gate) * x + gate * (_step(x, layer, shift, scale, 1.0) - x)
+wrong("modulation.adaln", "your variance divides by D - 1; LayerNorm's divides by D (correction=0).")(
+    lambda x, layer, shift, scale, gate: _step(x, layer, shift, scale, gate, correction=1)
+)
+wrong("modulation.adaln", "your gate blends old and new, (1 - gate) x + gate f; FLUX adds: x + gate f.")(
+    lambda x, layer, shift, scale, gate: (1 - gate) * x + gate * (_step(x, layer, shift, scale, 1.0) - x)
+)
 
 
 @wrong("modulation.adaln", "you add the output to the modulated tokens; add it to the original x.")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, mistakes, wrong
-from fluxedu.course.exercises import random_weights, run_module
+from fluxedu.course.exercises import random_weights, run_module, subclass
 from fluxedu.models import attention as library
 from fluxedu.models.attention import rope_table, rotate
 from fluxedu.probe import Probed
@@ -40,29 +40,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v  # [B, H, N, d]
 
 
-@wrong("attention.attend", "the scores are not divided by sqrt(d), so the softmax is too sharp.")
-def _not_divided(q, k, v):
-    return attend(q * q.shape[-1] ** 0.5, k, v)
-
-
-@wrong("attention.attend", "you divide the scores by d; divide them by its square root.")
-def _divided_by_d(q, k, v):
-    return attend(q * q.shape[-1] ** -0.5, k, v)
-
-
-@wrong("attention.attend", "your columns sum to 1; the rows, one per query, should (softmax over the last axis).")
-def _over_queries(q, k, v):
-    return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-2) @ v
-
-
-@wrong("attention.attend", "queries and keys are exchanged: a row of the table belongs to a query.")
-def _exchanged(q, k, v):
-    return attend(k, q, v)
-
-
-@wrong("attention.attend", "the softmax is missing: you multiply the values by the scores themselves.")
-def _no_softmax(q, k, v):
-    return q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 @ v
+wrong("attention.attend", "the scores are not divided by sqrt(d), so the softmax is too sharp.")(
+    lambda q, k, v: attend(q * q.shape[-1] ** 0.5, k, v)
+)
+wrong("attention.attend", "you divide the scores by d; divide them by its square root.")(
+    lambda q, k, v: attend(q * q.shape[-1] ** -0.5, k, v)
+)
+wrong("attention.attend", "your columns sum to 1; the rows, one per query, should (softmax over the last axis).")(
+    lambda q, k, v: (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-2) @ v
+)
+wrong("attention.attend", "queries and keys are exchanged: a row of the table belongs to a query.")(
+    lambda q, k, v: attend(k, q, v)
+)
+wrong("attention.attend", "the softmax is missing: you multiply the values by the scores themselves.")(
+    lambda q, k, v: q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 @ v
+)
 
 
 def _norm_cases() -> list[tuple]:
@@ -128,10 +120,9 @@ class QKNorm(nn.Module):
         return (wide / rms * scale).type_as(x)
 
 
-@wrong("attention.qknorm", "you bring the vectors to length 1; root mean square 1 means length sqrt(d).")
-class _UnitLength(QKNorm):
-    def rms_norm(self, x, scale):
-        return (F.normalize(x.float(), dim=-1) * scale).type_as(x)
+wrong("attention.qknorm", "you bring the vectors to length 1; root mean square 1 means length sqrt(d).")(
+    subclass(QKNorm, rms_norm=lambda self, x, scale: (F.normalize(x.float(), dim=-1) * scale).type_as(x))
+)
 
 
 @wrong("attention.qknorm", "you subtract the mean first, as LayerNorm does; RMSNorm does not.")
@@ -140,10 +131,9 @@ class _Centred(QKNorm):
         return (F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) * scale).type_as(x)
 
 
-@wrong("attention.qknorm", "the learned scale is missing.")
-class _NoScale(QKNorm):
-    def rms_norm(self, x, scale):
-        return super().rms_norm(x, torch.ones_like(scale))
+wrong("attention.qknorm", "the learned scale is missing.")(
+    subclass(QKNorm, rms_norm=lambda self, x, scale: QKNorm.rms_norm(self, x, torch.ones_like(scale)))
+)
 
 
 @wrong("attention.qknorm", "you add eps outside the root; add it to the mean square, under the root.")
@@ -225,16 +215,12 @@ class _Split(SelfAttention):
         return *self.norm(q, k), v
 
 
-@wrong("attention.stream", "you split the row as H x 3 x d; it is 3 x H x d.")
-class _HeadsFirst(_Split):
-    def split(self, qkv):
-        return qkv.unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
-
-
-@wrong("attention.stream", "you give every H-th number to the same head; a head is d neighbouring numbers.")
-class _Strided(_Split):
-    def split(self, qkv):
-        return qkv.unflatten(-1, (3, -1, self.num_heads)).permute(2, 0, 4, 1, 3)
+wrong("attention.stream", "you split the row as H x 3 x d; it is 3 x H x d.")(
+    subclass(_Split, split=lambda self, qkv: qkv.unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4))
+)
+wrong("attention.stream", "you give every H-th number to the same head; a head is d neighbouring numbers.")(
+    subclass(_Split, split=lambda self, qkv: qkv.unflatten(-1, (3, -1, self.num_heads)).permute(2, 0, 4, 1, 3))
+)
 
 
 @wrong("attention.stream", "you reshape `[B, N, H d]` directly to `[B, H, N, d]`, which mixes tokens; transpose.")

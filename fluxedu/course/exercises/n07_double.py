@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, mistakes, wrong
-from fluxedu.course.exercises import build_module, randomise
+from fluxedu.course.exercises import build_module, randomise, subclass
 from fluxedu.course.exercises.n06_attention import joint_with, library_joint
 from fluxedu.models import FluxConfig
 from fluxedu.models.attention import SelfAttention, rope_table, rotate
@@ -57,29 +57,21 @@ def enter(x: Tensor, mod: tuple[Tensor, ...], attn: nn.Module) -> tuple[Tensor, 
     return attn((1 + scale) * normed + shift)
 
 
-@wrong("double.enter", "the tokens are modulated, but not normalised before.")
-def _not_normalised(x, mod, attn):
-    return attn((1 + mod[1]) * x + mod[0])
-
-
-@wrong("double.enter", "you multiply by scale; FLUX multiplies by 1 + scale, so that a scale of 0 changes nothing.")
-def _scale_alone(x, mod, attn):
-    return attn(mod[1] * layer_norm(x) + mod[0])
-
-
-@wrong("double.enter", "shift and scale are exchanged: shift comes first in mod.")
-def _exchanged(x, mod, attn):
-    return attn((1 + mod[0]) * layer_norm(x) + mod[1])
-
-
-@wrong("double.enter", "your eps is 1e-5, PyTorch's default; FLUX uses 1e-6.")
-def _default_eps(x, mod, attn):
-    return attn((1 + mod[1]) * F.layer_norm(x, x.shape[-1:]) + mod[0])
-
-
-@wrong("double.enter", "you use the MLP's shift and scale; the attention's are the first two of mod.")
-def _mlp_modulation(x, mod, attn):
-    return attn((1 + mod[4]) * layer_norm(x) + mod[3])
+wrong("double.enter", "the tokens are modulated, but not normalised before.")(
+    lambda x, mod, attn: attn((1 + mod[1]) * x + mod[0])
+)
+wrong("double.enter", "you multiply by scale; FLUX multiplies by 1 + scale, so that a scale of 0 changes nothing.")(
+    lambda x, mod, attn: attn(mod[1] * layer_norm(x) + mod[0])
+)
+wrong("double.enter", "shift and scale are exchanged: shift comes first in mod.")(
+    lambda x, mod, attn: attn((1 + mod[0]) * layer_norm(x) + mod[1])
+)
+wrong("double.enter", "your eps is 1e-5, PyTorch's default; FLUX uses 1e-6.")(
+    lambda x, mod, attn: attn((1 + mod[1]) * F.layer_norm(x, x.shape[-1:]) + mod[0])
+)
+wrong("double.enter", "you use the MLP's shift and scale; the attention's are the first two of mod.")(
+    lambda x, mod, attn: attn((1 + mod[4]) * layer_norm(x) + mod[3])
+)
 
 
 def rotations(txt_len: int, height: int, width: int) -> Tensor:
@@ -189,9 +181,9 @@ def _parallel(x, attn_out, mod, attn, mlp):
     return x + mod[2] * attn.proj(attn_out) + mod[5] * mlp(modulate(layer_norm(x), mod[3], mod[4]))
 
 
-@wrong("double.leave", "both steps use the attention's gate; the MLP has its own, the last of mod.")
-def _one_gate(x, attn_out, mod, attn, mlp):
-    return _library_leave(x, attn_out, (*mod[:5], mod[2]), attn, mlp)
+wrong("double.leave", "both steps use the attention's gate; the MLP has its own, the last of mod.")(
+    lambda x, attn_out, mod, attn, mlp: _library_leave(x, attn_out, (*mod[:5], mod[2]), attn, mlp)
+)
 
 
 @wrong("double.leave", "you add the attention output directly; apply attn.proj first, which mixes the heads.")
@@ -281,10 +273,9 @@ class _ModulationsExchanged(Block):
         return super().forward(img, txt, {"txt": mods["img"], "img": mods["txt"]}, rope)
 
 
-@wrong("double.block", "the text is returned unchanged; the block changes both streams.")
-class _ImageOnly(Block):
-    def forward(self, img, txt, mods, rope):
-        return super().forward(img, txt, mods, rope)[0], txt
+wrong("double.block", "the text is returned unchanged; the block changes both streams.")(
+    subclass(Block, forward=lambda self, img, txt, mods, rope: (Block.forward(self, img, txt, mods, rope)[0], txt))
+)
 
 
 @wrong("double.block", "the text attends to the image's new tokens; compute both streams' q, k and v first.")
