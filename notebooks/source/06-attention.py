@@ -40,19 +40,21 @@ course.where(pipe, "double", "single")
 #
 # For every token, attention computes a *query*, a *key* and a *value*; each query is compared with all keys. *Padding*
 # means the tokens that fill a short prompt up to 32. *QKNorm* is a normalisation of queries and keys, which you will
-# write below. The pattern of attention is *sharper* if fewer tokens get most of it, and *flatter* if it is spread more
-# evenly. Below 10 % of the latent's size counts as 'a little'.
+# write below. We call attention *sharper* if fewer tokens get most of it, and *flatter* if it is spread more evenly.
+# For the last question, a change of less than 1 % of the latent's length counts as 'not', and below 10 % as 'a little'.
 
 # %%
-pads = fe.predict("23 of 96 tokens are padding. What percentage of the patches' attention do they get?", 8)  # answer
-spread = fe.predict(
-    "All queries and keys times 10. The attention becomes: 'unchanged', 'sharper' or 'flatter'?", "unchanged"
+padding_share = fe.predict(
+    "23 of 96 tokens are padding. What percentage of the patches' attention do they get?", 8
 )  # answer
-without = fe.predict(
-    "The same, but QKNorm does not normalise: 'unchanged', 'sharper' or 'flatter'?", "sharper"
+scaled_with_norm = fe.predict(
+    "All queries and keys are multiplied by 10. Is the attention 'unchanged', 'sharper' or 'flatter'?", "unchanged"
 )  # answer
-hidden = fe.predict(
-    "No token may attend to padding. The final latent changes: 'nothing', 'a little' or 'much'?", "much"
+scaled_without_norm = fe.predict(
+    "They are multiplied by 10, but not normalised afterwards: 'unchanged', 'sharper' or 'flatter'?", "sharper"
+)  # answer
+padding_effect = fe.predict(
+    "No token may attend to padding. How much does the final latent change: 'not', 'a little' or 'much'?", "much"
 )  # answer
 
 # %% [markdown]
@@ -98,8 +100,8 @@ print("after, without the learned scale: all have root mean square 1:", bool((rm
 # %% [markdown]
 # ### From tokens to heads
 #
-# One linear layer computes q, k and v of all heads at once. The next line, which splits its output, is where most
-# mistakes in attention are made: a wrong split often still has a valid shape.
+# One linear layer computes q, k and v of all heads at once. Most mistakes in attention are made in the line that splits
+# its output, because a wrong split often still has a valid shape.
 
 # %% exercise="attention.stream"
 
@@ -107,13 +109,13 @@ print("after, without the learned scale: all have root mean square 1:", bool((rm
 stream_passed = bool(passed)
 row = torch.arange(3 * 2 * 4)  # the 3 D numbers of one token, with H = 2 and d = 4
 q_row, k_row, v_row = row.unflatten(-1, (3, 2, -1))
-print("of the row 0 ... 23, head 1 of k gets", k_row[1].tolist())
+print("of the numbers 0 ... 23, head 1 of k gets", k_row[1].tolist())
 
 # %% [markdown]
 # ### Two streams, one attention
 #
-# Up to here, text and image have separate weights in a double-stream block. Now both are joined. The rotation of
-# notebook 04 comes from the library.
+# So far, each stream has used weights of its own: a double-stream block has one set for text and one for the image. In
+# the attention the two streams are joined. The rotation of notebook 04 comes from the library.
 
 # %% exercise="attention.joint"
 
@@ -131,15 +133,16 @@ print("text:", list(txt[0].shape), "· image:", list(img[0].shape), "· together
 if passed:
     attn_out = torch.cat(joint(txt, img, lambda x: rotate(x, rope)), dim=1)  # [1, L + N, 160]
     theirs = library.merge_heads(heads)
-    print("same as in the block, to 1 in 100,000:", bool((attn_out - theirs).norm() / theirs.norm() < 1e-5))
+    print("yours equals the block's, to 1 in 100,000:", bool((attn_out - theirs).norm() / theirs.norm() < 1e-5))
 
 # %% [markdown]
 # ## The exact attention map
 #
 # The *attention map* is the table of all weights, one row per query and one column per key. The fused kernel behind
 # `F.scaled_dot_product_attention` never stores it: in one block of FLUX.1-dev it would be 24 heads of 4,608 × 4,608
-# numbers of 2 bytes, 1.02 GB. Some tools compute the whole map a second time in order to draw it. This is not
-# necessary. A single number per query, the **log-sum-exp** of its scores, is enough to compute any entry of the map:
+# numbers of 2 bytes, 1.02 GB. Some tools compute attention a second time, with the whole map, in order to draw it. This
+# is not necessary. A single number per query, the **log-sum-exp** of its scores, is enough to compute any entry of the
+# map:
 #
 # `P[i, j] = exp(q_i · k_j / sqrt(d) - lse_i)`
 
@@ -161,19 +164,24 @@ print("every row sums to 1:", bool((attn_map.sum(-1) - 1).abs().max() < 1e-5))
 # %% [markdown]
 # ## See it
 #
-# How much the patches attend to four words, block by block. Padding is not a word, so it is left out.
+# The figure shows how much the patches attend to four words, block by block. Padding is not a word, so it is left out.
 
 # %%
 words = ["red", "circle", "blue", "square"]
 maps = lenses.word_maps(pipe, prompt, words, seed=4, progress=False)
 fig = fe.plots.word_maps(maps, reference.images[0])
-fig.suptitle("In the middle blocks, patches attend to the word that names the object they show")
+strongest = [maps.coords["block"][int(i)] for i in maps.tensor.sum((-1, -2)).argmax(0)]  # for each word
+fig.suptitle(
+    "Patches attend to the word that describes the object they show, most strongly in "
+    + " and ".join(dict.fromkeys(strongest))
+)
 fig
 
 # %% [markdown]
-# No one told the network where a circle is; it was trained only to predict velocities. Is the title true in numbers?
-# Take the strongest block for each word, and check whether its strongest patch lies on the side of its object: the
-# circle is on the left, the square on the right. (One image of one prompt can illustrate this, but not prove it.)
+# No one told the network where a circle is; it was trained only to predict velocities. Do the numbers agree with the
+# picture? For each word we take the block in which patches attend to it most, and check whether the patch that does so
+# most lies on the side of the word's object: the circle is on the left, the square on the right. (One image of one
+# prompt can illustrate this, but not prove it.)
 
 # %%
 for i, word in enumerate(words):
@@ -193,7 +201,7 @@ for row, block in zip(axes, ("double.0", "single.2")):
         ax.set(xticks=[], yticks=[])
         ax.set_title(f"head {head}: {float(weights.sum()):.0%}", fontsize=9)
     row[0].set_ylabel(block)
-fig.suptitle("The query is the same patch (blue frame), but each head attends to other patches")
+fig.suptitle("For one and the same query (blue frame), each head attends to different patches")
 plt.show()
 
 # %% [markdown]
@@ -209,14 +217,14 @@ widgets.attention(pipe, prompt, seed=4, progress=False)
 # %% [markdown]
 # ## Put your code into the trained model
 #
-# `fe.swap` replaces modules by yours and copies the trained weights into them: `SelfAttention` in both streams of every
-# double block, `QKNorm` in every single block. The image must stay the same.
+# `fe.swap` replaces modules by yours and copies the trained weights into them. Here it puts your `SelfAttention` into
+# both streams of every double block, and your `QKNorm` into every single block. The image must stay the same.
 
 # %%
 if stream_passed and qknorm_passed:
     with fe.swap("double.*_attn", SelfAttention, flux), fe.swap("single.*.norm", QKNorm, flux):
-        again = pipe(prompt, seed=4, progress=False)
-    difference = (again.latents - reference.latents).norm() / reference.latents.norm()
+        out = pipe(prompt, seed=4, progress=False)
+    difference = (out.latents - reference.latents).norm() / reference.latents.norm()
     print("the latent stays the same, to 1 in 1,000:", bool(difference < 1e-3))
 else:
     print("solve the exercises above first; then run this cell again")
@@ -226,7 +234,8 @@ else:
 #
 # The *entropy* of a row of the map measures how widely a query spreads its attention: 0 if it attends to a single
 # token, log 96 = 4.6 if it attends to all 96 equally. We take one state of the run and the mean over all blocks, heads
-# and queries. First QKNorm as it is, then a version that multiplies by the learned scale but does not normalise.
+# and queries. We measure it first with QKNorm as it is, then with a version that multiplies by the learned scale but
+# does not normalise.
 
 # %%
 from fluxedu.sampling.latents import image_ids, pack, text_ids
@@ -270,15 +279,17 @@ def in_words(change):
     return "unchanged" if abs(change) < 0.05 else "sharper" if change < 0 else "flatter"
 
 
-spread.against(in_words(with_norm[4] - with_norm[2]))
-without.against(in_words(scale_only[4] - scale_only[2]))
+scaled_with_norm.against(in_words(with_norm[4] - with_norm[2]))
+scaled_without_norm.against(in_words(scale_only[4] - scale_only[2]))
 
 fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
 ax.semilogx(factors, with_norm, "o-", color="#0072B2", label="with QKNorm")
 ax.semilogx(factors, scale_only, "s--", color="#D55E00", label="scale only, no normalisation")
 ax.set(xlabel="factor of queries and keys", ylabel="entropy of a row (nats)", ylim=(0, 4.8), xticks=factors)
 ax.set_xticks(factors, [f"{factor:g}" for factor in factors])
-ax.set_title("With QKNorm, the length of queries and keys does not change the attention")
+ax.set_title(
+    f"At factor 10 the entropy is {with_norm[4]:.1f} with QKNorm, and {scale_only[4]:.1f} without normalisation"
+)
 ax.legend()
 plt.show()
 
@@ -296,7 +307,7 @@ plt.show()
 padding_by_step = lenses.padding_mass(pipe, prompt, seed=4, progress=False)  # [8 blocks, 20 steps]
 padding = padding_by_step.tensor.mean(1)
 prompt_words = lenses.attention_balance(pipe, prompt, seed=4, progress=False).tensor.mean(1) - padding
-pads.against(round(100 * float(padding.mean())), within=0.25)
+padding_share.against(round(100 * float(padding.mean())), within=0.25)
 
 fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
 left = torch.zeros(len(padding))
@@ -320,34 +331,34 @@ plt.show()
 
 # %%
 padding_tokens = list(range(len(pieces), text.txt.shape[1]))
-hide = {"padding": padding_tokens, "“red”": ["red"], "“circle”": ["circle"], "“left”": ["left"]}
-hide["all words"] = list(range(len(pieces)))
+hidden_tokens = {"padding": padding_tokens, "“red”": ["red"], "“circle”": ["circle"], "“left”": ["left"]}
+hidden_tokens["all words"] = list(range(len(pieces)))
 outs, changes = [reference], {}
-for name, tokens in hide.items():
+for name, tokens in hidden_tokens.items():
     with fe.ablate("*.attn.map", tokens=tokens):
         outs.append(pipe(prompt, seed=4, progress=False))
     changes[name] = float((outs[-1].latents - reference.latents).norm() / reference.latents.norm())
     print(f"{name:9} hidden: the latent changes by {changes[name]:.0%}")
-hidden.against("nothing" if changes["padding"] < 0.01 else "a little" if changes["padding"] < 0.1 else "much")
+padding_effect.against("not" if changes["padding"] < 0.01 else "a little" if changes["padding"] < 0.1 else "much")
 
 fig, axes = plt.subplots(1, 6, figsize=(10, 2.3), layout="constrained")
-for ax, out, name in zip(axes, outs, ["unchanged", *hide]):
+for ax, out, name in zip(axes, outs, ["unchanged", *hidden_tokens]):
     ax.imshow(out.images[0])
     ax.set_title(name if name == "unchanged" else f"{name} hidden", fontsize=9)
     ax.axis("off")
-fig.suptitle("With any one word hidden, the scene is still drawn; with all words hidden it is not")
+fig.suptitle("With one of these words hidden, the scene is still drawn; with all words hidden it is not")
 plt.show()
 
 # %% [markdown]
-# In this run the red object is still round with “circle” hidden. The likely reason is that T5 has already put the
-# word's information into the vectors of the other tokens. With all words hidden the padding is still there, and it is
-# not enough for an image. Do not conclude more from one image: the latent's change also counts the background, about
+# In this run the red object is still round when “circle” is hidden. The likely reason is that T5 has already put the
+# word's information into the vectors of the other tokens. With all words hidden, the padding is still there, but it is
+# not enough for the scene. Do not conclude more from one image: the change of the latent includes the background, about
 # which this prompt says nothing, and with other seeds the changes in background and position are often much smaller.
-# Try some.
+# Try some seeds.
 #
 # So what does padding do? Its vectors are not empty: T5's padding tokens attended to the prompt as well, and the
-# transformer was trained with them. When you draw maps of words, leave padding out, or its share will be taken for
-# meaning (arXiv 2501.06751).
+# transformer was trained with them. When you draw maps of words, leave padding out, because a large share of attention
+# to padding does not mean that padding describes the object (arXiv 2501.06751).
 #
 # ## In five lines
 #
@@ -363,8 +374,8 @@ plt.show()
 # without `output_attentions`?* (EraseAnything issue 2) `fe.record("*.attn.map", tokens=["red"], reduce="head-mean")`
 # computes what it needs from the log-sum-exp, also in single-stream blocks, which some tools leave out
 # (attention-map-diffusers issues 15 and 21). *Must the image be square?* (attention-map-diffusers issues 23 and 26) Not
-# here. *And in bfloat16?* Convert q and k to float32 before you multiply them: the map is then exact to 4 in 10
-# million, otherwise off by as much as 0.12.
+# here. *Is the map exact in bfloat16, too?* Convert q and k to float32 before you multiply them: then the map is exact
+# to 4 in 10 million, otherwise it is off by as much as 0.12.
 #
 # **Read**: Attention Is All You Need, arXiv 1706.03762 · QKNorm at scale, arXiv 2302.05442 · text and image in one
 # softmax, arXiv 2506.07986 · `black-forest-labs/flux`, `modules/layers.py` (`QKNorm`, `SelfAttention`) and `math.py`
