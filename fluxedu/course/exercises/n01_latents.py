@@ -57,12 +57,9 @@ wrong("latents.pack", "your tokens are numbered column by column; number them ro
 wrong("latents.pack", "you exchanged rows and columns inside each 2 x 2 square.")(
     lambda latent: _packed(latent, 0, 2, 4, 1, 5, 3)
 )
-
-
-@wrong("latents.pack", "a reshape alone does not reorder numbers: permute the axes before the last reshape.")
-def _no_permute(latent):
-    b, c, h, w = latent.shape
-    return latent.reshape(b, h // 2 * (w // 2), 4 * c)
+wrong("latents.pack", "a reshape alone does not reorder numbers: permute the axes before the last reshape.")(
+    lambda latent: latent.reshape(len(latent), -1, 4 * latent.shape[1])
+)
 
 
 def _tokens() -> list[tuple]:
@@ -93,29 +90,19 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return x.reshape(b, d // 4, height, width)
 
 
-@wrong("latents.unpack", "you read a token's numbers as (row, column, channel); they are (channel, row, column).")
-def _channel_was_last(tokens, height, width):
-    b, _, d = tokens.shape
-    x = tokens.reshape(b, height // 2, width // 2, 2, 2, d // 4)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, d // 4, height, width)
-
-
-@wrong("latents.unpack", "you read the tokens as numbered column by column; they are numbered row by row.")
-def _were_columns(tokens, height, width):
-    b, _, d = tokens.shape
-    x = tokens.reshape(b, width // 2, height // 2, d // 4, 2, 2)
-    return x.permute(0, 3, 2, 4, 1, 5).reshape(b, d // 4, height, width)
-
-
-@wrong(
+wrong("latents.unpack", "you read a token's numbers as (row, column, channel); they are (channel, row, column).")(
+    lambda tokens, height, width: unpack(tokens.unflatten(-1, (4, -1)).mT.flatten(-2), height, width)
+)
+wrong("latents.unpack", "you read the tokens as numbered column by column; they are numbered row by row.")(
+    lambda tokens, height, width: unpack(
+        tokens.unflatten(1, (width // 2, -1)).transpose(1, 2).flatten(1, 2), height, width
+    )
+)
+wrong(
     "latents.unpack",
     "before the last reshape the axes must be in the order (row, inner row, column, inner column); yours are "
     "(row, column, inner row, inner column).",
-)
-def _not_interleaved(tokens, height, width):
-    b, _, d = tokens.shape
-    x = tokens.reshape(b, height // 2, width // 2, d // 4, 2, 2)
-    return x.permute(0, 3, 1, 2, 4, 5).reshape(b, d // 4, height, width)
+)(lambda tokens, height, width: tokens.unflatten(-1, (-1, 4)).transpose(1, 2).reshape(len(tokens), -1, height, width))
 
 
 def _moments() -> list[tuple]:

@@ -86,13 +86,9 @@ def _halves(x, angles):
 wrong("rope.rotate", "you rotate in the opposite direction: check the sign of the two sines.")(
     lambda x, angles: rotate(x, -angles)
 )
-
-
-@wrong("rope.rotate", "the numbers are right, but not their order: interleave the pairs instead of concatenating them.")
-def _not_interleaved(x, angles):
-    cos, sin = angles.cos(), angles.sin()
-    a, b = x[..., 0::2], x[..., 1::2]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+wrong("rope.rotate", "the numbers are right, but not their order: interleave the pairs instead of concatenating them.")(
+    lambda x, angles: rotate(x, angles).unflatten(-1, (-1, 2)).mT.flatten(-2)
+)
 
 
 def _grids() -> list[tuple]:

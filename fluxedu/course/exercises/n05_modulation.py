@@ -41,18 +41,12 @@ def waves(t: Tensor, dim: int) -> Tensor:
     return torch.cat([phase.cos(), phase.sin()], dim=-1)  # [B, dim]
 
 
-@wrong("modulation.waves", "in your answer the sines come first; FLUX puts the cosines first.")
-def _sines_first(t, dim):
-    sines, cosines = waves(t, dim).chunk(2, dim=-1)
-    return torch.cat([cosines, sines], dim=-1)
-
-
-@wrong("modulation.waves", "in your answer cosines and sines alternate; FLUX puts all cosines first, then all sines.")
-def _alternating(t, dim):
-    cosines, sines = waves(t, dim).chunk(2, dim=-1)
-    return torch.stack([cosines, sines], dim=-1).flatten(-2)
-
-
+wrong("modulation.waves", "in your answer the sines come first; FLUX puts the cosines first.")(
+    lambda t, dim: waves(t, dim).roll(dim // 2, dims=-1)
+)
+wrong("modulation.waves", "in your answer cosines and sines alternate; FLUX puts all cosines first, then all sines.")(
+    lambda t, dim: waves(t, dim).unflatten(-1, (2, -1)).mT.flatten(-2)
+)
 wrong("modulation.waves", "the time is not multiplied by 1000, so even the fastest wave has a phase below 1 radian.")(
     lambda t, dim: waves(t / 1000, dim)
 )
@@ -288,6 +282,6 @@ def _to_modulated(x, layer, shift, scale, gate):
     return y + gate * layer(y)
 
 
-@wrong("modulation.adaln", "your gate acts before the layer; it multiplies the layer's output.")
-def _gate_inside(x, layer, shift, scale, gate):
-    return x + layer(gate * ((1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift))
+wrong("modulation.adaln", "your gate acts before the layer; it multiplies the layer's output.")(
+    lambda x, layer, shift, scale, gate: _step(x, lambda y: layer(gate * y), shift, scale, 1.0)
+)

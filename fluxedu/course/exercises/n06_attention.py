@@ -120,38 +120,29 @@ class QKNorm(nn.Module):
         return (wide / rms * scale).type_as(x)
 
 
+def _norm_with(normalise: Callable[[Tensor], Tensor]) -> type[QKNorm]:
+    """QKNorm with another function in place of the division by the root mean square."""
+    return subclass(QKNorm, rms_norm=lambda self, x, scale: (normalise(x.float()) * scale).type_as(x))
+
+
 wrong("attention.qknorm", "you bring the vectors to length 1; root mean square 1 means length sqrt(d).")(
-    subclass(QKNorm, rms_norm=lambda self, x, scale: (F.normalize(x.float(), dim=-1) * scale).type_as(x))
+    _norm_with(lambda x: F.normalize(x, dim=-1))
 )
-
-
-@wrong("attention.qknorm", "you subtract the mean first, as LayerNorm does; RMSNorm does not.")
-class _Centred(QKNorm):
-    def rms_norm(self, x, scale):
-        return (F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) * scale).type_as(x)
-
-
+wrong("attention.qknorm", "you subtract the mean first, as LayerNorm does; RMSNorm does not.")(
+    _norm_with(lambda x: F.layer_norm(x, x.shape[-1:], eps=1e-6))
+)
 wrong("attention.qknorm", "the learned scale is missing.")(
     subclass(QKNorm, rms_norm=lambda self, x, scale: QKNorm.rms_norm(self, x, torch.ones_like(scale)))
 )
-
-
-@wrong("attention.qknorm", "you add eps outside the root; add it to the mean square, under the root.")
-class _EpsOutside(QKNorm):
-    def rms_norm(self, x, scale):
-        return (x.float() / (x.float().square().mean(-1, keepdim=True).sqrt() + 1e-6) * scale).type_as(x)
-
-
-@wrong("attention.qknorm", "you multiply q and k by the query's scale; the keys have their own.")
-class _OneScale(QKNorm):
-    def forward(self, q, k):
-        return self.rms_norm(q, self.query_norm.scale), self.rms_norm(k, self.query_norm.scale)
-
-
-@wrong("attention.qknorm", "your mean is over all heads and channels of a token; each head has its own.")
-class _AllHeads(QKNorm):
-    def rms_norm(self, x, scale):
-        return (x.float() / (x.float().square().mean((1, 3), keepdim=True) + 1e-6).sqrt() * scale).type_as(x)
+wrong("attention.qknorm", "you add eps outside the root; add it to the mean square, under the root.")(
+    _norm_with(lambda x: x / (x.square().mean(-1, keepdim=True).sqrt() + 1e-6))
+)
+wrong("attention.qknorm", "you multiply q and k by the query's scale; the keys have their own.")(
+    subclass(QKNorm, forward=lambda self, q, k: [self.rms_norm(x, self.query_norm.scale) for x in (q, k)])
+)
+wrong("attention.qknorm", "your mean is over all heads and channels of a token; each head has its own.")(
+    _norm_with(lambda x: x / (x.square().mean((1, 3), keepdim=True) + 1e-6).sqrt())
+)
 
 
 @wrong("attention.qknorm", "you compute in bfloat16, which loses digits; convert to float32 first and back at the end.")

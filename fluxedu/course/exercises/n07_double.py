@@ -267,12 +267,9 @@ class _Shared(Block):
         return super().forward(img, txt, mods, rope)
 
 
-@wrong("double.block", "the two streams' modulations are exchanged.")
-class _ModulationsExchanged(Block):
-    def forward(self, img, txt, mods, rope):
-        return super().forward(img, txt, {"txt": mods["img"], "img": mods["txt"]}, rope)
-
-
+wrong("double.block", "the two streams' modulations are exchanged.")(
+    subclass(Block, plan=lambda self, vec: {"txt": self.img_mod(vec), "img": self.txt_mod(vec)})
+)
 wrong("double.block", "the text is returned unchanged; the block changes both streams.")(
     subclass(Block, forward=lambda self, img, txt, mods, rope: (Block.forward(self, img, txt, mods, rope)[0], txt))
 )

@@ -130,27 +130,23 @@ def split(linear2: nn.Linear, dim: int) -> tuple[nn.Linear, nn.Linear]:
     return attn_proj, mlp_proj
 
 
-@wrong("single.split", "both layers have the bias, so it is added twice.")
-def _bias_twice(linear2, dim):
-    attn_proj, mlp_proj = split(linear2, dim)
-    mlp_proj.bias = nn.Parameter(linear2.bias.data)
-    return attn_proj, mlp_proj
-
-
-@wrong("single.split", "the bias is lost: one of the two layers must have it.")
-def _bias_lost(linear2, dim):
-    attn_proj, mlp_proj = split(linear2, dim)
-    attn_proj.bias = None
-    return attn_proj, mlp_proj
-
-
-@wrong(
+@mistakes(
     "single.split",
-    "your columns start at the wrong end: linear2 reads the attention output first, then the MLP's hidden layer.",
+    ("bias twice", "both layers have the bias, so it is added twice."),
+    ("bias lost", "the bias is lost: one of the two layers must have it."),
+    (
+        "wrong end",
+        "your columns start at the wrong end: linear2 reads the attention output first, then the MLP's hidden layer.",
+    ),
 )
-def _wrong_end(linear2, dim):
+def _split_with(mistake, linear2, dim):
     attn_proj, mlp_proj = split(linear2, dim)
-    attn_proj.weight.data, mlp_proj.weight.data = linear2.weight[:, -dim:], linear2.weight[:, :-dim]
+    if mistake == "bias twice":
+        mlp_proj.bias = nn.Parameter(linear2.bias.data)
+    if mistake == "bias lost":
+        attn_proj.bias = None
+    if mistake == "wrong end":
+        attn_proj.weight.data, mlp_proj.weight.data = linear2.weight[:, -dim:], linear2.weight[:, :-dim]
     return attn_proj, mlp_proj
 
 

@@ -106,12 +106,9 @@ wrong("flow.loss", "the target is x0 - noise: with t = 1 as noise, the velocity 
 wrong("flow.loss", "you return the sum; the mean does not grow with batch size and image size.")(
     lambda model, x0, noise, t: _mse(model, x0, noise, t) * x0.numel()
 )
-
-
-@wrong("flow.loss", "the network gets 1 - t as its time; it must be the time t of the state that it gets.")
-def _other_time(model, x0, noise, t):
-    x_t, v = _by_lerp(x0, noise, t)
-    return F.mse_loss(model(x_t, 1 - t), v)
+wrong("flow.loss", "the network gets 1 - t as its time; it must be the time t of the state that it gets.")(
+    lambda model, x0, noise, t: _mse(lambda x, t: model(x, 1 - t), x0, noise, t)
+)
 
 
 def _data_sets() -> list[tuple]:

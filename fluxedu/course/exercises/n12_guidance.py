@@ -99,14 +99,9 @@ def two(network: Callable, x: Tensor, empty: Tensor, prompt: Tensor, scale: floa
     return negative + scale * (prompted - negative)
 
 
-@wrong(
+wrong(
     "guidance.two", "the halves of the output are exchanged: they have the order in which you concatenated the inputs."
-)
-def _halves(network, x, empty, prompt, scale):
-    prompted, negative = network(torch.cat([x, x]), torch.cat([empty, prompt])).chunk(2)
-    return negative + scale * (prompted - negative)
-
-
+)(lambda network, x, empty, prompt, scale: two(network, x, prompt, empty, scale))
 wrong("guidance.two", "both halves were evaluated with the prompt, so their difference is 0.")(
     lambda network, x, empty, prompt, scale: network(x, prompt)
 )
@@ -215,8 +210,6 @@ def _wrong_square(negative, prompted, scale):
 wrong("guidance.fitted", "that is plain guidance: multiply the negative velocity by its factor first.")(
     lambda negative, prompted, scale: library.guide(negative, prompted, scale)
 )
-
-
 wrong("guidance.fitted", "you start at the rescaled velocity, but your difference still uses the original one.")(
     lambda negative, prompted, scale: fitted(negative, prompted, 0) + scale * (prompted - negative)
 )

@@ -61,18 +61,12 @@ wrong("inside.points", "you use one brightest patch for all words; each word has
 wrong("inside.points", "you require the object's most covered patch; any patch covered by more than a tenth will do.")(
     lambda weights, coverage: (weights.flatten(1).argmax(1) == coverage.flatten(1).argmax(1)).float()
 )
-
-
-@wrong("inside.points", "rows and columns are exchanged between the map and the coverage.")
-def _transposed(weights, coverage):
-    best = weights.flatten(1).argmax(1, keepdim=True)
-    return (coverage.transpose(1, 2).flatten(1).gather(1, best)[:, 0] > 0.1).float()
-
-
-@wrong("inside.points", "you count any patch that the object touches; more than a tenth must be covered.")
-def _touched(weights, coverage):
-    best = weights.flatten(1).argmax(1, keepdim=True)
-    return (coverage.flatten(1).gather(1, best)[:, 0] > 0).float()
+wrong("inside.points", "rows and columns are exchanged between the map and the coverage.")(
+    lambda weights, coverage: points(weights, coverage.transpose(1, 2))
+)
+wrong("inside.points", "you count any patch that the object touches; more than a tenth must be covered.")(
+    lambda weights, coverage: points(weights, (coverage > 0).float())
+)
 
 
 def _overlaps() -> list[tuple]:
@@ -254,18 +248,9 @@ wrong("inside.transplant", "it is the other way round: you keep the chosen token
 wrong("inside.transplant", "all tokens are replaced; only those in `tokens` should be.")(
     lambda target, source, tokens: source.clone()
 )
-
-
-@wrong("inside.transplant", "you add the source's tokens; they must replace the target's.")
-def _added(target, source, tokens):
-    patched = target.clone()
-    patched[:, tokens] += source[:, tokens]
-    return patched
-
-
-@wrong("inside.transplant", "you index the channels; tokens are the second axis, after the batch.")
-def _channels(target, source, tokens):
-    patched = target.clone()
-    channels = [i % target.shape[2] for i in tokens]
-    patched[:, :, channels] = source[:, :, channels]
-    return patched
+wrong("inside.transplant", "you add the source's tokens; they must replace the target's.")(
+    lambda target, source, tokens: transplant(target, target + source, tokens)
+)
+wrong("inside.transplant", "you index the channels; tokens are the second axis, after the batch.")(
+    lambda target, source, tokens: transplant(target.mT, source.mT, [i % target.shape[2] for i in tokens]).mT
+)
