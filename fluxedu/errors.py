@@ -56,6 +56,10 @@ class BudgetError(InstrumentError):
     """A recording that would need more bytes than its budget."""
 
 
+class GradientError(InstrumentError):
+    """A gradient is wanted where none can flow."""
+
+
 class CourseError(FluxeduError):
     """An exercise, a prediction or a notebook that does not exist or is malformed."""
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from fluxedu.attention_map import AttentionMap
 from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.interventions import STREAMS, Context, Times, intervene
-from fluxedu.instruments.selection import Steps, checked_heads
+from fluxedu.instruments.selection import checked_heads
 from fluxedu.instruments.tokens import Word, as_list, contains_words
+from fluxedu.sampling.step_context import Steps
 
 _BLOCK = re.compile(r"(double|single)\.(\*|\d+)")
 

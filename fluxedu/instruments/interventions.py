@@ -25,13 +25,12 @@ from fluxedu.instruments.catalogue import axes_of
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.recording import Recording
-from fluxedu.instruments.selection import Steps, checked_steps, is_selected
 from fluxedu.instruments.tokens import Word, token_indices_at
 from fluxedu.instruments.watching import Instrument, accepts
 from fluxedu.probe import Sited
 from fluxedu.sampling.conditions import reference_ids, reference_shape
 from fluxedu.sampling.latents import image_ids, text_ids
-from fluxedu.sampling.step_context import StepContext, current_context
+from fluxedu.sampling.step_context import StepContext, Steps, checked_steps, current_context, is_selected
 
 STREAMS = ("txt", "img")
 Times = tuple[float, float]

@@ -19,16 +19,17 @@ import torch
 
 from fluxedu.attention_map import AttentionMap
 from fluxedu.errors import InstrumentError
+from fluxedu.instruments.budget import Budget
 from fluxedu.instruments.catalogue import axes_of
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recording import Recording, StepKey
 from fluxedu.instruments.reductions import Reductions
-from fluxedu.instruments.selection import Selection, Steps
+from fluxedu.instruments.selection import Selection
 from fluxedu.instruments.storage import Storage
 from fluxedu.instruments.tokens import Word
 from fluxedu.instruments.watching import Instrument
 from fluxedu.probe import Sited
-from fluxedu.sampling.step_context import StepContext, current_context
+from fluxedu.sampling.step_context import Steps, current_context
 
 BUDGET = 2 * 2**30  # bytes
 
@@ -61,9 +62,10 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         dtype: torch.dtype | None = None,
     ):
         super().__init__(*globs)
-        self.selection = Selection.of(steps, tokens, heads, passes)
-        self.reductions = Reductions(reduce)
-        self.storage = Storage(to, BUDGET if budget is None else budget, dtype)
+        self.budget = Budget(BUDGET if budget is None else budget, to_folder=to != "memory")
+        self.selection = Selection.of(steps, tokens, heads, passes, self.budget.limit)
+        self.reductions = Reductions(reduce, self.budget)
+        self.storage = Storage(to, self.budget, dtype, self.selection, self.reductions.over_steps)
         self.used = False
         self.calls: Counter[str] = Counter()  # of each site, where a network is called without a pipeline
         self.recorded_sites: set[str] = set()
@@ -71,23 +73,24 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
 
     def see(self, owner: Sited, name: str, site: str, value: Any) -> Any:
         """Store the selected part of the value, reduced. The computation continues with the value itself."""
-        context = current_context()
-        key = self._key(site, context)
-        if self.selection.includes(site, value, key, context):
+        key = self._next_key(site)  # which run, image, step and evaluation
+        if self.selection.includes(value, site, key):
             with torch.no_grad():
-                part = self.selection.part(_with_axes(owner, name, value), site, context, self.storage.budget.limit)
-                reduced = self.reductions(part, site, key)  # None while a reduction waits for the next step
-                self.storage.add(site, key, reduced, context, self.selection, self.reductions)
+                part = self.selection.part(_with_axes(owner, name, value), site)
+                reduced = self.reductions(part, site, key)
+                if reduced is not None:  # else a reduction waits for the next step
+                    self.storage.add(site, key, reduced)
             self.recorded_sites.add(site)
-            self.txt_len = 0 if context is None else context.txt_len
         return value
 
-    def _key(self, site: str, context: StepContext | None) -> StepKey:
-        """When the value passes: run, image, step and evaluation. Without a pipeline, every call counts as a step."""
-        if context is not None:
-            return StepKey(context.run, context.picture, context.step, max(context.stage, 0), context.time)
-        self.calls[site] += 1
-        return StepKey(0, 0, self.calls[site] - 1, 0, None)
+    def _next_key(self, site: str) -> StepKey:
+        """When the value passes; without a pipeline, every call of the site counts as a step."""
+        context = current_context()
+        if context is None:
+            self.calls[site] += 1
+            return StepKey(0, 0, self.calls[site] - 1, 0, None)
+        self.txt_len = context.txt_len
+        return StepKey(context.run, context.picture, context.step, max(context.stage, 0), context.time)
 
     # ---------------------------------------------------------------- enter and exit
 
@@ -105,7 +108,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         self.storage.recording.close(failed=not is_whole)
         if kind is not None:
             return
-        self.storage.budget.check()
+        self.budget.check()
         for site, error in self.missing_words.items():
             if site not in self.recorded_sites:
                 raise error

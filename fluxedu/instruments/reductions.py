@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fluxedu.attention_map import AttentionMap, at_least_float32
 from fluxedu.errors import BudgetError, InstrumentError, describe
+from fluxedu.instruments.budget import Budget
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recording import StepKey
 
@@ -251,7 +252,8 @@ class Reductions:
     Each site and image has its own, since some remember earlier steps.
     """
 
-    def __init__(self, reduce):
+    def __init__(self, reduce, budget: Budget):
+        self.budget = budget
         steps = [] if reduce is None else list(reduce) if isinstance(reduce, (list, tuple)) else [reduce]
         self.factories = [_factory(step) for step in steps]
         self.over_steps = any(getattr(reduction, "over_steps", False) for reduction in self.create())
@@ -273,13 +275,11 @@ class Reductions:
                 raise InstrumentError(f"a reduction must return a Named or None, not {type(value).__name__}.")
             if value is None:
                 break
+        memory = sum(getattr(reduction, "nbytes", 0) for reduction in self.active[site][1])
+        self.budget.allows(site, "memory of the reductions", memory, key.step_id)
         if _versions(tensors) != versions:
             raise InstrumentError(f"the reduction changed the value of {site!r} in place; begin it with .clone().")
         return value
-
-    def nbytes(self, site: str) -> int:
-        """The memory of a site's reductions."""
-        return sum(getattr(reduction, "nbytes", 0) for reduction in self.active[site][1])
 
     def clear(self) -> None:
         self.active.clear()

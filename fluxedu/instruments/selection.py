@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from fluxedu.attention_map import AttentionMap
@@ -13,52 +13,20 @@ from fluxedu.instruments.named import Named
 from fluxedu.instruments.recording import StepKey
 from fluxedu.instruments.reductions import MapView, Value
 from fluxedu.instruments.tokens import Word, as_list, contains_words, prompt_at, token_indices_at, tokenizer_at
-from fluxedu.sampling.step_context import StepContext
+from fluxedu.sampling.step_context import StepContext, Steps, checked_steps, current_context, integers, is_selected
 
 PASSES = ("negative", "prompted")  # of classifier-free guidance, in the order of the batch
-Steps = int | Sequence[int] | slice | None
-
-
-def checked_steps(steps: Steps) -> int | list[int] | slice | None:
-    """``steps``, sequences as a list; raises InstrumentError for what cannot select steps."""
-    ends = [steps.start, steps.stop, steps.step] if isinstance(steps, slice) else []
-    if steps is None or (ends and all(end is None or isinstance(end, int) for end in ends) and steps.step != 0):
-        return steps
-    try:
-        return _integers(steps)
-    except TypeError:
-        raise InstrumentError(f"steps must be a number, a list of numbers or a slice, not {describe(steps)}.") from None
 
 
 def checked_heads(heads: Sequence[int] | int | None) -> list[int] | None:
     """Head indices as a list; raises InstrumentError for what selects no head."""
     try:
-        found = None if heads is None else _integers(heads)
+        found = None if heads is None else integers(heads)
     except TypeError:
         raise InstrumentError(f"heads must be a number or a list of numbers, not {describe(heads)}.") from None
     if found == []:
         raise InstrumentError("heads must not be empty; leave it out for all of them.")
     return [found] if isinstance(found, int) else found
-
-
-def _integers(values) -> int | list[int]:
-    """A whole number, or a list of them from any iterable of them; raises TypeError."""
-    if isinstance(values, (str, bytes, bool)):
-        raise TypeError
-    try:
-        return operator.index(values)
-    except TypeError:  # several; an array of length 1 has __index__ too
-        return [operator.index(value) for value in values]
-
-
-def is_selected(steps: Steps, step: int | None, count: int | None) -> bool:
-    """Whether ``step`` (of ``count`` steps, if known) is one of ``steps``; negative numbers count from the end."""
-    if steps is None or step is None:
-        return True
-    if isinstance(steps, slice):
-        return step in range(*steps.indices(count if count is not None else step + 1))
-    selected = [steps] if isinstance(steps, int) else steps
-    return step in [s + count if s < 0 and count is not None else s for s in selected]
 
 
 @dataclass
@@ -69,19 +37,22 @@ class Selection:
     tokens: list[Word] | None = None
     heads: list[int] | None = None
     passes: str | None = None
+    map_budget: float = inf  # bytes of an attention map that may be computed
     missed: str = ""  # why a value was left out, to say so when all were
 
     @classmethod
-    def of(cls, steps: Steps, tokens, heads, passes: str | None) -> Selection:
+    def of(cls, steps: Steps, tokens, heads, passes: str | None, map_budget: float) -> Selection:
         """From a user's arguments; raises InstrumentError for those that select nothing."""
         if not isinstance(passes, (str, type(None))) or passes not in (None, *PASSES):
             raise InstrumentError(f"passes must be 'prompted', 'negative' or None for both, not {describe(passes)}.")
-        return cls(checked_steps(steps), None if tokens is None else as_list(tokens), checked_heads(heads), passes)
+        tokens = None if tokens is None else as_list(tokens)
+        return cls(checked_steps(steps), tokens, checked_heads(heads), passes, map_budget)
 
     # ---------------------------------------------------------------- which values
 
-    def includes(self, site: str, value: Any, key: StepKey, context: StepContext | None) -> bool:
+    def includes(self, value: Any, site: str, key: StepKey) -> bool:
         """Whether the value's step and pass of guidance are selected."""
+        context = current_context()
         steps = None if context is None else context.steps
         if not is_selected(self.steps, key.step, steps):
             self.missed = f"the run has {steps} steps, and none of them is in steps={describe(self.steps)}"
@@ -109,9 +80,10 @@ class Selection:
 
     # ---------------------------------------------------------------- which part of a value
 
-    def part(self, value: Named | AttentionMap, site: str, context: StepContext | None, budget: float) -> Value:
+    def part(self, value: Named | AttentionMap, site: str) -> Value:
         """The selected pass, tokens and heads of a value."""
-        return self._select_tokens(self._select_pass(value, context), site, context, budget)
+        context = current_context()
+        return self._select_tokens(self._select_pass(value, context), site, context)
 
     def _select_pass(self, value: Named | AttentionMap, context: StepContext | None) -> Named | AttentionMap:
         if context is None or not context.request.uses_cfg:
@@ -124,9 +96,7 @@ class Selection:
             return value.picture(PASSES.index(kept)) if value.shape[0] == 2 else value
         return value.take("batch", [PASSES.index(kept)]) if value.sizes.get("batch") == 2 else value
 
-    def _select_tokens(
-        self, value: Named | AttentionMap, site: str, context: StepContext | None, budget: float
-    ) -> Value:
+    def _select_tokens(self, value: Named | AttentionMap, site: str, context: StepContext | None) -> Value:
         tokens, labels = None, None
         if self.tokens is not None:
             tokens = token_indices_at(context, site, self.tokens, self.passes == "negative")
@@ -140,7 +110,7 @@ class Selection:
                 if not -value.shape[1] <= head < value.shape[1]:
                     raise InstrumentError(f"{site!r} has {value.shape[1]} heads, so there is no head {head}.")
             queries = slice(None) if tokens is None else _image_queries(value.txt_len, value.shape[2])
-            return MapView(value, self.heads, queries, tokens, labels, budget)
+            return MapView(value, self.heads, queries, tokens, labels, self.map_budget)
 
         if tokens is not None and value.axes[-1] == "key":  # a map that an intervention replaced by a tensor
             in_encoder = context is None or context.text is not None

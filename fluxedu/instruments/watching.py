@@ -107,6 +107,18 @@ class Chain:
                 instrument.missing_words[full_name] = error.with_traceback(None)  # which would keep all frames alive
         return value
 
+    def interventions(self) -> Callable[[Sited, str, Any], Any]:
+        """A watcher with the interventions alone, in any thread: for values that a backward pass computes again."""
+        changing = [instrument for instrument in self.instruments if instrument.changes]
+
+        def watcher(owner: Sited, name: str, value: Any) -> Any:
+            full_name = site(owner, name)
+            for instrument in changing:
+                value = instrument.see(owner, name, full_name, value) if instrument.matches(full_name) else value
+            return value
+
+        return watcher
+
 
 #: what torch.compiler.disable would set, without importing the compiler: do not compile these, call them
 Chain.__call__._torchdynamo_disable = Chain.wants._torchdynamo_disable = True

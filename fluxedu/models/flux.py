@@ -55,6 +55,7 @@ class PlanAhead:
     """The plans of a whole run, ``plans.at(t)``: computed for several times in one matrix product, then discarded.
 
     times: those at which the model will be evaluated, in order; another time is planned on its own, when it is needed.
+    So is every time through which gradients flow.
     """
 
     def __init__(self, flux: Flux, times: list[float], guidance: Tensor | None, pooled: Tensor):
@@ -65,15 +66,15 @@ class PlanAhead:
         self.plans: dict[float, Plan] = {}
 
     def at(self, t: float) -> Plan:
+        if torch.is_grad_enabled():
+            return self.flux.plan(torch.tensor([t], device=self.pooled.device), self.guidance, self.pooled)
         if t not in self.plans:
             times = [t]
             if t in self.times:
                 start = min(self.times.index(t), max(len(self.times) - self.times_at_once, 0))
                 times = self.times[start : start + self.times_at_once]
-            with torch.no_grad():
-                timesteps = torch.tensor(times, device=self.pooled.device)[:, None]
-                plan = self.flux.plan(timesteps, self.guidance, self.pooled)
-            self.plans = dict(zip(times, plan, strict=True))
+            timesteps = torch.tensor(times, device=self.pooled.device)[:, None]
+            self.plans = dict(zip(times, self.flux.plan(timesteps, self.guidance, self.pooled), strict=True))
         return self.plans[t]
 
 

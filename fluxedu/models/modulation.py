@@ -109,6 +109,6 @@ def gated(x: Tensor, gate: Tensor, out: Tensor, block: Probed, site: str) -> Ten
     if block.is_watched(site):
         contribution = gate * out
         probed = block.probe(site, contribution)
-        if probed is not contribution:
+        if probed is not contribution or probed.requires_grad:
             return x + probed
     return torch.addcmul(x, gate, out)  # the same in one kernel, without the product in memory

@@ -21,6 +21,7 @@ from fluxedu.models.flux import Flux
 from fluxedu.probe import Sited
 from fluxedu.progress import progress_bar
 from fluxedu.sampling.conditions import check_pictures, encode_conditions, paste_outside
+from fluxedu.sampling.gradients import gradient_mode, leaf
 from fluxedu.sampling.images import Picture, resized, to_images, to_mask, to_tensor
 from fluxedu.sampling.latents import draw_noise
 from fluxedu.sampling.prompts import Conditioning, PromptEncoder
@@ -107,7 +108,6 @@ class FluxPipeline(Sited):
             network.to(*args, **kwargs)
         return self
 
-    @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str],
@@ -189,25 +189,33 @@ class FluxPipeline(Sited):
         height, width = (side * downscale for side in requests[0].shape)
         images, runs = [], []
         with (
+            torch.set_grad_enabled(gradient_mode() is not None),
             memory_advice(networks, self.device, height, width, txt_len),
             progress_bar(total=len(requests) * (len(times) - 1), show=progress, desc="sampling") as bar,
         ):
             with entered(context):
-                texts = self.encode(requests)
+                prompts, negative = self.encode(requests)
             # one image at a time: products of larger matrices round differently, and no image may depend on others
             for i, request in enumerate(requests):
                 with entered(replace(context, request=request, picture=i)):
-                    velocity = self.velocity_field(times, texts[i], request)
-                    noise = self.start(request, times[0])
-                    run = self.denoise(noise, times, velocity, get_solver(request.solver), bar)
-                    images.append(self.decode(run.latents[-1], request))
-                    runs.append(run)
+                    image, run = self.draw(request, times, prompts[i], negative[i], bar)
+                images.append(image)
+                runs.append(run)
         latents = torch.cat([run.latents[-1] for run in runs])
         if not trajectory:
             return Output(images, latents, None)
         all_latents = torch.cat([run.latents for run in runs], dim=1)  # [N+1, B, C, h, w]
         velocities = torch.cat([run.velocities for run in runs], dim=1)
         return Output(images, latents, Trajectory(times, all_latents, velocities))
+
+    def draw(
+        self, request: Request, times: Tensor, prompt: Conditioning, negative: Conditioning | None, bar
+    ) -> tuple[Image.Image, Trajectory]:
+        """One image: from noise at t = 1, along the velocity, to a latent at t = 0, which is decoded."""
+        velocity = self.velocity_field(request, times, prompt, negative)
+        x = self.start(request, times[0])
+        run = self.denoise(x, times, velocity, get_solver(request.solver), bar)
+        return self.decode(run.latents[-1], request), run
 
     def denoise(self, x: Tensor, times: Tensor, velocity: VelocityField, solver: Solver, bar) -> Trajectory:
         """From noise (t = 1) to the image (t = 0): the solver integrates ``dx/dt = velocity(x, t)`` along ``times``."""
@@ -216,7 +224,7 @@ class FluxPipeline(Sited):
             with at_step(step, t):
                 x = self.probe("x", x)  # [B, C, h, w] the state at the beginning of each step
                 states.append(x)
-                x, v = solver(x, t, t_next, velocity)
+                x, v = solver.checked(solver.step(x, t, t_next, velocity), x)
             velocities.append(v)
             bar.update()
         states.append(x)
@@ -224,21 +232,18 @@ class FluxPipeline(Sited):
 
     # ---------------------------------------------------------------- before and after the loop
 
-    def encode(self, requests: list[Request]) -> list[Conditioning]:
-        """Encode the prompts, each distinct one once; with classifier-free guidance, negative prompts come first."""
+    def encode(self, requests: list[Request]) -> tuple[list[Conditioning], list[Conditioning | None]]:
+        """The encoded prompt of each image, and with classifier-free guidance its negative prompt."""
         uses_cfg = requests[0].uses_cfg
-        prompts = []
-        for request in requests:
-            prompts += [request.negative_prompt, request.prompt] if uses_cfg else [request.prompt]
-        texts = self.prompt_encoder(prompts).split(2 if uses_cfg else 1)
-        return [self._add_image_prompt(request, text) for request, text in zip(requests, texts, strict=True)]
-
-    def _add_image_prompt(self, request: Request, texts: Conditioning) -> Conditioning:
-        """Redux: encode the image prompt as tokens that are appended to T5's."""
-        if request.image_prompt is None:
-            return texts
-        tokens = self.redux(request.image_prompt.to(self.device, self.dtype))  # [1, M, D]
-        return Conditioning(torch.cat([texts.txt, tokens.expand(len(texts.txt), -1, -1)], dim=1), texts.pooled)
+        texts = [text for r in requests for text in ([r.negative_prompt, r.prompt] if uses_cfg else [r.prompt])]
+        encoded = self.prompt_encoder(texts).split(1)
+        prompts = encoded[1::2] if uses_cfg else encoded
+        negative = encoded[::2] if uses_cfg else [None] * len(prompts)
+        if self.redux is not None and requests[0].image_prompt is not None:
+            images = [self.redux(r.image_prompt.to(self.device, self.dtype)) for r in requests]  # [1, M, D] each
+            prompts = [text.append(tokens) for text, tokens in zip(prompts, images, strict=True)]
+            negative = [text and text.append(tokens) for text, tokens in zip(negative, images, strict=True)]
+        return prompts, negative
 
     def times(self, request: Request) -> Tensor:
         """The schedule; for image-to-image, its last part."""
@@ -252,15 +257,19 @@ class FluxPipeline(Sited):
         x = noise.to(self.device, self.dtype)
         if request.is_image_to_image:
             x = (1 - t) * self._encode_picture(resized(request.image, request.shape, self._downscale)) + t * x
-        return self.probe("noise", x)  # [B, C, h, w] the state at the beginning of the run
+        return self.probe("noise", leaf(x))  # [B, C, h, w] the state at the beginning of the run
 
-    def velocity_field(self, times: Tensor, texts: Conditioning, request: Request) -> VelocityField:
+    def velocity_field(
+        self, request: Request, times: Tensor, prompt: Conditioning, negative: Conditioning | None = None
+    ) -> VelocityField:
         """The function ``velocity(x, t)`` that the solver integrates, with all that stays the same during the run."""
-        txt = self.probe("txt", texts.txt)  # [B, L, D] the prompt's T5 tokens, once per image: edit words here
-        pooled = self.probe("pooled", texts.pooled)  # [B, D] the prompt's CLIP vector, once per image
+        both = prompt if negative is None else negative.joined(prompt)
+        txt = self.probe("txt", leaf(both.txt))  # [B, L, D] the prompt's T5 tokens, once per image: edit words here
+        pooled = self.probe("pooled", leaf(both.pooled))  # [B, D] the prompt's CLIP vector, once per image
+        *negatives, prompt = Conditioning(txt, pooled).split(1)
         pictures = encode_conditions(request, self._encode_picture, self._downscale)
         evaluation_times = get_solver(request.solver).evaluation_times(times.tolist())
-        return VelocityField(self.flux, Conditioning(txt, pooled), pictures, request, evaluation_times)
+        return VelocityField(self.flux, prompt, *(negatives or [None]), pictures, request, evaluation_times)
 
     def decode(self, latent: Tensor, request: Request) -> Image.Image:
         """The image of a latent ``[1, C, h, w]``; for fill, with the original pixels outside the mask."""
@@ -269,7 +278,7 @@ class FluxPipeline(Sited):
         image = self.probe("image", image)  # [B, C, h, w] the image, about -1 to 1; h and w are pixels
         if request.mask is not None and request.paste:
             image = paste_outside(image, request, self._downscale)
-        return to_images(image)[0]
+        return to_images(image.detach())[0]
 
     @property
     def _downscale(self) -> int:

@@ -75,6 +75,14 @@ class Conditioning:
     txt: Tensor
     pooled: Tensor
 
+    def joined(self, other: Conditioning) -> Conditioning:
+        """Both, as one batch."""
+        return Conditioning(torch.cat([self.txt, other.txt]), torch.cat([self.pooled, other.pooled]))
+
+    def append(self, tokens: Tensor) -> Conditioning:
+        """With more tokens ``[B, M, D]`` after the text's."""
+        return Conditioning(torch.cat([self.txt, tokens], dim=1), self.pooled)
+
     def split(self, size: int) -> list[Conditioning]:
         """Batches of ``size`` prompts each."""
         return [Conditioning(*pair) for pair in zip(self.txt.split(size), self.pooled.split(size), strict=True)]

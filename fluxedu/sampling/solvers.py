@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,9 +38,8 @@ class Solver:
     step: Step
     stages: tuple[float, ...] = (0,)
 
-    def __call__(self, x: Tensor, t: float, t_next: float, velocity: Velocity) -> tuple[Tensor, Tensor]:
-        """One step, checked; raises RequestError when ``step`` does not return two tensors of x's shape."""
-        result = self.step(x, t, t_next, velocity)
+    def checked(self, result: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``step`` returned; raises RequestError unless it is two tensors of x's shape."""
         if isinstance(result, tuple) and [getattr(part, "shape", None) for part in result] == [x.shape, x.shape]:
             return result
         raise RequestError(

@@ -5,15 +5,20 @@ The pipeline sets it (``entered(context)``, ``at_step(step, time)``), instrument
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from fluxedu.errors import InstrumentError, describe
+
 if TYPE_CHECKING:
     from fluxedu.sampling.pipeline import FluxPipeline
     from fluxedu.sampling.request import Request
+
+Steps = int | Sequence[int] | slice | None
 
 # Only instruments read it, and they never run inside compiled code, so a thread-local variable is safe here.
 _thread = threading.local()
@@ -74,3 +79,37 @@ def next_evaluation(time: float) -> None:
     """The model is evaluated once more in this step, at ``time``."""
     context = current_context()
     _thread.context = context and replace(context, time=time, stage=context.stage + 1)
+
+
+# ---------------------------------------------------------------- selecting steps
+
+
+def checked_steps(steps: Steps) -> int | list[int] | slice | None:
+    """``steps``, sequences as a list; raises InstrumentError for what cannot select steps."""
+    ends = [steps.start, steps.stop, steps.step] if isinstance(steps, slice) else []
+    if steps is None or (ends and all(end is None or isinstance(end, int) for end in ends) and steps.step != 0):
+        return steps
+    try:
+        return integers(steps)
+    except TypeError:
+        raise InstrumentError(f"steps must be a number, a list of numbers or a slice, not {describe(steps)}.") from None
+
+
+def integers(values) -> int | list[int]:
+    """A whole number, or a list of them from any iterable of them; raises TypeError."""
+    if isinstance(values, (str, bytes, bool)):
+        raise TypeError
+    try:
+        return operator.index(values)
+    except TypeError:  # several; an array of length 1 has __index__ too
+        return [operator.index(value) for value in values]
+
+
+def is_selected(steps: Steps, step: int | None, count: int | None) -> bool:
+    """Whether ``step`` (of ``count`` steps, if known) is one of ``steps``; negative numbers count from the end."""
+    if steps is None or step is None:
+        return True
+    if isinstance(steps, slice):
+        return step in range(*steps.indices(count if count is not None else step + 1))
+    selected = [steps] if isinstance(steps, int) else steps
+    return step in [s + count if s < 0 and count is not None else s for s in selected]

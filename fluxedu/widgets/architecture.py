@@ -16,10 +16,10 @@ from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import MapView, Value, to_named
-from fluxedu.instruments.selection import Steps
 from fluxedu.plots import PART_COLOURS
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.solvers import from_strength
+from fluxedu.sampling.step_context import Steps
 from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Explorer, View, check_request, explorer, time_slider
 from fluxedu.widgets.panels import Boxes, Pixels, diverging, resize_table, sequential
 

@@ -23,11 +23,10 @@ from fluxedu.instruments.lenses.run import (
     run_recorded,
 )
 from fluxedu.instruments.recorder import record
-from fluxedu.instruments.selection import Steps
 from fluxedu.probe import Sited
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.solvers import get_solver
-from fluxedu.sampling.step_context import StepContext, current_context
+from fluxedu.sampling.step_context import StepContext, Steps, current_context
 from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Chips, Choice, Explorer, View, check_request, explorer, time_slider
 from fluxedu.widgets.panels import Pixels, downscale, overlay, overlay_colours, to_rgb, upscale
 
@@ -133,7 +132,7 @@ class QueryKeyRecorder(record):
     def _choose(self, context: StepContext, q: torch.Tensor) -> None:
         evaluations = len(get_solver(context.request.solver).stages)
         nbytes = 2 * q.nbytes // len(q) * evaluations  # queries and keys of one block and step
-        budget = self.storage.budget.limit
+        budget = self.budget.limit
         names, affordable = blocks_of(context.pipe), int(budget // nbytes)
         steps = evenly_spaced(context.steps, max(affordable // len(names), 1))
         self.selection.steps = steps

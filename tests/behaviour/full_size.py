@@ -19,6 +19,7 @@ from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import Value
 from fluxedu.instruments.storage import Storage
 from fluxedu.models import FluxConfig
+from fluxedu.sampling.step_context import current_context
 from fluxedu.widgets.architecture import COLUMNS, ROWS, as_table
 
 DEV = FluxConfig.variant("dev")
@@ -62,20 +63,20 @@ def count_factor(rec: record, site: str, context) -> float:
 
 def measure() -> None:
     """Count this way for the rest of this process."""
-    see, add, values_held = record.see, Storage.add, Storage._values_held
+    see, add, values_held = record.see, Storage.add, Storage.values_held
     current: dict = {}  # the recorder that sees a value now, and how many times larger the real value is
 
     def note_and_see(self, *arguments):
         current["recorder"] = self
         return see(self, *arguments)
 
-    def measure_and_add(self, site, key, value, context, *rest):
+    def measure_and_add(self, site, key, value):
         rec = current["recorder"]
-        current["larger"] = 1 if value is None else size_factor(rec, value) * count_factor(rec, site, context)
-        add(self, site, key, value, context, *rest)
+        current["larger"] = size_factor(rec, value) * count_factor(rec, site, current_context())
+        add(self, site, key, value)
 
-    def more_values(self, *arguments):
-        return values_held(self, *arguments) * current["larger"] / UNIT
+    def more_values(self, key):
+        return values_held(self, key) * current["larger"] / UNIT
 
-    record.see, Storage.add, Storage._values_held = note_and_see, measure_and_add, more_values
+    record.see, Storage.add, Storage.values_held = note_and_see, measure_and_add, more_values
     recorder.BUDGET = int(recorder.BUDGET / UNIT)

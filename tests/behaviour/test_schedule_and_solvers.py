@@ -59,7 +59,7 @@ def test_strength_is_a_share_of_the_steps():
 
 def integrate(solver, velocity, x, times):
     for t, t_next in zip(times, times[1:], strict=False):
-        x, _ = SOLVERS[solver](x, t, t_next, velocity)
+        x, _ = SOLVERS[solver].step(x, t, t_next, velocity)
     return x
 
 
@@ -81,7 +81,7 @@ def test_order_of_convergence(solver, order):
 def test_one_step_by_hand():
     """``v = 2 x + t`` from x = 1, t = 1 to t = 0.5, where v(1, 1) = 3."""
     velocity = lambda x, t: 2 * x + t  # noqa: E731
-    steps = {s: [float(y) for y in SOLVERS[s](torch.tensor(1.0), 1.0, 0.5, velocity)] for s in SOLVERS}
+    steps = {s: [float(y) for y in SOLVERS[s].step(torch.tensor(1.0), 1.0, 0.5, velocity)] for s in SOLVERS}
     assert steps["euler"] == pytest.approx([1 - 0.5 * 3, 3])
     assert steps["midpoint"] == pytest.approx([1 - 0.5 * (2 * 0.25 + 0.75), 3])
     assert steps["heun"] == pytest.approx([1 - 0.25 * (3 + (2 * -0.5 + 0.5)), 3])

@@ -12,10 +12,9 @@ from fluxedu.instruments.lenses.run import LensRun, lens, patch_grid, stack_bloc
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import Value, head_mean, rows, step_mean, to_named
-from fluxedu.instruments.selection import Steps
 from fluxedu.instruments.tokens import text_tokens, token_indices
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.sampling.step_context import current_context
+from fluxedu.sampling.step_context import Steps, current_context
 
 
 @lens

@@ -117,6 +117,6 @@ def _run_with_velocity(pipe: FluxPipeline, prompt: str, options: dict) -> tuple[
 
     with intervene("sample.noise", keep_request):
         out = pipe(prompt, **({"progress": False} | options | {"trajectory": True}))
-    (texts,) = pipe.encode(requests[:1])
-    velocity = pipe.velocity_field(out.trajectory.times, texts, requests[0])
+    (encoded,), (negative,) = pipe.encode(requests[:1])
+    velocity = pipe.velocity_field(requests[0], out.trajectory.times, encoded, negative)
     return out, velocity

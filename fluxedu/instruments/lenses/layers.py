@@ -23,12 +23,11 @@ from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.recording import StepKey
 from fluxedu.instruments.reductions import StepReduction, Value, to_named
-from fluxedu.instruments.selection import Steps
 from fluxedu.instruments.watching import Instrument
 from fluxedu.progress import progress_bar
 from fluxedu.sampling.latents import unpack
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.sampling.step_context import current_context
+from fluxedu.sampling.step_context import Steps, current_context
 
 KINDS = ("shift", "scale", "gate")
 Times = int | Sequence[float] | Tensor

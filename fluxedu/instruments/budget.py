@@ -1,0 +1,46 @@
+"""The memory budget of a recording: a run that would exceed it ends after its first step, not at the end of memory."""
+
+from __future__ import annotations
+
+from fluxedu.errors import BudgetError, InstrumentError, describe
+
+
+class Budget:
+    """The bytes that a recording will hold by the end of the run, known as soon as one value per site has passed."""
+
+    def __init__(self, limit: float, to_folder: bool):
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 0:
+            raise InstrumentError(f"budget must be a number of bytes, not {describe(limit)}.")
+        self.limit, self.to_folder = limit, to_folder
+        self.expected: dict[tuple, int] = {}  # (site, purpose) -> bytes
+        self.total = 0
+        self.exceeded_at: tuple[int, int, int] | None = None  # the step in which the total passed the limit
+        self.raised = False
+
+    def allows(self, site: str, purpose: int | str | None, nbytes: int, step_id: tuple[int, int, int]) -> bool:
+        """Whether ``nbytes`` may be held for ``site``; they replace what was expected for the same purpose.
+
+        The step that exceeds the limit is completed, so that the error can name the size of the whole recording; the
+        next one raises it.
+        """
+        if self.exceeded_at not in (None, step_id):
+            raise self.error()
+        self.total += nbytes - self.expected.get((site, purpose), 0)
+        self.expected[site, purpose] = nbytes
+        if self.exceeded_at is None and self.total > self.limit:
+            self.exceeded_at = step_id
+        return self.exceeded_at is None
+
+    def check(self) -> None:
+        """Raises the BudgetError that was not raised yet, because the run ended within the first step."""
+        if self.exceeded_at is not None and not self.raised:
+            raise self.error()
+
+    def error(self) -> BudgetError:
+        self.raised = True
+        folder = "" if self.to_folder else "write to a folder (to=...), "
+        return BudgetError(
+            f"recording at least {len({site for site, _ in self.expected})} sites needs at least {self.total:,} bytes, "
+            f"but the budget is {self.limit:,}; record fewer sites, steps or heads, "
+            f"reduce (reduce='head-mean', tokens=[...]), {folder}or allow more (budget={self.total})."
+        )
