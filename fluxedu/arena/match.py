@@ -215,13 +215,10 @@ class Arena:
     def _issue(self, voter: str, axis: str, questions: dict[tuple[str, int], Question]) -> Ballot:
         who = JUDGE if voter == JUDGE else "people"
         rng = np.random.default_rng([self.seed, self.votes.issued()])
-        m = len(self.names)
-        wins = win_matrix(tally(self.names, self._outcomes(axis, who)), m)
-        pending = np.zeros((m, m))
-        for left, right, n in self.votes.pending(axis, who):
-            if {left, right} <= set(self.names):
-                pending[self.names.index(left), self.names.index(right)] += n
-        for i, j in rank_pairs(wins, rng, pending):
+        pending = [(a, b, 1, n) for a, b, n in self.votes.pending(axis, who) if {a, b} <= set(self.names)]
+        tables = (tally(self.names, votes) for votes in (self._outcomes(axis, who), pending))
+        wins, on_screen = (win_matrix(rows, len(self.names)) for rows in tables)
+        for i, j in rank_pairs(wins, rng, on_screen):
             left, right = self.names[i], self.names[j]
             shown = self.votes.shown(axis, (left, right), who, voter)
             unseen = [key for key in questions if shown.get(key, (0, 0))[1] == 0]
@@ -271,9 +268,7 @@ class Arena:
 
 def prompt_following(verdict: Verdict) -> float:
     """The share of the prompt's claims that hold; 1 means that all hold and nothing else is in the image."""
-    claims = (verdict.background, *verdict.colors, *verdict.forms, *verdict.sizes, *verdict.relations)
-    held = [ok for ok in claims if ok is not None] + [not verdict.extra]
-    return sum(held) / len(held)
+    return float(np.mean([*verdict.results, not verdict.extra]))
 
 
 def score(axis: str, images: Sequence, claim: Claim) -> tuple[float, ...]:

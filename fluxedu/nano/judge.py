@@ -114,10 +114,15 @@ class Verdict:
         return len(self.detections.objects) - (len(self.matched) - self.missing)
 
     @property
+    def results(self) -> list[bool]:
+        """For each claim that was made, whether it holds."""
+        claims = (self.background, *self.colors, *self.forms, *self.sizes, *self.relations)
+        return [ok for ok in claims if ok is not None]
+
+    @property
     def everything(self) -> bool:
         """True if every claim holds and there are exactly as many objects as claimed."""
-        claims = (self.background, *self.colors, *self.forms, *self.sizes, *self.relations)
-        return not self.extra and not self.missing and False not in claims
+        return not self.extra and not self.missing and all(self.results)
 
 
 # ---------------------------------------------------------------- detecting objects

@@ -36,12 +36,6 @@ class GuidanceSweep:
     latent_rms: Sequence[float]
 
 
-def checked_claims(verdict: Verdict) -> list[bool]:
-    """For each claim that was made, whether it holds."""
-    results = (verdict.background, *verdict.colors, *verdict.forms, *verdict.sizes, *verdict.relations)
-    return [ok for ok in results if ok is not None]
-
-
 def sweep(
     pipe: FluxPipeline,
     prompt: str,
@@ -61,7 +55,7 @@ def sweep(
         out = pipe(check_one_prompt(prompt), **(request | {"seed": seeds, "guidance": scale, "progress": False}))
         images.append([to_rgb(image) for image in out.images])
         verdicts.append([judge(image, claim) for image in out.images])
-        results = [ok for verdict in verdicts[-1] for ok in checked_claims(verdict)]
+        results = [ok for verdict in verdicts[-1] for ok in verdict.results]
         correct.append(sum(results) / len(results))
         differ.append(diversity([verdict.detections for verdict in verdicts[-1]]))
         latent_rms.append(float(out.latents.float().square().mean().sqrt()))
@@ -71,7 +65,7 @@ def sweep(
 def guidance_view(run: GuidanceSweep, cell: tuple[int, int]) -> View:
     """A contact sheet (rows: guidance scales, columns: seeds), one of its images, and curves over the scale."""
     row, column = cell
-    results, scale = checked_claims(run.verdicts[row][column]), run.scales[row]
+    results, scale = run.verdicts[row][column].results, run.scales[row]
     series = {
         "share of claims that hold": run.correct,
         "diversity over seeds": run.diversity,

@@ -122,8 +122,8 @@ class Panel:
         return None
 
     def message(self) -> dict[str, Any]:
-        """The panel as the browser receives it."""
-        return {"kind": self.kind, "title": self.title, "pointer": self.pointer}
+        """The panel as the browser receives it: its kind and its fields, with arrays as bytes or lists."""
+        return {"kind": self.kind} | vars(self)
 
     def paint(self, ax: Axes) -> None:
         """Draw the panel, without its title, on matplotlib axes."""
@@ -158,18 +158,16 @@ class Pixels(Panel):
         ]
 
     def message(self) -> dict[str, Any]:
-        height, width = self.image.shape[:2]
-        return super().message() | {
-            "width": width,
-            "height": height,
+        message = super().message() | {
+            "height": self.image.shape[0],
+            "width": self.image.shape[1],
             "data": np.ascontiguousarray(self.image, np.uint8).tobytes(),
-            "cells": list(self.cells),
-            "mark": None if self.mark is None else list(self.mark),
-            "key": None if self.key is None else list(self.key),
             "colours": self._key_colours() if self.key else [],
             "rows": list(map(str, self.rows)),
             "columns": list(map(str, self.columns)),
         }
+        del message["image"]
+        return message
 
     def paint(self, ax: Axes) -> None:
         height, width = self.image.shape[:2]
@@ -218,8 +216,7 @@ class Lines(Panel):
 
     def message(self) -> dict[str, Any]:
         series = [{"name": name, "y": rounded(y)} for name, y in self.series.items()]
-        labels = {"x_label": self.x_label, "y_label": self.y_label, "colours": list(COLOURS)}
-        return super().message() | {"x": rounded(self.x), "series": series, "mark": self.mark} | labels
+        return super().message() | {"x": rounded(self.x), "series": series, "colours": COLOURS}
 
     def paint(self, ax: Axes) -> None:
         for (name, y), colour in zip(self.series.items(), COLOURS, strict=False):
@@ -255,9 +252,7 @@ class Points(Panel):
 
     def message(self) -> dict[str, Any]:
         points = {"xy": rounded(self.xy), "arrows": rounded(self.arrows), "group": list(map(int, self.group))}
-        labels = {"groups": list(self.groups), "x_label": self.x_label, "y_label": self.y_label}
-        frame = {"limits": list(self.limits), "mark": self.mark, "colours": list(COLOURS)}
-        return super().message() | points | labels | frame
+        return super().message() | points | {"groups": list(self.groups), "colours": COLOURS}
 
     def paint(self, ax: Axes) -> None:
         for g, (name, colour) in enumerate(zip(self.groups, COLOURS, strict=False)):
@@ -292,10 +287,6 @@ class Boxes(Panel):
     size: tuple[float, float]
     mark: int = 0
     kind = "boxes"
-
-    def message(self) -> dict[str, Any]:
-        boxes, arrows = [list(box) for box in self.boxes], [list(path) for path in self.arrows]
-        return super().message() | {"boxes": boxes, "arrows": arrows, "size": list(self.size), "mark": self.mark}
 
     def paint(self, ax: Axes) -> None:
         hide_axes(ax).set(xlim=(0, self.size[0]), ylim=(self.size[1], 0), aspect="equal")

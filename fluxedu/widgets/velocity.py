@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fluxedu.sampling.pipeline import FluxPipeline
@@ -30,25 +31,18 @@ def plane(ends: Tensor, group: Sequence[int]) -> tuple[Tensor, Tensor]:
     one group) the ends vary most.
     """
     mean, which = ends.mean(0), torch.as_tensor(group)
-    rest, directions = ends - mean, []
+    rest, directions = ends - mean, ends[:0]
     if which.max() > 0:
         between = ends[which == 1].mean(0) - ends[which == 0].mean(0)
-        directions.append(between / between.norm())
+        directions = F.normalize(between[None], dim=-1)
     generator = torch.Generator().manual_seed(0)
     while len(directions) < 2:
-        rest = _orthogonal_part(rest, directions)
+        rest = rest - rest @ directions.T @ directions  # what is orthogonal to the directions so far
         if float(rest.norm()) < 1e-3 * float(ends.norm()):  # too few images: any other direction will do
             random = torch.randn(1, ends.shape[1], generator=generator).to(ends)
-            rest = _orthogonal_part(random, directions)
-        directions.append(torch.linalg.svd(rest, full_matrices=False)[2][0])
-    return mean, torch.stack(directions)
-
-
-def _orthogonal_part(x: Tensor, directions: Sequence[Tensor]) -> Tensor:
-    """The part of ``x [P, D]`` that is orthogonal to all of ``directions``."""
-    for direction in directions:
-        x = x - (x @ direction)[:, None] * direction
-    return x
+            rest = random - random @ directions.T @ directions
+        directions = torch.cat([directions, torch.linalg.svd(rest, full_matrices=False)[2][:1]])
+    return mean, directions
 
 
 def velocity_view(

@@ -7,7 +7,7 @@ import fluxedu as fe
 from fluxedu.errors import InstrumentError
 from fluxedu.nano.judge import detect, diversity, judge
 from fluxedu.nano.scenes import Claim, render, sample_scene
-from fluxedu.widgets.guidance import checked_claims, guidance, sweep
+from fluxedu.widgets.guidance import guidance, sweep
 from fluxedu.widgets.panels import to_rgb
 
 PROMPT = "a red circle left of a blue square on a white background"
@@ -28,10 +28,10 @@ def test_every_cell_is_an_image_and_its_verdict(pipe, run):
     out = pipe(PROMPT, seed=1, steps=6, guidance=6.0, progress=False)
     assert np.array_equal(run.images[1][1], to_rgb(out.images[0]))
     assert run.verdicts[1][1] == judge(out.images[0], CLAIM)
-    results = [ok for verdict in run.verdicts[1] for ok in checked_claims(verdict)]
+    results = [ok for verdict in run.verdicts[1] for ok in verdict.results]
     assert run.correct[1] == pytest.approx(np.mean(results))
     view = guidance({"built in": run}).set(cell=(1, 1)).current_view()
-    correct = sum(checked_claims(run.verdicts[1][1]))  # of background, 2 colours, 2 forms, size and relation
+    correct = sum(run.verdicts[1][1].results)  # of background, 2 colours, 2 forms, size and relation
     assert f"{correct} of 7 claims hold" in view.text
     assert np.array_equal(view.panels[1].image, run.images[1][1])
     assert view.panels[2].mark == 6.0
@@ -46,7 +46,7 @@ def test_curves_match_the_judge_and_the_latents(pipe, run):
 def test_only_what_was_claimed_is_checked():
     scene = sample_scene(np.random.default_rng(1))
     unclaimed = Claim(tuple((t.color, t.form, None) for t in scene.objects), (), None)
-    results = checked_claims(judge(render(scene), unclaimed))
+    results = judge(render(scene), unclaimed).results
     assert len(results) == 2 * len(scene.objects) and all(results)
 
 
