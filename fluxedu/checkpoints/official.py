@@ -113,6 +113,8 @@ def find(
             faults += search.faults
         else:
             parts[part] = found
+            if part == "transformer" and found.is_file():  # which may hold the other parts too
+                parts |= dict.fromkeys(_parts_of(found), found)
     if missing and faults:
         raise faults[0]
     if missing:
@@ -235,14 +237,13 @@ class _Search:
     def _at_the_top(self, folder: Path) -> Path | None:
         """A file or an index directly in ``folder`` that holds this part and fits the transformer.
 
-        Of several, the transformer's own file comes first, then the files of the variant, then the largest (fp16 before
-        fp8). Raises CheckpointError if that leaves several.
+        Of several, the files of the variant come first, then the largest encoder (fp16 before fp8). Raises
+        CheckpointError if that leaves several.
         """
         files = [file for end in ("safetensors", "sft", "safetensors.index*.json") for file in folder.glob(f"*.{end}")]
         files = [f for f in sorted(files) if f.is_file() and not re.search(r"-\d{5}-of-\d{5}", f.name)]
         fitting = {path: size for path in files if (size := self._size_if_fitting(path))}
-        own = [path for path in fitting if path == self.parts.get("transformer")]
-        found = own or [path for path in fitting if variant_of_file(path) == self.variant] or list(fitting)
+        found = [path for path in fitting if variant_of_file(path) == self.variant] or list(fitting)
         if self.part != "transformer":
             found = [path for path in found if fitting[path] == max(fitting[path] for path in found)]
         if len(found) > 1:

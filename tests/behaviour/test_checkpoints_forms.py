@@ -20,6 +20,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWit
 from transformers import T5Config as TheirT5Config
 
 from fluxedu.checkpoints import convert, convert_file, load_into, load_model, read, reading
+from fluxedu.checkpoints import save_file as our_save_file
 from fluxedu.errors import CheckpointError
 from fluxedu.models import AutoEncoder, CLIPTextEncoder, Flux, T5Encoder
 
@@ -290,6 +291,18 @@ def test_scaled_fp8_of_a_text_encoder_in_an_all_in_one_file(tmp_path):
     save_file(mixed, tmp_path / "all.safetensors")
     same(load_model(tmp_path / "all.safetensors", T5, dtype=torch.float32, part="text_encoder_2").state_dict(), values)
     same(load_model(tmp_path / "all.safetensors", FLUX).state_dict(), state_of("transformer"))
+
+
+@pytest.mark.parametrize("other", [torch.float16, torch.float32])
+def test_dequantised_weights_get_the_dtype_of_the_unscaled_ones(tmp_path, other):
+    """Not fp8, in which most bytes are; and a scale at the end of the file is read."""
+    state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in state_of("transformer").items()}
+    state |= {name: tensor.to(other) for name, tensor in state_of("transformer").items() if name.endswith("bias")}
+    our_save_file(state | {"img_in.weight_scale": torch.tensor([0.3])}, tmp_path / "f.safetensors")
+    tensors = read(tmp_path / "f.safetensors")
+    assert tensors.dtypes["img_in.weight"] == tensors["img_in.weight"].dtype == other
+    assert torch.equal(tensors["img_in.weight"], (state["img_in.weight"].float() * 0.3).to(other))
+    assert tensors["txt_in.weight"].dtype == torch.float8_e4m3fn
 
 
 def test_fp8_without_a_scale_is_a_cast(tmp_path):

@@ -200,8 +200,8 @@ def test_an_all_in_one_file_uses_all_its_parts(cache, tmp_path, inside):  # noqa
     STATES_BEFORE = dict(STATES)
     state = {prefix + n: t for name, prefix in prefixes.items() for n, t in other[name].items()}
     write(tmp_path / "box" / "all.safetensors", state | {"text_encoders.clip_l.logit_scale": torch.ones(())})
-    if inside:
-        write(tmp_path / "box" / "ae.safetensors", STATES["ae"])
+    write(tmp_path / "box" / "ae.safetensors", STATES["ae"])
+    write(tmp_path / "box" / "clip.safetensors", STATES["clip"])
     pipe = fe.load(tmp_path / "box" / "all.safetensors" if inside else tmp_path / "box")
     for name, network in pipe.networks().items():
         assert all(torch.equal(t, other[name][n]) for n, t in network.state_dict().items())
