@@ -41,15 +41,19 @@ course.where(pipe, "double")
 #
 # ## Predict
 #
-# A token's size is the root mean square of its numbers. For the last question: below 1 % of the latent's size counts as
-# 'not', below 10 % as 'a little'.
+# We measure the size of a token by the root mean square of its numbers. For the last question, a change of less than 1
+# % of the latent's length counts as 'not', and below 10 % as 'a little'.
 
 # %%
-work = fe.predict("Two streams have twice the weights. How many times as many operations do they need?", 1)  # answer
-larger = fe.predict("After the double blocks, which tokens are larger: 'text' or 'image'?", "text")  # answer
-feeds = fe.predict("What adds more to text tokens in the last double block: 'attention' or 'MLP'?", "MLP")  # answer
-borrowed = fe.predict(
-    "The text stream gets the image stream's weights. The latent changes: 'not', 'a little' or 'much'?", "much"
+operations_ratio = fe.predict(
+    "Two sets of weights instead of one: how many times as many operations does the block need?", 1
+)  # answer
+larger_tokens = fe.predict("After the double blocks, which tokens are larger: 'text' or 'image'?", "text")  # answer
+larger_term = fe.predict(
+    "What adds more to text tokens in the last double block: 'attention' or 'MLP'?", "MLP"
+)  # answer
+shared_weights = fe.predict(
+    "The text stream gets the image stream's weights. Does the latent change 'not', 'a little' or 'much'?", "much"
 )  # answer
 
 # %% [markdown]
@@ -103,8 +107,8 @@ with torch.no_grad():
 # %% [markdown]
 # ## What two streams cost
 #
-# They need twice the memory for weights, but no more computation: each token goes through one set of weights, whichever
-# it is. Count the operations of the block as it is, and with the image stream's weights for both streams.
+# They need twice the memory for weights, but no more computation: each token goes through one set of weights only.
+# Count the operations of the block as it is, and with the image stream's weights for both streams.
 
 # %%
 from torch.utils.flop_counter import FlopCounterMode
@@ -120,12 +124,12 @@ def with_shared_weights(block: nn.Module, source: str, parts: tuple[str, ...] = 
 
 
 operations = {}
-for name, one in {"two streams": block, "one set of weights": with_shared_weights(block, "img")}.items():
+for name, variant in {"two streams": block, "one set of weights": with_shared_weights(block, "img")}.items():
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        one(img, txt, one.plan(vec), rope)
+        variant(img, txt, variant.plan(vec), rope)
     operations[name] = flops.get_total_flops()
-    print(f"{name:18} {sum(p.numel() for p in one.parameters()):>9,} weights, {operations[name]:,} operations")
-work.against(operations["two streams"] / operations["one set of weights"])
+    print(f"{name:18} {sum(p.numel() for p in variant.parameters()):>9,} weights, {operations[name]:,} operations")
+operations_ratio.against(operations["two streams"] / operations["one set of weights"])
 
 with meta_init():  # names and shapes only
     official = DoubleStreamBlock(FluxConfig.variant("dev"))
@@ -157,7 +161,9 @@ left.set_xlabel("block that the tokens enter")
 left.set_ylabel("root mean square of a token")
 left.set_ylim(bottom=0)
 left.legend()
-left.set_title("Text tokens become several times as large as image tokens", fontsize=10)
+entering = [float(rms_over_tokens(sizes.tensor[config.depth, step], tokens)) for tokens in token_ranges.values()]
+size_ratio = entering[0] / entering[1]
+left.set_title(f"After the double blocks, text tokens are {size_ratio:.1f} times as large as image tokens", fontsize=9)
 
 bars = {}
 for name, tokens in token_ranges.items():
@@ -165,21 +171,21 @@ for name, tokens in token_ranges.items():
         bars[f"{name}\n{part}"] = float(rms_over_tokens(added.tensor[1, i, step], tokens))
 right.bar(list(bars), list(bars.values()), color=[colours[label.split("\n")[0]] for label in bars])
 right.set_ylabel("size of what double.1 adds")
-right.set_title("In double.1 the MLP adds most to text tokens", fontsize=10)
+to_text = bars["text\nMLP"] / bars["text\nattention"]
+right.set_title(f"To text tokens, the MLP adds {to_text:.1f} times as much as the attention", fontsize=9)
 plt.show()
 
-entering = [float(rms_over_tokens(sizes.tensor[config.depth, step], tokens)) for tokens in token_ranges.values()]
-larger.against("text" if entering[0] > entering[1] else "image")
-feeds.against("MLP" if bars["text\nMLP"] > bars["text\nattention"] else "attention")
+larger_tokens.against("text" if entering[0] > entering[1] else "image")
+larger_term.against("MLP" if to_text > 1 else "attention")
 
 # %% [markdown]
-# T5's vectors are large and the same in every step; the text stream changes them mostly by its MLP, that is, token by
-# token. The image tokens start small, as noise, and the first block's attention adds more to them than they had. A
-# shared set of weights would have to suit both kinds of tokens.
+# T5's vectors are large and the same in every step; the text stream changes them mostly by its MLP, that is, each token
+# separately. The image tokens start small, and what the first block's attention adds to them is larger than they were.
+# A shared set of weights would have to suit both kinds of tokens.
 #
-# The explorer shows all of it: choose which value shades words and patches, then move through blocks and time (Tab,
-# then the arrow keys; or use the mouse). In `double.1`, shade by *attention adds*: which words receive most? Then
-# choose *MLP adds*.
+# The explorer shows these sizes for each token: choose which value shades words and patches, then move through blocks
+# and time (Tab, then the arrow keys; or use the mouse). In `double.1`, shade by *attention adds*: to which words does
+# it add most? Then choose *MLP adds*.
 
 # %%
 from fluxedu.widgets.streams import streams
@@ -195,8 +201,8 @@ streams(pipe, prompt, seed=4, progress=False)
 # %%
 if passed:
     with fe.swap("double.*", lambda old: Block(config.hidden_size, config.num_heads, config.mlp_hidden), pipe):
-        again = pipe(prompt, seed=4, progress=False)
-    difference = (again.latents - reference.latents).norm() / reference.latents.norm()
+        out = pipe(prompt, seed=4, progress=False)
+    difference = (out.latents - reference.latents).norm() / reference.latents.norm()
     print("the latent stays the same, to 1 in 1,000:", bool(difference < 1e-3))
 else:
     print("solve the exercises above first; then run this cell again")
@@ -204,8 +210,9 @@ else:
 # %% [markdown]
 # ## Break it
 #
-# Take something away from both double blocks and draw with the same seed again. We measure how far the final latent is
-# from the right one, relative to its size; for comparison, the first line is an unrelated image.
+# We take something away from both double blocks and generate the image again with the same seed. We measure the
+# distance of the final latent from the original one, relative to its length. For comparison, the first line has the
+# distance of an unrelated image.
 
 # %%
 from fluxedu.instruments.ablation import ablate
@@ -239,7 +246,7 @@ outs, changes = [reference], {}
 
 
 def report(name: str, out) -> None:
-    """Print how far the latent is from the right one."""
+    """Print the distance of the latent from the original one."""
     changes[name] = float((out.latents - reference.latents).norm() / reference.latents.norm())
     print(f"{name:28} " + (f"{changes[name]:.0%}" if changes[name] < 3 else "more than 300%"))
 
@@ -251,7 +258,7 @@ for name, change in breaks.items():
     report(name, outs[-1])
 
 by_sharing = changes["text uses image weights"]
-borrowed.against("much" if by_sharing > 0.1 else "a little" if by_sharing > 0.01 else "not")
+shared_weights.against("much" if by_sharing > 0.1 else "a little" if by_sharing > 0.01 else "not")
 
 # %%
 from textwrap import fill
@@ -261,17 +268,17 @@ for ax, out, name in zip(axes, outs, ["unchanged", *breaks]):
     ax.imshow(out.images[0])
     ax.set_title(fill(name, 16), fontsize=9)
     ax.axis("off")
-fig.suptitle("In a trained model, neither stream works with the other stream's weights", fontsize=11)
+fig.suptitle(f"With the image stream's weights for the text, the latent changes by {by_sharing:.0%}", fontsize=11)
 plt.show()
 
 # %% [markdown]
-# In this run, giving a stream the other's weights is worse than skipping the stream. Look at the last image, too: with
-# no attention from patches to text in these blocks, the scene is drawn nevertheless, because the single blocks that
-# follow attend to the text as well. They are the topic of the next notebook.
+# In this run, giving a stream the other stream's weights is worse than skipping the stream. Look at the last image,
+# too: although patches cannot attend to text in these blocks, the scene is drawn, because patches attend to the text in
+# the single blocks as well. These are the topic of the next notebook.
 #
-# What does this experiment show? That the trained weights of one stream do not fit the other. It does not show that a
-# model *needs* two streams: for that, one would have to train two models, one with shared and one with separate
-# weights, and compare them. And the order of the lines above is that of a single seed, which other seeds can reverse.
+# The experiment shows that the trained weights of one stream do not fit the other. It does not show that a model
+# *needs* two streams: for that, one would have to train two models, one with shared and one with separate weights, and
+# compare them. Moreover, the lines above come from a single seed, and with another seed their order can be different.
 # The distance counts every patch alike, background included, so look at the images as well.
 #
 # ## In five lines
@@ -279,8 +286,8 @@ plt.show()
 # 1. A double block applies the same functions to each stream, before and after one joint attention.
 # 2. The streams share no weights, and they exchange information only in the attention.
 # 3. Two sets of weights double the memory and do not change the amount of computation.
-# 4. In the miniature the text tokens are the larger ones, and their MLP adds most to them; to image tokens the
-#    attention adds most in the first block, and attention and MLP about the same in the second.
+# 4. In the miniature the text tokens are the larger ones, and the MLP adds more to them than the attention. To image
+#    tokens the attention adds more in the first block, and both add about the same in the second.
 # 5. A residual step is x + gate · f(x): first the attention, then the MLP on the new x.
 #
 # **Questions people ask**: *Where does FLUX explain its design?* Hardly anywhere: it was released without a report
