@@ -6,8 +6,8 @@
 # show that the block's two wide matrices are the usual six in a different arrangement, write the block, and put it into
 # the trained model.
 #
-# Afterwards you can undo the fusion in either direction, measure what each half of a block contributes, and say what
-# the text tokens are still needed for.
+# Afterwards you can split the two wide matrices and put them together again, measure what attention and MLP each
+# contribute, and say what the text tokens are needed for in these blocks.
 #
 # 55 minutes · needs notebook 07
 
@@ -45,18 +45,21 @@ def relative_change(out) -> float:
 #
 # ## Predict
 #
-# We call a change of the final latent “none” below 1 % of its length, “small” below 10 %, and “large” from there on.
+# We call a change of the final latent “none” if it is below 1 % of the latent's length, “small” below 10 %, and “large”
+# otherwise.
 
 # %%
-ratio = fe.predict("In FLUX.1, a double block has how many times as many weights as a single block?", 2.4)  # answer
-last = fe.predict(
-    "The last single block does not update the text tokens. Change of the image: none / small / large", "none"
+weights_ratio = fe.predict(
+    "How many times as many weights as a single block does a double block of FLUX.1 have?", 2.4
 )  # answer
-needs = fe.predict(
-    "Image patches may not attend to text. In which blocks does this change the image more? double / single", "single"
+last_update = fe.predict(
+    "The last single block does not update the text tokens. How large is the change? none / small / large", "none"
 )  # answer
-order = fe.predict(
-    "The MLP runs after the attention, not in parallel. Change of the image: none / small / large", "large"
+text_needed = fe.predict(
+    "In which blocks is the change larger if patches may not attend to text? double / single", "single"
+)  # answer
+serial_effect = fe.predict(
+    "The MLP runs after the attention, not in parallel. How large is the change? none / small / large", "large"
 )  # answer
 
 # %% [markdown]
@@ -74,7 +77,7 @@ order = fe.predict(
 #
 # $$W_2 \begin{bmatrix} a \\ h \end{bmatrix} = W_a\, a + W_h\, h \qquad \text{with} \qquad W_2 = [\,W_a \;\; W_h\,]$$
 #
-# So `linear2` contains two layers and the addition of their outputs.
+# So `linear2` contains two layers, and adds their outputs.
 
 # %% exercise="single.split"
 
@@ -103,7 +106,7 @@ with torch.no_grad():
     x, attn_out, hidden = (torch.randn(7, n).to(device, pipe.dtype) for n in (dim, dim, mlp_hidden))
     q_k_v_mlp = split_rows(block.linear1, [dim, dim, dim, mlp_hidden])
     separate = torch.cat([layer(x) for layer in q_k_v_mlp], dim=-1)
-    print("linear1 equals the four separate layers:", torch.allclose(block.linear1(x), separate, atol=1e-5))
+    print("linear1 equals four separate layers:", torch.allclose(block.linear1(x), separate, atol=1e-5))
     if passed:
         fused = fuse(*q_k_v_mlp)
         print("split and fused again, linear1 is bit-identical:", torch.equal(fused.weight, block.linear1.weight))
@@ -113,10 +116,10 @@ with torch.no_grad():
         print("linear2 equals two layers and a sum:", torch.allclose(fused, separate, atol=1e-4))
 
 # %% [markdown]
-# Fusion does not change the result. It saves overhead: a GPU computes two wide products instead of six narrow ones.
-# What does change the function is that the MLP no longer reads the output of the attention: both run **in parallel** on
-# the same input (arXiv 2302.05442 does this in a vision transformer). With shift, scale and gate from the modulation,
-# and LN for layer normalisation, the block computes
+# Fusing matrices does not change the result. It saves overhead: a GPU computes two wide products instead of six narrow
+# ones. Another difference from a usual block does change the result: the MLP does not read the output of the attention.
+# Both run **in parallel** on the same input (arXiv 2302.05442 does this in a vision transformer). With shift, scale and
+# gate from the modulation, and LN for layer normalisation, the block computes
 #
 # $$y = (1 + \text{scale}) \cdot \mathrm{LN}(x) + \text{shift}, \qquad
 # x' = x + \text{gate} \cdot W_2\,[\,\mathrm{attention}(y),\; \mathrm{GELU}(W_h\, y)\,]$$
@@ -150,9 +153,9 @@ with torch.no_grad():
         print("relative error below 1 in 100,000:", bool(error < 1e-5))
 
 # %% [markdown]
-# One misunderstanding to clear up: a common caption of the block's diagram says that the modulation of the MLP is not
+# A common misunderstanding: a diagram of the block that is often copied says that the modulation of the MLP is not
 # computed in the single stream. There is one (shift, scale, gate) and not two, but the MLP does read modulated tokens,
-# and its output does pass through the gate: attention and MLP **share** one modulation.
+# and its output is multiplied by the gate: attention and MLP **share** one modulation.
 
 # %%
 with torch.no_grad():
@@ -172,14 +175,14 @@ with meta_init():  # names and shapes only, no memory
     double = sum(p.numel() for p in DoubleStreamBlock(dev).parameters())
     single = sum(p.numel() for p in SingleStreamBlock(dev).parameters())
 print(f"double block {double:,} parameters, single block {single:,}")
-ratio.against(double / single)
+weights_ratio.against(double / single)
 print(f"FLUX.1's blocks: {(19 * double + 38 * single) / 1e9:.1f} B; if all 57 were double: {57 * double / 1e9:.1f} B")
 
 # %% [markdown]
 # ## See it
 #
-# Since `linear2` can be split, we know exactly what each half adds to a token. Here is the size of each addition,
-# divided by the size of the token to which it is added, at one step of the run:
+# Since `linear2` can be split, we know exactly what attention and MLP each add to a token. Here is the size of what
+# each adds (its root mean square), divided by the size of the token, at one step of the run:
 
 # %%
 from fluxedu.widgets.contributions import contributions, measure_contributions, rms_over_tokens
@@ -201,27 +204,31 @@ for ax, (name, values) in zip(axes, share.items()):
     ax.set_xlabel(f"single block, {name} tokens")
 axes[0].set_ylabel("size added / size of token, %")
 axes[1].legend()
-fig.suptitle("Step 10, seed 4: relative to their size, image tokens change more than text tokens", fontsize=11)
+smallest_ratio = float((share["image"] / share["text"])[:, :2].min())
+fig.suptitle(
+    f"Step 10, seed 4: relative to their size, image tokens get at least {smallest_ratio:.1f} times as much as text",
+    fontsize=10,
+)
 plt.show()
-more = (share["image"] > share["text"])[:, 2]
-twice = (share["image"] >= 2 * share["text"])[:, :2]
-print("at this step the image's share is larger in every single block:", bool(more.all()))
-print("for attention and MLP separately it is at least twice as large:", bool(twice.all()))
+image_larger = (share["image"] > share["text"])[:, 2]
+print("at this step the image's share is larger in every single block:", bool(image_larger.all()))
+print("for attention and MLP separately it is at least twice as large:", smallest_ratio >= 2)
 
 # %% [markdown]
-# Read this figure with care. It shows one step of one run, and each share is a quotient: text tokens are larger, so the
-# same addition is a smaller share of them. In a separate test over the other steps, the image's share was only 1.2 to
-# 1.8 times the text's, and the absolute sizes of the additions were about equal. It does not follow that the text is
-# static.
+# Read this figure with care. It shows one step of one run, and each bar is a quotient: text tokens are larger, so an
+# addition of the same size is a smaller share of them. In a separate test over the other steps, the image's share was
+# only 1.2 to 1.8 times the text's, and the absolute sizes of the additions were about equal. So do not conclude that
+# the text tokens hardly change.
 #
-# The explorer shows all blocks and steps. Move over the table with the mouse, or with Tab and the arrow keys. Where do
-# attention and MLP reinforce each other, where do they oppose each other, and in which part of the image?
+# The explorer shows all blocks and steps. Move over the table with the mouse, or with Tab and the arrow keys. In which
+# blocks, and in which part of the image, do attention and MLP change the tokens in the same direction, and where in
+# opposite directions?
 
 # %%
 contributions(pipe, prompt, seed=4, progress=False)
 
 # %% [markdown]
-# ## Put yours into the trained model
+# ## Put your code into the trained model
 #
 # `fe.swap` replaces all six single blocks by yours, with the trained weights. The image must stay the same.
 
@@ -236,9 +243,9 @@ else:
 # %% [markdown]
 # ## Break it
 #
-# First, a block with the same weights in which the MLP runs after the attention, as in a double block. Then we remove
-# each half in turn. Finally we change how the text takes part: single blocks do not update the text tokens, or image
-# patches may not attend to text.
+# First, we let the MLP run after the attention, as in a double block, with the same weights. Then we remove the
+# attention, and then the MLP. Finally we change the role of the text: single blocks do not update the text tokens, or
+# image patches may not attend to text.
 
 # %%
 from fluxedu.instruments.ablation import ablate
@@ -281,7 +288,7 @@ def no_attention_to_text(attention_map, ctx):
     return weights / weights.sum(-1, keepdim=True)
 
 
-changes = {
+interventions = {
     "MLP after attention": fe.swap("single.*", lambda old: MLPAfterAttention(config), pipe),
     "no attention": zero_columns(slice(0, dim)),
     "no MLP": zero_columns(slice(dim, None)),
@@ -290,55 +297,62 @@ changes = {
     "no attention to text, single": fe.intervene("single.*.attn.map", no_attention_to_text),
     "no attention to text, double": fe.intervene("double.*.attn.map", no_attention_to_text),
 }
-outs, change = [original], {}
-for name, intervention in changes.items():
+outs, changes = [original], {}
+for name, intervention in interventions.items():
     with intervention:
         outs.append(pipe(prompt, seed=4, progress=False))
-    change[name] = relative_change(outs[-1])
-    print(f"{name:30} the latent changes by {change[name]:.0%}")
+    changes[name] = relative_change(outs[-1])
+    print(f"{name:30} the latent changes by {changes[name]:.0%}")
 
 
 def in_words(size: float) -> str:
     return "none" if size < 0.01 else "small" if size < 0.1 else "large"
 
 
-last.against(in_words(change["text not updated, last block"]))
-order.against(in_words(change["MLP after attention"]))
-single_more = change["no attention to text, single"] > change["no attention to text, double"]
-needs.against("single" if single_more else "double")
+last_update.against(in_words(changes["text not updated, last block"]))
+serial_effect.against(in_words(changes["MLP after attention"]))
+by_kind = {kind: changes[f"no attention to text, {kind}"] for kind in ("single", "double")}
+text_needed.against(max(by_kind, key=by_kind.get))
 
 # %%
 from textwrap import fill
 
 fig, axes = plt.subplots(2, 4, figsize=(8.4, 4.9), layout="constrained")
-for ax, out, name in zip(axes.flat, outs, ["original", *changes]):
+for ax, out, name in zip(axes.flat, outs, ["original", *interventions]):
     ax.imshow(out.images[0])
     ax.set_title(fill(name, 20), fontsize=9)
     ax.axis("off")
-fig.suptitle("Seed 4: without attention to text in the single blocks, the two shapes are missing", fontsize=11)
+fig.suptitle(
+    "Seed 4: if patches cannot attend to text, the latent changes by "
+    f"{by_kind['single']:.0%} in the single blocks and by {by_kind['double']:.0%} in the double blocks",
+    fontsize=10,
+)
 plt.show()
 
 # %% [markdown]
-# Updating the text in the last block has no effect at all, because nobody reads the result: after the last block the
-# text tokens are discarded. FLUX computes them all the same.
+# Without attention to text in the single blocks, both shapes are missing. Updating the text in the last block has no
+# effect at all, because the result is not used: after the last block the text tokens are discarded. FLUX computes them
+# nevertheless.
 #
-# Parallel attention and MLP are neither better nor worse than the usual order; these weights were trained for them.
-# A network trained with the usual order would fail in the same way if its blocks ran in parallel.
+# The experiment does not show that running attention and MLP in parallel is better than the usual order, only that
+# these weights were trained for it. A network trained with the usual order would fail in the same way if they ran in
+# parallel.
 #
 # Everything on this page was measured with one prompt and one seed. Change both before you rely on a number.
 #
 # ## In five lines
 #
 # 1. A single block processes text and image as one sequence, with one set of weights.
-# 2. linear1 computes q, k, v and the MLP's hidden layer; linear2 is both output projections and their sum.
+# 2. linear1 computes q, k, v and the MLP's hidden layer; linear2 applies both output projections and adds the results.
 # 3. Attention and MLP read the same tokens and share one shift, one scale and one gate.
 # 4. A double block has 2.4 times as many weights; 38 of FLUX.1's 57 blocks are single.
-# 5. In this run, image patches need the text in the single blocks; the text's last update is never read.
+# 5. In this run, image patches need the text in the single blocks. The last block's update of the text is not used.
 #
-# **People ask**: *why do attention-map tools leave out the single blocks?* (attention-map-diffusers 15, 21). Here
-# `single.2.attn.map` is a site like any other, and the figure above shows what such a tool would miss. *Why is it
-# `linear1` in one file and `proj_mlp` in another?* (diffusers 10450) The layouts fuse differently: the official one
-# keeps the matrix whole, diffusers splits it into four. Notebook 09 converts one into the other.
+# **Questions people ask**: *Why do attention-map tools leave out the single blocks?* (attention-map-diffusers issues 15
+# and 21) They need not: here `single.2.attn.map` is a site like any other, and the images above show that much of the
+# text's influence is in the single blocks. *Why is it `linear1` in one file and
+# `proj_mlp` in another?* (diffusers issue 10450) The official layout keeps the four layers in one matrix, diffusers
+# stores them separately. Notebook 09 converts one into the other.
 #
 # **Read**: *Scaling Vision Transformers to 22 Billion Parameters*, arXiv 2302.05442, section 2 (parallel layers,
 # QKNorm) · `black-forest-labs/flux`, `modules/layers.py`, `SingleStreamBlock` · ours: `fluxedu/models/blocks.py`.
