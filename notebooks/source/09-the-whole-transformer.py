@@ -41,17 +41,21 @@ def relative_change(out) -> float:
 
 # %% [markdown]
 # The highlighted parts form one network, `pipe.flux`. The rest of the pipeline (the text encoders, the autoencoder, the
-# solver) is not included in the 12 billion.
+# solver) is not part of the 12 billion.
 #
 # ## Predict
 #
 # The weights that compute shifts, scales and gates are called the *modulation* (notebook 05).
 
 # %%
-larger = fe.predict("FLUX.1-dev: which blocks hold more of the weights? 19 double / 38 single", "19 double")  # answer
-steering = fe.predict("What percentage of its weights compute shifts, scales and gates?", 27)  # answer
-guided = fe.predict("How many million weights does dev have more than schnell?", 10)  # answer
-apart = fe.predict("dev has 780 tensors in the official layout. How many in diffusers'?", 1160)  # answer
+larger_part = fe.predict(
+    "Which blocks of FLUX.1-dev have more weights in total? 19 double / 38 single", "19 double"
+)  # answer
+modulation_share = fe.predict("What percentage of its weights compute shifts, scales and gates?", 27)  # answer
+guidance_weights = fe.predict("By how many million weights is dev larger than schnell?", 10)  # answer
+diffusers_tensors = fe.predict(
+    "In the official layout, dev has 780 tensors. How many does it have in diffusers' layout?", 1160
+)  # answer
 
 # %% [markdown]
 # ## Build it
@@ -65,8 +69,8 @@ apart = fe.predict("dev has 780 tensors in the official layout. How many in diff
 # its patch (2 × 2 cells of the latent).
 
 # %% [markdown]
-# Load the miniature's weights strictly: every tensor must be present with the right shape, and no other tensor. Then
-# evaluate both networks on the same inputs: a batch of two, with a grid of patches that is not square.
+# Load the miniature's weights strictly: every tensor must be present with the right shape, and there may be no other
+# tensor. Then evaluate both networks on the same inputs: a batch of two, with a grid of patches that is not square.
 
 # %%
 config = pipe.flux.config
@@ -93,7 +97,7 @@ if flux_done:
     print("relative error below 1 in 100,000:", bool(error < 1e-5))
 
 # %% [markdown]
-# ## Put yours into the trained model
+# ## Put your code into the trained model
 #
 # Generate an image with your network. `fe.intervene` calls a function at a *site*, a named point of the model, and
 # continues with what the function returns. At each step, one function stores the state at the site `sample.x`; the
@@ -122,7 +126,8 @@ else:
 # %% [markdown]
 # ## Count it
 #
-# FLUX.1-dev is the same class with larger numbers in its config. Its number of parameters follows from the config alone.
+# FLUX.1-dev is the same class with larger numbers in its config. Its number of parameters follows from the config
+# alone.
 
 # %% exercise="whole.count"
 
@@ -144,12 +149,12 @@ if passed:
     print("your count is right for all of them:", all(count(FluxConfig.variant(n)) == total[n] for n in VARIANTS))
 
 # %% [markdown]
-# The variants differ in two places. **schnell** has no guidance input. **fill**, **canny** and **depth** have more input
-# channels: to the 64 numbers of noise per token, fill adds 64 of the masked image and 256 of the mask; canny and depth
-# add 64 of a control image. All other tensors have the same shapes, with different values.
+# The variants differ in two places. **schnell** has no guidance input. **fill**, **canny** and **depth** have more
+# input channels: to the 64 numbers of noise per token, fill adds 64 of the masked image and 256 of the mask; canny and
+# depth add 64 of a control image. All other tensors have the same shapes, with different values.
 
 # %%
-guided.against((total["dev"] - total["schnell"]) / 1e6)
+guidance_weights.against((total["dev"] - total["schnell"]) / 1e6)
 print("fill's extra weights:", total["fill"] - total["dev"], "=", (384 - 64), "x", flux["fill"].config.hidden_size)
 print(f"dev in bfloat16: {2 * total['dev'] / 1e9:.1f} GB; twice as much in float32")
 
@@ -162,36 +167,38 @@ print(f"dev in bfloat16: {2 * total['dev'] / 1e9:.1f} GB; twice as much in float
 from fluxedu.plots import count_parameters
 
 sizes = count_parameters(flux["dev"])  # by the first two parts of the name, without the block numbers
-kind = {"double": 0, "single": 0, "modulation": 0}
+counts = {"double": 0, "single": 0, "modulation": 0}
 for name, size in sizes.items():
-    kind["double"] += size * name.startswith("double")
-    kind["single"] += size * name.startswith("single")
-    kind["modulation"] += size * ("mod" in name.lower().split(".")[-1])
-larger.against("19 double" if kind["double"] > kind["single"] else "38 single")
-steering.against(round(100 * kind["modulation"] / total["dev"]))
+    counts["double"] += size * name.startswith("double")
+    counts["single"] += size * name.startswith("single")
+    counts["modulation"] += size * ("mod" in name.lower().split(".")[-1])
+larger_part.against("19 double" if counts["double"] > counts["single"] else "38 single")
+modulation_share.against(round(100 * counts["modulation"] / total["dev"]))
 
 tokens = 4096 + 512  # image tokens of 1024 x 1024 pixels, and text tokens
-per_step = 2 * kind["modulation"]
+per_step = 2 * counts["modulation"]
 per_token = 2 * (sizes["single_blocks.linear1"] + sizes["single_blocks.linear2"])
 print(f"operations per step: modulation {per_step / 1e12:.3f} T, ", end="")
 print(f"linear1 and linear2 of the single blocks {tokens * per_token / 1e12:.0f} T")
 
-short = {"img": "image", "txt": "text", "modulation": "single"}
+stream_name = {"img": "image", "txt": "text", "modulation": "single"}
 areas: dict[str, int] = {}
 for name, size in sizes.items():
     block, last = name.split(".") if name.count(".") == 1 else ("", name)
-    stream, job = last.split("_") if block == "double_blocks" else (last, "mod" if last == "modulation" else "")
-    label = f"{job}.{short[stream]}" if job else f"single.{last}" if last.startswith("linear") and block else "rest"
+    stream, layer = last.split("_") if block == "double_blocks" else (last, "mod" if last == "modulation" else "")
+    label = f"single.{last}" if last.startswith("linear") and block else "rest"
+    if layer:
+        label = f"{layer}.{stream_name[stream]}"
     areas[label] = areas.get(label, 0) + size
 fe.plots.treemap(areas, title="FLUX.1-dev: the modulation (mod) is 27 % of the 12 B parameters")
 
 # %% [markdown]
-# The modulation layers read *one* vector per step, where all other layers read thousands of tokens. So they are 27 % of
-# the weights and almost none of the computation. They depend only on time, guidance scale and pooled text, so they can
-# be computed ahead of the run, and then need not stay on the GPU: `Flux.plan` does that.
+# The modulation layers read *one* vector per step, whereas all other layers read thousands of tokens. So they have 27 %
+# of the weights and need almost none of the computation. Their outputs depend only on time, guidance scale and pooled
+# text, so they can be computed before the run, and the layers need not stay on the GPU: `Flux.plan` computes them.
 #
-# The explorer shows this map for every variant, and for the miniature. Point at a part to see its tensors, and at a
-# tensor to see its official name and what diffusers makes of it (or use Tab and the arrow keys). Which is the first
+# The explorer shows this figure for every variant, and for the miniature. Point at a part to see its tensors, and at a
+# tensor to see its name in the official layout and in diffusers' (or use Tab and the arrow keys). Which is the first
 # part that differs between dev and fill?
 
 # %%
@@ -203,8 +210,7 @@ parameters({"miniature": config})
 # ## Two layouts
 #
 # The same weights are published in two layouts: that of the official files and that of diffusers. Most of the
-# conversion is renaming. In addition, diffusers splits the fused matrices. You know enough to convert a single block
-# yourself.
+# conversion is renaming. In addition, diffusers splits the fused matrices. You can now convert a single block yourself.
 
 # %% exercise="whole.unfused"
 
@@ -216,10 +222,10 @@ from fluxedu.checkpoints.layouts import shapes
 
 official = pipe.flux.state_dict()
 diffusers = fe.checkpoints.convert(official, to="diffusers", config=config)
-back = fe.checkpoints.convert(diffusers, to="bfl", config=config)
+converted_back = fe.checkpoints.convert(diffusers, to="bfl", config=config)
 print("the miniature:", len(official), "tensors in the official layout,", len(diffusers), "in diffusers'")
-print("converted and back, bit-identical:", all(torch.equal(back[name], t) for name, t in official.items()))
-apart.against(len(shapes(FluxConfig.variant("dev"), "diffusers")))
+print("converted and back, bit-identical:", all(torch.equal(converted_back[name], t) for name, t in official.items()))
+diffusers_tensors.against(len(shapes(FluxConfig.variant("dev"), "diffusers")))
 if passed:
     mine = unfused(dict(pipe.flux.single_blocks[3].state_dict()), config.hidden_size)
     equal = [torch.equal(t, diffusers[f"single_transformer_blocks.3.{name}"]) for name, t in mine.items()]
@@ -228,8 +234,8 @@ if passed:
 # %% [markdown]
 # ## Break it
 #
-# Mistakes in a conversion rarely raise an error. Queries and keys have the same shape, and so have shift and scale, so a
-# file in which they are exchanged loads silently. Here are four such files and the images they give.
+# Mistakes in a conversion rarely raise an error. Queries and keys have the same shape, and so have shift and scale, so
+# a file in which they are exchanged loads silently. Here are four such files and the images they give.
 
 # %%
 dim = config.hidden_size
@@ -266,14 +272,14 @@ for ax, out, name in zip(axes, outs, ["original", *files]):
     ax.imshow(out.images[0])
     ax.set_title(name, fontsize=9)
     ax.axis("off")
-fig.suptitle("Four files with exchanged rows: all load without an error", fontsize=11)
+fig.suptitle("Four files with exchanged rows load without an error, and each changes the image", fontsize=11)
 plt.show()
 
 # %% [markdown]
 # diffusers really does store the scale of the last layer before its shift, so a converter that only renames tensors
-# produces the third of these files. That is why a conversion is tested by comparing the outputs of the networks, with
-# random values in all tensors, and not by whether the file loads. Errors that can be detected at loading are reported
-# with the name of the tensor:
+# produces the third of these files. It is therefore not enough to test that a converted file loads: one must compare
+# the outputs of the two networks, with random values in all tensors. Mistakes that can be detected at loading are
+# reported with the name of the tensor:
 
 # %%
 file = dict(official)
@@ -289,15 +295,16 @@ except fe.checkpoints.CheckpointError as error:
 # 1. FLUX consists of input projections for image and text, `vec`, double blocks, single blocks and a last layer.
 # 2. dev has 11,901,408,320 parameters; variants differ in their input channels and in the guidance input.
 # 3. The 19 double blocks hold more weights than the 38 single blocks.
-# 4. 27 % of all weights are modulation: much memory, hardly any computation, computable ahead of the run.
-# 5. Layouts fuse and order rows differently, and a wrong order loads just as well as the right one.
+# 4. 27 % of all weights compute the modulation. They need much memory and hardly any computation; the
+#    modulation of all steps can be computed before the run.
+# 5. The two layouts order rows differently, and a file with the wrong order loads without an error.
 #
-# **People ask**: *is there a report?* (flux issue 68) There is none of its own; the report on Kontext (arXiv 2506.15742)
-# has a section, without numbers. Counts like these come from the code and the files.
-# *Why do I run out of memory?* (flux issues 7, 185) The transformer alone is 23.8 GB of bfloat16 weights; T5-XXL adds
-# 4.8 B parameters. *How do I get from diffusers back to the official names?* (diffusers issue 11165) As above, or for
-# files with `fluxedu convert IN OUT --to bfl`. *Guidance embedding or CFG?* (flux issues 63, 159) dev has the input that
-# you counted, schnell has none, and classifier-free guidance (CFG) evaluates the network twice: notebook 12.
+# **Questions people ask**: *Is there a report on FLUX.1?* (flux issue 68) No; the report on Kontext (arXiv 2506.15742)
+# has a section about the architecture, but without numbers. Counts like these come from the code and the files. *Why do
+# I run out of memory?* (flux issues 7, 185) The transformer alone is 23.8 GB of bfloat16 weights; T5-XXL adds 4.8 B
+# parameters. *How do I get from diffusers back to the official names?* (diffusers issue 11165) As above, or for files
+# with `fluxedu convert IN OUT --to bfl`. *Guidance embedding or CFG?* (flux issues 63, 159) dev has the input that you
+# counted, schnell has none, and classifier-free guidance (CFG) evaluates the network twice: notebook 12.
 #
 # **Read**: `black-forest-labs/flux`, `model.py` and `util.py` · ours: `fluxedu/models/flux.py`,
 # `fluxedu/models/config.py` and, for the layouts, `fluxedu/checkpoints/layouts.py`.
