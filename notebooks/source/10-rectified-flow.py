@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 10 · Rectified flow
 #
-# **What does the network learn?** A velocity for every mixture of image and noise: in which direction, and how fast, the
-# mixture changes as it gets noisier. The training loss fits on three lines. You will write it, train a flow of your own
-# in the plane, and then look at the same quantities in the miniature.
+# **What does the network learn?** A velocity for every mixture of image and noise: in which direction, and how fast,
+# the mixture changes as it gets noisier. The training loss fits on three lines. You will write it, train a flow of your
+# own in the plane, and then look at the same quantities in the miniature.
 #
 # Afterwards you can say which sign the velocity has and why, what a network that minimises this loss exactly would
 # generate, and why trajectories are curved although every line in the training data is straight.
@@ -36,24 +36,33 @@ course.where(pipe, "final", "solver")
 
 # %% [markdown]
 # The transformer's last layer computes a velocity, and the solver follows it step by step. Time runs from t = 1 (noise)
-# to t = 0 (the image). Other texts use the opposite convention, with the image at 1, so always check that first.
+# to t = 0 (the image). Other texts use the opposite convention, with the image at 1, so check this first in every text.
 #
 # A *trajectory* is the sequence of states of one run. The *predicted x0* is the image that a velocity implies if it
 # stayed constant: $\hat{x}_0 = x_t - t\, v$.
 #
 # ## Predict
+#
+# In the last question the data consist of only six images, and the velocity is the best possible one, which can be
+# computed exactly. We say that the image is decided as soon as the predicted x0 is within 5 % of one of the six.
 
 # %%
-way = fe.predict("Halfway through a run, where does the velocity point? the noise / the image", "the noise")  # answer
-floor = fe.predict("Trained perfectly, for ever: the loss ends at zero / above zero", "above zero")  # answer
-bends = fe.predict("Every line of the training data is straight. Are the trajectories? yes / no", "no")  # answer
-decided = fe.predict("Six known images, 20 steps: at which step is it decided which image comes out?", 4)  # answer
+direction = fe.predict(
+    "Halfway through a run, does the velocity point towards the noise or the image? the noise / the image", "the noise"
+)  # answer
+lowest_loss = fe.predict(
+    "How small can the training loss become, with a perfect network? zero / above zero", "above zero"
+)  # answer
+straight_paths = fe.predict(
+    "The training data are points on straight lines. Are the trajectories straight, too? yes / no", "no"
+)  # answer
+decision_step = fe.predict("At which of 20 steps is it decided which of the six images comes out?", 4)  # answer
 
 # %% [markdown]
 # ## Build it
 #
-# Take an image $x_0$ and noise $\varepsilon$, and draw the straight line between them. A point on this line is a state
-# $x_t$, and the direction of the line is the velocity that the network should learn:
+# Take an image $x_0$ and noise $\varepsilon$, and draw the straight line between them. The point on this line that
+# belongs to the time $t$ is the state $x_t$, and its derivative with respect to time is the velocity to be learned:
 #
 # $$x_t = (1 - t)\, x_0 + t\, \varepsilon, \qquad v = \frac{d x_t}{d t} = \varepsilon - x_0$$
 
@@ -70,7 +79,7 @@ used_between = between if passed else library["flow.between"]
 half = int((original.trajectory.times - 0.5).abs().argmin())
 v, latents = original.trajectory.velocities[half, 0], original.trajectory.latents[:, 0]
 similarity = torch.cosine_similarity(v.flatten(), (latents[0] - latents[-1]).flatten(), dim=0)
-way.against("the noise" if similarity > 0 else "the image")
+direction.against("the noise" if similarity > 0 else "the image")
 
 # %% [markdown]
 # The loss is the mean squared error of the predicted velocity, over random images, noise and times:
@@ -83,8 +92,8 @@ way.against("the noise" if similarity > 0 else "the image")
 used_loss = loss if passed else library["flow.loss"]
 
 # %% [markdown]
-# That is all there is to training: draw images, noise and times at random, and minimise the loss. To begin with, our
-# “images” are six points of a plane, and our network has three layers. Training takes a few seconds.
+# This is the whole training: draw images, noise and times at random, and minimise the loss. To begin with, our “images”
+# are six points of a plane, and our network has three layers. Training takes a few seconds.
 
 
 # %%
@@ -163,9 +172,9 @@ plt.show()
 #
 # $$v^*(x, t) = \mathbb{E}\,[\,\varepsilon - x_0 \mid x_t = x\,]$$
 #
-# Since there is only one velocity for each point and time, two trajectories never meet at the same time. In a picture of
-# the plane they may still cross, where one passes at another time than the other. When the data are a few known points,
-# the marginal velocity can be written down.
+# Since there is only one velocity for each point and time, two trajectories are never at the same point at the same
+# time. In a picture of the plane they may still cross, when they pass through the same point at different times. If the
+# data are a few known points, there is a formula for the marginal velocity.
 
 # %% exercise="flow.best"
 
@@ -179,12 +188,12 @@ for t in (0.3, 0.6, 1.0):
     error = (velocity_of(flow)(state, t) - exact).norm() / exact.norm()
     losses.append(float((exact - (noise - x0)).square().mean()))
     print(f"t = {t}: the relative error of the trained network is below 40 %: {bool(error < 0.4)}")
-floor.against("above zero" if losses[-1] > 0.01 else "zero")
+lowest_loss.against("above zero" if losses[-1] > 0.01 else "zero")
 
 # %% [markdown]
-# Even the best possible velocity has a loss above zero, and a large one near the noise: at t = 1 the state does not
-# contain any information about the point it belongs to. So the value of a flow's training loss means little by itself;
-# compare it with that of another run, not with zero.
+# Even the best possible velocity has a loss above zero, and a large loss near the noise: at t = 1 the state does not
+# contain any information about the point it belongs to. So the value of a flow's training loss means little by itself.
+# Compare it with the loss of another run, not with zero.
 
 # %%
 g = torch.linspace(-2.6, 2.6, 13)
@@ -200,16 +209,16 @@ fig.suptitle("Direction of sampling, -v: towards the mean of the data at t = 1, 
 plt.show()
 
 # %% [markdown]
-# Now follow single particles through the learned velocity field and through the best possible one. The right panel
-# shows each particle's predicted x0, `x - t v`: where it would end if it continued straight ahead. (Reach the controls
-# with Tab, then use the arrow keys.)
+# Now follow single points through the learned velocity field and through the best possible one. The right panel shows
+# the predicted x0 of each point, `x - t v`: where it would end if it continued straight ahead. (Reach the controls with
+# Tab, then use the arrow keys.)
 
 # %%
 particles({"learned": velocity_of(flow), "best possible": lambda x, t: used_best(x, t, points)}, points)
 
 # %% [markdown]
-# At t = 1 all particles have the same predicted x0, the mean of the data, although no data point is there. How straight
-# are the trajectories?
+# At t = 1 the best possible velocity gives all points the same predicted x0, the mean of the data, although no data
+# point is there. How straight are the trajectories?
 
 # %% exercise="flow.detour"
 
@@ -217,11 +226,12 @@ particles({"learned": velocity_of(flow), "best possible": lambda x, t: used_best
 used_detour = detour if passed else library["flow.detour"]
 extra = float(used_detour(path).median()) - 1
 print("the median trajectory is longer than its straight distance by more than a fifth:", extra > 0.2)
-bends.against("yes" if extra < 0.02 else "no")
+straight_paths.against("yes" if extra < 0.02 else "no")
 
 # %% [markdown]
-# The paper that introduced rectified flow makes trajectories straighter by *reflow*: train again, but on pairs of noise
-# and the point to which the first flow takes it, instead of random pairs. Two such lines rarely meet at the same time.
+# The paper that introduced rectified flow makes trajectories straighter by *reflow*: train again, but instead of random
+# pairs use pairs of noise and the point to which the first flow takes it. Two of the lines between them rarely pass
+# through the same point at the same time.
 
 # %%
 noises = torch.randn(2000, 2)
@@ -239,29 +249,30 @@ print("after reflow the median is less than 5 % longer:", bool(used_detour(strai
 
 step_counts = [1, 2, 4, 8, 16]
 fig, ax = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
-misses = {}
+end_distances = {}
 for name, model, colour, mark in (("random pairs", flow, "#0072b2", "o"), ("reflow pairs", straight, "#d55e00", "s")):
-    misses[name] = []
+    end_distances[name] = []
     for n in step_counts:
         end = euler_path(velocity_of(model), start, torch.linspace(1, 0, n + 1).tolist())[0][-1]
-        misses[name].append(float(torch.cdist(end, points).amin(dim=1).mean()))
-    ax.plot(step_counts, misses[name], marker=mark, color=colour, label=f"trained on {name}")
+        end_distances[name].append(float(torch.cdist(end, points).amin(dim=1).mean()))
+    ax.plot(step_counts, end_distances[name], marker=mark, color=colour, label=f"trained on {name}")
 ax.set_xscale("log", base=2)
 ax.set_xticks(step_counts, step_counts)
 ax.set(xlabel="steps", ylabel="distance to the nearest point", ylim=0)
-ax.set_title("After reflow, one or two steps end much closer to the data")
+before, after = end_distances["random pairs"][0], end_distances["reflow pairs"][0]
+ax.set_title(f"Distance to the data after a single step: {before:.1f}, with reflow {after:.1f}")
 ax.legend()
 plt.show()
-print("one step misses by less than half as much:", misses["reflow pairs"][0] < 0.5 * misses["random pairs"][0])
+print("after one step, reflow makes the distance less than half as large:", after < 0.5 * before)
 
 # %% [markdown]
-# With eight steps the advantage is gone: straighter trajectories allow fewer steps, they do not give better samples.
+# With eight steps the advantage is gone: straighter trajectories make fewer steps possible, but not better samples.
 #
 # ## The miniature's own velocity field
 #
-# The miniature was trained with the same loss, so we can measure it: for six images of its kind with their captions, and
-# with empty captions. (Its training times were drawn mostly from near the noise. This section always uses the
-# miniature, whatever model you have loaded.)
+# The miniature was trained with the same loss, so we can measure it: for six images like those of its training data,
+# with their captions and with empty captions. (Its training times were drawn mostly from near the noise. This section
+# always uses the miniature, whatever model you have loaded.)
 
 # %%
 rng = np.random.default_rng(3)
@@ -290,17 +301,19 @@ fig, ax = plt.subplots(figsize=(5.6, 3), layout="constrained")
 for (name, curve), colour, mark in zip(curves.items(), ("#0072b2", "#d55e00"), "os"):
     ax.plot(loss_times, curve, marker=mark, color=colour, label=name)
 ax.set(xlabel="time (1 is noise)", ylabel="loss (mean squared error)", ylim=0)
-ax.set_title("Six images: the caption reduces the loss most near the noise")
+with_caption, without = curves["with caption"][-1], curves["empty caption"][-1]
+ax.set_title(
+    f"Six images: the caption reduces the loss most near the noise, by {1 - with_caption / without:.0%} at t = 1"
+)
 ax.legend()
 plt.show()
-with_caption, without = curves["with caption"][-1], curves["empty caption"][-1]
 print("at t = 1 the caption reduces the loss by more than a third:", with_caption < 0.67 * without)
 
 # %% [markdown]
 # At intermediate times the state itself shows the image, and the caption adds little. Near t = 0 the loss rises again:
-# the velocity contains the noise, and the state hardly shows it any more.
+# the velocity depends on the noise, of which the state contains hardly anything.
 #
-# Runs of two prompts from the same noise, projected to a plane through their final images:
+# The explorer shows runs of two prompts from the same noise, projected to a plane through their final images:
 
 # %%
 widgets.velocity(pipe, [prompt, "a green star above a yellow ring"], seeds=5, steps=6, progress=False)
@@ -314,7 +327,7 @@ print(
 )
 
 # %% [markdown]
-# ## Put yours into the trained model
+# ## Put your code into the trained model
 #
 # Your `best` is not limited to the plane: its points can be latents. Give it the six images above, 4,096 numbers each,
 # and let the pipeline follow *its* velocity instead of the transformer's. `fe.intervene` replaces the value at a named
@@ -343,7 +356,7 @@ print("every latent is one of the six to 1 in 1,000:", bool((distances.amin(1) <
 
 predicted_x0 = generated.trajectory.x0.flatten(2).float()  # [20, 6, 4096]
 settled = (torch.cdist(predicted_x0, known).amin(-1) < 0.05 * scale).float()  # [20, 6]
-decided.against(int(settled.argmax(dim=0).median()) + 1)
+decision_step.against(int(settled.argmax(dim=0).median()) + 1)
 
 fig, axes = plt.subplots(2, 6, figsize=(9, 3.3), layout="constrained")
 for k in range(6):
@@ -357,24 +370,26 @@ fig.suptitle("The exact minimiser of the loss on six images generates only these
 plt.show()
 
 # %% [markdown]
-# Two of the six seeds gave the same image, and one known image was not generated. (Stripes are lost in the autoencoder,
-# not in the flow.) And it is decided early: by the fourth of twenty steps, at t = 0.94, the predicted x0 of half of the
-# runs is within 5 % of one of the six.
+# Two of the six seeds gave the same image, and one known image was not generated. (The stripes of some shapes
+# are lost in the autoencoder, not in the flow.) The image is decided early: at the fourth of twenty steps
+# (t = 0.94), the predicted x0 is within 5 % of one of the six in at least half of the runs.
 #
 # So a network that minimised the loss exactly would have memorised its training set. Everything that we like about a
-# flow model, such as a combination that was never in the data, exists because the network does *not* reach that minimum.
+# flow model, such as a combination that was never in the data, exists because the network does *not* reach that
+# minimum.
 #
 # ## Break it
 #
-# Three misunderstandings of the velocity, in the miniature.
+# We make three mistakes with the velocity of the miniature: its sign is reversed, the network gets the time 1 - t, or
+# a prediction of the noise takes the place of the velocity.
 
 # %%
 from fluxedu.models.modulation import timestep_embedding
 
 
 def reversed_time(embedding: Tensor, ctx) -> Tensor:
-    other = 1 - torch.tensor([ctx.time], device=embedding.device)
-    return pipe.flux.time_in(timestep_embedding(other).to(embedding)).view_as(embedding)
+    wrong_time = 1 - torch.tensor([ctx.time], device=embedding.device)
+    return pipe.flux.time_in(timestep_embedding(wrong_time).to(embedding)).view_as(embedding)
 
 
 def predicted_noise(v: Tensor, ctx) -> Tensor:
@@ -398,27 +413,27 @@ for ax, out, name in zip(axes, outs, ["original", *breaks]):
     ax.imshow(out.images[0])
     ax.set_title(name, fontsize=9)
     ax.axis("off")
-fig.suptitle("Three mistakes that raise no error (seed 4)", fontsize=10)
+fig.suptitle("Seed 4: each of three mistakes changes the latent by more than half of its length", fontsize=10)
 plt.show()
 
 # %% [markdown]
 # None of the three raises an error. With this seed, the first moves away from every image, the second leaves a faint
-# trace of the prompt, and the third gives a clean image, but a different one. Such mistakes are easily mistaken for a
-# badly trained network. When samples look odd, check the sign, the time and the kind of prediction first.
+# trace of the prompt, and the third gives a clean image, but another one. It is easy to blame the training for the
+# results of such mistakes. When samples look odd, check the sign, the time and the kind of prediction first.
 #
 # ## In five lines
 #
 # 1. `x_t = (1 - t) x0 + t noise`, `v = noise - x0`, loss = mean of `(network - v)²`. Time 1 is noise.
-# 2. The network learns the marginal velocity: the mean over all lines that pass through a point at a time.
-# 3. At one time, trajectories never meet, though training lines do; so trajectories are curved.
+# 2. The network learns the marginal velocity: the mean over all lines that pass through a point at the same time.
+# 3. Training lines can pass through the same point at the same time, trajectories cannot; so trajectories are curved.
 # 4. Training on pairs from the flow itself (reflow) straightens trajectories, and then few steps suffice.
 # 5. For a finite set of images the exact minimum is known, and it generates only these images.
 #
-# **People ask**: *which sign does the velocity have?* (friendly-stable-audio-tools issue 9). With t = 1 as noise it is
-# `noise - x0`, and the sampler's step `t_next - t` is negative. In code whose time grows towards the image, both signs
-# are reversed. *How was FLUX trained?* (flux issue 68 asks for a report.) As a rectified flow, according to its model
-# cards; data, distribution of times and settings are not published. The official sampler shows the sign, the schedule
-# and the kind of prediction, and those are the same here.
+# **Questions people ask**: *Which sign does the velocity have?* (friendly-stable-audio-tools issue 9) With t = 1 as
+# noise it is `noise - x0`, and the sampler's step `t_next - t` is negative. In code whose time grows towards the image,
+# both signs are reversed. *How was FLUX trained?* (flux issue 68 asks for a report) As a rectified flow, according to
+# its model cards; data, distribution of times and settings are not published. The official sampler shows the sign, the
+# schedule and the kind of prediction, and those are the same here.
 #
 # **Read**: Flow Straight and Fast, arXiv 2209.03003 (the second training is its *reflow*) · Scaling Rectified Flow
 # Transformers, arXiv 2403.03206 · `cloneofsimo/minRF`, `rf.py` · ours: `training/flow.py`.
