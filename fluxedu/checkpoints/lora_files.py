@@ -200,9 +200,9 @@ def adapter_config(lora: Mapping[str, Tensor]) -> dict:
                 f"{label_of(lora)} has no adapter_config.json beside it, so alpha is taken to be each layer's rank.",
                 stacklevel=1,
             )
-        alpha = metadata.get("ss_network_alpha")
         is_kohyas = any(".lora_down" in name for name in lora)
-        text, source = f'{{"lora_alpha": {alpha}}}' if alpha not in (None, "None") and is_kohyas else "{}", "metadata"
+        alpha = metadata.get("ss_network_alpha" if is_kohyas else "lora_alpha", "None")
+        text, source = "{}" if alpha == "None" else f'{{"lora_alpha": {alpha}}}', "the alpha in the metadata"
     try:
         return read_json(text)
     except ValueError:

@@ -120,6 +120,7 @@ def metadata(**values):
         (metadata(**{"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"to_q": 9, "attn.to_k": 2}}), 0.5),
         (metadata(**{"text_encoder.lora_alpha": 1, "text_encoder.r": 4}), 1.0),
         (metadata(lora_alpha=2, r=4), 0.5),
+        ({"lora_alpha": "2", "r": "4"}, 0.5),
         ({"ss_network_alpha": "1", "ss_network_dim": "4"}, 1.0),  # a converter's, which has applied it
     ],
 )
