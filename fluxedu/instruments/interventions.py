@@ -163,7 +163,9 @@ def _checked_times(times: Times | None) -> Times | None:
 
 
 def _checked_result(result: Any, value: Any, site: str) -> Any:
-    """The result, if it fits; the old value itself if they are equal, so that not one bit of the run changes."""
+    """The result, if it fits. If it equals the old value, the old value itself, so that not one bit of the run changes;
+    but where a gradient may flow through either, always the result.
+    """
     if result is value:
         return value
     if not isinstance(result, Tensor):
@@ -172,14 +174,17 @@ def _checked_result(result: Any, value: Any, site: str) -> Any:
         raise InstrumentError(
             f"the change at {site!r} returned a tensor {list(result.shape)}; it must be {list(value.shape)}."
         )
+    inputs = (value.q, value.k, value.v) if isinstance(value, AttentionMap) else (value,)
+    in_graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (result, *inputs))
     if isinstance(value, AttentionMap):
-        return value if torch.equal(result, value.weights().to(result)) else result.to(value.q.dtype)
+        is_same = not in_graph and torch.equal(result, value.weights().to(result))
+        return value if is_same else result.to(value.q.dtype)
     if result.dtype != value.dtype or result.device != value.device:
         raise InstrumentError(
             f"the change at {site!r} returned {result.dtype} on {result.device}; "
             f"it must be {value.dtype} on {value.device}."
         )
-    return value if torch.equal(result, value) else result
+    return value if not in_graph and torch.equal(result, value) else result
 
 
 # ---------------------------------------------------------------- positions

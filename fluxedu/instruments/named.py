@@ -76,6 +76,10 @@ class Named:
         axes = tuple(a for a in self.axes if a != name)
         return Named(tensor, axes, {k: v for k, v in self.coords.items() if k in axes})
 
+    def to(self, dtype: torch.dtype) -> Named:
+        """The same values in another dtype."""
+        return Named(self.tensor.to(dtype), self.axes, self.coords)
+
     def copy_to(self, device: str, dtype: torch.dtype) -> Named:
         """A contiguous copy on a device."""
         tensor = self.tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)

@@ -10,7 +10,7 @@ rec["double.2.attn.map"]        # axes (step, query, key)
 from __future__ import annotations
 
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fluxedu.attention_map import AttentionMap
-from fluxedu.errors import InstrumentError
+from fluxedu.errors import GradientError, InstrumentError
 from fluxedu.instruments.budget import Budget
 from fluxedu.instruments.catalogue import axes_of
 from fluxedu.instruments.named import Named
@@ -42,11 +42,12 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
     reduce: a name, a function ``Named -> Named`` or a list of them, see :mod:`fluxedu.instruments.reductions` · to:
     ``"memory"``, or a new folder to which every completed step is written · budget: the most bytes to hold, 2 GiB by
     default · passes: ``"prompted"`` or ``"negative"``, one of the two passes of classifier-free guidance · dtype: the
-    dtype to store the values in, by default their own.
+    dtype to store the values in, by default their own · detach: False keeps the values in the graph of
+    :func:`fluxedu.gradients`, so that a loss on them can be differentiated and :meth:`grad` can be called.
 
-    Without a pipeline (a network called directly) every call counts as a step. Values are copies on the CPU.
-    Raises InstrumentError for sites, words, heads or tokens that do not exist, BudgetError before the budget is
-    exceeded.
+    Without a pipeline (a network called directly) every call counts as a step. Values are copies on the CPU, or with
+    ``detach=False`` the values themselves. Raises InstrumentError for sites, words, heads or tokens that do not exist,
+    BudgetError before the budget is exceeded, GradientError for values that are in no graph.
     """
 
     def __init__(
@@ -60,12 +61,15 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         budget: float | None = None,
         passes: str | None = None,
         dtype: torch.dtype | None = None,
+        detach: bool = True,
     ):
         super().__init__(*globs)
         self.budget = Budget(BUDGET if budget is None else budget, to_folder=to != "memory")
         self.selection = Selection.of(steps, tokens, heads, passes, self.budget.limit)
         self.reductions = Reductions(reduce, self.budget)
-        self.storage = Storage(to, self.budget, dtype, self.selection, self.reductions.over_steps)
+        self.storage = Storage(to, self.budget, dtype, self.selection, self.reductions.over_steps, detach)
+        self.detach = detach
+        self.in_graph: dict[str, list[Any]] = defaultdict(list)  # site -> complete values, if they are not detached
         self.used = False
         self.calls: Counter[str] = Counter()  # of each site, where a network is called without a pipeline
         self.recorded_sites: set[str] = set()
@@ -75,8 +79,10 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         """Store the selected part of the value, reduced. The computation continues with the value itself."""
         key = self._next_key(site)  # which run, image, step and evaluation
         if self.selection.includes(value, site, key):
-            with torch.no_grad():
-                part = self.selection.part(_with_axes(owner, name, value), site)
+            if not self.detach:
+                self.in_graph[site].append(_retain_grad(value, site))
+            with torch.set_grad_enabled(not self.detach):
+                part = self.selection.part(_with_axes(owner, name, value, self.detach), site)
                 reduced = self.reductions(part, site, key)
                 if reduced is not None:  # else a reduction waits for the next step
                     self.storage.add(site, key, reduced)
@@ -140,6 +146,22 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
     def entries(self, name: str) -> list[tuple[StepKey, Named]]:
         return self.saved().entries(name)
 
+    def grad(self, name: str) -> Named:
+        """The gradients at a site after ``backward()``, with the axes of ``rec[name]``; needs ``detach=False``.
+
+        Raises GradientError where there are none: a part of a value, or a value that the loss does not depend on.
+        """
+        recording = Recording(self.storage.recording.pictures)
+        for (key, value), whole in zip(self.entries(name), self.in_graph[name], strict=False):
+            gradient = whole.grad if isinstance(whole, torch.Tensor) and whole.numel() == value.tensor.numel() else None
+            if gradient is None:
+                raise GradientError(
+                    f"{name!r} has no gradient: record complete values with detach=False, and call backward() on a "
+                    f"loss that depends on them."
+                )
+            recording.add(name, key, Named(gradient.reshape(value.shape), value.axes, value.coords))
+        return recording[name]
+
     def to_dataset(self):
         return self.saved().to_dataset()
 
@@ -148,11 +170,24 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         return self.storage.recording.nbytes
 
 
-def _with_axes(owner: Sited, name: str, value: Any) -> Named | AttentionMap:
+def _retain_grad(value: Any, site: str) -> Any:
+    """The value, whose gradient is kept; raises GradientError if it is in no graph."""
+    inputs = (value.q, value.k, value.v) if isinstance(value, AttentionMap) else (value,)
+    if not any(x is not None and x.requires_grad for x in inputs):
+        raise GradientError(
+            f"no gradient flows through {site!r} here: call the pipeline inside `with fe.gradients():`, with a step "
+            f"that it selects; text encoders and the autoencoder's encoder are not part of its graph."
+        )
+    if isinstance(value, torch.Tensor):
+        value.retain_grad()
+    return value
+
+
+def _with_axes(owner: Sited, name: str, value: Any, detach: bool) -> Named | AttentionMap:
     """The value with the names of its axes; a lazy map as it is."""
     if isinstance(value, AttentionMap):
         return value
     axes = axes_of(owner, name)
     if axes is None or len(axes) != value.ndim:
         axes = tuple(f"axis{i}" for i in range(value.ndim))
-    return Named(value.detach(), axes)
+    return Named(value.detach() if detach else value, axes)

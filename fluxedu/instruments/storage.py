@@ -17,21 +17,31 @@ from fluxedu.sampling.step_context import StepContext, current_context
 
 
 class Storage:
-    """The values of a recorder. to: ``"memory"`` or a new folder · dtype: the dtype to store in, or None.
+    """The values of a recorder.
+
+    to: ``"memory"`` or a new folder · dtype: the dtype to store in, or None · detach: False keeps their graph.
 
     selection and over_steps (whether each value replaces the earlier ones) tell how many values a run will bring.
     """
 
     def __init__(
-        self, to: str | Path, budget: Budget, dtype: torch.dtype | None, selection: Selection, over_steps: bool
+        self,
+        to: str | Path,
+        budget: Budget,
+        dtype: torch.dtype | None,
+        selection: Selection,
+        over_steps: bool,
+        detach: bool,
     ):
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise InstrumentError(f"dtype must be a floating point type such as torch.float16, not {describe(dtype)}.")
         if not isinstance(to, (str, Path)):
             raise InstrumentError(f"to must be 'memory' or a new folder, not {describe(to)}.")
+        if not isinstance(detach, bool) or (to != "memory" and not detach):
+            raise InstrumentError("detach must be True or False; False keeps a graph, which needs to='memory'.")
         self.recording = Recording() if to == "memory" else FolderRecording(to)
         self.budget, self.dtype = budget, dtype
-        self.selection, self.over_steps = selection, over_steps
+        self.selection, self.over_steps, self.detach = selection, over_steps, detach
 
     def add(self, site: str, key: StepKey, value: Value) -> None:
         """Keep a copy on the CPU, if the budget allows what the site will need by the end of the run."""
@@ -43,8 +53,9 @@ class Storage:
             context = current_context()
             if context is not None:
                 self.recording.pictures, self.recording.completed[context.run] = context.pictures, context.ended
-            copy = _without_trivial_axes(to_named(value), context).copy_to("cpu", dtype)
-            self.recording.add(site, key, copy, last_only=self.over_steps)
+            stored = _without_trivial_axes(to_named(value), context)
+            stored = stored.copy_to("cpu", dtype) if self.detach else stored.to(dtype)
+            self.recording.add(site, key, stored, last_only=self.over_steps)
 
     def values_held(self, key: StepKey) -> int:
         """How many values of a site the recording will hold at the end of the run."""

@@ -88,6 +88,9 @@ class Chain:
     def __init__(self, instruments: tuple[Instrument, ...]):
         self.instruments = tuple(sorted(instruments, key=lambda i: not i.changes))  # stable
 
+    def interventions(self) -> Chain:
+        return Interventions(self.instruments)
+
     def wants(self, owner: Sited, name: str) -> bool:
         full_name = site(owner, name)
         return any(instrument.wants(full_name) for instrument in self.instruments)
@@ -107,17 +110,20 @@ class Chain:
                 instrument.missing_words[full_name] = error.with_traceback(None)  # which would keep all frames alive
         return value
 
-    def interventions(self) -> Callable[[Sited, str, Any], Any]:
-        """A watcher with the interventions alone, in any thread: for values that a backward pass computes again."""
-        changing = [instrument for instrument in self.instruments if instrument.changes]
 
-        def watcher(owner: Sited, name: str, value: Any) -> Any:
-            full_name = site(owner, name)
-            for instrument in changing:
-                value = instrument.see(owner, name, full_name, value) if instrument.matches(full_name) else value
-            return value
+class Interventions(Chain):
+    """The interventions of a chain alone, in any thread: for values that a backward pass computes again."""
 
-        return watcher
+    def wants(self, owner: Sited, name: str) -> bool:
+        """As in the forward pass, where a recorder may have chosen the way in which a value was computed."""
+        return any(instrument.matches(site(owner, name)) for instrument in self.instruments)
+
+    def __call__(self, owner: Sited, name: str, value: Any) -> Any:
+        full_name = site(owner, name)
+        for instrument in self.instruments:
+            if instrument.changes and instrument.matches(full_name):
+                value = instrument.see(owner, name, full_name, value)
+        return value
 
 
 #: what torch.compiler.disable would set, without importing the compiler: do not compile these, call them

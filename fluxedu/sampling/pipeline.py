@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fluxedu.errors import RequestError
+from fluxedu.errors import GradientError, RequestError
 from fluxedu.memory.placement import Networks, memory_advice
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
@@ -187,13 +187,15 @@ class FluxPipeline(Sited):
         context = StepContext(self, requests[0], next(_RUNS), txt_len, 0, len(requests), len(times) - 1)
         networks = Networks(self.flux, self.autoencoder, self.prompt_encoder.clip, self.prompt_encoder.t5, self.dtype)
         height, width = (side * downscale for side in requests[0].shape)
+        if gradient_mode() is not None and self.flux.placement is not None and self.flux.placement.mode != "full":
+            raise GradientError("gradients need all weights in memory; load the pipeline with memory='full'.")
         images, runs = [], []
         with (
             torch.set_grad_enabled(gradient_mode() is not None),
             memory_advice(networks, self.device, height, width, txt_len),
             progress_bar(total=len(requests) * (len(times) - 1), show=progress, desc="sampling") as bar,
         ):
-            with entered(context):
+            with entered(context), torch.no_grad():
                 prompts, negative = self.encode(requests)
             # one image at a time: products of larger matrices round differently, and no image may depend on others
             for i, request in enumerate(requests):
@@ -233,16 +235,17 @@ class FluxPipeline(Sited):
     # ---------------------------------------------------------------- before and after the loop
 
     def encode(self, requests: list[Request]) -> tuple[list[Conditioning], list[Conditioning | None]]:
-        """The encoded prompt of each image, and with classifier-free guidance its negative prompt."""
-        uses_cfg = requests[0].uses_cfg
-        texts = [text for r in requests for text in ([r.negative_prompt, r.prompt] if uses_cfg else [r.prompt])]
-        encoded = self.prompt_encoder(texts).split(1)
-        prompts = encoded[1::2] if uses_cfg else encoded
-        negative = encoded[::2] if uses_cfg else [None] * len(prompts)
-        if self.redux is not None and requests[0].image_prompt is not None:
-            images = [self.redux(r.image_prompt.to(self.device, self.dtype)) for r in requests]  # [1, M, D] each
-            prompts = [text.append(tokens) for text, tokens in zip(prompts, images, strict=True)]
-            negative = [text and text.append(tokens) for text, tokens in zip(negative, images, strict=True)]
+        """The encoded prompt of each image, and its encoded negative prompt with classifier-free guidance."""
+        negative: list[Conditioning | None] = [None] * len(requests)
+        if requests[0].uses_cfg:  # the same for all images
+            negative = self.prompt_encoder([request.negative_prompt for request in requests]).split(1)
+        prompts = self.prompt_encoder([request.prompt for request in requests]).split(1)
+        if requests[0].image_prompt is not None:  # Redux: more tokens after the text's
+            for i, request in enumerate(requests):
+                tokens = self.redux(request.image_prompt.to(self.device, self.dtype))  # [1, M, D]
+                prompts[i] = prompts[i].with_tokens(tokens)
+                if negative[i] is not None:
+                    negative[i] = negative[i].with_tokens(tokens)
         return prompts, negative
 
     def times(self, request: Request) -> Tensor:
@@ -263,13 +266,12 @@ class FluxPipeline(Sited):
         self, request: Request, times: Tensor, prompt: Conditioning, negative: Conditioning | None = None
     ) -> VelocityField:
         """The function ``velocity(x, t)`` that the solver integrates, with all that stays the same during the run."""
-        both = prompt if negative is None else negative.joined(prompt)
-        txt = self.probe("txt", leaf(both.txt))  # [B, L, D] the prompt's T5 tokens, once per image: edit words here
-        pooled = self.probe("pooled", leaf(both.pooled))  # [B, D] the prompt's CLIP vector, once per image
-        *negatives, prompt = Conditioning(txt, pooled).split(1)
+        texts = prompt if negative is None else negative.joined(prompt)
+        txt = self.probe("txt", leaf(texts.txt))  # [B, L, D] the prompt's T5 tokens, once per image: edit words here
+        pooled = self.probe("pooled", leaf(texts.pooled))  # [B, D] the prompt's CLIP vector, once per image
         pictures = encode_conditions(request, self._encode_picture, self._downscale)
         evaluation_times = get_solver(request.solver).evaluation_times(times.tolist())
-        return VelocityField(self.flux, prompt, *(negatives or [None]), pictures, request, evaluation_times)
+        return VelocityField(self.flux, Conditioning(txt, pooled), pictures, request, evaluation_times)
 
     def decode(self, latent: Tensor, request: Request) -> Image.Image:
         """The image of a latent ``[1, C, h, w]``; for fill, with the original pixels outside the mask."""

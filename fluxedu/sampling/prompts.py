@@ -79,8 +79,8 @@ class Conditioning:
         """Both, as one batch."""
         return Conditioning(torch.cat([self.txt, other.txt]), torch.cat([self.pooled, other.pooled]))
 
-    def append(self, tokens: Tensor) -> Conditioning:
-        """With more tokens ``[B, M, D]`` after the text's."""
+    def with_tokens(self, tokens: Tensor) -> Conditioning:
+        """With more tokens ``[B, M, D]`` after the text's own."""
         return Conditioning(torch.cat([self.txt, tokens], dim=1), self.pooled)
 
     def split(self, size: int) -> list[Conditioning]:

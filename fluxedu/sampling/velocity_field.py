@@ -17,51 +17,41 @@ from fluxedu.sampling.step_context import next_evaluation
 
 
 class VelocityField(Sited):
-    """``velocity(x, t)``: the velocity ``[B, C, h, w]`` of the latents ``x [B, C, h, w]`` at the time ``t``.
+    """``velocity(x, t)``: the velocity ``[1, C, h, w]`` of the latent ``x [1, C, h, w]`` at the time ``t``.
 
-    prompts, negative: the encoded prompts, and with classifier-free guidance the negative ones · pictures: what the
-    model reads besides text · request: the settings, the same for all images · times: when the solver will evaluate it.
+    texts: the encoded prompt; with classifier-free guidance, the encoded negative prompt and the prompt · pictures:
+    what the model reads besides text · times: all times at which the solver will evaluate the velocity.
     """
 
     site_path = "sample"
 
-    def __init__(
-        self,
-        flux: Flux,
-        prompts: Conditioning,
-        negative: Conditioning | None,
-        pictures: Conditions,
-        request: Request,
-        times: list[float],
-    ):
+    def __init__(self, flux: Flux, texts: Conditioning, pictures: Conditions, request: Request, times: list[float]):
         self.flux, self.pictures, self.request = flux, pictures, request
         # the positions of all tokens, text first
-        txt_ids = text_ids(prompts.txt.shape[1])  # [L, 3] all zero
+        txt_ids = text_ids(texts.txt.shape[1])  # [L, 3] all zero
         img_ids = pictures.join_ids(image_ids(*request.shape))  # [N, 3] (0, row, column)
         device = flux.img_in.weight.device
         self.rope = flux.rope(img_ids.to(device), txt_ids.to(device))
-        # the text tokens, and the modulation at every time: of the prompts alone, and of negative and prompts
+        # the modulation of all blocks depends on the time, the guidance scale and the pooled text: computed ahead
         guidance = torch.tensor([request.guidance], device=device) if flux.config.guidance_embed else None
-        self.txt, self.plans = prompts.txt, PlanAhead(flux, times, guidance, prompts.pooled)
-        if negative is not None:
-            self.both_txt = torch.cat([negative.txt, prompts.txt])  # [2 B, L, D]
-            both_pooled = torch.cat([negative.pooled, prompts.pooled])
-            self.both_plans = PlanAhead(flux, times, guidance, both_pooled)
+        self.both, self.prompt = texts, texts.split(1)[-1]
+        self.both_plans = PlanAhead(flux, times, guidance, self.both.pooled)
+        self.prompt_plans = PlanAhead(flux, times, guidance, self.prompt.pooled)
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        next_evaluation(t)  # for instruments
+        next_evaluation(t)  # for instruments, which count them
         with evaluation_mode():  # without a graph, unless gradients are wanted
             transformer = checkpointed(self.flux.velocity)
-            img = pack(x)  # [B, N, 64]
+            img = pack(x)  # [1, N, 64]
             if self.request.uses_cfg and active(t, self.request.guidance_interval):
-                img_twice = self.pictures.join(torch.cat([img, img]))  # [2 B, N, 64]
-                both = transformer(img_twice, self.both_txt, self.rope, self.both_plans.at(t))
+                img_twice = self.pictures.join(torch.cat([img, img]))  # [2, N, 64]
+                both = transformer(img_twice, self.both.txt, self.rope, self.both_plans.at(t))
                 negative, prompted = both[:, : img.shape[1]].chunk(2, dim=0)
                 negative = self.probe("negative", negative)  # [B, N, O] velocity for the negative prompt
                 prompted = self.probe("prompted", prompted)  # [B, N, O] velocity for the prompt
                 v = guide(negative, prompted, self.request.true_cfg_scale)
             else:
-                v = transformer(self.pictures.join(img), self.txt, self.rope, self.plans.at(t))
+                v = transformer(self.pictures.join(img), self.prompt.txt, self.rope, self.prompt_plans.at(t))
                 v = v[:, : img.shape[1]]  # without the tokens of a reference picture
             v = unpack(v, *self.request.shape)
             v = self.probe("velocity", v)  # [B, C, h, w] the (guided) velocity, per evaluation
