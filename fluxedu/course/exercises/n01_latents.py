@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, wrong
-from fluxedu.course.exercises import run_module, subclass
+from fluxedu.course.exercises import random_weights, run_module, subclass
 from fluxedu.models.autoencoder import Downsample as LibraryDownsample
 from fluxedu.sampling.latents import pack as library_pack
 from fluxedu.sampling.latents import unpack as library_unpack
@@ -152,13 +152,8 @@ wrong("latents.standardise", "means and variances do not alternate: the means ar
 
 def _grids() -> list[tuple]:
     g = torch.Generator().manual_seed(4)
-    cases = []
-    for shape in ((2, 3, 6, 10), (1, 2, 8, 4)):
-        c = shape[1]
-        weight = torch.randn(c, c, 3, 3, generator=g)
-        x, bias = torch.randn(shape, generator=g) + 0.5, torch.randn(c, generator=g)
-        cases.append(((c,), {"conv.weight": weight, "conv.bias": bias}, x))
-    return cases
+    inputs = [torch.randn(shape, generator=g) + 0.5 for shape in ((2, 3, 6, 10), (1, 2, 8, 4))]
+    return [((x.shape[1],), random_weights(LibraryDownsample(x.shape[1]), 4), x) for x in inputs]
 
 
 @exercise(

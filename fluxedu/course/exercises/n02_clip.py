@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, mistakes, wrong
-from fluxedu.course.exercises import run_module
+from fluxedu.course.exercises import random_weights, run_module
 from fluxedu.models.clip import CLIPAttention
 from fluxedu.models.clip import quick_gelu as library_quick_gelu
 
@@ -46,11 +46,9 @@ wrong("clip.quick_gelu", "the factor 1.702 belongs inside the sigmoid only.")(
 
 def _sequences() -> list[tuple]:
     g = torch.Generator().manual_seed(2)
-    layers = ("q_proj", "k_proj", "v_proj", "out_proj")
     cases = []
     for batch, length, dim, heads in ((2, 5, 12, 3), (1, 7, 8, 2)):
-        weights = {f"{name}.weight": 0.8 * torch.randn(dim, dim, generator=g) for name in layers}
-        weights |= {f"{name}.bias": torch.randn(dim, generator=g) for name in layers}
+        weights = random_weights(CLIPAttention(dim, heads), seed=dim)
         cases.append(((dim, heads), weights, torch.randn(batch, length, dim, generator=g)))
     return cases
 

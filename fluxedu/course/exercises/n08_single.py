@@ -223,10 +223,7 @@ class Block(nn.Module):
 @mistakes(
     "single.block",
     ("exact GELU", "this is the exact GELU; FLUX was trained with its tanh approximation."),
-    (
-        "GELU of attention",
-        "the GELU is applied to the attention output too; it belongs to the MLP's hidden layer only.",
-    ),
+    ("second GELU", "the GELU is applied to the attention output too; it belongs to the MLP's hidden layer only."),
     ("MLP first", "you concatenate the MLP's hidden layer first; linear2 reads the attention output first."),
     ("gate blends", "your gate blends, (1 - gate) x + gate f; in FLUX all of x is kept: x + gate f."),
     ("no QKNorm", "the QKNorm is missing: q and k are used as they come out of linear1."),
@@ -245,7 +242,7 @@ class _Mistaken(Block):
         if self.mistake != "no RoPE":
             q, k = rotate(q, rope), rotate(k, rope)
         attn_out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        if self.mistake == "GELU of attention":
+        if self.mistake == "second GELU":
             attn_out = F.gelu(attn_out, approximate="tanh")
         hidden = F.gelu(hidden, approximate="none" if self.mistake == "exact GELU" else "tanh")
         parts = [hidden, attn_out] if self.mistake == "MLP first" else [attn_out, hidden]

@@ -190,10 +190,7 @@ def spread(value: Value) -> Named:
     "inside.spread",
     ("entropy", "you return the entropy itself; its exponential counts tokens."),
     ("bits", "bits and nats are mixed: with log2 in the entropy, take 2 to its power."),
-    (
-        "participation",
-        "that is one over the sum of squares, a different count, which gives large weights more influence.",
-    ),
+    ("squares", "that is one over the sum of squares, a different count, which gives large weights more influence."),
     ("mean", "each query has its own entropy; you average over all queries before the exponential."),
 )
 def _spread_with(mistake, value):
@@ -205,7 +202,7 @@ def _spread_with(mistake, value):
         entropy = entropy / torch.log(torch.tensor(2.0))
     if mistake == "mean":
         entropy = entropy.mean(-1, keepdim=True).expand_as(entropy)
-    return p.dropped("key", 1 / p.tensor.square().sum(-1) if mistake == "participation" else entropy.exp())
+    return p.dropped("key", 1 / p.tensor.square().sum(-1) if mistake == "squares" else entropy.exp())
 
 
 def _tokens() -> list[tuple]:

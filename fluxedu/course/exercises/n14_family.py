@@ -64,10 +64,7 @@ def fill_tokens(noise: Tensor, masked: Tensor, mask: Tensor) -> Tensor:
     ("mask before image", "the mask comes before the masked image; the order is noise, masked image, mask."),
     ("columns first", "within a cell the mask's pixels are ordered column by column; they go row by row."),
     ("mask inverted", "your mask is 0 in the region to be painted; it should be 1 there."),
-    (
-        "whole patches",
-        "you fold the mask in patches of 16 x 16 pixels; fold 8 x 8 into cells first, then pack the cells.",
-    ),
+    ("patches", "you fold the mask in patches of 16 x 16 pixels; fold 8 x 8 into cells first, then pack the cells."),
 )
 def _fill_with(mistake, noise, masked, mask):
     b, _, h, w = noise.shape
@@ -75,7 +72,7 @@ def _fill_with(mistake, noise, masked, mask):
         mask = 1 - mask
     order = (0, 4, 2, 1, 3) if mistake == "columns first" else (0, 2, 4, 1, 3)
     mask_tokens = pack(mask.reshape(b, h, 8, w, 8).permute(*order).reshape(b, 64, h, w))
-    if mistake == "whole patches":
+    if mistake == "patches":
         patches = mask.reshape(b, h // 2, 16, w // 2, 16).permute(0, 1, 3, 2, 4)
         mask_tokens = patches.reshape(b, -1, 256)
     if mistake == "mask before image":
