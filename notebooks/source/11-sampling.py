@@ -40,23 +40,32 @@ def relative_distance(out, reference) -> float:
 
 
 # %% [markdown]
-# A *schedule* is the list of times, from 1 (noise) to 0 (image), between which the sampler takes its steps. A *solver* is
-# the method that takes one step. A *shift* moves the times of a schedule towards the noise; its strength is called mu.
+# A *schedule* is the list of times, from 1 (noise) to 0 (image), between which the sampler takes its steps. A *solver*
+# is the method that takes one step. A *shift* moves the times of a schedule towards the noise; its strength is called
+# mu.
 #
 # ## Predict
+#
+# The last two questions compare solvers that you will write below, Euler's method, Heun's method and the midpoint
+# method, at the same NFE. The *reference* is a run with many more evaluations. We ask whose final latent is nearer to
+# that of the reference.
 
 # %%
-one = fe.predict("One single step: does the shift change the image? yes / no", "no")  # answer
-tokens = fe.predict("What is mu for 8160 tokens? (0.5 for 256 tokens, 1.15 for 4096)", 1.84)  # answer
-cheap = fe.predict("4 NFE: which ends nearer to the reference? euler with 4 steps / heun with 2", "euler")  # answer
-dear = fe.predict("16 NFE: which ends nearer? euler with 16 steps / midpoint with 8", "midpoint")  # answer
+one_step = fe.predict("In a run of a single step, does the shift change the image? yes / no", "no")  # answer
+large_mu = fe.predict("What is mu for 8160 tokens? (It is 0.5 for 256 tokens and 1.15 for 4096.)", 1.84)  # answer
+nearer_at_4 = fe.predict(
+    "At 4 NFE, which is nearer to the reference: Euler with 4 steps or Heun with 2? euler / heun", "euler"
+)  # answer
+nearer_at_16 = fe.predict(
+    "At 16 NFE, which is nearer: Euler with 16 steps or midpoint with 8? euler / midpoint", "midpoint"
+)  # answer
 
 # %% [markdown]
 # ## Build it
 #
-# First the times. Evenly spaced times are not the best: in an image of many tokens the layout can be seen through a lot
-# of noise, because neighbouring tokens can be averaged. So FLUX.1-dev spends more of its steps near the noise, and the
-# more so the larger the image. It shifts the times:
+# We begin with the times. Evenly spaced times are not the best choice: in an image of many tokens the layout can be
+# seen through a lot of noise, because neighbouring tokens can be averaged. So FLUX.1-dev takes more of its steps near
+# the noise, and the larger the image, the more of them. It shifts the times:
 #
 # $$t' = \frac{e^{\mu}}{e^{\mu} + 1/t - 1} \qquad \Longleftrightarrow \qquad
 # \frac{t'}{1 - t'} = e^{\mu}\, \frac{t}{1 - t}$$
@@ -64,31 +73,35 @@ dear = fe.predict("16 NFE: which ends nearer? euler with 16 steps / midpoint wit
 # %% exercise="sampling.mu"
 
 # %%
-tokens.against(shift_amount(8160))
+large_mu.against(shift_amount(8160))
 
 # %% exercise="sampling.schedule"
-# As the second formula says, the odds t : (1 - t) are multiplied by e to the mu. schnell uses even times, which is
-# mu = 0.
+# As the second formula says, the odds t : (1 - t) are multiplied by e to the mu. schnell uses evenly spaced times, that
+# is, mu = 0.
 
 # %%
 schedule_done = passed
-shifts = {"1024 x 1024, 4096 tokens": shift_amount(4096), "256 x 256, 256 tokens": shift_amount(256), "even": 0.0}
+shifts = {
+    "1024 x 1024, 4096 tokens": shift_amount(4096),
+    "256 x 256, 256 tokens": shift_amount(256),
+    "evenly spaced": 0.0,
+}
 fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
 for (name, shift), colour, mark in zip(shifts.items(), ("#0072b2", "#d55e00", "#009e73"), "os^"):
     ax.plot(library_schedule(20, 256, ends=(shift, shift)), marker=mark, markersize=4, color=colour, label=name)
 ax.set(xlabel="step", ylabel="time (1 is noise)")
 ax.set_xticks(range(0, 21, 5))
-ax.set_title("The larger the image, the more steps are spent near the noise")
+times = library_schedule(20, 4096)
+ax.set_title(f"At 4096 tokens, {int((times[:-1] > 0.5).sum())} of 20 steps start above t = 0.5; evenly spaced, 10")
 ax.legend()
 plt.show()
 
-times = library_schedule(20, 4096)
 print("of 20 steps at 4096 tokens, steps that start above t = 0.5:", int((times[:-1] > 0.5).sum()))
 
 # %% [markdown]
-# The miniature always uses the same shift, a factor of 3, whatever the image size: it has few tokens and was trained on
-# images of one area. Now the solvers. A solver takes one step from time $t$ to $t'$ along $dx/dt = v(x, t)$. **Euler**
-# evaluates the velocity once and uses it for the whole step:
+# The miniature always uses the same shift, which multiplies the odds by 3: it has few tokens, and its training images
+# all have about the same area. Now to the solvers. A solver takes one step from time $t$ to $t'$ along
+# $dx/dt = v(x, t)$. **Euler** evaluates the velocity once and uses it for the whole step:
 #
 # $$x' = x + (t' - t)\, v(x, t)$$
 
@@ -100,7 +113,8 @@ def euler(x: Tensor, t: float, t_next: float, velocity: Callable) -> tuple[Tenso
 
 
 # %% [markdown]
-# Where a trajectory is curved, its tangent leaves it. Two methods correct for that with a second evaluation per step.
+# Euler's step is straight, so it leaves a curved trajectory. Two methods correct for this with a second evaluation per
+# step.
 
 # %% exercise="sampling.midpoint"
 
@@ -113,8 +127,8 @@ midpoint_done = passed
 solvers_done = midpoint_done and passed
 
 # %% [markdown]
-# For an equation whose solution is known, we can measure how the error of a solver decreases. For `dx/dt = x` from t = 1
-# to 0, x is divided by e:
+# For an equation whose solution is known, we can measure how the error of a solver decreases. We take `dx/dt = x`, for
+# which x is divided by e from t = 1 to t = 0:
 
 # %%
 for name, solver in fe.sampling.SOLVERS.items():
@@ -132,7 +146,7 @@ for name, solver in fe.sampling.SOLVERS.items():
 #
 # ## See it
 #
-# Two seeds, three solvers, the same NFE for each. The reference is a run of midpoint with 48 NFE.
+# We compare three solvers at the same NFE, with two seeds. The reference is a run of the midpoint method with 48 NFE.
 
 # %%
 nfe = [2, 4, 8, 16]
@@ -142,8 +156,8 @@ distance = {}
 for name, per_step in (("euler", 1), ("midpoint", 2), ("heun", 2)):
     runs = [pipe(prompt, seed=seeds, steps=n // per_step, solver=name, progress=False) for n in nfe]
     distance[name] = [relative_distance(out, reference) for out in runs]
-cheap.against("euler" if distance["euler"][1] < distance["heun"][1] else "heun")
-dear.against("euler" if distance["euler"][3] < distance["midpoint"][3] else "midpoint")
+nearer_at_4.against("euler" if distance["euler"][1] < distance["heun"][1] else "heun")
+nearer_at_16.against("euler" if distance["euler"][3] < distance["midpoint"][3] else "midpoint")
 
 fig, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
 for (name, values), colour, mark in zip(distance.items(), ("#0072b2", "#d55e00", "#009e73"), "os^"):
@@ -151,32 +165,35 @@ for (name, values), colour, mark in zip(distance.items(), ("#0072b2", "#d55e00",
 ax.set_xscale("log", base=2)
 ax.set_xticks(nfe, nfe)
 ax.set(xlabel="NFE", ylabel="distance, % of the latent's length", ylim=0)
-ax.set_title("Two seeds: up to 8 NFE all end far from the reference")
+nearest = min(values[2] for values in distance.values())
+ax.set_title(f"Two seeds: at 8 NFE the distance is still {nearest:.0%} or more for every solver")
 ax.legend()
 plt.show()
 
 # %% [markdown]
 # Do not read this as a ranking of the solvers. There are only two seeds. The reference is itself a midpoint run, which
-# favours midpoint. And a distance between latents mostly measures the background. With two or four evaluations every
-# solver ends about a latent's length from the reference or more, so the order there means little.
+# favours midpoint. And a distance between latents mostly measures the background. With two or four evaluations, the
+# distance of every solver from the reference is about the length of the latent or more, so which of them is nearest
+# there means little.
 #
 # Whether the image shows what the prompt says is a different question. In a separate test with eight images and the
 # judge (the program that recognises shapes and colours, notebook 12), Euler was clearly ahead at 8 NFE, and all three
 # were about equal at 16.
 #
-# Try it: one row per solver, one column per NFE; the choice above the table changes the schedule. (Use Tab, then the
-# arrow keys.)
+# The explorer has one row per solver and one column per NFE; the menu above the table changes the schedule. (Use Tab,
+# then the arrow keys.)
 
 # %%
 solvers(pipe, prompt, seed=4, reference=24, progress=False)
 
 # %% [markdown]
-# For this seed, what few evaluations change is mostly the background, which the prompt leaves open. With many
-# evaluations seed 4 ends with navy. With even times (shift 1), even sixteen evaluations end with another background,
-# whatever the solver; with shift 3 midpoint gives navy and Euler black. Here the schedule matters as much as the solver.
+# For this seed, the number of evaluations mostly changes the background, about which the prompt says nothing. With many
+# evaluations it is navy. With evenly spaced times (shift 1), it has another colour even after sixteen evaluations,
+# whatever the solver. With shift 3, sixteen evaluations give navy with midpoint and black with Euler. So the schedule
+# matters as much as the solver here.
 #
-# How curved is the trajectory? Here is its length divided by the distance between its ends, for the miniature at its
-# lowest and its usual guidance scale (how strongly the image should follow the prompt, notebook 12):
+# How curved is the trajectory? We divide its length by the distance between its ends, for the miniature at its lowest
+# and its usual guidance scale (how strongly the image should follow the prompt, notebook 12):
 
 # %%
 for scale, bound in ((1.0, 0.04), (6.0, 0.08)):
@@ -186,15 +203,15 @@ for scale, bound in ((1.0, 0.04), (6.0, 0.08)):
     print(f"guidance scale {scale:g}: less than {bound:.0%} longer than straight: {bool((extra < bound).all())}")
 
 # %% [markdown]
-# In length the trajectory is almost straight, and yet two steps are not enough: length is not very sensitive to curvature.
-# A path of two equal segments with a turn of 44 degrees in the middle is only 1 / cos 22° = 1.08 times as long as the
-# straight line.
+# By this measure the trajectory is almost straight, and yet two steps are not enough. The reason is that length is not
+# very sensitive to curvature. A path of two equal segments with a turn of 44 degrees in the middle is only
+# 1 / cos 22° = 1.08 times as long as the straight line.
 #
-# ## Put yours into the trained model
+# ## Put your code into the trained model
 #
-# The pipeline looks up its solver by name in a registry, `fe.sampling.SOLVERS`. An entry holds the step function and its
-# *stages*: the points within a step at which the network is evaluated, where 0 is the start of the step and 1 its end.
-# From then on you can use your solver by its name.
+# The pipeline looks up its solver by name in a registry, `fe.sampling.SOLVERS`. An entry holds the step function and
+# its *stages*: the points within a step at which the network is evaluated, where 0 is the start of the step and 1 its
+# end. From then on you can use your solver by its name.
 
 # %%
 if solvers_done:
@@ -224,10 +241,11 @@ else:
 # %% [markdown]
 # ## Break it
 #
-# **The shift applied twice**, for example because it is set in two places. Nothing fails; the times just move even
+# **The shift applied twice**, for example because it is set in two places. There is no error; the times just move even
 # closer to the noise. (diffusers' scheduler has a related fault if it is used alone with a fixed shift: it shifts the
-# end points of its times first, and then all times once more. See issue 13243 and pull request 13706. Its times are not
-# those of the panel below.) Two more mistakes beside it: the last step is missing, and the step has the wrong sign.
+# end points of its times first, and then all times once more. See issue 13243 and pull request 13706. Its times differ
+# from those used here.) The figure also shows two other mistakes, a missing last step and a step with the wrong sign,
+# and a run without the shift.
 
 
 # %%
@@ -264,32 +282,33 @@ plt.show()
 
 for name in ("original, 8 steps", "shifted twice"):
     print(f"{name}: the last step starts at t = {float(outs[name].trajectory.times[-2]):.2f}")
-wrong_way = outs["wrong sign"]
+wrong_sign_run = outs["wrong sign"]
 print("with the wrong sign the latent gets longer than the noise was:",
-      bool(wrong_way.latents.norm() > wrong_way.trajectory.latents[0].norm()))  # fmt: skip
+      bool(wrong_sign_run.latents.norm() > wrong_sign_run.trajectory.latents[0].norm()))  # fmt: skip
 
 # %% [markdown]
-# With the shift applied twice, the very last step has to cover more than half of the time. With this seed, the layout is
-# unchanged, but the background and one colour are not: a plausible image, so nobody suspects a bug. Omitting the shift
-# (the last panel) is just as inconspicuous. Without the last step, the rest of the noise stays in the image.
+# With the shift applied twice, the last step alone covers more than half of the time from 1 to 0. With this seed, the
+# layout is unchanged, but the background and one colour are different. The image is plausible, so nobody suspects a
+# bug. A missing shift (the last panel) is just as inconspicuous. Without the last step, some noise remains in the
+# image.
 #
 # **One step.** Its times are 1 and 0, and the shift changes neither:
 
 # %%
 single_steps = [shifted(pipe, s)(prompt, seed=4, steps=1, progress=False) for s in (1.0, 3.0)]
-one.against("yes" if relative_distance(*single_steps) > 0.01 else "no")
+one_step.against("yes" if relative_distance(*single_steps) > 0.01 else "no")
 
 # %% [markdown]
 # **Two more mistakes that are hard to notice.** diffusers' scheduler, if it is used alone, spaces its times evenly down
-# to 1/1000 instead of 1/N (diffusers' FLUX pipeline passes the right times to it). And a time stored in bfloat16 is
-# rounded:
+# to 1/1000 instead of 1/N, where N is the number of steps (diffusers' FLUX pipeline passes the right times to it). And
+# a time stored in bfloat16 is rounded:
 
 # %%
-ours, bare = library_schedule(4, 4096)[:4], torch.linspace(1, 1 / 1000, 4)
-bare = shift_times(bare, shift_amount(4096))
-print("4 steps, 4,096 tokens, from 1 to 1/4:   ", [round(t, 3) for t in ours.tolist()])
-print("4 steps, 4,096 tokens, from 1 to 1/1000:", [round(t, 3) for t in bare.tolist()])
-print("largest difference:", round(float((ours - bare).abs().max()), 2))
+right_times = library_schedule(4, 4096)[:4]
+scheduler_times = shift_times(torch.linspace(1, 1 / 1000, 4), shift_amount(4096))
+print("4 steps, 4,096 tokens, from 1 to 1/4:   ", [round(t, 3) for t in right_times.tolist()])
+print("4 steps, 4,096 tokens, from 1 to 1/1000:", [round(t, 3) for t in scheduler_times.tolist()])
+print("largest difference:", round(float((right_times - scheduler_times).abs().max()), 2))
 print("0.90453 × 1000 in bfloat16:", float(torch.tensor(0.90453).bfloat16() * 1000))
 
 # %% [markdown]
@@ -298,14 +317,15 @@ print("0.90453 × 1000 in bfloat16:", float(torch.tensor(0.90453).bfloat16() * 1
 # 1. The cost of an image is its NFE: Euler evaluates the network once per step, midpoint and Heun twice.
 # 2. The times are evenly spaced, then shifted towards the noise: the odds are multiplied by e to the mu.
 # 3. mu grows linearly with the number of tokens and is not clamped; schnell has no shift.
-# 4. A higher order pays off only with enough steps, and with few steps the schedule matters as much as the solver.
-# 5. Steps are negative. A wrong sign moves away from the image; a shift applied twice just gives another image.
+# 4. A solver of higher order is better only with enough steps. With few, the schedule matters as much as the solver.
+# 5. `t_next - t` is negative. With the wrong sign, steps lead away from the image; a shift applied twice just gives
+#    another image.
 #
-# **People ask**: *why does my image differ from the official code's?* Often because of the times: diffusers' scheduler
-# needs times from 1 to 1/N in N even steps, and its own default is the one you just saw. *Is the shift applied in the
-# scheduler or in the pipeline?* In one of the two: print the times and compare them with the formula. *Why are my
-# bfloat16 times wrong?* The network multiplies t by 1000, and bfloat16 has less than three decimal digits: the official
-# code embeds the 908 above for 904.53; ours keeps float32.
+# **Questions people ask**: *Why does my image differ from the official code's?* Often because of the times: diffusers'
+# scheduler has to be given N evenly spaced times from 1 to 1/N; you have just seen its default. *Is the shift applied
+# in the scheduler or in the pipeline?* It may be either, but not both: print the times and compare them with the
+# formula. *Why are my bfloat16 times wrong?* The network multiplies t by 1000, and bfloat16 has less than three decimal
+# digits: the official code embeds the 908 above for 904.53; ours keeps float32.
 #
 # **Read**: Scaling Rectified Flow Transformers, arXiv 2403.03206, section 5.3.2 · straightness, arXiv 2410.14949 ·
 # `black-forest-labs/flux`, `sampling.py` (`get_schedule`, `denoise`) · ours: `fluxedu/sampling/solvers.py`.
