@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 12 · Guidance
 #
-# **What does guidance buy?** A flow predicts the mean velocity over all images that fit a prompt, and samples from it
-# follow the prompt less closely than one would like. Guidance makes them follow it more closely, and every user of such
-# a model sets its scale. This notebook measures what is gained and what is lost.
+# **What does guidance improve, and at what cost?** Images sampled from a flow follow the prompt less closely than one
+# would like. *Guidance* makes them follow it more closely; its strength is called the *guidance scale*, which every
+# user of such a model can set. This notebook measures what is gained and what is lost.
 #
 # Afterwards you can write classifier-free guidance for a network without a guidance input, say what FLUX.1-dev does
 # instead and why it needs only one pass per step, and recognise in an image that the guidance scale was too high.
@@ -39,26 +39,33 @@ def relative_distance(out, reference) -> float:
 
 
 # %% [markdown]
-# There are two kinds of guidance. *Classifier-free guidance* (CFG) is part of the sampler: it evaluates the network twice
-# per step, with the prompt and without. *Embedded guidance* is an input of the network: the guidance scale is a number
-# like the time, and becomes part of `vec`, the vector from which the modulation of every block is computed (notebook
-# 05). This page shows CFG on `nano-base`, and embedded guidance on the model that you load: the miniature or FLUX.1-dev.
+# There are two kinds of guidance. *Classifier-free guidance* (CFG) is part of the sampler: it evaluates the network
+# twice per step, with the prompt and without. *Embedded guidance* is an input of the network: the guidance scale is a
+# number like the time, and becomes part of `vec`, the vector from which the modulation of every block is computed
+# (notebook 05). This notebook shows CFG on `nano-base`, and embedded guidance on the model that you load: the miniature
+# or FLUX.1-dev.
 #
 # ## Predict
 
 # %%
-rows = fe.predict("CFG: how many samples are in the network's batch in each step, for one image?", 2)  # answer
-nothing = fe.predict(
-    "CFG with scale 0 gives the image of: the prompt / the empty prompt / noise", "the empty prompt"
+batch_size = fe.predict("With CFG, how many samples does the network process per step for one image?", 2)  # answer
+scale_zero = fe.predict(
+    "The image of which prompt does CFG give at scale 0? the prompt / the empty prompt", "the empty prompt"
 )  # answer
-worst = fe.predict("CFG scales 1, 3, 6 and 15: which one follows the prompt least?", 15)  # answer
-varied = fe.predict("A higher guidance scale: do the images of several seeds differ more or less?", "less")  # answer
+worst_scale = fe.predict(
+    "At which of the CFG scales 1, 3, 6 and 15 do the images follow the prompt least?", 15
+)  # answer
+diversity = fe.predict(
+    "At a higher guidance scale, do the images of several seeds differ more or less? more / less", "less"
+)  # answer
 
 # %% [markdown]
 # ## Build it
 #
-# The difference between the velocities with and without the prompt is the effect of the prompt. Extrapolate: go further
-# in this direction than the network itself. With guidance scale $s$,
+# The difference between the velocities with and without the prompt is the effect of the prompt. CFG goes further in
+# this direction than the velocity with the prompt does. The velocity without the prompt is called the *negative* one,
+# because a *negative prompt*, which says what the image should not show, can be used in place of the empty prompt. With
+# guidance scale $s$,
 #
 # $$v = v_{\text{negative}} + s\, (v_{\text{prompt}} - v_{\text{negative}})$$
 
@@ -107,39 +114,40 @@ else:
 batch_sizes = []
 with fe.intervene("img_in", lambda x, ctx: batch_sizes.append(len(x)) or x):
     base(prompt, seed=3, steps=1, guidance=4.0, progress=False)
-rows.against(batch_sizes[0])
+batch_size.against(batch_sizes[0])
 
 scale_0 = base(prompt, seed=3, steps=8, guidance=0, true_cfg_scale=0.0, progress=False)
 empty = base("", seed=3, steps=8, guidance=0, progress=False)
-nothing.against("the empty prompt" if relative_distance(scale_0, empty) < 0.01 else "the prompt")
+scale_zero.against("the empty prompt" if relative_distance(scale_0, empty) < 0.01 else "the prompt")
 
 # %% [markdown]
-# Scale 1 gives the velocity with the prompt, scale 0 that without, and a negative scale leads away from the prompt. (Some
-# papers write the scale as 1 + w; check before you copy a number.)
+# Scale 1 gives the velocity with the prompt, scale 0 the one without it, and a negative scale leads away from the
+# prompt. (Some papers write the scale as 1 + w, so check the convention before you copy a number.)
 #
 # ### Embedded guidance
 #
-# The second miniature learned to predict in one pass, for any guidance scale from 1 to 6, the velocity that CFG computes
-# in two. FLUX.1-dev is guidance-distilled too, according to its model card. The scale is embedded like the time, as
-# sines and cosines followed by two linear layers, and this embedding is one term of `vec`. Nothing else in the network
-# depends on the scale. We can check that: run with scale 1, but replace this term by that of scale 6. (`fe.intervene`
-# replaces the value at a *site*, a named point of the model.)
+# The second miniature learned to predict in one pass, for any guidance scale from 1 to 6, the velocity that CFG
+# computes in two. FLUX.1-dev is guidance-distilled too, according to its model card. The scale is embedded like the
+# time, as sines and cosines followed by two linear layers, and this embedding is one term of `vec`. Nothing else in the
+# network depends on the scale. We can check that: run with scale 1, but replace this term by that of scale 6.
+# (`fe.intervene` replaces the value at a *site*, a named point of the model.)
 
 # %%
 with torch.no_grad():
     term_of_6 = pipe.flux.guidance_in(timestep_embedding(torch.tensor([6.0], device=device)).to(pipe.dtype))  # [1, 192]
 with fe.intervene("vec.guidance", lambda term, ctx: term_of_6.expand_as(term)):
     replaced = pipe(prompt, seed=3, steps=8, guidance=1.0, progress=False)
-six = pipe(prompt, seed=3, steps=8, guidance=6.0, progress=False)
-one = pipe(prompt, seed=3, steps=8, guidance=1.0, progress=False)
-print("scale 1 with the term of scale 6 equals scale 6:", relative_distance(replaced, six) < 1e-3)
-print("and scale 1 by itself gives another image:", relative_distance(one, six) > 0.1)
+at_scale_6 = pipe(prompt, seed=3, steps=8, guidance=6.0, progress=False)
+at_scale_1 = pipe(prompt, seed=3, steps=8, guidance=1.0, progress=False)
+print("scale 1 with the term of scale 6 gives the latent of scale 6:", relative_distance(replaced, at_scale_6) < 1e-3)
+print("scale 1 with its own term gives another image:", relative_distance(at_scale_1, at_scale_6) > 0.1)
 
 # %% [markdown]
 # ## See it
 #
-# Both kinds at four scales, with four seeds each and eight steps. The *judge* is a program that finds shapes and colours
-# in an image by geometry. It says which of the prompt's claims hold: two colours, two shapes, and which is on the left.
+# We generate images with both kinds of guidance at four scales, with four seeds each and eight steps. The *judge* is a
+# program that finds shapes and colours in an image by geometry. It says which of the prompt's claims hold for an image:
+# two colours, two shapes, and which object is on the left.
 
 # %%
 claim = Claim((("red", "circle", None), ("blue", "square", None)), ((0, "left of", 1),), None)
@@ -152,17 +160,25 @@ for (name, run), colour, mark in zip(runs.items(), ("#0072b2", "#d55e00"), "os")
     axes[0].plot(run.scales, [100 * r for r in run.correct], marker=mark, color=colour, label=name)
     axes[1].plot(run.scales, run.diversity, marker=mark, color=colour, label=name)
     axes[2].plot(run.scales, run.latent_rms, marker=mark, color=colour, label=name)
-axes[0].set(title="CFG at 15: the prompt is lost", ylabel="claims that hold, %", ylim=(0, 105))
-axes[1].set(title="From 1 to 6: less diversity", ylabel="spread of positions and sizes", ylim=0)
-axes[2].set(title="CFG at 15: the latent grows", ylabel="root mean square of the latent", ylim=0)
+axes[0].set(title=f"CFG, 15: {cfg.correct[3]:.0%} of the claims hold", ylabel="claims that hold, %", ylim=(0, 105))
+axes[1].set(
+    title=f"CFG, 1 to 6: {1 - cfg.diversity[2] / cfg.diversity[0]:.0%} less diversity",
+    ylabel="spread of positions and sizes",
+    ylim=0,
+)
+axes[2].set(
+    title=f"CFG, 15: {cfg.latent_rms[3] / cfg.latent_rms[0]:.1f} times as large",
+    ylabel="root mean square of the latent",
+    ylim=0,
+)
 for ax in axes:
     ax.set_xlabel("guidance scale")
 axes[0].legend(fontsize=8, loc="lower left")
 plt.show()
 
 print("both kinds: no fewer claims hold at 3 than at 1:", all(r.correct[1] >= r.correct[0] for r in runs.values()))
-worst.against(int(cfg.scales[cfg.correct.index(min(cfg.correct))]))
-varied.against("less" if cfg.diversity[2] < cfg.diversity[0] else "more")
+worst_scale.against(int(cfg.scales[cfg.correct.index(min(cfg.correct))]))
+diversity.against("less" if cfg.diversity[2] < cfg.diversity[0] else "more")
 
 # %% [markdown]
 # For this prompt and four seeds, guidance costs diversity: up to 6 it falls by more than half. More guidance does not
@@ -170,8 +186,9 @@ varied.against("less" if cfg.diversity[2] < cfg.diversity[0] else "more")
 # images that were right in every respect was 26, 34 and 18 at scales 1, 3 and 6 for CFG, and 25, 36 and 32 for embedded
 # guidance: best at 3, and worse again at 6.
 #
-# At 15 the two kinds differ. With CFG the states leave the range that the network was trained on (the spread grows again
-# because the images fall apart). Embedded guidance was trained up to 6, and changes little beyond. Look at the images:
+# At 15 the two kinds differ. With CFG the states leave the range that the network was trained on (the spread grows
+# again because the images fall apart). Embedded guidance was trained up to 6, and changes little beyond. Look at the
+# images:
 
 # %%
 guidance(runs).set(cell=(3, 0))
@@ -179,8 +196,8 @@ guidance(runs).set(cell=(3, 0))
 # %% [markdown]
 # ## A limited interval
 #
-# Guidance is not useful at all times. Kynkäänniemi et al. (arXiv 2404.07724) found it harmful at high noise levels,
-# hardly needed at low ones, and useful in between. So switch it off at both ends of the run.
+# Guidance is not equally useful at all times. Kynkäänniemi et al. (arXiv 2404.07724) found it harmful at high noise
+# levels, hardly needed at low ones, and useful in between. So we switch it off at both ends of the run.
 
 # %% exercise="guidance.within"
 
@@ -189,25 +206,28 @@ within_done = passed
 
 # %%
 interval = (0.3, 0.9)
-always, limited = (
+all_times, limited = (
     sweep(base, prompt, claim, scales=[15.0], seeds=range(4), steps=8, progress=False, guidance_interval=times_on)
     for times_on in ((0.0, 1.0), interval)
 )
 print(f"scale 15, between t = {interval[0]} and {interval[1]} only:")
-print("the latent stays smaller:", limited.latent_rms[0] < always.latent_rms[0])
-print("at least as many claims hold:", limited.correct[0] >= always.correct[0])
+print("the latent stays smaller:", limited.latent_rms[0] < all_times.latent_rms[0])
+print("at least as many claims hold:", limited.correct[0] >= all_times.correct[0])
 
 fig, axes = plt.subplots(2, 4, figsize=(6.4, 3.5), layout="constrained")
-for row, run in zip(axes, (always, limited)):
+for row, run in zip(axes, (all_times, limited)):
     for ax, image in zip(row, run.images[0]):
         hide_axes(ax).imshow(image)
 axes[0, 0].set_ylabel("always on")
 axes[1, 0].set_ylabel(f"t = {interval[0]} to {interval[1]}")
-fig.suptitle("Scale 15, four seeds: a limited interval does less harm")
+fig.suptitle(
+    f"Scale 15: {all_times.correct[0]:.0%} of the claims hold, {limited.correct[0]:.0%} with the limited interval",
+    fontsize=10,
+)
 plt.show()
 
 # %% [markdown]
-# ## Put yours into the trained model
+# ## Put your code into the trained model
 #
 # The pipeline calls `active` to find out whether guidance is on at a time, and `guide` to apply it. Use yours instead:
 
@@ -221,8 +241,9 @@ else:
     print("solve the exercises above first; then run this cell again")
 
 # %% [markdown]
-# One more kind, which is not in the library. Early in a run the negative velocity may be longer or shorter than the
-# prompted one, and their difference then reflects the lengths more than the prompt. CFG-Zero* rescales it first.
+# CFG-Zero* is a variant of CFG, which the library does not have. Early in a run the negative velocity may be longer or
+# shorter than the velocity with the prompt. Their difference then depends on these lengths more than on the prompt, so
+# CFG-Zero* multiplies the negative velocity by a fitted factor first.
 
 # %% exercise="guidance.fitted"
 
@@ -232,20 +253,20 @@ if passed:
     with patch("fluxedu.sampling.velocity_field.guide", lambda n, p, s: pairs.append((n, p)) or fitted(n, p, s)):
         base(prompt, seed=3, steps=8, guidance=4.0, progress=False)
     factors = [float((n * p).sum() / n.square().sum()) for n, p in pairs]
-    print("all fitted factors are between 0.8 and 1.2, so little is rescaled:", all(abs(f - 1) < 0.2 for f in factors))
+    print("all fitted factors are between 0.8 and 1.2, close to 1:", all(abs(f - 1) < 0.2 for f in factors))
 else:
     print("solve the exercise above first; then run this cell again")
 
 # %% [markdown]
 # ## Break it
 #
-# Three misuses whose results look like those of a bad model: the two velocities exchanged, a scale that is far too high,
-# and both kinds of guidance at full strength at once.
+# The results of three mistakes look like those of a bad model: the two velocities are exchanged, the scale is far too
+# high, or both kinds of guidance are used at once, each at its usual scale.
 
 
 # %%
 def exchanged(negative: Tensor, prompted: Tensor, scale: float) -> Tensor:
-    return prompted + scale * (negative - prompted)  # the two velocities in each other's place
+    return prompted + scale * (negative - prompted)  # the two velocities are exchanged
 
 
 with patch("fluxedu.sampling.velocity_field.guide", exchanged):
@@ -254,7 +275,7 @@ outs = {
     "CFG, 4": library_run,
     "exchanged": exchanged_run,
     "CFG, 40": base(prompt, seed=3, steps=8, guidance=40.0, progress=False),
-    "embedded, 6": six,
+    "embedded, 6": at_scale_6,
     "embedded, 40": pipe(prompt, seed=3, steps=8, guidance=40.0, progress=False),
     "both, 6 and 4": pipe(prompt, seed=3, steps=8, guidance=6.0, true_cfg_scale=4.0, progress=False),
 }
@@ -274,8 +295,8 @@ print("embedded: it is less than 1.5 times as large at 40 as at 6:",
 
 # %% [markdown]
 # The burnt look has a simple cause: some values of the latent grow beyond those that the autoencoder was trained on.
-# Nothing in the CFG formula limits them; embedded guidance is limited by its training. And two moderate scales at once
-# amount to a high one.
+# Nothing in the CFG formula limits them; embedded guidance is limited by its training. And two moderate scales used
+# together have the effect of a high one.
 #
 # ## In five lines
 #
@@ -285,12 +306,12 @@ print("embedded: it is less than 1.5 times as large at 40 as at 6:",
 # 4. Guidance costs diversity. It helps to follow the prompt only up to a point, and far beyond it images break.
 # 5. A high scale does less harm if guidance is switched off at both ends of the run.
 #
-# **People ask**: *is dev's guidance CFG?* (flux issues 63 and 159) No: it is an input of a distilled network, with no
-# negative prompt and one pass per step. *Can I have a negative prompt?* Yes, `true_cfg_scale` with `negative_prompt`, at
-# two samples per step; keep the embedded scale low then, as the last image shows. *Can I pass guidance to schnell?* It
-# has no such input. diffusers' pipeline ignores the value; only a direct call of its transformer with `guidance=` raises
-# a TypeError. *Which scale?* The official defaults: dev 2.5 to 3.5, fill 30, canny 50, depth 10. A value has a meaning
-# for one model only.
+# **Questions people ask**: *Is dev's guidance CFG?* (flux issues 63 and 159) No: it is an input of a distilled network,
+# with no negative prompt and one pass per step. *Can I have a negative prompt?* Yes, `true_cfg_scale` with
+# `negative_prompt`, at two samples per step; keep the embedded scale low then, as the last image shows. *Can I pass
+# guidance to schnell?* It has no such input. diffusers' pipeline ignores the value; only a direct call of its
+# transformer with `guidance=` raises a TypeError. *Which scale should I use?* The official defaults are 2.5 to 3.5 for
+# dev, 30 for fill, 50 for canny and 10 for depth. Scales of different models cannot be compared.
 #
 # **Read**: Classifier-Free Diffusion Guidance, arXiv 2207.12598 · its distillation, arXiv 2210.03142 · the interval,
 # arXiv 2404.07724 · CFG-Zero*, arXiv 2503.18886 · `black-forest-labs/flux`, `model.py` (`guidance_in`) · ours:
