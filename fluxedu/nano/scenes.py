@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -245,12 +246,8 @@ def coverage(
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Smooth clouds and a fine grain, in grey levels, so that the autoencoder has detail to encode."""
     coarse = rng.normal(0, 3.0, (height // 16 + 2, width // 16 + 2))
-    rows, cols = np.arange(height) / 16, np.arange(width) / 16
-    i, j = rows.astype(int), cols.astype(int)
-    fi, fj = (rows - i)[:, None], (cols - j)[None, :]
-    top = coarse[i][:, j] * (1 - fj) + coarse[i][:, j + 1] * fj
-    bottom = coarse[i + 1][:, j] * (1 - fj) + coarse[i + 1][:, j + 1] * fj
-    return top * (1 - fi) + bottom * fi + rng.normal(0, 1.0, (height, width))
+    clouds = ndimage.map_coordinates(coarse, np.mgrid[:height, :width] / 16, order=1)  # bilinear
+    return clouds + rng.normal(0, 1.0, (height, width))
 
 
 def render(scene: Scene, outline: float | None = None) -> np.ndarray:
