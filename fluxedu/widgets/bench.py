@@ -120,14 +120,12 @@ def bench(pipe: FluxPipeline, prompt: str, other: str, *, steps: int = 6, **requ
         with record("double.*.img", "double.*.txt", "single.*.x", to=Path(folder) / "other"):
             other_run = pipe(check_one_prompt(other), **request)
         recording = open_recording(Path(folder) / "other")  # reads from the files only what is used
-        with progress_bar(total=distances.size, desc="experiments", leave=False, show=not hide_bar) as bar:
-            for change in range(len(CHANGES)):
-                for i, block in enumerate(blocks):
-                    with _intervention(change, block, recording, same_position, txt_len):
-                        out = pipe(prompt, **request)
-                    images[change].append(to_rgb(out.images[0]))
-                    distances[change, i] = (out.latents - before.latents).norm() / before.latents.norm()
-                    bar.update()
+        every = list(np.ndindex(distances.shape))
+        for change, i in progress_bar(every, desc="experiments", leave=False, show=not hide_bar):
+            with _intervention(change, blocks[i], recording, same_position, txt_len):
+                out = pipe(prompt, **request)
+            images[change].append(to_rgb(out.images[0]))
+            distances[change, i] = (out.latents - before.latents).norm() / before.latents.norm()
     first, second = to_rgb(before.images[0]), to_rgb(other_run.images[0])
     judged = cache(lambda change, block: describe_objects(detect(images[change][block])))
 

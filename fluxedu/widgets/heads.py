@@ -59,24 +59,17 @@ def heads(pipe: FluxPipeline, prompt: str, *, steps: int = 6, **request) -> Expl
     blocks, count = blocks_of(pipe), pipe.flux.config.num_heads
     original = pipe(check_one_prompt(prompt), **request)
     latents = original.latents.float()
-    tables = []
-    with progress_bar(total=2 * len(blocks) * count, desc="removing heads", leave=False) as bar:
-        for keep_only in (False, True):
-            images, distances = [], np.zeros((len(blocks), count))
-            for b, block in enumerate(blocks):
-                images.append([])
-                for head in range(count):
-                    others = [i for i in range(count) if i != head]
-                    with ablate(f"{block}.heads", heads=others if keep_only else [head]):
-                        out = pipe(prompt, **request)
-                    images[b].append(to_rgb(out.images[0]))
-                    distances[b, head] = (out.latents.float() - latents).norm() / latents.norm()
-                    bar.update()
-            tables.append((images, distances))
+    images, distances = [[[] for _ in blocks] for _ in REMOVED], np.zeros((len(REMOVED), len(blocks), count))
+    for keep_only, b, head in progress_bar(list(np.ndindex(distances.shape)), desc="removing heads", leave=False):
+        others = [i for i in range(count) if i != head]
+        with ablate(f"{blocks[b]}.heads", heads=others if keep_only else [head]):
+            out = pipe(prompt, **request)
+        images[keep_only][b].append(to_rgb(out.images[0]))
+        distances[keep_only, b, head] = (out.latents.float() - latents).norm() / latents.norm()
     base = to_rgb(original.images[0])
 
     def draw(removed: int, cell: tuple[int, int]) -> View:
-        return heads_view(base, *tables[removed], blocks, cell, REMOVED[removed])
+        return heads_view(base, images[removed], distances[removed], blocks, cell, REMOVED[removed])
 
     control = Choice("removed", "remove", REMOVED)
     return Explorer("Which attention heads matter?", [control], draw, {"cell": (0, 0)}, widths=[3.0, 2.6, 2.6, 2.6])

@@ -49,13 +49,10 @@ def tensor_groups(config: FluxConfig) -> tuple[TensorGroup, ...]:
     for target, pieces in recipes(config, "bfl", "diffusers").items():
         for piece in pieces:
             diffusers_names.setdefault(without_number(piece.name), {})[without_number(target)] = None
-    counts: dict[str, int] = {}
-    first_shape: dict[str, tuple[int, ...]] = {}
-    for full_name, shape in shapes(config).items():
-        name = without_number(full_name)
-        counts[name] = counts.get(name, 0) + 1
-        first_shape.setdefault(name, shape)
-    return tuple(TensorGroup(name, n, first_shape[name], tuple(diffusers_names[name])) for name, n in counts.items())
+    groups: dict[str, list[tuple[int, ...]]] = {}
+    for name, shape in shapes(config).items():
+        groups.setdefault(without_number(name), []).append(shape)
+    return tuple(TensorGroup(name, len(g), g[0], tuple(diffusers_names[name])) for name, g in groups.items())
 
 
 def network_parts(groups: tuple[TensorGroup, ...]) -> dict[str, list[TensorGroup]]:
@@ -133,8 +130,5 @@ def parameters(own: Mapping[str, FluxConfig] | None = None) -> Explorer:
         name = list(configs)[variant]
         return parameters_view(configs[name], name, part, tensor)
 
-    control, pointers = (
-        Choice("variant", "variant", list(configs), list(configs).index("dev")),
-        {"part": 0, "tensor": 0},
-    )
-    return Explorer("Where are the parameters?", [control], draw, pointers, widths=[5.4, 4.0])
+    control = Choice("variant", "variant", list(configs), list(configs).index("dev"))
+    return Explorer("Where are the parameters?", [control], draw, {"part": 0, "tensor": 0}, widths=[5.4, 4.0])

@@ -80,20 +80,16 @@ def solvers(
     hide_bar, request = not request.get("progress", True), request | {"progress": False}
     settings = request | {"solver": "midpoint", "steps": reference}
     goal = shifted(pipe, shifts[-1])(prompt, **settings).latents[0].float()
-    tables = []
-    with progress_bar(total=len(shifts) * len(steps), desc="solvers", leave=False, show=not hide_bar) as bar:
-        for shift in shifts:
-            images, errors = [[] for _ in solvers], np.zeros((len(solvers), len(evaluations)))
-            for i, name in enumerate(solvers):
-                for j, n in enumerate(evaluations):
-                    out = shifted(pipe, shift)(prompt, **(request | {"solver": name, "steps": steps[name, n]}))
-                    images[i].append(to_rgb(out.images[0]))
-                    errors[i, j] = (out.latents[0].float() - goal).norm() / goal.norm()
-                    bar.update()
-            tables.append((images, errors))
+    images = [[[] for _ in solvers] for _ in shifts]
+    errors = np.zeros((len(shifts), len(solvers), len(evaluations)))
+    for s, i, j in progress_bar(list(np.ndindex(errors.shape)), desc="solvers", leave=False, show=not hide_bar):
+        settings = request | {"solver": solvers[i], "steps": steps[solvers[i], evaluations[j]]}
+        out = shifted(pipe, shifts[s])(prompt, **settings)
+        images[s][i].append(to_rgb(out.images[0]))
+        errors[s, i, j] = (out.latents[0].float() - goal).norm() / goal.norm()
 
     def draw(shift: int, cell: tuple[int, int]) -> View:
-        return solvers_view(*tables[shift], evaluations, solvers, cell)
+        return solvers_view(images[shift], errors[shift], evaluations, solvers, cell)
 
     control = Choice("shift", "time shift", [f"{s:g}" for s in shifts], len(shifts) - 1, shifts)
     title, pointers = "Which solver needs the fewest model evaluations?", {"cell": (0, len(evaluations) - 1)}

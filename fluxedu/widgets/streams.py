@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -70,10 +71,7 @@ def streams(pipe: FluxPipeline, prompt: str, *, block: str = "double.1", **reque
     tokenizer = pipe.prompt_encoder.t5_tokenizer
     grid, image = tuple(n // 2 for n in out.latents.shape[-2:]), to_rgb(out.images[0])
     pieces, times, blocks = tokenizer.pieces(prompt), sizes.coords["step"], sizes.coords["block"]
-
-    def draw(quantity: int, block: int, step: int, word: int) -> View:
-        return streams_view(sizes, added, pieces, tokenizer.length, grid, image, quantity, block, step, word)
-
+    draw = partial(streams_view, sizes, added, pieces, tokenizer.length, grid, image)
     controls = [
         Choice("quantity", "shade tokens by", QUANTITIES),
         Slider("block", "block", blocks, blocks.index(block)),

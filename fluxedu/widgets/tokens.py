@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -66,14 +67,10 @@ def tokens(pipe: FluxPipeline, prompt: str) -> Explorer:
     pieces = pipe.prompt_encoder.t5_tokenizer.pieces(prompt)
     if len(pieces) < states.shape[1]:
         pieces = [*pieces, "<pad>"]
-    shown = states[:, : len(pieces)]
     controls = [
         Slider("layer", "layer", names, len(names) - 1),
         Chips("first", "first token", pieces, min(1, len(pieces) - 1)),
         Chips("second", "second token", pieces, min(2, len(pieces) - 1)),
     ]
-
-    def draw(layer: int, first: int, second: int) -> View:
-        return tokens_view(shown, pieces, names, layer, first, second)
-
+    draw = partial(tokens_view, states[:, : len(pieces)], pieces, names)
     return Explorer("How similar are two tokens to T5?", controls, draw, widths=[3.4, 3.8])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -43,8 +44,5 @@ def trajectory(pipe: FluxPipeline, prompt: str, **request) -> Explorer:
     states = [to_rgb(pipe.autoencoder.decode(x[:1])[0]) for x in path.latents[:-1]]
     predictions = [to_rgb(pipe.autoencoder.decode(x[:1])[0]) for x in path.x0]
     times = path.times[:-1].tolist()
-
-    def draw(step: int) -> View:
-        return trajectory_view(path, states, predictions, step)
-
+    draw = partial(trajectory_view, path, states, predictions)
     return Explorer("How does an image emerge from noise?", [time_slider(times, len(times) // 3)], draw)
