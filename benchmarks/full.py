@@ -41,7 +41,7 @@ from fluxedu.memory.placement import PeakBytes
 from fluxedu.models import Flux, FluxConfig
 from fluxedu.models.meta_init import meta_init
 from fluxedu.sampling.request import checked_device, checked_dtype
-from fluxedu.terminal import check_writable, report_errors, write_json
+from fluxedu.terminal import check_writable, report_errors, write_result
 
 #: image tokens along a side: 256, 512, 1024, 1536 and 2048 pixels
 SIDES = (16, 32, 64, 96, 128)
@@ -222,7 +222,7 @@ def main(
         steps = 2 if small else 4 if variant == "schnell" else 50
         figures["cold start"] = cold_start(folder, device, dtype, 16 * middle, steps)
     typer.echo(json.dumps(figures, indent=2))
-    write_json(as_json, figures)
+    write_result(as_json, figures)
 
 
 if __name__ == "__main__":

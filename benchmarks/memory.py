@@ -23,7 +23,7 @@ from benchmarks.speed import synchronise
 from fluxedu.memory.placement import predicted
 from fluxedu.memory.quantised import check_format
 from fluxedu.sampling.request import checked_device
-from fluxedu.terminal import check_writable, report_errors, write_json
+from fluxedu.terminal import check_writable, report_errors, write_result
 
 STEPS = 5  # of the longer of two runs; the shorter one has a single step
 
@@ -88,7 +88,7 @@ def main(
     command = " ".join(["python -m benchmarks.memory", *sys.argv[1:]])
     figures = {"command": command, "gpu": gpu_name(on), "measured": folder is not None, "size": size, "rows": rows}
     typer.echo(json.dumps(figures, indent=2))
-    write_json(as_json, figures)
+    write_result(as_json, figures)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fluxedu.arena.cli import app as arena
-from fluxedu.terminal import check_extra, check_writable, fail, report_errors, report_interrupts, write_json
+from fluxedu.terminal import check_extra, check_writable, fail, report_errors, report_interrupts, write_result
 
 app = typer.Typer(help="FLUX.1 in code that reads like its diagram.", no_args_is_help=True, add_completion=False)
 app.add_typer(arena, name="arena")
@@ -153,8 +153,7 @@ def trace(
     check_writable(html)
     pipe = _load(model)
     with report_errors():
-        request = {"seed": seed, "steps": steps, "guidance": guidance, "height": height, "width": width}
-        out, found = stages(pipe, prompt, **request)
+        out, found = stages(pipe, prompt, seed=seed, steps=steps, guidance=guidance, height=height, width=width)
         about = f"{model}, seed {seed}, {len(out.trajectory.times) - 1} steps. Click a stage; arrow keys move."
         write_text(html, page(prompt or "the empty prompt", about, found))
     typer.echo(f"wrote {html} ({html.stat().st_size / 1e6:.1f} MB)")
@@ -257,7 +256,7 @@ def judge(
     with report_errors():
         scores = evaluate(open_model(model), model, prompts, steps, guidance, for_shapes)
     typer.echo(format_table(scores))
-    write_json(as_json, scores)
+    write_result(as_json, scores)
 
 
 @app.command(epilog="Example: fluxedu convert flux1-dev.safetensors transformer/ --to diffusers")
@@ -320,7 +319,7 @@ def bench(
     with report_errors():
         ratios = benchmarks.run(rounds=5 if quick else 15)
     typer.echo(benchmarks.table(ratios))
-    write_json(as_json, ratios)
+    write_result(as_json, ratios)
 
 
 @app.command(epilog="Example: fluxedu lab --folder my-course")
@@ -365,7 +364,6 @@ def grade(
     check_extra("lab", "nbclient")
     from fluxedu.course.grade import as_csv, class_table, grade_notebook, write_csv
     from fluxedu.errors import CourseError
-    from fluxedu.files import write_text
 
     check_writable(csv)
     check_writable(by_student)
@@ -390,10 +388,7 @@ def grade(
         with report_errors():
             write_csv(marks, csv)
         typer.echo(f"wrote {csv}")
-    if by_student is not None:
-        with report_errors():
-            write_text(by_student, as_csv(rows))
-        typer.echo(f"wrote {by_student}")
+    write_result(by_student, as_csv(rows))
     raise typer.Exit(0 if marks else 2)
 
 

@@ -52,11 +52,11 @@ def check_writable(path: Path | None) -> None:
         raise fail(f"there is no folder {path.parent} to write {path.name} into.")
 
 
-def write_json(path: Path | None, values: dict) -> None:
-    """Write ``values`` to a file, if there is one, and print its name."""
+def write_result(path: Path | None, result: dict | str) -> None:
+    """Write a text, or values as JSON, to a file if there is one, and print its name."""
     if path is not None:
         from fluxedu.files import write_text
 
         with report_errors():
-            write_text(path, json.dumps(values, indent=2) + "\n")
+            write_text(path, result if isinstance(result, str) else json.dumps(result, indent=2) + "\n")
         typer.echo(f"wrote {path}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fluxedu.terminal import report_errors, write_json
+from fluxedu.terminal import report_errors, write_result
 
 app = typer.Typer(
     help="Compare models by votes on pairs of images; ratings with intervals.",
@@ -114,7 +114,7 @@ def table(
         if not ratings:
             typer.echo("no votes yet")
         rows = {name: result.rows() for name, result in ratings.items()}
-        write_json(as_json, rows)
+        write_result(as_json, rows)
         if figures is not None and rows:
             from fluxedu.plots import elo, elo_axes
 

@@ -62,8 +62,7 @@ def open_networks(
     """
     if quantised is not None:
         check_installed(quantised)
-    opened = {name: open_model(parts[folder], part=folder) for name, folder in FOLDERS.items()}
-    opened = change(opened)
+    opened = change({name: open_model(parts[folder], part=folder) for name, folder in FOLDERS.items()})
     modules = {name: module for name, (module, _) in opened.items()}
     networks, free = Networks(**modules, dtype=dtype), free_bytes(device)
     if memory == "auto" and free == float("inf"):
