@@ -52,30 +52,32 @@ class Plan:
 
 
 class PlanAhead:
-    """The plans of a whole run, ``plans.at(t)``: computed for several times in one matrix product, then discarded.
+    """``plan(t, guidance, pooled)``: the same as :meth:`Flux.plan`, computed for several times in one matrix product.
 
-    times: those at which the model will be evaluated, in order; another time is planned on its own, when it is needed.
-    So is every time through which gradients flow.
+    times: those at which the model will be evaluated, in order. Another time is planned alone, when it is needed; so is
+    every time through which gradients flow. The plans of past times are discarded.
     """
 
-    def __init__(self, flux: Flux, times: list[float], guidance: Tensor | None, pooled: Tensor):
-        self.flux, self.guidance, self.pooled = flux, guidance, pooled
+    def __init__(self, flux: Flux, times: list[float]):
+        self.flux = flux
         self.times = list(dict.fromkeys(times))
         is_streamed = flux.placement is not None and flux.placement.mode != "full"
         self.times_at_once = len(self.times) if is_streamed else TIMES_AT_ONCE  # streamed weights travel only once
-        self.plans: dict[float, Plan] = {}
+        self.plans: dict[int, dict[float, Plan]] = {}  # for each number of prompts: time -> plan
 
-    def at(self, t: float) -> Plan:
+    def __call__(self, t: float, guidance: Tensor | None, pooled: Tensor) -> Plan:
         if torch.is_grad_enabled():
-            return self.flux.plan(torch.tensor([t], device=self.pooled.device), self.guidance, self.pooled)
-        if t not in self.plans:
+            return self.flux.plan(torch.tensor([t], device=pooled.device), guidance, pooled)
+        plans = self.plans.get(len(pooled), {})
+        if t not in plans:
             times = [t]
             if t in self.times:
                 start = min(self.times.index(t), max(len(self.times) - self.times_at_once, 0))
                 times = self.times[start : start + self.times_at_once]
-            timesteps = torch.tensor(times, device=self.pooled.device)[:, None]
-            self.plans = dict(zip(times, self.flux.plan(timesteps, self.guidance, self.pooled), strict=True))
-        return self.plans[t]
+            timesteps = torch.tensor(times, device=pooled.device)[:, None]
+            plans = dict(zip(times, self.flux.plan(timesteps, guidance, pooled), strict=True))
+            self.plans[len(pooled)] = plans
+        return plans[t]
 
 
 class Flux(Probed):

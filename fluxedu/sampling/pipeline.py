@@ -219,20 +219,7 @@ class FluxPipeline(Sited):
         run = self.denoise(x, times, velocity, get_solver(request.solver), bar)
         return self.decode(run.latents[-1], request), run
 
-    def denoise(self, x: Tensor, times: Tensor, velocity: VelocityField, solver: Solver, bar) -> Trajectory:
-        """From noise (t = 1) to the image (t = 0): the solver integrates ``dx/dt = velocity(x, t)`` along ``times``."""
-        states, velocities = [], []
-        for step, (t, t_next) in enumerate(pairwise(times.tolist())):
-            with at_step(step, t):
-                x = self.probe("x", x)  # [B, C, h, w] the state at the beginning of each step
-                states.append(x)
-                x, v = solver.checked(solver.step(x, t, t_next, velocity), x)
-            velocities.append(v)
-            bar.update()
-        states.append(x)
-        return Trajectory(times, torch.stack(states), torch.stack(velocities))
-
-    # ---------------------------------------------------------------- before and after the loop
+    # ---------------------------------------------------------------- the stages, in the order in which they run
 
     def encode(self, requests: list[Request]) -> tuple[list[Conditioning], list[Conditioning | None]]:
         """The encoded prompt of each image, and its encoded negative prompt with classifier-free guidance."""
@@ -254,14 +241,6 @@ class FluxPipeline(Sited):
         times = schedule(request.steps, rows * columns // 4, self.defaults.shift, self.defaults.shift_ends)
         return from_strength(times, request.strength) if request.is_image_to_image else times
 
-    def start(self, request: Request, t: Tensor) -> Tensor:
-        """The latent ``[B, C, h, w]`` at the first time ``t``: noise, or the request's image with noise added."""
-        noise = draw_noise(request.seed, self.autoencoder.config.z_channels, *request.shape)
-        x = noise.to(self.device, self.dtype)
-        if request.is_image_to_image:
-            x = (1 - t) * self._encode_picture(resized(request.image, request.shape, self._downscale)) + t * x
-        return self.probe("noise", leaf(x))  # [B, C, h, w] the state at the beginning of the run
-
     def velocity_field(
         self, request: Request, times: Tensor, prompt: Conditioning, negative: Conditioning | None = None
     ) -> VelocityField:
@@ -272,6 +251,27 @@ class FluxPipeline(Sited):
         pictures = encode_conditions(request, self._encode_picture, self._downscale)
         evaluation_times = get_solver(request.solver).evaluation_times(times.tolist())
         return VelocityField(self.flux, Conditioning(txt, pooled), pictures, request, evaluation_times)
+
+    def start(self, request: Request, t: Tensor) -> Tensor:
+        """The latent ``[B, C, h, w]`` at the first time ``t``: noise, or the request's image with noise added."""
+        noise = draw_noise(request.seed, self.autoencoder.config.z_channels, *request.shape)
+        x = noise.to(self.device, self.dtype)
+        if request.is_image_to_image:
+            x = (1 - t) * self._encode_picture(resized(request.image, request.shape, self._downscale)) + t * x
+        return self.probe("noise", leaf(x))  # [B, C, h, w] the state at the beginning of the run
+
+    def denoise(self, x: Tensor, times: Tensor, velocity: VelocityField, solver: Solver, bar) -> Trajectory:
+        """From noise (t = 1) to the image (t = 0): the solver integrates ``dx/dt = velocity(x, t)`` along ``times``."""
+        states, velocities = [], []
+        for step, (t, t_next) in enumerate(pairwise(times.tolist())):
+            with at_step(step, t):
+                x = self.probe("x", x)  # [B, C, h, w] the state at the beginning of each step
+                states.append(x)
+                x, v = solver.checked(solver.step(x, t, t_next, velocity), x)
+            velocities.append(v)
+            bar.update()
+        states.append(x)
+        return Trajectory(times, torch.stack(states), torch.stack(velocities))
 
     def decode(self, latent: Tensor, request: Request) -> Image.Image:
         """The image of a latent ``[1, C, h, w]``; for fill, with the original pixels outside the mask."""

@@ -32,27 +32,26 @@ class VelocityField(Sited):
         img_ids = pictures.join_ids(image_ids(*request.shape))  # [N, 3] (0, row, column)
         device = flux.img_in.weight.device
         self.rope = flux.rope(img_ids.to(device), txt_ids.to(device))
-        # the modulation of all blocks depends on the time, the guidance scale and the pooled text: computed ahead
-        guidance = torch.tensor([request.guidance], device=device) if flux.config.guidance_embed else None
         self.both, self.prompt = texts, texts.split(1)[-1]
-        self.both_plans = PlanAhead(flux, times, guidance, self.both.pooled)
-        self.prompt_plans = PlanAhead(flux, times, guidance, self.prompt.pooled)
+        self.guidance = torch.tensor([request.guidance], device=device) if flux.config.guidance_embed else None
+        self.plan = PlanAhead(flux, times)
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        next_evaluation(t)  # for instruments, which count them
+        next_evaluation(t)  # instruments count them
         with evaluation_mode():  # without a graph, unless gradients are wanted
-            transformer = checkpointed(self.flux.velocity)
+            uses_cfg = self.request.uses_cfg and active(t, self.request.guidance_interval)
+            texts = self.both if uses_cfg else self.prompt
             img = pack(x)  # [1, N, 64]
-            if self.request.uses_cfg and active(t, self.request.guidance_interval):
-                img_twice = self.pictures.join(torch.cat([img, img]))  # [2, N, 64]
-                both = transformer(img_twice, self.both.txt, self.rope, self.both_plans.at(t))
-                negative, prompted = both[:, : img.shape[1]].chunk(2, dim=0)
+            img_input = self.pictures.join(img.repeat(len(texts.txt), 1, 1))  # the same image beside each text
+            plan = self.plan(t, self.guidance, texts.pooled)  # the modulation of all blocks
+            transformer = checkpointed(self.flux.velocity)
+            v = transformer(img_input, texts.txt, self.rope, plan)
+            v = v[:, : img.shape[1]]  # without the tokens of a reference picture
+            if uses_cfg:
+                negative, prompted = v.chunk(2, dim=0)
                 negative = self.probe("negative", negative)  # [B, N, O] velocity for the negative prompt
                 prompted = self.probe("prompted", prompted)  # [B, N, O] velocity for the prompt
                 v = guide(negative, prompted, self.request.true_cfg_scale)
-            else:
-                v = transformer(self.pictures.join(img), self.prompt.txt, self.rope, self.prompt_plans.at(t))
-                v = v[:, : img.shape[1]]  # without the tokens of a reference picture
             v = unpack(v, *self.request.shape)
             v = self.probe("velocity", v)  # [B, C, h, w] the (guided) velocity, per evaluation
             if t > 0 and self.is_watched("x0"):  # at t = 0, x is the image itself
