@@ -117,7 +117,9 @@ def merge(
     """
     networks = [networks] if isinstance(networks, nn.Module) else list(networks)
     if any(_is_quantised(network) for network in networks):
-        raise CheckpointError("a LoRA cannot be merged into quantised weights; load with lora= and quantise= together.")
+        raise CheckpointError(
+            "a LoRA cannot be merged into quantised weights; merge it before they are quantised, as fe.load(lora=) does."
+        )
     parameters = _parameters(networks)
     before, after = {}, {}
     for name, changes in _changes(networks, [(lora, scale, config)]).items():

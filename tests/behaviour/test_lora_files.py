@@ -311,7 +311,7 @@ def test_weights_are_quantised_after_merging(mixed):
     assert not torch.equal(pipe(**PROMPT).latents, fe.load(quantise="int8")(**PROMPT).latents)
     with pytest.raises(CheckpointError, match="cannot be taken out of quantised weights; load again without lora="):
         pipe.lora.unmerge()
-    with pytest.raises(CheckpointError, match="cannot be merged into quantised weights; load with lora= and quantise="):
+    with pytest.raises(CheckpointError, match="cannot be merged into quantised weights; merge it before they are"):
         merge(pipe.flux, read(mixed[0]))
 
 
