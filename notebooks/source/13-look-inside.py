@@ -1,14 +1,14 @@
 # %% [markdown]
 # # 13 · Look inside
 #
-# **Which part does what?** The parts of a network have no labels. You find out what a part does by recording its output,
-# by removing it, and by replacing its output with the one it had for another prompt. You will do all three, and find out
-# for one image which text token the colour of a circle is read from. It is not the one you would expect.
+# **Which part does what?** The parts of a network have no labels. You find out what a part does by recording its
+# output, by removing it, and by replacing its output with the one it had for another prompt. You will do all three, and
+# find out for one image from which text token the colour of a circle is read. The answer may surprise you.
 #
 # Afterwards you can measure whether an attention map points at the right object, run a patching experiment and say what
 # it does and does not show, and write your own reduction for the recorder.
 #
-# 80 minutes, in two sittings: stop before “The image so far” · needs notebooks 06 to 08, 10 and 11
+# 80 minutes, in two sittings: stop before “The predicted image after each block” · needs notebooks 06 to 08, 10 and 11
 
 # %%
 from tempfile import TemporaryDirectory
@@ -25,7 +25,7 @@ from fluxedu.instruments.interventions import positions
 from fluxedu.instruments.lenses.run import blocks_of
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.reductions import Value, to_named
-from fluxedu.nano.exam import questions
+from fluxedu.nano.exam import questions as exam_prompts
 from fluxedu.nano.judge import detect
 from fluxedu.nano.scenes import LETTERS, Scene, SceneObject, object_map
 from fluxedu.widgets.bench import bench, describe_objects
@@ -46,31 +46,35 @@ def relative_change(out) -> float:
 
 
 # %% [markdown]
-# A *site* is a named point of the model at which a value can be recorded or replaced. An *attention map* is the table of
-# attention weights: one row per query, one column per key, and each row sums to 1. A *patch* is the area of one image
-# token, 16 × 16 pixels. The *judge* is a program that finds shapes and colours in an image by geometry.
+# A *site* is a named point of the model at which a value can be recorded or replaced. An *attention map* is the table
+# of attention weights: one row per query, one column per key, and each row sums to 1. A *patch* is the area of one
+# image token, 16 × 16 pixels. The *judge* is a program that finds shapes and colours in an image by geometry.
 #
 # ## Predict
 #
-# Two of these questions are about the two prompts above, which differ in one word. Both runs start from the same noise.
+# The second and the third question are about the two prompts in the cell above: the first, `prompt`, has a red circle
+# and the second, `other`, a green one. We run the second prompt, and replace some of its text tokens by those of a run
+# of the first prompt from the same noise. *Padding* means the tokens that fill a prompt up to a fixed length.
 
 # %%
-vital = fe.predict("Removing which block changes the image most? first / middle / last", "middle")  # answer
-word = fe.predict(
-    "One text token of the second prompt is replaced and the circle turns red. At which word is it?", "circle"
+vital_block = fe.predict(
+    "Which block changes the latent most when it is removed? first / middle / last", "middle"
 )  # answer
-last = fe.predict(
-    "The first prompt's text tokens replace the second's before the last block. The circle is: red / green", "green"
+colour_word = fe.predict(
+    "Replacing the T5 token of a single word makes the circle red. Which word is it?", "circle"
 )  # answer
-pads = fe.predict(
-    "Padding is hidden from attention. Change of the latent: below 2 % / below 20 % / more", "more"
+last_block = fe.predict(
+    "All text tokens are replaced before the last block. Which colour is the circle? red / green", "green"
+)  # answer
+padding_effect = fe.predict(
+    "No token may attend to padding. How much does the latent change? below 2 % / below 20 % / more", "more"
 )  # answer
 
 # %% [markdown]
 # ## Do patches attend to the word for the object that they show?
 #
-# The first instrument only observes. `fe.record` stores what passes through a site. Here it stores, for every patch, how
-# much of its attention goes to each of two words, averaged over heads, in the later steps.
+# The first instrument only observes: `fe.record` stores the values at a site. Here it stores, for every patch, how much
+# of its attention goes to each of two words, averaged over heads, in the later steps.
 
 # %%
 with fe.record("*.attn.map", tokens=["circle", "square"], reduce="head-mean", steps=slice(3, None)) as rec:
@@ -79,9 +83,10 @@ print(rec["double.0.attn.map"])
 print("recording leaves the image bit-identical:", torch.equal(out.latents, original.latents))
 
 # %% [markdown]
-# A bright map proves nothing: you see a circle in it because you know that there is one. So measure. Take four prompts
-# that were never used in training. For every noun, compare where its map is bright with where the judge finds the
-# object. `coverage` is the fraction of each patch that the object covers.
+# A bright map proves nothing: you see a circle in it because you know that there is one. So we measure. We take four
+# prompts of the miniature's exam, which were never used in training; `claim` lists the objects that such a prompt
+# names. For every noun, we compare where its map is bright with where the judge finds the object. `coverage` is the
+# fraction of each patch that the object covers.
 
 
 # %%
@@ -93,7 +98,7 @@ def coverage_of(found, rows, columns):
 
 
 maps, coverages = [], []
-for q in [q for q in questions(60) if len(q.claim.objects) > 1][:4]:
+for q in [q for q in exam_prompts(60) if len(q.claim.objects) > 1][:4]:
     names = [f"{color} {'letter ' if form in LETTERS else ''}{form}" for color, form, _ in q.claim.objects]
     size_and_seed = {"seed": q.seed, "height": q.size[0], "width": q.size[1], "steps": 8, "progress": False}
     with fe.record("sample.image") as rec:
@@ -102,7 +107,7 @@ for q in [q for q in questions(60) if len(q.claim.objects) > 1][:4]:
     objects = detect(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()).objects
     for i, (color, form, _) in enumerate(q.claim.objects):
         found = [o for o in objects if (o.color, o.form) == (color, form)]
-        if len(found) == 1:  # an object that was not drawn cannot be pointed at
+        if len(found) == 1:  # the object was drawn, once
             maps.append(word_maps.tensor[:, i])  # [block, row, column]
             coverages.append(coverage_of(found[0], *word_maps.shape[2:]))
 print("at least eight nouns to measure:", len(maps) >= 8)
@@ -117,7 +122,7 @@ done = bool(passed)
 # elements in either of them.
 
 # %% exercise="inside.iou"
-# Half of the peak is a convention, and so is 0.15. State both whenever you report an IoU of attention maps.
+# Both thresholds, half of the peak and 0.15, are conventions. State them whenever you report an IoU of attention maps.
 
 # %%
 done = done and bool(passed)
@@ -143,14 +148,15 @@ else:
     print("solve the two exercises above first; then run this cell again")
 
 # %% [markdown]
-# A map that points at the object does not show that the network *uses* it. And blocks differ: the average map over all
-# blocks, which many tools show, mixes good maps with maps that point nowhere.
+# A map that points at the object does not show that the network *uses* this attention. And blocks differ: the average
+# map over all blocks, which many tools show, mixes maps that point at the object with maps that do not.
 #
 # ## A reduction of your own
 #
-# A whole map has 96 × 96 numbers per head here; in FLUX.1 it has 24 × 4,608 × 4,608 numbers of 2 bytes, one gigabyte per
-# block. So the recorder *reduces* a value as soon as it is computed. You have used the reduction `"head-mean"`; now write
-# one yourself. It answers the question whether a head attends to one token or to many.
+# A whole map has 96 × 96 numbers per head here; in FLUX.1 it has 24 × 4,608 × 4,608 numbers of 2 bytes, one gigabyte
+# per block. So the recorder can *reduce* a value as soon as it is computed, that is, store a smaller result in its
+# place. You have used the reduction `"head-mean"`; now write one yourself. It measures whether a head attends to one
+# token or to many.
 
 # %% exercise="inside.spread"
 
@@ -161,7 +167,7 @@ if passed:
         pipe(prompt, **settings)
     name = "single.0.attn.map"
     error = (mine[name].tensor / exact[name].tensor.exp() - 1).abs().max()
-    print("yours, from the whole map, and the library's, without it, differ by less than 0.1 %:", bool(error < 1e-3))
+    print("yours, which computes the whole map, and the library's, which does not, agree to 0.1 %:", bool(error < 1e-3))
     counts = torch.stack([mine[f"{b}.attn.map"].tensor[0, :, txt_len:].mean(-1) for b in blocks])  # [block, head]
     fig, ax = plt.subplots(figsize=(6.6, 2.6), layout="constrained")
     image = ax.imshow(counts.T, cmap="viridis", vmin=1, vmax=txt_len + img_len, aspect="auto")
@@ -180,11 +186,11 @@ else:
 # %% [markdown]
 # ## Remove a block
 #
-# The second instrument, *ablation*, removes. Leave out what one block adds, generate the image again, and measure how
-# far it changes. Then keep the block, but give all patches the same position in its RoPE (the rotation of queries and
-# keys by position, notebook 04). Stable Flow calls the blocks that the first experiment finds *vital* (arXiv
-# 2411.14430); FreeFlux did something like the second, by shifting positions (arXiv 2503.16153). `lenses.vital_layers`
-# and `lenses.position_dependence` do the same for several seeds.
+# The second instrument, *ablation*, removes a part. We leave out what one block adds, generate the image again, and
+# measure how much it changes. In a second experiment we keep the block, but give all patches the same position in its
+# RoPE (the rotation of queries and keys by position, notebook 04). Stable Flow calls the blocks that change the image
+# most *vital* (arXiv 2411.14430); FreeFlux did something like the second experiment, by shifting positions (arXiv
+# 2503.16153). `lenses.vital_layers` and `lenses.position_dependence` do the same for several seeds.
 
 # %%
 same_position = positions(torch.zeros_like)  # ids [N, 3] -> ids
@@ -201,26 +207,26 @@ ax.bar(x - 0.2, 100 * np.array(without_block), 0.4, color="#0072B2", label="with
 ax.bar(x + 0.2, 100 * np.array(without_positions), 0.4, color="#E69F00", label="all patches in one position")
 ax.set_xticks(x, blocks, fontsize=8)
 ax.set(xlabel="block", ylabel="change of the latent,\n% of its length")
-ax.set_title("Seed 4: removing any block, or its positions, changes the latent")
+most_vital = int(np.argmax(without_block))
+ax.set_title(f"Seed 4: removing {blocks[most_vital]} changes the latent most, by {without_block[most_vital]:.0%}")
 ax.legend(fontsize=8)
 plt.show()
-most_vital = int(np.argmax(without_block))
-vital.against("first" if most_vital == 0 else "last" if most_vital == len(blocks) - 1 else "middle")
-print("the last block: its removal changes more than that of its positions:",
+vital_block.against("first" if most_vital == 0 else "last" if most_vital == len(blocks) - 1 else "middle")
+print("in the last block, removing the block changes more than removing its positions:",
       bool(without_block[-1] > without_positions[-1]))  # fmt: skip
 
 # %% [markdown]
-# Ablation has a weakness. A network that was never trained with a missing block may fail for that reason alone, and a
-# large distance does not distinguish “this block drew the circle” from “the next block cannot process this input”. Also,
-# a distance between latents mostly measures the background. Look at the images before you believe the bars; the explorer
-# below shows them all.
+# Ablation has a weakness. A network that was never trained with a missing block may fail for that reason alone. A large
+# change can mean “this block drew the circle” or just “the next block cannot process this input”. Also, a distance
+# between latents mostly measures the background. Look at the images before you believe the bars; the explorer below
+# shows them all.
 #
-# ## The image so far
+# ## The predicted image after each block
 #
 # The last layer turns image tokens into a velocity, and a velocity implies a final image, the *predicted x0*:
-# $\hat{x}_0 = x_t - t\,v$. We can apply the last layer after *every* block, not only the last one. This is our
-# adaptation of the logit lens to a flow. The last layer was trained to read the last block only, so the images for early
-# blocks are a rough guess.
+# $\hat{x}_0 = x_t - t\,v$. We can apply the last layer after *every* block, not only after the last one. This is our
+# adaptation of the *logit lens*, which applies a language model's last layer to the output of each block. The last
+# layer was trained on the output of the last block only, so the images for early blocks are a rough guess.
 
 # %%
 # one latent per block: [block, step, channel, row, column]
@@ -239,15 +245,16 @@ plt.show()
 # %% [markdown]
 # ## Activation patching
 #
-# The third instrument is the sharpest. Run both prompts. Then run the second prompt (the *target* run) again, but at one
-# site replace some tokens by those of the first prompt's run (the *source* run). If the circle turns red, these tokens
-# are sufficient to make it red. The replaced values come from the network itself, so they are not unusual inputs.
+# The third instrument gives the most precise answers. Run both prompts. Then run the second prompt (the *target* run)
+# again, but at one site replace some tokens by those of the first prompt's run (the *source* run). If the circle turns
+# red, these tokens are sufficient to make it red. The new values come from the network itself, so they are not unusual
+# inputs.
 
 # %% exercise="inside.transplant"
 
 # %% [markdown]
-# How far did the image move? We measure along the line from the target run's latent to the source run's: 0 is the
-# target run unchanged, 1 the source run.
+# How much of the source run's image is recovered? We measure this along the straight line from the target run's latent
+# to the source run's: 0 means the target run's latent, 1 the source run's.
 
 # %%
 settings = settings | {"steps": 8}  # a few more, so that both images are clean
@@ -283,15 +290,15 @@ if passed:
             turned_red.append(piece.strip("▁"))
         percent = 10 * round(10 * recovered(out))
         print(f"{piece:9} {percent:4} % recovered; the judge finds: {describe_objects(objects)}")
-    word.against(turned_red[0] if turned_red else "none")
+    colour_word.against(turned_red[0] if turned_red else "none")
 else:
     print("solve the exercise above first; then run this cell again")
 
 # %% [markdown]
-# You may have expected the colour in the token of the word that names it. But T5 mixes the words of a prompt: its token
-# at *circle* contains that the circle is red, and with this pair of prompts and this seed the image takes the colour
-# from there. This is one reason why editing one word's token, or hiding one word from attention, often has less effect
-# than people expect.
+# You may have expected the colour to be in the token of the word that names it. But T5 mixes the words of a prompt: its
+# token for *circle* contains the information that the circle is red, and with this pair of prompts and this seed the
+# image takes the colour from there. This is one reason why changing the token of one word, or hiding one word from
+# attention, often has less effect than people expect.
 #
 # Now patch at different depths: the first prompt's text tokens, or its image tokens, as they enter each block.
 
@@ -318,28 +325,30 @@ if passed:
     ax.axhline(0, color="0.7", lw=1)
     ax.set_xticks(range(len(blocks)), blocks, fontsize=8)
     ax.set(xlabel="patched at the input of this block", ylabel="recovered, %")
-    crossing = next((b for b, c in zip(blocks, circle_colors["image"]) if c == "red"), "no block")
-    ax.set_title(f"This pair, seed 4: patched image tokens give a red circle from {crossing} on")
+    first_red = next((b for b, c in zip(blocks, circle_colors["image"]) if c == "red"), "no block")
+    ax.set_title(f"This pair, seed 4: patched image tokens give a red circle from {first_red} on")
     ax.legend(fontsize=8)
     plt.show()
-    last.against("red" if circle_colors["text"][-1] == "red" else "green")
+    last_block.against("red" if circle_colors["text"][-1] == "red" else "green")
 else:
     print("solve the exercise above first; then run this cell again")
 
 # %% [markdown]
-# In this run, the image tokens read the colour from the text tokens in the blocks before the crossing. From then on the
-# image tokens contain it, and patching the text has little effect. The next step starts again from the original text
-# tokens.
+# In this run, the image tokens take the colour from the text tokens in the blocks before the one in the title. From
+# that block on, the image tokens contain the colour, and replacing the text tokens has little effect. (Each step of the
+# sampler starts again with the original text tokens.)
 #
 # Read this with care. Tokens that are *sufficient* to turn the circle red need not be the only ones, and a whole stream
-# contains more than the colour. The recovered fraction is a distance, and mostly measures the background: it can be
-# higher when one token is patched than when all text tokens are. One pair of prompts and one seed are an example, not a
-# result. That would need many pairs, both directions, several seeds, and the judge's reading as the measure.
+# contains more than the colour. The recovered fraction is computed from latents, and mostly measures the background: it
+# can be higher when one token is patched than when all text tokens are. One pair of prompts and one seed are an
+# example. For a result, you would need many pairs, both directions, several seeds, and a measure that is about the
+# colour, such as what the judge finds.
 #
 # ## The explorer
 #
-# Here you can try all of it by hand: choose a block and what is done to it. First ask a question (is there a block whose
-# heads can be removed while the block cannot?), guess the answer, and only then look.
+# Here you can try all of this by hand: choose a block and what is done to it. Begin with a question, for example
+# whether there is a block whose single heads can be removed without effect, but not the whole block. Guess the answer,
+# and only then look.
 
 # %%
 bench(pipe, prompt, other, seed=4, progress=False)
@@ -347,8 +356,8 @@ bench(pipe, prompt, other, seed=4, progress=False)
 # %% [markdown]
 # ## Break it
 #
-# Two peculiarities of such networks. The first are *massive activations*: single values that are far larger than all
-# others (arXiv 2510.11538).
+# Networks of this kind have two peculiarities. The first are *massive activations*, single values that are far larger
+# than all others (arXiv 2510.11538).
 
 # %%
 large = lenses.massive_activations(pipe, prompt, at_step=3, **settings)  # axes block, what
@@ -363,21 +372,23 @@ ax.legend(fontsize=8, loc="center right")
 plt.show()
 prompt_pieces = pipe.prompt_encoder.t5_tokenizer.pieces(prompt)
 kinds = [*prompt_pieces, *["<pad>"] * (txt_len - len(prompt_pieces)), *["image"] * img_len]
-print("more than 50 times the median:", bool(largest[-1] > 50 * median[-1]))
-first = pipe.flux.config.depth
-in_single_blocks = set(zip(token[first:].tolist(), channel[first:].tolist()))
-print("the same token and channel in all single blocks:", len(in_single_blocks) == 1)
+print("the largest value after the last block is more than 50 times the median:", bool(largest[-1] > 50 * median[-1]))
+first_single = pipe.flux.config.depth
+in_single_blocks = set(zip(token[first_single:].tolist(), channel[first_single:].tolist()))
+print("it is in the same token and channel after all single blocks:", len(in_single_blocks) == 1)
 print("its token:", kinds[int(token[-1])])
 
 # %% [markdown]
-# The second is *padding*: the tokens that fill a prompt up to the fixed length. FLUX does not mask them, so patches may
-# attend to them. Remove both, and a few words for comparison.
+# The second is *padding*. FLUX does not mask it, so patches may attend to it. We remove the massive activation and the
+# padding, and a few words for comparison.
 
 # %%
 print(f"text tokens that are padding: {txt_len - len(pieces)} of {txt_len}")
 padding = lenses.padding_mass(pipe, prompt, **settings)  # axes block, step
-most = float(padding.tensor.mean(1).max())  # the mean over steps, in the block where it is largest
-print(f"their share of the image's attention, in the block where it is largest: about {5 * round(20 * most)} %")
+largest_share = float(padding.tensor.mean(1).max())  # the mean over steps, in the block where it is largest
+print(
+    f"their share of the image's attention, in the block where it is largest: about {5 * round(20 * largest_share)} %"
+)
 
 
 def without_massive_value(x, ctx):
@@ -401,31 +412,34 @@ for name, ablation in ablations.items():
     change[name] = relative_change(out)
     percent, objects = 5 * round(20 * change[name]), describe_objects(detect(out.images[0]))
     print(f"without {name:17} the latent changes by about {percent:2} %; the judge finds: {objects}")
-pads.against("below 2 %" if change["all padding"] < 0.02 else "below 20 %" if change["all padding"] < 0.2 else "more")
+padding_effect.against(
+    "below 2 %" if change["all padding"] < 0.02 else "below 20 %" if change["all padding"] < 0.2 else "more"
+)
 
 # %% [markdown]
-# With this seed, removing the largest value turns the background, which the prompt leaves open, from grey to black, while
-# circle and square stay. Without *red* the circle stays red, and you know why.
+# With this seed, removing the largest value turns the background, about which the prompt says nothing, from grey to
+# black, while circle and square stay. With *red* hidden, the circle stays red: as you saw above, the token for *circle*
+# contains the colour as well.
 #
-# Do not read these distances as a ranking. It changes with the seed: in a separate test over five other seeds, removing
-# *circle* changed the latent most, then padding, then the massive value. And distance is not importance: look at the
-# images.
+# Do not read these distances as a ranking, because their order changes with the seed: in a separate test over five
+# other seeds, removing *circle* changed the latent most, then padding, then the massive value. And a large distance
+# does not mean that a part is important: look at the images.
 #
 # ## In five lines
 #
-# 1. Recording shows what a part computes, ablation what is necessary, patching what is sufficient.
+# 1. Recording shows what a part computes, ablation which parts are necessary, patching which values are sufficient.
 # 2. An attention map is a claim about positions, so compare it with the object's position: pointing and IoU, per block.
-# 3. In the example above, the image tokens read the colour in the earlier blocks and carry it from there on.
-# 4. T5 mixes words: the token at *circle* can be sufficient to make the circle red.
+# 3. In the example above, the image tokens take the colour from the text in the earlier blocks, and then contain it.
+# 4. T5 mixes words: its token for *circle* can be sufficient to make the circle red.
 # 5. Effects measured as a distance, with one prompt and one seed, are examples. Repeat them before you believe them.
 #
-# **People ask**: *how do I get the attention maps?* (EraseAnything 2: no `output_attentions`). They are computed exactly,
-# and only where you ask for them, from queries, keys and the fused kernel's log-sum-exp: `fe.record("*.attn.map", ...)`.
-# *Why are mine black, or without the single blocks?* (attention-map-diffusers 27; 15, 21). Those tools replace another
-# library's attention; here every block has its own site. *Hooks and `torch.compile`?* (pytorch 117758). A module hook
-# that is added later is silently ignored; a site is not, because recording switches compiled code off while it lasts.
-# *Is padding masked?* (flux pull requests 507, 511, 512.) No, see above; arXiv 2501.06751 measures its effect in the
-# large models.
+# **Questions people ask**: *How do I get attention maps without `output_attentions`?* (EraseAnything issue 2) Use
+# `fe.record("*.attn.map", ...)`: maps are computed exactly, and only where you ask for them, from queries, keys and the
+# fused kernel's log-sum-exp. *Why are my maps black, and why are the single blocks missing?* (attention-map-diffusers
+# issues 27, 15 and 21) These tools replace another library's attention; here every block has its own site. *Do hooks
+# work with `torch.compile`?* (pytorch issue 117758) A module hook that is added later is silently ignored. A site is
+# not, because recording switches compiled code off while it lasts. *Is padding masked?* (flux pull requests 507, 511,
+# 512) No, see above; arXiv 2501.06751 measures its effect in the large models.
 #
 # **Read**: Stable Flow, arXiv 2411.14430 · FreeFlux, arXiv 2503.16153 · activation patching, arXiv 2202.05262 ·
 # Massive activations, arXiv 2510.11538 · Padding Tone, arXiv 2501.06751 · `black-forest-labs/flux`,
