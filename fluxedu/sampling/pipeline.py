@@ -6,6 +6,8 @@ prompt -> tokenizers -> CLIP pooled vector + T5 tokens -> noise packed to tokens
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
 
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fluxedu.errors import GradientError, RequestError
+from fluxedu.errors import GradientError, RequestError, check_integer, check_number
 from fluxedu.memory.placement import Networks, memory_advice
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
@@ -25,9 +27,9 @@ from fluxedu.sampling.gradients import gradient_mode, leaf
 from fluxedu.sampling.images import Picture, resized, to_images, to_mask, to_tensor
 from fluxedu.sampling.latents import draw_noise
 from fluxedu.sampling.prompts import Conditioning, PromptEncoder
-from fluxedu.sampling.request import Request, checked_device, make_requests
+from fluxedu.sampling.request import Request, checked_device, checked_times, make_requests, refuse_unknown
 from fluxedu.sampling.solvers import Solver, from_strength, get_solver, schedule
-from fluxedu.sampling.step_context import StepContext, at_step, entered
+from fluxedu.sampling.step_context import StepContext, at_step, entered, stopping_after
 from fluxedu.sampling.velocity_field import VelocityField
 
 _RUNS = count()
@@ -110,11 +112,15 @@ class FluxPipeline(Sited):
 
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | Conditioning,
         *,
         negative_prompt: str | list[str] | None = None,
         seed: int | list[int] = 0,
+        num_images: int = 1,
+        latents: Tensor | None = None,
         steps: int | None = None,
+        times: Sequence[float] | Tensor | None = None,
+        shift: float | None = None,
         guidance: float | None = None,
         true_cfg_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -131,12 +137,20 @@ class FluxPipeline(Sited):
         trajectory: bool = True,
         progress: bool = True,
         rounding: str = "up",
+        decode: bool = True,
+        stop_after: int | str | None = None,
+        **unknown,
     ) -> Output:
         """Draw ``prompt``, or one image for each prompt of a list.
 
+        prompt: text, or texts that are encoded already, ``pipe.prompt_encoder([...])``.
         negative_prompt: the prompt that classifier-free guidance moves away from; the empty prompt by default.
         seed: a number, or a list to draw one image per seed; an image depends only on its own seed and prompt.
+        num_images: images of each prompt, with the seeds seed, seed + 1, ...
+        latents: the start ``[B, C, h, w]`` in place of noise; it sets the size of the image.
         steps: number of steps; the variant's own by default.
+        times: the schedule itself, falling from 1 (noise) to 0 (image), in place of ``steps``.
+        shift: how far the schedule is shifted towards noise, ``e^mu``: 1 is not at all; the variant's own by default.
         guidance: the guidance scale; the variant's own by default. It is an input of the model where the model has
         one, otherwise the scale of classifier-free guidance, and 0 turns that off.
         true_cfg_scale: the scale of classifier-free guidance for a model with a guidance input; 1 turns it off.
@@ -153,9 +167,14 @@ class FluxPipeline(Sited):
         trajectory: whether to return the states of all steps.
         progress: whether to show a progress bar.
         rounding: how sizes are rounded to whole patches, see :func:`fluxedu.sampling.latents.latent_size`.
+        decode: whether latents are decoded to images.
+        stop_after: the last step that is computed, or a site after which the run stops; no image is decoded then.
 
         Raises RequestError for invalid arguments; OutOfMemory when memory runs out.
         """
+        refuse_unknown(unknown)
+        if not isinstance(self.flux, Flux):
+            raise RequestError("pipe.flux must be a Flux; to compile it, load the pipeline with compile=True.")
         pictures = {"image": image, "control": control, "reference": reference, "image_prompt": image_prompt}
         pictures = {name: None if picture is None else to_tensor(picture) for name, picture in pictures.items()}
         pictures["mask"] = None if mask is None else to_mask(mask)
@@ -163,8 +182,17 @@ class FluxPipeline(Sited):
         check_pictures(self.flux.config, downscale, self.redux is not None, pictures)
         size_sources = [pictures[name] for name in ("image", "control", "reference") if pictures[name] is not None]
         default_height, default_width = size_sources[0].shape[-2:] if size_sources else (self.size, self.size)
+        if isinstance(latents, Tensor) and latents.ndim == 4 and height is None and width is None:
+            default_height, default_width = (side * downscale for side in latents.shape[-2:])
+        encoded = prompt if isinstance(prompt, Conditioning) else None
+        if times is not None:
+            times = checked_times(times)
+            steps = len(times) - 1 if steps is None else steps
         requests = make_requests(
-            prompt=prompt,
+            prompt=prompt if encoded is None else self._names_of(encoded),
+            num_images=num_images,
+            latents=latents,
+            channels=self.autoencoder.config.z_channels,
             negative_prompt=negative_prompt,
             seed=seed,
             steps=self.defaults.steps if steps is None else steps,
@@ -181,10 +209,17 @@ class FluxPipeline(Sited):
             paste=paste,
             **pictures,
         )
-        times = self.times(requests[0])
+        if times is None:
+            times = self.times(requests[0], shift)
+        elif shift is not None or requests[0].steps != len(times) - 1:
+            raise RequestError("times= sets the whole schedule; leave steps= and shift= out.")
+        all_steps = steps_to_run = len(times) - 1
+        if isinstance(stop_after, int):
+            last_step = check_integer("stop_after", stop_after, -all_steps, all_steps - 1, "it is a step or a site")
+            steps_to_run, stop_after, decode = last_step % all_steps + 1, None, False
         txt_len = self.prompt_encoder.t5_tokenizer.length
         txt_len += 0 if image_prompt is None else self.redux.tokens
-        context = StepContext(self, requests[0], next(_RUNS), txt_len, 0, len(requests), len(times) - 1)
+        context = StepContext(self, requests[0], next(_RUNS), txt_len, 0, len(requests), all_steps)
         networks = Networks(self.flux, self.autoencoder, self.prompt_encoder.clip, self.prompt_encoder.t5, self.dtype)
         height, width = (side * downscale for side in requests[0].shape)
         if gradient_mode() is not None and self.flux.placement is not None and self.flux.placement.mode != "full":
@@ -193,40 +228,55 @@ class FluxPipeline(Sited):
         with (
             torch.set_grad_enabled(gradient_mode() is not None),
             memory_advice(networks, self.device, height, width, txt_len),
-            progress_bar(total=len(requests) * (len(times) - 1), show=progress, desc="sampling") as bar,
+            progress_bar(total=len(requests) * steps_to_run, show=progress, desc="sampling") as bar,
         ):
-            with entered(context), torch.no_grad():
-                prompts, negative = self.encode(requests)
-            # one image at a time: products of larger matrices round differently, and no image may depend on others
-            for i, request in enumerate(requests):
-                with entered(replace(context, request=request, picture=i)):
-                    image, run = self.draw(request, times, prompts[i], negative[i], bar)
-                images.append(image)
-                runs.append(run)
+            with stopping_after(stop_after):
+                with entered(context), torch.no_grad():
+                    prompts, negative = self.encode(requests, encoded)
+                # one image at a time: larger matrix products round differently, and no image may depend on others
+                for i, request in enumerate(requests):
+                    with entered(replace(context, request=request, picture=i)):
+                        image, run = self.draw(request, times, prompts[i], negative[i], steps_to_run, decode, bar)
+                    images += [image] if decode else []
+                    runs.append(run)
+        if not runs:  # stopped at a site
+            return Output([], torch.empty(0), None)
         latents = torch.cat([run.latents[-1] for run in runs])
         if not trajectory:
             return Output(images, latents, None)
         all_latents = torch.cat([run.latents for run in runs], dim=1)  # [N+1, B, C, h, w]
         velocities = torch.cat([run.velocities for run in runs], dim=1)
-        return Output(images, latents, Trajectory(times, all_latents, velocities))
+        return Output(images, latents, Trajectory(times[: steps_to_run + 1], all_latents, velocities))
 
     def draw(
-        self, request: Request, times: Tensor, prompt: Conditioning, negative: Conditioning | None, bar
-    ) -> tuple[Image.Image, Trajectory]:
+        self,
+        request: Request,
+        times: Tensor,
+        prompt: Conditioning,
+        negative: Conditioning | None,
+        steps_to_run: int,
+        decode: bool,
+        bar,
+    ) -> tuple[Image.Image | None, Trajectory]:
         """One image: from noise at t = 1, along the velocity, to a latent at t = 0, which is decoded."""
         velocity = self.velocity_field(request, times, prompt, negative)
         x = self.start(request, times[0])
-        run = self.denoise(x, times, velocity, get_solver(request.solver), bar)
-        return self.decode(run.latents[-1], request), run
+        run = self.denoise(x, times[: steps_to_run + 1], velocity, get_solver(request.solver), bar)
+        return self.decode(run.latents[-1], request) if decode else None, run
 
     # ---------------------------------------------------------------- the stages, in the order in which they run
 
-    def encode(self, requests: list[Request]) -> tuple[list[Conditioning], list[Conditioning | None]]:
+    def encode(
+        self, requests: list[Request], encoded: Conditioning | None = None
+    ) -> tuple[list[Conditioning], list[Conditioning | None]]:
         """The encoded prompt of each image, and its encoded negative prompt with classifier-free guidance."""
         negative: list[Conditioning | None] = [None] * len(requests)
         if requests[0].uses_cfg:  # the same for all images
             negative = self.prompt_encoder([request.negative_prompt for request in requests]).split(1)
-        prompts = self.prompt_encoder([request.prompt for request in requests]).split(1)
+        if encoded is None:
+            encoded = self.prompt_encoder([request.prompt for request in requests])
+        images = len(requests) // len(encoded.txt)  # of each encoded prompt
+        prompts = [text for text in encoded.split(1) for _ in range(images)]
         if requests[0].image_prompt is not None:  # Redux: more tokens after the text's
             for i, request in enumerate(requests):
                 tokens = self.redux(request.image_prompt.to(self.device, self.dtype))  # [1, M, D]
@@ -235,10 +285,13 @@ class FluxPipeline(Sited):
                     negative[i] = negative[i].with_tokens(tokens)
         return prompts, negative
 
-    def times(self, request: Request) -> Tensor:
+    def times(self, request: Request, shift: float | None = None) -> Tensor:
         """The schedule; for image-to-image, its last part."""
-        rows, columns = request.shape
-        times = schedule(request.steps, rows * columns // 4, self.defaults.shift, self.defaults.shift_ends)
+        tokens = request.shape[0] * request.shape[1] // 4
+        times = schedule(request.steps, tokens, self.defaults.shift, self.defaults.shift_ends)
+        if shift is not None:
+            mu = math.log(check_number("shift", shift, 0.01, 100, "1 is no shift, FLUX.1-dev's is 3.2 at 1024 x 1024"))
+            times = schedule(request.steps, tokens, True, (mu, mu))
         return from_strength(times, request.strength) if request.is_image_to_image else times
 
     def velocity_field(
@@ -255,7 +308,7 @@ class FluxPipeline(Sited):
     def start(self, request: Request, t: Tensor) -> Tensor:
         """The latent ``[B, C, h, w]`` at the first time ``t``: noise, or the request's image with noise added."""
         noise = draw_noise(request.seed, self.autoencoder.config.z_channels, *request.shape)
-        x = noise.to(self.device, self.dtype)
+        x = (noise if request.latents is None else request.latents).to(self.device, self.dtype)
         if request.is_image_to_image:
             x = (1 - t) * self._encode_picture(resized(request.image, request.shape, self._downscale)) + t * x
         return self.probe("noise", leaf(x))  # [B, C, h, w] the state at the beginning of the run
@@ -281,6 +334,18 @@ class FluxPipeline(Sited):
         if request.mask is not None and request.paste:
             image = paste_outside(image, request, self._downscale)
         return to_images(image.detach())[0]
+
+    def _names_of(self, encoded: Conditioning) -> list[str]:
+        """An empty prompt for each encoded one; raises RequestError for shapes that the transformer cannot read."""
+        config, b = self.flux.config, len(encoded.pooled)
+        length = self.prompt_encoder.t5_tokenizer.length
+        expected = (b, length, config.context_in_dim), (b, config.vec_in_dim)
+        if (encoded.txt.shape, encoded.pooled.shape) != expected:
+            raise RequestError(
+                f"an encoded prompt must have txt {list(expected[0])} and pooled {list(expected[1])}, "
+                f"not {list(encoded.txt.shape)} and {list(encoded.pooled.shape)}."
+            )
+        return [""] * b
 
     @property
     def _downscale(self) -> int:

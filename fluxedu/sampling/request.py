@@ -15,6 +15,59 @@ MAX_SIDE = 4096  # pixels
 MAX_STEPS = 1000
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+#: arguments of diffusers' FluxPipeline -> what they are here
+DIFFUSERS_NAMES = {
+    "num_inference_steps": "steps=",
+    "guidance_scale": "guidance=",
+    "num_images_per_prompt": "num_images=",
+    "generator": "seed=, a number for each image",
+    "sigmas": "times=, with 0 at the end",
+    "timesteps": "times=, from 1 (noise) to 0",
+    "mu": "shift=, which is e to the power of mu",
+    "prompt_embeds": "a Conditioning in place of the prompt, such as pipe.prompt_encoder(['a red circle'])",
+    "pooled_prompt_embeds": "a Conditioning in place of the prompt, such as pipe.prompt_encoder(['a red circle'])",
+    "prompt_2": "prompt=; for another text in T5 than in CLIP, pass a Conditioning",
+    "negative_prompt_2": "negative_prompt=",
+    "mask_image": "mask=",
+    "control_image": "control=",
+    "ip_adapter_image": "image_prompt=, with a Redux model",
+    "output_type": "decode=False for latents; images are PIL images",
+    "return_dict": "not needed: the result is an Output with images, latents and trajectory",
+    "callback_on_step_end": "fe.record and fe.intervene",
+    "joint_attention_kwargs": "fe.load(lora=..., lora_scale=...)",
+    "max_sequence_length": "the length of the tokenizer, pipe.prompt_encoder.t5_tokenizer.length",
+}
+
+
+def refuse_unknown(arguments: dict) -> None:
+    """Raises RequestError for an argument that the pipeline does not have; it names the one that was meant."""
+    for name in arguments:
+        hint = f"here it is {DIFFUSERS_NAMES[name]}" if name in DIFFUSERS_NAMES else "help(pipe) lists them all"
+        raise RequestError(f"the pipeline has no argument {name}; {hint}.")
+
+
+def checked_times(times) -> Tensor:
+    """The user's own schedule, ``[N+1]`` falling times in [0, 1]; raises RequestError."""
+    try:
+        found = torch.as_tensor(times, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
+    falls = found.ndim == 1 and len(found) >= 2 and bool((found[1:] < found[:-1]).all())
+    if not falls or not 0 <= float(found[-1]) <= float(found[0]) <= 1:
+        raise RequestError(f"times must fall from at most 1 to at least 0, such as (1, 0.5, 0), not {describe(times)}.")
+    return found
+
+
+def checked_latents(latents, count: int, channels: int) -> list[Tensor]:
+    """The user's own start, one latent ``[1, C, h, w]`` per image; raises RequestError."""
+    shape = f"({count} or 1, {channels}, rows, columns), with even numbers of rows and columns"
+    if not isinstance(latents, Tensor) or not latents.is_floating_point() or latents.ndim != 4:
+        raise RequestError(f"latents must be a tensor of shape {shape}, not {describe(latents)}.")
+    b, c, rows, columns = latents.shape
+    if b not in (1, count) or c != channels or rows % 2 or columns % 2 or 0 in latents.shape:
+        raise RequestError(f"latents must have the shape {shape}, not {list(latents.shape)}.")
+    return [latents[i : i + 1] for i in range(b)] * (count // b)
+
 
 def checked_device(device: str | torch.device) -> torch.device:
     """The device, if it can be used here; "cuda" becomes the current GPU. Raises RequestError."""
@@ -74,6 +127,7 @@ class Request:
     control: Tensor | None = None
     reference: Tensor | None = None
     image_prompt: Tensor | None = None
+    latents: Tensor | None = None  # [1, C, h, w], in place of noise
 
     @property
     def is_image_to_image(self) -> bool:
@@ -103,6 +157,9 @@ def make_requests(
     guidance_embed: bool,
     downscale: int,
     paste: bool = True,
+    num_images=1,
+    latents=None,
+    channels: int = 16,
     **pictures: Tensor | None,
 ) -> list[Request]:
     """Check all arguments and pair prompts with seeds: one Request per image. Raises RequestError.
@@ -111,6 +168,13 @@ def make_requests(
     guidance. ``pictures``: image, mask, control, reference and image_prompt, each a batch of tensors or None.
     """
     prompts = as_prompts(prompt)
+    num_images = check_integer("num_images", num_images, 1, 4096, "it is the number of images of each prompt")
+    if num_images > 1:
+        if isinstance(seed, (list, tuple)):
+            raise RequestError("seed must be one number with num_images=, which draws seed, seed + 1, ...")
+        first = check_integer("seed", seed, 0, 2**63 - 1 - num_images, "any number will do, such as 0")
+        seed = [first + i for _ in prompts for i in range(num_images)]
+        prompts = [prompt for prompt in prompts for _ in range(num_images)]
     negatives = [""] if negative_prompt is None else as_prompts(negative_prompt, "negative_prompt")
     count = max(len(prompts), len(seed) if isinstance(seed, (list, tuple)) else 1)
     seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * count
@@ -139,6 +203,7 @@ def make_requests(
     }
 
     per_image = {"prompt": prompts, "negative_prompt": negatives, "seed": seeds}
+    per_image["latents"] = [None] if latents is None else checked_latents(latents, count, channels)
     for name, batch in pictures.items():
         per_image[name] = [None] if batch is None else [batch[i : i + 1] for i in range(len(batch))]
     for name, items in per_image.items():

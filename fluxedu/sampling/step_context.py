@@ -10,9 +10,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
-from fluxedu.errors import InstrumentError, describe
+from fluxedu.errors import InstrumentError, RequestError, describe
+from fluxedu.probe import Sited, Watcher, site, watch
 
 if TYPE_CHECKING:
     from fluxedu.sampling.pipeline import FluxPipeline
@@ -79,6 +81,49 @@ def next_evaluation(time: float) -> None:
     """The model is evaluated once more in this step, at ``time``."""
     context = current_context()
     _thread.context = context and replace(context, time=time, stage=context.stage + 1)
+
+
+# ---------------------------------------------------------------- stopping early
+
+
+class StopRun(Exception):
+    """The site of ``stop_after=`` has passed; the pipeline ends the run."""
+
+
+class StopAfter:
+    """A watcher that ends the run after a site, once the watcher before it has seen the value."""
+
+    def __init__(self, glob: str, watcher: Watcher | None):
+        self.glob, self.watcher, self.thread = glob, watcher, threading.get_ident()
+
+    def wants(self, owner: Sited, name: str) -> bool:
+        wants = getattr(self.watcher, "wants", None)
+        return fnmatchcase(site(owner, name), self.glob) or (wants is not None and wants(owner, name))
+
+    def __call__(self, owner: Sited, name: str, value: Any) -> Any:
+        value = value if self.watcher is None else self.watcher(owner, name, value)
+        if threading.get_ident() == self.thread and fnmatchcase(site(owner, name), self.glob):
+            raise StopRun
+        return value
+
+
+@contextmanager
+def stopping_after(glob: str | None) -> Iterator[None]:
+    """End what runs inside the ``with`` after the first site that matches ``glob``; None ends nothing."""
+    if glob is None:
+        yield
+        return
+    if not isinstance(glob, str):
+        raise RequestError(f"stop_after must be a step or the name of a site, not {describe(glob)}.")
+    before = watch(None)
+    watch(StopAfter(glob, before))
+    try:
+        yield
+        raise RequestError(f"stop_after={glob!r} is no site of this run; fe.sites(pipe) lists them all.")
+    except StopRun:
+        pass
+    finally:
+        watch(before)
 
 
 # ---------------------------------------------------------------- selecting steps
