@@ -2,13 +2,13 @@
 # # 15 · The arena
 #
 # **Which model is better, and how sure are we?** New models are announced with bar charts in which they come first. The
-# bars are computed from votes: somebody sees two images of the same prompt and says which is better. You will build what
-# lies between the votes and the bars, including the intervals that the bars usually lack.
+# bars are computed from votes: somebody sees two images of the same prompt and says which is better. You will build
+# what lies between the votes and the bars, including the intervals that the bars usually lack.
 #
-# Afterwards you can turn votes into ratings, say how far to trust them, choose the most informative next comparison, run
-# an arena of your own, and name three questions that its numbers do not answer.
+# Afterwards you can turn votes into ratings, say how far to trust them, choose the most informative next comparison,
+# run an arena of your own, and name three questions that its numbers do not answer.
 #
-# 95 minutes, in two sittings: stop before “Which pair next?” · needs notebook 14
+# 95 minutes, in two sittings: stop before “Which pair should be compared next?” · needs notebook 14
 
 # %%
 import json
@@ -31,7 +31,7 @@ from fluxedu.arena.match import preference
 from fluxedu.arena.rating import ELO, add_prior, bootstrap_tables, fisher_information, fit, rank_pairs, rate, tally
 from fluxedu.arena.rating import variance_reduction, win_matrix, win_probabilities
 from fluxedu.loading import WEIGHTS
-from fluxedu.nano.exam import questions
+from fluxedu.nano.exam import questions as exam_prompts
 from fluxedu.nano.judge import judge
 from fluxedu.nano.scenes import BACKGROUNDS
 from fluxedu.arena.stable_diffusion import load_sd
@@ -42,45 +42,50 @@ device = course.begin()
 course.where(fe.load("nano"), "image")
 
 # %% [markdown]
-# This time only the last box is highlighted. An arena compares images; which model made them stays hidden until the votes
-# are counted. (The contestants here are the miniature and its baselines, loaded by name whatever model you use
-# elsewhere.)
+# This time only the last box is highlighted. An arena compares images; which model made them stays hidden until the
+# votes are counted. (The *contestants*, the models that are compared, are the miniature and its baselines. They are
+# loaded by name, whatever model you use elsewhere.)
 #
 # ## Predict
 #
-# *Elo* points measure the difference of two models: 400 points mean that one is preferred ten times as often. The
-# *judge* is a program that finds shapes and colours in an image by geometry.
+# *Elo* points measure the difference of two models: 400 points mean that one is preferred ten times as often as the
+# other. An *interval* around a rating says how uncertain it is. Votes are collected on six *axes*, which are different
+# questions about two images: which one is better overall, follows the prompt better, and so on. The *judge* is a
+# program that finds shapes and colours in an image by geometry, and can vote on each axis.
 
 # %%
-luck = fe.predict("Two equal models, 100 votes: in what percentage of trials does one get 60 or more?", 6)  # answer
-width = fe.predict("With four times as many votes, an interval is how many times as wide?", 0.5)  # answer
+chance_result = fe.predict(
+    "Two models are equal. In what percentage of trials does one of them get 60 or more of 100 votes?", 6
+)  # answer
+interval_width = fe.predict("With four times as many votes, how many times as wide is an interval?", 0.5)  # answer
 axes = "overall, prompt, size, typography, diversity, quality"
-ahead = fe.predict(f"On one axis ({axes}) nano in 4 steps is rated above nano-base. Which?", "diversity")  # answer
-circle = fe.predict(
-    "A beats B, B beats C and C beats A, 9 times in 10: Elo between the best and the worst", 0
+exchanged_axis = fe.predict(f"On which axis is nano in 4 steps rated above nano-base? {axes}", "diversity")  # answer
+cycle_difference = fe.predict(
+    "A beats B, B beats C, and C beats A, in 9 of 10 votes each. How many Elo points from best to worst?", 0
 )  # answer
-rival = fe.predict(
-    "At equal cost, which more often puts objects on the right side? U-Net (with CLIP) / FLUX (with T5)", "FLUX"
+better_relations = fe.predict(
+    "After equal training, which network more often draws an object on the correct side? U-Net / FLUX", "FLUX"
 )  # answer
-spots = fe.predict(
-    "An image covered in spots: in what percentage of pairs does the judge notice, on prompt following?", 0
+noticed_spots = fe.predict(
+    "Spots are added to one image of each pair. In what percentage of votes on “prompt” does the judge notice?", 0
 )  # answer
 
 # %% [markdown]
 # ## One ballot
 #
 # Four contestants: the miniature, its base model with classifier-free guidance, and the miniature in 4 and in 2 steps.
-# There are only four prompts, so that this page runs in a minute; for a result that you would publish, use a hundred. One
-# comparison is called a *ballot*: one prompt, one seed, two images, on random sides and without names.
+# There are only four prompts, so that this notebook runs in a minute; use a hundred for a result that you want to
+# publish. One comparison is called a *ballot*: two images of one prompt and one seed, on random sides and without
+# names.
 
 # %%
 names = ["nano", "nano-base", "nano@4", "nano@2"]
 folder = Path(tempfile.mkdtemp())
-field = arena.Arena([arena.contestant(name, device) for name in names], folder / "votes.sqlite", prompts=4)
+my_arena = arena.Arena([arena.contestant(name, device) for name in names], folder / "votes.sqlite", prompts=4)
 
-ballot = field.ballot("a visitor", "overall")
+ballot = my_arena.ballot("a visitor", "overall")
 fig, axes = plt.subplots(1, 2, figsize=(5, 2.9), layout="constrained")
-for ax, side, (image,) in zip(axes, ("left", "right"), field.sides(ballot)):
+for ax, side, (image,) in zip(axes, ("left", "right"), my_arena.sides(ballot)):
     ax.imshow(image)
     ax.set_title(side, fontsize=9)
     ax.axis("off")
@@ -93,17 +98,19 @@ plt.show()
 # %%
 chance_of = [math.comb(100, k) / 2**100 for k in range(101)]
 lopsided = sum(chance_of[k] for k in range(101) if abs(k - 50) >= 10)
-luck.against(round(100 * lopsided))
+chance_result.against(round(100 * lopsided))
 
 # %% [markdown]
-# So between equal models, a result of 60 to 40 or more lopsided occurs one time in eighteen. One such chart is a hint.
+# So between equal models, a result of 60 to 40 or a clearer one occurs by chance one time in eighteen. One such result
+# is a hint, and no more.
 #
 # ## From votes to ratings
 #
-# Why not simply count wins? Because the number of wins depends on the opponents. Why not use Elo, as in notebook 14?
-# Because its result depends on the order of the votes. Chess needs that, because players improve. Models do not, so we
-# may look at all votes at once and ask which *strengths* make them most probable. This model was published by Bradley and
-# Terry in 1952, and underlies Elo too: with strengths $s_i$ and $\sigma$ for the sigmoid function,
+# Why not simply count wins? Because the number of wins depends on the opponents. Why not use Elo's rule, as in notebook
+# 14? Because its result depends on the order of the votes. In chess this is wanted, because players improve. Models do
+# not, so we may use all votes at once and ask which *strengths* make them most probable. The statistical model was
+# published by Bradley and Terry in 1952, and Elo's rule is based on it too: with strengths $s_i$ and the sigmoid
+# function $\sigma$,
 #
 # $$P(i \text{ is preferred to } j) = \sigma(s_i - s_j), \qquad
 # \log L = \sum_{i,j} w_{ij}\, \log \sigma(s_i - s_j)$$
@@ -179,13 +186,13 @@ else:
 # Each step doubles the number of correct digits. (With few and one-sided votes a step may overshoot; the library limits
 # it to 2 units of strength, see `fluxedu/arena/rating.py`.)
 #
-# ## How sure?
+# ## How sure are we?
 #
-# If other people had voted, or the same people on another day, the strengths would be different. We cannot ask them, but
-# we can give the existing votes random weights and fit again, many times: this is the *bootstrap*. The usual bootstrap
-# draws votes with replacement, and it fails exactly where it is needed: with ten votes, all for one model, every draw is
+# If other people had voted, or the same people on another day, the strengths would be different. We cannot ask them,
+# but we can change the existing votes at random and fit again, many times: this is the *bootstrap*. The usual bootstrap
+# draws votes with replacement. It fails when there are few votes: if all of ten votes are for one model, every draw is
 # the same ten votes, and the interval has no width. Rubin's Bayesian bootstrap (1981) gives each vote, and each game of
-# the prior, a random weight from an exponential distribution, so nothing is ever left out.
+# the prior, a random weight from an exponential distribution, so that no vote is ever left out.
 
 # %% exercise="arena.interval"
 
@@ -221,18 +228,20 @@ for votes, arenas in ((60, 250), (240, 20)):
         widths[votes].append(float((result.high - result.low).mean()))
         contains += [((result.low < true_elo) & (true_elo < result.high)).mean()] * (votes == 60)
 print(f"95 % intervals contained the truth in {100 * np.mean(contains):.0f} % of {5 * len(contains):,} cases")
-width.against(round(float(np.mean(widths[240]) / np.mean(widths[60])), 1))
+interval_width.against(round(float(np.mean(widths[240]) / np.mean(widths[60])), 1))
 
 # %% [markdown]
-# The width falls with the square root of the number of votes: half the interval costs four times as many votes.
+# The width is inversely proportional to the square root of the number of votes: an interval of half the width needs
+# four times as many votes.
 #
-# ## Which pair next?
+# ## Which pair should be compared next?
 #
-# So no vote should be wasted. A vote on whether eight steps beat two tells us nothing new. A vote on i and j adds
-# $w = p\,(1 - p)$ of information about $s_i - s_j$, most if the result is open; and it reduces the uncertainty most where
-# there were few votes before. Strengths are defined only up to a common constant, so what counts is their covariance
-# around their mean: the inverse of the information, with the mean subtracted from its rows and from its columns. With
-# $d$ for the vector that is 1 at i, −1 at j and 0 elsewhere, one vote more changes the inverse $C$ to
+# So no vote should be wasted. A vote on whether eight steps are better than two tells us nothing new. Let $p$ be the
+# probability that i is preferred to j. A vote on i and j adds the information $w = p\,(1 - p)$ about $s_i - s_j$, which
+# is largest if the result is open, $p = ½$. It reduces the uncertainty most where there were few votes before.
+# Strengths are defined only up to a common constant, so we look at their covariance around their mean: the inverse of
+# the information, with the mean subtracted from its rows and from its columns. Let $d$ be the vector that is 1 at i, −1
+# at j and 0 elsewhere. Then one more vote changes the inverse $C$ of the information to
 #
 # $$(C^{-1} + w\, d\, d^T)^{-1} = C - \frac{w\, (C d)(C d)^T}{1 + w\, d^T C d}$$
 #
@@ -259,7 +268,7 @@ if passed:
     fig, axes = plt.subplots(1, 3, figsize=(7.6, 2.7), layout="constrained")
     tables = {
         "votes so far": simulated + simulated.T,
-        "how open, p (1 - p)": (p * (1 - p))[:5, :5],
+        "information of a vote, p (1 - p)": (p * (1 - p))[:5, :5],
         "gain of one more vote": mine,
     }
     for ax, (title, values) in zip(axes, tables.items()):
@@ -283,57 +292,59 @@ for trial in range(8):
             won = rng.random() < 1 / (1 + math.exp(spread_out[j] - spread_out[i]))
             wins[(i, j) if won else (j, i)] += 1
         variances[how].append(float(np.trace(centred_covariance(wins))))
-saved = 1 - np.mean(variances["most informative"]) / np.mean(variances["random"])
-print("after 80 votes, choosing the most informative pair gives a smaller variance:", bool(saved > 0.05))
+variance_saved = 1 - np.mean(variances["most informative"]) / np.mean(variances["random"])
+print("after 80 votes, choosing the most informative pair gives a smaller variance:", bool(variance_saved > 0.05))
 
 # %% [markdown]
-# `field.ballot` chooses pairs in this way. Pairs that are equally informative, and the sides, are chosen at random, so a
-# preference for the left side does not favour any model.
+# `my_arena.ballot` chooses pairs in this way. Pairs that are equally informative, and the sides, are chosen at random,
+# so a preference for the left side does not favour any model.
 #
 # ## The judge votes
 #
 # The announcement of FLUX.1 compares models on six axes: overall, prompt following, images of three sizes, letters,
-# diversity of four images of one prompt, and visual quality. Here the judge votes on all of them, by geometry; a tie is a
-# possible vote too. It sees every pair for every prompt on every axis, so there is nothing left to vote on.
+# diversity of four images of one prompt, and visual quality. Here the judge votes on all of them, by geometry; a tie is
+# a possible vote too. It votes on every pair of contestants, for every prompt and on every axis.
 
 # %%
-votes_cast = arena.judge_votes(field, votes=1000)
+votes_cast = arena.judge_votes(my_arena, votes=1000)
 print(f"{votes_cast} votes: 6 pairs x {votes_cast // 36} prompts x 6 axes")
-results = {axis: field.ratings(axis, "judge") for axis in arena.AXES}
-plots.elo(results["overall"].rows(), "Overall: nano and nano-base are above nano@4 and nano@2; the rest is open")
+results = {axis: my_arena.ratings(axis, "judge") for axis in arena.AXES}
+plots.elo(results["overall"].rows(), "Overall: nano and nano-base are rated above nano in 4 and in 2 steps")
 
 # %%
 plots.elo_axes({arena.AXES[axis].title: result.rows() for axis, result in results.items()})
 
 # %%
 elo_of = lambda axis, name: results[axis].rows()[name]["elo"]
-ahead.against(", ".join(axis for axis in results if elo_of(axis, "nano@4") > elo_of(axis, "nano-base")))
+exchanged_axis.against(", ".join(axis for axis in results if elo_of(axis, "nano@4") > elo_of(axis, "nano-base")))
 low, high = results["diversity"].low, results["diversity"].high
-print("but there the two intervals overlap:", bool(low[2] < high[1] and low[1] < high[2]))
+print("on diversity, the intervals of nano-base and nano@4 overlap:", bool(low[2] < high[1] and low[1] < high[2]))
 low, high = results["overall"].low, results["overall"].high
 print("overall, the intervals of nano and nano-base overlap:", bool(low[0] < high[1] and low[1] < high[0]))
 print("overall, the intervals of nano and nano@2 do not:", bool(low[0] > high[3]))
 
 # %% [markdown]
-# With these four prompts the miniature is first or level on every axis, but the order of the others depends on the axis.
-# The one exchange, on diversity, lies within the intervals. If it were real, there would be a simple reason: diversity
-# does not ask whether the prompt was followed, and objects in wrong positions are also in different positions. Ask what
-# makes a model win on an axis before you quote its rating.
+# With these four prompts the miniature is first, or level with the first, on every axis, but the order of the others
+# depends on the axis. On diversity, nano in 4 steps is rated above nano-base, but the two intervals overlap. If the
+# difference were real, there would be a simple explanation: the axis does not ask whether the prompt was followed, and
+# objects in wrong positions are also in different positions. Ask what makes a model win on an axis before you quote its
+# rating.
 #
-# Look at the intervals before the points. With 24 votes per axis (each contestant is in 12 of them) they are hundreds of
-# points wide; an arrow at the edge means that an interval continues. Overlapping intervals do not show that two models
-# are equal, since their strengths are correlated and the interval of their difference is what matters; but they do not
-# show a ranking either. And with six axes and six pairs you look at 36 differences: if all contestants were equal,
-# 36 × 5 % = 1.8 of them would still appear significant at 95 %.
+# Look at the intervals before you look at the ratings. With 24 votes per axis (each contestant is in 12 of them) the
+# intervals are hundreds of points wide; an arrow at the edge means that an interval continues. Overlapping intervals do
+# not show that two models are equal: their strengths are correlated, so one would need the interval of the difference.
+# But they do not show a ranking either. And with six axes and six pairs you look at 36 differences: even if all
+# contestants were equal, 36 × 5 % = 1.8 of these differences would appear significant at the level of 95 %.
 #
 # ## A comparison with Stable Diffusion
 #
-# The announcement of FLUX.1 compares it with other models. Nobody outside knows what each of them cost to train, so a
-# lead may come from the design or from the budget. Here are two models of equal cost: `sd`, a small Stable Diffusion, and
-# `twin`, a FLUX of the miniature's size. Both were trained from scratch, with the same scenes, text encoders, autoencoder
-# and optimiser, and for the same number of minutes on one core. There is one training run of each, with the miniature's
-# recipe; nothing was tuned for the U-Net but the weight of an auxiliary loss (both models also learn to classify what is
-# in a patch). So a small difference would mean little. The two differ as the two designs do:
+# The announcement of FLUX.1 compares it with other models. What each of them cost to train has not been published, so
+# the better results may come from the design or from the budget. Here are two models of equal cost: `sd`, a small
+# Stable Diffusion, and `twin`, a FLUX of the miniature's size. Both were trained from scratch, with the same scenes,
+# text encoders, autoencoder and optimiser, and for the same number of minutes on one core. There is one training run of
+# each, with the miniature's settings. Only one setting was tuned for the U-Net, the weight of an auxiliary loss (both
+# models also learn to classify what is in a patch). So a small difference would mean little. The two models differ in
+# these points:
 #
 # | | sd | twin |
 # |---|---|---|
@@ -366,7 +377,7 @@ for name, model in baselines.items():
     trained_on = model["steps"] * model["batch"]
     print(f"{name:4} {model['parameters']:,} parameters, {model['minutes']} minutes, {trained_on:,} images")
 better = max(rows, key=lambda name: rows[name]["relations"]["percent"])
-rival.against({"sd": "U-Net", "twin": "FLUX"}[better])
+better_relations.against({"sd": "U-Net", "twin": "FLUX"}[better])
 
 fig, ax = plt.subplots(figsize=(5.6, 2.8), layout="constrained")
 for name, colour in (("sd", "#D55E00"), ("twin", "#0072B2")):
@@ -391,22 +402,22 @@ plt.show()
 # The cost is the same, and in these two runs the twin is ahead in every row but diversity. More steps do not help the
 # U-Net: its fifty steps are no better than its eight. We can examine two of the rows.
 #
-# **The background.** At the last of DDPM's times there is not only noise: `a` is not 0. In training the U-Net always saw
-# a trace of the image, and the colour of the background, the same in every cell, can be read from a very small trace.
-# Sampling starts from noise without such a trace, which to the U-Net means "a medium background" (arXiv 2305.08891; this
-# is why Stable Diffusion 1 hardly ever generates a black image). Rectified flow starts at t = 1, where there is only
-# noise in training too. So give the U-Net what it misses: a trace of a plain background, as strong as in training. As a
-# control, give it a wrong one.
+# **The background.** At the last of DDPM's times the state is not pure noise: `a` is not 0. In training, the U-Net
+# always received a weak trace of the image, and the colour of the background, which is the same in every cell, can be
+# read from a very weak trace. Sampling starts from noise without such a trace, which the U-Net takes for a medium
+# background (arXiv 2305.08891; this is why Stable Diffusion 1 hardly ever generates a black image). Rectified flow
+# starts at t = 1, where the state is pure noise in training, too. So we give the U-Net what is missing: a trace of a
+# plain background, as strong as in training. As a control, we give it the trace of a wrong background.
 
 # %%
 sd = load_sd(device=device)
 a_last = sd.scheduler.alphas_cumprod[-1]  # the squared weight of the image at the last of the thousand times
 print(f"weight of the image at DDPM's last time: {float(a_last.sqrt()):.1%}; at rectified flow's: 0.0%")
-test_prompts = [q for q in questions(300) if q.size == (128, 128) and q.claim.background][:12]
+test_prompts = [q for q in exam_prompts(300) if q.size == (128, 128) and q.claim.background][:12]
 noise = torch.cat([draw_noise(q.seed, 16, 16, 16) for q in test_prompts])  # [12, 16, 16, 16]
-prompted = [q.claim.background for q in test_prompts]
+prompt_backgrounds = [q.claim.background for q in test_prompts]
 colours = list(BACKGROUNDS)
-wrong = [colours[(colours.index(background) + 3) % 6] for background in prompted]
+wrong_backgrounds = [colours[(colours.index(background) + 3) % 6] for background in prompt_backgrounds]
 
 
 def noise_with(backgrounds):
@@ -425,37 +436,42 @@ def count_backgrounds(images, backgrounds):
 
 starts = {
     "noise only": noise,
-    "trace of the right one": noise_with(prompted),
-    "trace of a wrong one": noise_with(wrong),
+    "trace of the right one": noise_with(prompt_backgrounds),
+    "trace of a wrong one": noise_with(wrong_backgrounds),
 }
 for name, start in starts.items():
     images = sd([q.prompt for q in test_prompts], seed=0, begin=start, progress=False).images
-    as_wrong = f"; as in the trace: {count_backgrounds(images, wrong)}" if name == "trace of a wrong one" else ""
-    count = count_backgrounds(images, prompted)
+    as_wrong = (
+        f"; as in the trace: {count_backgrounds(images, wrong_backgrounds)}" if name == "trace of a wrong one" else ""
+    )
+    count = count_backgrounds(images, prompt_backgrounds)
     print(f"{name:22} backgrounds as in the prompt: {count} of {len(test_prompts)}{as_wrong}")
 sides = baselines["sd"]["sides"]
 print("sd, {relations} relations: {asked} objects on the right side, {opposite} on the opposite side".format(**sides))
 
 # %% [markdown]
-# The U-Net mostly paints the background of the trace, whatever the prompt says: it has not learned to take it from the
-# prompt, since in training the state always revealed it. This fits the schedule as the cause. The proof would be a U-Net
-# whose last time is pure noise, as the cited paper proposes and as rectified flow has it by design.
+# The U-Net mostly draws the background of the trace, whatever the prompt says: it has not learned to take it from the
+# prompt, since in training the state always revealed it. This suggests that the schedule is the cause. To prove it, one
+# would have to train a U-Net whose last time is pure noise, as the cited paper proposes and as it always is in
+# rectified flow.
 #
-# **Left and right.** Read this row with care: a missing object counts as wrong too. But where the U-Net draws both
-# objects, the opposite side is almost as frequent as the right one, as the last line above shows. It reads CLIP, which
-# was trained to match captions with images (notebook 02); our T5 was trained to answer questions about a caption
-# (notebook 03). But network, text encoder and path all differ here, and two models cannot tell which of the three is the
-# cause. That would need a U-Net that reads T5; `training/baselines.py` is the place to start. The same holds for shapes,
-# of which CLIP contains little (notebook 02), and for letters.
+# **Left and right.** Read the row *relations* with care: a missing object counts as wrong too. But where the U-Net
+# draws both objects, the opposite side is almost as frequent as the right one, as the last line above shows. The U-Net
+# gets its text from CLIP, which was trained to match captions with images (notebook 02); our T5 was trained to answer
+# questions about a caption (notebook 03). But the two models differ in the network, the text encoder and the path, so
+# the comparison does not show which of the three is the cause. To find out, one could train a U-Net with T5; begin with
+# `training/baselines.py`. The same holds for shapes, about which CLIP's score says little (notebook 02), and for
+# letters.
 #
-# Diversity is the U-Net's only lead, and you know what that is worth. (The twin's weights are not included;
-# `fluxedu train --variant twin` trains them. Below, the miniature takes its place, which was trained for far longer: look
-# at the U-Net's mistakes, and do not read it as a comparison.)
+# Diversity is the only row in which the U-Net is ahead, and images that do not follow the prompt tend to be more
+# diverse, as explained above. (The twin's weights are not included; `fluxedu train --variant twin` trains them. In the
+# next figure the miniature takes its place, which was trained for far longer. So look at the U-Net's mistakes, and do
+# not take the figure for a comparison.)
 
 # %%
-five = [q for q in questions(200) if q.size == (128, 128)][:5]
-settings = {"seed": [q.seed for q in five], "steps": 20, "trajectory": False, "progress": False}
-prompts = [q.prompt for q in five]
+five_prompts = [q for q in exam_prompts(200) if q.size == (128, 128)][:5]
+settings = {"seed": [q.seed for q in five_prompts], "steps": 20, "trajectory": False, "progress": False}
+prompts = [q.prompt for q in five_prompts]
 images_of = {"sd": sd(prompts, **settings).images, "nano": fe.load("nano", device=device)(prompts, **settings).images}
 fig, axes = plt.subplots(2, 5, figsize=(7.6, 4.3), layout="constrained")
 for ax, prompt in zip(axes[0], prompts):
@@ -465,91 +481,99 @@ for row, (name, images) in zip(axes, images_of.items()):
         ax.imshow(image)
         ax.set(xticks=[], yticks=[])
     row[0].set_ylabel(name, fontsize=9)
-    right = sum(judge(image, q.claim).everything for image, q in zip(images, five))
-    print(f"{name:5} images entirely right: {right} of {len(five)}")
+    right = sum(judge(image, q.claim).everything for image, q in zip(images, five_prompts))
+    print(f"{name:5} images entirely right: {right} of {len(five_prompts)}")
 fig.suptitle("The same prompts and noise; nano was trained for far longer than sd", fontsize=10)
 plt.show()
 
 # %% [markdown]
 # ## You vote
 #
-# The judge counts shapes and colours. You see the rest. Nothing below shows which model made an image. The left and right
-# arrow keys vote for a side, the down arrow for a tie. Each vote is stored before the next pair is shown.
+# The judge counts shapes and colours. You see more than that. Nothing below shows which model made an image. Vote for a
+# side with the left and right arrow keys, and for a tie with the down arrow. Each vote is stored before the next pair
+# is shown.
 
 # %%
-arena.booth(field, voter="me")
+arena.booth(my_arena, voter="me")
 
 # %% [markdown]
-# When you have voted, `field.ratings("overall", "people").table()` counts the votes of people only. A whole class votes
-# in the browser with `fluxedu arena serve`; `fluxedu arena table --figures .` draws the two figures above from its votes.
+# When you have voted, `my_arena.ratings("overall", "people").table()` counts the votes of people only. A whole class
+# votes in the browser with `fluxedu arena serve`; `fluxedu arena table --figures .` draws the two figures above from
+# its votes.
 #
 # ## Break it
 #
-# Three ways in which these numbers can mislead.
+# There are three ways in which these numbers can mislead.
 #
-# **An axis is blind to something.** A contestant is any function that generates images. This one takes the miniature's
-# image and adds spots; the judge ignores areas below 25 pixels as dirt.
+# **No axis covers everything.** A contestant is any function that generates images. This one takes the miniature's
+# image and adds spots; the judge ignores areas below 25 pixels.
 
 
 # %%
 def spotted(prompt, seed, height, width):
     """The miniature's image with magenta spots of 4 x 4 pixels."""
-    image = np.array(field.gallery.image("nano", prompt, seed, height, width))
+    image = np.array(my_arena.gallery.image("nano", prompt, seed, height, width))
     for y in range(6, height - 6, 16):
         for x in range(6, width - 6, 16):
             image[y : y + 4, x : x + 4] = (255, 0, 255)
     return Image.fromarray(image)
 
 
-on_axis = field.questions("prompt")
-pairs = [(field.gallery.image("nano", q.prompt, q.seed, *q.size), spotted(q.prompt, q.seed, *q.size)) for q in on_axis]
-noticed = [preference("prompt", [plain], [dirty], q.claim) != "tie" for (plain, dirty), q in zip(pairs, on_axis)]
+prompt_axis = my_arena.questions("prompt")  # the prompts of the axis “prompt following”
+pairs = [
+    (my_arena.gallery.image("nano", q.prompt, q.seed, *q.size), spotted(q.prompt, q.seed, *q.size)) for q in prompt_axis
+]
+noticed = [preference("prompt", [plain], [dirty], q.claim) != "tie" for (plain, dirty), q in zip(pairs, prompt_axis)]
 fig, axes = plt.subplots(1, 2, figsize=(5, 2.6), layout="constrained")
 for ax, image in zip(axes, pairs[0]):
     ax.imshow(image)
     ax.axis("off")
-fig.suptitle("On prompt following, these two images are a tie for the judge", fontsize=10)
+fig.suptitle(
+    f"On prompt following, the judge calls a tie in {len(noticed) - sum(noticed)} of {len(noticed)} such pairs",
+    fontsize=10,
+)
 plt.show()
-spots.against(round(100 * sum(noticed) / len(noticed)))
-cleaner = [preference("quality", [plain], [dirty], q.claim) == "left" for (plain, dirty), q in zip(pairs, on_axis)]
+noticed_spots.against(round(100 * sum(noticed) / len(noticed)))
+cleaner = [preference("quality", [plain], [dirty], q.claim) == "left" for (plain, dirty), q in zip(pairs, prompt_axis)]
 print(f"on visual quality it prefers the one without spots in {sum(cleaner)} of {len(cleaner)} pairs")
 
 # %% [markdown]
-# You noticed the spots at once. A rating holds for a judge *and a question*, and a model that is trained to win on that
-# question learns to exploit what it ignores.
+# You noticed the spots at once. A rating is valid for one judge *and one question*. A model that is trained to win on
+# this question learns to exploit whatever the question ignores.
 #
-# **Another four prompts.** The bootstrap gives new weights to votes, never to prompts: its interval says what would happen
-# if the same prompts were voted on again. Suppose that ten people vote on these 24 pairs, and all agree with the judge.
-# The intervals shrink as if these were 240 independent votes. Then leave out one of the four prompts.
+# **Other prompts.** The bootstrap gives new weights to votes, never to prompts: its interval says what would happen if
+# other people voted on the same prompts. Suppose that ten people vote on these 24 pairs, and all agree with the judge.
+# The intervals shrink as if these were 240 independent votes. But what happens if we leave out one of the four prompts?
 
 # %%
-rows = [r for r in field.votes.rows() if r["axis"] == "overall" and r["voter"] == "judge"]
-share = {"left": 1.0, "right": 0.0, "tie": 0.5}
+rows = [r for r in my_arena.votes.rows() if r["axis"] == "overall" and r["voter"] == "judge"]
+left_score = {"left": 1.0, "right": 0.0, "tie": 0.5}
 
 
 def ten_times(left_out=None):
     """Ratings when every vote counts ten times, without one of the prompts."""
-    return rate(names, [(r["left"], r["right"], share[r["choice"]], 10) for r in rows if r["prompt"] != left_out])
+    return rate(names, [(r["left"], r["right"], left_score[r["choice"]], 10) for r in rows if r["prompt"] != left_out])
 
 
-ten, once = ten_times(), results["overall"]
-narrower = (ten.high - ten.low).mean() / (once.high - once.low).mean()
-print("the intervals are narrower:", bool(narrower < 0.8))
+ten_votes, one_vote = ten_times(), results["overall"]
+width_ratio = (ten_votes.high - ten_votes.low).mean() / (one_vote.high - one_vote.low).mean()
+print("the intervals are narrower:", bool(width_ratio < 0.8))
 without_one = [ten_times(prompt).elo for prompt in dict.fromkeys(r["prompt"] for r in rows)]
-outside = any(((elo < ten.low) | (elo > ten.high)).any() for elo in without_one)
+outside = any(((elo < ten_votes.low) | (elo > ten_votes.high)).any() for elo in without_one)
 print("without some prompt, some model is outside its interval:", outside)
 
 # %% [markdown]
-# Votes add information only if they are independent; a hundred prompts with one vote each tell more than one prompt with
-# a hundred votes. And models differ in *what* they are good at: letters, crowds, faces. A rating belongs to the prompts
-# that it was measured with, and an arena in which people bring their own prompts measures what these people ask for.
+# Votes add information only if they are independent; a hundred prompts with one vote each tell more than one prompt
+# with a hundred votes. And models differ in *what* they are good at: letters, crowds, faces. A rating belongs to the
+# prompts that it was measured with, and an arena in which people bring their own prompts measures what these people ask
+# for.
 #
-# **A cycle.** A strength is one number, so the model cannot represent that A beats B, B beats C and C beats A.
+# **A cycle.** A strength is one number, so strengths cannot represent that A beats B, B beats C and C beats A.
 
 # %%
 cycle = [("A", "B", 1.0, 90), ("B", "A", 1.0, 10), ("B", "C", 1.0, 90), ("C", "B", 1.0, 10)]
 cycle += [("C", "A", 1.0, 90), ("A", "C", 1.0, 10)]
-circle.against(round(float(np.ptp(rate("ABC", cycle).elo))))
+cycle_difference.against(round(float(np.ptp(rate("ABC", cycle).elo))))
 
 
 def largest_misfit(names, votes):
@@ -566,22 +590,22 @@ in_order += [("A", "C", 1.0, 90), ("C", "A", 1.0, 10)]
 print("for models that can be ordered it is off by less than 3:", bool(largest_misfit("ABC", in_order) < 0.03))
 
 # %% [markdown]
-# Three equal ratings with narrow intervals, although every pair is decided nine to one. The intervals do not show that
-# the model is wrong, because they are computed under the assumption that it is right. The pairs show it: compare the
-# observed share of wins of each pair with the predicted one.
+# The three ratings are equal and their intervals narrow, although in every pair one contestant wins nine times in ten.
+# The intervals do not show that the Bradley-Terry model is wrong here, because they are computed under the assumption
+# that it is right. The pairs do show it: compare the observed share of wins in each pair with the predicted one.
 #
 # ## In five lines
 #
-# 1. A vote is a blind comparison of two images of one prompt; equal models differ by 60 to 40 or more 1 time in 18.
+# 1. A vote compares two images of one prompt blindly. Between equal models, 1 result in 18 is 60 to 40 or clearer.
 # 2. Fitted strengths make the votes most probable; Newton finds them in a few steps, whatever the order of the votes.
-# 3. Half the interval costs four times as many votes, so compare the most informative pair next.
-# 4. Intervals account for other votes, not for other prompts and not for another judge.
-# 5. A rating is one number; check the pairs before you believe that one number is enough.
+# 3. Half the interval needs four times as many votes, so compare the most informative pair next.
+# 4. Intervals cover the uncertainty from the votes, but not from the choice of prompts or of the judge.
+# 5. A rating is a single number per model; check the pairs before you believe that this is enough.
 #
-# **People ask**: *is 20 Elo a lot?* The model is preferred in 1 / (1 + 10^(-20/400)) = 53 % of pairs; check whether the
-# intervals overlap. *Can I compare the ratings of two arenas?* No: the mean is fixed at 1000 in each, and each has its
-# own contestants, prompts and voters. *Why is a tie half a win?* Because it does not change equal ratings; Davidson (1970)
-# gives ties a parameter of their own. *Which contestants may I enter?* Anything that generates images:
+# **Questions people ask**: *Is 20 Elo a lot?* The model is preferred in 1 / (1 + 10^(-20/400)) = 53 % of pairs; check
+# whether the intervals overlap. *Can I compare the ratings of two arenas?* No: the mean is fixed at 1000 in each, and
+# each has its own contestants, prompts and voters. *Why is a tie half a win?* Because it does not change equal ratings;
+# Davidson (1970) gives ties a parameter of their own. *Which contestants may I enter?* Anything that generates images:
 # `arena.Contestant("mine", lambda prompt, seed, height, width: ...)`.
 #
 # **Read**: R. A. Bradley and M. E. Terry, *Rank analysis of incomplete block designs*, Biometrika 1952 · D. B. Rubin,
