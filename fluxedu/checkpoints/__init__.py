@@ -8,7 +8,8 @@ fe.checkpoints.merge(flux, fe.checkpoints.read("lora.safetensors"), scale=0.85).
 
 from fluxedu.checkpoints.configs import from_diffusers_config, infer_config, to_diffusers_config
 from fluxedu.checkpoints.layouts import convert, convert_lazily, shapes
-from fluxedu.checkpoints.lora import Merged, extract, lora_in_channels, merge, widen_input
+from fluxedu.checkpoints.lora import Merged, extract, merge, widen_input
+from fluxedu.checkpoints.lora_files import lora_in_channels
 from fluxedu.checkpoints.official import OFFICIAL, Official, find
 from fluxedu.checkpoints.reading import config_of, load_into, load_model, open_model, read
 from fluxedu.checkpoints.writing import convert_file, save_file, save_folder

@@ -117,9 +117,7 @@ def merge(
     """
     networks = [networks] if isinstance(networks, nn.Module) else list(networks)
     if any(_is_quantised(network) for network in networks):
-        raise CheckpointError(
-            "a LoRA cannot be merged into quantised weights; merge it before they are quantised, as fe.load(lora=) does."
-        )
+        raise CheckpointError("a LoRA cannot be merged into quantised weights; merge it before they are quantised.")
     parameters = _parameters(networks)
     before, after = {}, {}
     for name, changes in _changes(networks, [(lora, scale, config)]).items():
@@ -250,17 +248,13 @@ def _changes_of_file(
                 changes.append(_Change(stored, leaf == "bias", piece, rows, stored_rows, strength))
                 row += height
     if unknown:
-        hint = "" if any(network == "text_encoder" for network, _ in targets) else _text_encoder_hint(unknown)
+        is_of_encoder = any(name.startswith(("text_encoder", "lora_te", "clip_l.", "t5xxl.")) for name in unknown)
+        hint = "; merge([flux, clip, t5], lora) also merges what is for the text encoders"
+        hint = hint if is_of_encoder and len(targets) == 1 else ""
         raise CheckpointError(f"{label} changes {first_of(unknown)}, which this model does not have{hint}.")
     if all(stored.replaces for stored in layers):  # it is empty, or a whole network
         raise CheckpointError(f"{label} holds no LoRA.")
     return changes
-
-
-def _text_encoder_hint(names: Sequence[str]) -> str:
-    starts = ("text_encoder", "lora_te", "clip_l.", "t5xxl.")
-    is_of_encoders = any(name.startswith(starts) for name in names)
-    return "; merge([flux, clip, t5], lora) also merges what is for the text encoders" if is_of_encoders else ""
 
 
 def _targets(network: nn.Module) -> dict[str, list[Piece]]:
@@ -322,14 +316,6 @@ def widen_input(tensors: Mapping[str, Tensor], in_channels: int) -> dict[str, Te
     wide = weight.new_zeros(weight.shape[0], in_channels)
     wide[:, : weight.shape[1]] = weight
     return {**tensors, "img_in.weight": wide}
-
-
-def lora_in_channels(lora: Mapping[str, Tensor]) -> int | None:
-    """The number of input channels that the LoRA is for; None if it does not change the first layer."""
-    for change in layer_changes(lora):
-        if change.layer in ("img_in", "x_embedder") and change.A is not None:
-            return change.A.shape[-1]
-    return None
 
 
 @torch.no_grad()

@@ -154,6 +154,14 @@ def layer_changes(lora: Mapping[str, Tensor]) -> list[LayerChange]:
     return [change for change in changes if not _UNUSED.match(change.layer)]
 
 
+def lora_in_channels(lora: Mapping[str, Tensor]) -> int | None:
+    """The number of input channels that the LoRA is for; None if it does not change the first layer."""
+    for change in layer_changes(lora):
+        if change.layer in ("img_in", "x_embedder") and change.A is not None:
+            return change.A.shape[-1]
+    return None
+
+
 def _whole_tensor(name: str, tensor: Tensor) -> LayerChange:
     if match := _DIFFERENCE.fullmatch(name):
         leaf = "bias" if match["leaf"] in ("diff_b", "b_norm") else "weight"
