@@ -115,7 +115,7 @@ def find(
             parts[part] = found
             if part == "transformer" and found.is_file():  # which may hold the other parts too
                 parts |= dict.fromkeys(_parts_of(found), found)
-    if missing and faults:
+    if faults:
         raise faults[0]
     if missing:
         official = OFFICIAL[known or "dev"]

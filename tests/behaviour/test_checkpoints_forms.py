@@ -278,13 +278,15 @@ def test_scaled_fp8_is_dequantised(tmp_path, monkeypatch, fp8, spelling, per_row
     same(dict(read(tmp_path / "bf16.safetensors")), in_memory)
 
 
-def test_scaled_fp8_of_a_text_encoder_in_an_all_in_one_file(tmp_path):
+@pytest.mark.parametrize("embeddings", [("shared", "encoder.embed_tokens"), ("encoder.embed_tokens",)])
+def test_scaled_fp8_of_a_text_encoder_in_an_all_in_one_file(tmp_path, embeddings):
     stored, values = quantised(state_of("text_encoder_2"), torch.float8_e4m3fn, "scale_weight", False, torch.float16)
     stored["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
-    scale = stored["shared.weight"].abs().max() / 448  # the embedding too, under both of its names
+    scale = stored["shared.weight"].abs().max() / 448  # the embedding too, under its names
     fp8 = (stored["shared.weight"] / scale).to(torch.float8_e4m3fn)
     values["shared.weight"] = fp8.float() * scale.float()
-    for name in ("shared", "encoder.embed_tokens"):
+    del stored["shared.weight"]
+    for name in embeddings:
         stored |= {f"{name}.weight": fp8.clone(), f"{name}.scale_weight": scale.float()}
     mixed = with_prefix("text_encoders.t5xxl.transformer.", stored)
     mixed |= {name: t for name, t in all_in_one().items() if "t5xxl" not in name}
