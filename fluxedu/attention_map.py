@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Index = int | slice | list[int] | Tensor
-ROWS_AT_ONCE = 512  # where no kernel gives the log-sum-exp
+ROWS_AT_ONCE = 512  # rows per chunk if no kernel returns the log-sum-exp
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class AttentionMap:
     ):
         self.q, self.k, self.v, self.txt_len = q, k, v, txt_len
         self.bias, self.causal, self.scale = bias, causal, scale
-        self._output: Tensor | None = None  # of the kernel that also computed the log-sum-exp
+        self._output: Tensor | None = None  # the attention output, once it has been computed
         self._lse: Tensor | None = None
 
     @property
@@ -104,7 +104,7 @@ class AttentionMap:
         return self._slice(lambda x: x[:, index])
 
     def picture(self, index: int) -> AttentionMap:
-        """The same map of one image of the batch; the batch axis stays."""
+        """The same map of one entry of the batch (an image, or a pass of guidance); the batch axis stays."""
         return self._slice(lambda x: x[index : index + 1])
 
     def _slice(self, take: Callable[[Tensor], Tensor]) -> AttentionMap:
@@ -180,7 +180,7 @@ def _kernel_with_lse(device: str, dtype: torch.dtype) -> Kernel | None:
 
 
 def _is_correct(kernel: Kernel, device: str, dtype: torch.dtype) -> bool:
-    """Whether the output equals F.scaled_dot_product_attention to the bit, and the log-sum-exp the formula."""
+    """Whether the output is that of F.scaled_dot_product_attention to the bit, and the log-sum-exp within 2e-6."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 2, 45, 32, generator=g).to(device, dtype) for _ in range(3))
     out, lse = kernel(q, k, v)

@@ -360,7 +360,7 @@ def grade(
     notebook_timeout: Annotated[int, typer.Option(min=1, help="Time limit of a notebook, in seconds.")] = 900,
     memory: Annotated[int, typer.Option(min=1, help="Memory limit of a notebook, in GB.")] = 16,
 ) -> None:
-    """Run students' notebooks, each in its own process, and mark the exercises. This is no sandbox."""
+    """Run students' notebooks, each in its own process, and mark the exercises. It is not a sandbox."""
     check_extra("lab", "nbclient")
     from fluxedu.course.grade import as_csv, class_table, grade_notebook, write_csv
     from fluxedu.errors import CourseError

@@ -145,7 +145,7 @@ def load(
     opened_with_lora: dict[str, tuple] = {}
 
     def merge_loras(opened: dict[str, tuple]) -> dict[str, tuple]:
-        opened_with_lora.update(with_loras(opened, groups))
+        opened_with_lora.update(with_loras(opened, groups, dtype))
         return opened | opened_with_lora
 
     networks = open_networks(files.parts, device, dtype, memory, quantise, change=merge_loras)
@@ -201,7 +201,9 @@ def requested_loras(lora: object, lora_scale: object) -> list[tuple[Path, float]
     return requested
 
 
-def with_loras(opened: dict[str, tuple], groups: list[list[tuple[Path, float]]]) -> dict[str, tuple]:
+def with_loras(
+    opened: dict[str, tuple], groups: list[list[tuple[Path, float]]], dtype: torch.dtype
+) -> dict[str, tuple]:
     """The transformer and the text encoders of ``opened``, with one group of LoRAs after another in their tensors.
 
     The transformer's input is widened for a LoRA with more channels, such as canny's.
@@ -214,7 +216,7 @@ def with_loras(opened: dict[str, tuple], groups: list[list[tuple[Path, float]]])
         with meta_init():
             wide = Flux(flux.config.with_(in_channels=in_channels)).eval()
         if loras:
-            merged = merge_lazily(merged | {"flux": (wide, tensors)}, loras)
+            merged = merge_lazily(merged | {"flux": (wide, tensors)}, loras, dtype)
     return merged
 
 

@@ -1,4 +1,4 @@
-"""Sites: the one mechanism by which any value in fluxedu is recorded or changed.
+"""Sites: named points of a model at which a value can be recorded or replaced (hook points).
 
 A class with values worth seeing derives from :class:`Probed` (a module) or :class:`Sited` (anything else) and passes
 each value through a named site, with its shape and meaning in a comment on the same line::
@@ -21,7 +21,7 @@ from torch import nn
 Watcher = Callable[["Sited", str, Any], Any]
 
 # A plain module-level variable on purpose: torch.compile guards on it once and emits no code while it is None.
-# A ContextVar breaks the graph, and a threading.local is read stale inside compiled code.
+# A ContextVar breaks the graph, and compiled code may read an old value of a threading.local.
 _watcher: Watcher | None = None
 
 #: every live network whose sites have been named
@@ -43,7 +43,8 @@ class Sited:
     def is_watched(self, name: str) -> bool:
         """Whether anything watches this site; for values that are computed only if so.
 
-        A watcher may have a method ``wants(owner, name)``; one without it receives every value.
+        :meth:`probe` passes every value to the watcher. Its optional method ``wants(owner, name)`` only decides what
+        this returns; without it, every site counts as watched.
         """
         if _watcher is None:
             return False
@@ -64,8 +65,8 @@ def name_sites(network: nn.Module, prefix: str = "") -> None:
     """Set ``site_path`` of every :class:`Probed` module of ``network``, and register the network.
 
     The path is the module's path in the state dict, with ``double_blocks.2`` shortened to ``double.2`` and
-    ``single_blocks.2`` to ``single.2`` (a module attribute called ``double`` would shadow ``nn.Module.double``). The
-    modulation of a single block belongs to the block itself: ``single.2.gate``.
+    ``single_blocks.2`` to ``single.2`` (an attribute cannot be called ``double``, since ``nn.Module.double`` exists).
+    The modulation of a single block belongs to the block itself: ``single.2.gate``.
     """
     name_submodules(network, prefix)
     networks.add(network)

@@ -131,13 +131,20 @@ def merge(
 class MergedTensors(Mapping):
     """A network's tensors with LoRAs merged: each is read from ``source`` and changed when it is looked up.
 
-    Those that are changed come in float32 at least. A tensor that ``source`` has in a smaller shape is filled up with
-    zeros: these are the input channels that a LoRA such as canny's adds.
+    Those that are changed come in ``dtype``, or float32 if it has fewer digits. A tensor that ``source`` has in a smaller
+    shape is filled up with zeros: these are the input channels that a LoRA such as canny's adds.
     """
 
-    def __init__(self, source: Mapping[str, Tensor], shapes: dict[str, Shape], changes: dict[str, list[_Change]]):
+    def __init__(
+        self,
+        source: Mapping[str, Tensor],
+        shapes: dict[str, Shape],
+        changes: dict[str, list[_Change]],
+        dtype: torch.dtype = torch.float32,
+    ):
         self.source, self.shapes, self.changes, self.label = source, shapes, changes, label_of(source)
-        wide = {name: torch.promote_types(dtype, torch.float32) for name, dtype in dtypes_of(source).items()}
+        self.dtype = torch.promote_types(dtype, torch.float32)
+        wide = {name: torch.promote_types(stored, self.dtype) for name, stored in dtypes_of(source).items()}
         self.dtypes = {name: (wide if name in changes else dtypes_of(source))[name] for name in shapes}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -146,7 +153,7 @@ class MergedTensors(Mapping):
             wide = tensor.new_zeros(self.shapes[name])
             wide[tuple(slice(size) for size in tensor.shape)] = tensor
             tensor = wide
-        return _changed(tensor, self.changes[name]) if name in self.changes else tensor
+        return _changed(tensor.to(self.dtypes[name]), self.changes[name]) if name in self.changes else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -160,11 +167,13 @@ class MergedTensors(Mapping):
 
 
 def merge_lazily(
-    opened: Mapping[str, tuple[nn.Module, Mapping[str, Tensor]]], loras: Sequence[tuple[Mapping[str, Tensor], float]]
+    opened: Mapping[str, tuple[nn.Module, Mapping[str, Tensor]]],
+    loras: Sequence[tuple[Mapping[str, Tensor], float]],
+    dtype: torch.dtype,
 ) -> dict[str, tuple[nn.Module, Mapping[str, Tensor]]]:
     """Networks without weights and their tensors (see ``open_model``), with LoRAs and their scales merged into these.
 
-    All LoRAs are added up before the sum is rounded; of several that replace a tensor, the last one does.
+    All LoRAs are added up before the sum is rounded to ``dtype``; of several that replace a tensor, the last one does.
     """
     networks = [network for network, _ in opened.values()]
     changes = _changes(networks, [(lora, scale, None) for lora, scale in loras])
@@ -172,7 +181,7 @@ def merge_lazily(
     for name, (network, tensors) in opened.items():
         shapes = {parameter: tuple(tensor.shape) for parameter, tensor in network.state_dict().items()}
         own = {parameter: found for parameter, found in changes.items() if parameter in shapes}
-        merged[name] = (network, MergedTensors(tensors, shapes, own))
+        merged[name] = (network, MergedTensors(tensors, shapes, own, dtype))
     return merged
 
 

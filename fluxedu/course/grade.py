@@ -1,6 +1,6 @@
 """Grading: run students' notebooks and check the answers that they define.
 
-A notebook runs in its own process, which is killed if it exceeds its limits of time or memory. This is no sandbox: its
+A notebook runs in its own process, which is killed if it exceeds its limits of time or memory. It is not a sandbox: its
 code has all rights of the user who runs it, so grade strangers' notebooks in a container.
 """
 

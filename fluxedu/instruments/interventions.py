@@ -3,8 +3,8 @@
     with fe.intervene("single.3.gate", lambda x, ctx: 0 * x, times=(0.5, 1.0)):
         pipe("a red circle")
 
-They compose (the one entered first acts first), recorders see their result, and all end with their ``with`` block. An
-intervention that changes nothing leaves the image the same to the last bit.
+They compose (the one entered first acts first), recorders see their result, and each is removed at the end of its
+``with`` block. An intervention that changes nothing leaves the image the same to the last bit.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class Context:
     def pipeline_context(self) -> StepContext:
         """``step_context``; raises InstrumentError without a pipeline."""
         if self.step_context is None:
-            raise InstrumentError(f"at {self.site!r}, words and streams are known only while a pipeline runs.")
+            raise InstrumentError(
+                f"this change of {self.site!r} works only while a pipeline runs; call the pipeline, not the network."
+            )
         return self.step_context
 
 
@@ -104,7 +106,7 @@ class intervene(Instrument):  # noqa: N801 - used like a function
             )
         self.change, self.steps, self.times = change, checked_steps(steps), _checked_times(times)
         self.changed_sites: set[str] = set()
-        self.outside_steps: set[str] = set()  # sites that passed outside of steps, though steps= or times= select some
+        self.outside_steps: set[str] = set()  # sites reached outside the steps while steps= or times= was set
         self.steps_in_run = 0  # number of steps of a run in which at least one step was not selected
 
     def see(self, owner: Sited, name: str, full_name: str, value: Any) -> Any:
@@ -163,8 +165,8 @@ def _checked_times(times: Times | None) -> Times | None:
 
 
 def _checked_result(result: Any, value: Any, site: str) -> Any:
-    """The result, if it fits. If it equals the old value, the old value itself, so that not one bit of the run changes;
-    but where a gradient may flow through either, always the result.
+    """The result, if it fits. If it equals the old value, the old value itself is returned, so that not one bit of the
+    run changes, unless a gradient may flow through either.
     """
     if result is value:
         return value
@@ -244,10 +246,10 @@ def patch(
         found = _recorded_value(source, ctx, prompts_encoded) if is_recording else source
         tensor = found.tensor if isinstance(found, Named) else found
         if [n for n in value.shape if n != 1] != [n for n in tensor.shape if n != 1]:
-            raise InstrumentError(f"{ctx.site!r} is {list(value.shape)}, but the patch is {list(tensor.shape)}.")
+            raise InstrumentError(f"{ctx.site!r} is {list(value.shape)}, but the source is {list(tensor.shape)}.")
         like = value.q if isinstance(value, AttentionMap) else value
         if tensor.is_complex() and not like.is_complex():
-            raise InstrumentError(f"{ctx.site!r} has real values, but the patch has complex ones.")
+            raise InstrumentError(f"{ctx.site!r} has real values, but the source has complex ones.")
         dtype = tensor.dtype if isinstance(value, AttentionMap) else like.dtype
         return tensor.to(like.device, dtype).reshape(value.shape)
 

@@ -37,17 +37,18 @@ BUDGET = 2 * 2**30  # bytes
 class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record(...) as rec``
     """Record the values of the sites that match ``globs``, inside a ``with`` block.
 
-    steps: which steps, a number, a list or a slice; all by default · tokens: words of the prompt or indices of text
-    tokens; at an attention map they select the keys, and the queries are then the image tokens · heads: which heads ·
-    reduce: a name, a function ``Named -> Named`` or a list of them, see :mod:`fluxedu.instruments.reductions` · to:
-    ``"memory"``, or a new folder to which every completed step is written · budget: the most bytes to hold, 2 GiB by
-    default · passes: ``"prompted"`` or ``"negative"``, one of the two passes of classifier-free guidance · dtype: the
-    dtype to store the values in, by default their own · detach: False keeps the values in the graph of
+    steps: index, list of indices or slice of the steps to record; all by default · tokens: words of the prompt or
+    indices of text tokens; at an attention map they select the keys, and the queries are then the image tokens · heads:
+    which heads · reduce: a name, a function ``Named -> Named`` or a list of them, see
+    :mod:`fluxedu.instruments.reductions` · to: ``"memory"``, or a new folder to which every completed step is written ·
+    budget: the most bytes to hold, 2 GiB by default · passes: ``"prompted"`` or ``"negative"``, one of the two passes
+    of classifier-free guidance; by default both, or the prompted one if ``tokens`` has words · dtype: the dtype to
+    store the values in, by default their own · detach: False keeps the values in the graph of
     :func:`fluxedu.gradients`, so that a loss on them can be differentiated and :meth:`grad` can be called.
 
-    Without a pipeline (a network called directly) every call counts as a step. Values are copies on the CPU, or with
-    ``detach=False`` the values themselves. Raises InstrumentError for sites, words, heads or tokens that do not exist,
-    BudgetError before the budget is exceeded, GradientError for values that are in no graph.
+    Without a pipeline (a network called directly) every call counts as a step. Values are copies on the CPU; with
+    ``detach=False`` they stay on their device, in their graph. Raises InstrumentError for sites, words, heads or tokens
+    that do not exist, BudgetError before the budget is exceeded, GradientError for values that are in no graph.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         self.detach = detach
         self.in_graph: dict[str, list[Any]] = defaultdict(list)  # site -> complete values, if they are not detached
         self.used = False
-        self.calls: Counter[str] = Counter()  # of each site, where a network is called without a pipeline
+        self.calls: Counter[str] = Counter()  # calls of each site, if there is no pipeline
         self.recorded_sites: set[str] = set()
         self.txt_len = 0  # number of text tokens in the most recent run
 
@@ -110,7 +111,8 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
     def __exit__(self, kind, *rest) -> None:
         super().__exit__(kind, *rest)
         self.reductions.clear()
-        is_whole = kind is None or issubclass(kind, GeneratorExit)  # a generator that is closed has not failed
+        # closing a generator around this `with` is not a failure
+        is_whole = kind is None or issubclass(kind, GeneratorExit)
         self.storage.recording.close(failed=not is_whole)
         if kind is not None:
             return
@@ -149,8 +151,10 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
     def grad(self, name: str) -> Named:
         """The gradients at a site after ``backward()``, with the axes of ``rec[name]``; needs ``detach=False``.
 
-        Raises GradientError where there are none: a part of a value, or a value that the loss does not depend on.
+        Raises GradientError if only a part of the value was recorded, or if the loss does not depend on it.
         """
+        if self.reductions.factories:
+            raise GradientError(f"{name!r} was reduced, and only complete values have a gradient; leave reduce= out.")
         recording = Recording(self.storage.recording.pictures)
         for (key, value), whole in zip(self.entries(name), self.in_graph[name], strict=False):
             gradient = whole.grad if isinstance(whole, torch.Tensor) and whole.numel() == value.tensor.numel() else None
@@ -175,8 +179,8 @@ def _retain_grad(value: Any, site: str) -> Any:
     inputs = (value.q, value.k, value.v) if isinstance(value, AttentionMap) else (value,)
     if not any(x is not None and x.requires_grad for x in inputs):
         raise GradientError(
-            f"no gradient flows through {site!r} here: call the pipeline inside `with fe.gradients():`, with a step "
-            f"that it selects; text encoders and the autoencoder's encoder are not part of its graph."
+            f"no gradient flows through {site!r} here: call the pipeline inside `with fe.gradients():`, and select "
+            f"this step with its steps=; text encoders and the autoencoder's encoder are not part of its graph."
         )
     if isinstance(value, torch.Tensor):
         value.retain_grad()

@@ -1,4 +1,4 @@
-"""Reductions: what is kept of a value instead of all of it, computed where the value is.
+"""Reductions: functions that reduce a value before it is stored, on its own device.
 
 A reduction is a function ``Named -> Named``. One that needs to know the site or the step, or that remembers earlier
 steps, is a :class:`StepReduction`. An attention map arrives as a :class:`MapView`; the whole map is computed only on
@@ -45,7 +45,7 @@ class MapView:
                 if not 0 <= i < lazy.shape[-1]:
                     raise InstrumentError(f"axis {axis!r} has length {lazy.shape[-1]}, so there is no index {i}.")
         if keys is not None:
-            _ = lazy.lse  # of all heads: the kernel computes the attention output with it
+            _ = lazy.lse  # compute it for all heads: the same call gives the attention output
         self.selected = lazy if heads is None else lazy.heads(heads)
 
     @property
@@ -63,7 +63,7 @@ class MapView:
         if name == "query":
             return MapView(self.lazy, self.heads, index, self.keys, self.labels, self.budget)
         if self.keys is not None:
-            raise InstrumentError("tokens= selects the keys already, so columns(...) cannot; leave one of them out.")
+            raise InstrumentError("tokens= selects the keys already; use either tokens= or columns(...).")
         return MapView(self.lazy, self.heads, self.queries, index, None, self.budget)
 
     def to_named(self) -> Named:
@@ -132,7 +132,11 @@ def rms(value: Value) -> Named:
 
 
 def summary(value: Value) -> Named:
-    """Axis ``number``: mean, standard deviation, minimum, maximum; of a map, of the attention each key receives."""
+    """Mean, standard deviation, minimum and maximum along the axis ``number``.
+
+    Of an attention map, they are those of the attention that each key receives, averaged over heads, summed over
+    queries.
+    """
     x = value.head_mean().tensor.sum(-2) if isinstance(value, MapView) else to_named(value).tensor
     x = (x.angle() if x.is_complex() else x).float()  # of a rotation, its angle
     numbers = torch.stack([x.mean(), x.std(correction=0), x.min(), x.max()])
@@ -168,7 +172,7 @@ def top(count: int) -> Reduction:
         x = to_real(value)
         if count > x.shape[-1]:
             raise InstrumentError(f"axis {x.axes[-1]!r} has length {x.shape[-1]}, so there is no top {count}.")
-        largest = at_least_float32(x.tensor).topk(count, dim=-1)  # or indices would be rounded
+        largest = at_least_float32(x.tensor).topk(count, dim=-1)  # float16 would round the indices
         pair = torch.stack([largest.values, largest.indices.to(largest.values.dtype)], dim=-1)
         return Named(pair, (*x.axes[:-1], "rank", "what"), {"what": ["value", "index"]})
 
@@ -176,7 +180,7 @@ def top(count: int) -> Reduction:
 
 
 class StepReduction:
-    """A reduction that is also called with the site and the step; each site and image has its own.
+    """A reduction that is also called with the site and the step; each site and image has an instance of its own.
 
     nbytes: the memory that it holds, for the budget · over_steps: whether each value replaces the earlier ones.
     """
@@ -211,7 +215,7 @@ class cosine(StepReduction):  # noqa: N801 - a function with state
 
 
 class step_mean(StepReduction):  # noqa: N801 - a function with state
-    """The running mean over steps: one value per image, whatever the number of steps."""
+    """The running mean over all model evaluations: one value per image, whatever the number of steps."""
 
     over_steps = True
 
@@ -223,7 +227,7 @@ class step_mean(StepReduction):  # noqa: N801 - a function with state
         if self.total is not None and self.total.shape != x.shape:
             raise InstrumentError(
                 f"a mean over steps needs values of one shape, not {list(self.total.shape)} and then {list(x.shape)}; "
-                f"where guidance is on for a part of the run, pass passes='prompted'."
+                f"where guidance is on for a part of the run, set passes='prompted'."
             )
         self.count += 1
         self.total = x.tensor.double() + (0 if self.total is None else self.total)
@@ -234,7 +238,7 @@ class step_mean(StepReduction):  # noqa: N801 - a function with state
         return 0 if self.total is None else self.total.nbytes
 
 
-#: by name; each entry creates a new one
+#: name -> factory of the reduction
 NAMES: dict[str, Callable[[], Reduction]] = {
     "head-mean": lambda: head_mean,
     "entropy": lambda: entropy,
@@ -247,15 +251,16 @@ NAMES: dict[str, Callable[[], Reduction]] = {
 
 
 class Reductions:
-    """The reductions of ``reduce=`` in a row: a name, a function, a list of both, or None.
+    """The reductions of ``reduce=``, applied in sequence: a name, a function, a list of both, or None.
 
-    Each site and image has its own, since some remember earlier steps.
+    Each site and image has instances of its own, since some remember earlier steps.
     """
 
     def __init__(self, reduce, budget: Budget):
         self.budget = budget
-        steps = [] if reduce is None else list(reduce) if isinstance(reduce, (list, tuple)) else [reduce]
-        self.factories = [_factory(step) for step in steps]
+        several = isinstance(reduce, (list, tuple))
+        specs = [] if reduce is None else list(reduce) if several else [reduce]
+        self.factories = [_factory(spec) for spec in specs]
         self.over_steps = any(getattr(reduction, "over_steps", False) for reduction in self.create())
         self.active: dict[str, tuple[tuple[int, int], list[Reduction]]] = {}  # site -> (run, picture), reductions
 
@@ -290,16 +295,16 @@ def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
     return [x._version for x in tensors if isinstance(x, Tensor) and not x.is_inference()]
 
 
-def _factory(step) -> Callable[[], Reduction]:
-    if isinstance(step, str):
-        if step in NAMES:
-            return NAMES[step]
-        head, _, number = step.partition("-")
+def _factory(spec) -> Callable[[], Reduction]:
+    if isinstance(spec, str):
+        if spec in NAMES:
+            return NAMES[spec]
+        head, _, number = spec.partition("-")
         if head == "top" and number.isdigit() and int(number):
             return lambda: top(int(number))
-        raise InstrumentError(f"reduce must be one of {', '.join(NAMES)}, top-8 or a function, not {describe(step)}.")
-    if isinstance(step, type) and issubclass(step, StepReduction):
-        return step
-    if callable(step):
-        return lambda: step
-    raise InstrumentError(f"reduce must be a name, a function, or a list of them, not {describe(step)}.")
+        raise InstrumentError(f"reduce must be one of {', '.join(NAMES)}, top-8 or a function, not {describe(spec)}.")
+    if isinstance(spec, type) and issubclass(spec, StepReduction):
+        return spec
+    if callable(spec):
+        return lambda: spec
+    raise InstrumentError(f"reduce must be a name, a function, or a list of them, not {describe(spec)}.")

@@ -1,4 +1,4 @@
-"""Where a recorder keeps values: in memory or in a folder, copied to the CPU, within a memory budget."""
+"""Where a recorder keeps values: in memory or in a folder, within a memory budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Storage:
 
     to: ``"memory"`` or a new folder · dtype: the dtype to store in, or None · detach: False keeps their graph.
 
-    selection and over_steps (whether each value replaces the earlier ones) tell how many values a run will bring.
+    selection and over_steps (whether each value replaces the earlier ones) determine how many values a run will store.
     """
 
     def __init__(
@@ -36,16 +36,20 @@ class Storage:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise InstrumentError(f"dtype must be a floating point type such as torch.float16, not {describe(dtype)}.")
         if not isinstance(to, (str, Path)):
-            raise InstrumentError(f"to must be 'memory' or a new folder, not {describe(to)}.")
+            raise InstrumentError(f"the argument to must be 'memory' or a new folder, not {describe(to)}.")
         if not isinstance(detach, bool) or (to != "memory" and not detach):
-            raise InstrumentError("detach must be True or False; False keeps a graph, which needs to='memory'.")
+            raise InstrumentError(
+                f"detach=False requires to='memory', and detach must be True or False, not {describe(detach)}."
+            )
         self.recording = Recording() if to == "memory" else FolderRecording(to)
         self.budget, self.dtype = budget, dtype
         self.selection, self.over_steps, self.detach = selection, over_steps, detach
 
     def add(self, site: str, key: StepKey, value: Value) -> None:
-        """Keep a copy on the CPU, if the budget allows what the site will need by the end of the run."""
-        keeps_dtype = self.dtype is None or value.dtype.is_complex or "what" in value.axes  # "what": indices too
+        """Keep the value, by default a copy on the CPU, if the budget allows what the site needs in the whole run."""
+        keeps_dtype = (
+            self.dtype is None or value.dtype.is_complex or "what" in value.axes
+        )  # axis "what": indices, which stay exact
         dtype = value.dtype if keeps_dtype else self.dtype
         nbytes = self.values_held(key) * value.shape.numel() * dtype.itemsize
         purpose = None if self.recording.holds_one_step else key.run

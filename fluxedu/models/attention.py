@@ -44,7 +44,7 @@ class QKNorm(nn.Module):
 
 
 def split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
-    """``[B, N, parts * D] -> parts x [B, H, N, d]`` with ``D = H * d``; each part is contiguous (one copy in all)."""
+    """``[B, N, parts * D] -> parts x [B, H, N, d]`` with ``D = H * d``; contiguous parts, from a single copy."""
     x = x.unflatten(-1, (parts, num_heads, -1))  # [B, N, parts, H, d]
     return x.permute(2, 0, 3, 1, 4).contiguous().unbind(0)  # [parts, B, H, N, d]
 
@@ -60,7 +60,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class SelfAttention(Probed):
-    """One stream's own part of the attention: the layers before it (``qkv``, ``norm``) and after it (``proj``).
+    """The attention layers of one stream: those before the attention (``qkv``, ``norm``) and after it (``proj``).
 
     The double block calls :meth:`forward` for text and for image, lets both attend together with :func:`attend`, and
     then calls each stream's ``proj``.

@@ -1,4 +1,4 @@
-"""The three blocks of the transformer: double-stream, single-stream, and the last layer.
+"""The double-stream block, the single-stream block and the last layer.
 
 Source: black-forest-labs/flux, modules/layers.py (DoubleStreamBlock, SingleStreamBlock, LastLayer); parallel attention
 and MLP: arXiv 2302.05442.
@@ -30,7 +30,7 @@ class MLP(Probed, nn.Sequential):
 class DoubleStreamBlock(Probed):
     """Text and image have their own weights and share one attention.
 
-    for each stream:  q, k, v = QKNorm(qkv(modulate(LN(x))))
+    for each stream:  q, k, v = qkv(modulate(LN(x)));   q, k = QKNorm(q, k)
     jointly:          attention over [text, image], with RoPE on q and k
     for each stream:  x = x + gate1 * proj(attention);   x = x + gate2 * mlp(modulate(LN(x)))
     """
@@ -132,13 +132,14 @@ class SingleStreamBlock(Probed):
         x = self.probe("x", x)  # [B, T, D] text and image tokens as they enter the block
         (mod,) = self.modulation.split(mods)
 
-        # norm, modulate, and both halves of the first linear layer
+        # norm, modulate, and the first linear layer, for attention and MLP at once
         h = self.probe("norm", layer_norm(x))  # [B, T, D] layer-normalised, before shift and scale
         h = modulate(h, mod.shift, mod.scale)
         h = self.probe("modulated", h)  # [B, T, D] shifted and scaled: the input of attention and MLP
         h = self.linear1(h)
         qkv, hidden = h.split(self.widths, dim=-1)  # [B, T, 3 D], [B, T, M]
-        hidden = self.probe("mlp_hidden", F.gelu(hidden, approximate="tanh"))  # [B, T, M] MLP half, after the GELU
+        hidden = F.gelu(hidden, approximate="tanh")
+        hidden = self.probe("mlp_hidden", hidden)  # [B, T, M] inside the MLP, after the GELU
 
         # attention
         q, k, v = split_heads(qkv, 3, self.num_heads)  # [B, H, T, d] each
@@ -152,7 +153,7 @@ class SingleStreamBlock(Probed):
         attn = attend(q, k, v, rope, txt_len, self)  # [B, T, D] with RoPE
         del q, k, v
 
-        # both halves through the second linear layer, added through the gate
+        # the second linear layer, for attention and MLP at once; its output is added through the gate
         out = self.linear2(torch.cat([attn, hidden], dim=-1))
         out = self.probe("added", out)  # [B, T, D] output of attention and MLP together, before gating
         x = gated(x, mod.gate, out, self, "contribution")  # [B, T, D] gate * output
@@ -160,7 +161,7 @@ class SingleStreamBlock(Probed):
 
 
 class LastLayer(Probed):
-    """A last modulation (shift and scale, no gate), then each token is mapped to its patch of velocity."""
+    """A last modulation (shift and scale, no gate), then each token is mapped to the velocity of its patch."""
 
     def __init__(self, dim: int, out_channels: int):
         super().__init__()

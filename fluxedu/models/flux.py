@@ -21,7 +21,7 @@ from fluxedu.models.config import FluxConfig
 from fluxedu.models.modulation import TIMESTEP_DIM, MLPEmbedder, timestep_embedding
 from fluxedu.probe import Probed, name_sites
 
-TIMES_AT_ONCE = 8  # whose modulation is computed in one matrix product
+TIMES_AT_ONCE = 8  # times whose modulation is computed in one batch
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,19 @@ class Plan:
 
 
 class PlanAhead:
-    """``plan(t, guidance, pooled)``: the same as :meth:`Flux.plan`, computed for several times in one matrix product.
+    """``plan(t, guidance, pooled)``: the same as :meth:`Flux.plan`, computed for several times in one batch.
 
-    times: those at which the model will be evaluated, in order. Another time is planned alone, when it is needed; so is
-    every time through which gradients flow. The plans of past times are discarded.
+    times: those at which the model will be evaluated, in order. A time that is not among them is computed when it is
+    requested; with autograd on, each time is computed separately. A new batch replaces the one before it.
     """
 
     def __init__(self, flux: Flux, times: list[float]):
         self.flux = flux
         self.times = list(dict.fromkeys(times))
         is_streamed = flux.placement is not None and flux.placement.mode != "full"
-        self.times_at_once = len(self.times) if is_streamed else TIMES_AT_ONCE  # streamed weights travel only once
-        self.plans: dict[int, dict[float, Plan]] = {}  # for each number of prompts: time -> plan
+        # streamed weights are copied to the device only once
+        self.times_at_once = len(self.times) if is_streamed else TIMES_AT_ONCE
+        self.plans: dict[int, dict[float, Plan]] = {}  # batch size -> time -> plan
 
     def __call__(self, t: float, guidance: Tensor | None, pooled: Tensor) -> Plan:
         if torch.is_grad_enabled():
@@ -84,7 +85,6 @@ class Flux(Probed):
     """The flow transformer of every FLUX.1 variant.
 
     Names and shapes in the state dict are the official ones, so an official file loads without renaming.
-    Raises ConfigError for a config that describes no network.
     """
 
     placement = None  # a fluxedu.memory.Placement where weights are offloaded or quantised
@@ -117,7 +117,7 @@ class Flux(Probed):
         """The velocity of the image tokens, ``[B, N, out_channels]``.
 
         img ``[B, N, in_channels]`` packed latents · img_ids ``[B, N, 3]`` or ``[N, 3]`` · txt
-        ``[B, L, context_in_dim]`` T5 tokens · txt_ids ``[B, L, 3]`` or ``[L, 3]``, all zero · timesteps ``[B]`` in
+        ``[B, L, context_in_dim]`` T5 embeddings · txt_ids ``[B, L, 3]`` or ``[L, 3]``, all zero · timesteps ``[B]`` in
         [0, 1], 1 is noise · y ``[B, vec_in_dim]`` CLIP's pooled vector · guidance ``[B]``, required if
         ``config.guidance_embed``, ignored otherwise.
         """
@@ -133,11 +133,13 @@ class Flux(Probed):
     def plan(self, timesteps: Tensor, guidance: Tensor | None, y: Tensor) -> Plan:
         """The modulation of one pass (``timesteps [B]``) or of several steps (``timesteps [S, 1]``).
 
-        Exactly what :meth:`forward` computes in each step, done ahead of the loop: these layers are 27 % of the weights
-        and see a single vector per image.
+        Exactly what :meth:`forward` computes in each step, done ahead of the loop: these layers are 27 % of
+        FLUX.1-dev's weights and see a single vector per image.
         """
         if self.config.guidance_embed and guidance is None:
-            raise ValueError("guidance must be a tensor [B] for this model, which has a guidance input; 3.5 is usual.")
+            raise ValueError(
+                "this model has a guidance input: pass guidance as a tensor [B], such as torch.full((B,), 3.5)."
+            )
         terms = {"time": self.time_in(self._embed(timesteps))}
         if self.config.guidance_embed:
             terms["guidance"] = self.guidance_in(self._embed(guidance))
@@ -160,7 +162,7 @@ class Flux(Probed):
         self._check_shapes(img, txt, rope)
         plan = self._probe_vec(plan)
         img = self.probe("img_in", self.img_in(img))  # [B, N, D] noisy patches, projected to the transformer's width
-        txt = self.probe("txt_in", self.txt_in(txt))  # [B, L, D] T5's tokens, projected to the transformer's width
+        txt = self.probe("txt_in", self.txt_in(txt))  # [B, L, D] T5's embeddings, projected to the transformer's width
         for block, mods in zip(self.double_blocks, plan.double, strict=True):
             img, txt = block(img, txt, mods, rope)
 
@@ -191,4 +193,5 @@ class Flux(Probed):
                 raise ValueError(f"{name} must be [batch, tokens, {width}], not {list(x.shape)}.")
         positions, tokens = rope.shape[-2], (txt.shape[1], img.shape[1])
         if positions != sum(tokens):
-            raise ValueError(f"the ids must have one row per (text, image) token, {tokens}, but they have {positions}.")
+            counts = f"{tokens[0]} (text) + {tokens[1]} (image) = {sum(tokens)}"
+            raise ValueError(f"the ids must have one row per token, {counts}, not {positions}.")

@@ -31,8 +31,8 @@ def timestep_embedding(
     """Sinusoidal embedding of a number: ``t [B]`` -> ``[B, dim]`` in float32, cosines first, then sines.
 
     A time in [0, 1] or a guidance scale such as 3.5 is multiplied by 1000 and stays a real number (it is not the index
-    of a step). Frequencies fall from 1 radian per unit of ``1000 t`` to ``1 / max_period``. Always float32, as in BFL's
-    code and diffusers: in bfloat16 ``1000 t`` would be off by whole units. Source: Vaswani et al. 2017.
+    of a step). Frequencies fall from 1 radian per unit of ``1000 t`` almost to ``1 / max_period``. Always float32, as
+    in BFL's code and diffusers: in bfloat16 ``1000 t`` would be off by whole units. Source: Vaswani et al. 2017.
     """
     half = dim // 2
     frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -61,10 +61,10 @@ class ShiftScaleGate(NamedTuple):
 
 
 class Modulation(Probed):
-    """The linear layer that maps ``vec`` to one or two (shift, scale, gate).
+    """The linear layer that maps ``vec`` to one or two (shift, scale, gate) triples.
 
-    It has two stages, because the first depends only on the time, the guidance scale and the pooled text, and can be
-    computed ahead of the sampling loop: ``row = mod(vec)``, then ``mod.split(row)``.
+    It is called in two parts, because the first depends only on the time, the guidance scale and the pooled text, and
+    can be computed ahead of the sampling loop: ``row = mod(vec)``, then ``mod.split(row)``.
     """
 
     def __init__(self, dim: int, double: bool):

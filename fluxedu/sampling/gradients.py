@@ -1,7 +1,7 @@
-"""Gradients through a run. The pipeline computes no graph, unless it is called inside ``with fe.gradients():``.
+"""Gradients through a run. The pipeline builds no autograd graph, unless it is called in ``with fe.gradients():``.
 
 latents = torch.randn(1, 16, 16, 16, requires_grad=True)
-with fe.gradients(steps=0):
+with fe.gradients(steps=[0]):      # only the first of the 4 steps
     x0 = pipe("a red circle", latents=latents, steps=4).trajectory.x0[0]
 x0.square().mean().backward()      # latents.grad
 """
@@ -34,8 +34,8 @@ class GradientMode:
 
 @contextmanager
 def gradients(steps: Steps = None, checkpointing: bool = False) -> Iterator[None]:
-    """Inside the ``with``, pipelines compute a graph: a loss on anything that they return, or that a recorder with
-    ``detach=False`` keeps, can be differentiated.
+    """Inside the ``with``, pipelines build an autograd graph: a loss on the latents or the trajectory that they return,
+    or on values that a recorder with ``detach=False`` keeps, can be differentiated.
 
     steps: the steps whose velocity is part of the graph, by default all; in the others, the velocity counts as a
     constant · checkpointing: keep only the inputs of each evaluation of the transformer, and compute the rest again in
@@ -62,19 +62,19 @@ def leaf(x: Tensor) -> Tensor:
     return x if gradient_mode() is None or x.requires_grad else x.detach().requires_grad_()
 
 
-def evaluation_mode() -> AbstractContextManager:
-    """For one evaluation of the transformer: with a graph, if gradients of this step are wanted, else without."""
+def evaluation_grad_mode() -> AbstractContextManager:
+    """For one model evaluation: autograd is on if this step is selected by :func:`gradients`, otherwise off."""
     mode, context = gradient_mode(), current_context()
     if mode is not None:
         in_step = context is not None and context.step is not None
         return torch.set_grad_enabled(not in_step or is_selected(mode.steps, context.step, context.steps))
     if torch.is_grad_enabled():  # called outside of a pipeline
         return nullcontext()
-    return torch.no_grad() if is_watching() else torch.inference_mode()  # inference mode has cheaper calls
+    return torch.no_grad() if is_watching() else torch.inference_mode()  # inference mode has less overhead
 
 
 def checkpointed(function: Callable) -> Callable:
-    """With ``gradients(checkpointing=True)``, a function whose inner values the backward pass computes again."""
+    """With ``gradients(checkpointing=True)``, a function whose activations the backward pass computes again."""
     mode = gradient_mode()
     if mode is None or not mode.checkpointing or not torch.is_grad_enabled():
         return function
@@ -83,7 +83,7 @@ def checkpointed(function: Callable) -> Callable:
 
     @contextmanager
     def recomputing() -> Iterator[None]:
-        """Where and with which interventions the forward pass ran; nothing is recorded twice."""
+        """Restores the forward pass's step context and interventions; recorders are off."""
         before = watch(None if watcher is None else watcher.interventions())
         try:
             with entered(context):

@@ -1,7 +1,7 @@
 """From a prompt to an image. The order of the stages is defined only here:
 
-prompt -> tokenizers -> CLIP pooled vector + T5 tokens -> noise packed to tokens -> schedule
--> for each step: Flux, solver -> unpack -> autoencoder -> image
+schedule -> tokenizers -> CLIP pooled vector + T5 embeddings -> noise
+-> for each step: pack, Flux, unpack, solver -> autoencoder -> image
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class FluxPipeline(Sited):
         stop_after: int | str | None = None,
         **unknown,
     ) -> Output:
-        """Draw ``prompt``, or one image for each prompt of a list.
+        """Generate one image for the prompt, or one for each prompt of a list.
 
         prompt: text, or texts that are encoded already, ``pipe.prompt_encoder([...])``.
         negative_prompt: the prompt that classifier-free guidance moves away from; the empty prompt by default.
@@ -150,9 +150,10 @@ class FluxPipeline(Sited):
         latents: the start ``[B, C, h, w]`` in place of noise; it sets the size of the image.
         steps: number of steps; the variant's own by default.
         times: the schedule itself, falling from 1 (noise) to 0 (image), in place of ``steps``.
-        shift: how far the schedule is shifted towards noise, ``e^mu``: 1 is not at all; the variant's own by default.
-        guidance: the guidance scale; the variant's own by default. It is an input of the model where the model has
-        one, otherwise the scale of classifier-free guidance, and 0 turns that off.
+        shift: how far the schedule is shifted towards noise, ``e^mu``: 1 leaves it unshifted; the variant's own by
+        default.
+        guidance: the guidance scale; the variant's own by default. Models with a guidance input receive it; for others
+        it is the scale of classifier-free guidance, which 0 or 1 turns off.
         true_cfg_scale: the scale of classifier-free guidance for a model with a guidance input; 1 turns it off.
         guidance_interval: the times (low, high) between which classifier-free guidance is on.
         height, width: size of the image in pixels; by default that of the input picture, or the variant's own.
@@ -168,7 +169,7 @@ class FluxPipeline(Sited):
         progress: whether to show a progress bar.
         rounding: how sizes are rounded to whole patches, see :func:`fluxedu.sampling.latents.latent_size`.
         decode: whether latents are decoded to images.
-        stop_after: the last step that is computed, or a site after which the run stops; no image is decoded then.
+        stop_after: index of the last step to run, or the site after which to stop; no image is decoded.
 
         Raises RequestError for invalid arguments; OutOfMemory when memory runs out.
         """
@@ -189,7 +190,7 @@ class FluxPipeline(Sited):
             times = checked_times(times)
             steps = len(times) - 1 if steps is None else steps
         requests = make_requests(
-            prompt=prompt if encoded is None else self._names_of(encoded),
+            prompt=prompt if encoded is None else self._placeholder_prompts(encoded),
             num_images=num_images,
             latents=latents,
             channels=self.autoencoder.config.z_channels,
@@ -264,7 +265,7 @@ class FluxPipeline(Sited):
         run = self.denoise(x, times[: steps_to_run + 1], velocity, get_solver(request.solver), bar)
         return self.decode(run.latents[-1], request) if decode else None, run
 
-    # ---------------------------------------------------------------- the stages, in the order in which they run
+    # ---------------------------------------------------------------- the stages of a run
 
     def encode(
         self, requests: list[Request], encoded: Conditioning | None = None
@@ -299,14 +300,14 @@ class FluxPipeline(Sited):
     ) -> VelocityField:
         """The function ``velocity(x, t)`` that the solver integrates, with all that stays the same during the run."""
         texts = prompt if negative is None else negative.joined(prompt)
-        txt = self.probe("txt", leaf(texts.txt))  # [B, L, D] the prompt's T5 tokens, once per image: edit words here
+        txt = self.probe("txt", leaf(texts.txt))  # [B, L, D] the prompt's T5 embeddings, once per image
         pooled = self.probe("pooled", leaf(texts.pooled))  # [B, D] the prompt's CLIP vector, once per image
         pictures = encode_conditions(request, self._encode_picture, self._downscale)
         evaluation_times = get_solver(request.solver).evaluation_times(times.tolist())
         return VelocityField(self.flux, Conditioning(txt, pooled), pictures, request, evaluation_times)
 
     def start(self, request: Request, t: Tensor) -> Tensor:
-        """The latent ``[B, C, h, w]`` at the first time ``t``: noise, or the request's image with noise added."""
+        """The latent ``[B, C, h, w]`` at the first time ``t``: noise, or ``(1 - t) * image + t * noise``."""
         noise = draw_noise(request.seed, self.autoencoder.config.z_channels, *request.shape)
         x = (noise if request.latents is None else request.latents).to(self.device, self.dtype)
         if request.is_image_to_image:
@@ -335,7 +336,7 @@ class FluxPipeline(Sited):
             image = paste_outside(image, request, self._downscale)
         return to_images(image.detach())[0]
 
-    def _names_of(self, encoded: Conditioning) -> list[str]:
+    def _placeholder_prompts(self, encoded: Conditioning) -> list[str]:
         """An empty prompt for each encoded one; raises RequestError for shapes that the transformer cannot read."""
         config, b = self.flux.config, len(encoded.pooled)
         length = self.prompt_encoder.t5_tokenizer.length

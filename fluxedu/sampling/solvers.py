@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fluxedu.errors import RequestError, describe
 
-Velocity = Callable[[Tensor, float], Tensor]
-Step = Callable[[Tensor, float, float, Velocity], tuple[Tensor, Tensor]]
+VelocityFunction = Callable[[Tensor, float], Tensor]
+Step = Callable[[Tensor, float, float, VelocityFunction], tuple[Tensor, Tensor]]
 
 # ---------------------------------------------------------------- solvers
 
@@ -29,7 +29,7 @@ class Solver:
     step: ``step(x, t, t_next, velocity) -> (x_next, v)``, where ``velocity(x, t)`` evaluates the model and ``v`` is the
     velocity at the beginning of the step. t runs from 1 (noise) to 0 (image), so ``dt = t_next - t`` is negative ·
     stages: the times at which ``step`` evaluates the velocity, in order, as fractions of the step (0 is its beginning,
-    1 its end). Their modulation is computed ahead of the loop, that of other times only when it is needed::
+    1 its end). The modulation at these times is computed ahead of the loop, at other times only when it is needed::
 
         fe.sampling.SOLVERS["ralston"] = fe.sampling.Solver(ralston, stages=(0, 2 / 3))
         pipe("a red circle", solver="ralston")
@@ -43,7 +43,7 @@ class Solver:
         if isinstance(result, tuple) and [getattr(part, "shape", None) for part in result] == [x.shape, x.shape]:
             return result
         raise RequestError(
-            f"a solver's step must return (x_next, v), two tensors {list(x.shape)}, not {describe(result)}."
+            f"a solver's step must return (x_next, v), two tensors of shape {list(x.shape)}, not {describe(result)}."
         )
 
     def evaluation_times(self, times: list[float]) -> list[float]:
@@ -52,20 +52,20 @@ class Solver:
         return [(1 - stage) * t + stage * t_next for t, t_next in steps for stage in self.stages]
 
 
-def euler(x: Tensor, t: float, t_next: float, velocity: Velocity) -> tuple[Tensor, Tensor]:
+def euler(x: Tensor, t: float, t_next: float, velocity: VelocityFunction) -> tuple[Tensor, Tensor]:
     """Follow the tangent: one model evaluation per step."""
     v = velocity(x, t)
     return x + (t_next - t) * v, v
 
 
-def midpoint(x: Tensor, t: float, t_next: float, velocity: Velocity) -> tuple[Tensor, Tensor]:
+def midpoint(x: Tensor, t: float, t_next: float, velocity: VelocityFunction) -> tuple[Tensor, Tensor]:
     """Take half a step, evaluate the velocity there, and use it for the whole step: two evaluations per step."""
     v = velocity(x, t)
     t_half = (t + t_next) / 2
     return x + (t_next - t) * velocity(x + (t_half - t) * v, t_half), v
 
 
-def heun(x: Tensor, t: float, t_next: float, velocity: Velocity) -> tuple[Tensor, Tensor]:
+def heun(x: Tensor, t: float, t_next: float, velocity: VelocityFunction) -> tuple[Tensor, Tensor]:
     """Average the velocities at both ends of the step: two evaluations per step."""
     v = velocity(x, t)
     v_next = velocity(x + (t_next - t) * v, t_next)
@@ -105,11 +105,11 @@ def schedule(steps: int, tokens: int, shift: bool = True, ends: tuple[float, flo
     """The times of a run: ``[steps + 1]`` from 1 down to 0, float32.
 
     The time is 1 for noise and 0 for the image. Large images have more tokens and need more steps near t = 1, since the
-    same noise hides less of them; ``shift`` moves the uniform times there. schnell's times are not shifted.
+    same noise hides less of a large image; ``shift`` moves the uniform times there. schnell's times are not shifted.
     ``ends``: ``mu`` at 256 and at 4096 tokens (diffusers' ``base_shift`` and ``max_shift``).
 
-    Equal to diffusers' to the last bit: the network multiplies a time by 1000, and an error in its last bit comes back
-    as 1e-6 in the image. Raises ValueError for fewer than one step.
+    Equal to diffusers' to the last bit: the network multiplies a time by 1000, and an error in its last bit changes
+    the image by about 1e-6. Raises ValueError for fewer than one step.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, not {steps!r}.")
@@ -138,7 +138,7 @@ def guide(negative: Tensor, prompted: Tensor, scale: float) -> Tensor:
 
     The velocity is extrapolated from the velocity for the negative prompt through the velocity for the prompt:
     ``v = v_negative + scale * (v_prompted - v_negative)``; scale 1 is no guidance (arXiv 2207.12598). It needs two
-    model evaluations, done as one batch of twice the size. FLUX.1-dev does not need them: it was distilled with the
+    forward passes, done as one batch of twice the size. FLUX.1-dev does not need them: it was distilled with the
     guidance scale as an *input* (``guidance_embed``).
     """
     return negative + scale * (prompted - negative)

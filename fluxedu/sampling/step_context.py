@@ -1,6 +1,7 @@
 """The step context: which image, step and time the sampler is at, for instruments that watch it.
 
-The pipeline sets it (``entered(context)``, ``at_step(step, time)``), instruments read it (``current_context()``).
+The pipeline sets it (``entered(context)``, ``at_step(step, time)``); instruments, the prompt encoder and the gradient
+mode read it (``current_context()``).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 Steps = int | Sequence[int] | slice | None
 
-# Only instruments read it, and they never run inside compiled code, so a thread-local variable is safe here.
+# Nothing that runs inside compiled code reads it, so a thread-local variable is safe here.
 _thread = threading.local()
 
 
@@ -30,10 +31,11 @@ _thread = threading.local()
 class StepContext:
     """A point of a sampling run. All indices count from 0.
 
-    run: number of this pipeline call in the process · txt_len: number of text tokens · picture: index among
+    run: index of this pipeline call in the process · txt_len: number of text tokens · picture: index among
     ``pictures`` requested images · step: index among ``steps``, None before the first step · time: t in [0, 1], 1 is
-    noise · stage: index of the model evaluation within the step (midpoint and Heun have two) · text: the prompt that
-    is being encoded, None afterwards · ended: (picture, step) of every completed step of the run, shared by all its
+    noise, of the latest model evaluation, before the first that of the step's beginning · stage: index of the latest
+    model evaluation within the step (midpoint and Heun have two), -1 before the first · text: the prompt that is being
+    encoded, None afterwards · ended: (picture, step) of every completed step of the run, shared by all its
     contexts.
     """
 
@@ -78,7 +80,7 @@ def at_step(step: int, time: float) -> Iterator[None]:
 
 
 def next_evaluation(time: float) -> None:
-    """The model is evaluated once more in this step, at ``time``."""
+    """Advance the step context to the next model evaluation of this step, at ``time``."""
     context = current_context()
     _thread.context = context and replace(context, time=time, stage=context.stage + 1)
 
@@ -130,7 +132,7 @@ def stopping_after(glob: str | None) -> Iterator[None]:
 
 
 def checked_steps(steps: Steps) -> int | list[int] | slice | None:
-    """``steps``, sequences as a list; raises InstrumentError for what cannot select steps."""
+    """Valid ``steps``, with a sequence as a list; raises InstrumentError for what cannot select steps."""
     ends = [steps.start, steps.stop, steps.step] if isinstance(steps, slice) else []
     if steps is None or (ends and all(end is None or isinstance(end, int) for end in ends) and steps.step != 0):
         return steps
@@ -141,17 +143,17 @@ def checked_steps(steps: Steps) -> int | list[int] | slice | None:
 
 
 def integers(values) -> int | list[int]:
-    """A whole number, or a list of them from any iterable of them; raises TypeError."""
+    """An integer as int, an iterable of integers as a list; raises TypeError."""
     if isinstance(values, (str, bytes, bool)):
         raise TypeError
     try:
         return operator.index(values)
-    except TypeError:  # several; an array of length 1 has __index__ too
+    except TypeError:  # an iterable; arrays of length 1 were handled above
         return [operator.index(value) for value in values]
 
 
 def is_selected(steps: Steps, step: int | None, count: int | None) -> bool:
-    """Whether ``step`` (of ``count`` steps, if known) is one of ``steps``; negative numbers count from the end."""
+    """Whether ``step`` is selected; None, outside the steps, always is. Negative numbers count from ``count``."""
     if steps is None or step is None:
         return True
     if isinstance(steps, slice):

@@ -8,7 +8,7 @@ from torch import Tensor
 from fluxedu.models.flux import Flux, PlanAhead
 from fluxedu.probe import Sited
 from fluxedu.sampling.conditions import Conditions
-from fluxedu.sampling.gradients import checkpointed, evaluation_mode
+from fluxedu.sampling.gradients import checkpointed, evaluation_grad_mode
 from fluxedu.sampling.latents import image_ids, pack, text_ids, unpack
 from fluxedu.sampling.prompts import Conditioning
 from fluxedu.sampling.request import Request
@@ -29,20 +29,20 @@ class VelocityField(Sited):
         self.flux, self.pictures, self.request = flux, pictures, request
         # the positions of all tokens, text first
         txt_ids = text_ids(texts.txt.shape[1])  # [L, 3] all zero
-        img_ids = pictures.join_ids(image_ids(*request.shape))  # [N, 3] (0, row, column)
+        img_ids = pictures.join_ids(image_ids(*request.shape))  # [N, 3] (frame, row, column)
         device = flux.img_in.weight.device
         self.rope = flux.rope(img_ids.to(device), txt_ids.to(device))
-        self.both, self.prompt = texts, texts.split(1)[-1]
+        self.texts, self.prompt = texts, texts.split(1)[-1]
         self.guidance = torch.tensor([request.guidance], device=device) if flux.config.guidance_embed else None
         self.plan = PlanAhead(flux, times)
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        next_evaluation(t)  # instruments count them
-        with evaluation_mode():  # without a graph, unless gradients are wanted
+        next_evaluation(t)  # so that instruments can tell evaluations apart
+        with evaluation_grad_mode():  # no graph, unless gradients are wanted
             uses_cfg = self.request.uses_cfg and active(t, self.request.guidance_interval)
-            texts = self.both if uses_cfg else self.prompt
+            texts = self.texts if uses_cfg else self.prompt
             img = pack(x)  # [1, N, 64]
-            img_input = self.pictures.join(img.repeat(len(texts.txt), 1, 1))  # the same image beside each text
+            img_input = self.pictures.join(img.repeat(len(texts.txt), 1, 1))  # repeated for each prompt
             plan = self.plan(t, self.guidance, texts.pooled)  # the modulation of all blocks
             transformer = checkpointed(self.flux.velocity)
             v = transformer(img_input, texts.txt, self.rope, plan)
@@ -54,7 +54,7 @@ class VelocityField(Sited):
                 v = guide(negative, prompted, self.request.true_cfg_scale)
             v = unpack(v, *self.request.shape)
             v = self.probe("velocity", v)  # [B, C, h, w] the (guided) velocity, per evaluation
-            if t > 0 and self.is_watched("x0"):  # at t = 0, x is the image itself
+            if t > 0 and self.is_watched("x0"):  # at t = 0, the predicted x0 is x itself
                 x0 = x - t * v
                 probed = self.probe("x0", x0)  # [B, C, h, w] predicted x0, x - t * velocity
                 v = v if probed is x0 else (x - probed) / t  # a changed x0 steers the run towards it

@@ -49,7 +49,7 @@ class Runner:
     def _record_run(self, glob: str, prompt: str, seed: int):
         with fe.record(glob) as recorder:
             self.pipe(prompt, seed=seed, **self.settings)
-        return recorder.recording
+        return recorder.saved()
 
     def draw(self, cell: dict) -> dict[str, Named]:
         """What the sweep keeps of a cell, by name; raises SweepError, which names the cell."""

@@ -102,7 +102,9 @@ def test_a_copy_of_euler_is_euler_to_the_last_bit(pipe, monkeypatch):
 def test_a_wrong_return_value_of_a_solver_is_refused(pipe, monkeypatch, result):
     step = (lambda x, *rest: x) if result == "x only" else (lambda *inputs: result)
     monkeypatch.setitem(SOLVERS, "mine", Solver(step))
-    with pytest.raises(RequestError, match=r"a solver's step must return \(x_next, v\), two tensors \[1, 16, 4, 4\]"):
+    with pytest.raises(
+        RequestError, match=r"a solver's step must return \(x_next, v\), two tensors of shape \[1, 16, 4, 4\]"
+    ):
         pipe(PROMPT, steps=1, height=32, width=32, progress=False, solver="mine")
 
 

@@ -187,7 +187,7 @@ def test_where_no_gradient_flows_it_is_said(pipe, tmp_path):
     with pytest.raises(GradientError, match="no gradient flows through 't5"):
         with fe.gradients(), fe.record("t5.*.attn_out", detach=False):
             pipe(PROMPT, **OPTIONS)
-    with pytest.raises(GradientError, match="with a step that it selects"):
+    with pytest.raises(GradientError, match="select this step with its steps="):
         with fe.gradients(steps=0), fe.record("vec", detach=False):
             pipe(PROMPT, **OPTIONS)
     with pytest.raises(InstrumentError, match="to='memory'"):
@@ -196,6 +196,10 @@ def test_where_no_gradient_flows_it_is_said(pipe, tmp_path):
         pipe(PROMPT, **OPTIONS)
     with pytest.raises(GradientError, match=r"'vec' has no gradient: .* call backward\(\)"):
         rec.grad("vec")
+    with fe.gradients(), fe.record("double.*.heads", detach=False, reduce="norm") as rec:
+        pipe(PROMPT, **OPTIONS).latents.sum().backward()
+    with pytest.raises(GradientError, match="was reduced, and only complete values have a gradient"):
+        rec.grad("double.0.heads")
     with pytest.raises(InstrumentError, match="steps must be"):
         with fe.gradients(steps="first"):
             pass
