@@ -131,8 +131,8 @@ def merge(
 class MergedTensors(Mapping):
     """A network's tensors with LoRAs merged: each is read from ``source`` and changed when it is looked up.
 
-    Those that are changed come in ``dtype``, or float32 if it has fewer digits. A tensor that ``source`` has in a smaller
-    shape is filled up with zeros: these are the input channels that a LoRA such as canny's adds.
+    Those that are changed come in ``dtype``, or in float32 if it has fewer digits. A tensor that ``source`` has in a
+    smaller shape is filled up with zeros: these are the input channels that a LoRA such as canny's adds.
     """
 
     def __init__(
