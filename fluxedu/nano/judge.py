@@ -290,16 +290,9 @@ def judge(image, claim: Claim) -> Verdict:
         colors.append(detected is not None and detected.color == color)
         forms.append(detected is not None and detected.form == form)
         sizes.append(None if size is None else detected is not None and detected.size == size)
-    return Verdict(
-        claim,
-        detections,
-        matched,
-        background=None if claim.background is None else detections.background == claim.background,
-        colors=tuple(colors),
-        forms=tuple(forms),
-        sizes=tuple(sizes),
-        relations=tuple(_holds(found[i], name, found[j]) for i, name, j in claim.relations),
-    )
+    background = None if claim.background is None else detections.background == claim.background
+    relations = tuple(_holds(found[i], name, found[j]) for i, name, j in claim.relations)
+    return Verdict(claim, detections, matched, background, tuple(colors), tuple(forms), tuple(sizes), relations)
 
 
 def _assign(objects: Sequence[Detection], claim: Claim) -> tuple[int | None, ...]:
