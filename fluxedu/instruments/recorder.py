@@ -166,12 +166,28 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
             recording.add(name, key, Named(gradient.reshape(value.shape), value.axes, value.coords))
         return recording[name]
 
+    def dataset(self, name: str, flatten: str | None = None):
+        return self.saved().dataset(name, flatten)
+
+    @property
+    def requests(self) -> dict[tuple[int, int], dict]:
+        """Prompt, seed and settings of each image: (run, picture) -> names and values."""
+        return self.saved().requests
+
+    def __reduce__(self):
+        """Pickled, a recorder is the recording that it made."""
+        return _identity, (self.saved(),)
+
     def to_dataset(self):
         return self.saved().to_dataset()
 
     @property
     def nbytes(self) -> int:
         return self.storage.recording.nbytes
+
+
+def _identity(recording: Recording) -> Recording:
+    return recording
 
 
 def _retain_grad(value: Any, site: str) -> Any:

@@ -1,25 +1,32 @@
 """A recording, in memory or in a folder, and how its single values become one tensor with named axes.
 
 On disk a recording is a folder with one safetensors file per completed step, written atomically: whatever happens to
-the process, every file that exists is complete. :func:`open_recording` reads it.
+the process, every file that exists is complete. :func:`open_recording` reads the headers of the files; a tensor is read
+when it is used.
 """
 
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from fluxedu.errors import InstrumentError
 from fluxedu.files import atomic_path
 from fluxedu.instruments.named import Named
+from fluxedu.sampling.step_context import StepContext
 
+SETTINGS = ("prompt", "negative_prompt", "seed", "steps", "guidance", "true_cfg_scale", "solver")
 IN_USE = "recording"  # an empty file in a folder that is being recorded into
 
 
@@ -47,9 +54,18 @@ class Recording:
 
     pictures: int = 1
     values: dict[str, list[tuple[StepKey, Named]]] = field(default_factory=dict)
-    completed: dict[int, set[tuple[int, int]]] = field(
-        default_factory=dict
-    )  # run -> (picture, step) that were completed
+    #: run -> (picture, step) that were completed
+    completed: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
+    #: (run, picture) -> prompt, seed and settings
+    requests: dict[tuple[int, int], dict] = field(default_factory=dict)
+
+    def note_run(self, context: StepContext) -> None:
+        """Keep what belongs to the values of a run: the number of images, the completed steps, prompt and settings."""
+        self.pictures, self.completed[context.run] = context.pictures, context.ended
+        if (context.run, context.picture) not in self.requests:
+            request = context.request
+            shown = {name: getattr(request, name) for name in SETTINGS}
+            self.requests[context.run, context.picture] = shown | {"latent shape": list(request.shape)}
 
     def add(self, name: str, key: StepKey, value: Named, last_only: bool = False) -> None:
         """Keep a value. ``last_only``: it replaces earlier values of the same image, and belongs to no step."""
@@ -107,6 +123,14 @@ class Recording:
     def nbytes(self) -> int:
         return sum(value.tensor.nbytes for entries in self.values.values() for _, value in entries)
 
+    def dataset(self, name: str, flatten: str | None = None) -> ValueDataset:
+        """The values of a site as a ``torch.utils.data.Dataset``, for probes or sparse autoencoders.
+
+        flatten: an axis along which each value is divided into items, such as ``"token"``; by default an item is the
+        whole value of one model evaluation. Tensors of a folder are read when they are used, also by several workers.
+        """
+        return ValueDataset([value for _, value in self.entries(name)], flatten)
+
     def to_dataset(self):
         """An xarray.Dataset with one variable per site; raises InstrumentError when xarray is not installed."""
         try:
@@ -141,6 +165,43 @@ def _stack(entries: list[tuple[StepKey, Named]], runs: int, pictures: int, reque
     return Named(tensor, tuple(axes), coords)
 
 
+class StoredNamed(Named):
+    """A :class:`Named` in a file of a recording; its tensor is read whenever it is used."""
+
+    def __init__(self, path: Path, key: str, shape: tuple[int, ...], axes: tuple[str, ...], coords: dict[str, list]):
+        vars(self).update(path=path, key=key, stored_shape=torch.Size(shape), axes=axes, coords=coords)
+
+    @property
+    def tensor(self) -> Tensor:
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(self.key)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.stored_shape
+
+
+class ValueDataset(Dataset):
+    """Recorded values as items of a dataset: see :meth:`Recording.dataset`."""
+
+    def __init__(self, values: list[Named], flatten: str | None):
+        self.values = values
+        self.axes = [None if flatten is None else value.axis(flatten) for value in values]
+        items = [1 if axis is None else value.shape[axis] for axis, value in zip(self.axes, values, strict=True)]
+        self.ends = list(accumulate(items))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        number = bisect_right(self.ends, index)
+        tensor, axis = self.values[number].tensor, self.axes[number]
+        return tensor if axis is None else tensor.select(axis, index - self.ends[number])  # counted from the end
+
+
 class FolderRecording(Recording):
     """A recording that is written to a folder at the end of every step, and then leaves memory."""
 
@@ -148,6 +209,7 @@ class FolderRecording(Recording):
 
     def __init__(self, folder: str | Path):
         super().__init__()
+        self.opened: tuple[int, Recording] = (0, Recording())  # number of files when it was opened, what they hold
         self.folder = Path(folder).expanduser()
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise InstrumentError(f"to= must be a new folder, and {self.folder} exists already.")
@@ -182,7 +244,9 @@ class FolderRecording(Recording):
             (self.folder / IN_USE).unlink(missing_ok=True)
 
     def saved(self) -> Recording:
-        return open_recording(self.folder) if self.files_written else Recording()
+        if self.opened[0] != self.files_written:
+            self.opened = self.files_written, open_recording(self.folder)
+        return self.opened[1]
 
     def _write_step(self, failed: bool = False) -> None:
         """Write the step in memory if it was completed, drop it if not.
@@ -207,7 +271,10 @@ class FolderRecording(Recording):
                 tensors[f"{name}#{i}"] = value.tensor.contiguous()
                 entries[f"{name}#{i}"] = [key.run, key.picture, key.step, key.stage, key.time, value.axes, value.coords]
         with atomic_path(self.folder / f"{self.files_written:06d}-{label}.safetensors", overwrite=True) as path:
-            path.write_bytes(save(tensors, {"entries": json.dumps(entries), "pictures": str(self.pictures)}))
+            pictures = {(key.run, key.picture) for recorded in values.values() for key, _ in recorded}
+            requests = [[*picture, self.requests[picture]] for picture in sorted(pictures & self.requests.keys())]
+            metadata = {"entries": entries, "pictures": self.pictures, "requests": requests}
+            path.write_bytes(save(tensors, {name: json.dumps(value) for name, value in metadata.items()}))
         self.files_written += 1
 
 
@@ -220,10 +287,11 @@ def open_recording(folder: str | Path) -> Recording:
     for path in files:
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata()
-                recording.pictures = int(metadata["pictures"])
-                for key, (run, picture, step, stage, time, axes, coords) in json.loads(metadata["entries"]).items():
-                    value = Named(file.get_tensor(key), tuple(axes), coords)
+                metadata = {name: json.loads(text) for name, text in file.metadata().items()}
+                recording.pictures = metadata["pictures"]
+                recording.requests |= {(run, picture): request for run, picture, request in metadata["requests"]}
+                for key, (run, picture, step, stage, time, axes, coords) in metadata["entries"].items():
+                    value = StoredNamed(path, key, tuple(file.get_slice(key).get_shape()), tuple(axes), coords)
                     recording.add(key.rpartition("#")[0], StepKey(run, picture, step, stage, time), value)
         except (SafetensorError, KeyError, TypeError, ValueError):
             raise InstrumentError(f"{path} is damaged, or not part of a recording.") from None

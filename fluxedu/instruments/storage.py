@@ -56,7 +56,7 @@ class Storage:
         if self.budget.allows(site, purpose, nbytes, key.step_id):
             context = current_context()
             if context is not None:
-                self.recording.pictures, self.recording.completed[context.run] = context.pictures, context.ended
+                self.recording.note_run(context)
             stored = _without_trivial_axes(to_named(value), context)
             stored = stored.copy_to("cpu", dtype) if self.detach else stored.to(dtype)
             self.recording.add(site, key, stored, last_only=self.over_steps)
