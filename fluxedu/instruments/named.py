@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +16,8 @@ from fluxedu.errors import InstrumentError
 class Named:
     """A tensor with named ``axes``; ``coords`` labels some of them (the times of steps, the words of keys).
 
-    ``torch.as_tensor(named.tensor)``, ``numpy.asarray(named)``; ``named.at(step=3, head=0)`` picks by name.
+    ``named.at(step=3, head=0)`` selects by name, ``named.mean("head")`` reduces, and ``a - b`` matches the axes of two
+    values by name. ``named.tensor``, ``numpy.asarray(named)``, ``named.to_pandas()`` and ``float(named)`` convert it.
     """
 
     tensor: Tensor
@@ -66,10 +68,71 @@ class Named:
         coords = self.coords | ({name: [self.coords[name][i] for i in index]} if name in self.coords else {})
         return Named(self.tensor.index_select(axis, indices), self.axes, coords)
 
-    def mean(self, name: str) -> Named:
-        """The mean over an axis, which is dropped."""
-        axis = self.axis(name)
-        return self.dropped(name, self.tensor.mean(axis))
+    def mean(self, *names: str) -> Named:
+        """The mean over one or several axes, which are dropped; over all of them if none is named."""
+        kept = tuple(axis for axis in self.axes if names and axis not in names)
+        tensor = self.tensor.mean([self.axis(name) for name in names or self.axes])
+        return Named(tensor, kept, {axis: labels for axis, labels in self.coords.items() if axis in kept})
+
+    # ---------------------------------------------------------------- arithmetic: axes of the same name meet
+
+    def _combine(self, other: Named | Tensor | float, operation: Callable[[Tensor, Tensor], Tensor]) -> Named:
+        """``operation`` of two values; an axis that only one of them has is repeated for the other."""
+        if not isinstance(other, Named):
+            shape = tuple(other.shape) if isinstance(other, Tensor) else ()
+            own = tuple(self.shape)[len(self.shape) - len(shape) :]
+            if len(shape) > len(own) or any(n not in (1, size) for n, size in zip(shape, own, strict=True)):
+                raise InstrumentError(f"a tensor {list(shape)} does not fit {self!r}.")
+            return Named(operation(self.tensor, other), self.axes, self.coords)
+        for axis in set(self.axes) & set(other.axes):
+            if self.sizes[axis] != other.sizes[axis]:
+                raise InstrumentError(
+                    f"axis {axis!r} has length {self.sizes[axis]} here and {other.sizes[axis]} there."
+                )
+        axes = (*self.axes, *(axis for axis in other.axes if axis not in self.axes))
+        order = [other.axes.index(axis) for axis in axes if axis in other.axes]
+        shape = [other.sizes.get(axis, 1) for axis in axes]
+        left = self.tensor.reshape([*self.shape, *[1] * (len(axes) - len(self.axes))])
+        right = other.tensor.permute(order).reshape(shape)
+        return Named(operation(left, right), axes, other.coords | self.coords)
+
+    def __add__(self, other: Named | Tensor | float) -> Named:
+        return self._combine(other, torch.add)
+
+    def __sub__(self, other: Named | Tensor | float) -> Named:
+        return self._combine(other, torch.sub)
+
+    def __mul__(self, other: Named | Tensor | float) -> Named:
+        return self._combine(other, torch.mul)
+
+    def __truediv__(self, other: Named | Tensor | float) -> Named:
+        return self._combine(other, torch.div)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __rsub__(self, other: Tensor | float) -> Named:
+        return self._combine(other, lambda a, b: b - a)
+
+    def __neg__(self) -> Named:
+        return Named(-self.tensor, self.axes, self.coords)
+
+    def abs(self) -> Named:
+        return Named(self.tensor.abs(), self.axes, self.coords)
+
+    def __float__(self) -> float:
+        """The number that it holds; raises InstrumentError if there are several."""
+        if self.tensor.numel() != 1:
+            raise InstrumentError(f"only one number can become a float, not {self!r}; select with .at() or .mean().")
+        return float(self.tensor.detach())
+
+    def to_pandas(self):
+        """A pandas.Series with one row per number, indexed by the axes; raises InstrumentError without pandas."""
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            raise InstrumentError("to_pandas needs pandas: pip install pandas.") from None
+        labels = [self.coords.get(axis, range(size)) for axis, size in self.sizes.items()]
+        return pandas.Series(self.__array__().ravel(), pandas.MultiIndex.from_product(labels, names=self.axes))
 
     def dropped(self, name: str, tensor: Tensor) -> Named:
         """``tensor`` with the same axes except ``name``."""

@@ -132,20 +132,26 @@ class Recording:
         return ValueDataset([value for _, value in self.entries(name)], flatten)
 
     def to_dataset(self):
-        """An xarray.Dataset with one variable per site; raises InstrumentError when xarray is not installed."""
+        """An xarray.Dataset with one variable per site. Axes of the same name and length are one dimension; another
+        length has its own, such as ``channel_640``. Raises InstrumentError when xarray is not installed.
+        """
         try:
             import xarray
         except ModuleNotFoundError:
             raise InstrumentError("to_dataset needs xarray: pip install xarray.") from None
-        values = {name: self[name] for name in self}
-        step_counts = {len(value.coords["step"]) for value in values.values() if "step" in value.coords}
-        shared = {"run", "picture", *({"step"} if len(step_counts) == 1 else set())}  # other axes are a site's own
-        variables, coords = {}, {}
-        for name, value in values.items():
-            axes = {axis: axis if axis in shared else f"{name}.{axis}" for axis in value.axes}
-            variables[name] = (list(axes.values()), value.__array__())
-            coords |= {axes[axis]: labels for axis, labels in value.coords.items() if axis in axes}
-        return xarray.Dataset(variables, coords)
+        sizes: dict[str, int] = {}  # dimension -> length
+        variables = {}
+        for name in self:
+            value = self[name]
+            dims = []
+            for axis, size in value.sizes.items():
+                dims.append(axis if sizes.setdefault(axis, size) == size else f"{axis}_{size}")
+                sizes[dims[-1]] = size
+            coords = {
+                dim: value.coords[axis] for dim, axis in zip(dims, value.axes, strict=True) if axis in value.coords
+            }
+            variables[name] = xarray.DataArray(value.__array__(), coords, dims)
+        return xarray.Dataset(variables)
 
 
 def _stack(entries: list[tuple[StepKey, Named]], runs: int, pictures: int, requested: int) -> Named:

@@ -1,5 +1,7 @@
 """Recording: everything, exactly, changing nothing, within a budget, whatever the context."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -225,16 +227,15 @@ def test_a_recording_keeps_no_graph(pipe, reduce):
 # --- what outsiders may get wrong -----------------------------------------------------------------
 
 
-def test_a_dataset(pipe):
+def test_a_dataset_without_xarray(pipe, monkeypatch):
     with fe.record("vec", "single.0.gate") as rec:
         draw(pipe)
-    try:
-        import xarray  # noqa: F401
-    except ModuleNotFoundError:
-        with pytest.raises(InstrumentError, match="pip install xarray"):
-            rec.to_dataset()
-    else:
-        assert rec.to_dataset()["vec"].shape == (3, 48)
+    monkeypatch.setitem(sys.modules, "xarray", None)
+    with pytest.raises(InstrumentError, match="pip install xarray"):
+        rec.to_dataset()
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(InstrumentError, match="pip install pandas"):
+        rec["vec"].to_pandas()
 
 
 # --- several runs, two texts, changed maps --------------------------------------------------------
