@@ -219,7 +219,8 @@ def test_a_link_to_a_file_that_never_came_is_missing(cache, ingredients):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "no/where", "a/b/c", "../x", ""])
-def test_no_such_model(cache, name):
+def test_no_such_model(cache, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     if name:
         with pytest.raises(CheckpointError, match="there is no model .* neither file nor folder"):
             find(name)

@@ -27,7 +27,7 @@ from oracle import (
 )
 from rounding import Exact, exact_value, relative_error
 
-from fluxedu.models import FluxConfig, attention, blocks, modulation
+from fluxedu.models import FluxConfig, attention, modulation
 from fluxedu.models import flux as flux_module
 
 
@@ -239,7 +239,7 @@ def rope_by_halves(patch, model):
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * table.real - b * table.imag, a * table.imag + b * table.real], dim=-1)
 
-    patch.setattr(blocks, "rotate", rotate)
+    patch.setattr(attention, "rotate", rotate)
 
 
 def no_pooled_text(patch, model):
