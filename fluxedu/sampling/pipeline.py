@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fluxedu.errors import GradientError, RequestError, check_integer, check_number
+from fluxedu.errors import GradientError, RequestError, check_integer
 from fluxedu.memory.placement import Networks, memory_advice
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
@@ -193,6 +193,7 @@ class FluxPipeline(Sited):
             prompt=prompt if encoded is None else self._placeholder_prompts(encoded),
             num_images=num_images,
             latents=latents,
+            shift=shift,
             channels=self.autoencoder.config.z_channels,
             negative_prompt=negative_prompt,
             seed=seed,
@@ -211,7 +212,7 @@ class FluxPipeline(Sited):
             **pictures,
         )
         if times is None:
-            times = self.times(requests[0], shift)
+            times = self.times(requests[0])
         elif shift is not None or requests[0].steps != len(times) - 1:
             raise RequestError("times= sets the whole schedule; leave steps= and shift= out.")
         all_steps = steps_to_run = len(times) - 1
@@ -286,12 +287,12 @@ class FluxPipeline(Sited):
                     negative[i] = negative[i].with_tokens(tokens)
         return prompts, negative
 
-    def times(self, request: Request, shift: float | None = None) -> Tensor:
+    def times(self, request: Request) -> Tensor:
         """The schedule; for image-to-image, its last part."""
         tokens = request.shape[0] * request.shape[1] // 4
         times = schedule(request.steps, tokens, self.defaults.shift, self.defaults.shift_ends)
-        if shift is not None:
-            mu = math.log(check_number("shift", shift, 0.01, 100, "1 is no shift, FLUX.1-dev's is 3.2 at 1024 x 1024"))
+        if request.shift is not None:
+            mu = math.log(request.shift)
             times = schedule(request.steps, tokens, True, (mu, mu))
         return from_strength(times, request.strength) if request.is_image_to_image else times
 

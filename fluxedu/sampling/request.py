@@ -128,6 +128,7 @@ class Request:
     reference: Tensor | None = None
     image_prompt: Tensor | None = None
     latents: Tensor | None = None  # [1, C, h, w], in place of noise
+    shift: float | None = None  # of the schedule, e^mu; None: the variant's own
 
     @property
     def is_image_to_image(self) -> bool:
@@ -159,6 +160,7 @@ def make_requests(
     paste: bool = True,
     num_images=1,
     latents=None,
+    shift=None,
     channels: int = 16,
     **pictures: Tensor | None,
 ) -> list[Request]:
@@ -197,6 +199,7 @@ def make_requests(
         "shape": _latent_shape(height, width, downscale, rounding),
         "solver": solver,
         "paste": bool(paste),
+        "shift": shift if shift is None else check_number("shift", shift, 0.01, 100, "1 is no shift, dev's is near 3"),
         "strength": check_number(
             "strength", strength, 0.001, 1, "1 keeps nothing of the image, small values keep much"
         ),

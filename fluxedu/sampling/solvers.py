@@ -38,6 +38,9 @@ class Solver:
     step: Step
     stages: tuple[float, ...] = (0,)
 
+    def __call__(self, x: Tensor, t: float, t_next: float, velocity: VelocityFunction) -> tuple[Tensor, Tensor]:
+        return self.checked(self.step(x, t, t_next, velocity), x)
+
     def checked(self, result: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """What ``step`` returned; raises RequestError unless it is two tensors of x's shape."""
         if isinstance(result, tuple) and [getattr(part, "shape", None) for part in result] == [x.shape, x.shape]:
