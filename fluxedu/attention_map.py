@@ -59,6 +59,11 @@ class AttentionMap:
         b, h, n, _ = self.q.shape
         return (b, h, n, self.k.shape[2])
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients flow through the map, or through its output."""
+        return any(x is not None and x.requires_grad for x in (self.q, self.k, self.v))
+
     def output(self) -> Tensor:
         """The attention output ``[B, H, N, d]``, to the last bit what an unwatched block computes."""
         if self._output is None:
@@ -76,10 +81,9 @@ class AttentionMap:
     def lse(self) -> Tensor:
         """The log-sum-exp of every row of scores, ``[B, H, N]``."""
         if self._lse is None:
-            needs_grad = any(x is not None and x.requires_grad for x in (self.q, self.k, self.v))
             is_plain = self.bias is None and not self.causal and self.scale is None
             kernel = _kernel_with_lse(self.q.device.type, self.q.dtype) if is_plain and self.v is not None else None
-            if kernel is not None and not needs_grad:
+            if kernel is not None and not self.requires_grad:
                 self._output, self._lse = kernel(self.q, self.k, self.v)
             else:
                 chunks = (slice(i, i + ROWS_AT_ONCE) for i in range(0, self.shape[2], ROWS_AT_ONCE))

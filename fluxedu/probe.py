@@ -92,6 +92,11 @@ def watch(watcher: Watcher | None) -> Watcher | None:
     return previous
 
 
+def current_watcher() -> Watcher | None:
+    """The installed watcher; None while nothing is watched."""
+    return _watcher
+
+
 def is_watching() -> bool:
     """Whether any watcher is installed."""
     return _watcher is not None

@@ -166,7 +166,7 @@ def _diffusers():
         with quiet_imports():
             import diffusers
 
-            diffusers.UNet2DConditionModel, diffusers.DDIMScheduler  # noqa: B018  (imported at first use, so here)
+            _ = diffusers.UNet2DConditionModel, diffusers.DDIMScheduler  # imported at first use, so here
     except ImportError:
         raise RequestError("the Stable Diffusion baseline is built from diffusers: pip install diffusers.") from None
     return diffusers

@@ -176,8 +176,7 @@ def _checked_result(result: Any, value: Any, site: str) -> Any:
         raise InstrumentError(
             f"the change at {site!r} returned a tensor {list(result.shape)}; it must be {list(value.shape)}."
         )
-    inputs = (value.q, value.k, value.v) if isinstance(value, AttentionMap) else (value,)
-    in_graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (result, *inputs))
+    in_graph = torch.is_grad_enabled() and (result.requires_grad or value.requires_grad)
     if isinstance(value, AttentionMap):
         is_same = not in_graph and torch.equal(result, value.weights().to(result))
         return value if is_same else result.to(value.q.dtype)
@@ -236,8 +235,7 @@ def patch(
     """
     if not isinstance(source, (record, Recording, Named, Tensor)):
         raise InstrumentError(f"source must be a recording, a Named or a tensor, not {type(source).__name__}.")
-    is_partial = isinstance(source, record) and (source.selection.tokens or source.selection.heads)
-    if is_partial or (isinstance(source, record) and source.reductions.factories):
+    if isinstance(source, record) and source.is_partial:
         raise InstrumentError("fe.patch needs complete values: record them without tokens=, heads= and reduce=.")
     prompts_encoded: Counter = Counter()  # (run, site) -> number of prompts
 

@@ -99,6 +99,11 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         self.txt_len = context.txt_len
         return StepKey(context.run, context.picture, context.step, max(context.stage, 0), context.time)
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether tokens, heads or a reduction leave out a part of each value."""
+        return bool(self.selection.tokens or self.selection.heads or self.reductions.factories)
+
     # ---------------------------------------------------------------- enter and exit
 
     def __enter__(self) -> record:
@@ -192,8 +197,7 @@ def _identity(recording: Recording) -> Recording:
 
 def _retain_grad(value: Any, site: str) -> Any:
     """The value, whose gradient is kept; raises GradientError if it is in no graph."""
-    inputs = (value.q, value.k, value.v) if isinstance(value, AttentionMap) else (value,)
-    if not any(x is not None and x.requires_grad for x in inputs):
+    if not value.requires_grad:
         raise GradientError(
             f"no gradient flows through {site!r} here: call the pipeline inside `with fe.gradients():`, and select "
             f"this step with its steps=; text encoders and the autoencoder's encoder are not part of its graph."

@@ -47,9 +47,8 @@ class Storage:
 
     def add(self, site: str, key: StepKey, value: Value) -> None:
         """Keep the value, by default a copy on the CPU, if the budget allows what the site needs in the whole run."""
-        keeps_dtype = (
-            self.dtype is None or value.dtype.is_complex or "what" in value.axes
-        )  # axis "what": indices, which stay exact
+        # the axis "what" holds indices, which stay exact
+        keeps_dtype = self.dtype is None or value.dtype.is_complex or "what" in value.axes
         dtype = value.dtype if keeps_dtype else self.dtype
         nbytes = self.values_held(key) * value.shape.numel() * dtype.itemsize
         purpose = None if self.recording.holds_one_step else key.run

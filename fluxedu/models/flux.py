@@ -55,7 +55,8 @@ class PlanAhead:
     """``plan(t, guidance, pooled)``: the same as :meth:`Flux.plan`, computed for several times in one batch.
 
     times: those at which the model will be evaluated, in order. A time that is not among them is computed when it is
-    requested; with autograd on, each time is computed separately. A new batch replaces the one before it.
+    requested; with autograd on, each time is computed separately. A new batch replaces the one before it. For one batch
+    size, ``guidance`` and ``pooled`` must be the same in every call.
     """
 
     def __init__(self, flux: Flux, times: list[float]):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fluxedu.probe import is_watching, watch
+from fluxedu.probe import current_watcher, is_watching, watch
 from fluxedu.sampling.step_context import Steps, checked_steps, current_context, entered, is_selected
 
 _thread = threading.local()
@@ -78,8 +78,7 @@ def checkpointed(function: Callable) -> Callable:
     mode = gradient_mode()
     if mode is None or not mode.checkpointing or not torch.is_grad_enabled():
         return function
-    context, watcher = current_context(), watch(None)
-    watch(watcher)
+    context, watcher = current_context(), current_watcher()
 
     @contextmanager
     def recomputing() -> Iterator[None]:

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from fluxedu.errors import InstrumentError, RequestError, describe
-from fluxedu.probe import Sited, Watcher, site, watch
+from fluxedu.probe import Sited, Watcher, current_watcher, site, watch
 
 if TYPE_CHECKING:
     from fluxedu.sampling.pipeline import FluxPipeline
@@ -98,6 +98,9 @@ class StopAfter:
     def __init__(self, glob: str, watcher: Watcher | None):
         self.glob, self.watcher, self.thread = glob, watcher, threading.get_ident()
 
+    def interventions(self) -> Watcher | None:
+        return self.watcher and self.watcher.interventions()
+
     def wants(self, owner: Sited, name: str) -> bool:
         wants = getattr(self.watcher, "wants", None)
         return fnmatchcase(site(owner, name), self.glob) or (wants is not None and wants(owner, name))
@@ -117,7 +120,7 @@ def stopping_after(glob: str | None) -> Iterator[None]:
         return
     if not isinstance(glob, str):
         raise RequestError(f"stop_after must be a step or the name of a site, not {describe(glob)}.")
-    before = watch(None)
+    before = current_watcher()
     watch(StopAfter(glob, before))
     try:
         yield

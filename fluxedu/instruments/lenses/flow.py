@@ -119,4 +119,4 @@ def _run_with_velocity(pipe: FluxPipeline, prompt: str, options: dict) -> tuple[
         out = pipe(prompt, **({"progress": False} | options | {"trajectory": True}))
     (encoded,), (negative,) = pipe.encode(requests[:1])
     velocity = pipe.velocity_field(requests[0], out.trajectory.times, encoded, negative)
-    return out, velocity
+    return out, torch.no_grad()(velocity)
