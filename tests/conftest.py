@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from runs import latents
 from sizes import TINY
 
@@ -101,3 +102,10 @@ def pipe(make_pipe):
 def plain_pipe(make_pipe):
     """Without that input, as FLUX.1-schnell: guidance is classifier-free."""
     return make_pipe(embedded=False)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty Hugging Face cache."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import save_file as their_save_file
 from sizes import TINY_CLIP, TINY_T5
 
@@ -69,13 +68,6 @@ def ingredients(tmp_path_factory):
     save_folder(randomised(T5Encoder(TINY_T5)).state_dict(), folder / "text_encoder_2", TINY_T5, max_shard_bytes=20_000)
     save_tokenizers(folder)
     return folder
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty Hugging Face cache."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
 
 
 def repository(cache: Path, variant: str, ingredients: Path, *parts: str) -> Path:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors.torch import save_file
-from test_official import AE, ENCODERS, SMALL, cache, complete, flux_of, randomised, repository  # noqa: F401
+from test_official import AE, ENCODERS, SMALL, randomised, repository
 from transformers import CLIPTextConfig as TheirCLIPConfig
 from transformers import CLIPTextModelWithProjection, T5ForConditionalGeneration
 from transformers import T5Config as TheirT5Config
@@ -67,7 +67,7 @@ def encoders(folder):
     return folder
 
 
-def cached(cache, repo_id, revision="main"):  # noqa: F811
+def cached(cache, repo_id, revision="main"):
     """An empty snapshot of a repository in the cache; its commit is made from the revision's name."""
     home = cache / f"models--{repo_id.replace('/', '--')}"
     commit = revision.encode().hex().ljust(40, "0")[:40]
@@ -93,7 +93,7 @@ def loose(folder, flux="flux"):
 # ---------------------------------------------------------------- loose folders
 
 
-def test_a_loose_folder_is_recognised_by_its_tensors(cache, tmp_path):  # noqa: F811
+def test_a_loose_folder_is_recognised_by_its_tensors(cache, tmp_path):
     folder = loose(tmp_path / "loose")
     write(folder / "lora.safetensors", {"transformer.x_embedder.lora_A.weight": torch.ones(2, 64)})
     write(folder / "upscaler.safetensors", {"conv.weight": torch.ones(3, 3)})
@@ -103,7 +103,7 @@ def test_a_loose_folder_is_recognised_by_its_tensors(cache, tmp_path):  # noqa: 
     assert is_loaded(fe.load(folder / "my tune.safetensors"))  # what is beside the file
 
 
-def test_names_do_not_mislead(cache, tmp_path):  # noqa: F811
+def test_names_do_not_mislead(cache, tmp_path):
     """Files whose names are those of other parts."""
     folder = loose(tmp_path / "loose")
     for old, new in {"my tune": "ae", "a": "clip_l", "b": "t5xxl_fp16", "c": "flux1-dev"}.items():
@@ -113,7 +113,7 @@ def test_names_do_not_mislead(cache, tmp_path):  # noqa: F811
     assert is_loaded(fe.load(folder))
 
 
-def test_encoders_that_do_not_fit_are_not_taken(cache, tmp_path):  # noqa: F811
+def test_encoders_that_do_not_fit_are_not_taken(cache, tmp_path):
     """CLIP-G beside CLIP-L, an SDXL autoencoder with 4 channels, another T5."""
     folder = loose(tmp_path / "loose")
     other = CLIP.with_(hidden_size=128, num_attention_heads=2)
@@ -124,7 +124,7 @@ def test_encoders_that_do_not_fit_are_not_taken(cache, tmp_path):  # noqa: F811
     assert is_loaded(fe.load(folder))
 
 
-def test_of_two_precisions_of_an_encoder_the_finer_one_is_taken(cache, tmp_path):  # noqa: F811
+def test_of_two_precisions_of_an_encoder_the_finer_one_is_taken(cache, tmp_path):
     folder = loose(tmp_path / "loose")
     write(folder / "a_t5xxl_fp8.safetensors", STATES["t5"], dtype=torch.float8_e4m3fn)
     assert is_loaded(fe.load(folder))
@@ -135,7 +135,7 @@ def test_of_two_precisions_of_an_encoder_the_finer_one_is_taken(cache, tmp_path)
         fe.load(folder)
 
 
-def test_of_two_transformers_none_is_taken_by_chance(cache, tmp_path):  # noqa: F811
+def test_of_two_transformers_none_is_taken_by_chance(cache, tmp_path):
     folder = loose(tmp_path / "loose")
     write(folder / "flux1-schnell.safetensors", STATES["unguided"])
     write(folder / "flux1-dev.safetensors", REDRAWN, dtype=torch.float8_e4m3fn)  # smaller, and not the same model
@@ -147,7 +147,7 @@ def test_of_two_transformers_none_is_taken_by_chance(cache, tmp_path):  # noqa: 
     assert fe.load(folder / "flux1-schnell.safetensors").defaults == VARIANTS["schnell"].sampling
 
 
-def test_a_file_that_cannot_be_read_is_named_if_its_part_is_missing(cache, tmp_path):  # noqa: F811
+def test_a_file_that_cannot_be_read_is_named_if_its_part_is_missing(cache, tmp_path):
     folder = loose(tmp_path / "loose")
     (folder / "stray.safetensors").write_bytes(b"not a file of tensors")
     assert is_loaded(fe.load(folder))
@@ -168,14 +168,14 @@ def test_a_file_that_cannot_be_read_is_named_if_its_part_is_missing(cache, tmp_p
             fe.load(where)
 
 
-def test_files_called_sft(cache, tmp_path):  # noqa: F811
+def test_files_called_sft(cache, tmp_path):
     folder = loose(tmp_path / "loose")
     for path in list(folder.glob("*.safetensors")):
         path.rename(path.with_suffix(".sft"))
     assert is_loaded(fe.load(folder)) and is_loaded(fe.load(folder / "my tune.sft"))
 
 
-def test_parts_of_different_models_are_not_combined(cache, tmp_path):  # noqa: F811
+def test_parts_of_different_models_are_not_combined(cache, tmp_path):
     folder = encoders(tmp_path / "mixed")
     save_folder(STATES["flux"], folder / "transformer", FLUX)
     assert is_loaded(fe.load(folder))
@@ -191,7 +191,7 @@ def test_parts_of_different_models_are_not_combined(cache, tmp_path):  # noqa: F
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_an_all_in_one_file_uses_all_its_parts(cache, tmp_path, inside):  # noqa: F811
+def test_an_all_in_one_file_uses_all_its_parts(cache, tmp_path, inside):
     """Although the folder and the cache have others."""
     repository(cache, "dev", encoders(tmp_path / "others"), "vae", *ENCODERS)
     prefixes = {"flux": "model.diffusion_model.", "ae": "vae.", "clip": "text_encoders.clip_l.transformer."}
@@ -210,7 +210,7 @@ def test_an_all_in_one_file_uses_all_its_parts(cache, tmp_path, inside):  # noqa
 
 @pytest.mark.parametrize("known", ["black-forest-labs/FLUX.1-schnell", "someone/tune", "someone/half"])
 @pytest.mark.parametrize("layout", ["file", "folder"])
-def test_a_lone_transformer_takes_the_rest_from_any_repository_of_the_family(cache, tmp_path, known, layout):  # noqa: F811
+def test_a_lone_transformer_takes_the_rest_from_any_repository_of_the_family(cache, tmp_path, known, layout):
     sd3 = encoders(cached(cache, "a/stable-diffusion-3"))  # sorted before the others
     write(
         sd3 / "vae" / "diffusion_pytorch_model.safetensors",
@@ -236,7 +236,7 @@ def test_a_lone_transformer_takes_the_rest_from_any_repository_of_the_family(cac
     assert is_loaded(fe.load(lone))
 
 
-def test_without_the_family_in_the_cache_the_rest_is_missing(cache, tmp_path):  # noqa: F811
+def test_without_the_family_in_the_cache_the_rest_is_missing(cache, tmp_path):
     encoders(cached(cache, "a/other"))
     lone = write(tmp_path / "tune.safetensors", STATES["flux"])
     with pytest.raises(
@@ -272,7 +272,7 @@ def saved_by_diffusers(folder, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_folder_in_devs_layout_opens_in_its_own_dtype(cache, tmp_path, dtype):  # noqa: F811
+def test_a_folder_in_devs_layout_opens_in_its_own_dtype(cache, tmp_path, dtype):
     theirs = saved_by_diffusers(tmp_path / "mine", dtype=dtype)
     pipe = fe.load(tmp_path / "mine")
     assert {network.state_dict()[n].dtype for network in pipe.networks().values() for n in network.state_dict()} == {
@@ -283,7 +283,7 @@ def test_a_folder_in_devs_layout_opens_in_its_own_dtype(cache, tmp_path, dtype):
     assert fe.load(tmp_path / "mine", dtype="float64").dtype == torch.float64
 
 
-def test_scaled_fp8_opens_in_bfloat16(cache, tmp_path):  # noqa: F811
+def test_scaled_fp8_opens_in_bfloat16(cache, tmp_path):
     folder = loose(tmp_path / "loose")
     state = {}
     for name, tensor in STATES["flux"].items():
@@ -301,7 +301,7 @@ def test_scaled_fp8_opens_in_bfloat16(cache, tmp_path):  # noqa: F811
     assert torch.equal(pipe.flux.img_in.weight, value)
 
 
-def test_variant_chooses_the_files(cache, tmp_path):  # noqa: F811
+def test_variant_chooses_the_files(cache, tmp_path):
     plain = saved_by_diffusers(tmp_path / "plain")
     half = saved_by_diffusers(tmp_path / "half", dtype=torch.float16, variant="fp16")
     both = shutil.copytree(tmp_path / "plain", tmp_path / "both")
@@ -325,7 +325,7 @@ def test_variant_chooses_the_files(cache, tmp_path):  # noqa: F811
 # ---------------------------------------------------------------- revisions
 
 
-def test_revision_chooses_a_version_of_a_repository(cache, tmp_path):  # noqa: F811
+def test_revision_chooses_a_version_of_a_repository(cache, tmp_path):
     for revision, state in {"main": REDRAWN, "v2": STATES["flux"]}.items():
         save_folder(state, encoders(cached(cache, "someone/tune", revision)) / "transformer", FLUX)
     assert is_loaded(fe.load("someone/tune", revision="v2"))
@@ -349,7 +349,7 @@ def test_revision_chooses_a_version_of_a_repository(cache, tmp_path):  # noqa: F
 # ---------------------------------------------------------------- which sampling settings
 
 
-def test_a_transformer_without_guidance_input_and_name_asks(cache, tmp_path):  # noqa: F811
+def test_a_transformer_without_guidance_input_and_name_asks(cache, tmp_path):
     folder = loose(tmp_path / "loose", "unguided")
     with pytest.raises(
         RequestError, match=r"my tune.safetensors has no guidance input.* like='schnell' or like='dev'\.$"
@@ -364,7 +364,7 @@ def test_a_transformer_without_guidance_input_and_name_asks(cache, tmp_path):  #
 
 
 @pytest.mark.parametrize(("dynamic", "like"), [(True, "dev"), (False, "schnell")])
-def test_the_scheduler_tells_schnell_from_a_de_distilled_dev(cache, tmp_path, dynamic, like):  # noqa: F811
+def test_the_scheduler_tells_schnell_from_a_de_distilled_dev(cache, tmp_path, dynamic, like):
     folder = loose(tmp_path / "loose", "unguided")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"use_dynamic_shifting": dynamic}))
@@ -373,7 +373,7 @@ def test_the_scheduler_tells_schnell_from_a_de_distilled_dev(cache, tmp_path, dy
         fe.load(folder / "my tune.safetensors")
 
 
-def test_like_must_fit(cache, tmp_path):  # noqa: F811
+def test_like_must_fit(cache, tmp_path):
     folder = loose(tmp_path / "loose")
     assert fe.load(folder, like="kontext").defaults == VARIANTS["kontext"].sampling
     for like, reason in {
