@@ -79,7 +79,8 @@ docs: $(STAMP)  ## build the site into docs/_build/html, offline; check its link
 
 # Linux wheels of torch on PyPI carry gigabytes of CUDA. So: a GPU here, PyPI's build; none, the CPU build
 # from PyTorch's own index (the wheel alone: the next line brings what it needs, from the usual place).
-# Where that index is out of reach, whatever the configured index offers.
+# That index alone is asked there: an extra index in pip's configuration may offer a newer build, with CUDA.
+# Where it is out of reach, whatever the configured index offers.
 # On macOS, PyPI's build is the right one in any case. An installed torch within the bound is left alone.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -95,7 +96,7 @@ $(STAMP): pyproject.toml
 	  $(PIP) "$(TORCH)"; \
 	else \
 	  echo "torch: no NVIDIA GPU here, so the CPU build"; \
-	  $(PIP) --timeout 10 --retries 1 --no-deps --index-url $(CPU_INDEX) "$(TORCH)" || \
+	  PIP_EXTRA_INDEX_URL=$(CPU_INDEX) $(PIP) --timeout 10 --retries 1 --no-deps --index-url $(CPU_INDEX) "$(TORCH)" || \
 	  { echo "torch: $(CPU_INDEX) did not answer, so from the configured index"; $(PIP) "$(TORCH_FALLBACK)"; }; \
 	fi
 	$(PIP) --editable ".[lab,test]"

@@ -120,6 +120,8 @@ def pretend_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         for name, what in defaults.items():
             stack.enter_context(patch.object(torch.cuda, name, what))
+        # from torch 2.14 on, optimizers ask here whether a CUDA graph is being captured
+        stack.enter_context(patch.object(torch.accelerator, "current_stream", _Stream))
         # torch.compile needs this function of a CUDA build once a GPU is reported
         stack.enter_context(patch.object(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, create=True))
         stack.enter_context(_Mode())
@@ -168,6 +170,9 @@ class _Stream(_Event):
         pass
 
     wait_stream = wait_event
+
+    def is_capturing(self) -> bool:
+        return False
 
 
 # ---------------------------------------------------------------- one call
