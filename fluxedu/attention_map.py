@@ -186,7 +186,9 @@ def _kernel_with_lse(device: str, dtype: torch.dtype) -> Kernel | None:
 def _is_correct(kernel: Kernel, device: str, dtype: torch.dtype) -> bool:
     """Whether the output is that of F.scaled_dot_product_attention to the bit, and the log-sum-exp within 2e-6."""
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 2, 45, 32, generator=g).to(device, dtype) for _ in range(3))
+    q, k, v = (
+        torch.randn(2, 2, 45, 32, generator=g, dtype=torch.float32, device="cpu").to(device, dtype) for _ in range(3)
+    )
     out, lse = kernel(q, k, v)
     expected = (at_least_float32(q) @ at_least_float32(k).transpose(-1, -2) * 32**-0.5).logsumexp(-1)
     same_output = torch.equal(out, F.scaled_dot_product_attention(q, k, v))

@@ -72,7 +72,7 @@ class TensorFile(Mapping):
 
     def _mapped(self, entry: Entry) -> Tensor:
         if not entry.nbytes:
-            return torch.empty(entry.shape, dtype=entry.dtype)
+            return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         start = entry.offset // _WINDOW * _WINDOW
         window, count = self._window(entry.path, start), math.prod(entry.shape)
         flat = torch.frombuffer(window, dtype=entry.dtype, count=count, offset=entry.offset - start)
@@ -255,7 +255,7 @@ def row_chunks(tensors: Mapping[str, Tensor], name: str, buffers: Iterator[Tenso
             else:
                 nbytes = (stop - start) * row_bytes
                 if nbytes > len(buffer):  # a single row that is larger
-                    buffer = torch.empty(nbytes, dtype=torch.uint8)
+                    buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
                 rows = buffer[:nbytes].view(tensor.dtype).view(stop - start, *tensor.shape[1:])
                 source.read_into(rows, piece.name, start)
                 yield source.dequantised(rows, piece.name, start)
@@ -265,7 +265,7 @@ def row_chunks(tensors: Mapping[str, Tensor], name: str, buffers: Iterator[Tenso
 def free_buffers(nbytes: int, device: torch.device) -> Iterator[Tensor]:
     """Alternate between two buffers; one is yielded once its previous copy to ``device`` has finished."""
     is_cuda = device.type == "cuda"
-    buffers = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(2)]
+    buffers = [torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=is_cuda) for _ in range(2)]
     copied: list[torch.cuda.Event | None] = [None, None]
     for i in cycle((0, 1)):
         if copied[i] is not None:

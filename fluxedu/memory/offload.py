@@ -184,8 +184,10 @@ def decode_tiled(ae: AutoEncoder, latent: Tensor, tile: int = TILE, overlap: int
         raise ValueError(f"overlap must be between 0 and the tile's {tile} cells, not {overlap}.")
     batch, _, rows, columns = latent.shape
     scale, height, width = ae.config.downscale, min(tile, rows), min(tile, columns)
-    image = torch.zeros(batch, ae.config.out_ch, scale * rows, scale * columns, device=latent.device)
-    total = torch.zeros(scale * rows, scale * columns, device=latent.device)
+    image = torch.zeros(
+        batch, ae.config.out_ch, scale * rows, scale * columns, dtype=torch.float32, device=latent.device
+    )
+    total = torch.zeros(scale * rows, scale * columns, dtype=torch.float32, device=latent.device)
     for top in tile_starts(rows, height, overlap):
         for left in tile_starts(columns, width, overlap):
             part = AutoEncoder.decode(ae, latent[:, :, top : top + height, left : left + width])
@@ -208,8 +210,8 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
 
 def _blend_weights(start: int, tile: int, length: int, overlap: int) -> Tensor:
     """A tile's weights along one side: linear over ``overlap`` pixels, except at the edges of the image."""
-    pixel = torch.arange(tile) + 0.5
-    weight = torch.ones(tile)
+    pixel = torch.arange(tile, dtype=torch.float32, device="cpu") + 0.5
+    weight = torch.ones(tile, dtype=torch.float32, device="cpu")
     if start > 0:
         weight = weight * (pixel / overlap).clamp(max=1)
     if start + tile < length:

@@ -69,14 +69,14 @@ class PlanAhead:
 
     def __call__(self, t: float, guidance: Tensor | None, pooled: Tensor) -> Plan:
         if torch.is_grad_enabled():
-            return self.flux.plan(torch.tensor([t], device=pooled.device), guidance, pooled)
+            return self.flux.plan(torch.tensor([t], dtype=torch.float32, device=pooled.device), guidance, pooled)
         plans = self.plans.get(len(pooled), {})
         if t not in plans:
             times = [t]
             if t in self.times:
                 start = min(self.times.index(t), max(len(self.times) - self.times_at_once, 0))
                 times = self.times[start : start + self.times_at_once]
-            timesteps = torch.tensor(times, device=pooled.device)[:, None]
+            timesteps = torch.tensor(times, dtype=torch.float32, device=pooled.device)[:, None]
             plans = dict(zip(times, self.flux.plan(timesteps, guidance, pooled), strict=True))
             self.plans[len(pooled)] = plans
         return plans[t]

@@ -42,15 +42,15 @@ def image_ids(height: int, width: int) -> Tensor:
     Float32, which is exact here; in bfloat16 rows from 257 on would be wrong.
     """
     rows, cols = height // 2, width // 2
-    ids = torch.zeros(rows, cols, 3)
-    ids[..., 1] = torch.arange(rows)[:, None]
-    ids[..., 2] = torch.arange(cols)[None, :]
+    ids = torch.zeros(rows, cols, 3, dtype=torch.float32, device="cpu")
+    ids[..., 1] = torch.arange(rows, device="cpu")[:, None]
+    ids[..., 2] = torch.arange(cols, device="cpu")[None, :]
     return ids.reshape(-1, 3)
 
 
 def text_ids(length: int) -> Tensor:
     """Position ids of text tokens, ``[L, 3]``: all zero. The order of words is encoded by T5 alone."""
-    return torch.zeros(length, 3)
+    return torch.zeros(length, 3, dtype=torch.float32, device="cpu")
 
 
 def latent_size(height: int, width: int, downscale: int = 8, rounding: str = "up") -> tuple[int, int]:
@@ -65,10 +65,20 @@ def latent_size(height: int, width: int, downscale: int = 8, rounding: str = "up
     return tuple(2 * round_to_int(pixels / (PATCH * downscale)) for pixels in (height, width))
 
 
-def draw_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
-    """Standard normal noise ``[1, C, h, w]`` for one image, float32, drawn on the CPU.
+def draw_noise(
+    seed: int,
+    channels: int,
+    height: int,
+    width: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """Standard normal noise ``[1, C, h, w]`` for one image, in ``dtype`` and on ``device``.
 
-    It depends only on the image's own seed, so it is the same alone, in a batch and on any device.
+    It is always drawn in float32 on the CPU and then converted. So it depends only on the image's own seed: it is the
+    same alone, in a batch, on any device, and whatever PyTorch's default dtype and device are.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(1, channels, height, width, generator=generator)
+    noise = torch.randn(1, channels, height, width, generator=generator, dtype=torch.float32, device="cpu")
+    return noise.to(device, dtype)

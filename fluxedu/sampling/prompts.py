@@ -65,7 +65,7 @@ class Tokenizer:
             if len(ids) > length:
                 ids = [*ids[: length - 1], self.end_id]
             rows.append(ids + [self.pad_id] * (length - len(ids)))
-        return torch.tensor(rows, dtype=torch.long)
+        return torch.tensor(rows, dtype=torch.long, device="cpu")
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,9 @@ def refuse_unknown(arguments: dict) -> None:
 def checked_times(times) -> Tensor:
     """The user's own schedule, ``[N+1]`` falling times in [0, 1]; raises RequestError."""
     try:
-        found = torch.as_tensor(times, dtype=torch.float32)
+        found = torch.as_tensor(times, dtype=torch.float32, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        found = torch.empty(0)
+        found = torch.empty(0, device="cpu")
     falls = found.ndim == 1 and len(found) >= 2 and bool((found[1:] < found[:-1]).all())
     if not falls or not 0 <= float(found[-1]) <= float(found[0]) <= 1:
         raise RequestError(f"times must fall from at most 1 to at least 0, such as (1, 0.5, 0), not {describe(times)}.")

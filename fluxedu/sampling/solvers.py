@@ -100,7 +100,7 @@ def shift_amount(tokens: int, base: tuple[int, float] = (256, 0.5), top: tuple[i
 def shift_times(times: Tensor, mu: float) -> Tensor:
     """Move times in [0, 1] towards 1 (noise), ``e^mu / (e^mu + 1/t - 1)``; 0 and 1 stay where they are."""
     # a tensor, because number / tensor is rounded twice in PyTorch
-    factor = torch.tensor(math.exp(mu), dtype=times.dtype)
+    factor = torch.tensor(math.exp(mu), dtype=times.dtype, device=times.device)
     return factor / (factor + (1 / times - 1))  # at t = 0: 1 / 0 is inf, and factor / inf is 0
 
 
@@ -116,7 +116,7 @@ def schedule(steps: int, tokens: int, shift: bool = True, ends: tuple[float, flo
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, not {steps!r}.")
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).float()  # rounded once
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu").float()  # rounded once
     return shift_times(times, shift_amount(tokens, (256, ends[0]), (4096, ends[1]))) if shift else times
 
 

@@ -33,7 +33,8 @@ class VelocityField(Sited):
         device = flux.img_in.weight.device
         self.rope = flux.rope(img_ids.to(device), txt_ids.to(device))
         self.texts, self.prompt = texts, texts.split(1)[-1]
-        self.guidance = torch.tensor([request.guidance], device=device) if flux.config.guidance_embed else None
+        scale = torch.tensor([request.guidance], dtype=torch.float32, device=device)
+        self.guidance = scale if flux.config.guidance_embed else None
         self.plan = PlanAhead(flux, times)
 
     def __call__(self, x: Tensor, t: float) -> Tensor:

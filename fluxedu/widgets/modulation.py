@@ -63,7 +63,7 @@ def modulation(pipe: FluxPipeline, prompts: str | Sequence[str], *, times: int =
         labels = [f"{s:g}" for s in GUIDANCE_SCALES]
         default = min(range(len(labels)), key=lambda i: abs(GUIDANCE_SCALES[i] - pipe.defaults.guidance))
         controls.append(Slider("guidance", "guidance scale", labels, default, GUIDANCE_SCALES))
-    all_times = torch.linspace(1, 0, times)
+    all_times = torch.linspace(1, 0, times, dtype=torch.float32, device="cpu")
 
     @lru_cache(maxsize=32)
     def table(prompt: int, guidance: int | None) -> Named:

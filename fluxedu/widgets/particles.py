@@ -69,8 +69,8 @@ def particles(
         raise InstrumentError("give at least one field, one particle and one step.")
     if data.ndim != 2 or data.shape[1] != 2 or not 1 <= len(data) <= 6:
         raise InstrumentError(f"data must be one to six points [K, 2], not of shape {list(data.shape)}.")
-    times = torch.linspace(1, 0, steps + 1).tolist()
-    noise = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed))
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float32, device="cpu").tolist()
+    noise = torch.randn(count, 2, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu")
     runs = []
     for velocity in fields.values():
         states, velocities = euler_path(velocity, noise, times)

@@ -61,7 +61,8 @@ def positions(pipe: FluxPipeline, *, side: int = 16, block: str = "single.1", he
         pipe(EXAMPLE_PROMPT, progress=False)
     txt_len = pipe.prompt_encoder.t5_tokenizer.length
     q, k = (rec[f"{block}.{site}"].tensor.flatten(0, -3)[0, txt_len:].float().mean(0) for site in ("q_norm", "k_norm"))
-    rope, ones = rope_table(image_ids(2 * side, 2 * side), config.axes_dim, config.theta), torch.ones(config.head_dim)
+    rope = rope_table(image_ids(2 * side, 2 * side), config.axes_dim, config.theta)
+    ones = torch.ones_like(q)
     tables = [scores(ones, ones, rope), scores(q, k, rope)]
 
     def draw(vectors: int, query: tuple[int, int], key: tuple[int, int]) -> View:

@@ -30,7 +30,7 @@ def plane(ends: Tensor, group: Sequence[int]) -> tuple[Tensor, Tensor]:
     The first leads from the mean of group 0 to the mean of group 1. Along the second (and the first, if there is only
     one group) the ends vary most.
     """
-    mean, which = ends.mean(0), torch.as_tensor(group)
+    mean, which = ends.mean(0), torch.as_tensor(group, device=ends.device)
     rest, directions = ends - mean, ends[:0]
     if which.max() > 0:
         between = ends[which == 1].mean(0) - ends[which == 0].mean(0)
@@ -39,7 +39,7 @@ def plane(ends: Tensor, group: Sequence[int]) -> tuple[Tensor, Tensor]:
     while len(directions) < 2:
         rest = rest - rest @ directions.T @ directions  # what is orthogonal to the directions so far
         if float(rest.norm()) < 1e-3 * float(ends.norm()):  # too few images: any other direction will do
-            random = torch.randn(1, ends.shape[1], generator=generator).to(ends)
+            random = torch.randn(1, ends.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(ends)
             rest = random - random @ directions.T @ directions
         directions = torch.cat([directions, torch.linalg.svd(rest, full_matrices=False)[2][:1]])
     return mean, directions
@@ -93,7 +93,7 @@ def velocity(pipe: FluxPipeline, prompts: Sequence[str], *, seeds: int = 10, ste
     group = [g for g in range(len(prompts)) for _ in range(seeds)]
     mean, directions = plane(x[-1].flatten(1).float(), group)
     xy = ((x.flatten(2).float() - mean) @ directions.T).numpy(force=True)
-    remaining = torch.tensor(times).view(-1, 1, 1).to(v.device)
+    remaining = torch.tensor(times, dtype=torch.float32, device=v.device).view(-1, 1, 1)
     arrows = (-0.2 * remaining * (v.flatten(2).float() @ directions.T)).numpy(force=True)
 
     @cache

@@ -61,15 +61,15 @@ def divergence(pipe: FluxPipeline, prompt: str, *, probes: int = 8, seed: int = 
     check_integer("seed", seed, 0, 2**63 - 2, error=InstrumentError)
     out, velocity = _run_with_velocity(pipe, prompt, {"seed": seed} | options)
     times, latents, h = out.trajectory.times[:-1].tolist(), out.trajectory.latents, 0.01
-    generator, divergences = torch.Generator().manual_seed(seed), []
+    generator, divergences = torch.Generator("cpu").manual_seed(seed), []
     for i, t in enumerate(progress_bar(times, desc="divergence", leave=False)):
         x, total = latents[i], 0.0
         for _ in range(probes):
-            e = (torch.randint(0, 2, x.shape, generator=generator) * 2 - 1).to(x)
+            e = (torch.randint(0, 2, x.shape, generator=generator, device="cpu") * 2 - 1).to(x)
             difference = velocity(x + h * e, t) - velocity(x - h * e, t)
             total += float((difference.double() * e.double()).sum()) / (2 * h)
         divergences.append(total / probes / x.numel())
-    return Named(torch.tensor(divergences), ("step",), {"step": times})
+    return Named(torch.tensor(divergences, dtype=torch.float32, device="cpu"), ("step",), {"step": times})
 
 
 @lens
@@ -97,13 +97,13 @@ def velocity_field(
     up = latents[at_step, 1:] - x
     up = up - (up * across).sum() / unit**2 * across
     across, up = across / unit, up / up.norm()
-    line = torch.linspace(-reach, reach, size)
-    table = torch.zeros(size, size, 4)
+    line = torch.linspace(-reach, reach, size, dtype=torch.float32, device="cpu")
+    table = torch.zeros(size, size, 4, dtype=torch.float32, device="cpu")
     for i, b in enumerate(progress_bar(line, desc="field", leave=False)):
         for j, a in enumerate(line):
             v = -velocity(x + unit * (a * across + b * up), t)
             components = [float((v * axis).sum() / unit * t) for axis in (across, up)]
-            table[i, j] = torch.tensor([float(a), float(b), *components])
+            table[i, j] = table.new_tensor([float(a), float(b), *components])
     return Named(table, ("up", "across", "what"), {"what": ["across", "up", "v across", "v up"]})
 
 

@@ -93,7 +93,7 @@ def x0_by_block(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None, deco
     if "sample.x" not in rec:
         raise InstrumentError("the run has no such step, so nothing was recorded.")
     x, vec, names = rec["sample.x"], rec["vec"].tensor.to(pipe.device), blocks_of(pipe)
-    times = torch.tensor(x.coords["step"]).view(-1, 1, 1, 1).to(x.tensor)
+    times = torch.tensor(x.coords["step"], dtype=torch.float32, device="cpu").view(-1, 1, 1, 1).to(x.tensor)
     height, width = out.latents.shape[-2:]
     rows, columns = patch_grid(out.latents.shape)
     last_layer, predictions = pipe.flux.final_layer, []
@@ -202,7 +202,11 @@ def modulation_channels(pipe: FluxPipeline, prompt: str, *, times: Times = 21, g
     scale = pipe.defaults.guidance
     if guidance is not None:
         scale = check_number("guidance", guidance, -1e30, 1e30, error=InstrumentError)
-    scale = torch.tensor([float(scale)], device=pipe.device) if pipe.flux.config.guidance_embed else None
+    scale = (
+        torch.tensor([float(scale)], dtype=torch.float32, device=pipe.device)
+        if pipe.flux.config.guidance_embed
+        else None
+    )
     plan = pipe.flux.plan(times.to(pipe.device)[:, None], scale, pipe.prompt_encoder([prompt]).pooled)
 
     layers: dict[str, Tensor] = {}  # [T, 3 D] each
@@ -222,11 +226,11 @@ def _times(times: Times) -> Tensor:
     """The times as a tensor ``[T]``; raises InstrumentError for what is not in [0, 1]."""
     if isinstance(times, int) and not isinstance(times, bool):
         check_integer("times", times, 1, 10_000, "or pass a list of times in [0, 1]", error=InstrumentError)
-        return torch.linspace(1, 0, times)
+        return torch.linspace(1, 0, times, dtype=torch.float32, device="cpu")
     try:
-        found = torch.as_tensor(times, dtype=torch.float32)
+        found = torch.as_tensor(times, dtype=torch.float32, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        found = torch.zeros(())
+        found = torch.zeros((), device="cpu")
     if found.ndim != 1 or not len(found) or not bool(((found >= 0) & (found <= 1)).all()):
         raise InstrumentError(f"times must be a number of times, or a list of times in [0, 1], not {describe(times)}.")
     return found
