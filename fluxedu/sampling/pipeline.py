@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, pairwise
 
 import torch
@@ -23,6 +24,7 @@ from fluxedu.models.flux import Flux
 from fluxedu.probe import Sited
 from fluxedu.progress import progress_bar
 from fluxedu.sampling.conditions import check_pictures, encode_conditions, paste_outside
+from fluxedu.sampling.finite import check_finite
 from fluxedu.sampling.gradients import gradient_mode, leaf
 from fluxedu.sampling.images import Picture, resized, to_images, to_mask, to_tensor
 from fluxedu.sampling.latents import draw_noise
@@ -323,6 +325,7 @@ class FluxPipeline(Sited):
                 x = self.probe("x", x)  # [B, C, h, w] the state at the beginning of each step
                 states.append(x)
                 x, v = solver.checked(solver.step(x, t, t_next, velocity), x)
+                check_finite("the latents", x, partial(solver.step, states[-1], t, t_next, velocity))
             velocities.append(v)
             bar.update()
         states.append(x)
@@ -332,6 +335,7 @@ class FluxPipeline(Sited):
         """The image of a latent ``[1, C, h, w]``; for fill, with the original pixels outside the mask."""
         latent = self.probe("latent", latent)  # [B, C, h, w] the state at the end of the run
         image = self.autoencoder.decode(latent)
+        check_finite("the pixels", image, partial(self.autoencoder.decode, latent))
         image = self.probe("image", image)  # [B, C, h, w] the image, about -1 to 1; h and w are pixels
         if request.mask is not None and request.paste:
             image = paste_outside(image, request, self._downscale)

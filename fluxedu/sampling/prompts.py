@@ -7,6 +7,7 @@ its vector is a summary. T5 carries the content of the prompt, so a prompt that 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from fluxedu.errors import RequestError, describe
 from fluxedu.models.clip import CLIPTextEncoder
 from fluxedu.models.t5 import T5Encoder
+from fluxedu.sampling.finite import check_finite
 from fluxedu.sampling.step_context import current_context, entered
 
 
@@ -102,8 +104,12 @@ class PromptEncoder:
         for prompt in dict.fromkeys(prompts):
             context = current_context()
             with entered(context and replace(context, text=prompt)):
-                txt = self.t5(self.t5_tokenizer([prompt]).to(device))
-                _, pooled = self.clip(self.clip_tokenizer([prompt]).to(device))
+                t5_ids = self.t5_tokenizer([prompt]).to(device)
+                txt = self.t5(t5_ids)
+                check_finite("T5's embeddings", txt, partial(self.t5, t5_ids))
+                clip_ids = self.clip_tokenizer([prompt]).to(device)
+                _, pooled = self.clip(clip_ids)
+                check_finite("CLIP's pooled vectors", pooled, partial(self.clip, clip_ids))
             encoded[prompt] = Conditioning(txt, pooled)
         txt = torch.cat([encoded[prompt].txt for prompt in prompts])
         pooled = torch.cat([encoded[prompt].pooled for prompt in prompts])
