@@ -114,16 +114,21 @@ class Flux(Probed):
         timesteps: Tensor,
         y: Tensor,
         guidance: Tensor | None = None,
+        *,
+        rope: Tensor | None = None,
+        plan: Plan | None = None,
     ) -> Tensor:
         """The velocity of the image tokens, ``[B, N, out_channels]``.
 
         img ``[B, N, in_channels]`` packed latents · img_ids ``[B, N, 3]`` or ``[N, 3]`` · txt
         ``[B, L, context_in_dim]`` T5 embeddings · txt_ids ``[B, L, 3]`` or ``[L, 3]``, all zero · timesteps ``[B]`` in
         [0, 1], 1 is noise · y ``[B, vec_in_dim]`` CLIP's pooled vector · guidance ``[B]``, required if
-        ``config.guidance_embed``, ignored otherwise.
+        ``config.guidance_embed``, ignored otherwise · rope, plan: what :meth:`rope` and :meth:`plan` return for these
+        arguments, if it is known already.
         """
-        plan = self.plan(timesteps, guidance, y)
-        return self.velocity(img, txt, self.rope(img_ids, txt_ids), plan)
+        plan = self.plan(timesteps, guidance, y) if plan is None else plan
+        rope = self.rope(img_ids, txt_ids) if rope is None else rope
+        return self.velocity(img, txt, rope, plan)
 
     def rope(self, img_ids: Tensor, txt_ids: Tensor) -> Tensor:
         """The rotations of [text, image], complex ``[..., 1, L + N, d/2]``; the same for every step."""

@@ -23,8 +23,8 @@ from fluxedu.models.config import Sampling
 from fluxedu.models.flux import Flux
 from fluxedu.probe import Sited
 from fluxedu.progress import progress_bar
+from fluxedu.sampling.checks import check_finite, check_networks
 from fluxedu.sampling.conditions import check_pictures, encode_conditions, paste_outside
-from fluxedu.sampling.finite import check_finite
 from fluxedu.sampling.gradients import gradient_mode, leaf
 from fluxedu.sampling.images import Picture, resized, to_images, to_mask, to_tensor
 from fluxedu.sampling.latents import draw_noise
@@ -176,8 +176,7 @@ class FluxPipeline(Sited):
         Raises RequestError for invalid arguments; OutOfMemory when memory runs out.
         """
         refuse_unknown(unknown)
-        if not isinstance(self.flux, Flux):
-            raise RequestError("pipe.flux must be a Flux; to compile it, load the pipeline with compile=True.")
+        check_networks(self)
         pictures = {"image": image, "control": control, "reference": reference, "image_prompt": image_prompt}
         pictures = {name: None if picture is None else to_tensor(picture) for name, picture in pictures.items()}
         pictures["mask"] = None if mask is None else to_mask(mask)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fluxedu.errors import RequestError, describe
 from fluxedu.models.clip import CLIPTextEncoder
 from fluxedu.models.t5 import T5Encoder
-from fluxedu.sampling.finite import check_finite
+from fluxedu.sampling.checks import check_finite
 from fluxedu.sampling.step_context import current_context, entered
 
 

@@ -31,7 +31,8 @@ class VelocityField(Sited):
         txt_ids = text_ids(texts.txt.shape[1])  # [L, 3] all zero
         img_ids = pictures.join_ids(image_ids(*request.shape))  # [N, 3] (frame, row, column)
         device = flux.img_in.weight.device
-        self.rope = flux.rope(img_ids.to(device), txt_ids.to(device))
+        self.img_ids, self.txt_ids = img_ids.to(device), txt_ids.to(device)
+        self.rope = flux.rope(self.img_ids, self.txt_ids)
         self.texts, self.prompt = texts, texts.split(1)[-1]
         scale = torch.tensor([request.guidance], dtype=torch.float32, device=device)
         self.guidance = scale if flux.config.guidance_embed else None
@@ -45,8 +46,9 @@ class VelocityField(Sited):
             img = pack(x)  # [1, N, 64]
             img_input = self.pictures.join(img.repeat(len(texts.txt), 1, 1))  # repeated for each prompt
             plan = self.plan(t, self.guidance, texts.pooled)  # the modulation of all blocks
-            transformer = checkpointed(self.flux.velocity)
-            v = transformer(img_input, texts.txt, self.rope, plan)
+            timesteps = torch.full((len(texts.txt),), t, dtype=torch.float32, device=x.device)
+            inputs = (img_input, self.img_ids, texts.txt, self.txt_ids, timesteps, texts.pooled, self.guidance)
+            v = checkpointed(self.flux)(*inputs, rope=self.rope, plan=plan)
             v = v[:, : img.shape[1]]  # without the tokens of a reference picture
             if uses_cfg:
                 negative, prompted = v.chunk(2, dim=0)

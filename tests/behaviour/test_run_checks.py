@@ -10,7 +10,7 @@ from runs import PROMPT, draw, latents
 
 import fluxedu as fe
 from fluxedu import probe
-from fluxedu.sampling.finite import check_finite
+from fluxedu.sampling.checks import check_finite
 
 NAN, INF = float("nan"), float("inf")
 

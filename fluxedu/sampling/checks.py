@@ -1,4 +1,4 @@
-"""A warning when a run computes NaN or infinity: it names the step and the first site with such a value."""
+"""Warnings about what would go wrong silently: NaN and infinity in a run, and forward hooks that are never called."""
 
 from __future__ import annotations
 
@@ -8,15 +8,62 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fluxedu.errors import RequestError
+from fluxedu.models.autoencoder import AutoEncoder
+from fluxedu.models.flux import Flux
 from fluxedu.probe import Sited, Watcher, current_watcher, site, watch
 from fluxedu.sampling.step_context import current_context, entered
 
+if TYPE_CHECKING:
+    from fluxedu.sampling.pipeline import FluxPipeline
+
 _thread = threading.local()
+
+ATTRIBUTES = {"clip": "prompt_encoder.clip", "t5": "prompt_encoder.t5", "ae": "autoencoder"}  # of the pipeline
+
+
+def warn(message: str) -> None:
+    """Warn where fluxedu was called from."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fluxedu."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+# ---------------------------------------------------------------- networks that the pipeline cannot call as they are
+
+
+def check_networks(pipe: FluxPipeline) -> None:
+    """Raises RequestError for a compiled transformer or autoencoder; warns about hooks that are not called."""
+    if not isinstance(pipe.flux, Flux):
+        raise RequestError("pipe.flux must be a Flux; to compile it, load the pipeline with compile=True.")
+    if hasattr(pipe.autoencoder, "_orig_mod"):  # its encode() and decode() would run uncompiled
+        raise RequestError("pipe.autoencoder cannot be compiled as a whole; compile pipe.autoencoder.decoder instead.")
+    for name, network in pipe.networks().items():
+        for module in network.modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                _check_hooks(f"pipe.{ATTRIBUTES.get(name, name)}", network, module)
+
+
+def _check_hooks(label: str, network: nn.Module, module: nn.Module) -> None:
+    path = next(path for path, found in network.named_modules() if found is module)
+    parents = [network.get_submodule(".".join(path.split(".")[:depth])) for depth in range(path.count(".") + 1)]
+    is_streamed = getattr(network, "placement", None) is not None  # its weights are moved by hooks of ours
+    label = f"{label}.{path}".rstrip(".")
+    if isinstance(module, AutoEncoder):
+        warn(f"forward hooks on {label} are not called, its encode() and decode() are; hook its encoder or decoder.")
+    elif type(module).forward is nn.Module.forward:
+        warn(f"forward hooks on {label} are never called, since it has no forward(); hook a module inside it.")
+    elif not is_streamed and any(parent._compiled_call_impl is not None for parent in parents):
+        warn(f"forward hooks on {label} may not be called, since its block is compiled; use fe.record or fe.intervene.")
+
+
+# ---------------------------------------------------------------- NaN and infinity
 
 
 class FirstNotFinite:
@@ -61,10 +108,7 @@ def check_finite(what: str, value: Tensor, compute: Callable[[], Any]) -> None:
     advice = ""
     if value.dtype == torch.float16:
         advice = "; float16 has no numbers above 65504, so load the pipeline with dtype='bfloat16'"
-    frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fluxedu."):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(f"{what} are not finite{step}{where}{advice}.", RuntimeWarning, stacklevel=level)
+    warn(f"{what} are not finite{step}{where}{advice}.")
 
 
 def first_site(compute: Callable[[], Any]) -> str | None:
