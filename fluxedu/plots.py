@@ -14,12 +14,12 @@ from math import ceil
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import nn
 
 from fluxedu.errors import InstrumentError
+from fluxedu.figure import Figure
 from fluxedu.instruments.named import Named
 
 __all__ = [

@@ -19,12 +19,12 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from fluxedu import plots
 from fluxedu.errors import InstrumentError, describe
+from fluxedu.figure import Figure
 from fluxedu.instruments import lenses
 from fluxedu.instruments.catalogue import sites
 from fluxedu.instruments.lenses.run import run_lenses

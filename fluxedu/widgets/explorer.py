@@ -32,10 +32,10 @@ import numpy as np
 import traitlets
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
-from matplotlib.figure import Figure
 from PIL import Image
 
 from fluxedu.errors import InstrumentError, describe
+from fluxedu.figure import Figure
 from fluxedu.plots import hide_axes
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.panels import Panel, rounded

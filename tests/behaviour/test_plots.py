@@ -1,9 +1,14 @@
 """Plots: figures show the values they are given."""
 
+from base64 import b64decode
+from io import BytesIO
+
 import matplotlib
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
 from PIL import Image
 
 from fluxedu import plots
@@ -47,6 +52,23 @@ def test_every_figure_can_be_saved_and_opens_no_window(name, tmp_path):
     figure.savefig(tmp_path / "plot.png", dpi=60)
     assert np.asarray(Image.open(tmp_path / "plot.png")).std() > 5
     assert matplotlib.get_backend() == before
+
+
+def test_a_notebook_shows_a_figure_once_with_and_without_pyplot():
+    """The value of a cell, in a kernel: one image, and beside it the same text as before."""
+    drawn = "import numpy as np\nfrom fluxedu import plots\nplots.spectrum({'noise': np.eye(16).reshape(1, 4, 8, 8)})"
+    pyplot = "import sys\nprint('matplotlib.pyplot' in sys.modules)\nimport matplotlib.pyplot as plt"
+    cells = [drawn, pyplot, drawn, "%matplotlib inline", drawn, "plt.figure(figsize=(1, 1))\n" + drawn]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    outputs = [cell.outputs for cell in notebook.cells]
+    assert outputs[1][0].text == "False\n"  # nothing had imported it
+    for found in (outputs[0], outputs[2], outputs[4]):
+        assert [output.output_type for output in found] == ["execute_result"]
+        assert set(found[0].data) == {"image/png", "text/plain"}
+        assert found[0].data["text/plain"] == "<Figure size 500x340 with 1 Axes>"
+    assert [output.output_type for output in outputs[5]] == ["execute_result", "display_data"]  # and the user's own
+    assert np.asarray(Image.open(BytesIO(b64decode(outputs[0][0].data["image/png"])))).std() > 5
 
 
 def images(figure):
