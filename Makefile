@@ -38,7 +38,7 @@ lab: $(STAMP)   ## open the course in JupyterLab, on a copy in fluxedu-course/
 	$(BIN)/fluxedu lab
 
 test: $(STAMP)  ## run the tests, then every notebook against its stored output
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests
 ifneq ($(NOTEBOOKS),)
 	$(ONE_THREAD) $(BIN)/python -m pytest $(NBVAL) -n 2 --dist loadfile $(NOTEBOOKS)
 endif
@@ -62,7 +62,7 @@ oldest:         ## the tests with the lowest versions the bounds allow, in an en
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --disable-pip-version-check --quiet uv
 	.venv-oldest/bin/uv pip install --python .venv-oldest/bin/python --resolution lowest-direct $(UV_OPTIONS) -e ".[lab,test]"
-	$(ONE_THREAD) .venv-oldest/bin/python -m pytest -n 2 --dist worksteal tests
+	$(ONE_THREAD) .venv-oldest/bin/python -m pytest -n 2 tests
 
 newest:         ## the tests with the newest versions the bounds allow, in a fresh environment, .venv-newest
 	rm -rf .venv-newest

@@ -3,6 +3,7 @@
 Without one these tests are skipped, unless FLUXEDU_BROWSER=required (as in CI): then they fail.
 """
 
+import json
 import os
 import shutil
 import socket
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import nbformat
 import pytest
@@ -133,4 +134,8 @@ def run(lab, tab):
         return tab
 
     opened.show = show
-    return opened
+    yield opened
+    with urlopen(f"{address}/api/kernels?token=t") as answer:
+        kernels = json.load(answer)
+    for kernel in kernels:  # each holds half a gigabyte
+        urlopen(Request(f"{address}/api/kernels/{kernel['id']}?token=t", method="DELETE")).close()
