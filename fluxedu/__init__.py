@@ -22,6 +22,7 @@ _PUBLIC = {
     "intervene": "fluxedu.instruments.interventions",
     "ablate": "fluxedu.instruments.ablation",
     "patch": "fluxedu.instruments.interventions",
+    "region": "fluxedu.instruments.tokens",
     "gradients": "fluxedu.sampling.gradients",
     "swap": "fluxedu.instruments.swapping",
     "check": "fluxedu.course",

@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Index = int | slice | list[int] | Tensor
+#: entries of a map: the product of three masks, of passes and heads [B, H, 1, 1], queries [1, 1, N, 1] and keys
+#: [1, 1, 1, N]; a mask that selects everything has one entry
+Hidden = tuple[Tensor, Tensor, Tensor]
 ROWS_AT_ONCE = 512  # rows per chunk if no kernel returns the log-sum-exp
 
 
@@ -36,7 +39,8 @@ class AttentionMap:
 
     Attributes: ``q``, ``k``, ``v`` ``[B, H, N, d]``, after RoPE · ``txt_len``, the number of text tokens, which come
     first · ``bias``, broadcastable to the map, added to the scores (T5's distances) · ``causal``: later tokens are
-    masked (CLIP) · ``scale`` of the scores, ``1 / sqrt(d)`` by default. Parts are float32, or float64 if q is.
+    masked (CLIP) · ``scale`` of the scores, ``1 / sqrt(d)`` by default · ``scores`` in place of all of these, if they
+    were changed · ``hidden``: what :meth:`hide` has hidden. Parts are float32, or float64 if q is.
     """
 
     def __init__(
@@ -48,9 +52,12 @@ class AttentionMap:
         bias: Tensor | None = None,
         causal: bool = False,
         scale: float | None = None,
+        scores: Tensor | None = None,
+        hidden: tuple[Hidden, ...] = (),
     ):
         self.q, self.k, self.v, self.txt_len = q, k, v, txt_len
         self.bias, self.causal, self.scale = bias, causal, scale
+        self.scores, self.hidden = scores, hidden
         self._output: Tensor | None = None  # the attention output, once it has been computed
         self._lse: Tensor | None = None
 
@@ -62,16 +69,28 @@ class AttentionMap:
     @property
     def requires_grad(self) -> bool:
         """Whether gradients flow through the map, or through its output."""
-        return any(x is not None and x.requires_grad for x in (self.q, self.k, self.v))
+        return any(x is not None and x.requires_grad for x in (self.q, self.k, self.v, self.scores))
 
     def output(self) -> Tensor:
         """The attention output ``[B, H, N, d]``, to the last bit what an unwatched block computes."""
         if self._output is None:
-            mask = None if self.bias is None else self.bias.to(self.q.dtype)
-            self._output = F.scaled_dot_product_attention(
-                self.q, self.k, self.v, attn_mask=mask, is_causal=self.causal, scale=self.scale
-            )
+            self._output = self._attend(self.q, self.k, self.v)
         return self._output
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``map @ v`` by the fused kernel; a mask is of one head at most, never of all."""
+        if self.scores is not None:
+            return self.weights().to(v.dtype) @ v
+        if self.shape[1] > 1 and any(where.shape[1] > 1 and queries.numel() > 1 for where, queries, _ in self.hidden):
+            heads = [slice(h, h + 1) for h in range(self.shape[1])]
+            return torch.cat([self.heads(h)._attend(q[:, h], k[:, h], v[:, h]) for h in heads], dim=1)
+        mask = None if self.bias is None else self.bias.to(q.dtype)
+        causal = self.causal and not self.hidden  # the kernels take one or the other
+        if self.hidden:
+            visible = self._visible()
+            mask = torch.zeros_like(visible, dtype=q.dtype) if mask is None else mask.expand(self.shape)
+            mask = mask.masked_fill(~visible, -torch.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """``map @ v``, the weighted sum of the values: ``[B, H, N, d]``."""
@@ -81,7 +100,9 @@ class AttentionMap:
     def lse(self) -> Tensor:
         """The log-sum-exp of every row of scores, ``[B, H, N]``."""
         if self._lse is None:
-            is_plain = self.bias is None and not self.causal and self.scale is None
+            is_plain = (
+                not (self.causal or self.hidden) and self.bias is None and self.scale is None and self.scores is None
+            )
             kernel = _kernel_with_lse(self.q.device.type, self.q.dtype) if is_plain and self.v is not None else None
             if kernel is not None and not self.requires_grad:
                 self._output, self._lse = kernel(self.q, self.k, self.v)
@@ -103,18 +124,57 @@ class AttentionMap:
         """The whole map."""
         return self.rows(slice(None))
 
+    def all_scores(self) -> Tensor:
+        """The scores of the whole map, before the softmax."""
+        return self._scores(slice(None))
+
+    def with_scores(self, scores: Tensor) -> AttentionMap:
+        """The softmax of other scores ``[B, H, N, N]``."""
+        return AttentionMap(self.q, self.k, self.v, self.txt_len, scores=scores)
+
+    def hide(self, where: Tensor, queries: Tensor, keys: Tensor) -> AttentionMap:
+        """The same map with the scores of some entries at minus infinity, so that no attention goes there.
+
+        The entries are those at which all three masks of :data:`Hidden` are True.
+        """
+        hidden = (*self.hidden, (where, queries, keys))
+        return AttentionMap(
+            self.q, self.k, self.v, self.txt_len, self.bias, self.causal, self.scale, self.scores, hidden
+        )
+
+    def has_empty_rows(self) -> bool:
+        """Whether every key is hidden from some query, whose attention is then undefined."""
+        keys = [mask[2].expand(1, 1, 1, self.shape[3]) for mask in self.hidden]
+        if not keys or not torch.stack(keys).any(0).all():
+            return False  # some key is hidden from none
+        heads = range(self.shape[1]) if any(mask[0].shape[1] > 1 for mask in self.hidden) else [0]
+        return not all(self.heads([h])._visible().any(-1).all() for h in heads)
+
+    def _visible(self, rows: slice | list[int] | Tensor = slice(None), columns=slice(None)) -> Tensor:
+        """False at the entries that are hidden, or later than the query in a causal map; of the smallest shape."""
+        visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.q.device)
+        for where, queries, keys in self.hidden:
+            queries = queries if queries.numel() == 1 else queries[:, :, rows]
+            visible = visible & ~(where & queries & (keys if keys.numel() == 1 else keys[..., columns]))
+        if self.causal:
+            earlier = torch.ones(self.shape[2:], dtype=torch.bool, device=self.q.device).tril()
+            visible = visible & earlier[rows][:, columns]
+        return visible
+
     def heads(self, index: slice | list[int]) -> AttentionMap:
         """The same map of some heads."""
         return self._slice(lambda x: x[:, index])
 
-    def picture(self, index: int) -> AttentionMap:
-        """The same map of one entry of the batch (an image, or a pass of guidance); the batch axis stays."""
-        return self._slice(lambda x: x[index : index + 1])
+    def picture(self, index: int | slice) -> AttentionMap:
+        """The same map of one entry of the batch (an image, or a pass of guidance), or some; the batch axis stays."""
+        rows = index if isinstance(index, slice) else slice(index, index + 1)
+        return self._slice(lambda x: x[rows])
 
     def _slice(self, take: Callable[[Tensor], Tensor]) -> AttentionMap:
-        q, k, v = (None if x is None else take(x) for x in (self.q, self.k, self.v))
+        q, k, v, scores = (None if x is None else take(x) for x in (self.q, self.k, self.v, self.scores))
         bias = None if self.bias is None else take(self.bias.expand(self.shape))
-        part = AttentionMap(q, k, v, self.txt_len, bias, self.causal, self.scale)
+        hidden = tuple((take(m[0].expand(*self.shape[:2], 1, 1)), *m[1:]) for m in self.hidden)
+        part = AttentionMap(q, k, v, self.txt_len, bias, self.causal, self.scale, scores, hidden)
         part._lse = None if self._lse is None else take(self._lse)
         return part
 
@@ -134,22 +194,24 @@ class AttentionMap:
         ``H_i = lse_i - sum_j P_ij s_ij``, and the sum is one more attention call with the keys as values:
         ``q_i . sum_j P_ij k_j / sqrt(d)``.
         """
-        if self.bias is not None or self.causal:
+        if self.bias is not None or self.causal or self.scores is not None:
             return torch.special.entr(self.weights()).sum(-1)
         q, k = at_least_float32(self.q), at_least_float32(self.k)
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        mean_key = F.scaled_dot_product_attention(q, k, k, scale=scale)
+        mean_key = self._attend(q, k, k)
         return (self.lse - scale * (q * mean_key).sum(-1)).clamp(min=0)  # rounding may give -1e-7
 
     def _scores(self, rows: slice | list[int] | Tensor, columns: slice | list[int] | Tensor = slice(None)) -> Tensor:
-        scale = self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        q, k = at_least_float32(self.q[:, :, rows]), at_least_float32(self.k[:, :, columns])
-        scores = q @ k.transpose(-1, -2) * scale
+        if self.scores is not None:
+            scores = at_least_float32(self.scores[:, :, rows][..., columns])
+        else:
+            scale = self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
+            q, k = at_least_float32(self.q[:, :, rows]), at_least_float32(self.k[:, :, columns])
+            scores = q @ k.transpose(-1, -2) * scale
         if self.bias is not None:
             scores = scores + at_least_float32(self.bias.expand(self.shape)[:, :, rows][..., columns])
-        if self.causal:
-            later = torch.ones(self.shape[2:], dtype=torch.bool, device=self.q.device).triu(1)
-            scores = scores.masked_fill(later[rows][:, columns], -torch.inf)
+        if self.hidden or self.causal:
+            scores = scores.masked_fill(~self._visible(rows, columns), -torch.inf)
         return scores
 
 

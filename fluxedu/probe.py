@@ -13,6 +13,7 @@ another one if it intervenes. ``fluxedu.instruments`` is built on this and on no
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any
 from weakref import WeakSet
 
@@ -59,6 +60,21 @@ class Probed(Sited, nn.Module):
 def site(owner: Sited, name: str) -> str:
     """The full name of a site, such as ``double.2.img_attn.q``."""
     return f"{owner.site_path}.{name}" if owner.site_path else name
+
+
+#: what the names of sites outside the transformer begin with
+OTHER_NETWORKS = ("clip.", "t5.", "ae.", "sample.")
+
+
+def matches(name: str, glob: str) -> bool:
+    """Whether a site has the name ``glob``, in which ``*`` stands for any characters.
+
+    A glob without the name of a network means the transformer: ``*.heads`` matches ``double.1.heads`` and not
+    ``t5.encoder.block.0.layer.0.SelfAttention.heads``, which ``t5.*.heads`` matches.
+    """
+    if glob.partition(".")[0].strip("*") == "" and name.startswith(OTHER_NETWORKS):
+        return False
+    return fnmatchcase(name, glob)
 
 
 def name_sites(network: nn.Module, prefix: str = "") -> None:

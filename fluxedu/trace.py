@@ -26,7 +26,7 @@ from fluxedu import plots
 from fluxedu.errors import InstrumentError, describe
 from fluxedu.figure import Figure
 from fluxedu.instruments import lenses
-from fluxedu.instruments.catalogue import sites
+from fluxedu.instruments.catalogue import EVERYTHING, sites
 from fluxedu.instruments.lenses.run import run_lenses
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts
@@ -79,7 +79,8 @@ def stages(pipe: FluxPipeline, prompt: str, **request) -> tuple[Output, list[Sta
     words, chosen = _words(pipe, prompt), {"contributions": {}}
     if words:
         chosen |= {"word_maps": {"words": words}, "head_gallery": {"query": words[-1]}}
-    with record("*", reduce="summary") as numbers, record("*", steps=-1, reduce=thumbnail) as thumbnails:
+    numbers, thumbnails = record(*EVERYTHING, reduce="summary"), record(*EVERYTHING, steps=-1, reduce=thumbnail)
+    with numbers, thumbnails:
         out, results = run_lenses(pipe, prompt, chosen, **request)
     figures = _figures(pipe, prompt, request.get("guidance"), out, results["contributions"])
     if words:

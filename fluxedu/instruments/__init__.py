@@ -8,6 +8,7 @@ from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.recording import Recording, open_recording
 from fluxedu.instruments.swapping import swap
+from fluxedu.instruments.tokens import region
 
 __all__ = [
     "Context",
@@ -21,6 +22,7 @@ __all__ = [
     "patch",
     "positions",
     "record",
+    "region",
     "sites",
     "swap",
 ]

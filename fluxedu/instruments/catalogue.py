@@ -25,9 +25,12 @@ from fluxedu.models.flux import Flux
 from fluxedu.models.meta_init import meta_init
 from fluxedu.models.modulation import Modulation
 from fluxedu.models.t5 import T5Attention, T5Encoder
-from fluxedu.probe import Probed, Sited, networks, site
+from fluxedu.probe import OTHER_NETWORKS, Probed, Sited, networks, site
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.velocity_field import VelocityField
+
+#: globs of the sites of all networks
+EVERYTHING = ("*", *(f"{network}*" for network in OTHER_NETWORKS))
 
 #: what the letters of a shape stand for
 LEGEND = {

@@ -23,26 +23,38 @@ from fluxedu.attention_map import AttentionMap
 from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.catalogue import axes_of
 from fluxedu.instruments.named import Named
-from fluxedu.instruments.recorder import record
+from fluxedu.instruments.recorder import NEGATIVE_PROMPT, record
 from fluxedu.instruments.recording import Recording
+from fluxedu.instruments.selection import (
+    ONE_PASS_SITES,
+    STREAMS,
+    Indices,
+    Selection,
+    Times,
+    Tokens,
+    mask_of,
+    passes_of,
+)
 from fluxedu.instruments.tokens import Word, token_indices_at
 from fluxedu.instruments.watching import Instrument, accepts
 from fluxedu.probe import Sited
 from fluxedu.sampling.conditions import reference_ids, reference_shape
 from fluxedu.sampling.latents import image_ids, text_ids
-from fluxedu.sampling.step_context import StepContext, Steps, checked_steps, current_context, is_selected
-
-STREAMS = ("txt", "img")
-Times = tuple[float, float]
+from fluxedu.sampling.step_context import StepContext, Steps, current_context
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where a value is changed: its ``site``, its ``axes``, and the ``step_context`` (None without a pipeline)."""
+    """Where a value is changed: its ``site``, its ``axes``, and the ``step_context`` (None without a pipeline).
+
+    ``passes`` names the passes of classifier-free guidance along the batch: ``("negative", "prompted")``,
+    ``("prompted",)`` where guidance is off, ``()`` for a value that both passes share.
+    """
 
     site: str
     axes: tuple[str, ...] | None
     step_context: StepContext | None
+    passes: tuple[str, ...] = ()
 
     @property
     def step(self) -> int | None:
@@ -85,15 +97,35 @@ class Context:
 class intervene(Instrument):  # noqa: N801 - used like a function
     """Replace the value at every site that matches ``globs`` by ``change(value, ctx)``.
 
-    steps: which steps (a number, a list, a slice) · times: (from, to) in [0, 1], 1 is noise. The result must have the
-    value's shape and dtype; ``change`` may write to the value, which is a copy. At ``attn.map`` it receives the lazy
-    map and may return a tensor ``[B, H, N, N]``. Random numbers from ``ctx.generator`` are the same for the same seed.
-    Raises InstrumentError for a site that does not exist or a result that does not fit; warns if no step was selected.
+    steps, times, passes, streams, tokens, queries, heads: the part of the values that is replaced, see
+    :mod:`fluxedu.instruments.selection`. ``change`` receives the complete value all the same; of its result, only the
+    selected entries are used, and the other entries keep their bits and their gradient::
+
+        with fe.intervene("single.3.x", lambda x, ctx: 0 * x, streams="img", tokens=fe.region(box=(0, 0, 0.5, 1))): ...
+
+    Under classifier-free guidance, only the prompted pass is changed (``passes="prompted"``), also while the prompts
+    are encoded; ``"negative"`` or ``"both"`` change the other, and a site of one pass, such as ``sample.negative``, is
+    changed if it is named.
+
+    The result must have the value's shape and dtype; ``change`` may write to the value, which is a copy. At
+    ``attn.map`` it receives the lazy map and returns a map or a tensor ``[B, H, N, N]``. Random numbers from
+    ``ctx.generator`` are the same for the same seed. Raises InstrumentError for a site that does not exist, a selection
+    that a site does not have, or a result that does not fit; warns if nothing was selected.
     """
 
     changes = True
 
-    def __init__(self, *globs_and_change: Any, steps: Steps = None, times: Times | None = None):
+    def __init__(
+        self,
+        *globs_and_change: Any,
+        steps: Steps = None,
+        times: Times | None = None,
+        passes: str | None = None,
+        streams: Sequence[str] | str | None = None,
+        tokens: Tokens | None = None,
+        queries: Tokens | None = None,
+        heads: Sequence[int] | int | None = None,
+    ):
         *globs, change = globs_and_change or (None,)
         if not callable(change):
             raise InstrumentError(
@@ -104,31 +136,44 @@ class intervene(Instrument):  # noqa: N801 - used like a function
             raise InstrumentError(
                 f"change must take two arguments, (value, ctx) -> value; {describe(change)} does not."
             )
-        self.change, self.steps, self.times = change, checked_steps(steps), _checked_times(times)
+        self.change = change
+        self.selection = Selection.of(steps, times, passes or "prompted", streams, tokens, queries, heads)
+        self.named_passes = set(globs) & set(ONE_PASS_SITES) if passes is None else set()
         self.changed_sites: set[str] = set()
         self.outside_steps: set[str] = set()  # sites reached outside the steps while steps= or times= was set
-        self.steps_in_run = 0  # number of steps of a run in which at least one step was not selected
 
     def see(self, owner: Sited, name: str, full_name: str, value: Any) -> Any:
-        context = current_context()
-        if not self._is_selected(context, full_name):
+        context, axes = current_context(), axes_of(owner, name)
+        if not self._is_in_step(context, full_name):
             return value
-        value_copy = value.clone() if isinstance(value, Tensor) else value  # the change may write to it
-        result = self.change(value_copy, Context(full_name, axes_of(owner, name), context))
+        if full_name in self.named_passes:
+            entries = [{}]
+        else:
+            entries = self.selection.entries(value, full_name, axes or (), context)
+        if not entries:
+            return value
+        passes = passes_of(full_name, axes, value.shape[0], context)
+        result = self.replaced(value, entries, Context(full_name, axes, context, passes))
         self.changed_sites.add(full_name)
-        return _checked_result(result, value, full_name)
+        return result
 
-    def _is_selected(self, context: StepContext | None, site: str) -> bool:
+    def replaced(self, value: Any, entries: list[Indices], ctx: Context) -> Any:
+        """The value with the selected entries replaced."""
+        value_copy = value.clone() if isinstance(value, Tensor) else value  # the change may write to it
+        result = checked_result(self.change(value_copy, ctx), value, ctx.site)
+        mask = mask_of(entries, ctx.axes or (), value)
+        if result is value or mask is None:
+            return result
+        old, new = (x.weights() if isinstance(x, AttentionMap) else x for x in (value, result))
+        return torch.where(mask, new, old.to(new.dtype))
+
+    def _is_in_step(self, context: StepContext | None, site: str) -> bool:
         if context is None or context.step is None:
-            if self.times is None and self.steps is None:
+            if self.selection.times is None and self.selection.steps is None:
                 return True
             self.outside_steps.add(site)
             return False
-        low, high = self.times or (-1.0, 2.0)
-        if is_selected(self.steps, context.step, context.steps) and low <= context.time <= high:
-            return True
-        self.steps_in_run = context.steps
-        return False
+        return self.selection.includes_step(context.step, context.time, context.steps)
 
     def __exit__(self, kind, *rest) -> None:
         super().__exit__(kind, *rest)
@@ -142,42 +187,28 @@ class intervene(Instrument):  # noqa: N801 - used like a function
             if not self.changed_sites:
                 raise InstrumentError(f"{message}; remove them.")
             warnings.warn(f"{message}.", stacklevel=2)
-        if self.steps_in_run and not self.changed_sites:
-            selected = [] if self.steps is None else [f"steps={describe(self.steps)}"]
-            selected += [] if self.times is None else ["times=({:g}, {:g})".format(*self.times)]
-            warnings.warn(
-                f"nothing was changed at {' and '.join(self.globs)}: the run has {self.steps_in_run} steps, and none "
-                f"of them is in {' and '.join(selected)}.",
-                stacklevel=2,
-            )
+        if self.selection.missed and not self.changed_sites:
+            message = f"nothing was changed at {' and '.join(self.globs)}: {self.selection.missed}."
+            warnings.warn(message, stacklevel=2)
 
 
-def _checked_times(times: Times | None) -> Times | None:
-    if times is None:
-        return None
-    try:
-        low, high = sorted(float(t) for t in times)
-        if not (0 <= low and high <= 1):  # also False for NaN
-            raise ValueError
-    except (TypeError, ValueError):
-        raise InstrumentError(f"times must be a pair (from, to) in [0, 1], not {describe(times)}.") from None
-    return low, high
-
-
-def _checked_result(result: Any, value: Any, site: str) -> Any:
+def checked_result(result: Any, value: Any, site: str) -> Any:
     """The result, if it fits. If it equals the old value, the old value itself is returned, so that not one bit of the
     run changes, unless a gradient may flow through either.
     """
     if result is value:
         return value
-    if not isinstance(result, Tensor):
+    is_map = isinstance(value, AttentionMap)
+    if not isinstance(result, Tensor) and not (is_map and isinstance(result, AttentionMap)):
         raise InstrumentError(f"the change at {site!r} returned {type(result).__name__}; it must return a tensor.")
     if tuple(result.shape) != tuple(value.shape):
         raise InstrumentError(
             f"the change at {site!r} returned a tensor {list(result.shape)}; it must be {list(value.shape)}."
         )
+    if isinstance(result, AttentionMap):
+        return result
     in_graph = torch.is_grad_enabled() and (result.requires_grad or value.requires_grad)
-    if isinstance(value, AttentionMap):
+    if is_map:
         is_same = not in_graph and torch.equal(result, value.weights().to(result))
         return value if is_same else result.to(value.q.dtype)
     if result.dtype != value.dtype or result.device != value.device:
@@ -224,34 +255,43 @@ def positions(
 # ---------------------------------------------------------------- activation patching
 
 
-def patch(
-    glob: str, source: record | Recording | Named | Tensor, steps: Steps = None, times: Times | None = None
-) -> intervene:
+class patch(intervene):  # noqa: N801 - used like a function
     """Activation patching: continue with values from another run (arXiv 2202.05262).
 
     source: an unreduced recording of one run, or a single value (a tensor or :class:`Named`) for all steps. From a
     recording, each step uses the value recorded at the same step; at a text encoder, the n-th prompt uses the n-th
-    recorded value. Raises InstrumentError when the recording lacks the site, step, time or shape, or has several runs.
-    """
-    if not isinstance(source, (record, Recording, Named, Tensor)):
-        raise InstrumentError(f"source must be a recording, a Named or a tensor, not {type(source).__name__}.")
-    if isinstance(source, record) and source.is_partial:
-        raise InstrumentError("fe.patch needs complete values: record them without tokens=, heads= and reduce=.")
-    prompts_encoded: Counter = Counter()  # (run, site) -> number of prompts
+    recorded value. A value of one pass of classifier-free guidance is used for both. ``selection``: the part that is
+    replaced, as for :class:`intervene`::
 
-    def change(value: Any, ctx: Context) -> Tensor:
-        is_recording = isinstance(source, (record, Recording))
-        found = _recorded_value(source, ctx, prompts_encoded) if is_recording else source
+        with fe.patch("single.3.x", rec, streams="img", steps=slice(3, 7)): ...  # only the image tokens
+
+    Raises InstrumentError when the recording lacks the site, step, time or shape, or has several runs.
+    """
+
+    def __init__(self, glob: str, source: record | Recording | Named | Tensor, **selection: Any):
+        if not isinstance(source, (record, Recording, Named, Tensor)):
+            raise InstrumentError(f"source must be a recording, a Named or a tensor, not {type(source).__name__}.")
+        if isinstance(source, record) and source.is_partial:
+            raise InstrumentError("fe.patch needs complete values: record them without tokens=, heads= and reduce=.")
+        super().__init__(glob, self.recorded, **selection)
+        self.source = source
+        self.prompts_encoded: Counter = Counter()  # (run, site, whether negative) -> number of prompts
+
+    def recorded(self, value: Any, ctx: Context) -> Tensor:
+        """The value to continue with, in the shape, on the device and in the dtype of ``value``."""
+        is_recording = isinstance(self.source, (record, Recording))
+        found = _recorded_value(self.source, ctx, self.prompts_encoded) if is_recording else self.source
         tensor = found.tensor if isinstance(found, Named) else found
-        if [n for n in value.shape if n != 1] != [n for n in tensor.shape if n != 1]:
+        sizes, shape = ([n for n in x.shape if n != 1] for x in (tensor, value))
+        if shape != sizes and shape[1:] == sizes and len(ctx.passes) == 2:
+            tensor = tensor.reshape(1, *value.shape[1:]).expand(value.shape)
+        elif shape != sizes:
             raise InstrumentError(f"{ctx.site!r} is {list(value.shape)}, but the source is {list(tensor.shape)}.")
         like = value.q if isinstance(value, AttentionMap) else value
         if tensor.is_complex() and not like.is_complex():
             raise InstrumentError(f"{ctx.site!r} has real values, but the source has complex ones.")
         dtype = tensor.dtype if isinstance(value, AttentionMap) else like.dtype
         return tensor.to(like.device, dtype).reshape(value.shape)
-
-    return intervene(glob, change, steps=steps, times=times)
 
 
 def _recorded_value(source: record | Recording, ctx: Context, prompts_encoded: Counter) -> Named:
@@ -263,8 +303,9 @@ def _recorded_value(source: record | Recording, ctx: Context, prompts_encoded: C
     if context is None:
         return entries[0][1]
     if context.text is not None:
-        number = prompts_encoded[context.run, ctx.site]
-        prompts_encoded[context.run, ctx.site] += 1
+        entries = [(key, value) for key, value in entries if (key.stage == NEGATIVE_PROMPT) == context.negative]
+        number = prompts_encoded[context.run, ctx.site, context.negative]
+        prompts_encoded[context.run, ctx.site, context.negative] += 1
         if number >= len(entries):
             raise InstrumentError(
                 f"the recording of {ctx.site!r} has {len(entries)} encoded prompts, and this run encodes more; "

@@ -24,27 +24,26 @@ from fluxedu.instruments.catalogue import axes_of
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recording import Recording, StepKey
 from fluxedu.instruments.reductions import Reductions
-from fluxedu.instruments.selection import Selection
+from fluxedu.instruments.selection import Selection, Times, Tokens
 from fluxedu.instruments.storage import Storage
-from fluxedu.instruments.tokens import Word
 from fluxedu.instruments.watching import Instrument
 from fluxedu.probe import Sited
 from fluxedu.sampling.step_context import Steps, current_context
 
 BUDGET = 2 * 2**30  # bytes
+NEGATIVE_PROMPT = -1  # the stage of values of a text encoder while it reads the negative prompt
 
 
 class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record(...) as rec``
     """Record the values of the sites that match ``globs``, inside a ``with`` block.
 
-    steps: index, list of indices or slice of the steps to record; all by default · tokens: words of the prompt or
-    indices of text tokens; at an attention map they select the keys, and the queries are then the image tokens · heads:
-    which heads · reduce: a name, a function ``Named -> Named`` or a list of them, see
-    :mod:`fluxedu.instruments.reductions` · to: ``"memory"``, or a new folder to which every completed step is written ·
-    budget: the most bytes to hold, 2 GiB by default · passes: ``"prompted"`` or ``"negative"``, one of the two passes
-    of classifier-free guidance; by default both, or the prompted one if ``tokens`` has words · dtype: the dtype to
-    store the values in, by default their own · detach: False keeps the values in the graph of
-    :func:`fluxedu.gradients`, so that a loss on them can be differentiated and :meth:`grad` can be called.
+    steps, times, passes, streams, tokens, queries, heads: what is recorded, by default everything, see
+    :mod:`fluxedu.instruments.selection`. With tokens= at a joint attention map, the queries are the image tokens unless
+    queries= says otherwise; with words, passes= is ``"prompted"`` · reduce: a name, a function ``Named -> Named`` or a
+    list of them, see :mod:`fluxedu.instruments.reductions` · to: ``"memory"``, or a new folder to which every completed
+    step is written · budget: the most bytes to hold, 2 GiB by default · dtype: the dtype to store the values in, by
+    default their own · detach: False keeps the values in the graph of :func:`fluxedu.gradients`, so that a loss on them
+    can be differentiated and :meth:`grad` can be called.
 
     Without a pipeline (a network called directly) every call counts as a step. Values are copies on the CPU; with
     ``detach=False`` they stay on their device, in their graph. Raises InstrumentError for sites, words, heads or tokens
@@ -55,18 +54,24 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         self,
         *globs: str,
         steps: Steps = None,
-        tokens: Sequence[Word] | Word | None = None,
+        times: Times | None = None,
+        passes: str | None = None,
+        streams: Sequence[str] | str | None = None,
+        tokens: Tokens | None = None,
+        queries: Tokens | None = None,
         heads: Sequence[int] | int | None = None,
         reduce=None,
         to: str | Path = "memory",
         budget: float | None = None,
-        passes: str | None = None,
         dtype: torch.dtype | None = None,
         detach: bool = True,
     ):
         super().__init__(*globs)
         self.budget = Budget(BUDGET if budget is None else budget, to_folder=to != "memory")
-        self.selection = Selection.of(steps, tokens, heads, passes, self.budget.limit)
+        self.selection = selection = Selection.of(steps, times, passes, streams, tokens, queries, heads)
+        selection.map_budget, selection.image_queries = self.budget.limit, True
+        if passes is None and selection.has_words:  # words belong to the prompt, so they mean its pass
+            selection.passes = "prompted"
         self.reductions = Reductions(reduce, self.budget)
         self.storage = Storage(to, self.budget, dtype, self.selection, self.reductions.over_steps, detach)
         self.detach = detach
@@ -78,16 +83,19 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
 
     def see(self, owner: Sited, name: str, site: str, value: Any) -> Any:
         """Store the selected part of the value, reduced. The computation continues with the value itself."""
-        key = self._next_key(site)  # which run, image, step and evaluation
-        if self.selection.includes(value, site, key):
+        key, context, axes = self._next_key(site), current_context(), axes_of(owner, name)
+        if not self.selection.includes_step(key.step, key.time, context and context.steps):
+            return value
+        with torch.set_grad_enabled(not self.detach):
+            part = self.selection.part(_with_axes(axes, value, self.detach), site)
+            if part is None:
+                return value
             if not self.detach:
                 self.in_graph[site].append(_retain_grad(value, site))
-            with torch.set_grad_enabled(not self.detach):
-                part = self.selection.part(_with_axes(owner, name, value, self.detach), site)
-                reduced = self.reductions(part, site, key)
-                if reduced is not None:  # else a reduction waits for the next step
-                    self.storage.add(site, key, reduced)
-            self.recorded_sites.add(site)
+            reduced = self.reductions(part, site, key)
+            if reduced is not None:  # else a reduction waits for the next step
+                self.storage.add(site, key, reduced)
+        self.recorded_sites.add(site)
         return value
 
     def _next_key(self, site: str) -> StepKey:
@@ -97,12 +105,13 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
             self.calls[site] += 1
             return StepKey(0, 0, self.calls[site] - 1, 0, None)
         self.txt_len = context.txt_len
-        return StepKey(context.run, context.picture, context.step, max(context.stage, 0), context.time)
+        stage = NEGATIVE_PROMPT if context.text is not None and context.negative else max(context.stage, 0)
+        return StepKey(context.run, context.picture, context.step, stage, context.time)
 
     @property
     def is_partial(self) -> bool:
-        """Whether tokens, heads or a reduction leave out a part of each value."""
-        return bool(self.selection.tokens or self.selection.heads or self.reductions.factories)
+        """Whether the selection or a reduction leaves out a part of each value."""
+        return not self.selection.is_whole or bool(self.reductions.factories)
 
     # ---------------------------------------------------------------- enter and exit
 
@@ -161,7 +170,7 @@ class record(Instrument):  # noqa: N801 - used like a function: ``with fe.record
         if self.reductions.factories:
             raise GradientError(f"{name!r} was reduced, and only complete values have a gradient; leave reduce= out.")
         recording = Recording(self.storage.recording.pictures)
-        for (key, value), whole in zip(self.entries(name), self.in_graph[name], strict=False):
+        for (key, value), whole in zip(self.storage.recording.in_order(name), self.in_graph[name], strict=False):
             gradient = whole.grad if isinstance(whole, torch.Tensor) and whole.numel() == value.tensor.numel() else None
             if gradient is None:
                 raise GradientError(
@@ -207,11 +216,10 @@ def _retain_grad(value: Any, site: str) -> Any:
     return value
 
 
-def _with_axes(owner: Sited, name: str, value: Any, detach: bool) -> Named | AttentionMap:
+def _with_axes(axes: tuple[str, ...] | None, value: Any, detach: bool) -> Named | AttentionMap:
     """The value with the names of its axes; a lazy map as it is."""
     if isinstance(value, AttentionMap):
         return value
-    axes = axes_of(owner, name)
     if axes is None or len(axes) != value.ndim:
         axes = tuple(f"axis{i}" for i in range(value.ndim))
     return Named(value.detach() if detach else value, axes)

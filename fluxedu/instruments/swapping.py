@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +151,7 @@ def _matching_modules(network: nn.Module, glob: str) -> list[tuple[nn.Module, st
     found = []
     for path, module in network.named_modules():
         full_path = ".".join(part for part in (prefix, probe.short_path(path)) if part)
-        if path and fnmatchcase(full_path, glob):
+        if path and probe.matches(full_path, glob):
             parent, _, name = path.rpartition(".")
             found.append((network.get_submodule(parent), name, module, full_path))
     return [f for f in found if not any(g[2] is not f[2] and f[0] in g[2].modules() for g in found)]  # the outermost

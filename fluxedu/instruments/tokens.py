@@ -1,32 +1,95 @@
-"""Which tokens a word of the prompt is: the transformer reads T5's tokens, a user thinks in words."""
+"""Which tokens a word of the prompt or a region of the image is: a user thinks in words and pictures."""
 
 from __future__ import annotations
 
 import operator
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from fluxedu.errors import InstrumentError, WordNotInPrompt, describe
+import torch
+from torch import Tensor
+
+from fluxedu.errors import InstrumentError, RequestError, WordNotInPrompt, describe
+from fluxedu.sampling.images import Picture, to_mask
+from fluxedu.sampling.latents import PATCH
 from fluxedu.sampling.prompts import Tokenizer
 from fluxedu.sampling.step_context import StepContext
 
-Word = str | int
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A part of the image, see :func:`region`: ``mask [h, w]``, 1 inside, which fills ``box`` of the image."""
+
+    mask: Tensor
+    box: tuple[float, float, float, float]
+
+    def tokens(self, shape: tuple[int, int]) -> list[int]:
+        """Indices of the image tokens that lie in it, for a latent of ``shape`` (rows, columns of cells)."""
+        left, top, right, bottom = self.box
+        rows = _overlaps(shape[0] // PATCH, self.mask.shape[0], top, bottom)
+        columns = _overlaps(shape[1] // PATCH, self.mask.shape[1], left, right)
+        inside = rows @ self.mask @ columns.T  # the fraction of each token's area
+        return (inside >= 0.5 - 1e-9).flatten().nonzero().flatten().tolist()
 
 
-def as_list(words: Sequence[Word] | Word) -> list[Word]:
-    """One or several words or token indices (whole numbers of any type), as a list."""
+def region(box: Sequence[float] | None = None, mask: Picture | None = None) -> Region:
+    """A part of the image, for ``tokens=`` and ``queries=``: the tokens of which at least half of the area lies in it.
+
+    box: (left, top, right, bottom) as fractions of the image, from 0 to 1 · mask: a PIL image, or an array or tensor
+    ``[h, w]`` of any size, white or 1 inside, which covers the whole image. Give one of the two; InstrumentError
+    otherwise.
+
+    >>> fe.region(box=(0, 0, 0.5, 1)).tokens((4, 4))  # the left half of 2 x 2 tokens
+    [0, 2]
+    """
+    if (box is None) == (mask is None):
+        raise InstrumentError("a region is given by box=(left, top, right, bottom) or by mask=, one of the two.")
+    if mask is not None:
+        try:
+            return Region(to_mask(mask)[0, 0].double().cpu(), (0.0, 0.0, 1.0, 1.0))
+        except RequestError as error:
+            raise InstrumentError(f"{error}") from None
     try:
-        items = [words] if isinstance(words, str) or not hasattr(words, "__iter__") else list(words)
-        found = [item if isinstance(item, str) else operator.index(item) for item in items]
+        left, top, right, bottom = (float(side) for side in box)
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InstrumentError(f"box must be (left, top, right, bottom) within 0 to 1, not {describe(box)}.") from None
+    return Region(torch.ones(1, 1, dtype=torch.float64, device="cpu"), (left, top, right, bottom))
+
+
+def _overlaps(tokens: int, cells: int, start: float, end: float) -> Tensor:
+    """``[tokens, cells]``: along a side of length 1 of ``tokens``, the fraction of each that each cell covers.
+
+    The cells lie between ``start`` and ``end``.
+    """
+    options = {"dtype": torch.float64, "device": "cpu"}
+    sides = torch.linspace(0, 1, tokens + 1, **options)[:, None]
+    edges = torch.linspace(start, end, cells + 1, **options)
+    shared = torch.minimum(sides[1:], edges[1:]) - torch.maximum(sides[:-1], edges[:-1])
+    return shared.clamp(min=0) * tokens
+
+
+Word = str | int
+Token = Word | Region
+
+
+def as_list(tokens: Sequence[Token] | Token, name: str = "tokens") -> list[Token]:
+    """One or several words, regions or token indices (whole numbers of any type), as a list."""
+    try:
+        items = [tokens] if isinstance(tokens, str) or not hasattr(tokens, "__iter__") else list(tokens)
+        found = [item if isinstance(item, (str, Region)) else operator.index(item) for item in items]
     except TypeError:
         found = []
     if not found:
-        raise InstrumentError(f"tokens must be words or token indices, one or several, not {describe(words)}.")
+        allowed = "words or token indices, one or several, or regions of the image, fe.region(box=...)"
+        raise InstrumentError(f"{name} must be {allowed}, not {describe(tokens)}.")
     return found
 
 
-def contains_words(tokens: Sequence[Word] | Word) -> bool:
-    """Whether any of them is a word, not a token index."""
+def contains_words(tokens: Sequence[Token] | Token) -> bool:
+    """Whether any of them is a word."""
     return any(isinstance(token, str) for token in as_list(tokens))
 
 

@@ -94,14 +94,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, txt_len: int, block: P
     rope = block.probe("attn.rope", rope)  # [1, T, d/2] the rotation of each channel pair, as complex numbers
     q = block.probe("attn.q", rotate(q, rope))  # [B, H, T, d] queries, rotated by position
     k = block.probe("attn.k", rotate(k, rope))  # [B, H, T, d] keys, rotated by position
-    if block.is_watched("attn.map"):
+    if block.is_watched("attn.scores") or block.is_watched("attn.map"):
         attn_map = AttentionMap(q, k, v, txt_len)
+        if block.is_watched("attn.scores"):  # the only value of the size of all maps
+            scores = attn_map.all_scores()
+            probed = block.probe("attn.scores", scores)  # [B, H, T, T] q k^T / sqrt(d), before the softmax
+            attn_map = attn_map if probed is scores and not probed.requires_grad else attn_map.with_scores(probed)
         attn_map = block.probe("attn.map", attn_map)  # [B, H, T, T] attention map (lazy), one row per query
         out = attn_map @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v, without storing the map
     out = block.probe("heads", out)  # [B, H, T, d] the output of each head; ablate heads here
     return merge_heads(out)
+
+
+def linear_share(linear: nn.Linear, x: Tensor, first: int = 0) -> Tensor:
+    """The term of a layer's output that comes from ``x [..., n]``, its input channels from ``first`` on; no bias."""
+    n = x.shape[-1]
+    if type(linear.weight) is nn.Parameter:
+        return F.linear(x, linear.weight[:, first : first + n])
+    whole = F.pad(x, (first, linear.in_features - first - n))  # quantised weights have no columns
+    return linear(whole) - linear(torch.zeros_like(whole[..., :1, :]))
+
+
+def head_contributions(linear: nn.Linear, attn: Tensor, num_heads: int, gate: Tensor) -> Tensor:
+    """What each head adds to the residual stream through the projection ``linear`` and the gate ``[B, 1, D]``.
+
+    ``attn [B, N, D] -> [B, H, N, D]``; the sum over heads is ``gate * linear(attn)`` without the bias.
+    """
+    heads = to_heads(attn, num_heads).unbind(1)  # H x [B, N, d]
+    return torch.stack([gate * linear_share(linear, x, i * x.shape[-1]) for i, x in enumerate(heads)], dim=1)
 
 
 # ---------------------------------------------------------------- rotary position embedding (RoPE)

@@ -6,13 +6,15 @@ and MLP: arXiv 2302.05442.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.attention import QKNorm, SelfAttention, attend, split_heads
+from fluxedu.models.attention import QKNorm, SelfAttention, attend, head_contributions, linear_share, split_heads
 from fluxedu.models.config import FluxConfig
-from fluxedu.models.modulation import Modulation, gated, layer_norm, modulate
+from fluxedu.models.modulation import Modulation, gated, layer_norm, modulate, share
 from fluxedu.probe import Probed
 
 
@@ -27,6 +29,16 @@ class MLP(Probed, nn.Sequential):
         return self[2](hidden)
 
 
+def joined(txt: Tensor, img: Tensor, block: Probed, site: str) -> tuple[Tensor, Tensor]:
+    """Both streams pass ``block``'s ``site`` as one tensor ``[B, T, D]``, text first, if it is watched."""
+    if block.is_watched(site):
+        x = torch.cat([txt, img], dim=1)
+        probed = block.probe(site, x)
+        if probed is not x or probed.requires_grad:
+            txt, img = probed.split([txt.shape[1], img.shape[1]], dim=1)
+    return txt, img
+
+
 class DoubleStreamBlock(Probed):
     """Text and image have their own weights and share one attention.
 
@@ -38,7 +50,8 @@ class DoubleStreamBlock(Probed):
     def __init__(self, config: FluxConfig):
         super().__init__()
         self.config = config
-        dim, heads = config.hidden_size, config.num_heads
+        dim = config.hidden_size
+        heads = self.num_heads = config.num_heads
         self.img_mod = Modulation(dim, double=True)
         self.img_attn = SelfAttention(dim, heads, config.qkv_bias)
         self.img_mlp = MLP(dim, config.mlp_hidden)
@@ -52,6 +65,7 @@ class DoubleStreamBlock(Probed):
 
     def forward(self, img: Tensor, txt: Tensor, mods: dict[str, Tensor], rope: Tensor) -> tuple[Tensor, Tensor]:
         """``img [B, N, D]``, ``txt [B, L, D]``, ``mods`` from :meth:`plan`, ``rope [1, T, d/2]`` with T = L + N."""
+        txt, img = joined(txt, img, self, "x")  # [B, T, D] text and image tokens as they enter the block
         img = self.probe("img", img)  # [B, N, D] the image stream as it enters the block
         txt = self.probe("txt", txt)  # [B, L, D] the text stream as it enters the block
         img_mod1, img_mod2 = self.img_mod.split(mods["img"])
@@ -78,9 +92,11 @@ class DoubleStreamBlock(Probed):
         txt_attn, img_attn = attn.split([txt.shape[1], img.shape[1]], dim=1)
 
         # image: add the attention, then the MLP, each scaled by its gate
+        img_heads = partial(head_contributions, self.img_attn.proj, img_attn, self.num_heads, img_mod1.gate)
+        change, _ = share(0.0, img_heads, self, "img_head_contribution")  # [B, H, N, D] each head's part of the next
         img_attn = self.img_attn.proj(img_attn)
         img_attn = self.probe("img_attn_out", img_attn)  # [B, N, D] attention output, before gating
-        img = gated(img, img_mod1.gate, img_attn, self, "img_attn_contribution")  # [B, N, D] gate * attention output
+        img = gated(img, img_mod1.gate, img_attn, self, "img_attn_contribution", change)  # [B, N, D] gate * attn_out
         img_mlp_in = self.probe("img_norm2", layer_norm(img))  # [B, N, D] layer-normalised, before shift and scale
         img_mlp_in = modulate(img_mlp_in, img_mod2.shift, img_mod2.scale)
         img_mlp_in = self.probe("img_modulated2", img_mlp_in)  # [B, N, D] shifted and scaled: the MLP's input
@@ -89,9 +105,11 @@ class DoubleStreamBlock(Probed):
         img = gated(img, img_mod2.gate, img_mlp, self, "img_mlp_contribution")  # [B, N, D] gate * MLP output
 
         # text: the same
+        txt_heads = partial(head_contributions, self.txt_attn.proj, txt_attn, self.num_heads, txt_mod1.gate)
+        change, _ = share(0.0, txt_heads, self, "txt_head_contribution")  # [B, H, L, D] each head's part of the next
         txt_attn = self.txt_attn.proj(txt_attn)
         txt_attn = self.probe("txt_attn_out", txt_attn)  # [B, L, D] attention output, before gating
-        txt = gated(txt, txt_mod1.gate, txt_attn, self, "txt_attn_contribution")  # [B, L, D] gate * attention output
+        txt = gated(txt, txt_mod1.gate, txt_attn, self, "txt_attn_contribution", change)  # [B, L, D] gate * attn_out
         txt_mlp_in = self.probe("txt_norm2", layer_norm(txt))  # [B, L, D] layer-normalised, before shift and scale
         txt_mlp_in = modulate(txt_mlp_in, txt_mod2.shift, txt_mod2.scale)
         txt_mlp_in = self.probe("txt_modulated2", txt_mlp_in)  # [B, L, D] shifted and scaled: the MLP's input
@@ -101,6 +119,7 @@ class DoubleStreamBlock(Probed):
 
         img = self.probe("img_out", img)  # [B, N, D] the image stream as it leaves the block
         txt = self.probe("txt_out", txt)  # [B, L, D] the text stream as it leaves the block
+        txt, img = joined(txt, img, self, "out")  # [B, T, D] text and image tokens as they leave the block
         return img, txt
 
 
@@ -155,8 +174,17 @@ class SingleStreamBlock(Probed):
 
         # the second linear layer, for attention and MLP at once; its output is added through the gate
         out = self.linear2(torch.cat([attn, hidden], dim=-1))
+        attn_share = partial(linear_share, self.linear2, attn)
+        mlp_share = partial(linear_share, self.linear2, hidden, attn.shape[-1])
+        out, attn_out = share(out, attn_share, self, "attn_out")  # [B, T, D] attention's share of added, without bias
+        out, mlp_out = share(out, mlp_share, self, "mlp_out")  # [B, T, D] the MLP's share; the bias is in neither
         out = self.probe("added", out)  # [B, T, D] output of attention and MLP together, before gating
-        x = gated(x, mod.gate, out, self, "contribution")  # [B, T, D] gate * output
+        heads = partial(head_contributions, self.linear2, attn, self.num_heads, mod.gate)
+        change, _ = share(0.0, heads, self, "head_contribution")  # [B, H, T, D] each head's part of attn_contribution
+        attn_part, mlp_part = lambda: mod.gate * attn_out() + change, lambda: mod.gate * mlp_out()
+        change, _ = share(change, attn_part, self, "attn_contribution")  # [B, T, D] gate * attn_out
+        change, _ = share(change, mlp_part, self, "mlp_contribution")  # [B, T, D] gate * mlp_out
+        x = gated(x, mod.gate, out, self, "contribution", change)  # [B, T, D] gate * added
         return self.probe("out", x)  # [B, T, D] the tokens as they leave the block
 
 

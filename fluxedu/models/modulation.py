@@ -13,6 +13,7 @@ Source: black-forest-labs/flux, modules/layers.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -104,11 +105,32 @@ def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, normed, 1 + scale)
 
 
-def gated(x: Tensor, gate: Tensor, out: Tensor, block: Probed, site: str) -> Tensor:
-    """The residual step ``x + gate * out`` for a layer's output ``out``; ``gate * out`` passes ``block``'s ``site``."""
-    if block.is_watched(site):
-        contribution = gate * out
+def gated(x: Tensor, gate: Tensor, out: Tensor, block: Probed, site: str, change: Tensor | float = 0.0) -> Tensor:
+    """The residual step ``x + gate * out`` for a layer's output ``out``; ``gate * out`` passes ``block``'s ``site``.
+
+    change: what instruments have added to ``gate * out`` at the sites of its terms.
+    """
+    if isinstance(change, Tensor) or block.is_watched(site):
+        contribution = gate * out + change if isinstance(change, Tensor) else gate * out
         probed = block.probe(site, contribution)
-        if probed is not contribution or probed.requires_grad:
+        if isinstance(change, Tensor) or probed is not contribution or probed.requires_grad:
             return x + probed
     return torch.addcmul(x, gate, out)  # the same in one kernel, without the product in memory
+
+
+def share(
+    total: Tensor | float, term: Callable[[], Tensor], block: Probed, site: str
+) -> tuple[Tensor | float, Callable[[], Tensor]]:
+    """One term of a sum passes ``block``'s ``site``; its change (new - old) is added to ``total``.
+
+    The term, ``[B, N, D]`` or of each head ``[B, H, N, D]``, is computed only if it is watched. Returns the total and a
+    function that returns the term.
+    """
+    if not block.is_watched(site):
+        return total, term
+    old = term()
+    new = block.probe(site, old.clone() if old.requires_grad else old)
+    if new is old:
+        return total, term
+    change = new - old
+    return total + (change.sum(1) if change.ndim == 4 else change), lambda: new

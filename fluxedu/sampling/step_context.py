@@ -11,11 +11,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fluxedu.errors import InstrumentError, RequestError, describe
-from fluxedu.probe import Sited, Watcher, current_watcher, site, watch
+from fluxedu.probe import Sited, Watcher, current_watcher, matches, site, watch
 
 if TYPE_CHECKING:
     from fluxedu.sampling.pipeline import FluxPipeline
@@ -35,8 +35,10 @@ class StepContext:
     ``pictures`` requested images · step: index among ``steps``, None before the first step · time: t in [0, 1], 1 is
     noise, of the latest model evaluation, before the first that of the step's beginning · stage: index of the latest
     model evaluation within the step (midpoint and Heun have two), -1 before the first · text: the prompt that is being
-    encoded, None afterwards · ended: (picture, step) of every completed step of the run, shared by all its
-    contexts.
+    encoded, None afterwards · negative: whether that is the negative prompt of classifier-free guidance · batch: the
+    requests of the images that are computed at once, of which ``picture`` is the first, or the prompts that are encoded
+    at once · row: index in ``batch`` of the one whose value an instrument receives, None elsewhere · ended: (picture,
+    step) of every completed step of the run, shared by all its contexts.
     """
 
     pipe: FluxPipeline
@@ -50,7 +52,19 @@ class StepContext:
     time: float | None = None
     stage: int = -1
     text: str | None = None
+    negative: bool = False
+    batch: tuple[Request | str, ...] = ()
+    row: int | None = None
     ended: set[tuple[int, int]] = field(default_factory=set)
+
+    @cached_property
+    def rows(self) -> list[StepContext]:
+        """The step context of each image, or prompt, of a batch of several; empty for one alone."""
+        if len(self.batch) < 2 or self.row is not None:
+            return []
+        if self.text is not None:
+            return [replace(self, text=text, row=i) for i, text in enumerate(self.batch)]
+        return [replace(self, request=r, picture=self.picture + i, row=i) for i, r in enumerate(self.batch)]
 
 
 def current_context() -> StepContext | None:
@@ -76,7 +90,25 @@ def at_step(step: int, time: float) -> Iterator[None]:
     with entered(context and replace(context, step=step, time=time, stage=-1)):
         yield
     if context is not None:
-        context.ended.add((context.picture, step))
+        context.ended.update((context.picture + i, step) for i in range(len(context.batch) or 1))
+
+
+@contextmanager
+def at_pictures(requests: list[Request], first: int) -> Iterator[None]:
+    """Inside the ``with``, the pipeline computes these images; ``first`` counts from the current context's image."""
+    context = current_context()
+    with entered(
+        context and replace(context, request=requests[0], picture=context.picture + first, batch=tuple(requests))
+    ):
+        yield
+
+
+@contextmanager
+def at_texts(texts: list[str]) -> Iterator[None]:
+    """Inside the ``with``, a text encoder encodes these prompts."""
+    context = current_context()
+    with entered(context and replace(context, text=texts[0], batch=tuple(texts))):
+        yield
 
 
 def next_evaluation(time: float) -> None:
@@ -103,11 +135,11 @@ class StopAfter:
 
     def wants(self, owner: Sited, name: str) -> bool:
         wants = getattr(self.watcher, "wants", None)
-        return fnmatchcase(site(owner, name), self.glob) or (wants is not None and wants(owner, name))
+        return matches(site(owner, name), self.glob) or (wants is not None and wants(owner, name))
 
     def __call__(self, owner: Sited, name: str, value: Any) -> Any:
         value = value if self.watcher is None else self.watcher(owner, name, value)
-        if threading.get_ident() == self.thread and fnmatchcase(site(owner, name), self.glob):
+        if threading.get_ident() == self.thread and matches(site(owner, name), self.glob):
             raise StopRun
         return value
 

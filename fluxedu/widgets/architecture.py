@@ -10,7 +10,7 @@ import torch
 
 from fluxedu.errors import InstrumentError
 from fluxedu.instruments import recorder
-from fluxedu.instruments.catalogue import Site, sites
+from fluxedu.instruments.catalogue import EVERYTHING, Site, sites
 from fluxedu.instruments.lenses.run import run_recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts
@@ -222,8 +222,8 @@ def architecture(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None, **r
     """
     if at_steps is None:
         at_steps = _some_steps(pipe, check_request(request), _steps_within_budget(pipe))
-    with record("*", steps=at_steps, reduce="summary", passes="prompted") as summary_recorder:
-        _, table_recorder = run_recorded(pipe, prompt, "*", options=request, steps=at_steps, reduce=as_table)
+    with record(*EVERYTHING, steps=at_steps, reduce="summary", passes="prompted") as summary_recorder:
+        _, table_recorder = run_recorded(pipe, prompt, *EVERYTHING, options=request, steps=at_steps, reduce=as_table)
     tables = {name: table_recorder[name] for name in table_recorder}
     summaries = {name: summary_recorder[name] for name in summary_recorder}
     if "sample.x" not in tables:

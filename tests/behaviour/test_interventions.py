@@ -11,6 +11,7 @@ from runs import latents as draw
 
 import fluxedu as fe
 from fluxedu.errors import InstrumentError
+from fluxedu.instruments.catalogue import EVERYTHING
 from fluxedu.instruments.interventions import positions
 from fluxedu.models.modulation import Modulation
 from fluxedu.sampling.latents import image_ids, text_ids
@@ -24,9 +25,9 @@ pytestmark = pytest.mark.usefixtures("everything_is_restored")
 @pytest.mark.parametrize("options", [{}, {"true_cfg_scale": 3.0}, {"solver": "heun"}])
 def test_what_changes_nothing_leaves_every_bit(pipe, options):
     plain = draw(pipe, **options)
-    assert torch.equal(under(pipe, fe.intervene("*", lambda x, ctx: x), **options), plain)
+    assert torch.equal(under(pipe, fe.intervene(*EVERYTHING, lambda x, ctx: x), **options), plain)
     copy = lambda x, ctx: x.clone() if isinstance(x, torch.Tensor) else x  # noqa: E731
-    assert torch.equal(under(pipe, fe.intervene("*", copy), **options), plain)
+    assert torch.equal(under(pipe, fe.intervene(*EVERYTHING, copy), **options), plain)
 
 
 def test_a_runs_own_values_put_back_leave_every_bit(pipe):
@@ -305,9 +306,9 @@ def test_a_change_may_write_into_its_value(pipe, site, solver):
 )
 def test_all_of_a_runs_values_put_back_leave_every_bit(pipe, options):
     options = {"prompt": PROMPT} | options
-    with fe.record("*") as rec:
+    with fe.record(*EVERYTHING) as rec:
         reference = draw(pipe, **options)
-    assert torch.equal(under(pipe, fe.patch("*", rec), **options), reference)
+    assert torch.equal(under(pipe, *(fe.patch(glob, rec) for glob in EVERYTHING), **options), reference)
 
 
 def test_a_patch_from_another_schedule_or_of_two_runs_is_refused(pipe):

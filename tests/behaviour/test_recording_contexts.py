@@ -14,6 +14,7 @@ import fluxedu as fe
 from fluxedu import probe
 from fluxedu.errors import InstrumentError
 from fluxedu.instruments import reductions
+from fluxedu.instruments.catalogue import EVERYTHING
 
 pytestmark = pytest.mark.usefixtures("nothing_stays")
 
@@ -74,7 +75,7 @@ def test_a_thread_sees_its_own_run(pipe):
 
 def test_an_exception_leaves_nobody_watching(pipe):
     with pytest.raises(ZeroDivisionError):
-        with fe.record("*"):
+        with fe.record(*EVERYTHING):
             raise ZeroDivisionError
     assert not probe.is_watching()
 
@@ -95,7 +96,7 @@ def test_a_compiled_network_is_recorded(make_pipe, backend):
 
 def test_nothing_is_leaked(pipe):
     def run():
-        with fe.record("*", steps=0) as rec:
+        with fe.record(*EVERYTHING, steps=0) as rec:
             draw(pipe, steps=1)
         return len(rec)
 
@@ -116,7 +117,7 @@ def test_nothing_is_leaked(pipe):
         (lambda: fe.record(), "name at least one site"),
         (lambda: fe.record("doubel.*.attn.map"), "did you mean"),
         (lambda: fe.record(MAP, reduce="head-meen"), "reduce must be one of"),
-        (lambda: fe.record(MAP, passes="both"), "passes must be"),
+        (lambda: fe.record(MAP, passes="all"), "passes must be"),
         (lambda: fe.record(MAP, tokens=["green"]), "does not contain 'green'"),
         (lambda: fe.record(MAP, heads=[7]), "no head 7"),
         (lambda: fe.record("img_in", tokens=["red"]), "no text tokens"),
@@ -144,7 +145,7 @@ def test_asking_for_what_was_not_recorded(pipe):
     ("wrong", "says"),
     [
         (lambda: fe.record(MAP, tokens=[-1]), "no token -1"),
-        (lambda: fe.record(MAP, tokens=[32]), "no token 32"),
+        (lambda: fe.record(MAP, tokens=[36]), "no token 36"),
         (lambda: fe.record(MAP, reduce=reductions.rows([999])), "no index 999"),
         (lambda: fe.record(MAP, heads=[]), "heads must not be empty"),
         (lambda: fe.record(MAP, tokens=[]), "words or token indices"),
