@@ -19,20 +19,23 @@ Model = Annotated[
     str,
     typer.Option(
         envvar="FLUXEDU_MODEL",
-        help="nano (ships with fluxedu), nano-base (before guidance distillation), a variant such as dev, or a folder.",
+        help="nano (ships with fluxedu), nano-base, nano-fill and so on, a variant such as dev, a folder or a file.",
     ),
 ]
+Like = Annotated[str | None, typer.Option(help="Use the sampling settings of this model, such as dev.")]
+Variant = Annotated[str | None, typer.Option(help="The set of files of --model, such as fp16.")]
+Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of a repository in the cache.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same image.")]
 Steps = Annotated[int | None, typer.Option(help="Number of steps; default: the model's own.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: the model's own.")]
 Side = Annotated[int | None, typer.Option(help="Pixels; default: the model's own.")]
 
 
-def _load(model: str, device: str | None = None, dtype: str | None = None, **options):
+def _load(model: str, **options):
     import fluxedu as fe
 
     with report_errors():
-        return fe.load(model, device=device, dtype=dtype, **options)
+        return fe.load(model, **options)
 
 
 def _from_checkout(name: str):
@@ -69,6 +72,9 @@ def sample(
     prompt: Annotated[str, typer.Argument(help="The prompt: a description of the image.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The image file to write.")] = Path("out.png"),
     model: Model = "nano",
+    like: Like = None,
+    variant: Variant = None,
+    revision: Revision = None,
     seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -77,33 +83,21 @@ def sample(
     height: Side = None,
     width: Side = None,
     solver: Annotated[str, typer.Option(help="Solver: euler, midpoint or heun.")] = "euler",
-    image: Annotated[
-        Path | None, typer.Option(help="Image-to-image: start from this picture instead of noise.")
-    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Start from this picture instead of noise.")] = None,
     strength: Annotated[float, typer.Option(help="How much --image may change, above 0 and up to 1.")] = 0.6,
-    variant: Annotated[
-        str | None, typer.Option(help="A variant of the miniature: schnell, fill, canny, depth, kontext or redux.")
-    ] = None,
     mask: Annotated[Path | None, typer.Option(help="fill: a mask, white where --image is painted anew.")] = None,
-    control: Annotated[
-        Path | None, typer.Option(help="canny, depth: the control image (edges or a depth map).")
-    ] = None,
+    control: Annotated[Path | None, typer.Option(help="canny, depth: the edges or the depth map.")] = None,
     edges: Annotated[bool, typer.Option("--edges", help="canny: compute the edges of --control first.")] = False,
     reference: Annotated[Path | None, typer.Option(help="kontext: the picture to edit.")] = None,
     image_prompt: Annotated[Path | None, typer.Option(help="redux: a picture as prompt, with or without text.")] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(help="A LoRA to merge: a file, or hollow, a style that ships with fluxedu. May be repeated."),
-    ] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="A LoRA: a file or hollow, which ships; repeatable.")] = None,
     lora_scale: Annotated[
         list[float] | None, typer.Option(help="Factor of the LoRA's change; one for all, or one after each --lora.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps; default: the model's own.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64; default: the model's own.")] = None,
     memory: Annotated[str, typer.Option(help="Where weights are held: auto, full, no-modulations or stream.")] = "auto",
-    quantise: Annotated[
-        str | None, typer.Option(help="Quantise the blocks' weights to int8, fp8 or nf4; not exact.")
-    ] = None,
+    quantise: Annotated[str | None, typer.Option(help="Quantise weights to int8, fp8 or nf4; not exact.")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the blocks with torch.compile.")] = False,
 ) -> None:
     """Generate an image from a prompt and save it."""
@@ -119,8 +113,10 @@ def sample(
     if edges and control is None:
         raise fail("--edges needs --control, the picture whose edges are computed.")
     scale = lora_scale if lora_scale and len(lora_scale) > 1 else (lora_scale or [1.0])[0]
-    options = {"memory": memory, "quantise": quantise, "compile": compile, "lora": lora or None, "lora_scale": scale}
-    pipe = _load(f"nano-{variant}" if variant else model, device, dtype, **options)
+    pipe = _load(
+        model, like=like, variant=variant, revision=revision, device=device, dtype=dtype, memory=memory,
+        quantise=quantise, compile=compile, lora=lora or None, lora_scale=scale,
+    )  # fmt: skip
     paths = {"image": image, "mask": mask, "control": control, "reference": reference, "image_prompt": image_prompt}
     with report_errors():
         pictures = {name: _open_picture(path) for name, path in paths.items() if path}
@@ -140,6 +136,9 @@ def trace(
     prompt: Annotated[str, typer.Argument(help="The prompt: a description of the image.")],
     html: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("trace.html"),
     model: Model = "nano",
+    like: Like = None,
+    variant: Variant = None,
+    revision: Revision = None,
     seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -151,7 +150,7 @@ def trace(
     from fluxedu.trace import page, stages
 
     check_writable(html)
-    pipe = _load(model)
+    pipe = _load(model, like=like, variant=variant, revision=revision)
     with report_errors():
         out, found = stages(pipe, prompt, seed=seed, steps=steps, guidance=guidance, height=height, width=width)
         about = f"{model}, seed {seed}, {len(out.trajectory.times) - 1} steps. Click a stage; arrow keys move."
@@ -190,6 +189,9 @@ def info(
 def sites(
     containing: Annotated[str, typer.Argument(help="Only sites whose name contains this text.")] = "",
     model: Model = "nano",
+    like: Like = None,
+    variant: Variant = None,
+    revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the sites, the values that can be recorded or changed: name, shape, meaning, source line."""
@@ -199,7 +201,8 @@ def sites(
     from fluxedu.models import VARIANTS
 
     with report_errors():
-        found = [s for s in sites(model if model in VARIANTS else _load(model)) if containing in s.name]
+        pipe = model if model in VARIANTS else _load(model, like=like, variant=variant, revision=revision)
+        found = [s for s in sites(pipe) if containing in s.name]
     if not found:
         raise fail(f"no site has {containing!r} in its name; fluxedu sites lists all of them.")
     if as_json:
@@ -225,9 +228,7 @@ def train(
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder for the state of the runs.")] = Path("runs"),
     resume: Annotated[bool, typer.Option(help="Continue from the state in --out, or start again.")] = True,
-    ship_to: Annotated[
-        Path | None, typer.Option(help="The folder for the finished weights; default: OUT/weights.")
-    ] = None,
+    ship_to: Annotated[Path | None, typer.Option(help="Folder for the weights; default: OUT/weights.")] = None,
 ) -> None:
     """Train the miniature's networks from scratch, in a checkout. If it is interrupted, the same command continues."""
     checkout = _from_checkout("training")
@@ -240,12 +241,13 @@ def train(
 @app.command(epilog="Example: fluxedu judge --model nano --prompts 500 --json judge.json")
 def judge(
     model: Model = "nano",
+    like: Like = None,
+    variant: Variant = None,
+    revision: Revision = None,
     prompts: Annotated[int, typer.Option(min=1, help="Number of held-out prompts.")] = 500,
     steps: Annotated[int, typer.Option(min=1, help="Number of steps.")] = 20,
     guidance: Guidance = None,
-    for_shapes: Annotated[
-        int, typer.Option(min=0, help="Number of prompts for comparing aspect ratios, if larger than --prompts.")
-    ] = 0,
+    for_shapes: Annotated[int, typer.Option(min=0, help="Prompts per aspect ratio, if more than --prompts.")] = 0,
     as_json: Json = None,
 ) -> None:
     """Generate images of held-out prompts, score them with the scene judge, and print the table."""
@@ -254,7 +256,8 @@ def judge(
 
     check_writable(as_json)
     with report_errors():
-        scores = evaluate(open_model(model), model, prompts, steps, guidance, for_shapes)
+        opened = open_model(model, like=like, variant=variant, revision=revision)
+        scores = evaluate(opened, model, prompts, steps, guidance, for_shapes)
     typer.echo(format_table(scores))
     write_result(as_json, scores)
 
@@ -264,9 +267,8 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A .safetensors file, or a folder of them.")],
     target: Annotated[Path, typer.Argument(help="The file or folder to write; it must not exist (see --overwrite).")],
     to: Annotated[str, typer.Option(help="The layout to write: bfl (one file) or diffusers (a folder).")],
-    shard_gb: Annotated[
-        float, typer.Option(min=0.001, max=1e6, help="Largest file of a diffusers folder, in GB.")
-    ] = 10.0,
+    part: Annotated[str | None, typer.Option(help="One of several networks in SOURCE, such as transformer.")] = None,
+    shard_gb: Annotated[float, typer.Option(min=0.001, max=1e6, help="Largest file of a folder, in GB.")] = 10.0,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing target.")] = False,
 ) -> None:
     """Convert a transformer or an autoencoder between the official layout (bfl) and diffusers'."""
@@ -280,7 +282,8 @@ def convert(
                 bar.total = total
                 bar.update(done - bar.n)
 
-            convert_file(source, target, to=to, shard_bytes=int(shard_gb * 1e9), overwrite=overwrite, progress=progress)
+            options = {"part": part, "shard_bytes": int(shard_gb * 1e9), "overwrite": overwrite, "progress": progress}
+            convert_file(source, target, to=to, **options)
     typer.echo(f"wrote {target}")
 
 

@@ -124,7 +124,8 @@ def load(
             variant = name.removeprefix("nano-")
             raise RequestError(f"{name} does not ship yet; `fluxedu train --variant {variant} --ship-to {WEIGHTS}`.")
         if variant is not None or revision is not None:
-            raise RequestError(f"variant= and revision= do not apply to {name}, which ships with fluxedu.")
+            hint = f"; load 'nano-{variant}' instead" if f"nano-{variant}" in SHIPPED_MODELS else ""
+            raise RequestError(f"variant= and revision= do not apply to {name}, which ships with fluxedu{hint}.")
         files, sampling, size, head = find(WEIGHTS, shipped.transformer), shipped.sampling, 128, shipped.head
     else:
         files, head = find(name, transformer, variant, revision), None

@@ -155,9 +155,9 @@ def load_sd(weights: Path | str = WEIGHTS, device: str | torch.device = "cpu") -
     return StableDiffusion(unet.requires_grad_(False).to(device), pipe.prompt_encoder, pipe.autoencoder)
 
 
-def open_model(name: str, device: str | torch.device | None = None) -> FluxPipeline | StableDiffusion:
-    """The Stable Diffusion for "sd", and for any other name what :func:`fluxedu.load` opens."""
-    return load_sd(device=device or "cpu") if name == SD else load(name, device=device)
+def open_model(name: str, device: str | torch.device | None = None, **options) -> FluxPipeline | StableDiffusion:
+    """The Stable Diffusion for "sd"; for any other name, what :func:`fluxedu.load` opens with these options."""
+    return load_sd(device=device or "cpu") if name == SD else load(name, device=device, **options)
 
 
 def _diffusers():

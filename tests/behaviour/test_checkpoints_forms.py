@@ -18,9 +18,11 @@ from test_checkpoints_files import AE, CLIP, FLUX, T5, random_weights, same, the
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, T5ForConditionalGeneration
 from transformers import T5Config as TheirT5Config
+from typer.testing import CliRunner
 
 from fluxedu.checkpoints import convert, convert_file, load_into, load_model, read, reading
 from fluxedu.checkpoints import save_file as our_save_file
+from fluxedu.cli import app
 from fluxedu.errors import CheckpointError
 from fluxedu.models import AutoEncoder, CLIPTextEncoder, Flux, T5Encoder
 
@@ -90,6 +92,18 @@ def test_one_part_of_an_all_in_one_file_is_converted(tmp_path):
     convert_file(tmp_path / "all.safetensors", tmp_path / "t5.safetensors", to="bfl", part="text_encoder_2")
     same(dict(read(tmp_path / "vae")), convert(state_of("vae"), "diffusers", AE))
     same(dict(read(tmp_path / "t5.safetensors")), state_of("text_encoder_2"))
+    command = [
+        "convert",
+        str(tmp_path / "all.safetensors"),
+        str(tmp_path / "again.safetensors"),
+        "--to",
+        "bfl",
+        "--part",
+    ]
+    result = CliRunner().invoke(app, [*command, "text_encoder_2"])
+    assert result.exit_code == 0, result.output
+    same(dict(read(tmp_path / "again.safetensors")), state_of("text_encoder_2"))
+    assert "part must be one of transformer, vae" in CliRunner().invoke(app, [*command, "unet"]).output
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_without_opencv_a_sentence(monkeypatch):
 def test_canny_follows_a_picture_from_a_file(tmp_path):
     """``--control photo.png --edges``: other colours, the same forms at the same positions."""
     Image.fromarray(render(SCENE)).save(tmp_path / "photo.png")
-    command = ["sample", "a pink circle and a green square on a black background", "--variant", "canny", "--edges"]
+    command = ["sample", "a pink circle and a green square on a black background", "--model", "nano-canny", "--edges"]
     result = CliRunner().invoke(
         app, [*command, "--control", str(tmp_path / "photo.png"), "-o", str(tmp_path / "o.png")]
     )

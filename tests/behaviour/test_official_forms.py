@@ -8,14 +8,17 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
+from PIL import Image
 from safetensors.torch import save_file
 from test_official import AE, ENCODERS, SMALL, randomised, repository
 from transformers import CLIPTextConfig as TheirCLIPConfig
 from transformers import CLIPTextModelWithProjection, T5ForConditionalGeneration
 from transformers import T5Config as TheirT5Config
+from typer.testing import CliRunner
 
 import fluxedu as fe
 from fluxedu.checkpoints import find, load_model, save_folder
+from fluxedu.cli import app
 from fluxedu.errors import CheckpointError, RequestError
 from fluxedu.models import VARIANTS, AutoEncoder, AutoEncoderConfig, CLIPTextEncoder, Flux, FluxConfig, T5Encoder
 from fluxedu.nano import networks
@@ -318,8 +321,10 @@ def test_variant_chooses_the_files(cache, tmp_path):
         CheckpointError, match=r"lacks transformer/diffusion_pytorch_model.fp16-00002-of-\d+.safetensors;"
     ):
         fe.load(tmp_path / "half", variant="fp16")
-    with pytest.raises(RequestError, match="variant= and revision= do not apply to nano"):
+    with pytest.raises(RequestError, match=r"variant= and revision= do not apply to nano, which ships with fluxedu\.$"):
         fe.load("nano", variant="fp16")
+    with pytest.raises(RequestError, match="fluxedu; load 'nano-canny' instead"):
+        fe.load("nano", variant="canny")
 
 
 # ---------------------------------------------------------------- revisions
@@ -344,6 +349,42 @@ def test_revision_chooses_a_version_of_a_repository(cache, tmp_path):
     for option in ("variant", "revision"):
         with pytest.raises(CheckpointError, match=f"{option} must be a text, such as 'fp16' or 'main', not 2"):
             fe.load("someone/tune", **{option: 2})
+
+
+@pytest.mark.parametrize("command", [["sample", "x"], ["trace", "x"], ["sites"], ["judge"]])
+def test_every_command_that_loads_a_model_chooses_its_files(monkeypatch, tmp_path, command):
+    loaded = []
+
+    def load(name, **options):
+        loaded.append((name, options))
+        raise RequestError("not today")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fe, "load", load)
+    monkeypatch.setattr("fluxedu.arena.stable_diffusion.load", load)
+    chosen = {"like": "schnell", "variant": "fp16", "revision": "v2"}
+    for options in (chosen, {}):
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        result = CliRunner().invoke(app, [*command, "--model", "someone/tune", *words])
+        assert result.output.strip() == "fluxedu: not today"
+        name, given = loaded.pop()
+        assert (
+            name == "someone/tune" and {option: given[option] for option in chosen} == dict.fromkeys(chosen) | options
+        )
+
+
+def test_the_command_line_draws_with_the_chosen_files(cache, tmp_path):
+    for revision, state in {"main": REDRAWN, "v2": STATES["unguided"]}.items():
+        config = FLUX if revision == "main" else UNGUIDED
+        save_folder(state, encoders(cached(cache, "someone/tune", revision)) / "transformer", config)
+    words = ["sample", "x", "--model", "someone/tune", "--revision", "v2", "--like", "schnell", "-o", "out.png"]
+    size = ["--height", "32", "--width", "32"]
+    result = CliRunner().invoke(app, [*words[:-1], str(tmp_path / "out.png"), *size])
+    assert result.exit_code == 0, result.output
+    pipe = fe.load("someone/tune", revision="v2", like="schnell")
+    drawn = pipe("x", height=32, width=32, progress=False)
+    assert drawn.trajectory.times.tolist() == [1, 0.75, 0.5, 0.25, 0]  # schnell's four steps
+    assert Image.open(tmp_path / "out.png").tobytes() == drawn.images[0].tobytes()
 
 
 # ---------------------------------------------------------------- which sampling settings
