@@ -197,6 +197,69 @@ def test_divergence_of_a_linear_field_is_its_trace(pipe, monkeypatch, a):
     assert torch.allclose(lenses.divergence(pipe, PROMPT, probes=2, **FEW_STEPS).tensor, torch.tensor(a), rtol=1e-3)
 
 
+# --- several images -------------------------------------------------------------------------------
+
+ARGUMENTS = {
+    "word_maps": (["red"],),
+    "concept_maps": (["red", "left"],),
+    "head_gallery": ("red",),
+}
+OPTIONS = {
+    "modulation": {"times": 2},
+    "divergence": FEW_STEPS | {"probes": 1},
+    "velocity_field": FEW_STEPS | {"size": 2},
+}
+OF_A_PROMPT = [name for name in run.LENSES if name not in ("straightness", "curvature")]
+
+
+@pytest.mark.parametrize("name", OF_A_PROMPT)
+def test_several_prompts_and_seeds_give_the_results_of_single_runs(pipe, name):
+    """Every lens of a prompt, with the images that the pipeline draws."""
+    lens, arguments = run.LENSES[name], ARGUMENTS.get(name, ())
+    options = OPTIONS.get(name, FEW_STEPS)
+    takes_seed = name != "modulation"
+    averages = name in ("vital_layers", "position_dependence")  # over seeds
+    prompts, seeds = ["a red circle left of a star", PROMPT], [5, 6]
+    for texts, chosen in ((prompts, None), (PROMPT, seeds), (prompts, seeds), ([PROMPT], 5)):
+        if chosen is not None and not takes_seed or averages and isinstance(chosen, list):
+            continue
+        own = {} if chosen is None else {"seed": chosen}
+        together = lens(pipe, texts, *arguments, **options, **own)
+        count = max(len(texts) if isinstance(texts, list) else 1, len(chosen) if isinstance(chosen, list) else 1)
+        texts = texts if isinstance(texts, list) else [texts] * count
+        chosen = chosen if isinstance(chosen, list) else [chosen] * count
+        assert together.axes[0] == "picture" and len(together.coords["picture"]) == count
+        for i, (text, seed) in enumerate(zip(texts, chosen, strict=True)):
+            own = {} if seed is None else {"seed": seed}
+            alone = lens(pipe, text, *arguments, **options, **own)
+            assert alone.axes == together.axes[1:]
+            assert torch.equal(together.at(picture=i).tensor, alone.tensor)
+            if takes_seed:
+                (drawn,) = pipe(text, **FEW_STEPS, **own).images
+                assert [alone.images[0].tobytes(), together.images[i].tobytes()] == [drawn.tobytes()] * 2
+        assert len(together.images) == (count if takes_seed else 0)
+
+
+def test_pictures_are_labelled_by_what_differs(pipe):
+    labels = lambda *args, **kwargs: lenses.contributions(pipe, *args, **kwargs, **FEW_STEPS).coords["picture"]  # noqa: E731
+    assert labels([PROMPT, "a star"], seed=3) == [PROMPT, "a star"]
+    assert labels(PROMPT, seed=[3, 4]) == [3, 4]
+    assert labels([PROMPT, PROMPT], seed=[3, 4]) == [f"{PROMPT}, seed 3", f"{PROMPT}, seed 4"]
+
+
+def test_lenses_that_average_over_seeds_return_an_image_for_each(pipe):
+    found = lenses.vital_layers(pipe, PROMPT, seeds=[3, 4], **FEW_STEPS)
+    drawn = pipe(PROMPT, seed=[3, 4], **FEW_STEPS).images
+    assert found.axes == ("block",)
+    assert [image.tobytes() for image in found.images] == [image.tobytes() for image in drawn]
+
+
+def test_a_lens_does_not_need_the_image(pipe):
+    found = lenses.word_maps(pipe, PROMPT, ["red"], decode=False, **FEW_STEPS)
+    assert found.images == []
+    assert torch.equal(found.tensor, lenses.word_maps(pipe, PROMPT, ["red"], **FEW_STEPS).tensor)
+
+
 # --- wrong arguments -----------------------------------------------------------------------------
 
 
@@ -204,8 +267,12 @@ def test_divergence_of_a_linear_field_is_its_trace(pipe, monkeypatch, a):
     ("wrong", "says"),
     [
         (lambda p: lenses.word_maps(p, PROMPT, ["green"]), "does not contain 'green'"),
-        (lambda p: lenses.word_maps(p, [PROMPT, PROMPT], ["red"]), "one prompt"),
-        (lambda p: lenses.contributions(p, PROMPT, seed=[1, 2], **FEW_STEPS), "one image at a time"),
+        (lambda p: lenses.word_maps(p, [PROMPT, "a green star"], ["red"], **FEW_STEPS), "does not contain 'red'"),
+        (lambda p: lenses.contributions(p, [PROMPT, 3]), "the prompt must be a text, or a list of texts, not 3"),
+        (lambda p: lenses.contributions(p, 3), "the prompt must be a text, or a list of texts, not 3"),
+        (lambda p: lenses.contributions(p, []), "as many prompts as seeds, or one of either, not 0 and 1"),
+        (lambda p: lenses.contributions(p, [PROMPT] * 2, seed=[1] * 3), "one of either, not 2 and 3"),
+        (lambda p: lenses.contributions(p, PROMPT, num_images=2, **FEW_STEPS), "pass a list of prompts or of seeds"),
         (lambda p: lenses.head_gallery(p, PROMPT, (2, 0)), "2 x 2 patches"),
         (lambda p: lenses.head_gallery(p, PROMPT, "green"), "does not contain 'green'"),
     ],
@@ -242,8 +309,7 @@ def test_a_new_lens_is_one_function(pipe, monkeypatch):
     assert run.LENSES["entropies"] is entropies
     _, shared = run.run_lenses(pipe, PROMPT, {"entropies": {"at_steps": 1}, "contributions": {}}, **FEW_STEPS)
     assert torch.equal(shared["entropies"].tensor, found.tensor)
-    with pytest.raises(InstrumentError, match="one prompt"):
-        entropies(pipe, [PROMPT, PROMPT])
+    assert entropies(pipe, [PROMPT, PROMPT], at_steps=1, **FEW_STEPS).shape == (2, *found.shape)
     with pytest.raises(InstrumentError, match="the name of a lens must be one of .*entropies"):
         run.run_lenses(pipe, PROMPT, {"vital_layers": {}})
 

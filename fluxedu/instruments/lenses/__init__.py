@@ -3,8 +3,9 @@
     lenses.word_maps(pipe, "a red circle left of a blue square", ["circle", "square"], seed=1)
 
 Each lens runs the pipeline, records what it needs and reduces it during the run; its docstring names the paper that the
-measurement comes from. Further keywords (``seed``, ``steps``, ``guidance``, ...) go to the pipeline. A lens is a
-function with the decorator :func:`fluxedu.instruments.lenses.run.lens` in any module of this package.
+measurement comes from. Further keywords (``seed``, ``steps``, ``guidance``, ...) go to the pipeline. With a list of
+prompts or of seeds, the result has a first axis, ``picture``; ``result.images`` are the images. A lens is a function
+with the decorator :func:`fluxedu.instruments.lenses.run.lens` in any module of this package.
 """
 
 from importlib import import_module

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fluxedu.errors import InstrumentError, check_integer, check_number, describe
 from fluxedu.instruments.interventions import intervene
-from fluxedu.instruments.lenses.run import lens
+from fluxedu.instruments.lenses.run import LensResult, lens
 from fluxedu.instruments.named import Named
 from fluxedu.progress import progress_bar
 from fluxedu.sampling.pipeline import FluxPipeline, Output, Trajectory
@@ -50,7 +50,7 @@ def _check_trajectory(trajectory: Trajectory) -> None:
 
 
 @lens
-def divergence(pipe: FluxPipeline, prompt: str, *, probes: int = 8, seed: int = 0, **options) -> Named:
+def divergence(pipe: FluxPipeline, prompt: str, *, probes: int = 8, seed: int = 0, **options) -> LensResult:
     """The divergence of the velocity along a trajectory, per number of the latent: axis ``step``.
 
     ``div v = trace(dv/dx)``, estimated as the mean of ``e . (v(x + h e) - v(x - h e)) / 2h`` over random signs e
@@ -69,13 +69,14 @@ def divergence(pipe: FluxPipeline, prompt: str, *, probes: int = 8, seed: int = 
             difference = velocity(x + h * e, t) - velocity(x - h * e, t)
             total += float((difference.double() * e.double()).sum()) / (2 * h)
         divergences.append(total / probes / x.numel())
-    return Named(torch.tensor(divergences, dtype=torch.float32, device="cpu"), ("step",), {"step": times})
+    found = torch.tensor(divergences, dtype=torch.float32, device="cpu")
+    return LensResult(found, ("step",), {"step": times}, out.images)
 
 
 @lens
 def velocity_field(
     pipe: FluxPipeline, prompt: str, *, at_step: int = 0, size: int = 9, reach: float = 1.0, seed: int = 0, **options
-) -> Named:
+) -> LensResult:
     """The velocity on a plane of latents: axes ``up, across, what``; what: two coordinates, two components.
 
     The origin is the state of the run at ``at_step``. The axis ``across`` points to the image of the run, the axis
@@ -104,7 +105,8 @@ def velocity_field(
             v = -velocity(x + unit * (a * across + b * up), t)
             components = [float((v * axis).sum() / unit * t) for axis in (across, up)]
             table[i, j] = table.new_tensor([float(a), float(b), *components])
-    return Named(table, ("up", "across", "what"), {"what": ["across", "up", "v across", "v up"]})
+    coords = {"what": ["across", "up", "v across", "v up"]}
+    return LensResult(table, ("up", "across", "what"), coords, out.images[:1])
 
 
 def _run_with_velocity(pipe: FluxPipeline, prompt: str, options: dict) -> tuple[Output, Callable]:

@@ -11,6 +11,7 @@ from fluxedu.errors import InstrumentError, check_integer, check_number, describ
 from fluxedu.instruments.ablation import ablate
 from fluxedu.instruments.interventions import intervene, positions
 from fluxedu.instruments.lenses.run import (
+    LensResult,
     LensRun,
     blocks_of,
     check_one_prompt,
@@ -77,7 +78,9 @@ class _RelativeChange(StepReduction):
 
 
 @lens
-def x0_by_block(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None, decoded: bool = False, **options) -> Named:
+def x0_by_block(
+    pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None, decoded: bool = False, **options
+) -> LensResult:
     """The predicted x0 after each block, a latent or (decoded) pixels: axes ``block, step, channel, row, column``.
 
     The image tokens that leave a block go through the last layer as if it came next: ``x0 = x - t v``. This is our own
@@ -106,11 +109,11 @@ def x0_by_block(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None, deco
             if decoded:
                 x0 = pipe.autoencoder.decode(x0.to(pipe.device, pipe.dtype)).to(x0)
             predictions.append(x0)
-    return Named(torch.stack(predictions), ("block", *x.axes), x.coords | {"block": names})
+    return LensResult(torch.stack(predictions), ("block", *x.axes), x.coords | {"block": names}, out.images)
 
 
 @lens
-def vital_layers(pipe: FluxPipeline, prompt: str, *, seeds: Sequence[int] = (0,), **options) -> Named:
+def vital_layers(pipe: FluxPipeline, prompt: str, *, seeds: Sequence[int] = (0,), **options) -> LensResult:
     """How much the image changes without each block: axis ``block``, the mean over ``seeds``.
 
     ``|latent without - latent with| / |latent with|``. The blocks with large values are called vital layers in arXiv
@@ -127,7 +130,7 @@ def position_dependence(
     seeds: Sequence[int] = (0,),
     edit: Callable[[Tensor], Tensor] = torch.zeros_like,
     **options,
-) -> Named:
+) -> LensResult:
     """How much the image changes if one block has other position ids: axis ``block``, as :func:`vital_layers`.
 
     ``edit(ids [N, 3]) -> ids``; by default, all patches get the same position. Some blocks depend on positions, others
@@ -140,19 +143,23 @@ def position_dependence(
     return _distances(pipe, prompt, seeds, options, change, "other positions")
 
 
-def _distances(pipe: FluxPipeline, prompt: str, seeds, options: dict, change: Callable, description: str) -> Named:
-    """The distance of the latents from those of the unchanged run, with ``change(block)`` for each block in turn."""
+def _distances(pipe: FluxPipeline, prompt: str, seeds, options: dict, change: Callable, description: str) -> LensResult:
+    """The distance of the latents from those of the unchanged run, with ``change(block)`` for each block in turn.
+
+    The images are those of the unchanged run, one per seed.
+    """
     seeds = options.get("seed", seeds)
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
     options = {"trajectory": False} | options | {"seed": seeds, "progress": False}
-    original = pipe(prompt, **options).latents
+    unchanged = pipe(prompt, **options)
+    original, options = unchanged.latents, options | {"decode": False}
     distances = []
     for block in progress_bar(blocks_of(pipe), desc=description, leave=False):
         with change(block):
             changed = pipe(prompt, **options).latents
         distance = (changed - original).flatten(1).norm(dim=1) / original.flatten(1).norm(dim=1)  # [B]
         distances.append(distance.mean())
-    return Named(torch.stack(distances), ("block",), {"block": blocks_of(pipe)})
+    return LensResult(torch.stack(distances), ("block",), {"block": blocks_of(pipe)}, unchanged.images)
 
 
 @lens

@@ -9,6 +9,7 @@ A lens that needs a single run is a generator; this function is all you have to 
         return stack_blocks(rec, pipe, "attn.map")
 
     my_lens(pipe, "a red circle", seed=1)  # draws the image and returns the result
+    my_lens(pipe, ["a red circle", "a blue square"])  # for each prompt; the result has a first axis, ``picture``
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import wraps
 
 import torch
+from PIL import Image
 
 from fluxedu.errors import InstrumentError, check_choice, describe
 from fluxedu.instruments.named import Named
@@ -31,12 +34,24 @@ LENSES: dict[str, Callable[..., Named]] = {}  # all lenses by name
 SINGLE_RUN_LENSES: dict[str, Callable[..., LensRun]] = {}  # the generators of those that can share a run
 
 
-def lens(function: Callable) -> Callable[..., Named]:
+@dataclass(frozen=True, eq=False)
+class LensResult(Named):
+    """A measurement with the ``images`` that it was made on, one per ``picture``.
+
+    It is a :class:`Named` with one attribute more, not a pair of both, so that figures and arithmetic take it as it is.
+    What is computed from it, such as ``result.mean("block")``, is a plain Named, since that may mix several images.
+    """
+
+    images: list[Image.Image] = field(default_factory=list)
+
+
+def lens(function: Callable) -> Callable[..., LensResult]:
     """Register a lens under the function's name.
 
     A generator ``(pipe, prompt, ...) -> LensRun`` becomes a function that draws the image; it takes the pipeline's
-    arguments as further keywords. Other functions ``(pipe, prompt, ...) -> Named`` run the pipeline themselves. For
-    both, ``prompt`` must be a single prompt. A lens without a prompt measures the trajectory of a run.
+    arguments as further keywords. Other functions ``(pipe, prompt, ...) -> LensResult`` run the pipeline themselves.
+    Both are written for one image, and called for each image in turn if there is a list of prompts or of seeds: the
+    numbers are those of single runs, to the last bit. A lens without a prompt measures the trajectory of a run.
     """
     signature = inspect.signature(function)
     is_generator = inspect.isgeneratorfunction(function)
@@ -44,21 +59,49 @@ def lens(function: Callable) -> Callable[..., Named]:
         LENSES[function.__name__] = function
         return function
 
-    @wraps(function)
-    def checked(pipe: FluxPipeline, prompt: str, *args, **kwargs) -> Named:
+    def one(pipe: FluxPipeline, prompt: str, *args, **kwargs) -> LensResult:
         check_one_prompt(prompt)
         if not is_generator:
-            return function(pipe, prompt, *args, **kwargs)
+            found = function(pipe, prompt, *args, **kwargs)
+            return LensResult(found.tensor, found.axes, found.coords, getattr(found, "images", []))
         own = {name: kwargs.pop(name) for name in signature.parameters if name in kwargs}
-        return _run(pipe, prompt, [function(pipe, prompt, *args, **own)], kwargs)[1][0]
+        out, (found,) = _run(pipe, prompt, [function(pipe, prompt, *args, **own)], kwargs)
+        return LensResult(found.tensor, found.axes, found.coords, out.images)
 
+    @wraps(function)
+    def checked(pipe: FluxPipeline, prompt: str | list[str], *args, **kwargs) -> LensResult:
+        seed = None if "seeds" in signature.parameters else kwargs.get("seed")  # those lenses average over the seeds
+        if not isinstance(prompt, (list, tuple)) and not isinstance(seed, (list, tuple)):
+            return one(pipe, prompt, *args, **kwargs)
+        labels, pairs = _pairs(prompt, seed)
+        found = [one(pipe, text, *args, **kwargs | ({} if s is None else {"seed": s})) for text, s in pairs]
+        coords = found[0].coords | {"picture": labels}
+        images = [image for result in found for image in result.images]
+        return LensResult(torch.stack([result.tensor for result in found]), ("picture", *found[0].axes), coords, images)
+
+    parameters = list(signature.parameters.values())
     if is_generator:
         SINGLE_RUN_LENSES[function.__name__] = function
-        options = inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)
-        parameters = [*signature.parameters.values(), options]  # as help() and the documentation show them
-        checked.__signature__ = signature.replace(parameters=parameters, return_annotation="Named")
+        parameters.append(inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD))
+    # as help() and the documentation show them
+    parameters = [p.replace(annotation="str | list[str]") if p.name == "prompt" else p for p in parameters]
+    checked.__signature__ = signature.replace(parameters=parameters, return_annotation="LensResult")
     LENSES[function.__name__] = checked
     return checked
+
+
+def _pairs(prompt, seed) -> tuple[list, list[tuple[str, int | None]]]:
+    """The (prompt, seed) of each image, as the pipeline pairs them, and a label for each."""
+    prompts, seeds = ([*value] if isinstance(value, (list, tuple)) else [value] for value in (prompt, seed))
+    count = max(len(prompts), len(seeds))
+    if {len(prompts), len(seeds)} - {1, count} or not count:
+        raise InstrumentError(f"pass as many prompts as seeds, or one of either, not {len(prompts)} and {len(seeds)}.")
+    pairs = list(
+        zip(map(check_one_prompt, prompts * (count // len(prompts))), seeds * (count // len(seeds)), strict=True)
+    )
+    if len(seeds) == 1:
+        return prompts, pairs
+    return (seeds if len(prompts) == 1 else [f"{text}, seed {one}" for text, one in pairs]), pairs
 
 
 def run_lenses(
@@ -102,14 +145,14 @@ def run_recorded(pipe: FluxPipeline, prompt: str, *globs: str, options: dict, **
 def check_one_prompt(prompt: str) -> str:
     """The prompt; raises InstrumentError for several prompts, and for text that no tokenizer can encode."""
     if not isinstance(prompt, str) or prompt.encode(errors="ignore").decode() != prompt:
-        raise InstrumentError(f"the prompt must be one prompt, a text, not {describe(prompt)}.")
+        raise InstrumentError(f"the prompt must be a text, or a list of texts, not {describe(prompt)}.")
     return prompt
 
 
 def check_one_image(out: Output) -> None:
-    """Raises InstrumentError if several images were drawn."""
-    if len(out.images) != 1:
-        raise InstrumentError("only one image at a time can be measured; pass one seed.")
+    """Raises InstrumentError if several images were drawn at once."""
+    if len(out.latents) != 1:
+        raise InstrumentError("a lens draws its images one by one; pass a list of prompts or of seeds.")
 
 
 # ---------------------------------------------------------------- blocks and patches
