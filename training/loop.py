@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from fluxedu.files import atomic_path
+from fluxedu.threads import adapted_threads, step_done
 
 Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
 
@@ -264,9 +265,10 @@ class Run:
         saved, started = time.monotonic(), time.monotonic() - self.seconds
         smoothed: dict[str, float] = {}
         self.model.train()
-        with deferred_signals() as received:
+        with deferred_signals() as received, adapted_threads(self.model, "training"):
             while self.step < self.recipe.steps:
                 values = self._one_step(loss)
+                step_done()
                 for key, value in values.items():  # smoothed, so that the progress bar can be read
                     smoothed[key] = value if key not in smoothed else 0.98 * smoothed[key] + 0.02 * value
                 progress.update()

@@ -35,6 +35,7 @@ from fluxedu.instruments.lenses.run import run_lenses
 from fluxedu.instruments.named import Named
 from fluxedu.progress import progress_bar
 from fluxedu.sweep.config import COLUMNS, Sweep, from_dict, make_interventions, make_recorders
+from fluxedu.threads import fixed_threads
 
 
 class Runner:
@@ -131,7 +132,8 @@ def _work(file: int | None, description: str, folder: Path, expected=None, worke
         raise SweepError(f"worker {worker} is {runner.environment}, but the sweep began with {expected}.")
     torch.set_num_threads(runner.sweep.threads)
     if file is not None:
-        runner.write(file, folder)
+        with fixed_threads():
+            runner.write(file, folder)
     return runner.environment
 
 
