@@ -78,7 +78,7 @@ class AttentionMap:
         return self._output
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """``map @ v`` by the fused kernel; a mask is of one head at most, never of all."""
+        """``map @ v`` by the fused kernel, whose mask is at most of the size of one head's map."""
         if self.scores is not None:
             return self.weights().to(v.dtype) @ v
         if self.shape[1] > 1 and any(where.shape[1] > 1 and queries.numel() > 1 for where, queries, _ in self.hidden):
@@ -87,9 +87,7 @@ class AttentionMap:
         mask = None if self.bias is None else self.bias.to(q.dtype)
         causal = self.causal and not self.hidden  # the kernels take one or the other
         if self.hidden:
-            visible = self._visible()
-            mask = torch.zeros_like(visible, dtype=q.dtype) if mask is None else mask.expand(self.shape)
-            mask = mask.masked_fill(~visible, -torch.inf)
+            mask = torch.where(self._visible(), q.new_zeros(()) if mask is None else mask, -torch.inf)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
 
     def __matmul__(self, v: Tensor) -> Tensor:
@@ -173,7 +171,8 @@ class AttentionMap:
     def _slice(self, take: Callable[[Tensor], Tensor]) -> AttentionMap:
         q, k, v, scores = (None if x is None else take(x) for x in (self.q, self.k, self.v, self.scores))
         bias = None if self.bias is None else take(self.bias.expand(self.shape))
-        hidden = tuple((take(m[0].expand(*self.shape[:2], 1, 1)), *m[1:]) for m in self.hidden)
+        hidden = [(take(where.expand(*self.shape[:2], 1, 1)), *rest) for where, *rest in self.hidden]
+        hidden = tuple(masks for masks in hidden if masks[0].any())
         part = AttentionMap(q, k, v, self.txt_len, bias, self.causal, self.scale, scores, hidden)
         part._lse = None if self._lse is None else take(self._lse)
         return part

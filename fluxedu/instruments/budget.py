@@ -14,7 +14,7 @@ class Budget:
         self.limit, self.to_folder = limit, to_folder
         self.expected: dict[tuple, int] = {}  # (site, purpose) -> bytes
         self.total = 0
-        self.exceeded_at: tuple[int, int, int] | None = None  # the step in which the total passed the limit
+        self.exceeded_at: tuple[int, int] | None = None  # run and step in which the total passed the limit
         self.raised = False
 
     def allows(self, site: str, purpose: int | str | None, nbytes: int, step_id: tuple[int, int, int]) -> bool:
@@ -23,12 +23,13 @@ class Budget:
         The step that exceeds the limit is completed, so that the error can name the size of the whole recording; the
         next one raises it.
         """
-        if self.exceeded_at not in (None, step_id):
+        run, _, step = step_id  # of any image, since several may be computed at once
+        if self.exceeded_at not in (None, (run, step)):
             raise self.error()
         self.total += nbytes - self.expected.get((site, purpose), 0)
         self.expected[site, purpose] = nbytes
         if self.exceeded_at is None and self.total > self.limit:
-            self.exceeded_at = step_id
+            self.exceeded_at = run, step
         return self.exceeded_at is None
 
     def check(self) -> None:

@@ -76,6 +76,10 @@ class Recording:
         entries.append((key, value))
 
     def entries(self, name: str) -> list[tuple[StepKey, Named]]:
+        """The single values of a site, image by image, and in the order of the run for each."""
+        return sorted(self.in_order(name), key=_run_and_picture)  # images that are computed at once alternate
+
+    def in_order(self, name: str) -> list[tuple[StepKey, Named]]:
         """The single values of a site, in the order in which they were recorded."""
         if name not in self.values:
             recorded = ", ".join(list(self.values)[:4]) + (", ..." if len(self.values) > 4 else "")
@@ -88,7 +92,7 @@ class Recording:
         Raises InstrumentError when they differ in shape (images of several sizes, guidance that starts midway) or in
         number (runs of several lengths).
         """
-        entries = sorted(self.entries(name), key=lambda entry: (entry[0].run, entry[0].picture))  # stable
+        entries = self.entries(name)
         shapes = {tuple(value.shape) for _, value in entries}
         values_per_picture = Counter(key.step_id[:2] for key, _ in entries)
         pictures_per_run = Counter(run for run, _ in values_per_picture)
@@ -152,6 +156,10 @@ class Recording:
             }
             variables[name] = xarray.DataArray(value.__array__(), coords, dims)
         return xarray.Dataset(variables)
+
+
+def _run_and_picture(entry: tuple[StepKey, Named]) -> tuple[int, int]:
+    return entry[0].run, entry[0].picture
 
 
 def _stack(entries: list[tuple[StepKey, Named]], runs: int, pictures: int, requested: int) -> Named:
@@ -224,17 +232,23 @@ class FolderRecording(Recording):
             (self.folder / IN_USE).touch(exist_ok=False)  # so that no second recorder writes into it
         except OSError as error:
             raise InstrumentError(f"the folder {self.folder} cannot be created: {error.strerror}.") from None
-        self.step_id: tuple[int, int, int] | None = None  # of the values in memory
+        self.first_picture = 0  # of the images that are computed at once
+        self.step_id: tuple[int, int, int | None] | None = None  # run, first image and step of the values in memory
         self.files_written = 0
         self.last_values: dict[tuple[str, int, int], tuple[StepKey, Named]] = {}
+
+    def note_run(self, context: StepContext) -> None:
+        super().note_run(context)
+        self.first_picture = context.picture - (context.row or 0)
 
     def add(self, name: str, key: StepKey, value: Named, last_only: bool = False) -> None:
         if last_only:  # which value is the last is known only at the end
             self.last_values[name, key.run, key.picture] = (StepKey(key.run, key.picture, None, 0, None), value)
             return
-        if key.step_id != self.step_id:
+        step_id = key.run, self.first_picture, key.step
+        if step_id != self.step_id:
             self._write_step()
-        self.step_id = key.step_id
+        self.step_id = step_id
         super().add(name, key, value)
 
     def close(self, failed: bool = False) -> None:
@@ -260,13 +274,14 @@ class FolderRecording(Recording):
         A run notes its completed steps. Values outside of steps, and of a network that is called without a pipeline,
         count as complete unless something ``failed`` now.
         """
-        if self.step_id is not None:
-            run, picture, step = self.step_id
+        for picture in sorted({key.picture for entries in self.values.values() for key, _ in entries}):
+            run, _, step = self.step_id
             completed = self.completed.get(run)
-            is_complete = not failed if step < 0 or completed is None else (picture, step) in completed
+            is_complete = not failed if step is None or completed is None else (picture, step) in completed
             if is_complete:
-                number = "none" if step < 0 else f"{step:04d}"
-                self._write(self.values, f"picture-{picture:04d}-step-{number}")
+                number = "none" if step is None else f"{step:04d}"
+                of_picture = {n: [e for e in found if e[0].picture == picture] for n, found in self.values.items()}
+                self._write(of_picture, f"picture-{picture:04d}-step-{number}")
         self.values.clear()
         self.step_id = None
 

@@ -7,6 +7,7 @@ request.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from fluxedu.errors import BudgetError, InstrumentError, describe
 from fluxedu.instruments.budget import Budget
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recording import StepKey
+from fluxedu.sampling.step_context import current_context
 
 MAP_AXES = ("batch", "head", "query", "key")
 
@@ -262,25 +264,28 @@ class Reductions:
         specs = [] if reduce is None else list(reduce) if several else [reduce]
         self.factories = [_factory(spec) for spec in specs]
         self.over_steps = any(getattr(reduction, "over_steps", False) for reduction in self.create())
-        self.active: dict[str, tuple[tuple[int, int], list[Reduction]]] = {}  # site -> (run, picture), reductions
+        #: site -> run and first of the images that are computed at once, and the reductions of each image
+        self.active: dict[str, tuple[tuple[int, int], dict[int, list[Reduction]]]] = {}
 
     def create(self) -> list[Reduction]:
         return [factory() for factory in self.factories]
 
     def __call__(self, value: Value, site: str, key: StepKey) -> Value | None:
         """The reduced value, or None when there is nothing to keep yet. Raises InstrumentError for a wrong result."""
-        picture = key.run, key.picture
-        if site not in self.active or self.active[site][0] != picture:
-            self.active[site] = picture, self.create()
+        context = current_context()
+        batch = key.run, key.picture - (context.row or 0 if context else 0)
+        if site not in self.active or self.active[site][0] != batch:
+            self.active[site] = batch, defaultdict(self.create)
+        reductions = self.active[site][1]
         tensors = (value.lazy.q, value.lazy.k, value.lazy.v) if isinstance(value, MapView) else (value.tensor,)
         versions = _versions(tensors)
-        for reduction in self.active[site][1]:
+        for reduction in reductions[key.picture]:
             value = reduction(value, site, key) if isinstance(reduction, StepReduction) else reduction(value)
             if not isinstance(value, (Named, MapView, type(None))):
                 raise InstrumentError(f"a reduction must return a Named or None, not {type(value).__name__}.")
             if value is None:
                 break
-        memory = sum(getattr(reduction, "nbytes", 0) for reduction in self.active[site][1])
+        memory = sum(getattr(reduction, "nbytes", 0) for each in reductions.values() for reduction in each)
         self.budget.allows(site, "memory of the reductions", memory, key.step_id)
         if _versions(tensors) != versions:
             raise InstrumentError(f"the reduction changed the value of {site!r} in place; begin it with .clone().")

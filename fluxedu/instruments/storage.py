@@ -67,8 +67,8 @@ class Storage:
             return 1 if context is None else context.pictures
         in_evaluation = context is not None and context.stage >= 0
         per_step = len(get_solver(context.request.solver).stages) if in_evaluation else 1
-        if self.recording.holds_one_step:
-            return per_step
+        if self.recording.holds_one_step:  # of the images that are computed at once
+            return per_step * max(1, 0 if context is None else len(context.batch))
         if context is None:
             return key.step + 1
         steps = 1 if context.step is None else self.selection.number_of_steps(context.steps)

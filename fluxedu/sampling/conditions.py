@@ -28,18 +28,27 @@ Encode = Callable[[Tensor], Tensor]  # pictures [B, 3, H, W] in [-1, 1] -> laten
 
 @dataclass(frozen=True)
 class Conditions:
-    """The pictures of a request as the transformer reads them; the same in every step."""
+    """The pictures of B requests as the transformer reads them; the same in every step."""
 
-    channels: Tensor | None = None  # [1, N, C], concatenated to every token's own channels
-    tokens: Tensor | None = None  # [1, M, 64], concatenated after the image's own tokens
+    channels: Tensor | None = None  # [B, N, C], concatenated to every token's own channels
+    tokens: Tensor | None = None  # [B, M, 64], concatenated after the image's own tokens
     ids: Tensor | None = None  # [M, 3], the position ids of those tokens
+
+    @staticmethod
+    def stacked(each: list[Conditions]) -> Conditions:
+        """Those of several images as one batch."""
+
+        def stack(parts: list[Tensor | None]) -> Tensor | None:
+            return None if parts[0] is None else torch.cat(parts)
+
+        return Conditions(stack([one.channels for one in each]), stack([one.tokens for one in each]), each[0].ids)
 
     def join(self, x: Tensor) -> Tensor:
         """The state ``[B, N, 64]`` with the extra channels and tokens."""
         if self.channels is not None:
-            x = torch.cat([x, self.channels.expand(len(x), -1, -1)], dim=-1)
+            x = torch.cat([x, self.channels], dim=-1)
         if self.tokens is not None:
-            x = torch.cat([x, self.tokens.expand(len(x), -1, -1)], dim=1)
+            x = torch.cat([x, self.tokens], dim=1)
         return x
 
     def join_ids(self, ids: Tensor) -> Tensor:
@@ -103,10 +112,10 @@ def picture_and_mask(request: Request, downscale: int) -> tuple[Tensor, Tensor]:
     return picture, F.interpolate(request.mask, picture.shape[-2:], mode="nearest")
 
 
-def paste_outside(drawn: Tensor, request: Request, downscale: int) -> Tensor:
-    """``drawn`` inside the mask; outside it the request's own pixels, which the autoencoder would soften."""
-    picture, mask = picture_and_mask(request, downscale)
-    return torch.where(mask.to(drawn) > 0.5, drawn, picture.to(drawn))
+def paste_outside(drawn: Tensor, requests: list[Request], downscale: int) -> Tensor:
+    """``drawn`` inside the masks; outside them the requests' own pixels, which the autoencoder would soften."""
+    pictures, masks = zip(*(picture_and_mask(request, downscale) for request in requests), strict=True)
+    return torch.where(torch.cat(masks).to(drawn) > 0.5, drawn, torch.cat(pictures).to(drawn))
 
 
 def extra_input(config: FluxConfig, downscale: int) -> str:

@@ -23,15 +23,16 @@ from fluxedu.models.config import Sampling
 from fluxedu.models.flux import Flux
 from fluxedu.probe import Sited
 from fluxedu.progress import progress_bar
+from fluxedu.sampling.batches import batch_size, decoder_batch, parts
 from fluxedu.sampling.checks import check_finite, check_networks
-from fluxedu.sampling.conditions import check_pictures, encode_conditions, paste_outside
+from fluxedu.sampling.conditions import Conditions, check_pictures, encode_conditions, paste_outside
 from fluxedu.sampling.gradients import gradient_mode, leaf
 from fluxedu.sampling.images import Picture, resized, to_images, to_mask, to_tensor
 from fluxedu.sampling.latents import draw_noise
 from fluxedu.sampling.prompts import Conditioning, PromptEncoder
 from fluxedu.sampling.request import Request, checked_device, checked_times, make_requests, refuse_unknown
 from fluxedu.sampling.solvers import Solver, from_strength, get_solver, schedule
-from fluxedu.sampling.step_context import StepContext, at_step, entered, stopping_after
+from fluxedu.sampling.step_context import StepContext, at_pictures, at_step, current_context, entered, stopping_after
 from fluxedu.sampling.velocity_field import VelocityField
 
 _RUNS = count()
@@ -52,6 +53,12 @@ class Trajectory:
         Shape ``[N, B, C, h, w]``.
         """
         return self.latents[:-1] - self.times[:-1].view(-1, 1, 1, 1, 1).to(self.latents) * self.velocities
+
+    @staticmethod
+    def joined(runs: list[Trajectory]) -> Trajectory:
+        """The runs of several batches of images on the same schedule as one."""
+        latents, velocities = (torch.cat([getattr(run, name) for run in runs], 1) for name in ("latents", "velocities"))
+        return Trajectory(runs[0].times, latents, velocities)
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,7 @@ class FluxPipeline(Sited):
         negative_prompt: str | list[str] | None = None,
         seed: int | list[int] = 0,
         num_images: int = 1,
+        batch: int | None = None,
         latents: Tensor | None = None,
         steps: int | None = None,
         times: Sequence[float] | Tensor | None = None,
@@ -143,12 +151,14 @@ class FluxPipeline(Sited):
         stop_after: int | str | None = None,
         **unknown,
     ) -> Output:
-        """Generate one image for the prompt, or one for each prompt of a list.
+        """Generate one image for the prompt, or one for each prompt of a list, several at once.
 
         prompt: text, or texts that are encoded already, ``pipe.prompt_encoder([...])``.
         negative_prompt: the prompt that classifier-free guidance moves away from; the empty prompt by default.
         seed: a number, or a list to draw one image per seed; an image depends only on its own seed and prompt.
         num_images: images of each prompt, with the seeds seed, seed + 1, ...
+        batch: how many images are computed at once; by default as many as are fastest on a CPU, and as many as fit in
+        the memory of a GPU. With 1, an image is the same to the last bit as alone; otherwise it differs by rounding.
         latents: the start ``[B, C, h, w]`` in place of noise; it sets the size of the image.
         steps: number of steps; the variant's own by default.
         times: the schedule itself, falling from 1 (noise) to 0 (image), in place of ``steps``.
@@ -224,68 +234,62 @@ class FluxPipeline(Sited):
         txt_len += 0 if image_prompt is None else self.redux.tokens
         context = StepContext(self, requests[0], next(_RUNS), txt_len, 0, len(requests), all_steps)
         networks = Networks(self.flux, self.autoencoder, self.prompt_encoder.clip, self.prompt_encoder.t5, self.dtype)
+        batch = batch_size(batch, requests, networks, self.device, txt_len)
         height, width = (side * downscale for side in requests[0].shape)
         if gradient_mode() is not None and self.flux.placement is not None and self.flux.placement.mode != "full":
             raise GradientError("gradients need all weights in memory; load the pipeline with memory='full'.")
-        images, runs = [], []
+        images, latents, runs = [], [], []
         with (
             torch.set_grad_enabled(gradient_mode() is not None),
             memory_advice(networks, self.device, height, width, txt_len),
             progress_bar(total=len(requests) * steps_to_run, show=progress, desc="sampling") as bar,
+            entered(context),
+            stopping_after(stop_after),
         ):
-            with stopping_after(stop_after):
-                with entered(context), torch.no_grad():
-                    prompts, negative = self.encode(requests, encoded)
-                # one image at a time: larger matrix products round differently, and no image may depend on others
-                for i, request in enumerate(requests):
-                    with entered(replace(context, request=request, picture=i)):
-                        image, run = self.draw(request, times, prompts[i], negative[i], steps_to_run, decode, bar)
-                    images += [image] if decode else []
-                    runs.append(run)
+            with torch.no_grad():
+                prompts, negative = self.encode(requests, encoded, batch)
+            for part in parts(len(requests), batch):
+                texts = prompts[part] if negative is None else negative[part].joined(prompts[part])
+                with at_pictures(requests[part], part.start):
+                    x, run = self.draw(requests[part], texts, times, steps_to_run, trajectory, bar)
+                    images += self.decode(x, requests[part]) if decode else []
+                latents.append(x)
+                runs.append(run)
         if not runs:  # stopped at a site
             return Output([], torch.empty(0), None)
-        latents = torch.cat([run.latents[-1] for run in runs])
-        if not trajectory:
-            return Output(images, latents, None)
-        all_latents = torch.cat([run.latents for run in runs], dim=1)  # [N+1, B, C, h, w]
-        velocities = torch.cat([run.velocities for run in runs], dim=1)
-        return Output(images, latents, Trajectory(times[: steps_to_run + 1], all_latents, velocities))
+        return Output(images, torch.cat(latents), Trajectory.joined(runs) if trajectory else None)
 
     def draw(
-        self,
-        request: Request,
-        times: Tensor,
-        prompt: Conditioning,
-        negative: Conditioning | None,
-        steps_to_run: int,
-        decode: bool,
-        bar,
-    ) -> tuple[Image.Image | None, Trajectory]:
-        """One image: from noise at t = 1, along the velocity, to a latent at t = 0, which is decoded."""
-        velocity = self.velocity_field(request, times, prompt, negative)
-        x = self.start(request, times[0])
-        run = self.denoise(x, times[: steps_to_run + 1], velocity, get_solver(request.solver), bar)
-        return self.decode(run.latents[-1], request) if decode else None, run
+        self, requests: list[Request], texts: Conditioning, times: Tensor, steps_to_run: int, trajectory: bool, bar
+    ) -> tuple[Tensor, Trajectory | None]:
+        """B images at once, from noise at t = 1, against the velocity, to their latents ``[B, C, h, w]`` at t = 0.
+
+        texts: the encoded prompts; with classifier-free guidance, B encoded negative prompts come first.
+        """
+        velocity = self.velocity_field(requests, times, texts)
+        x = self.start(requests, times[0])
+        return self.denoise(x, times[: steps_to_run + 1], velocity, get_solver(requests[0].solver), trajectory, bar)
 
     # ---------------------------------------------------------------- the stages of a run
 
     def encode(
-        self, requests: list[Request], encoded: Conditioning | None = None
-    ) -> tuple[list[Conditioning], list[Conditioning | None]]:
-        """The encoded prompt of each image, and its encoded negative prompt with classifier-free guidance."""
-        negative: list[Conditioning | None] = [None] * len(requests)
+        self, requests: list[Request], encoded: Conditioning | None = None, batch: int = 1
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """The encoded prompts, one row per image, and with classifier-free guidance the encoded negative prompts."""
+        negative = None
         if requests[0].uses_cfg:  # the same for all images
-            negative = self.prompt_encoder([request.negative_prompt for request in requests]).split(1)
+            context = current_context()
+            with entered(context and replace(context, negative=True)):
+                negative = self.prompt_encoder([request.negative_prompt for request in requests], batch)
         if encoded is None:
-            encoded = self.prompt_encoder([request.prompt for request in requests])
+            encoded = self.prompt_encoder([request.prompt for request in requests], batch)
         images = len(requests) // len(encoded.txt)  # of each encoded prompt
-        prompts = [text for text in encoded.split(1) for _ in range(images)]
+        prompts = encoded[[i // images for i in range(len(requests))]]
         if requests[0].image_prompt is not None:  # Redux: more tokens after the text's
-            for i, request in enumerate(requests):
-                tokens = self.redux(request.image_prompt.to(self.device, self.dtype))  # [1, M, D]
-                prompts[i] = prompts[i].with_tokens(tokens)
-                if negative[i] is not None:
-                    negative[i] = negative[i].with_tokens(tokens)
+            pictures = [request.image_prompt.to(self.device, self.dtype) for request in requests]
+            tokens = torch.cat([self.redux(picture) for picture in pictures])  # [B, M, D]
+            prompts = prompts.with_tokens(tokens)
+            negative = None if negative is None else negative.with_tokens(tokens)
         return prompts, negative
 
     def times(self, request: Request) -> Tensor:
@@ -297,48 +301,61 @@ class FluxPipeline(Sited):
             times = schedule(request.steps, tokens, True, (mu, mu))
         return from_strength(times, request.strength) if request.is_image_to_image else times
 
-    def velocity_field(
-        self, request: Request, times: Tensor, prompt: Conditioning, negative: Conditioning | None = None
-    ) -> VelocityField:
+    def velocity_field(self, requests: list[Request], times: Tensor, texts: Conditioning) -> VelocityField:
         """The function ``velocity(x, t)`` that the solver integrates, with all that stays the same during the run."""
-        texts = prompt if negative is None else negative.joined(prompt)
         txt = self.probe("txt", leaf(texts.txt))  # [B, L, D] the prompt's T5 embeddings, once per image
         pooled = self.probe("pooled", leaf(texts.pooled))  # [B, D] the prompt's CLIP vector, once per image
-        pictures = encode_conditions(request, self._encode_picture, self._downscale)
-        evaluation_times = get_solver(request.solver).evaluation_times(times.tolist())
-        return VelocityField(self.flux, Conditioning(txt, pooled), pictures, request, evaluation_times)
+        pictures = []
+        for i, request in enumerate(requests):
+            with at_pictures([request], i):
+                pictures.append(encode_conditions(request, self._encode_picture, self._downscale))
+        evaluation_times = get_solver(requests[0].solver).evaluation_times(times.tolist())
+        texts, pictures = Conditioning(txt, pooled), Conditions.stacked(pictures)
+        return VelocityField(self.flux, texts, pictures, requests[0], evaluation_times)
 
-    def start(self, request: Request, t: Tensor) -> Tensor:
-        """The latent ``[B, C, h, w]`` at the first time ``t``: noise, or ``(1 - t) * image + t * noise``."""
-        noise = draw_noise(request.seed, self.autoencoder.config.z_channels, *request.shape)
-        x = (noise if request.latents is None else request.latents).to(self.device, self.dtype)
-        if request.is_image_to_image:
-            x = (1 - t) * self._encode_picture(resized(request.image, request.shape, self._downscale)) + t * x
-        return self.probe("noise", leaf(x))  # [B, C, h, w] the state at the beginning of the run
+    def start(self, requests: list[Request], t: Tensor) -> Tensor:
+        """The latents ``[B, C, h, w]`` at the first time ``t``: noise, or ``(1 - t) * image + t * noise``."""
+        states = []
+        for i, request in enumerate(requests):
+            noise = draw_noise(request.seed, self.autoencoder.config.z_channels, *request.shape)
+            x = (noise if request.latents is None else request.latents).to(self.device, self.dtype)
+            if request.is_image_to_image:
+                with at_pictures([request], i):
+                    latent = self._encode_picture(resized(request.image, request.shape, self._downscale))
+                x = (1 - t) * latent + t * x
+            states.append(x)
+        return self.probe("noise", leaf(torch.cat(states)))  # [B, C, h, w] the state at the beginning of the run
 
-    def denoise(self, x: Tensor, times: Tensor, velocity: VelocityField, solver: Solver, bar) -> Trajectory:
+    def denoise(
+        self, x: Tensor, times: Tensor, velocity: VelocityField, solver: Solver, trajectory: bool, bar
+    ) -> tuple[Tensor, Trajectory | None]:
         """From noise (t = 1) to the image (t = 0): the solver integrates ``dx/dt = velocity(x, t)`` along ``times``."""
         states, velocities = [], []
         for step, (t, t_next) in enumerate(pairwise(times.tolist())):
             with at_step(step, t):
                 x = self.probe("x", x)  # [B, C, h, w] the state at the beginning of each step
+                x_next, v = solver.checked(solver.step(x, t, t_next, velocity), x)
+                check_finite("the latents", x_next, partial(solver.step, x, t, t_next, velocity))
+            if trajectory:
                 states.append(x)
-                x, v = solver.checked(solver.step(x, t, t_next, velocity), x)
-                check_finite("the latents", x, partial(solver.step, states[-1], t, t_next, velocity))
-            velocities.append(v)
-            bar.update()
-        states.append(x)
-        return Trajectory(times, torch.stack(states), torch.stack(velocities))
+                velocities.append(v)
+            x = x_next
+            bar.update(len(x))
+        return x, Trajectory(times, torch.stack([*states, x]), torch.stack(velocities)) if trajectory else None
 
-    def decode(self, latent: Tensor, request: Request) -> Image.Image:
-        """The image of a latent ``[1, C, h, w]``; for fill, with the original pixels outside the mask."""
-        latent = self.probe("latent", latent)  # [B, C, h, w] the state at the end of the run
-        image = self.autoencoder.decode(latent)
-        check_finite("the pixels", image, partial(self.autoencoder.decode, latent))
-        image = self.probe("image", image)  # [B, C, h, w] the image, about -1 to 1; h and w are pixels
-        if request.mask is not None and request.paste:
-            image = paste_outside(image, request, self._downscale)
-        return to_images(image.detach())[0]
+    def decode(self, latents: Tensor, requests: list[Request]) -> list[Image.Image]:
+        """The images of latents ``[B, C, h, w]``; for fill, with the original pixels outside the masks."""
+        images = []
+        for part in parts(len(requests), decoder_batch(len(requests), self.device)):
+            with at_pictures(requests[part], part.start):
+                latent = self.probe("latent", latents[part])  # [B, C, h, w] the state at the end of the run
+                image = self.autoencoder.decode(latent)
+                check_finite("the pixels", image, partial(self.autoencoder.decode, latent))
+                image = self.probe("image", image)  # [B, C, h, w] the image, about -1 to 1; h and w are pixels
+                if requests[0].mask is not None and requests[0].paste:
+                    image = paste_outside(image, requests[part], self._downscale)
+                images += to_images(image.detach())
+        return images
 
     def _placeholder_prompts(self, encoded: Conditioning) -> list[str]:
         """An empty prompt for each encoded one; raises RequestError for shapes that the transformer cannot read."""

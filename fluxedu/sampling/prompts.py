@@ -6,7 +6,7 @@ its vector is a summary. T5 carries the content of the prompt, so a prompt that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from fluxedu.errors import RequestError, describe
 from fluxedu.models.clip import CLIPTextEncoder
 from fluxedu.models.t5 import T5Encoder
 from fluxedu.sampling.checks import check_finite
-from fluxedu.sampling.step_context import current_context, entered
+from fluxedu.sampling.step_context import at_texts
 
 
 class Tokenizer:
@@ -85,9 +85,9 @@ class Conditioning:
         """With more tokens ``[B, M, D]`` after the text's own."""
         return Conditioning(torch.cat([self.txt, tokens], dim=1), self.pooled)
 
-    def split(self, size: int) -> list[Conditioning]:
-        """Batches of ``size`` prompts each."""
-        return [Conditioning(*pair) for pair in zip(self.txt.split(size), self.pooled.split(size), strict=True)]
+    def __getitem__(self, rows: slice | list[int]) -> Conditioning:
+        """Some of the prompts, or one several times."""
+        return Conditioning(self.txt[rows], self.pooled[rows])
 
 
 class PromptEncoder:
@@ -97,20 +97,22 @@ class PromptEncoder:
         self.clip_tokenizer, self.clip = clip_tokenizer, clip
         self.t5_tokenizer, self.t5 = t5_tokenizer, t5
 
-    def __call__(self, prompts: list[str]) -> Conditioning:
-        """One row per prompt. Each distinct prompt is encoded once and alone, so no other changes its vectors."""
+    def __call__(self, prompts: list[str], batch: int = 1) -> Conditioning:
+        """One row per prompt. Each distinct prompt is encoded once, ``batch`` of them at a time; alone by default, so
+        that no other changes its vectors, not even in the last bit.
+        """
         device = self.t5.shared.weight.device
-        encoded = {}
-        for prompt in dict.fromkeys(prompts):
-            context = current_context()
-            with entered(context and replace(context, text=prompt)):
-                t5_ids = self.t5_tokenizer([prompt]).to(device)
+        distinct = list(dict.fromkeys(prompts))
+        rows = []
+        for first in range(0, len(distinct), batch):
+            texts = distinct[first : first + batch]
+            with at_texts(texts):
+                t5_ids = self.t5_tokenizer(texts).to(device)
                 txt = self.t5(t5_ids)
                 check_finite("T5's embeddings", txt, partial(self.t5, t5_ids))
-                clip_ids = self.clip_tokenizer([prompt]).to(device)
+                clip_ids = self.clip_tokenizer(texts).to(device)
                 _, pooled = self.clip(clip_ids)
                 check_finite("CLIP's pooled vectors", pooled, partial(self.clip, clip_ids))
-            encoded[prompt] = Conditioning(txt, pooled)
-        txt = torch.cat([encoded[prompt].txt for prompt in prompts])
-        pooled = torch.cat([encoded[prompt].pooled for prompt in prompts])
-        return Conditioning(txt, pooled)
+            rows.append(Conditioning(txt, pooled))
+        encoded = Conditioning(torch.cat([row.txt for row in rows]), torch.cat([row.pooled for row in rows]))
+        return encoded[[distinct.index(prompt) for prompt in prompts]]

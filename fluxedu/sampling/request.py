@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fluxedu.errors import RequestError, check_choice, check_integer, check_number, describe
 from fluxedu.sampling.latents import latent_size
-from fluxedu.sampling.solvers import SOLVERS
+from fluxedu.sampling.solvers import SOLVERS, active
 
 MAX_SIDE = 4096  # pixels
 MAX_STEPS = 1000
@@ -139,6 +139,10 @@ class Request:
     def uses_cfg(self) -> bool:
         """Whether classifier-free guidance is on: two model evaluations, with the prompt and the negative prompt."""
         return self.true_cfg_scale != 1.0
+
+    def uses_cfg_at(self, t: float) -> bool:
+        """Whether classifier-free guidance is on at the time ``t``."""
+        return self.uses_cfg and active(t, self.guidance_interval)
 
 
 def make_requests(

@@ -12,15 +12,16 @@ from fluxedu.sampling.gradients import checkpointed, evaluation_grad_mode
 from fluxedu.sampling.latents import image_ids, pack, text_ids, unpack
 from fluxedu.sampling.prompts import Conditioning
 from fluxedu.sampling.request import Request
-from fluxedu.sampling.solvers import active, guide
+from fluxedu.sampling.solvers import guide
 from fluxedu.sampling.step_context import next_evaluation
 
 
 class VelocityField(Sited):
-    """``velocity(x, t)``: the velocity ``[1, C, h, w]`` of the latent ``x [1, C, h, w]`` at the time ``t``.
+    """``velocity(x, t)``: the velocity of B latents ``x [B, C, h, w]`` at the time ``t``, of the same shape.
 
-    texts: the encoded prompt; with classifier-free guidance, the encoded negative prompt and the prompt · pictures:
-    what the model reads besides text · times: all times at which the solver will evaluate the velocity.
+    texts: the B encoded prompts; with classifier-free guidance, B encoded negative prompts and then the prompts ·
+    pictures: what the model reads besides text · request: of one of the images; all have the same settings · times: all
+    times at which the solver will evaluate the velocity.
     """
 
     site_path = "sample"
@@ -33,7 +34,8 @@ class VelocityField(Sited):
         device = flux.img_in.weight.device
         self.img_ids, self.txt_ids = img_ids.to(device), txt_ids.to(device)
         self.rope = flux.rope(self.img_ids, self.txt_ids)
-        self.texts, self.prompt = texts, texts.split(1)[-1]
+        self.texts = texts
+        self.prompts = texts[len(texts.txt) // 2 :] if request.uses_cfg else texts
         scale = torch.tensor([request.guidance], dtype=torch.float32, device=device)
         self.guidance = scale if flux.config.guidance_embed else None
         self.plan = PlanAhead(flux, times)
@@ -41,10 +43,12 @@ class VelocityField(Sited):
     def __call__(self, x: Tensor, t: float) -> Tensor:
         next_evaluation(t)  # so that instruments can tell evaluations apart
         with evaluation_grad_mode():  # no graph, unless gradients are wanted
-            uses_cfg = self.request.uses_cfg and active(t, self.request.guidance_interval)
-            texts = self.texts if uses_cfg else self.prompt
-            img = pack(x)  # [1, N, 64]
-            img_input = self.pictures.join(img.repeat(len(texts.txt), 1, 1))  # repeated for each prompt
+            uses_cfg = self.request.uses_cfg_at(t)
+            texts = self.texts if uses_cfg else self.prompts
+            img = pack(x)  # [B, N, 64]
+            img_input = self.pictures.join(img)
+            if uses_cfg:
+                img_input = img_input.repeat(2, 1, 1)  # [2 B, N, 64], for the negative prompts and the prompts
             plan = self.plan(t, self.guidance, texts.pooled)  # the modulation of all blocks
             timesteps = torch.full((len(texts.txt),), t, dtype=torch.float32, device=x.device)
             inputs = (img_input, self.img_ids, texts.txt, self.txt_ids, timesteps, texts.pooled, self.guidance)

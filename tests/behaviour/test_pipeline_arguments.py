@@ -28,7 +28,7 @@ def test_the_latents_of_a_seed_give_the_image_of_the_seed(pipe):
     assert torch.equal(without_size.latents, expected.latents) and without_size.images[0].size == (48, 32)
     two = draw(pipe, [PROMPT] * 2, latents=torch.cat([noise, draw_noise(8, 16, 4, 6)]))
     assert torch.equal(two.latents, draw(pipe, seed=[7, 8]).latents)
-    assert torch.equal(draw(pipe, seed=[1, 2], latents=noise).latents[0], expected.latents[0])  # one start for all
+    assert torch.equal(draw(pipe, seed=[1, 2], latents=noise, batch=1).latents[0], expected.latents[0])  # one start for all
 
 
 @pytest.mark.parametrize(
@@ -44,10 +44,10 @@ def test_wrong_latents_are_refused(pipe, latents):
 def test_encoded_prompts_take_the_place_of_the_prompt(pipe):
     with torch.no_grad():
         encoded = pipe.prompt_encoder([PROMPT, "a green star"])
-    expected = draw(pipe, [PROMPT, "a green star"], seed=[0, 1])
-    assert torch.equal(draw(pipe, encoded, seed=[0, 1]).latents, expected.latents)
-    four = draw(pipe, encoded, num_images=2).latents
-    assert torch.equal(four, draw(pipe, [PROMPT, "a green star"], num_images=2).latents)
+    expected = draw(pipe, [PROMPT, "a green star"], seed=[0, 1], batch=1)
+    assert torch.equal(draw(pipe, encoded, seed=[0, 1], batch=1).latents, expected.latents)
+    four = draw(pipe, encoded, num_images=2, batch=1).latents
+    assert torch.equal(four, draw(pipe, [PROMPT, "a green star"], num_images=2, batch=1).latents)
     mixed = Conditioning(encoded.txt[:1], encoded.pooled[1:])  # T5 reads one prompt, CLIP another
     assert not torch.equal(draw(pipe, mixed).latents, draw(pipe).latents)
     with pytest.raises(RequestError, match=r"an encoded prompt must have txt \[1, 32, \d+\] and pooled"):
@@ -63,6 +63,12 @@ def test_several_images_of_each_prompt(pipe):
     for wrong in (0, -1, 1.5, "2", True):
         with pytest.raises(RequestError, match="num_images must be"):
             draw(pipe, num_images=wrong)
+
+
+def test_wrong_batches_are_refused(pipe):
+    for wrong in (0, -1, 1.5, "2", True, 5000):
+        with pytest.raises(RequestError, match="batch must be a whole number from 1 to 4096"):
+            draw(pipe, batch=wrong)
 
 
 def test_a_schedule_of_ones_own(pipe):

@@ -157,7 +157,7 @@ def test_pictures_have_an_axis(pipe):
 def test_pictures_have_memories_of_their_own(pipe):
     """A reduction over steps begins anew with every picture."""
     with fe.record("vec", reduce="step-mean") as both:
-        draw(pipe, [PROMPT, "a green star"])
+        draw(pipe, [PROMPT, "a green star"], batch=1)
     with fe.record("vec", reduce="step-mean") as second:
         draw(pipe, "a green star")
     assert torch.equal(both["vec"].tensor[1], second["vec"].tensor)

@@ -67,7 +67,11 @@ def test_a_planned_run_is_the_plain_forward_step_by_step(solver, questions, opti
     steps, guidance = 5, 2.0
     run = {"seed": [3, 4], "steps": steps, "solver": solver, "guidance": guidance, "height": 48, **options}
     draw(pipe, PROMPTS[:2], **run)
-    assert calls == [2 if options else 1] * questions * steps * 2  # picture by picture
+    both, passes = questions * steps, 2 if options else 1
+    assert calls == [2 * passes] * both  # both pictures at once
+    calls.clear()
+    draw(pipe, PROMPTS[:2], batch=1, **run)
+    assert calls == [passes] * both * 2  # picture by picture
 
     pipe = make_pipe().to(torch.float64)
     out = draw(pipe, PROMPTS[:2], **run)
@@ -252,7 +256,7 @@ def test_ways_to_give_a_picture(pipe):
     for image in (pixels, as_tensor, as_tensor[None], PICTURE.convert("RGBA")):
         assert same(draw(pipe, image=image), first)
     # a picture for each
-    both = draw(pipe, image=torch.stack([as_tensor, -as_tensor]), seed=[0, 0])
+    both = draw(pipe, image=torch.stack([as_tensor, -as_tensor]), seed=[0, 0], batch=1)
     assert torch.equal(both.latents[:1], first.latents)
     assert relative(both.latents[1:], first.latents) > 1e-2
     # another size
@@ -283,10 +287,10 @@ def test_twice_is_the_same_to_the_last_bit(solver, pipe):
 
 
 @pytest.mark.parametrize("options", [{}, CFG, {"image": PICTURE}], ids=["", "cfg", "image"])
-def test_alone_or_in_a_batch(options, make_pipe):
+def test_alone_or_in_a_list(options, make_pipe):
     """To the last bit, at the miniature's own size, where a batched matrix product would round differently."""
     nano = make_pipe(sizes=NANO)
-    batch = draw(nano, PROMPTS, seed=[1, 2, 3], steps=3, height=128, width=128, **options)
+    batch = draw(nano, PROMPTS, seed=[1, 2, 3], steps=3, height=128, width=128, batch=1, **options)
     for i, prompt in enumerate(PROMPTS):
         alone = draw(nano, prompt, seed=i + 1, steps=3, height=128, width=128, **options)
         assert alone.images[0].tobytes() == batch.images[i].tobytes()
@@ -316,14 +320,14 @@ def test_a_prompt_is_encoded_once(pipe, monkeypatch):
 
 def test_pairing(pipe):
     one = draw(pipe, seed=5)
-    many = draw(pipe, seed=[5, 6, 5])  # a prompt, a picture per seed
+    many = draw(pipe, seed=[5, 6, 5], batch=1)  # a prompt, a picture per seed
     assert len(many.images) == 3 and many.latents.shape[0] == 3
     assert torch.equal(many.latents[:1], one.latents) and relative(many.latents[1:2], one.latents) > 1e-2
     assert torch.equal(many.latents[0], many.latents[2])
-    words = draw(pipe, PROMPTS, seed=5)  # a picture per prompt, all of one seed
+    words = draw(pipe, PROMPTS, seed=5, batch=1)  # a picture per prompt, all of one seed
     assert torch.equal(words.trajectory.latents[0, 0], words.trajectory.latents[0, 1])
     assert torch.equal(words.latents[:1], one.latents) and relative(words.latents[1:2], one.latents) > 1e-3
-    pairs = draw(pipe, PROMPTS, seed=[7, 6, 5], true_cfg_scale=3, negative_prompt=["red", "", "blue"])
+    pairs = draw(pipe, PROMPTS, seed=[7, 6, 5], true_cfg_scale=3, negative_prompt=["red", "", "blue"], batch=1)
     last = draw(pipe, PROMPTS[2], seed=5, true_cfg_scale=3, negative_prompt="blue")
     assert torch.equal(pairs.latents[2:], last.latents)
 
@@ -374,5 +378,5 @@ def test_progress_shows_after_a_second(pipe, monkeypatch, capsys):
     draw(pipe, steps=4, progress=True)
     shown = capsys.readouterr()
     assert shown.out == "" and "sampling" in shown.err and "4/4" in shown.err
-    draw(pipe, [PROMPT] * 2, steps=4, progress=True, image=PICTURE, strength=0.5)
+    draw(pipe, [PROMPT] * 2, steps=4, progress=True, image=PICTURE, strength=0.5, batch=1)
     assert "4/4" in capsys.readouterr().err  # two steps each are all there are

@@ -119,6 +119,7 @@ def _run_with_velocity(pipe: FluxPipeline, prompt: str, options: dict) -> tuple[
 
     with intervene("sample.noise", keep_request):
         out = pipe(prompt, **({"progress": False} | options | {"trajectory": True}))
-    (encoded,), (negative,) = pipe.encode(requests[:1])
-    velocity = pipe.velocity_field(requests[0], out.trajectory.times, encoded, negative)
+    encoded, negative = pipe.encode(requests[:1])
+    texts = encoded if negative is None else negative.joined(encoded)
+    velocity = pipe.velocity_field(requests[:1], out.trajectory.times, texts)
     return out, torch.no_grad()(velocity)
