@@ -34,6 +34,7 @@ from fluxedu.sampling.request import Request, checked_device, checked_times, mak
 from fluxedu.sampling.solvers import Solver, from_strength, get_solver, schedule
 from fluxedu.sampling.step_context import StepContext, at_pictures, at_step, current_context, entered, stopping_after
 from fluxedu.sampling.velocity_field import VelocityField
+from fluxedu.threads import adapted_threads, step_done
 
 _RUNS = count()
 
@@ -242,6 +243,7 @@ class FluxPipeline(Sited):
         with (
             torch.set_grad_enabled(gradient_mode() is not None),
             memory_advice(networks, self.device, height, width, txt_len),
+            adapted_threads(self.flux, (batch, requests[0].shape, requests[0].uses_cfg)),
             progress_bar(total=len(requests) * steps_to_run, show=progress, desc="sampling") as bar,
             entered(context),
             stopping_after(stop_after),
@@ -341,6 +343,7 @@ class FluxPipeline(Sited):
                 velocities.append(v)
             x = x_next
             bar.update(len(x))
+            step_done()
         return x, Trajectory(times, torch.stack([*states, x]), torch.stack(velocities)) if trajectory else None
 
     def decode(self, latents: Tensor, requests: list[Request]) -> list[Image.Image]:
