@@ -29,10 +29,13 @@ _PUBLIC = {
     "image_ids": "latents",
     "text_ids": "latents",
     "edges": "images",
+    "invert": "inversion",
 }
 _MODULES = (
+    "batches",
     "conditions",
     "images",
+    "inversion",
     "latents",
     "pipeline",
     "prompts",
