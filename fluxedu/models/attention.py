@@ -108,24 +108,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, txt_len: int, block: P
     return merge_heads(out)
 
 
-def linear_share(linear: nn.Linear, x: Tensor, first: int = 0) -> Tensor:
-    """The term of a layer's output that comes from ``x [..., n]``, its input channels from ``first`` on; no bias."""
-    n = x.shape[-1]
-    if type(linear.weight) is nn.Parameter:
-        return F.linear(x, linear.weight[:, first : first + n])
-    whole = F.pad(x, (first, linear.in_features - first - n))  # quantised weights have no columns
-    return linear(whole) - linear(torch.zeros_like(whole[..., :1, :]))
-
-
-def head_contributions(linear: nn.Linear, attn: Tensor, num_heads: int, gate: Tensor) -> Tensor:
-    """What each head adds to the residual stream through the projection ``linear`` and the gate ``[B, 1, D]``.
-
-    ``attn [B, N, D] -> [B, H, N, D]``; the sum over heads is ``gate * linear(attn)`` without the bias.
-    """
-    heads = to_heads(attn, num_heads).unbind(1)  # H x [B, N, d]
-    return torch.stack([gate * linear_share(linear, x, i * x.shape[-1]) for i, x in enumerate(heads)], dim=1)
-
-
 # ---------------------------------------------------------------- rotary position embedding (RoPE)
 
 

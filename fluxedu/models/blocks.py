@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.models.attention import QKNorm, SelfAttention, attend, head_contributions, linear_share, split_heads
+from fluxedu.models.attention import QKNorm, SelfAttention, attend, split_heads
 from fluxedu.models.config import FluxConfig
-from fluxedu.models.modulation import Modulation, gated, layer_norm, modulate, share
+from fluxedu.models.modulation import Modulation, gated, layer_norm, modulate
+from fluxedu.models.terms import head_changes, linear_share, share
 from fluxedu.probe import Probed
 
 
@@ -92,11 +93,11 @@ class DoubleStreamBlock(Probed):
         txt_attn, img_attn = attn.split([txt.shape[1], img.shape[1]], dim=1)
 
         # image: add the attention, then the MLP, each scaled by its gate
-        img_heads = partial(head_contributions, self.img_attn.proj, img_attn, self.num_heads, img_mod1.gate)
-        change, _ = share(0.0, img_heads, self, "img_head_contribution")  # [B, H, N, D] each head's part of the next
-        img_attn = self.img_attn.proj(img_attn)
+        gate, proj = img_mod1.gate, self.img_attn.proj
+        change = head_changes(proj, img_attn, gate, self, "img_head_contribution")  # [B, H, N, D] what each head adds
+        img_attn = proj(img_attn)
         img_attn = self.probe("img_attn_out", img_attn)  # [B, N, D] attention output, before gating
-        img = gated(img, img_mod1.gate, img_attn, self, "img_attn_contribution", change)  # [B, N, D] gate * attn_out
+        img = gated(img, gate, img_attn, self, "img_attn_contribution", change)  # [B, N, D] gate * attn_out
         img_mlp_in = self.probe("img_norm2", layer_norm(img))  # [B, N, D] layer-normalised, before shift and scale
         img_mlp_in = modulate(img_mlp_in, img_mod2.shift, img_mod2.scale)
         img_mlp_in = self.probe("img_modulated2", img_mlp_in)  # [B, N, D] shifted and scaled: the MLP's input
@@ -105,11 +106,11 @@ class DoubleStreamBlock(Probed):
         img = gated(img, img_mod2.gate, img_mlp, self, "img_mlp_contribution")  # [B, N, D] gate * MLP output
 
         # text: the same
-        txt_heads = partial(head_contributions, self.txt_attn.proj, txt_attn, self.num_heads, txt_mod1.gate)
-        change, _ = share(0.0, txt_heads, self, "txt_head_contribution")  # [B, H, L, D] each head's part of the next
-        txt_attn = self.txt_attn.proj(txt_attn)
+        gate, proj = txt_mod1.gate, self.txt_attn.proj
+        change = head_changes(proj, txt_attn, gate, self, "txt_head_contribution")  # [B, H, L, D] what each head adds
+        txt_attn = proj(txt_attn)
         txt_attn = self.probe("txt_attn_out", txt_attn)  # [B, L, D] attention output, before gating
-        txt = gated(txt, txt_mod1.gate, txt_attn, self, "txt_attn_contribution", change)  # [B, L, D] gate * attn_out
+        txt = gated(txt, gate, txt_attn, self, "txt_attn_contribution", change)  # [B, L, D] gate * attn_out
         txt_mlp_in = self.probe("txt_norm2", layer_norm(txt))  # [B, L, D] layer-normalised, before shift and scale
         txt_mlp_in = modulate(txt_mlp_in, txt_mod2.shift, txt_mod2.scale)
         txt_mlp_in = self.probe("txt_modulated2", txt_mlp_in)  # [B, L, D] shifted and scaled: the MLP's input
@@ -174,18 +175,25 @@ class SingleStreamBlock(Probed):
 
         # the second linear layer, for attention and MLP at once; its output is added through the gate
         out = self.linear2(torch.cat([attn, hidden], dim=-1))
+        out, change = self.probe_shares(out, attn, hidden, mod.gate)
+        x = gated(x, mod.gate, out, self, "contribution", change)  # [B, T, D] gate * added
+        return self.probe("out", x)  # [B, T, D] the tokens as they leave the block
+
+    def probe_shares(self, out: Tensor, attn: Tensor, hidden: Tensor, gate: Tensor) -> tuple[Tensor, Tensor | float]:
+        """The shares of attention and MLP in ``out = linear2([attn, hidden])``, for instruments; no share has the bias.
+
+        Returns ``out``, and the change that instruments make after the gate.
+        """
         attn_share = partial(linear_share, self.linear2, attn)
         mlp_share = partial(linear_share, self.linear2, hidden, attn.shape[-1])
         out, attn_out = share(out, attn_share, self, "attn_out")  # [B, T, D] attention's share of added, without bias
         out, mlp_out = share(out, mlp_share, self, "mlp_out")  # [B, T, D] the MLP's share; the bias is in neither
         out = self.probe("added", out)  # [B, T, D] output of attention and MLP together, before gating
-        heads = partial(head_contributions, self.linear2, attn, self.num_heads, mod.gate)
-        change, _ = share(0.0, heads, self, "head_contribution")  # [B, H, T, D] each head's part of attn_contribution
-        attn_part, mlp_part = lambda: mod.gate * attn_out() + change, lambda: mod.gate * mlp_out()
+        change = head_changes(self.linear2, attn, gate, self, "head_contribution")  # [B, H, T, D] what each head adds
+        attn_part, mlp_part = lambda: gate * attn_out() + change, lambda: gate * mlp_out()
         change, _ = share(change, attn_part, self, "attn_contribution")  # [B, T, D] gate * attn_out
         change, _ = share(change, mlp_part, self, "mlp_contribution")  # [B, T, D] gate * mlp_out
-        x = gated(x, mod.gate, out, self, "contribution", change)  # [B, T, D] gate * added
-        return self.probe("out", x)  # [B, T, D] the tokens as they leave the block
+        return out, change
 
 
 class LastLayer(Probed):

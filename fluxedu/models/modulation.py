@@ -13,7 +13,6 @@ Source: black-forest-labs/flux, modules/layers.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -116,21 +115,3 @@ def gated(x: Tensor, gate: Tensor, out: Tensor, block: Probed, site: str, change
         if isinstance(change, Tensor) or probed is not contribution or probed.requires_grad:
             return x + probed
     return torch.addcmul(x, gate, out)  # the same in one kernel, without the product in memory
-
-
-def share(
-    total: Tensor | float, term: Callable[[], Tensor], block: Probed, site: str
-) -> tuple[Tensor | float, Callable[[], Tensor]]:
-    """One term of a sum passes ``block``'s ``site``; its change (new - old) is added to ``total``.
-
-    The term, ``[B, N, D]`` or of each head ``[B, H, N, D]``, is computed only if it is watched. Returns the total and a
-    function that returns the term.
-    """
-    if not block.is_watched(site):
-        return total, term
-    old = term()
-    new = block.probe(site, old.clone() if old.requires_grad else old)
-    if new is old:
-        return total, term
-    change = new - old
-    return total + (change.sum(1) if change.ndim == 4 else change), lambda: new

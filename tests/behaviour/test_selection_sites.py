@@ -6,7 +6,7 @@ from runs import draw, off, relative, under
 from runs import latents as draw_latents
 
 import fluxedu as fe
-from fluxedu.models.attention import linear_share
+from fluxedu.models.terms import linear_share
 
 pytestmark = pytest.mark.usefixtures("everything_is_restored")
 TXT, H, D = 32, 2, 48
@@ -212,7 +212,7 @@ def test_scores_and_terms_are_computed_only_if_watched(pipe, monkeypatch):
     for name in (
         "attention_map.AttentionMap.all_scores",
         "models.blocks.linear_share",
-        "models.attention.linear_share",
+        "models.terms.linear_share",
     ):
         monkeypatch.setattr(f"fluxedu.{name}", never)
     with fe.record("*.attn.map", "*.heads", "*.contribution", "double.*.*_attn_contribution", reduce="rms"):
