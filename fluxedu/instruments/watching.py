@@ -255,11 +255,15 @@ def _check_globs(globs: tuple[str, ...]) -> None:
     if not len(probe.networks):
         return  # nothing is loaded yet, so no site is known
     names = known_sites()
-    modules = (m for network in list(probe.networks) for m in network.modules() if isinstance(m, probe.Probed))
-    own_paths = tuple(f"{m.site_path}." for m in modules if is_own(m))  # a user's module may have more sites
     for glob in globs:
-        if not any(matches(name, glob) for name in names) and not (own_paths and glob.startswith(own_paths)):
+        if not any(matches(name, glob) for name in names) and not _is_own_path(glob):
             near, here = get_close_matches(glob, names, n=3, cutoff=0.5), own_name(glob)
             hint = f"did you mean {', '.join(near)}?" if near else "fe.sites(pipe) lists them all."
             hint = f"here it is {here}." if here else hint
             raise InstrumentError(f"no site of a loaded model is called {glob!r}; {hint}")
+
+
+def _is_own_path(glob: str) -> bool:
+    """Whether the glob lies in a module of a user's class, which may have more sites than are known."""
+    modules = (m for network in list(probe.networks) for m in network.modules() if isinstance(m, probe.Probed))
+    return any(is_own(m) and glob.startswith(f"{m.site_path}.") for m in modules)
