@@ -96,6 +96,117 @@ def test_a_patch_with_the_attention_output_of_a_word_resembles_that_word(pipe):
     assert circle[0, 0] < 0.01
 
 
+def rotated(x, ids, axes_dim):
+    """RoPE with real numbers: ``x [1, H, N, d]``, ``ids [N, 3]``."""
+    angles = [
+        ids[:, i, None].double() * 10_000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        for i, dim in enumerate(axes_dim)
+    ]
+    cos, sin = torch.cat(angles, 1).cos().float(), torch.cat(angles, 1).sin().float()
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+def concept_attention_by_hand(pipe, rec, step, txt):
+    """ConceptAttention from the state dict: the dot product of patches and concept tokens after every block.
+
+    The image and the text start from the recorded ``img_in``, ``txt_in`` and ``vec``; ``txt [M, C]`` are the concepts.
+    """
+    w, heads, axes_dim = pipe.flux.state_dict(), pipe.flux.config.num_heads, pipe.flux.config.axes_dim
+    linear = lambda x, name: x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", torch.zeros(()))  # noqa: E731
+    norm = lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()  # noqa: E731
+    rms = lambda x, name: x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w[f"{name}.scale"]  # noqa: E731
+    gelu = lambda x: 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())  # noqa: E731
+    split = lambda x: x.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # noqa: E731
+    merge = lambda x: x.transpose(1, 2).flatten(2)  # noqa: E731
+    attend = lambda q, k, v: (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v  # noqa: E731
+    img, text, vec = (rec[site].tensor[step][None] for site in ("img_in", "txt_in", "vec"))
+    ids = torch.tensor([[0, row, column] for row in range(2) for column in range(2)])
+    rotate = lambda x: torch.cat([x[:, :, :32], rotated(x[:, :, 32:], ids, axes_dim)], 2)  # noqa: E731
+    silu = vec * vec.sigmoid()
+    concepts, maps = linear(txt[None], "txt_in"), []
+    for i in range(2):
+        at = f"double_blocks.{i}"
+        mods = {s: linear(silu, f"{at}.{s}_mod.lin")[:, None].chunk(6, -1) for s in ("img", "txt")}
+        qkv = {}
+        for name, stream, x in (("img", "img", img), ("txt", "txt", text), ("concept", "txt", concepts)):
+            shift, scale = mods[stream][:2]
+            q, k, v = split(linear((1 + scale) * norm(x) + shift, f"{at}.{stream}_attn.qkv"))
+            norms = f"{at}.{stream}_attn.norm"
+            qkv[name] = rms(q, f"{norms}.query_norm"), rms(k, f"{norms}.key_norm"), v
+        q, k, v = (torch.cat(pair, 2) for pair in zip(qkv["txt"], qkv["img"], strict=True))
+        q, k = rotate(q), rotate(k)
+        joint = merge(attend(q, k, v))
+        q_c, k_c, v_c = qkv["concept"]
+        of_concepts = merge(attend(q_c, torch.cat([k_c, k[:, :, 32:]], 2), torch.cat([v_c, v[:, :, 32:]], 2)))
+        maps.append(joint[:, 32:] @ of_concepts.mT)
+
+        def after(x, stream, attn, at=at, mods=mods):
+            _, _, gate1, shift2, scale2, gate2 = mods[stream]
+            x = x + gate1 * linear(attn, f"{at}.{stream}_attn.proj")
+            hidden = gelu(linear((1 + scale2) * norm(x) + shift2, f"{at}.{stream}_mlp.0"))
+            return x + gate2 * linear(hidden, f"{at}.{stream}_mlp.2")
+
+        img, text = after(img, "img", joint[:, 32:]), after(text, "txt", joint[:, :32])
+        concepts = after(concepts, "txt", of_concepts)
+    x = torch.cat([text, img], 1)
+    for i in range(2):
+        at, width = f"single_blocks.{i}", 3 * x.shape[-1]
+        shift, scale, gate = linear(silu, f"{at}.modulation.lin")[:, None].chunk(3, -1)
+        parts = []
+        for tokens in (x, concepts):
+            h = linear((1 + scale) * norm(tokens) + shift, f"{at}.linear1")
+            q, k, v = split(h[..., :width])
+            parts.append((rms(q, f"{at}.norm.query_norm"), rms(k, f"{at}.norm.key_norm"), v, gelu(h[..., width:])))
+        (q, k, v, hidden), (q_c, k_c, v_c, hidden_c) = parts
+        q, k = rotate(q), rotate(k)
+        joint = merge(attend(q, k, v))
+        of_concepts = merge(attend(q_c, torch.cat([k_c, k[:, :, 32:]], 2), torch.cat([v_c, v[:, :, 32:]], 2)))
+        maps.append(joint[:, 32:] @ of_concepts.mT)
+        x = x + gate * linear(torch.cat([joint, hidden], -1), f"{at}.linear2")
+        concepts = concepts + gate * linear(torch.cat([of_concepts, hidden_c], -1), f"{at}.linear2")
+    return torch.stack(maps)[:, 0]  # [block, N, M]
+
+
+@pytest.mark.parametrize("options", [{}, {"true_cfg_scale": 2.0}, {"at_steps": [0, 2]}])
+def test_concepts_that_the_prompt_lacks_are_those_of_concept_attention(pipe, options):
+    words = ["green", "letter K", "circle"]
+    steps = options.get("at_steps", [0, 1, 2])
+    run_options = {name: value for name, value in options.items() if name != "at_steps"}
+    with fe.record("img_in", "txt_in", "vec", passes="prompted") as rec:
+        plain = pipe(PROMPT, **FEW_STEPS, **run_options)
+    found = lenses.concept_maps(pipe, PROMPT, words, **FEW_STEPS, **options)
+    assert found.axes == ("block", "word", "row", "column") and found.coords == {"block": BLOCKS, "word": words}
+    assert found.images[0].tobytes() == plain.images[0].tobytes()
+
+    encoded, tokens = pipe.prompt_encoder(words).txt, [[0], [0, 1], [0]]
+    assert pipe.prompt_encoder.t5_tokenizer.pieces("letter K")[2] == "</s>"
+    txt = torch.cat([encoded[i, indices] for i, indices in enumerate(tokens)]).detach()
+    by_hand = torch.stack([concept_attention_by_hand(pipe, rec, step, txt) for step in steps]).mean(0)
+    by_hand = torch.stack([by_hand[..., 0], by_hand[..., 1:3].mean(-1), by_hand[..., 3]], 1).unflatten(-1, (2, 2))
+    assert float((found.tensor - by_hand).abs().max()) <= 1e-5 * float(by_hand.abs().max())
+
+
+def test_adding_concepts_changes_nothing_and_is_seen_by_no_other_instrument(pipe):
+    with fe.record("*") as plain:
+        expected = pipe(PROMPT, **FEW_STEPS).latents
+    seen = []
+    with fe.intervene("double.*", "single.*", lambda x, ctx: seen.append(ctx.site) or x):
+        lenses.concept_maps(pipe, PROMPT, ["green", "circle"], **FEW_STEPS)
+    counts = {site: len(plain.entries(site)) for site in plain if site.startswith(("double.", "single."))}
+    assert {site: seen.count(site) for site in seen if site in counts} == counts
+    assert torch.equal(pipe(PROMPT, **FEW_STEPS).latents, expected)
+
+
+def test_words_of_the_prompt_can_be_added_too(pipe):
+    own = lenses.concept_maps(pipe, PROMPT, ["circle", "square"], **FEW_STEPS)
+    added = lenses.concept_maps(pipe, PROMPT, ["circle", "square"], added=True, **FEW_STEPS)
+    assert own.axes == added.axes and own.shape == added.shape
+    assert not torch.allclose(own.tensor, added.tensor)
+    with pytest.raises(InstrumentError, match="does not contain 'green'"):
+        lenses.concept_maps(pipe, PROMPT, ["green"], added=False, **FEW_STEPS)
+
+
 # --- blocks ---------------------------------------------------------------------------------------
 
 
@@ -273,6 +384,16 @@ def test_a_lens_does_not_need_the_image(pipe):
         (lambda p: lenses.contributions(p, []), "as many prompts as seeds, or one of either, not 0 and 1"),
         (lambda p: lenses.contributions(p, [PROMPT] * 2, seed=[1] * 3), "one of either, not 2 and 3"),
         (lambda p: lenses.contributions(p, PROMPT, num_images=2, **FEW_STEPS), "pass a list of prompts or of seeds"),
+        (lambda p: lenses.concept_maps(p, PROMPT, []), "words must be a list of words, not"),
+        (
+            lambda p: lenses.concept_maps(p, PROMPT, [3, "red"], added=True),
+            "words must be a list of words, not .3, 'red'",
+        ),
+        (lambda p: lenses.concept_maps(p, PROMPT, "green"), "words must be a list of words, not 'green'"),
+        (
+            lambda p: lenses.concept_maps(p, PROMPT, ["green", " "]),
+            "each of words must be a text with at least one token",
+        ),
         (lambda p: lenses.head_gallery(p, PROMPT, (2, 0)), "2 x 2 patches"),
         (lambda p: lenses.head_gallery(p, PROMPT, "green"), "does not contain 'green'"),
     ],

@@ -27,6 +27,27 @@ def intersection_over_union(weights, share):
 
 
 @pytest.mark.slow
+def test_added_concepts_have_their_places():
+    """The difference of the maps of an object and of "background", which few prompts name, is larger inside of the
+    object: in single.1, for 95 % of the pairs of a patch inside and a patch outside (the area under the ROC curve)."""
+    pipe, areas = fe.load(), []
+    for q in questions(12):
+        options = {"seed": q.seed, "height": q.size[0], "width": q.size[1], "progress": False}
+        words = [f"{color} {'letter ' if form in LETTERS else ''}{form}" for color, form, _ in q.claim.objects]
+        words.append("background")
+        maps = lenses.concept_maps(pipe, q.prompt, words, added=True, at_steps=LATE_STEPS, **options)
+        of_block, detected = maps.at(block=maps.coords["block"].index("single.1")).tensor, detect(maps.images[0])
+        for i, (color, form, _) in enumerate(q.claim.objects):
+            found = [o for o in detected.objects if (o.color, o.form) == (color, form)]
+            if len(found) == 1:
+                inside = covered_share(found[0], detected) > 0.15
+                difference = of_block[i] - of_block[-1]
+                areas.append(float((difference[inside][:, None] > difference[~inside]).float().mean()))
+    assert len(areas) >= 12
+    assert np.mean(areas) >= 0.95, areas
+
+
+@pytest.mark.slow
 def test_words_point_at_their_objects(noted):
     """In the best block, at least 85 % of the words have their brightest patch on the object, and the mean IoU is
     at least 0.5."""

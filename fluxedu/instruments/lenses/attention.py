@@ -11,7 +11,7 @@ from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.lenses.run import LensRun, lens, patch_grid, stack_blocks, unfold_patches
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
-from fluxedu.instruments.reductions import Value, head_mean, rows, step_mean, to_named
+from fluxedu.instruments.reductions import Value, head_mean, rows, step_mean
 from fluxedu.instruments.tokens import text_tokens, token_indices
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.step_context import Steps, current_context
@@ -25,7 +25,7 @@ def word_maps(pipe: FluxPipeline, prompt: str, words: Sequence[str], *, at_steps
     ``at_steps`` (all steps by default). Padding belongs to no word. Cross-attention maps: arXiv 2210.04885 (DAAM),
     here for joint attention.
     """
-    word_tokens = _tokens_of(pipe, prompt, words)
+    word_tokens = tokens_of(pipe, prompt, words)
     tokens = sorted({token for indices in word_tokens for token in indices})
     rec = record("*.attn.map", passes="prompted", tokens=tokens, steps=at_steps, reduce=["head-mean", step_mean])
     out = yield rec
@@ -36,36 +36,15 @@ def word_maps(pipe: FluxPipeline, prompt: str, words: Sequence[str], *, at_steps
     return unfold_patches(per_word, "query", patch_grid(out.latents.shape))
 
 
-@lens
-def concept_maps(pipe: FluxPipeline, prompt: str, words: Sequence[str], *, at_steps: Steps = None) -> LensRun:
-    """Which of the words each patch resembles: axes ``block, word, row, column``, summing to 1 over the words.
-
-    The cosine similarity between the attention output of the patch and that of the word (not the attention weights),
-    with a softmax over the words. After ConceptAttention (arXiv 2502.04320), which adds concept tokens to which the
-    image does not attend; here they are the words of the prompt, and single-stream blocks are measured as well.
-    """
-    word_tokens = _tokens_of(pipe, prompt, words)
-
-    def similarity(value: Value) -> Named:
-        heads = to_named(value).tensor  # [B, H, T, d]
-        attn_out = torch.nn.functional.normalize(heads.transpose(1, 2).flatten(2).float(), dim=-1)  # [B, T, D]
-        of_words = torch.stack([attn_out[:, indices].mean(1) for indices in word_tokens], dim=1)  # [B, words, D]
-        of_image = attn_out[:, current_context().txt_len :]  # [B, N, D]
-        return Named(of_image @ of_words.transpose(1, 2), ("batch", "image", "word"))
-
-    reduce = [similarity, step_mean]
-    rec = record("double.*.heads", "single.*.heads", passes="prompted", steps=at_steps, reduce=reduce)
-    out = yield rec
-    maps = stack_blocks(rec, pipe, "heads")
-    coords = maps.coords | {"word": list(words)}
-    shares = Named((maps.tensor.transpose(1, 2) / 0.1).softmax(1), ("block", "word", "image"), coords)
-    return unfold_patches(shares, "image", patch_grid(out.latents.shape))
+def check_words(words: Sequence[str]) -> None:
+    """Raises InstrumentError unless it is a list of texts."""
+    if not isinstance(words, list | tuple) or not words or not all(isinstance(word, str) for word in words):
+        raise InstrumentError(f"words must be a list of words, not {describe(words)}.")
 
 
-def _tokens_of(pipe: FluxPipeline, prompt: str, words: Sequence[str]) -> list[list[int]]:
-    """The token indices of each word."""
-    if not isinstance(words, list | tuple) or not words:
-        raise InstrumentError(f"words must be a list of words of the prompt, not {describe(words)}.")
+def tokens_of(pipe: FluxPipeline, prompt: str, words: Sequence[str]) -> list[list[int]]:
+    """The token indices of each word of the prompt."""
+    check_words(words)
     return [token_indices(pipe.prompt_encoder.t5_tokenizer, prompt, [word]) for word in words]
 
 
