@@ -23,12 +23,14 @@ BARS = {
     "miniature step": ("diffusers", 0.85),
     "wide step": ("diffusers", 1.0),
     "prompt to image": ("diffusers", 0.7),
+    "16 prompts in one call": ("diffusers", 1.0),
     "peak memory, wide step": ("diffusers", 1.0),
     "idle sites, miniature step": ("no sites", 1.02),
     "idle sites, wide step": ("no sites", 1.005),
     "word maps of every block, wide step": ("not recording", 1.15),
     "whole map of one block": ("by hand", 1.3),
     "word maps, wide forward": ("diffusers' maps", None),
+    "40 head ablations at once": ("one by one", None),
 }
 
 
@@ -42,6 +44,7 @@ def run(rounds: int = 15) -> dict:
         "miniature step": speed.step_ratio(nano, 8, txt_len, 4 * rounds),
         "wide step": speed.step_ratio(WIDE, 32, 128, rounds),
         "prompt to image": speed.image_ratio(rounds),
+        "16 prompts in one call": speed.image_ratio(fewer, images=16),
         "peak memory, wide step": speed.memory_ratio(WIDE, 32, 128),
         "training": speed.training_speed(rounds),
         "idle sites, miniature step": instruments.idle_sites(nano, 8, txt_len, 10 * rounds),
@@ -49,6 +52,7 @@ def run(rounds: int = 15) -> dict:
         "word maps of every block, wide step": instruments.word_maps(WIDE, 32, 128, fewer),
         "whole map of one block": instruments.whole_map(WIDE, 32, 128, fewer),
         "word maps, wide forward": instruments.word_maps_beside_diffusers(WIDE, 32, 128, fewer),
+        "40 head ablations at once": instruments.head_ablations(fewer),
     }
 
 

@@ -150,3 +150,24 @@ def word_maps_beside_diffusers(config: FluxConfig, side: int, txt_len: int, roun
         "ours_s": seconds, "diffusers_s": their_seconds, "ratio": seconds / their_seconds,
         "ours_bytes": peaks[0], "diffusers_bytes": peaks[1], "memory_ratio": peaks[0] / peaks[1],
     }  # fmt: skip
+
+
+# ---------------------------------------------------------------- many interventions
+
+
+def head_ablations(rounds: int, steps: int = 8) -> dict:
+    """The 40 heads of the miniature ablated with :func:`fluxedu.ablate_each`, beside one run for each head."""
+    pipe, prompt = fe.load("nano"), "a red circle left of a blue square"
+    options = {"seed": 4, "steps": steps, "trajectory": False, "progress": False}
+    blocks = [f"double.{i}" for i in range(2)] + [f"single.{i}" for i in range(6)]
+
+    def ablations() -> list[fe.intervene]:
+        return [fe.ablate(f"{block}.heads", heads=[head]) for block in blocks for head in range(5)]
+
+    def one_by_one() -> None:
+        for ablation in ablations():
+            with ablation:
+                pipe(prompt, **options)
+
+    each, single = time_alternately(lambda: fe.ablate_each(pipe, ablations(), prompt, **options), one_by_one, rounds)
+    return {"each_s": each, "one_by_one_s": single, "ratio": each / single}
