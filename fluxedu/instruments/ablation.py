@@ -65,7 +65,7 @@ class ablate(intervene):  # noqa: N801 - used like a function
         """The map in which the selected queries do not attend to the selected keys."""
         if self.to != 0 or any("key" not in indices for indices in entries):
             raise InstrumentError(
-                f"at {ctx.site!r}, keys are hidden: say which, by tokens=['red'] or streams='txt', without to=."
+                f"at {ctx.site!r}, say which tokens are hidden, by tokens=['red'] or streams='txt', without to=."
             )
         if isinstance(value, Tensor):  # an intervention returned a tensor
             hidden = mask_of(entries, ctx.axes, value)

@@ -33,7 +33,7 @@ from fluxedu.instruments.lenses.run import SINGLE_RUN_LENSES
 MOST_CELLS = 1_000_000
 COLUMNS = ("number", "prompt", "seed", "intervention", "file")
 SETTINGS = ("steps", "guidance", "height", "width", "solver", "negative_prompt", "true_cfg_scale", "guidance_interval")
-ABLATE = ("heads", "streams", "tokens", "to", "steps", "times")
+SELECTION = ("heads", "streams", "tokens", "queries", "passes", "steps", "times")
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,14 @@ def make_interventions(name: str, changes, record_run: Callable | None = None) -
     for change in changes if isinstance(changes, list) else [changes]:
         match change:
             case {"ablate": sites, **options}:
-                errors.check_keys(f"ablate in {describe(name)}", options, ABLATE)
+                errors.check_keys(f"ablate in {describe(name)}", options, (*SELECTION, "to"))
                 made.append(fe.ablate(*_globs(sites), **options))
             case {"scale": sites, "by": factor, **options}:
-                errors.check_keys(f"scale in {describe(name)}", options, ("steps", "times"))
+                errors.check_keys(f"scale in {describe(name)}", options, SELECTION)
                 errors.check_number("by", factor, -1e30, 1e30, "YAML reads 1.0e-3 as a number, 1e-3 as text")
                 made.append(fe.intervene(*_globs(sites), partial(_scaled, factor=factor), **options))
             case {"patch": str(site) | [str(site)], "from": {"prompt": str(prompt), "seed": seed}, **options}:
-                errors.check_keys(f"patch in {describe(name)}", options, ("steps", "times"))
+                errors.check_keys(f"patch in {describe(name)}", options, SELECTION)
                 errors.check_keys("from", change["from"], ("prompt", "seed"))
                 errors.check_integer("the seed of from", seed, 0, 2**63 - 1)
                 checked = fe.intervene(site, _scaled, **options)

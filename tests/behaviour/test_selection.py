@@ -303,8 +303,8 @@ def test_no_ablation_computes_the_maps_of_all_heads(pipe, selection, monkeypatch
 @pytest.mark.parametrize(
     ("ablation", "says"),
     [
-        (lambda: fe.ablate(MAP), "keys are hidden: say which"),
-        (lambda: fe.ablate(MAP, queries="img"), "keys are hidden: say which"),
+        (lambda: fe.ablate(MAP), "say which tokens are hidden"),
+        (lambda: fe.ablate(MAP, queries="img"), "say which tokens are hidden"),
         (lambda: fe.ablate(MAP, tokens="red", to=1.0), "without to="),
         (lambda: fe.ablate("vec", streams="img"), "'vec' has no tokens"),
         (lambda: fe.ablate("sample.x", tokens=LEFT), "'sample.x' has no tokens"),
