@@ -1,8 +1,8 @@
 """How many images the pipeline computes at once.
 
 Matrix products with more rows round differently, so an image that is computed beside others differs from the same image
-alone in its last digits: in float32, the miniature's latents after 20 steps differ by about 1e-5 of their size. With
-``batch=1`` an image is the same to the last bit, whatever else is in the list.
+alone in its last digits: the miniature's latents after 20 steps in float32 by 6e-7 of their norm (the median of 16
+images; at most 5e-5). With ``batch=1`` an image is the same to the last bit, whatever else is in the list.
 """
 
 from __future__ import annotations
