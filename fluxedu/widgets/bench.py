@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from fluxedu.instruments.ablation import ablate
-from fluxedu.instruments.interventions import Context, intervene, patch
+from fluxedu.instruments.interventions import intervene, patch
 from fluxedu.instruments.lenses.run import blocks_of, check_one_prompt
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.recording import Recording, open_recording
-from fluxedu.instruments.watching import Instrument
 from fluxedu.nano.judge import Detections, detect
 from fluxedu.progress import progress_bar
 from fluxedu.sampling.latents import image_ids, text_ids
@@ -72,28 +71,14 @@ def bench_view(
     return View(panels, f"{text}The judge detects: {detected}.")
 
 
-def _replace_tokens(site: str, source: Recording, tokens: slice) -> intervene:
-    """An intervention that replaces some of the joint tokens by those of another run."""
-    others = {(when.step, when.stage): value.tensor for when, value in source.entries(site)}
-
-    def change(x: Tensor, ctx: Context) -> Tensor:
-        new, other = x.clone(), others[ctx.step, max(ctx.step_context.stage, 0)]
-        new[:, tokens] = other.to(x).reshape(x.shape)[:, tokens]
-        return new
-
-    return intervene(site, change)
-
-
-def _intervention(change: int, block: str, other: Recording, same_position: Tensor, txt_len: int) -> Instrument:
+def _intervention(change: int, block: str, other: Recording, same_position: Tensor) -> intervene:
     if change == 0:
-        return ablate(block)
+        return ablate(block, passes="both")
     if change == 1:
-        return ablate(f"{block}.heads")
+        return ablate(f"{block}.heads", passes="both")
     if change == 2:
         return patch(f"{block}.attn.rope", same_position)
-    if block.startswith("double"):
-        return patch(f"{block}.txt" if change == OTHER_TEXT else f"{block}.img", other)
-    return _replace_tokens(f"{block}.x", other, slice(0, txt_len) if change == OTHER_TEXT else slice(txt_len, None))
+    return patch(f"{block}.x", other, streams="txt" if change == OTHER_TEXT else "img", passes="both")
 
 
 @explorer(
@@ -117,12 +102,12 @@ def bench(pipe: FluxPipeline, prompt: str, other: str, *, steps: int = 6, **requ
     images = [[] for _ in CHANGES]
     distances = np.zeros((len(CHANGES), len(blocks)))
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        with record("double.*.img", "double.*.txt", "single.*.x", to=Path(folder) / "other"):
+        with record("*.x", to=Path(folder) / "other"):
             other_run = pipe(check_one_prompt(other), **request)
         recording = open_recording(Path(folder) / "other")  # reads from the files only what is used
         every = list(np.ndindex(distances.shape))
         for change, i in progress_bar(every, desc="experiments", leave=False, show=not hide_bar):
-            with _intervention(change, blocks[i], recording, same_position, txt_len):
+            with _intervention(change, blocks[i], recording, same_position):
                 out = pipe(prompt, **request)
             images[change].append(to_rgb(out.images[0]))
             distances[change, i] = (out.latents - before.latents).norm() / before.latents.norm()

@@ -62,7 +62,7 @@ def heads(pipe: FluxPipeline, prompt: str, *, steps: int = 6, **request) -> Expl
     images, distances = [[[] for _ in blocks] for _ in REMOVED], np.zeros((len(REMOVED), len(blocks), count))
     for keep_only, b, head in progress_bar(list(np.ndindex(distances.shape)), desc="removing heads", leave=False):
         others = [i for i in range(count) if i != head]
-        with ablate(f"{blocks[b]}.heads", heads=others if keep_only else [head]):
+        with ablate(f"{blocks[b]}.heads", heads=others if keep_only else [head], passes="both"):
             out = pipe(prompt, **request)
         images[keep_only][b].append(to_rgb(out.images[0]))
         distances[keep_only, b, head] = (out.latents.float() - latents).norm() / latents.norm()

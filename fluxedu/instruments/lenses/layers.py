@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -119,7 +120,7 @@ def vital_layers(pipe: FluxPipeline, prompt: str, *, seeds: Sequence[int] = (0,)
     ``|latent without - latent with| / |latent with|``. The blocks with large values are called vital layers in arXiv
     2411.14430 (Stable Flow), which measures the distance with DINOv2 instead of latents.
     """
-    return _distances(pipe, prompt, seeds, options, ablate, "without each block")
+    return _distances(pipe, prompt, seeds, options, partial(ablate, passes="both"), "without each block")
 
 
 @lens
