@@ -216,7 +216,7 @@ def _steps_within_budget(pipe: FluxPipeline) -> int:
 def architecture(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None, **request) -> Explorer:
     """Every site of the model on its diagram, with the values that passed through it while ``prompt`` was drawn.
 
-    at_steps: steps to record; by default six, or as many as the recorder's budget allows (two for FLUX.1-dev at
+    at_steps: steps to record; by default six, or as many as the recorder's budget allows (one for FLUX.1-dev at
     1024 x 1024) · ``request``: as for the pipeline. With classifier-free guidance, the prompted pass is shown. Colours
     have one scale over all recorded steps.
     """
