@@ -56,7 +56,7 @@ def test_words_point_at_their_objects(noted):
         options = {"seed": q.seed, "height": q.size[0], "width": q.size[1], "progress": False}
         words = [f"{color} {'letter ' if form in LETTERS else ''}{form}" for color, form, _ in q.claim.objects]
         maps = lenses.word_maps(pipe, q.prompt, words, at_steps=LATE_STEPS, **options)
-        detected = detect(pipe(q.prompt, **options).images[0])
+        detected = detect(maps.images[0])
         for i, (color, form, _) in enumerate(q.claim.objects):
             found = [o for o in detected.objects if (o.color, o.form) == (color, form)]
             if len(found) != 1:
