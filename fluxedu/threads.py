@@ -26,7 +26,8 @@ _step_done: Callable[[], None] | None = None
 def all_threads_pay(most: int, products: int = 20) -> bool:
     """Whether small products are faster with ``most`` threads than with one, at this moment; takes about 5 ms."""
     with torch.no_grad():
-        x, weight = torch.ones(96, 160), torch.ones(160, 640)
+        x = torch.ones(96, 160, dtype=torch.float32, device="cpu")
+        weight = torch.ones(160, 640, dtype=torch.float32, device="cpu")
         seconds = {}
         for threads, count in ((1, products // 4), (most, products)):
             torch.set_num_threads(threads)

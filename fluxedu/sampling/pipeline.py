@@ -258,7 +258,7 @@ class FluxPipeline(Sited):
                 latents.append(x)
                 runs.append(run)
         if not runs:  # stopped at a site
-            return Output([], torch.empty(0), None)
+            return Output([], torch.empty(0, device="cpu"), None)
         return Output(images, torch.cat(latents), Trajectory.joined(runs) if trajectory else None)
 
     def draw(

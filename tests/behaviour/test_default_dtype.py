@@ -66,7 +66,11 @@ def measure(pipe):
     tiled = decode_tiled(pipe.autoencoder, draw_noise(0, 16, 16, 12), tile=8, overlap=2)
     mean = lenses.word_maps(pipe, "a red circle", ["red"], **options).tensor
     balance = lenses.attention_balance(pipe, "a red circle", **options).tensor
-    return [times, listed, predictions, divergence, field, tiled, mean, balance]
+    noise = fe.invert(pipe, PICTURE, "a red circle", steps=2, progress=False)
+    without = fe.ablate("*.heads", tokens=fe.region(box=(0, 0, 0.5, 1)), streams="img")
+    ablated = fe.ablate_each(pipe, [[], without], "a red circle", steps=2, progress=False).latents
+    concepts = lenses.concept_maps(pipe, "a red circle", ["green", "red"], **options).tensor
+    return [times, listed, predictions, divergence, field, tiled, mean, balance, noise, ablated, concepts]
 
 
 @pytest.mark.parametrize("other", DEFAULTS)
