@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,8 +94,13 @@ class FirstNotFinite:
     __call__._torchdynamo_disable = True  # as torch.compiler.disable: do not compile it, call it
 
 
-def check_finite(what: str, value: Tensor, compute: Callable[[], Any]) -> None:
-    """Warn, once per run, if ``value`` is not finite; ``compute()`` computes it again to find the first such site."""
+def check_finite(
+    what: str, value: Tensor, compute: Callable[[], Any], inputs: Mapping[str, Tensor] = MappingProxyType({})
+) -> None:
+    """Warn, once per run, if ``value`` is not finite.
+
+    ``compute()`` computes it again from ``inputs``, the values of earlier sites, to find the first site that is not.
+    """
     if torch.isfinite(value).all():
         return
     context = current_context()
@@ -102,7 +108,7 @@ def check_finite(what: str, value: Tensor, compute: Callable[[], Any]) -> None:
     if run is not None and run == getattr(_thread, "warned_run", None):
         return
     _thread.warned_run = run
-    first = first_site(compute)
+    first = next((name for name, x in inputs.items() if not torch.isfinite(x).all()), None) or first_site(compute)
     step = "" if context is None or context.step is None else f" after step {context.step}"
     where = "" if first is None else f": {first} is the first site with NaN or infinity"
     advice = ""

@@ -337,7 +337,7 @@ class FluxPipeline(Sited):
             with at_step(step, t):
                 x = self.probe("x", x)  # [B, C, h, w] the state at the beginning of each step
                 x_next, v = solver.checked(solver.step(x, t, t_next, velocity), x)
-                check_finite("the latents", x_next, partial(solver.step, x, t, t_next, velocity))
+                check_finite("the latents", x_next, partial(solver.step, x, t, t_next, velocity), {"sample.x": x})
             if trajectory:
                 states.append(x)
                 velocities.append(v)

@@ -28,7 +28,7 @@ def test_the_latents_of_a_seed_give_the_image_of_the_seed(pipe):
     assert torch.equal(without_size.latents, expected.latents) and without_size.images[0].size == (48, 32)
     two = draw(pipe, [PROMPT] * 2, latents=torch.cat([noise, draw_noise(8, 16, 4, 6)]))
     assert torch.equal(two.latents, draw(pipe, seed=[7, 8]).latents)
-    assert torch.equal(draw(pipe, seed=[1, 2], latents=noise, batch=1).latents[0], expected.latents[0])  # one start for all
+    assert torch.equal(draw(pipe, seed=[1, 2], latents=noise, batch=1).latents[0], expected.latents[0])  # one start
 
 
 @pytest.mark.parametrize(

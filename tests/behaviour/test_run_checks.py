@@ -57,6 +57,16 @@ def test_the_warning_names_the_site_that_a_poisoned_weight_reaches_first(pipe, p
     assert file == draw.__code__.co_filename  # where the pipeline was called
 
 
+def test_a_state_that_is_not_finite_already(pipe):
+    broken = torch.randn(1, 16, 4, 4)
+    broken[0, 3, 1, 2] = NAN
+    (message,), _ = warnings_of(lambda: draw(pipe, latents=broken))
+    assert message.startswith("the latents are not finite after step 0: sample.x is the first site")
+    with fe.intervene("sample.x", lambda x, ctx: x / 0, steps=2):
+        (message,), _ = warnings_of(lambda: draw(pipe, steps=3))
+    assert message.startswith("the latents are not finite after step 2: sample.x is the first site")
+
+
 @pytest.mark.parametrize("solver", ["euler", "heun", "midpoint"])
 def test_the_warning_names_the_step_and_an_intervention_that_causes_it(pipe, solver):
     with fe.intervene("single.1.mlp_hidden", lambda x, ctx: x / 0, steps=1):
