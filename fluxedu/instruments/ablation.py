@@ -21,10 +21,10 @@ _BLOCK = re.compile(r"(double|single)\.(\*|\d+)")
 class ablate(intervene):  # noqa: N801 - used like a function
     """Set the selected entries to 0 (or another number; or ``to="mean"``, the mean over all tokens of the value).
 
-    A whole block is ``"double.1"`` or ``"single.*"``: it then adds nothing to the residual stream. ``selection``: the
-    part that is ablated, as for :class:`intervene`. At ``attn.map``, the selected keys are hidden from the selected
-    queries, by default from all: their scores become minus infinity, inside the fused kernel, so that every row still
-    sums to 1::
+    A whole block is ``"double.1"`` or ``"single.*"``: it then adds nothing to the residual stream. selection: steps,
+    times, passes, streams, tokens, queries and heads, as for :class:`intervene`. At ``attn.map``, the selected keys are
+    hidden from the selected queries, by default from all: their scores become minus infinity, inside the fused kernel,
+    so that every row still sums to 1::
 
         with fe.ablate("double.1.heads", heads=[2]): ...
         with fe.ablate("*.attn.map", tokens=["red"], queries="img"): ...        # hide a word from the image tokens

@@ -260,8 +260,8 @@ class patch(intervene):  # noqa: N801 - used like a function
 
     source: an unreduced recording of one run, or a single value (a tensor or :class:`Named`) for all steps. From a
     recording, each step uses the value recorded at the same step; at a text encoder, the n-th prompt uses the n-th
-    recorded value. A value of one pass of classifier-free guidance is used for both. ``selection``: the part that is
-    replaced, as for :class:`intervene`::
+    recorded value. A value of one pass of classifier-free guidance is used for both. selection: steps, times, passes,
+    streams, tokens, queries and heads, as for :class:`intervene`::
 
         with fe.patch("single.3.x", rec, streams="img", steps=slice(3, 7)): ...  # only the image tokens
 

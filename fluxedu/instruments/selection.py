@@ -2,8 +2,10 @@
 
 The same arguments mean the same on ``record``, ``intervene``, ``ablate`` and ``patch``:
 
-- steps, times: which steps, by their number (an index, a list, a slice) or by their time, (from, to) in [0, 1].
-- passes: "prompted", "negative" or "both", the passes of classifier-free guidance.
+- steps, times: which steps, by their number (an index, a list, a slice) or by their time, (from, to) in [0, 1], 1 is
+  noise. What happens outside of the steps is recorded in any case, and changed only without these arguments.
+- passes: "prompted", "negative" or "both", the passes of classifier-free guidance; by default a recorder records both,
+  and an intervention changes the prompted one.
 - streams: "img" or "txt". At an attention map, the stream of the keys.
 - tokens: words of the prompt, indices, regions of the image (``fe.region``), or a list of them. An index counts the
   tokens of the stream in ``streams=``, or else those of the site itself: at a joint site, text comes first. At an
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
 import torch
@@ -111,6 +113,7 @@ class Selection:
     heads: list[int] | None = None
     image_queries: bool = False  # with tokens=, the queries of a joint map are by default the image tokens
     map_budget: float = inf  # bytes of an attention map that may be computed
+    included: set[int] = field(default_factory=set)  # the selected steps that have been computed
     missed: str = ""  # why a value was left out, to say so when all were
 
     @classmethod
@@ -137,8 +140,13 @@ class Selection:
 
     def includes_step(self, step: int | None, time: float | None, steps: int | None) -> bool:
         """Whether a step and its time are selected. What happens outside of the steps always is."""
+        if step is None:
+            return True
+        if self.times is not None and time is None:
+            raise InstrumentError("times= is known only while a pipeline runs; without one, use steps=.")
         low, high = self.times or (-inf, inf)
-        if is_selected(self.steps, step, steps) and (step is None or time is None or low <= time <= high):
+        if is_selected(self.steps, step, steps) and (time is None or low <= time <= high):
+            self.included.add(step)
             return True
         chosen = [] if self.steps is None else [f"steps={describe(self.steps)}"]
         chosen += [] if self.times is None else ["times=({:g}, {:g})".format(*self.times)]
@@ -153,7 +161,9 @@ class Selection:
         return False
 
     def number_of_steps(self, count: int) -> int:
-        """How many of ``count`` steps are selected."""
+        """How many of ``count`` steps are selected; with times=, how many have been so far."""
+        if self.times is not None:
+            return len(self.included)
         return sum(is_selected(self.steps, step, count) for step in range(count))
 
     # ---------------------------------------------------------------- which part of a value

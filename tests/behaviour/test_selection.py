@@ -178,6 +178,13 @@ def test_steps_and_times_of_a_recording(pipe):
     assert torch.equal(by_time["vec"].tensor, full["vec"].tensor[1:3])
     assert torch.equal(by_step["vec"].tensor, full["vec"].tensor[1:3])
     assert "t5.states" in by_time  # outside of the steps
+    need = 4 * full["vec"].tensor[0].numel()
+    with fe.record("vec", times=(times[2], times[1]), budget=2 * need) as within:  # of two steps, not of four
+        draw(pipe, steps=4)
+    assert torch.equal(within["vec"].tensor, by_step["vec"].tensor)
+    with pytest.raises(InstrumentError, match="times= is known only while a pipeline runs"):
+        with fe.record("t5.states", times=(0, 1)):
+            pipe.prompt_encoder.t5(pipe.prompt_encoder.t5_tokenizer(["a star"]))
 
 
 def test_image_tokens_of_some_steps_are_patched(pipe):
