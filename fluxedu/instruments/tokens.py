@@ -40,6 +40,7 @@ def region(box: Sequence[float] | None = None, mask: Picture | None = None) -> R
     ``[h, w]`` of any size, white or 1 inside, which covers the whole image. Give one of the two; InstrumentError
     otherwise.
 
+    >>> import fluxedu as fe
     >>> fe.region(box=(0, 0, 0.5, 1)).tokens((4, 4))  # the left half of 2 x 2 tokens
     [0, 2]
     """
