@@ -157,7 +157,12 @@ def load_sd(weights: Path | str = WEIGHTS, device: str | torch.device = "cpu") -
 
 def open_model(name: str, device: str | torch.device | None = None, **options) -> FluxPipeline | StableDiffusion:
     """The Stable Diffusion for "sd"; for any other name, what :func:`fluxedu.load` opens with these options."""
-    return load_sd(device=device or "cpu") if name == SD else load(name, device=device, **options)
+    if name != SD:
+        return load(name, device=device, **options)
+    for option, value in options.items():
+        if value is not None:
+            raise RequestError(f"{option}= does not apply to {SD}, which ships with fluxedu.")
+    return load_sd(device=device or "cpu")
 
 
 def _diffusers():

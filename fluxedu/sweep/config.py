@@ -12,8 +12,9 @@
     record: [{sites: "double.*.attn.map", reduce: head-mean, tokens: [red]}]    # arguments of fluxedu.record
     lens: {contributions: {}, head_gallery: {query: red, at_step: 0}}           # of fluxedu.instruments.lenses
 
-``model``, ``device`` and ``dtype`` go to :func:`fluxedu.load`, which chooses what is left out. ``shard`` is the number
-of cells per file (8), ``threads`` that of CPU threads per process (1; another number rounds differently).
+``model``, ``device``, ``dtype``, ``like``, ``variant`` and ``revision`` go to :func:`fluxedu.load`, which chooses what
+is left out. ``shard`` is the number of cells per file (8), ``threads`` that of CPU threads per process (1; another
+number rounds differently).
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ class Sweep:
     model: str = "nano"
     device: str | None = None
     dtype: str | None = None
+    like: str | None = None
+    variant: str | None = None
+    revision: str | None = None
     shard: int = 8
     threads: int = 1
 
@@ -97,7 +101,7 @@ def from_dict(values: dict) -> Sweep:
     for output in errors.check_list("keep", sweep.keep):
         errors.check_choice("an item of keep", output, ("image", "latent", "trajectory"))
     errors.check_keys("settings", sweep.settings, SETTINGS)  # the pipeline checks their values
-    for name in ("model", "device", "dtype"):
+    for name in ("model", "device", "dtype", "like", "variant", "revision"):
         if name == "model" or getattr(sweep, name) is not None:
             errors.check_text(name, getattr(sweep, name))
     errors.check_integer("shard", sweep.shard, 1, 10_000)

@@ -121,7 +121,8 @@ def _load(description: str, worker: int | str) -> Runner:
     if isinstance(worker, int) and device in (None, "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(worker % torch.cuda.device_count())  # where a model goes that may choose its device
         device = device and f"cuda:{worker % torch.cuda.device_count()}"
-    return Runner(sweep, fe.load(sweep.model, device=device, dtype=sweep.dtype))
+    files = {"like": sweep.like, "variant": sweep.variant, "revision": sweep.revision}
+    return Runner(sweep, fe.load(sweep.model, device=device, dtype=sweep.dtype, **files))
 
 
 def _work(file: int | None, description: str, folder: Path, expected=None, worker=None) -> dict[str, str]:

@@ -66,6 +66,7 @@ def test_sample_writes_the_image_and_nothing_else(tmp_path):
         (["sample", "x", "-o", "out.psd"], "out.psd has no extension of an image format"),
         (["sample", "x", "--device", "meta"], "device 'meta' cannot be used here"),
         (["judge", "--guidance", "200"], "guidance must be a number from 0 to 100"),
+        (["judge", "--model", "sd", "--like", "dev"], "like= does not apply to sd"),
         (["judge", "--steps", "2000"], "steps must be a whole number from 1"),
         (["judge", "--json", "."], ". is a folder"),
         (["bench", "--json", "no/folder.json"], "there is no folder no"),

@@ -373,6 +373,23 @@ def test_every_command_that_loads_a_model_chooses_its_files(monkeypatch, tmp_pat
         )
 
 
+def test_a_sweep_chooses_its_files(monkeypatch, tmp_path):
+    loaded = []
+
+    def load(name, **options):
+        loaded.append((name, options))
+        raise RequestError("not today")
+
+    monkeypatch.setattr(fe, "load", load)
+    chosen = {"like": "schnell", "variant": "fp16", "revision": "v2"}
+    for i, options in enumerate((chosen, {})):
+        (tmp_path / f"{i}.yaml").write_text(json.dumps({"prompts": ["x"], "model": "someone/tune"} | options))
+        result = CliRunner().invoke(app, ["sweep", str(tmp_path / f"{i}.yaml")])
+        assert result.output.strip() == "fluxedu: not today"
+        expected = {"device": None, "dtype": None} | dict.fromkeys(chosen) | options
+        assert loaded.pop() == ("someone/tune", expected)
+
+
 def test_the_command_line_draws_with_the_chosen_files(cache, tmp_path):
     for revision, state in {"main": REDRAWN, "v2": STATES["unguided"]}.items():
         config = FLUX if revision == "main" else UNGUIDED
