@@ -92,6 +92,7 @@ class Chain:
 
     def __init__(self, instruments: tuple[Instrument, ...]):
         self.instruments = tuple(sorted(instruments, key=lambda i: not i.changes))  # stable
+        self.changes_all_images = any(i.changes and i.picture is None for i in instruments)
 
     def interventions(self) -> Chain:
         return Interventions(self.instruments)

@@ -14,6 +14,7 @@ import torch
 from fluxedu.errors import check_integer
 from fluxedu.memory.placement import Networks, Placement, activations, free_bytes, modulations
 from fluxedu.models.flux import TIMES_AT_ONCE
+from fluxedu.probe import current_watcher
 from fluxedu.sampling.gradients import gradient_mode
 from fluxedu.sampling.request import Request
 
@@ -32,13 +33,16 @@ def batch_size(
 ) -> int:
     """The number of images to compute at once, ``batch`` itself or a default; raises RequestError.
 
-    By default as many as ``TOKENS_ON_CPU`` allow on a CPU, and on a GPU as many as fit in its free memory; there,
-    images with gradients are computed one at a time, because the size of the graph is not known.
+    By default one while an intervention is active, because a function that keeps a value from one site for the next
+    would keep that of another image; else as many as ``TOKENS_ON_CPU`` allow on a CPU, and on a GPU as many as fit in
+    its free memory. There, images with gradients are computed one at a time: the size of their graph is not known.
     """
     count, passes = len(requests), 2 if requests[0].uses_cfg else 1
     if batch is not None:
         hint = "it is the number of images computed at once"
         return min(count, check_integer("batch", batch, 1, 4096, hint))
+    if getattr(current_watcher(), "changes_all_images", False):
+        return 1
     height, width = requests[0].shape
     if device.type not in ("cuda", "mps"):
         return min(count, max(1, TOKENS_ON_CPU // (passes * (txt_len + height * width // 4))))

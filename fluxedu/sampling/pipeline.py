@@ -159,7 +159,8 @@ class FluxPipeline(Sited):
         seed: a number, or a list to draw one image per seed; an image depends only on its own seed and prompt.
         num_images: images of each prompt, with the seeds seed, seed + 1, ...
         batch: how many images are computed at once; by default as many as are fastest on a CPU, and as many as fit in
-        the memory of a GPU. With 1, an image is the same to the last bit as alone; otherwise it differs by rounding.
+        the memory of a GPU, but one while an intervention is active. With 1, an image is the same to the last bit as
+        alone; otherwise it differs by rounding.
         latents: the start ``[B, C, h, w]`` in place of noise; it sets the size of the image.
         steps: number of steps; the variant's own by default.
         times: the schedule itself, falling from 1 (noise) to 0 (image), in place of ``steps``.

@@ -234,7 +234,7 @@ plt.show()
 # %%
 if guide_done and within_done:
     expected = base(prompt, seed=3, steps=8, guidance=4.0, guidance_interval=interval, progress=False)
-    with patch("fluxedu.sampling.velocity_field.guide", guide), patch("fluxedu.sampling.velocity_field.active", within):
+    with patch("fluxedu.sampling.velocity_field.guide", guide), patch("fluxedu.sampling.request.active", within):
         mine = base(prompt, seed=3, steps=8, guidance=4.0, guidance_interval=interval, progress=False)
     print("the latent is the same to 1 in 1,000:", relative_distance(mine, expected) < 1e-3)
 else:

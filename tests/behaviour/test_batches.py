@@ -207,7 +207,7 @@ INTERVENTIONS = {
 @pytest.mark.parametrize("which", INTERVENTIONS)
 def test_a_change_sees_one_image(which, options, pipe):
     results = []
-    for batch in (None, 1):
+    for batch in (4, 1):
         with fe.intervene(*INTERVENTIONS[which]):
             results.append(draw(pipe, batch=batch, **options))
     assert_same(*results)
@@ -226,16 +226,31 @@ def test_a_change_sees_one_image(which, options, pipe):
 )
 def test_words_and_heads_are_ablated_in_every_image(ablate, pipe):
     results = []
-    for batch in (None, 1):
+    for batch in (4, 1):
         with ablate():
             results.append(draw(pipe, batch=batch, **CFG))
     assert_same(*results)
 
 
 def test_a_change_that_changes_nothing(pipe):
-    plain = draw(pipe, **CFG)
+    plain = draw(pipe, batch=4, **CFG)
     with fe.intervene("*", "sample.*", "t5.*", lambda x, ctx: x if hasattr(x, "lse") else x.clone()):
-        assert torch.equal(draw(pipe, **CFG).latents, plain.latents)
+        assert torch.equal(draw(pipe, batch=4, **CFG).latents, plain.latents)
+
+
+def test_a_function_that_keeps_values_from_site_to_site_keeps_those_of_the_same_image(pipe):
+    """By default, one image at a time is computed while an intervention is active."""
+    state = {}
+
+    def keep(x, ctx):
+        state["x"] = x
+        return x
+
+    def towards_zero(v, ctx):  # the velocity that leads from the state straight to 0
+        return state["x"] / ctx.time
+
+    with fe.intervene("sample.x", keep), fe.intervene("sample.velocity", towards_zero):
+        assert draw(pipe).latents.abs().max() < 1e-12
 
 
 def test_gradients(pipe):
