@@ -45,7 +45,7 @@ OFFICIAL = [
     ("sampling.py 17-33", "fluxedu.sampling.latents:draw_noise", "drawn on the CPU"),
     ("sampling.py 36-67", "fluxedu.sampling.latents:image_ids", "also text_ids and pack"),
     ("sampling.py 277-305", "fluxedu.sampling.solvers:schedule", "mu is not clamped"),
-    ("sampling.py 308-353", "fluxedu.sampling.pipeline:FluxPipeline.draw", "with any solver"),
+    ("sampling.py 308-353", "fluxedu.sampling.pipeline:FluxPipeline.denoise", "with any solver"),
     ("sampling.py 356-364", "fluxedu.sampling.latents:unpack", ""),
     ("modules/conditioner.py 5-37", "fluxedu.sampling.prompts:PromptEncoder", "with our own CLIP and T5"),
     ("modules/autoencoder.py 25-52", "fluxedu.models.autoencoder:AttnBlock", ""),

@@ -16,8 +16,9 @@ from fluxedu.sampling.images import Picture, resized, to_tensor
 from fluxedu.sampling.latents import latent_size
 from fluxedu.sampling.pipeline import FluxPipeline, Trajectory
 from fluxedu.sampling.prompts import Conditioning
-from fluxedu.sampling.request import Request
+from fluxedu.sampling.solvers import Solver
 from fluxedu.sampling.step_context import at_step
+from fluxedu.sampling.velocity_field import VelocityField
 
 _OWN = ("latents", "seed", "solver", "strength", "height", "width", "rounding", "decode", "stop_after", "num_images")
 
@@ -66,13 +67,11 @@ class _Backwards(FluxPipeline):
     def __init__(self, pipe: FluxPipeline, rounds: int):
         vars(self).update(vars(pipe), rounds=rounds)
 
-    def draw(
-        self, requests: list[Request], texts: Conditioning, times: Tensor, steps_to_run: int, trajectory: bool, bar
+    def denoise(
+        self, x: Tensor, times: Tensor, velocity: VelocityField, solver: Solver, trajectory: bool, bar
     ) -> tuple[Tensor, Trajectory | None]:
-        """The noise ``[B, C, h, w]`` of the pictures, which are the ``latents`` of the requests."""
-        x = self.start(requests, times[-1])
-        # the modulation is computed ahead for the times of the evaluations, which come in this order
-        velocity = self.velocity_field(requests, torch.cat([times[:-1].flip(0), times[:1]]), texts)
+        """The noise ``[B, C, h, w]`` at the first time, from pictures ``x`` at the last, where this run starts."""
+        velocity.plan.times.reverse()  # the modulation is computed ahead, in the order of the evaluations
         states, velocities = [x], []
         for step, (t, t_next) in reversed(list(enumerate(pairwise(times.tolist())))):
             with at_step(step, t):

@@ -240,7 +240,7 @@ class FluxPipeline(Sited):
         height, width = (side * downscale for side in requests[0].shape)
         if gradient_mode() is not None and self.flux.placement is not None and self.flux.placement.mode != "full":
             raise GradientError("gradients need all weights in memory; load the pipeline with memory='full'.")
-        images, latents, runs = [], [], []
+        solver, images, latents, runs = get_solver(requests[0].solver), [], [], []
         with (
             torch.set_grad_enabled(gradient_mode() is not None),
             memory_advice(networks, self.device, height, width, txt_len),
@@ -254,24 +254,15 @@ class FluxPipeline(Sited):
             for part in parts(len(requests), batch):
                 texts = prompts[part] if negative is None else negative[part].joined(prompts[part])
                 with at_pictures(requests[part], part.start):
-                    x, run = self.draw(requests[part], texts, times, steps_to_run, trajectory, bar)
+                    velocity = self.velocity_field(requests[part], times, texts)
+                    x = self.start(requests[part], times[0])
+                    x, run = self.denoise(x, times[: steps_to_run + 1], velocity, solver, trajectory, bar)
                     images += self.decode(x, requests[part]) if decode else []
                 latents.append(x)
                 runs.append(run)
         if not runs:  # stopped at a site
             return Output([], torch.empty(0, device="cpu"), None)
         return Output(images, torch.cat(latents), Trajectory.joined(runs) if trajectory else None)
-
-    def draw(
-        self, requests: list[Request], texts: Conditioning, times: Tensor, steps_to_run: int, trajectory: bool, bar
-    ) -> tuple[Tensor, Trajectory | None]:
-        """B images at once, from noise at t = 1, against the velocity, to their latents ``[B, C, h, w]`` at t = 0.
-
-        texts: the encoded prompts; with classifier-free guidance, B encoded negative prompts come first.
-        """
-        velocity = self.velocity_field(requests, times, texts)
-        x = self.start(requests, times[0])
-        return self.denoise(x, times[: steps_to_run + 1], velocity, get_solver(requests[0].solver), trajectory, bar)
 
     # ---------------------------------------------------------------- the stages of a run
 
@@ -305,7 +296,10 @@ class FluxPipeline(Sited):
         return from_strength(times, request.strength) if request.is_image_to_image else times
 
     def velocity_field(self, requests: list[Request], times: Tensor, texts: Conditioning) -> VelocityField:
-        """The function ``velocity(x, t)`` that the solver integrates, with all that stays the same during the run."""
+        """The function ``velocity(x, t)`` that the solver integrates, with all that stays the same during the run.
+
+        texts: the encoded prompts; with classifier-free guidance, as many encoded negative prompts come first.
+        """
         txt = self.probe("txt", leaf(texts.txt))  # [B, L, D] the prompt's T5 embeddings, once per image
         pooled = self.probe("pooled", leaf(texts.pooled))  # [B, D] the prompt's CLIP vector, once per image
         pictures = []

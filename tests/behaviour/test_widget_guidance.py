@@ -21,7 +21,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def run(pipe):
-    return sweep(pipe, PROMPT, CLAIM, scales=[1.0, 6.0], seeds=[3, 1, 2], steps=6)
+    return sweep(pipe, PROMPT, CLAIM, scales=[1.0, 6.0], seeds=[3, 1, 2], steps=6, batch=1)
 
 
 def test_every_cell_is_an_image_and_its_verdict(pipe, run):
