@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -11,3 +12,4 @@ if __name__ == "__main__":
     (FOLDER / "recipes").mkdir(exist_ok=True)
     os.chdir(FOLDER / "recipes")
     exec("\n".join(code))
+    shutil.rmtree("activations")  # a recording that one recipe reads again
