@@ -11,12 +11,13 @@ them. Replacing a folder takes two renames. A process killed between them leaves
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from secrets import token_hex
 
@@ -35,9 +36,9 @@ _FOLDER_FILES = re.compile(rf"config\.json|{WEIGHTS}(\.index\.json)?")
 def atomic_path(target: Path, overwrite: bool = False, folder: bool = False) -> Iterator[Path]:
     """A path to write to (a file, or with ``folder`` an empty folder) that is renamed to ``target`` at the end.
 
-    Raises CheckpointError if ``target`` exists and may not be replaced.
+    Raises CheckpointError if ``target`` exists and may not be replaced, now or at the end. Symbolic links are followed.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))
     _remove_leftovers(target)
     _check_replaceable(target, overwrite, folder)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -47,10 +48,19 @@ def atomic_path(target: Path, overwrite: bool = False, folder: bool = False) -> 
             part.mkdir() if folder else part.touch()
             yield part
             _sync(part)
-            _replace(part, target)
+            _replace(part, target, overwrite, folder)
         except BaseException:
             _remove(part)
             raise
+
+
+def check_writable(target: Path) -> None:
+    """Raise CheckpointError now if :func:`atomic_path` could not write a file to ``target``."""
+    try:
+        with suppress(InterruptedError), atomic_path(target, overwrite=True):
+            raise InterruptedError  # nothing is written
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error.strerror}.") from None
 
 
 @contextmanager
@@ -130,18 +140,25 @@ def read_yaml(path: str | Path, most_bytes: int = 4 << 20):
 
 def _check_replaceable(target: Path, overwrite: bool, folder: bool) -> None:
     """An existing target is only replaced with ``overwrite``, by the same kind, and if it holds only weights."""
+    if target.is_symlink():
+        raise CheckpointError(f"{target} is a symbolic link that leads back to itself.")
     if not target.exists():
         return
-    if target.is_dir() != folder:
-        existing, new = ("folder", "file") if target.is_dir() else ("file", "folder")
-        raise CheckpointError(f"{target} is a {existing}, but a {new} is to be written there.")
+    if folder != target.is_dir() or not (folder or target.is_file()):
+        existing = "folder" if target.is_dir() else "file" if target.is_file() else "pipe or device"
+        raise CheckpointError(
+            f"{target} is a {existing}, but a {'folder' if folder else 'file'} is to be written there."
+        )
     if folder and not any(target.iterdir()):
         return
     if not overwrite:
         raise CheckpointError(f"{target} exists already; choose another name, or set overwrite.")
-    others = sorted(p.name for p in target.iterdir() if not _FOLDER_FILES.fullmatch(p.name)) if folder else []
-    if others:
+    if folder and (others := _other_files(target)):
         raise CheckpointError(f"{target} also holds {others[0]!r}, so it is not replaced.")
+
+
+def _other_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not _FOLDER_FILES.fullmatch(path.name))
 
 
 @contextmanager
@@ -168,13 +185,14 @@ def _remove_leftovers(target: Path) -> None:
     for path in siblings:
         if not pattern.fullmatch(path.name):
             continue
-        if path.suffix == ".old":
-            with suppress(FileNotFoundError):  # another process was faster
-                _remove(path) if target.exists() else path.rename(target)
-            continue
         with _locked(path.with_suffix(".lock"), timeout=0) as writer_is_gone:
-            if writer_is_gone:
-                _remove(path.with_suffix(".part"))
+            if not writer_is_gone:
+                continue
+            if path.suffix == ".old" and not target.exists():
+                with suppress(OSError):  # another process was faster
+                    path.rename(target)
+            elif path.suffix != ".old" or not _other_files(path):
+                _remove(path if path.suffix == ".old" else path.with_suffix(".part"))
 
 
 def _remove(path: Path) -> None:
@@ -196,16 +214,46 @@ def _sync(part: Path) -> None:
             os.close(handle)
 
 
-def _replace(part: Path, target: Path) -> None:
-    """Rename ``part`` to ``target``. No system replaces a full folder in one step: the old one is renamed first."""
-    if not (target.is_dir() and any(target.iterdir())):
-        os.replace(part, target)
-        return
+def _replace(part: Path, target: Path, overwrite: bool, folder: bool) -> None:
+    """Rename ``part`` to ``target``; raises CheckpointError if something appeared there that may not be replaced.
+
+    The system checks this itself, at the moment of the rename: a link to a file needs a free name, and a folder can be
+    renamed to a free name or an empty folder only. No system replaces a full folder in one step, so the old one is
+    renamed first, and is not deleted if somebody has put other files into it.
+    """
     old = part.with_suffix(".old")
-    target.rename(old)
+    with _locked(target.parent / f".{target.name}.replaced.lock") if folder else nullcontext():
+        try:
+            if not folder:
+                os.replace(part, target) if overwrite else _rename_to_free_name(part, target)
+                return
+            if os.name == "nt":  # Windows renames to free names only
+                with suppress(OSError):
+                    target.rmdir()
+            if overwrite and target.is_dir() and not target.is_symlink():
+                target.rename(old)
+                if others := _other_files(old):
+                    raise CheckpointError(f"{target} also holds {others[0]!r}, so it is not replaced.")
+            part.rename(target)
+        except BaseException as error:
+            if old.exists():
+                with suppress(OSError):  # somebody has taken the name: the next writer decides what to do with the old
+                    old.rename(target)
+            taken = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
+            if isinstance(error, OSError) and error.errno in taken:
+                raise CheckpointError(f"{target} was created while this was written; choose another name.") from None
+            raise
+        if old.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _rename_to_free_name(part: Path, target: Path) -> None:
     try:
-        part.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        os.link(part, target)
+    except OSError as error:
+        if isinstance(error, FileExistsError):
+            raise
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL))  # a drive without links: an empty file reserves the name
+        os.replace(part, target)
+    else:
+        part.unlink()

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_checkpoints_errors import TINY
 
+from fluxedu import files
 from fluxedu.checkpoints import convert_file, load_model, save_file, save_folder
 from fluxedu.errors import CheckpointError
 from fluxedu.files import write_text
@@ -86,6 +88,98 @@ def test_the_old_folder_left_by_a_killed_writer_is_restored_or_deleted(folder, r
         save_folder(Flux(TINY).state_dict(), folder, TINY)
     assert contents(folder) == before
     assert os.listdir(folder.parent) == [folder.name]
+
+
+def appears(kind: str, target: Path) -> None:
+    """Somebody else's thing, in the place of a result."""
+    if kind in ("a folder", "a file in it"):
+        target.mkdir(exist_ok=kind == "a file in it")
+        (target / "thesis.txt").write_text("mine")
+    elif kind == "a file":
+        target.write_text("mine")
+    else:
+        (target.parent / "elsewhere").mkdir()
+        target.symlink_to("elsewhere" if kind == "a link" else "nowhere")
+
+
+def everything_in(folder: Path) -> dict:
+    """What is in a folder: the target of a link, the bytes of a file, None for a folder."""
+    found = {str(p.relative_to(folder)): p for p in folder.rglob("*")}
+    return {
+        name: p.readlink() if p.is_symlink() else None if p.is_dir() else p.read_bytes() for name, p in found.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a file", "a link", "a broken link", "a file in it"])
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_what_appears_while_a_result_is_written_stays(what, kind, tmp_path, monkeypatch):
+    """A conversion takes minutes. Its target is checked again at the rename, by the system."""
+    here, overwrite = tmp_path / "here", kind == "a file in it"
+    here.mkdir()
+    target, sync, seen = here / ("t.safetensors" if what == "file" else "t"), files._sync, {}
+    save_file(Flux(TINY).state_dict(), tmp_path / "source.safetensors", config=TINY)
+    if overwrite and what == "folder":
+        save_folder(Flux(TINY).state_dict(), target, TINY)
+
+    def sync_late(part):
+        sync(part)
+        appears(kind, target)
+        seen.update({name: data for name, data in everything_in(here).items() if not name.startswith(".")})
+
+    monkeypatch.setattr(files, "_sync", sync_late)
+    with pytest.raises(CheckpointError, match="was created while this was written|also holds 'thesis.txt'"):
+        to = "bfl" if what == "file" else "diffusers"
+        convert_file(tmp_path / "source.safetensors", target, to, overwrite=overwrite)
+    assert everything_in(here) == seen
+
+
+def test_a_drive_without_hard_links(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    file = save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(FileExistsError):
+        files._rename_to_free_name(file, file)
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"] and file.stat().st_size > 8
+
+
+def test_links_are_followed(folder, tmp_path):
+    """The link stays, what it leads to is replaced, and nothing is left beside either."""
+    (tmp_path / "far").mkdir()
+    folder = folder.rename(tmp_path / "far" / "transformer")
+    (tmp_path / "link").symlink_to("far/transformer")
+    (tmp_path / "new").symlink_to("far/new.safetensors")
+    save_folder(Flux(TINY).state_dict(), tmp_path / "link", TINY, overwrite=True, max_shard_bytes=20_000)
+    save_file({"w": torch.ones(2)}, tmp_path / "far" / "w.safetensors")
+    (tmp_path / "w.safetensors").symlink_to("far/w.safetensors")
+    save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors", overwrite=True)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert load_file(tmp_path / "far" / "w.safetensors")["w"].tolist() == [0, 0]
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="a symbolic link that leads back to itself"):
+            save_file({"w": torch.ones(2)}, tmp_path / "loop.safetensors", overwrite=overwrite)
+    assert sorted(os.listdir(tmp_path)) == ["far", "link", "loop.safetensors", "new", "w.safetensors"]
+    assert sorted(os.listdir(tmp_path / "far")) == ["transformer", "w.safetensors"]
+
+
+def test_an_old_folder_with_other_files_is_never_deleted(folder):
+    """A writer was killed between its renames, and somebody took the name before the next one came."""
+    old = folder.rename(folder.parent / ".transformer.12345678.old")
+    (old / "thesis.txt").write_text("mine")
+    save_folder(Flux(TINY).state_dict(), folder.parent / "other", TINY).rename(folder)
+    save_folder(Flux(TINY).state_dict(), folder, TINY, overwrite=True)
+    assert (old / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_no_checkpoint(tmp_path):
+    os.mkfifo(tmp_path / "w.safetensors")
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="is a pipe or device, but a file is to be written there"):
+            save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors", overwrite=overwrite)
+    assert (tmp_path / "w.safetensors").is_fifo()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

@@ -126,8 +126,8 @@ import os, signal
 from fluxedu import files
 from fluxedu.sweep import read_config, run_sweep
 replace = files._replace
-def killed(part, target):
-    os.kill(os.getpid(), signal.SIGKILL) if target.name == {target!r} else replace(part, target)
+def killed(part, target, *options):
+    os.kill(os.getpid(), signal.SIGKILL) if target.name == {target!r} else replace(part, target, *options)
 files._replace = killed
 run_sweep(read_config({str(reference[0])!r}), {str(tmp_path / "out")!r})
 """

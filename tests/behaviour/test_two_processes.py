@@ -91,6 +91,44 @@ def test_one_checkpoint_is_written_by_both(pair, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_both_write_one_new_name(pair, tmp_path, folder, overwrite):
+    """Exactly one succeeds, and its result is there; with ``overwrite`` both do, and one result is there."""
+    code = f"""
+from pathlib import Path
+import torch
+from fluxedu.checkpoints import save_file, save_folder
+from fluxedu.errors import CheckpointError
+from fluxedu.models import AutoEncoder, AutoEncoderConfig
+config = AutoEncoderConfig(ch=4, ch_mult=(1,), num_res_blocks=1, z_channels=2, norm_groups=2)
+tensors = {{name: torch.full_like(value, float(me)) for name, value in AutoEncoder(config).state_dict().items()}}
+for n in range(40):
+    Path(target, f"ready {{n}} {{me}}").touch()
+    while not Path(target, f"ready {{n}} {{1 - int(me)}}").exists():
+        pass
+    try:
+        if {folder}:
+            save_folder(tensors, Path(target, f"m{{n}}"), config, overwrite={overwrite})
+        else:
+            save_file(tensors, Path(target, f"m{{n}}.safetensors"), overwrite={overwrite})
+        Path(target, f"won {{n}} {{me}}").touch()
+    except CheckpointError as error:
+        assert str(error).endswith((
+            "was created while this was written; choose another name.",
+            "exists already; choose another name, or set overwrite.",
+        ))
+"""
+    begin(pair, code, tmp_path)
+    end(pair)
+    assert not list(tmp_path.glob(".*"))
+    for n in range(40):
+        winners = [path.name[-1] for path in tmp_path.glob(f"won {n} *")]
+        assert len(winners) == (2 if overwrite else 1)
+        (file,) = (tmp_path / f"m{n}").glob("*.safetensors") if folder else [tmp_path / f"m{n}.safetensors"]
+        assert {value.unique().item() for value in load_file(file).values()} in [{float(me)} for me in winners]
+
+
 def test_both_note_their_figures_in_one_file(pair, tmp_path):
     """Two trainings that end at the same time: both members are in the file."""
     begin(pair, 'for n in range(40): add_entry(target, f"{me} {n}", {"figures": {}})', tmp_path)
