@@ -36,6 +36,7 @@ from fluxedu.nano.exam import Question, questions
 from fluxedu.nano.judge import Verdict, diversity, judge, quality
 from fluxedu.nano.scenes import LETTERS, Claim
 from fluxedu.progress import progress_bar
+from fluxedu.sampling.images import to_rgb
 
 SHAPES = ((128, 128), (96, 192), (192, 96))  # (height, width) of the images on the size axis
 SEEDS = 4  # images per prompt on the diversity axis
@@ -161,7 +162,7 @@ class Gallery:
                     with Image.open(path) as stored:
                         self.images[key] = stored.convert("RGB")
                 else:
-                    self.images[key] = entry.draw(prompt, seed, height, width).convert("RGB")
+                    self.images[key] = Image.fromarray(to_rgb(entry.draw(prompt, seed, height, width)))
                     if path is not None:
                         with atomic_path(path, overwrite=True) as part:
                             self.images[key].save(part, format="PNG")

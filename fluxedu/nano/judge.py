@@ -23,6 +23,7 @@ from functools import cache
 from itertools import permutations, product
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
 from fluxedu.nano.scenes import (
@@ -36,6 +37,7 @@ from fluxedu.nano.scenes import (
     signed_distance,
     visible_colors,
 )
+from fluxedu.sampling.images import to_rgb
 
 BORDER = 4  # width in pixels of the border from which the background colour is taken
 MIN_PIXELS = 25  # a smaller region is ignored
@@ -140,7 +142,7 @@ def detect(image) -> Detections:
 
 def _pixels(image) -> np.ndarray:
     """The image as float32 ``[H, W, 3]`` from 0 to 255."""
-    array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+    array = to_rgb(image) if isinstance(image, Image.Image) else np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"image must be uint8 [H, W, 3] or a PIL image, not {array.dtype} {list(array.shape)}.")
     return array.astype(np.float32)

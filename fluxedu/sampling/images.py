@@ -7,16 +7,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from fluxedu.errors import RequestError
+from fluxedu.errors import RequestError, describe
 
 Picture = Image.Image | np.ndarray | Tensor
 
 
 def to_tensor(image: Picture) -> Tensor:
-    """A picture as ``[1, 3, H, W]`` in [-1, 1]: from PIL, uint8 ``[H, W, 3]``, or a tensor in that form."""
+    """A picture as ``[1, 3, H, W]`` in [-1, 1]: from PIL, uint8 ``[H, W, 3]``, or a tensor in that form.
+
+    A PIL image may have any mode that Pillow converts to RGB, 16 bits of grey (I;16, or I with numbers up to 65535), or
+    floating-point grey from 0 to 1 (F). It is turned as its EXIF orientation says and, where it is transparent, shown
+    on white. Raises RequestError for anything else.
+    """
     if isinstance(image, Tensor):
         batch = image if image.ndim == 4 else image[None]
         if batch.ndim != 4 or batch.shape[1] != 3:
@@ -24,25 +29,78 @@ def to_tensor(image: Picture) -> Tensor:
                 f"an image tensor must be [3, H, W] or [B, 3, H, W] in [-1, 1], not {list(image.shape)}."
             )
         if not batch.is_floating_point() or not (batch.abs() <= 1).all():  # bytes, or a NaN
-            raise RequestError("an image tensor must have numbers in [-1, 1]; for bytes, x / 127.5 - 1.")
+            raise RequestError(
+                "an image tensor must have numbers in [-1, 1]; for bytes, x / 127.5 - 1; "
+                f"this one is {batch.dtype}, {_range(batch)}."
+            )
         return batch
-    pixels = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
+    pixels = _pixels(image, "white") if isinstance(image, Image.Image) else image
+    if isinstance(pixels, Tensor):
+        return pixels.expand(1, 3, -1, -1) * 2 - 1
     if not isinstance(pixels, np.ndarray) or pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
-        raise RequestError("an image must be a PIL image, a uint8 array [H, W, 3] or a tensor [3, H, W] in [-1, 1].")
+        is_array = isinstance(pixels, np.ndarray)
+        found = f"an array {list(pixels.shape)} of {pixels.dtype}" if is_array else describe(pixels)
+        raise RequestError(
+            f"an image must be a PIL image, a uint8 array [H, W, 3] or a tensor [3, H, W] in [-1, 1], not {found}."
+        )
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].contiguous().float() / 127.5 - 1
 
 
+def to_rgb(image: Picture) -> np.ndarray:
+    """A picture that :func:`to_tensor` can read, in 8 bits: uint8 ``[H, W, 3]``."""
+    return np.asarray(to_images(to_tensor(image))[0])
+
+
 def to_mask(mask: Picture) -> Tensor:
-    """A mask as ``[B, 1, H, W]``, 1 where to paint: from PIL (white), or an array or tensor ``[H, W]`` (from 0.5)."""
+    """A mask as ``[B, 1, H, W]``, 1 where to paint: from PIL (white), or an array or tensor ``[H, W]`` (from 0.5).
+
+    Of a PIL image, transparent pixels are not painted, whatever their colour; its modes are those of :func:`to_tensor`.
+    In arrays and tensors of uint8 or uint16 with numbers above 1, white is 255 or 65535.
+    """
     if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L"))
-    values = torch.from_numpy(mask.copy()) if isinstance(mask, np.ndarray) else mask
+        mask = _pixels(mask, "black")
+        mask = mask if isinstance(mask, Tensor) else np.asarray(Image.fromarray(mask).convert("L"))
+    is_numbers = isinstance(mask, np.ndarray) and mask.dtype.kind in "biuf" and mask.dtype.itemsize <= 8
+    values = torch.from_numpy(mask.astype(mask.dtype.newbyteorder("="))) if is_numbers else mask
     if not isinstance(values, Tensor) or not 2 <= values.ndim <= 4 or (values.ndim == 4 and values.shape[1] != 1):
         raise RequestError("a mask must be a PIL image, or an array or tensor [H, W], white or 1 where to paint.")
-    levels = values.float() / (255 if values.dtype == torch.uint8 and values.max() > 1 else 1)
+    white = {torch.uint8: 255, torch.uint16: 65535}.get(values.dtype, 1)
+    levels = values.float() / (white if (values.float() > 1).any() else 1)
     if not ((levels >= 0) & (levels <= 1)).all():  # nor NaN
-        raise RequestError("a mask must have numbers from 0 (keep) to 1 (paint).")
+        raise RequestError(
+            f"a mask must have numbers from 0 (keep) to 1 (paint); this one is {values.dtype}, {_range(values)}."
+        )
     return (levels >= 0.5).float().reshape(-1, 1, *levels.shape[-2:])
+
+
+def _pixels(image: Image.Image, background: str) -> np.ndarray | Tensor:
+    """A PIL image, upright, on a background: uint8 ``[H, W, 3]``; from I;16, I and F grey ``[H, W]`` from 0 to 1."""
+    try:
+        mode = image.mode
+        image = ImageOps.exif_transpose(image)
+        if not mode.startswith(("I", "F")):
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
+            return np.asarray(image.convert("RGB"))
+        grey = torch.from_numpy(np.asarray(image).astype(np.float64))
+    except (OSError, ValueError, SyntaxError, TypeError, ArithmeticError) as error:  # what Pillow raises
+        raise RequestError(f"a picture of the mode {mode} cannot be read: {str(error).rstrip('.')}.") from None
+    if "transparency" in image.info and mode != "F":  # one grey value of a PNG
+        grey[grey == image.info["transparency"]] = 65535 if background == "white" else 0
+    white = 1 if mode == "F" else 65535
+    if not ((grey >= 0) & (grey <= white)).all() or (mode == "I" and 1 <= grey.max() <= 255):  # or NaN; 8 bits?
+        raise RequestError(
+            f"a picture of the mode {mode} must have numbers from 0 (black) to {white} (white)"
+            f"{', some above 255' if mode == 'I' else ''}, not {_range(grey)}."
+        )
+    return (grey / white).float()
+
+
+def _range(values: Tensor) -> str:
+    """For messages: the smallest and the largest number."""
+    if not values.numel() or values.is_complex():
+        return "complex ones" if values.is_complex() else "none"
+    return f"{float(values.double().min()):g} to {float(values.double().max()):g}"
 
 
 def resized(picture: Tensor, shape: tuple[int, int], downscale: int) -> Tensor:
@@ -77,9 +135,9 @@ def edges(image: Image.Image | np.ndarray | str | Path, low: float = 50, high: f
         raise RequestError(f"low and high must be 0 <= low <= high, not {low} and {high}.")
     try:
         picture = Image.open(image) if isinstance(image, str | Path) else image
-        pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
     except OSError as error:
         raise RequestError(f"image must be a picture, and {image} cannot be read as one: {error}.") from None
+    pixels = to_rgb(picture) if isinstance(picture, Image.Image) else np.asarray(picture)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.size:
         raise RequestError(f"image must be uint8 [H, W, 3], not {pixels.dtype} {list(pixels.shape)}.")
     return np.repeat(cv2.Canny(np.ascontiguousarray(pixels), low, high)[..., None], 3, axis=-1)

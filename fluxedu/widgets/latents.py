@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fluxedu.models.autoencoder import AutoEncoder
@@ -62,7 +61,7 @@ def latents(pipe: FluxPipeline, image: Picture | str, *, seed: int = 0, **reques
     if isinstance(image, str):
         latent = pipe(image, **check_request(request | {"seed": seed})).latents[0]
     else:
-        x = to_tensor(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        x = to_tensor(image)
         latent = pipe.autoencoder.encode(x.to(pipe.device, pipe.dtype))[0]
     before = pipe.autoencoder.decode(latent[None])[0].float().cpu()
     channels, rows, columns = latent.shape
