@@ -99,6 +99,16 @@ def read_json(text: str | bytes):
         raise ValueError("the nesting is too deep") from None
 
 
+def read_json_file(path: Path):
+    """Parse a JSON file; raises CheckpointError, one sentence, also for a folder or a pipe in its place."""
+    try:
+        if not path.is_file():
+            raise ValueError("it is not a file")
+        return read_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from None
+
+
 class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     """YAML keeps the last value of a repeated key; here a repeated key is an error."""
 

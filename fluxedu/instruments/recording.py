@@ -21,8 +21,8 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fluxedu.errors import InstrumentError
-from fluxedu.files import atomic_path
+from fluxedu.errors import InstrumentError, check_integer, check_keys, check_number
+from fluxedu.files import atomic_path, read_json
 from fluxedu.instruments.named import Named
 from fluxedu.sampling.step_context import StepContext
 
@@ -187,8 +187,11 @@ class StoredNamed(Named):
 
     @property
     def tensor(self) -> Tensor:
-        with safe_open(self.path, "pt") as file:
-            return file.get_tensor(self.key)
+        try:
+            with safe_open(self.path, "pt") as file:
+                return file.get_tensor(self.key)
+        except (SafetensorError, OSError):
+            raise InstrumentError(f"{self.path} was damaged or deleted after the recording was opened.") from None
 
     @property
     def shape(self) -> torch.Size:
@@ -300,20 +303,48 @@ class FolderRecording(Recording):
 
 
 def open_recording(folder: str | Path) -> Recording:
-    """Read a recording from its folder; if the run was killed, its completed steps. Raises InstrumentError."""
+    """Read a recording from its folder; if the run was killed, its completed steps. Raises InstrumentError.
+
+    The headers of all files are checked, and so is that no file is missing between the first and the last.
+    """
     files = sorted(Path(folder).glob("[0-9]*-picture-*.safetensors"))
     if not files:
         raise InstrumentError(f"{folder} contains no recording.")
     recording = Recording()
-    for path in files:
+    for number, path in enumerate(files):
+        if not path.name.startswith(f"{number:06d}-"):
+            raise InstrumentError(f"{folder} lacks the file {number:06d}-picture-*, so the recording is not complete.")
         try:
+            if not path.is_file():
+                raise FileNotFoundError
             with safe_open(path, "pt") as file:
-                metadata = {name: json.loads(text) for name, text in file.metadata().items()}
-                recording.pictures = metadata["pictures"]
-                recording.requests |= {(run, picture): request for run, picture, request in metadata["requests"]}
+                metadata = {name: read_json(text) for name, text in file.metadata().items()}
+                recording.pictures = check_integer("pictures", metadata["pictures"], 1, 2**31)
+                for run, picture, request in metadata["requests"]:
+                    recording.requests[run, picture] = check_keys("a request", request, required=SETTINGS)
+                if set(file.keys()) != set(metadata["entries"]):
+                    raise KeyError
                 for key, (run, picture, step, stage, time, axes, coords) in metadata["entries"].items():
-                    value = StoredNamed(path, key, tuple(file.get_slice(key).get_shape()), tuple(axes), coords)
+                    shape = check_names(file.get_slice(key).get_shape(), axes, coords)
+                    for value in (run, picture, step or 0):
+                        check_integer("a number", value, 0, 2**31)
+                    check_integer("a stage", stage, -1, 2**31)
+                    check_number("a time", time or 0, -1e9, 1e9)
+                    label = f"picture-{picture:04d}-step-{'none' if step is None else f'{step:04d}'}"
+                    if path.stem[7:] not in (label, "picture-all-step-none"):
+                        raise ValueError("the values of another step")
+                    value = StoredNamed(path, key, shape, tuple(axes), coords)
                     recording.add(key.rpartition("#")[0], StepKey(run, picture, step, stage, time), value)
-        except (SafetensorError, KeyError, TypeError, ValueError):
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError):
             raise InstrumentError(f"{path} is damaged, or not part of a recording.") from None
     return recording
+
+
+def check_names(shape: list[int], axes: list[str], coords: dict[str, list]) -> tuple[int, ...]:
+    """The shape, if ``axes`` and ``coords``, which come from a file, fit it; raises ValueError or TypeError if not."""
+    if not all(isinstance(axis, str) for axis in axes) or len({*axes}) < len(axes) or not isinstance(axes, list):
+        raise ValueError(f"the axes {axes} have no names of their own")
+    sizes = dict(zip(axes, shape, strict=True))
+    if any(not isinstance(labels, list) or sizes.get(axis) != len(labels) for axis, labels in dict(coords).items()):
+        raise ValueError(f"the labels do not fit the shape {shape}")
+    return tuple(shape)

@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,17 +26,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 import fluxedu as fe
-from fluxedu.errors import SweepError, check_integer
-from fluxedu.files import atomic_path, write_text
+from fluxedu.errors import CheckpointError, SweepError, check_integer, first_of
+from fluxedu.files import atomic_path, read_json, read_json_file, write_text
 from fluxedu.instruments.lenses.run import run_lenses
 from fluxedu.instruments.named import Named
+from fluxedu.instruments.recording import check_names
 from fluxedu.progress import progress_bar
 from fluxedu.sweep.config import COLUMNS, Sweep, from_dict, make_interventions, make_recorders
 from fluxedu.threads import fixed_threads
+
+_TABLES = ("cells.csv", "cells.parquet")
 
 
 class Runner:
@@ -80,9 +84,9 @@ class Runner:
         return kept | {f"lens/{name}": value for name, value in found.items()}
 
     def write(self, file: int, folder: Path) -> None:
-        """Draw the cells of a file and write them, unless it exists. Tensors are called ``000012/latent``."""
+        """Draw the cells of a file and write them, unless it is in order. Tensors are called ``000012/latent``."""
         cells, tensors, names = self.sweep.cells(file), {}, {}
-        if (folder / cells[0]["file"]).is_file():
+        if _is_complete(self.sweep, folder, file):
             return
         for cell in cells:
             for name, value in self.draw(cell).items():
@@ -150,7 +154,10 @@ def run_sweep(sweep: Sweep, folder: str | Path, workers=1, scheduler: str | None
         with _parallel_map(workers, scheduler) as (count, parallel_map):
             environment = list(parallel_map(_work, [None] * count, **options))[0]
             begin(sweep, folder, environment)
-            left = [number for number, file in enumerate(sweep.files()) if not (folder / file).is_file()]
+            files = sweep.files()
+            left = [number for number, file in enumerate(files) if not _is_complete(sweep, folder, number)]
+            if damaged := [files[number] for number in left if (folder / files[number]).exists()]:
+                warnings.warn(f"{folder}: damaged files are drawn again: {first_of(damaged)}.", stacklevel=2)
             done = parallel_map(_work, left, expected=environment, **options)
             list(progress_bar(done, desc="sweep", total=len(left), unit="file", show=progress))
     finally:
@@ -196,31 +203,69 @@ def _parallel_map(workers: int, scheduler: str | None) -> Iterator[tuple[int, Ca
 
 
 def begin(sweep: Sweep, folder: Path, environment: dict[str, str]) -> None:
-    """Write sweep.json; raises SweepError if the folder already belongs to something else."""
+    """Write sweep.json; raises SweepError if the folder already belongs to something else or cannot be written to."""
     path, new = folder / "sweep.json", {"sweep": vars(sweep), "environment": environment}
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        if others := [p.name for p in folder.iterdir() if not p.name.startswith(".")]:
-            raise SweepError(f"{folder} holds {others[0]!r} and no sweep; choose a new folder.")
-        write_text(path, json.dumps(new, indent=1, ensure_ascii=False) + "\n")
     try:
-        old = json.loads(path.read_bytes())
+        folder.mkdir(parents=True, exist_ok=True)
+        others = [p.name for p in folder.iterdir() if not p.name.startswith(".")]
+        if others and not path.exists():
+            raise SweepError(f"{folder} holds {others[0]!r} and no sweep; choose a new folder.")
+        (folder / "shards").mkdir(exist_ok=True)
+        for name in (*_TABLES, "sweep.json", "manifest.json", *sweep.files()):
+            if (folder / name).exists() and not (folder / name).is_file():
+                raise SweepError(f"{folder / name} is not a file; delete it, or choose a new folder.")
+        if not path.exists():
+            write_text(path, json.dumps(new, indent=1, ensure_ascii=False) + "\n")
+        old = read_json_file(path)
         differences = [name for part in new for name in new[part] if old[part].get(name) != new[part][name]]
         if list(old["sweep"]["interventions"]) != list(sweep.interventions):
             differences.append("the order of interventions")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (CheckpointError, KeyError, TypeError, AttributeError):
         raise SweepError(f"{folder} holds a sweep.json that cannot be read; choose a new folder.") from None
+    except OSError as error:
+        raise SweepError(f"the folder {folder} cannot be written to: {error.strerror}.") from None
     if differences:
         raise SweepError(f"{folder} holds another sweep ({differences[0]} differs); choose a new folder.")
 
 
+def read_names(sweep: Sweep, folder: Path, file: int) -> dict[str, dict]:
+    """The keys of a file, each with axes and labels; raises SweepError unless it holds its cells. Reads the header."""
+    cells = sweep.cells(file)
+    path, cell_names = folder / cells[0]["file"], {cell["number"]: set() for cell in cells}
+    try:
+        if not path.is_file():
+            raise FileNotFoundError
+        with safe_open(path, "pt") as data:  # checks that the file has the length that its header promises
+            names = read_json(data.metadata()["fluxedu_sweep"])
+            for key in {*data.keys(), *names}:
+                number, name = key.split("/", 1)
+                cell_names[int(number)].add(name)
+                check_names(data.get_slice(key).get_shape(), names[key]["axes"], names[key].get("labels", {}))
+        if any(not {*sweep.keep} - {"trajectory"} <= found or not found for found in cell_names.values()):
+            raise KeyError
+    except (SafetensorError, OSError, LookupError, TypeError, AttributeError, ValueError):
+        raise SweepError(f"{path} is missing or damaged; run the sweep again, which draws it again.") from None
+    return names
+
+
+def _is_complete(sweep: Sweep, folder: Path, file: int) -> bool:
+    try:
+        return bool(read_names(sweep, folder, file))
+    except SweepError:
+        return False
+
+
 def finish(sweep: Sweep, folder: Path) -> None:
-    """Write the table and, last, the manifest."""
-    if absent := [file for file in sweep.files() if not (folder / file).is_file()]:
+    """Write the tables and, last, the manifest; what a readable manifest says about the cells stays as it is."""
+    files = sweep.files()
+    if absent := [file for number, file in enumerate(files) if not _is_complete(sweep, folder, number)]:
         raise SweepError(f"{folder} lacks {absent[0]}: the workers must write into the folder that this process sees.")
-    if (folder / "manifest.json").exists():
-        return
-    files, cells, text = ["cells.csv"], sweep.cells(), io.StringIO()
+    known: dict = {}
+    with suppress(SweepError):
+        known = read_manifest(sweep, folder)["files"]
+        if all(_is_as_listed(folder / name, known[name]) for name in known if name in _TABLES):
+            return
+    tables, cells, text = ["cells.csv"], sweep.cells(), io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *(cell.values() for cell in cells)])
     write_text(folder / "cells.csv", text.getvalue())
     with suppress(ModuleNotFoundError):
@@ -228,13 +273,32 @@ def finish(sweep: Sweep, folder: Path) -> None:
 
         with atomic_path(folder / "cells.parquet", overwrite=True) as part:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(cells), part)
-        files.append("cells.parquet")
-    manifest = {"cells": len(sweep), "files": {name: _size_and_hash(folder / name) for name in files + sweep.files()}}
-    write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        tables.append("cells.parquet")
+    entries = {name: _size_and_hash(folder / name) for name in tables}
+    entries |= {name: known.get(name) or _size_and_hash(folder / name) for name in files}
+    write_text(folder / "manifest.json", json.dumps({"cells": len(sweep), "files": entries}, indent=1) + "\n")
+
+
+def read_manifest(sweep: Sweep, folder: Path) -> dict:
+    """Size and SHA-256 of every file; raises SweepError for a manifest that is missing or not one of this sweep."""
+    path = folder / "manifest.json"
+    try:
+        manifest = read_json_file(path)
+        required = {"cells.csv", *sweep.files()}
+        entries = all(isinstance(entry, dict) for entry in manifest["files"].values())
+        if not entries or not required <= manifest["files"].keys() <= required | {*_TABLES}:
+            raise ValueError
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise SweepError(f"{path} cannot be read, or does not list the files of this sweep; run it again.") from None
+    return manifest
 
 
 def _size_and_hash(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def _is_as_listed(path: Path, entry: dict) -> bool:
+    return path.is_file() and path.stat().st_size == entry.get("bytes") and _size_and_hash(path) == entry
 
 
 class Results:
@@ -248,26 +312,30 @@ class Results:
 
     def __getitem__(self, number: int) -> dict[str, Named]:
         cell, values = self.cells[number], {}
+        names = read_names(self.sweep, self.folder, cell["number"] // self.sweep.shard)
         with safe_open(self.folder / cell["file"], "pt") as file:
-            for key, names in json.loads(file.metadata()["fluxedu_sweep"]).items():
+            for key, entry in names.items():
                 owner, name = key.split("/", 1)
                 if int(owner) == cell["number"]:
-                    values[name] = Named(file.get_tensor(key), tuple(names["axes"]), names.get("labels", {}))
+                    values[name] = Named(file.get_tensor(key), tuple(entry["axes"]), entry.get("labels", {}))
         return values
 
     def damaged(self) -> list[str]:
-        """The files that are missing or differ from the manifest."""
-        files = [(name, self.folder / name, entry) for name, entry in self.manifest["files"].items()]
-        return [name for name, path, entry in files if not path.is_file() or _size_and_hash(path) != entry]
+        """The files that are missing, differ from the manifest or do not hold their cells."""
+        bad = {
+            file for number, file in enumerate(self.sweep.files()) if not _is_complete(self.sweep, self.folder, number)
+        }
+        files = self.manifest["files"].items()
+        return [name for name, entry in files if name in bad or not _is_as_listed(self.folder / name, entry)]
 
 
 def open_sweep(folder: str | Path) -> Results:
-    """Read a finished sweep; raises SweepError where there is none."""
+    """Read a finished sweep; raises SweepError where there is none, or one whose description cannot be read."""
     folder = Path(folder)
-    if not (folder / "manifest.json").is_file():
+    if not (folder / "manifest.json").exists():
         raise SweepError(f"{folder} holds no finished sweep (there is no manifest.json).")
     try:
-        described, manifest = (json.loads((folder / name).read_bytes()) for name in ("sweep.json", "manifest.json"))
-        return Results(folder, from_dict(described["sweep"]), manifest)
-    except (ValueError, KeyError, TypeError, OSError):
-        raise SweepError(f"{folder} holds a sweep whose sweep.json or manifest.json cannot be read.") from None
+        sweep = from_dict(read_json_file(folder / "sweep.json")["sweep"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise SweepError(f"{folder / 'sweep.json'} does not describe a sweep: {error}") from None
+    return Results(folder, sweep, read_manifest(sweep, folder))

@@ -96,17 +96,18 @@ def test_one_checkpoint_is_written_by_both(pair, tmp_path):
 def test_both_write_one_new_name(pair, tmp_path, folder, overwrite):
     """Exactly one succeeds, and its result is there; with ``overwrite`` both do, and one result is there."""
     code = f"""
+import time
 from pathlib import Path
-import torch
 from fluxedu.checkpoints import save_file, save_folder
 from fluxedu.errors import CheckpointError
 from fluxedu.models import AutoEncoder, AutoEncoderConfig
 config = AutoEncoderConfig(ch=4, ch_mult=(1,), num_res_blocks=1, z_channels=2, norm_groups=2)
 tensors = {{name: torch.full_like(value, float(me)) for name, value in AutoEncoder(config).state_dict().items()}}
+end = time.monotonic() + 60
 for n in range(40):
     Path(target, f"ready {{n}} {{me}}").touch()
     while not Path(target, f"ready {{n}} {{1 - int(me)}}").exists():
-        pass
+        assert time.monotonic() < end
     try:
         if {folder}:
             save_folder(tensors, Path(target, f"m{{n}}"), config, overwrite={overwrite})
