@@ -29,6 +29,7 @@ from fluxedu.nano.judge import judge
 from fluxedu.sampling.pipeline import FluxPipeline
 from training.card import add_entry
 from training.data import Latents, make_shards
+from training.files import fingerprint
 from training.flow import (
     ALIGN_SHARE,
     ALIGN_WEIGHT,
@@ -41,7 +42,7 @@ from training.flow import (
     initialise,
     patch_label_loss,
 )  # fmt: skip
-from training.loop import Recipe, Run, fingerprint, load_average, mixed_precision
+from training.loop import Recipe, Run, load_average, mixed_precision
 
 TWIN = "twin"
 RECIPES = {

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fluxedu.files import folder_lock, write_text
+from fluxedu.errors import CheckpointError, check_keys
+from fluxedu.files import folder_lock, read_json_file, write_text
 from fluxedu.loading import LORAS, SHIPPED, load
 from fluxedu.nano.exam import ROWS, TARGETS, evaluate, format_table
 from fluxedu.nano.scenes import ASPECTS, BACKGROUNDS, COLORS, LETTERS, SHAPES
 from training import autoencoder, clip, flow, t5
-from training.loop import Recipe, read_metadata
+from training.files import read_file
+from training.loop import Recipe
 
 RUNS = {
     "autoencoder": (autoencoder.RECIPE, autoencoder.SEED, "crops of scenes"),
@@ -106,7 +108,7 @@ def evaluate_all(weights: Path) -> dict[str, dict]:
 
 def steps_and_minutes(folder: Path, name: str, recipe: Recipe) -> tuple[int, float]:
     """Steps and minutes of a run, as recorded in its state."""
-    metadata = read_metadata(Path(folder) / name / "state.safetensors")
+    metadata, _ = read_file(Path(folder) / name / "state.safetensors")
     return min(int(metadata["step"]), recipe.steps), float(metadata["seconds"]) / 60
 
 
@@ -197,7 +199,7 @@ def add_entry(weights: Path, name: str, entry: dict, file: str = "family.json") 
     path = weights / file
     weights.mkdir(parents=True, exist_ok=True)
     with folder_lock(weights):  # two processes that train at the same time each add their entry
-        entries = json.loads(path.read_text()) if path.is_file() else {}
+        entries = check_keys(str(path), read_json_file(path), error=CheckpointError) if path.exists() else {}
         write_text(path, json.dumps(dict(sorted({**entries, name: entry}.items())), indent=2) + "\n")
         if card.is_file():
             refresh(card)
@@ -219,7 +221,7 @@ def sections(weights: Path) -> str:
         ("family.json", family_section), ("arena.json", arena_section), ("baselines.json", baselines_section),
     ):  # fmt: skip
         if (path := Path(weights) / file).is_file():
-            text += "\n".join([*section(json.loads(path.read_text())), "", ""])
+            text += "\n".join([*section(read_json_file(path)), "", ""])
     return text
 
 

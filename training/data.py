@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -40,7 +40,8 @@ from fluxedu.nano.tokenizers import clip_tokenizer, t5_tokenizer
 from fluxedu.sampling.conditions import fill_channels
 from fluxedu.sampling.latents import pack
 from training.edits import EDIT_WEIGHTS, random_mask, sample_edit
-from training.loop import fingerprint, mixed_precision, read_metadata
+from training.files import fingerprint, is_made_from, read_file
+from training.loop import mixed_precision
 
 SEED = 44
 SHARD = 2560  # scenes per shard
@@ -119,7 +120,7 @@ def make_shards(count: int, folder: Path, autoencoder: AutoEncoder, resume: bool
     paths = [Path(folder) / "latents" / f"{index:04d}.safetensors" for index in range(count)]
 
     def is_current(path: Path) -> bool:
-        return resume and path.exists() and read_metadata(path).get("made_from") == made_from
+        return is_made_from(path, made_from, ("latents", "labels", "t5", "clip")) and resume
 
     missing = [index for index, path in enumerate(paths) if not is_current(path)]
     if not missing:
@@ -135,7 +136,7 @@ class Latents:
 
     def __init__(self, folder: Path):
         paths = sorted((Path(folder) / "latents").glob("*.safetensors"))
-        self.shards = [load_file(path) for path in paths]
+        self.shards = [read_file(path)[1] for path in paths]
 
     def batch(self, step: int, size: int, seed: int) -> dict[str, Tensor]:
         """Random scenes of one shard, each with one of its captions; depends on seed, step and the number of shards."""

@@ -30,6 +30,7 @@ from training import VARIANTS
 from training.card import add_entry, steps_and_minutes
 from training.data import Examples, ExampleSet
 from training.family_exam import BARS, examine
+from training.files import fingerprint
 from training.flow import (
     ALIGN_WEIGHT,
     AlignedFlow,
@@ -41,7 +42,7 @@ from training.flow import (
     random_guidance,
     try_compile,
 )  # fmt: skip
-from training.loop import Loss, Recipe, Run, fingerprint, load_average, mixed_precision
+from training.loop import Loss, Recipe, Run, load_average, mixed_precision
 from training.redux import FIRST_SHARE, ReduxTraining, object_vectors, redux_loss
 from training.schnell import Trajectories, make_shards, schnell_loss, without_guidance
 

@@ -30,7 +30,8 @@ from fluxedu.nano import networks
 from fluxedu.nano.scenes import COLORS, FORMS
 from fluxedu.sampling.latents import image_ids, pack, text_ids
 from training.data import Latents, Tokens
-from training.loop import Recipe, Run, fingerprint, load_average, mixed_precision
+from training.files import fingerprint
+from training.loop import Recipe, Run, load_average, mixed_precision
 
 RECIPE = Recipe(steps=17500, lr=2e-3, batch=64, warmup=200, decay=0.35, ema=0.998, muon=True)
 DISTILL_RECIPE = Recipe(steps=1300, lr=1e-3, batch=32, warmup=100, decay=0.5, ema=0.995, muon=True)

@@ -7,9 +7,9 @@ stopped (on the same machine; another one may round differently).
 
 from __future__ import annotations
 
-import hashlib
 import math
 import multiprocessing as mp
+import os
 import signal
 import threading
 import time
@@ -22,14 +22,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-from fluxedu.files import atomic_path
+from fluxedu.errors import CheckpointError, check_integer, check_number
+from fluxedu.files import atomic_path, check_writable
 from fluxedu.threads import adapted_threads, step_done
+from training.files import read_file
 
 Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
 
@@ -168,22 +170,6 @@ def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
 # ---------------------------------------------------------------- a run
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
-
-
-def fingerprint(*networks: nn.Module) -> str:
-    """A hash of configurations and weights: it shows whether data were made with these networks."""
-    digest = hashlib.sha256()
-    for network in networks:
-        digest.update(repr(network.config).encode())
-        for name, value in network.state_dict().items():
-            digest.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 @contextmanager
 def deferred_signals() -> Iterator[list[int]]:
     """Collect Ctrl-C and SIGTERM in a list instead of breaking off a step. Outside the main thread, none arrive."""
@@ -213,15 +199,16 @@ class Run:
         self.name, self.model, self.recipe = name, model, recipe
         self.made_from = f"{recipe} {made_from}".strip()
         self.folder = Path(folder) / name
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / "state.safetensors"
+        check_writable(self.path)  # now, and not after two minutes of training
         self.optimizers = optimizers(model, recipe)
         self.average = {k: v.detach().clone().float() for k, v in model.state_dict().items()}
         self.step, self.seconds = 0, 0.0
-        if resume and (self.folder / "state.safetensors").exists():
+        if resume and self.path.exists():
             self._restore()
 
     def save(self) -> None:
-        """Write weights, average and optimiser state into one file."""
+        """Write weights, average and optimiser state into one file; raises CheckpointError if the disk is full."""
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"average/{k}": v for k, v in self.average.items()}
         for i, optimizer in enumerate(self.optimizers):
@@ -229,30 +216,58 @@ class Run:
                 tensors |= {f"optimizer/{i}/{j}/{k}": v for k, v in slots.items() if isinstance(v, Tensor)}
         tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
         metadata = {"step": str(self.step), "seconds": f"{self.seconds:.1f}", "made_from": self.made_from}
-        with atomic_path(self.folder / "state.safetensors", overwrite=True) as part:
-            save_file(tensors, part, metadata)
+        try:
+            with atomic_path(self.path, overwrite=True) as part:
+                save_file(tensors, part, metadata)
+        except (SafetensorError, OSError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise CheckpointError(
+                f"{self.path} cannot be written at step {self.step}: {reason}; the same command continues from the "
+                f"state that was written last."
+            ) from None
 
     def _restore(self) -> None:
-        path = self.folder / "state.safetensors"
         advice = "choose another folder with --out, or start this stage again with --no-resume"
         try:
-            metadata, tensors = read_metadata(path), load_file(path)
-        except SafetensorError:
-            raise ValueError(f"{path} is damaged; {advice}.") from None
-        if metadata.get("made_from") != self.made_from:
-            raise ValueError(f"{path} was made by another recipe or from other weights; {advice}.")
-        self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
+            metadata, tensors = read_file(self.path)
+            if metadata.get("made_from") != self.made_from:
+                raise CheckpointError(f"{self.path} was made by another recipe or from other weights; {advice}.")
+            self._set_state(metadata, tensors)
+        except (CheckpointError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            if "made by" in str(error):
+                raise
+            raise CheckpointError(f"{self.path} is damaged; {advice}.") from None
+
+    def _set_state(self, metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
+        """Take over a state; raises one of several errors if it is not one of this model and its optimisers."""
 
         def below(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        self.model.load_state_dict(below("model/"))
-        self.average = below("average/")
+        def check(values: dict[str, Tensor], like: dict[str, Tensor]) -> None:
+            if {k: (v.shape, v.dtype) for k, v in values.items()} != {k: (v.shape, v.dtype) for k, v in like.items()}:
+                raise ValueError
+
+        self.step = check_integer("step", int(metadata["step"]), 0, self.recipe.steps)
+        self.seconds = check_number("seconds", float(metadata["seconds"]), 0, 1e12)
+        model, average = below("model/"), below("average/")
+        check(model, self.model.state_dict())
+        check(average, self.average)
+        self.model.load_state_dict(model)
+        self.average = average
         for i, optimizer in enumerate(self.optimizers):
             state: dict[int, dict] = {}
             for key, value in below(f"optimizer/{i}/").items():
                 j, slot = key.split("/")
                 state.setdefault(int(j), {})[slot] = value
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            for j, slots in state.items():
+                muon = isinstance(optimizer, Muon)
+                names = ["momentum_buffer"] if muon else ["exp_avg", "exp_avg_sq"]
+                scalar = {} if muon else {"step": torch.tensor(0.0)}
+                check(slots, {**dict.fromkeys(names, weights[j]), **scalar})
+            if self.step and not state:
+                raise ValueError
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
     def train(self, loss: Loss, report: Callable[[Run], None] | None = None, every: int = 2000) -> dict[str, Tensor]:
@@ -320,6 +335,18 @@ def load_average(model: nn.Module, average: dict[str, Tensor]) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def _begin_worker() -> None:
+    """Use one thread, and end together with the process that trains, however it ends."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; the other one ends this
+
+    def watch() -> None:
+        mp.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Prefetch:
     """Make the batches of the next steps in a second process while this one trains.
 
@@ -329,9 +356,7 @@ class Prefetch:
 
     def __init__(self, make: Callable[[int, int], object], batch: int, ahead: int = 6):
         self.make, self.batch, self.ahead = make, batch, ahead
-        self.pool = ProcessPoolExecutor(
-            1, mp_context=mp.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self.pool = ProcessPoolExecutor(1, mp_context=mp.get_context("spawn"), initializer=_begin_worker)
         self.pending: dict[int, object] = {}
 
     def __call__(self, step: int):

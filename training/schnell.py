@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -29,8 +29,9 @@ from fluxedu.sampling.images import to_images
 from fluxedu.sampling.latents import unpack
 from fluxedu.sampling.pipeline import FluxPipeline
 from training.data import Tokens
+from training.files import fingerprint, is_made_from, read_file
 from training.flow import TextEncoders, position_ids
-from training.loop import fingerprint, mixed_precision, read_metadata
+from training.loop import mixed_precision
 
 SEED = 66
 SHARD = 64  # trajectories per shard, all of one image size
@@ -90,7 +91,7 @@ def make_shards(count: int, folder: Path, pipe: FluxPipeline, texts: TextEncoder
     made_from = f"{fingerprint(pipe.flux, pipe.autoencoder)}, guidance {pipe.defaults.guidance:g}"
     tokens = Tokens()
     paths = [Path(folder) / "trajectories" / f"{i:04d}.safetensors" for i in range(count)]
-    missing = [i for i, p in enumerate(paths) if not (p.exists() and read_metadata(p).get("made_from") == made_from)]
+    missing = [i for i, path in enumerate(paths) if not is_made_from(path, made_from, ("states", "t5", "clip"))]
     for index in tqdm(missing, desc="trajectories", disable=not missing):
         with atomic_path(paths[index], overwrite=True) as part:
             save_file(make_shard(index, teacher, pipe, texts, tokens), part, {"made_from": made_from})
@@ -101,7 +102,7 @@ class Trajectories:
     """All shards in memory, grouped by image size."""
 
     def __init__(self, paths: list[Path]):
-        shards = [load_file(path) for path in paths]
+        shards = [read_file(path)[1] for path in paths]
         self.by_size = []
         for i, size in enumerate(ASPECTS[: len(shards)]):
             same_size = shards[i :: len(ASPECTS)]

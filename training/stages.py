@@ -30,7 +30,7 @@ from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.prompts import PromptEncoder, Tokenizer
 from training import autoencoder, clip, data, flow, t5
 from training.card import evaluate_all, runs_table, write_card
-from training.loop import fingerprint
+from training.files import fingerprint
 
 SHARDS = 35  # of 2,560 scenes each
 SAMPLE_PROMPTS = 42  # drawn while the flow trains

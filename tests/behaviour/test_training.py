@@ -3,19 +3,27 @@
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from fluxedu.errors import CheckpointError
 from fluxedu.models import AutoEncoder, AutoEncoderConfig
 from fluxedu.nano.scenes import caption, render, sample_scene
 from fluxedu.nano.text_tasks import facts
 from training import data, stages, t5
+from training.files import read_file
 from training.loop import Muon, Recipe, Run, bfloat16_is_faster, mixed_precision, orthogonalise
 
+KEYS = ("latents", "labels", "t5", "clip")
 RECIPE = Recipe(steps=8, lr=0.01, batch=4, warmup=2, decay=0.5, muon=True)
 
 
@@ -118,7 +126,9 @@ def test_no_resume_is_for_the_named_stage_only(tmp_path, monkeypatch):
 
 def test_latents_of_another_autoencoder_are_made_again(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(data, "make_shard", lambda index, *_: made.append(index) or {"latents": torch.zeros(1)})
+    monkeypatch.setattr(
+        data, "make_shard", lambda index, *_: made.append(index) or dict(zip(KEYS, torch.zeros(4, 1), strict=True))
+    )
     torch.manual_seed(0)
     one, other = (AutoEncoder(AutoEncoderConfig(ch=4, ch_mult=(1,), num_res_blocks=1, norm_groups=2)) for _ in range(2))
     data.make_shards(2, tmp_path, one)
@@ -206,3 +216,133 @@ def test_bfloat16_only_where_it_pays():
     with mixed_precision():
         product = torch.ones(4, 4) @ torch.ones(4, 4)
     assert product.dtype == (torch.bfloat16 if bfloat16_is_faster() else torch.float32)
+
+
+# ---------------------------------------------------------------- damaged states, full disks, killed processes
+
+
+def states_of(run) -> dict:
+    """Damages of a state file, each a function of its metadata and tensors."""
+    optimizer = "optimizer/0/0/exp_avg"
+    return {
+        "no step": lambda m, t: m.pop("step"),
+        "a step that is no number": lambda m, t: m.update(step="x"),
+        "a step after the end": lambda m, t: m.update(step="9"),
+        "a negative step": lambda m, t: m.update(step="-1"),
+        "no seconds": lambda m, t: m.pop("seconds"),
+        "seconds that are no number": lambda m, t: m.update(seconds="nan"),
+        "a weight is missing": lambda m, t: t.pop("model/0.weight"),
+        "an average is missing": lambda m, t: t.pop("average/0.weight"),
+        "a weight too many": lambda m, t: t.update({"model/9.weight": torch.ones(1)}),
+        "another shape": lambda m, t: t.update({"average/0.weight": torch.ones(3, 3)}),
+        "another dtype": lambda m, t: t.update({"model/0.weight": t["model/0.weight"].double()}),
+        "no optimiser": lambda m, t: [t.pop(key) for key in list(t) if key.startswith("optimizer/0")],
+        "half an optimiser": lambda m, t: t.pop(optimizer),
+        "an optimiser of another shape": lambda m, t: t.update({optimizer: torch.ones(5)}),
+        "an optimiser of another weight": lambda m, t: t.update({"optimizer/0/99/step": torch.tensor(1.0)}),
+        "an optimiser without a number": lambda m, t: t.update({"optimizer/0/x/step": torch.tensor(1.0)}),
+        "an optimiser without a slot": lambda m, t: t.update({"optimizer/0/0": torch.tensor(1.0)}),
+    }
+
+
+@pytest.mark.parametrize("damage", states_of(None))
+def test_a_damaged_state_is_one_sentence(tmp_path, damage):
+    run = run_of(tmp_path)
+    run.train(loss_for(run))
+    metadata, tensors = read_file(run.path)
+    states_of(run)[damage](metadata, tensors)
+    save_file(tensors, run.path, metadata)
+    with pytest.raises(CheckpointError, match=r"state.safetensors is damaged; .* start this stage again with --no-re"):
+        run_of(tmp_path)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_state_that_is_no_file(tmp_path, make):
+    (tmp_path / "toy").mkdir()
+    make(tmp_path / "toy" / "state.safetensors")
+    with pytest.raises(CheckpointError, match="but a file is to be written there"):
+        run_of(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_training(tmp_path):
+    (tmp_path / "toy").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"state.safetensors cannot be written: "):
+        run_of(tmp_path)
+
+
+def test_a_full_disk_stops_training_with_a_sentence_and_keeps_the_last_state(tmp_path):
+    """No file may become longer than 100 bytes, which fails as a full disk does."""
+    resource = pytest.importorskip("resource", reason="limits exist only on Unix")
+    run = run_of(tmp_path)
+    run.train(loss_for(run))
+    before = run.path.read_bytes()
+    run.step = 3
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot be written at step 3: .*too large.*; the same command cont"):
+            run.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert run.path.read_bytes() == before and os.listdir(run.folder) == ["state.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "other keys"])
+def test_damaged_latents_are_made_again(tmp_path, monkeypatch, damage):
+    made = []
+    shard = dict(zip(KEYS, torch.zeros(4, 1), strict=True))
+    monkeypatch.setattr(data, "make_shard", lambda index, *_: made.append(index) or shard)
+    encoder = AutoEncoder(AutoEncoderConfig(ch=4, ch_mult=(1,), num_res_blocks=1, norm_groups=2))
+    data.make_shards(3, tmp_path, encoder)
+    path = tmp_path / "latents" / "0001.safetensors"
+    if damage == "other keys":
+        save_file({"x": torch.zeros(1)}, path, read_file(path)[0])
+    else:
+        os.truncate(path, 0 if damage == "empty" else path.stat().st_size - 1)
+    data.make_shards(3, tmp_path, encoder)
+    assert made == [0, 1, 2, 1] and len(data.Latents(tmp_path).shards) == 3
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match="0001.safetensors is not a file; delete it"):
+        data.make_shards(3, tmp_path, encoder)
+
+
+TRAINING = """
+import time
+from training.loop import Prefetch
+if __name__ == "__main__":
+    with Prefetch(divmod, batch=2) as batches:
+        batches(0)
+        print(*batches.pool._processes, flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_a_killed_training_leaves_no_process_behind(tmp_path):
+    """The process that makes the batches ends with the one that trains."""
+    (tmp_path / "script.py").write_text(TRAINING)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(tmp_path / "script.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as training:
+        worker = int(training.stdout.readline())
+        os.kill(worker, 0)  # it is there
+        training.kill()
+    end = time.monotonic() + 10
+    try:
+        while time.monotonic() < end and is_running(worker):
+            time.sleep(0.05)
+        assert not is_running(worker)
+    finally:
+        if is_running(worker):
+            os.kill(worker, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    """A zombie, which nobody has waited for, does not run."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        os.kill(pid, 0)
+        return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
+    except (ProcessLookupError, FileNotFoundError):
+        return False
