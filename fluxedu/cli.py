@@ -45,9 +45,7 @@ def _from_checkout(name: str):
 
     root = Path(__file__).resolve().parents[1]
     if not (root / "pyproject.toml").is_file() or not (root / name).is_dir():
-        raise fail(
-            f"{name}/ is not part of the installed package; clone the repository and run pip install -e . there."
-        )
+        raise fail(f"{name}/ is not part of the installed package; clone the repository, and pip install -e . there.")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     return import_module(name)
@@ -334,6 +332,7 @@ def lab(
 ) -> None:
     """Open your own copy of the course in JupyterLab. Notebooks that exist in your folder are never replaced."""
     import os
+    import signal
     import subprocess
     import sys
 
@@ -344,6 +343,7 @@ def lab(
         copied, existing = copy_notebooks(folder)
     typer.echo(f"{folder}: {len(copied)} notebooks copied, {len(existing)} left as they are")
     root = ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # the usual user of a container
+    signal.signal(signal.SIGINT, lambda *_: None)  # Jupyter gets Ctrl-C itself, and asks; this process waits for it
     raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", f"--port={port}", *root, str(folder)]))
 
 

@@ -46,10 +46,17 @@ def check_extra(extra: str, module: str) -> None:
 
 def check_writable(path: Path | None) -> None:
     """End the command if a file cannot be written; called before the work that produces its content."""
-    if path is not None and path.is_dir():
-        raise fail(f"{path} is a folder; name a file.")
-    if path is not None and not path.parent.is_dir():
-        raise fail(f"there is no folder {path.parent} to write {path.name} into.")
+    if path is None:
+        return
+    from fluxedu import files
+
+    with report_errors():
+        if path.is_dir():
+            raise fail(f"{path} is a folder; name a file.")
+        if not path.parent.is_dir():
+            raise fail(f"there is no folder {path.parent} to write {path.name} into.")
+        if not path.exists() or path.is_file():  # a pipe or /dev/stdout is written to directly
+            files.check_writable(path)
 
 
 def write_result(path: Path | None, result: dict | str) -> None:

@@ -1,7 +1,12 @@
 """The command line: what it prints, what it writes, and how it refuses bad input."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -130,3 +135,70 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10 if name == "huge.png" else None)
         message = error_of("sample", "a", "--image", tmp_path / name, "-o", tmp_path / "o.png")
         assert str(tmp_path / name) in message and "picture" in message
+
+
+PLACES = {"in a file": "file/out.png", "too long": "x" * 250 + ".png", "a link into a file": "link.png"}
+
+
+@pytest.mark.parametrize("option", ["-o", "--json", "--html", "--csv"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_place_that_cannot_be_written_to_is_found_before_the_work(option, place, tmp_path, monkeypatch):
+    for work in ("cli._load", "arena.stable_diffusion.open_model", "course.grade.grade_notebook"):
+        monkeypatch.setattr(f"fluxedu.{work}", lambda *_, **__: pytest.fail("the work was done first"))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link.png").symlink_to("file/out.png")
+    command = {"-o": ["sample", "x"], "--json": ["judge"], "--html": ["trace", "x"], "--csv": ["grade", "x.ipynb"]}
+    message = error_of(*command[option], option, tmp_path / PLACES[place])
+    assert ("there is no folder" if place == "in a file" else "cannot be written: ") in message
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link.png"]
+
+
+NOBODY = """
+import os, sys
+from pathlib import Path
+import fluxedu.files
+from fluxedu.terminal import check_writable
+os.setuid(65534)  # root may write everywhere
+check_writable(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="only root can become somebody else")
+def test_a_folder_without_permission_is_found_before_the_work():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        code = [sys.executable, "-c", NOBODY, f"{folder}/out.png"]
+        done = subprocess.run(code, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert "out.png cannot be written: Permission denied." in done.stderr and done.returncode != 0
+        assert not os.listdir(folder)
+
+
+JUPYTER = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[-1])
+def ask(*_):
+    time.sleep(1)  # the user thinks about the question
+    (folder / "shut down").touch()
+    sys.exit(7)
+signal.signal(signal.SIGINT, ask)
+(folder / "ready").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows sends Ctrl-C in another way")
+def test_ctrl_c_lets_jupyter_ask(tmp_path):
+    """A terminal sends the signal to both processes. The command waits for Jupyter to end."""
+    (tmp_path / "jupyterlab.py").write_text(JUPYTER)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    command = [sys.executable, "-m", "fluxedu.cli", "lab", "--folder", str(tmp_path / "course")]
+    with subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL) as lab:
+        try:
+            while not (tmp_path / "course" / "ready").exists():
+                assert lab.poll() is None
+                time.sleep(0.05)
+            os.killpg(lab.pid, signal.SIGINT)
+            assert lab.wait(20) == 7 and (tmp_path / "course" / "shut down").exists()
+        finally:
+            if lab.poll() is None:
+                os.killpg(lab.pid, signal.SIGKILL)

@@ -123,9 +123,10 @@ def opened(monkeypatch, **env) -> dict:
 
 
 def test_the_model_chooses_its_device_and_dtype(monkeypatch):
-    assert opened(monkeypatch) == {"model": "dev", "device": None, "dtype": None}
+    nothing = dict.fromkeys(("device", "dtype", "like", "variant", "revision"))
+    assert opened(monkeypatch) == {"model": "dev", **nothing}
     choices = {"device": "cpu", "dtype": "float32"}
-    assert opened(monkeypatch, sweep=choices) == {"model": "dev", **choices}
+    assert opened(monkeypatch, sweep=choices) == {"model": "dev", **nothing, **choices}
 
 
 @pytest.mark.parametrize(("device", "given"), [(None, None), ("cuda", "cuda:1"), ("cpu", "cpu")])
