@@ -151,14 +151,6 @@ def load(
 
     networks = open_networks(files.parts, device, dtype, memory, quantise, change=merge_loras)
     clip, t5, flux, vae = (networks[name] for name in ("clip", "t5", "flux", "ae"))
-    fits = {"CLIP's width": (clip.config.hidden_size, flux.config.vec_in_dim)}
-    fits |= {"T5's width": (t5.config.d_model, flux.config.context_in_dim)}
-    fits |= {"the autoencoder's channels times 4": (4 * vae.config.z_channels, flux.config.out_channels)}
-    for what, (found, needed) in fits.items():
-        if found != needed:
-            raise CheckpointError(
-                f"{describe(str(name))} has parts of different models: {what} is {found}, not {needed}."
-            )
     clip_length = clip.config.max_position_embeddings
     prompts = PromptEncoder(
         Tokenizer(files.parts["tokenizer"], "<|endoftext|>", "<|endoftext|>", clip_length, truncate=True),
@@ -167,7 +159,10 @@ def load(
         t5,
     )
     vae = vae.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
-    pipe = FluxPipeline(prompts, flux, vae, sampling, size)
+    try:
+        pipe = FluxPipeline(prompts, flux, vae, sampling, size)
+    except RequestError as error:
+        raise CheckpointError(f"{describe(str(name))} cannot be loaded: {error}") from None
     if head is not None:
         with meta_init():
             vision_encoder = VisionEncoder(clip.config)

@@ -241,6 +241,7 @@ def _changes_of_file(
     layers = layer_changes(lora)
     configs = {network: config_for(config, network, label) for network in (None, *(name for name, _ in targets))}
     for stored in layers:
+        stored.check_numbers(label)
         is_whole = stored.value is not None
         leaves = [stored.leaf] if is_whole else ["weight", "bias"][: 1 if stored.bias is None else 2]
         for leaf in leaves:

@@ -100,6 +100,15 @@ class LayerChange:
             shapes = f"A is {list(self.A.shape)}, B is {list(self.B.shape)}"
             raise CheckpointError(f"the factors of {self.stored_name!r} do not fit each other: {shapes}.")
 
+    def check_numbers(self, label: str) -> None:
+        """Raises CheckpointError unless the tensors are finite floating-point numbers."""
+        for name, tensor in (("lora_A", self.A), ("lora_B", self.B), ("bias", self.bias), ("tensor", self.value)):
+            if tensor is not None and not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+                fault = (
+                    "NaN or infinity" if tensor.is_floating_point() else f"{tensor.dtype}, not floating-point numbers"
+                )
+                raise CheckpointError(f"{label} has {fault} in the {name} of {self.stored_name!r}.")
+
     def strength(self, config: Mapping) -> float:
         """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) if ``config`` says rsLoRA; 1 without alpha."""
         alpha, rank = self.alpha, self.A.shape[0]

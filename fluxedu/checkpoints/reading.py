@@ -19,7 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from fluxedu.checkpoints.configs import from_diffusers_config, infer_config, label_of, shapes_of
-from fluxedu.checkpoints.contents import StoredNetwork, check_stored, dequantised, the_network, without_prefixes
+from fluxedu.checkpoints.contents import (
+    StoredNetwork,
+    check_stored,
+    dequantised,
+    the_network,
+    without_prefixes,
+)
 from fluxedu.checkpoints.headers import WEIGHTS, Entry, read_entries
 from fluxedu.checkpoints.layouts import (
     MODELS,
@@ -37,6 +43,7 @@ from fluxedu.models.config import Config
 from fluxedu.models.meta_init import meta_init
 
 _WINDOW = 1 << 30  # bytes of a file that are mapped at once
+_SAMPLED, _SAMPLE = 1 << 20, 1 << 12  # of weights with more numbers, three samples of so many are searched for NaN
 CHUNK = 32 << 20  # bytes of a file that are read at once, on their way to another device or dtype
 
 
@@ -167,7 +174,9 @@ def load_into(
     weights of a file stay in the file until they are used. ``dtype=None`` keeps the file's dtype; ``device`` may also
     be a function of the name. Weights that go to another device or dtype pass through a few megabytes of memory.
 
-    Raises CheckpointError, before anything is changed, for a missing or unexpected key or a wrong shape.
+    Raises CheckpointError, before anything is changed, for a missing or unexpected key, a wrong shape, weights that are
+    no floating-point numbers, and NaN or infinity. On the CPU, only samples of tensors above a million numbers are
+    searched for NaN, since reading all of a mapped file would take longer than loading it.
     """
     config = getattr(module, "config", None)
     tensors = without_prefixes(tensors, part_of(config))
@@ -177,9 +186,37 @@ def load_into(
     else:
         expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         check_names_and_shapes(found, expected, label)
+    dtypes = dtypes_of(tensors)
+    for name, _ in module.named_parameters():
+        if not dtypes[name].is_floating_point:
+            raise CheckpointError(f"{label} has {name!r} in {dtypes[name]}; weights must be floating-point numbers.")
     device_of = device if callable(device) else lambda name: device
-    module.load_state_dict(stream(tensors, dtype, device_of), strict=True, assign=True)
+    weights = stream(tensors, dtype, device_of)
+    _check_finite(weights, tensors, label)
+    module.load_state_dict(weights, strict=True, assign=True)
     return module
+
+
+@torch.no_grad()
+def _check_finite(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], label: str) -> None:
+    """Raises CheckpointError with the first of ``tensors`` from which a weight got a NaN or an infinity."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for weight in weights.values():
+        if weight.numel() > _SAMPLED and weight.device.type == "cpu":
+            starts = (0, weight.numel() // 2, weight.numel() - _SAMPLE)
+            weight = torch.cat([weight.reshape(-1)[start : start + _SAMPLE] for start in starts])
+        weight = weight if weight.dtype.itemsize > 1 else weight.float().norm()
+        if not weight.is_meta:
+            groups.setdefault((weight.device, torch.promote_types(weight.dtype, torch.float32)), []).append(weight)
+    # a norm is finite only if all of its numbers are; should it overflow, they are searched
+    norms = [torch.stack(torch._foreach_norm(group, dtype=dtype)) for (_, dtype), group in groups.items()]
+    if all(norm.isfinite().all() for norm in norms):
+        return
+    for name, weight in weights.items():
+        if not weight.float().isfinite().all():
+            pieces, source = _pieces(tensors, name)
+            stored = next((piece.name for piece in pieces if not source[piece.name].float().isfinite().all()), name)
+            raise CheckpointError(f"{label} has NaN or infinity in {stored!r} (loaded as {weight.dtype}).")
 
 
 def open_model(

@@ -22,6 +22,7 @@ from fluxedu.sampling.step_context import current_context, entered
 
 if TYPE_CHECKING:
     from fluxedu.sampling.pipeline import FluxPipeline
+    from fluxedu.sampling.prompts import PromptEncoder
 
 _thread = threading.local()
 
@@ -37,6 +38,19 @@ def warn(message: str) -> None:
 
 
 # ---------------------------------------------------------------- networks that the pipeline cannot call as they are
+
+
+def check_widths(prompt_encoder: PromptEncoder, flux: Flux, autoencoder: AutoEncoder) -> None:
+    """Raises RequestError unless the transformer reads what the text encoders and the autoencoder compute."""
+    if not isinstance(flux, Flux) or not isinstance(autoencoder, AutoEncoder):
+        found = f"{type(flux).__name__} and {type(autoencoder).__name__}"
+        raise RequestError(f"a pipeline needs a Flux and an AutoEncoder, in this order, not {found}.")
+    fits = {"CLIP's width": (prompt_encoder.clip.config.hidden_size, flux.config.vec_in_dim)}
+    fits |= {"T5's width": (prompt_encoder.t5.config.d_model, flux.config.context_in_dim)}
+    fits |= {"the autoencoder's channels times 4": (4 * autoencoder.config.z_channels, flux.config.out_channels)}
+    for what, (found, needed) in fits.items():
+        if found != needed:
+            raise RequestError(f"the networks are parts of different models: {what} is {found}, not {needed}.")
 
 
 def check_networks(pipe: FluxPipeline) -> None:

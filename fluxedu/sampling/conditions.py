@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fluxedu.errors import RequestError
 from fluxedu.models.config import FluxConfig
-from fluxedu.sampling.images import resized
+from fluxedu.sampling.checks import warn
+from fluxedu.sampling.images import resized, usual_size
 from fluxedu.sampling.latents import image_ids, pack
 from fluxedu.sampling.request import Request
 
@@ -123,6 +124,25 @@ def extra_input(config: FluxConfig, downscale: int) -> str:
     extra = config.in_channels - config.out_channels
     kinds = {0: "text", config.out_channels: "control", config.out_channels + 4 * downscale**2: "mask"}
     return kinds.get(extra, "unknown")
+
+
+def default_size(pictures: dict[str, Tensor | None], side: int, downscale: int, is_given: bool) -> tuple[int, int]:
+    """Height and width of the image by default: those of the picture that it starts from, follows or edits.
+
+    Photos are scaled down, see :func:`fluxedu.sampling.images.usual_size`; this replaces a reference, whose tokens are
+    read in every step. One warning says so, unless the size is given and the picture is no reference.
+    """
+    name = next((name for name in ("image", "control", "reference") if pictures[name] is not None), None)
+    if name is None:
+        return side, side
+    height, width = pictures[name].shape[-2:]
+    usual = usual_size(height, width, side, 2 * downscale)
+    if usual != (height, width) and (name == "reference" or not is_given):
+        hint = "" if name == "reference" else "; pass height= and width= for another size"
+        warn(f"{name}= has {height} x {width} pixels and is scaled down to {usual[0]} x {usual[1]}{hint}.")
+    if usual != (height, width) and name == "reference":
+        pictures[name] = resized(pictures[name], tuple(pixels // downscale for pixels in usual), downscale)
+    return usual
 
 
 def check_pictures(config: FluxConfig, downscale: int, has_redux: bool, pictures: dict[str, Tensor | None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -104,11 +105,26 @@ def _range(values: Tensor) -> str:
 
 
 def resized(picture: Tensor, shape: tuple[int, int], downscale: int) -> Tensor:
-    """The picture, resampled to the pixel size of a latent ``shape``."""
+    """The picture, resampled to the pixel size of a latent ``shape``; averaged over where it becomes smaller."""
     size = [side * downscale for side in shape]
     if list(picture.shape[-2:]) == size:
         return picture
-    return F.interpolate(picture, size, mode="bicubic").clamp(-1, 1)
+    picture = picture.to(torch.promote_types(picture.dtype, torch.float32))
+    shrinks = size[0] < picture.shape[-2] or size[1] < picture.shape[-1]
+    return F.interpolate(picture, size, mode="bicubic", antialias=shrinks).clamp(-1, 1)
+
+
+def usual_size(height: int, width: int, side: int, patch: int) -> tuple[int, int]:
+    """Height and width at which a model of images of ``side x side`` pixels reads a picture: those of the picture.
+
+    A picture of more than twice ``side x side`` pixels, such as a photo, is scaled down to about ``side x side``, with
+    its aspect ratio, in whole patches. FLUX.1 is for up to 2 megapixels; BFL scales a kontext picture to one of 17
+    sizes of about 1 megapixel (black-forest-labs/flux, sampling.py, prepare_kontext).
+    """
+    if height * width <= 2 * side**2:
+        return height, width
+    scale = side / math.sqrt(height * width)
+    return tuple(patch * max(1, round(pixels * scale / patch)) for pixels in (height, width))
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

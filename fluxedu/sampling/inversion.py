@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fluxedu.errors import RequestError, check_integer
+from fluxedu.sampling.conditions import default_size
 from fluxedu.sampling.images import Picture, resized, to_tensor
 from fluxedu.sampling.latents import latent_size
 from fluxedu.sampling.pipeline import FluxPipeline, Trajectory
@@ -40,9 +41,10 @@ def invert(
     options: arguments of the pipeline, the same in both calls, such as ``steps`` and ``guidance`` · rounds: number of
     model evaluations per step · trajectory: return ``(noise, trajectory)``, all states from the noise to the picture.
 
-    The picture is resized to whole patches and encoded. The round trip is not exact, since a step is undone only up to
-    the error of the iteration. The miniature, at ``guidance=1.0``, returns to the latent of a rendered scene within 3 %
-    of its norm in 8 steps, 1.6 % in 20 and 0.5 % in 50; at its own guidance scale, within 14 %, 3.3 % and 1 %. More
+    The picture is resized to whole patches (a photo is scaled down as in image-to-image) and encoded. The round trip is
+    not exact, since a step is undone only up to the error of the iteration. The miniature, at ``guidance=1.0``, returns
+    to the latent of a rendered scene within 3 % of its norm in 8 steps, 1.6 % in 20 and 0.5 % in 50; at its own
+    guidance scale, within 14 %, 3.3 % and 1 %. More
     ``rounds`` help from about 20 steps on; with few steps and strong guidance, the iteration may diverge.
 
     Raises RequestError for an argument that has no meaning here, such as ``solver``: the steps are Euler's.
@@ -54,7 +56,8 @@ def invert(
             )
     rounds = check_integer("rounds", rounds, 1, 1000, "it is the number of model evaluations per step")
     pixels, downscale = to_tensor(picture), pipe.autoencoder.config.downscale
-    pixels = resized(pixels, latent_size(*pixels.shape[-2:], downscale), downscale).to(pipe.device, pipe.dtype)
+    size = default_size({"image": pixels}, pipe.size, downscale, is_given=False)
+    pixels = resized(pixels, latent_size(*size, downscale), downscale).to(pipe.device, pipe.dtype)
     with torch.no_grad():
         latents = torch.cat([pipe.autoencoder.encode(one) for one in pixels.split(1)])
     out = _Backwards(pipe, rounds)(prompt, latents=latents, trajectory=trajectory, decode=False, **options)

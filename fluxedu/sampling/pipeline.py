@@ -24,8 +24,8 @@ from fluxedu.models.flux import Flux
 from fluxedu.probe import Sited
 from fluxedu.progress import progress_bar
 from fluxedu.sampling.batches import batch_size, decoder_batch, parts
-from fluxedu.sampling.checks import check_finite, check_networks
-from fluxedu.sampling.conditions import Conditions, check_pictures, encode_conditions, paste_outside
+from fluxedu.sampling.checks import check_finite, check_networks, check_widths
+from fluxedu.sampling.conditions import Conditions, check_pictures, default_size, encode_conditions, paste_outside
 from fluxedu.sampling.gradients import gradient_mode, leaf
 from fluxedu.sampling.images import Picture, resized, to_images, to_mask, to_tensor
 from fluxedu.sampling.latents import draw_noise
@@ -77,7 +77,7 @@ class FluxPipeline(Sited):
     Attributes: ``prompt_encoder``, ``flux``, ``autoencoder`` · ``defaults`` and ``size``, the variant's sampling
     settings and image side in pixels · ``redux``, a :class:`fluxedu.models.redux.Redux` or None, which encodes an
     image as tokens that are appended to T5's · ``lora``, the :class:`fluxedu.checkpoints.Merged` of ``load(lora=...)``,
-    or None.
+    or None. Raises RequestError for networks of different models, whose widths do not fit each other.
     """
 
     site_path = "sample"
@@ -85,6 +85,7 @@ class FluxPipeline(Sited):
     def __init__(
         self, prompt_encoder: PromptEncoder, flux: Flux, autoencoder: AutoEncoder, defaults: Sampling, size: int
     ):
+        check_widths(prompt_encoder, flux, autoencoder)
         self.prompt_encoder, self.flux, self.autoencoder = prompt_encoder, flux, autoencoder
         self.defaults, self.size = defaults, size
         self.redux = None
@@ -170,7 +171,9 @@ class FluxPipeline(Sited):
         it is the scale of classifier-free guidance, which 0 or 1 turns off.
         true_cfg_scale: the scale of classifier-free guidance for a model with a guidance input; 1 turns it off.
         guidance_interval: the times (low, high) between which classifier-free guidance is on.
-        height, width: size of the image in pixels; by default that of the input picture, or the variant's own.
+        height, width: size of the image in pixels; by default that of the input picture, or the variant's own. A
+        picture of more than twice the variant's own number of pixels (2 megapixels) is scaled down to about that
+        number, with its aspect ratio and a warning; a reference is, whatever the size of the image.
         solver: ``euler``, ``midpoint``, ``heun``, or one added to ``fe.sampling.SOLVERS``.
         image: the picture that image-to-image starts from; with ``mask``, the picture that is filled (fill).
         strength: the fraction of the steps that image-to-image runs; 1 keeps nothing of ``image``.
@@ -194,8 +197,8 @@ class FluxPipeline(Sited):
         pictures["mask"] = None if mask is None else to_mask(mask)
         downscale = self.autoencoder.config.downscale
         check_pictures(self.flux.config, downscale, self.redux is not None, pictures)
-        size_sources = [pictures[name] for name in ("image", "control", "reference") if pictures[name] is not None]
-        default_height, default_width = size_sources[0].shape[-2:] if size_sources else (self.size, self.size)
+        is_sized = latents is not None or (height is not None and width is not None)
+        default_height, default_width = default_size(pictures, self.size, downscale, is_sized)
         if isinstance(latents, Tensor) and latents.ndim == 4 and height is None and width is None:
             default_height, default_width = (side * downscale for side in latents.shape[-2:])
         encoded = prompt if isinstance(prompt, Conditioning) else None

@@ -66,6 +66,8 @@ def checked_latents(latents, count: int, channels: int) -> list[Tensor]:
     b, c, rows, columns = latents.shape
     if b not in (1, count) or c != channels or rows % 2 or columns % 2 or 0 in latents.shape:
         raise RequestError(f"latents must have the shape {shape}, not {list(latents.shape)}.")
+    if not torch.isfinite(latents).all():
+        raise RequestError("latents must be finite numbers, but these have NaN or infinity.")
     return [latents[i : i + 1] for i in range(b)] * (count // b)
 
 

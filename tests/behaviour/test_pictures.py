@@ -1,6 +1,7 @@
 """Pictures of every mode and dtype: what a viewer shows is what the networks get, or one sentence names the mode."""
 
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -8,11 +9,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import fluxedu as fe
 from fluxedu.cli import app
 from fluxedu.errors import RequestError
 from fluxedu.nano.judge import detect
 from fluxedu.nano.scenes import Scene, SceneObject, render
-from fluxedu.sampling.images import edges, to_images, to_mask, to_rgb, to_tensor
+from fluxedu.sampling.images import edges, resized, to_images, to_mask, to_rgb, to_tensor, usual_size
 
 RAMP = np.linspace(0, 1, 24).reshape(4, 6)  # grey levels
 WORDS = (RAMP * 65535).round().astype(np.uint16)
@@ -222,3 +224,72 @@ def test_the_command_line_reads_the_same_pictures(tmp_path):
         assert result.exit_code == 0, result.output
     first, second = (np.asarray(Image.open(tmp_path / f"o{name}.png")).astype(int) for name in ("8", "16"))
     assert np.abs(first - second).max() <= 1
+
+
+# ---------------------------------------------------------------- photos
+
+PHOTO = Image.fromarray(render(SCENE)).resize((400, 300))
+
+
+def run(pipe, **options):
+    """The output of one step, and the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out = pipe("a red circle", steps=1, progress=False, **options)
+    return out, [str(warning.message) for warning in caught if "pixels" in str(warning.message)]
+
+
+def test_a_photo_is_scaled_down_to_the_trained_area_and_one_warning_has_the_sizes(pipe):
+    patch = 2 * pipe.autoencoder.config.downscale
+    out, found = run(pipe, image=PHOTO)
+    width, height = out.images[0].size
+    assert abs(width * height / pipe.size**2 - 1) < patch / 32 + 0.1
+    assert abs(height - width * 3 / 4) <= patch and width % patch == height % patch == 0
+    start = f"image= has 300 x 400 pixels and is scaled down to {height} x {width}"
+    assert found == [f"{start}; pass height= and width= for another size."]
+    out, found = run(pipe, image=PHOTO, height=48, width=64)
+    assert out.images[0].size == (64, 48) and not found
+    out, found = run(pipe, image=PHOTO.resize((48, 32)))  # up to twice the trained area, a picture keeps its size
+    assert out.images[0].size == (48, 32) and not found
+    assert run(pipe, image=PHOTO.resize((5000, 40)))[1]
+    noise = run(pipe, decode=False)[0].latents
+    assert not run(pipe, image=PHOTO, latents=noise)[1]
+
+
+@pytest.mark.parametrize("size", [(3000, 4000), (4000, 3000), (5000, 1000), (1449, 1449), (8000, 6000)])
+def test_for_flux_the_area_is_one_megapixel_as_for_bfl(size):
+    height, width = usual_size(*size, 1024, 16)
+    assert height % 16 == width % 16 == 0
+    assert 0.96 < height * width / 1024**2 < 1.04
+    assert abs(height / width / (size[0] / size[1]) - 1) < 0.03
+    for small in ((1080, 1920), (1024, 1024), (640, 480), (17, 33)):
+        assert usual_size(*small, 1024, 16) == small
+
+
+def test_a_reference_has_as_many_tokens_as_an_image():
+    kontext = fe.load("nano-kontext")
+    for size in ({}, {"height": 64, "width": 64}):
+        with fe.record("single.0.x") as rec:
+            out, found = run(kontext, reference=PHOTO, **size)
+        own = np.prod(out.images[0].size) // 16**2
+        tokens = rec["single.0.x"].shape[-2] - kontext.prompt_encoder.t5_tokenizer.length - own
+        assert tokens == (112 // 16) * (144 // 16)
+        assert found == ["reference= has 300 x 400 pixels and is scaled down to 112 x 144."]
+        assert out.images[0].size == ((64, 64) if size else (144, 112))
+
+
+def test_the_picture_of_a_photo_is_what_pillow_makes_of_it(pipe):
+    """Averaged over, as in Pillow's bicubic filter: stripes of one pixel become grey."""
+    stripes = np.zeros((512, 512, 3), np.uint8)
+    stripes[:, ::2] = 255
+    for picture in (Image.fromarray(stripes), PHOTO.resize((512, 512))):
+        small = picture.resize((64, 64), Image.BICUBIC)
+        found = resized(to_tensor(picture), (8, 8), 8)
+        assert (found - to_tensor(small)).abs().max() < 1.5 / 127.5
+    assert resized(to_tensor(stripes).bfloat16(), (8, 8), 8).abs().max() < 0.1
+
+
+def test_an_inverted_photo_is_scaled_down(pipe):
+    with pytest.warns(RuntimeWarning, match="image= has 300 x 400 pixels and is scaled down to"):
+        noise = fe.invert(pipe, PHOTO, "a red circle", steps=1, rounds=1, progress=False)
+    assert noise[0, 0].numel() <= 1.3 * (pipe.size // pipe.autoencoder.config.downscale) ** 2
