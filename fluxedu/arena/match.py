@@ -14,6 +14,7 @@ Anything that generates images can take part:
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from fluxedu.arena.stable_diffusion import FILE, SD, open_model
 from fluxedu.arena.votes import AXES, JUDGE, Ballot, Votes, check_axis, check_voter
 from fluxedu.checkpoints import find
 from fluxedu.errors import ArenaError
-from fluxedu.files import atomic_path
+from fluxedu.files import atomic_path, check_writable
 from fluxedu.loading import SHIPPED_MODELS, WEIGHTS
 from fluxedu.nano.exam import Question, questions
 from fluxedu.nano.judge import Verdict, diversity, judge, quality
@@ -188,6 +189,12 @@ class Arena:
         folder: Path | str | None = None,
         seed: int = 0,
     ):
+        if not isinstance(votes, Votes):  # before the models are loaded, which takes minutes
+            if os.path.exists(votes):
+                votes = Votes(votes)
+                votes.check_writable()
+            else:
+                check_writable(Path(votes))
         self.gallery = Gallery([contestant(m) if isinstance(m, str) else m for m in models], folder)
         self.names = tuple(self.gallery.contestants)
         self.votes = votes if isinstance(votes, Votes) else Votes(votes)

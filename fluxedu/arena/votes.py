@@ -106,6 +106,8 @@ class Votes:
     def __init__(self, path: Path | str):
         self.path, self.lock = Path(path), threading.Lock()
         with self._readable_errors():
+            if self.path.exists() and not self.path.is_file():
+                raise OSError("it is a folder, a pipe or a device")
             self.db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
             self.db.row_factory = sqlite3.Row
             for setting in ("foreign_keys = ON", "journal_mode = WAL", "synchronous = FULL"):
@@ -123,12 +125,17 @@ class Votes:
                 db.execute(statement)
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
 
+    def check_writable(self) -> None:
+        """Raise ArenaError if the file can only be read."""
+        with self._transaction() as db:
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")  # writes what is there already
+
     @contextmanager
     def _readable_errors(self) -> Iterator[None]:
         """Turns errors of SQLite, such as a damaged file or a full disk, into one sentence."""
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise ArenaError(f"{self.path} cannot be used as a file of votes: {error}.") from None
 
     @contextmanager

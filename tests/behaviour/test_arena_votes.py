@@ -2,10 +2,13 @@
 
 import csv
 import json
+import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from PIL import Image
 from fluxedu.arena import Arena, Contestant, Votes, contestant
 from fluxedu.arena.match import Gallery, axis_questions, contact_sheet, judge_votes, preference, score, side_images
 from fluxedu.arena.votes import AXES
-from fluxedu.errors import ArenaError
+from fluxedu.errors import ArenaError, FluxeduError
 from fluxedu.nano.exam import questions
 from fluxedu.nano.scenes import LETTERS, caption, render, sample_scene
 
@@ -260,3 +263,43 @@ def test_the_judge_votes_on_all_axes_and_stops_when_all_is_judged(tmp_path):
     assert judge_votes(arena, 100) == 4  # two prompts on each of six axes, one pair
     assert arena.ratings("diversity").order == [0, 1] and arena.ratings("overall", "people").total == 0
     assert set(r["prompt"] for r in arena.votes.rows()) <= set(scenes)
+
+
+READ_ONLY = """
+import os, sys
+from pathlib import Path
+import fluxedu.files
+from fluxedu.arena import match
+from fluxedu.arena.votes import Votes
+os.setuid(65534)  # root may write everywhere
+match.contestant = lambda name: sys.exit("the models were loaded first")
+print(len(Votes(sys.argv[1]).rows()))
+try:
+    match.Arena(["a", "b"], sys.argv[1])
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="only root can become somebody else")
+def test_a_file_that_can_only_be_read_is_found_before_the_models_are_loaded():
+    """Its votes can still be read."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        file = Path(folder, "votes.sqlite")
+        Votes(file).close()
+        file.chmod(0o444)
+        code = [sys.executable, "-c", READ_ONLY, str(file)]
+        done = subprocess.run(code, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        sentence = f"{file} cannot be used as a file of votes: attempt to write a readonly database."
+        assert done.stdout.splitlines() == ["0", sentence], done.stderr
+
+
+def test_a_place_where_no_votes_can_be_is_found_before_the_models_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("fluxedu.arena.match.contestant", lambda name: pytest.fail("the models were loaded first"))
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("file/votes.sqlite", "file", "pipe", "folder", "x" * 300):
+        with pytest.raises(FluxeduError, match=r"cannot be (used as a file of votes|written): .*\.$"):
+            Arena(["a", "b"], tmp_path / name)
