@@ -103,13 +103,13 @@ def load(
     float32; for other weights than the miniature's, a GPU if there is one, and the dtype of the transformer's file
     (bfloat16 for fp8) · transformer: the transformer's folder inside ``name`` · memory: auto, full, no-modulations or
     stream (:mod:`fluxedu.memory`) · quantise: int8, fp8 or nf4, not exact (:mod:`fluxedu.memory.quantised`) ·
-    compile: True, or a backend of torch.compile; recordings stay the same · variant: a set of files such as fp16, as in
-    diffusers · revision: a branch, tag or commit of a repository in the cache · like: the model whose sampling settings
-    are used, such as dev; needed only where the files do not tell schnell from a de-distilled dev · lora: a file, a
-    folder, or ``hollow``, the style that ships; or a list of them. ``lora_scale`` times its change is merged into the
-    transformer and the text encoders; it is one number, or one for each LoRA, or stands beside the file:
-    ``lora=["a.safetensors", ("b.safetensors", 0.5)]``. ``pipe.lora.unmerge()`` reverts them, but not the input channels
-    that a LoRA such as canny's adds.
+    compile: True, or a backend of torch.compile; a run with an instrument is uncompiled, and its latents differ by
+    about 6e-5 from compiled ones · variant: a set of files such as fp16, as in diffusers · revision: a branch, tag or
+    commit of a repository in the cache · like: the model whose sampling settings are used, such as dev; needed only
+    where the files do not tell schnell from a de-distilled dev · lora: a file, a folder, or ``hollow``, the style that
+    ships; or a list of them. ``lora_scale`` times its change is merged into the transformer and the text encoders; it
+    is one number, or one for each LoRA, or stands beside the file: ``lora=["a.safetensors", ("b.safetensors", 0.5)]``.
+    ``pipe.lora.unmerge()`` reverts them, but not the input channels that a LoRA such as canny's adds.
 
     Raises RequestError for a device or dtype that cannot be used, CheckpointError for files that are missing or do not
     fit, with the command that downloads them, QuantiseError and CompileError where those are not available.

@@ -4,7 +4,8 @@
         pipe("a red circle")
 
 They compose (the one entered first acts first), recorders see their result, and each is removed at the end of its
-``with`` block. An intervention that changes nothing leaves the image the same to the last bit.
+``with`` block. An intervention that changes nothing leaves the image the same to the last bit; with
+``compile=True``, the same as an uncompiled run, which differs from a compiled one by about 6e-5.
 """
 
 from __future__ import annotations

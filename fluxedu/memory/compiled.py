@@ -12,9 +12,10 @@ def compile_blocks(flux: Flux, backend: str | bool = True, dynamic: bool | None 
     """Compile every block with torch.compile, in place, at its first call; returns ``flux``.
 
     Only the blocks, since they take the time: a graph of one block is built in seconds, of the whole network in
-    minutes. While an instrument is active, the blocks run uncompiled (``fluxedu.instruments.watching``). backend: True
-    for inductor, or a name such as ``aot_eager`` · dynamic: as in torch.compile. Raises CompileError at once where the
-    compiler does not work or blocks are streamed.
+    minutes. While an instrument is active, the blocks run uncompiled (``fluxedu.instruments.watching``): the
+    latents of a recorded run equal those of an uncompiled network to the last bit, and those of a compiled one up to
+    rounding (about 6e-5). backend: True for inductor, or a name such as ``aot_eager`` · dynamic: as in torch.compile.
+    Raises CompileError at once where the compiler does not work or blocks are streamed.
     """
     backend = "inductor" if backend is True else backend
     known = ("eager", "aot_eager", *torch.compiler.list_backends())
