@@ -177,7 +177,7 @@ class FluxPipeline(Sited):
         solver: ``euler``, ``midpoint``, ``heun``, or one added to ``fe.sampling.SOLVERS``.
         image: the picture that image-to-image starts from; with ``mask``, the picture that is filled (fill).
         strength: the fraction of the steps that image-to-image runs; 1 keeps nothing of ``image``.
-        mask: the mask for ``image``, white where to paint (fill).
+        mask: the mask for ``image``, white where to paint (fill); transparent pixels are not painted.
         paste: whether the original pixels outside the mask are pasted back, in ``images`` only.
         control: the edges or the depth map that the image follows (canny, depth).
         reference: the picture that the prompt edits (kontext).
