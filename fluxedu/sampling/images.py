@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,8 @@ def to_mask(mask: Picture) -> Tensor:
         mask = mask if isinstance(mask, Tensor) else np.asarray(Image.fromarray(mask).convert("L"))
     is_numbers = isinstance(mask, np.ndarray) and mask.dtype.kind in "biuf" and mask.dtype.itemsize <= 8
     values = torch.from_numpy(mask.astype(mask.dtype.newbyteorder("="))) if is_numbers else mask
-    if not isinstance(values, Tensor) or not 2 <= values.ndim <= 4 or (values.ndim == 4 and values.shape[1] != 1):
+    is_tensor = isinstance(values, Tensor) and values.numel() > 0
+    if not is_tensor or not 2 <= values.ndim <= 4 or (values.ndim == 4 and values.shape[1] != 1):
         raise RequestError("a mask must be a PIL image, or an array or tensor [H, W], white or 1 where to paint.")
     white = {torch.uint8: 255, torch.uint16: 65535}.get(values.dtype, 1)
     levels = values.float() / (white if (values.float() > 1).any() else 1)
@@ -84,7 +86,7 @@ def _pixels(image: Image.Image, background: str) -> np.ndarray | Tensor:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
             return np.asarray(image.convert("RGB"))
         grey = torch.from_numpy(np.asarray(image).astype(np.float64))
-    except (OSError, ValueError, SyntaxError, TypeError, ArithmeticError) as error:  # what Pillow raises
+    except (OSError, ValueError, SyntaxError, TypeError, ArithmeticError, struct.error) as error:  # what Pillow raises
         raise RequestError(f"a picture of the mode {mode} cannot be read: {str(error).rstrip('.')}.") from None
     if "transparency" in image.info and mode != "F":  # one grey value of a PNG
         grey[grey == image.info["transparency"]] = 65535 if background == "white" else 0

@@ -84,6 +84,17 @@ def test_a_damaged_file_is_a_sentence():
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(data, "PNG")
     with pytest.raises(RequestError, match="mode RGB cannot be read: "):
         to_tensor(Image.open(io.BytesIO(data.getvalue()[:5000])))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a photo"
+    for length in range(1, len(exif.tobytes())):
+        photo = Image.new("RGB", (3, 2))
+        photo.info["exif"] = exif.tobytes()[:length]
+        try:
+            assert to_tensor(photo).shape[1] == 3
+        except RequestError as error:
+            assert "mode RGB cannot be read: " in str(error)
+    with pytest.raises(RequestError, match="a mask must be a PIL image"):
+        to_mask(Image.new("L", (0, 3)))
 
 
 UPRIGHT = np.arange(24, dtype=np.uint8).reshape(4, 6)  # as it is to be seen
