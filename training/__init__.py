@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fluxedu.files import check_writable
+
 VARIANTS = ("schnell", "fill", "canny", "depth", "kontext", "redux", "hollow", "sd", "twin")
 
 
@@ -26,6 +28,8 @@ def train(all_stages: bool, stage: str | None, variant: str | None, out: Path, r
 
     if all_stages + (stage is not None) + (variant is not None) != 1 or (stage is not None and stage not in STAGES):
         raise ValueError(f"give --all, --variant NAME, or --stage with one of {', '.join(STAGES)}.")
+    if Path(ship_to).exists():  # now, and not after days of training
+        check_writable(Path(ship_to) / "README.md")
     if variant is None:
         run_stages(list(STAGES) if all_stages else [stage], out, resume, ship_to)
     elif variant in RECIPES:

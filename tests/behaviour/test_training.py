@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import training
 from fluxedu.errors import CheckpointError
 from fluxedu.models import AutoEncoder, AutoEncoderConfig
 from fluxedu.nano.scenes import caption, render, sample_scene
@@ -270,6 +271,13 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_training(tmp_path):
         run_of(tmp_path)
 
 
+def test_a_place_for_the_weights_that_cannot_be_written_to_is_found_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "run_stages", lambda *_: pytest.fail("it trained first"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"file.README.md cannot be written: "):
+        training.train(True, None, None, tmp_path / "runs", True, tmp_path / "file")
+
+
 def test_a_full_disk_stops_training_with_a_sentence_and_keeps_the_last_state(tmp_path):
     """No file may become longer than 100 bytes, which fails as a full disk does."""
     resource = pytest.importorskip("resource", reason="limits exist only on Unix")
@@ -324,10 +332,10 @@ def test_a_killed_training_leaves_no_process_behind(tmp_path):
     (tmp_path / "script.py").write_text(TRAINING)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, str(tmp_path / "script.py")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as training:
-        worker = int(training.stdout.readline())
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        worker = int(process.stdout.readline())
         os.kill(worker, 0)  # it is there
-        training.kill()
+        process.kill()
     end = time.monotonic() + 10
     try:
         while time.monotonic() < end and is_running(worker):
