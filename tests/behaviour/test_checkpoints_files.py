@@ -372,15 +372,16 @@ def test_an_exception_leaves_the_target_as_it_was(tmp_path, to):
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
 
 
-def test_two_writers_of_one_target_do_not_disturb_each_other(tmp_path):
+def test_of_two_writers_of_a_new_name_the_first_succeeds_and_the_other_is_told(tmp_path):
     ours, theirs = {"a": torch.ones(3)}, {"a": torch.zeros(3)}
 
     def meanwhile(done, total):
         if not (tmp_path / "x.safetensors").exists():
             save_file(theirs, tmp_path / "x.safetensors")
 
-    save_file(ours, tmp_path / "x.safetensors", progress=meanwhile)
-    same(load_file(tmp_path / "x.safetensors"), ours)
+    with pytest.raises(CheckpointError, match="was created while this was written"):
+        save_file(ours, tmp_path / "x.safetensors", progress=meanwhile)
+    same(load_file(tmp_path / "x.safetensors"), theirs)
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
