@@ -101,8 +101,8 @@ def test_the_command_line(tmp_path):
 
 
 def test_a_run_is_drawn_once(pipe, monkeypatch):
-    drawn, draw = [], type(pipe).draw
-    monkeypatch.setattr(type(pipe), "draw", lambda self, *given: drawn.append(1) or draw(self, *given))
+    drawn, denoise = [], type(pipe).denoise
+    monkeypatch.setattr(type(pipe), "denoise", lambda self, *given: drawn.append(1) or denoise(self, *given))
     stages(pipe, PROMPT, steps=2, progress=False)
     assert len(drawn) == 1
 

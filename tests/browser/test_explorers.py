@@ -131,7 +131,7 @@ def test_the_diagram_leads_from_a_part_to_its_sites(run):
     root = tab.locator(".fluxedu")
     root.wait_for()
     after(tab, root.get_by_role("button", name="Double 1", exact=True).click)
-    assert "Double-stream block 1: 49 sites" in root.inner_text()
+    assert "Double-stream block 1: 54 sites" in root.inner_text()
     after(tab, root.get_by_role("button", name="attn.map", exact=True).click)
     assert "double.1.attn.map [B, 5, T, T]: " in root.inner_text()
 
