@@ -193,6 +193,8 @@ class Arena:
             if os.path.exists(votes):
                 votes = Votes(votes)
                 votes.check_writable()
+            elif not Path(votes).parent.is_dir():
+                raise ArenaError(f"{votes} cannot be used as a file of votes: its folder does not exist.")
             else:
                 check_writable(Path(votes))
         self.gallery = Gallery([contestant(m) if isinstance(m, str) else m for m in models], folder)

@@ -59,6 +59,7 @@ def random_pipe(make_pipe, tiny, channels=64):
     pipe = make_pipe(sizes=(clip, t5, flux.with_(in_channels=channels), ae))
     for i, network in enumerate(pipe.networks().values()):
         randomise(network, i).eval()
+    pipe.size = 256  # no picture here is a photo, which would be scaled down
     return pipe
 
 
