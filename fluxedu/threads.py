@@ -2,8 +2,8 @@
 
 Small matrix products run in well under a millisecond, and at the end of each all threads wait for the slowest. Beside a
 busy process one of them waits several milliseconds for its turn on a core: two threads on two cores are then ten times
-slower than one. So a run of a small model on the CPU begins with one thread, tries all of the caller's threads for a
-step, keeps them while its steps take less time than with one, and tries again later.
+slower than one. So a run of a small model on the CPU begins with one thread, tries all of the caller's threads, keeps
+them while a step takes less time than with one, and tries again later.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _pause, _next_trial = FIRST_PAUSE, 0.0
 _step_done: Callable[[], None] | None = None
 
 
-def all_threads_pay(most: int, products: int = 20) -> bool:
-    """Whether small products are faster with ``most`` threads than with one, at this moment; takes about 5 ms."""
+def threads_wait(most: int, products: int = 20) -> bool:
+    """Whether small products take more than twice as long with ``most`` threads as with one; takes about 5 ms."""
     with torch.no_grad():
         x = torch.ones(96, 160, dtype=torch.float32, device="cpu")
         weight = torch.ones(160, 640, dtype=torch.float32, device="cpu")
@@ -33,11 +33,11 @@ def all_threads_pay(most: int, products: int = 20) -> bool:
             torch.set_num_threads(threads)
             x @ weight  # the first product with another number of threads is slower
             start, done = time.perf_counter(), 0
-            while done < count and (threads == 1 or time.perf_counter() - start < count * seconds[1]):
+            while done < count and (threads == 1 or time.perf_counter() - start < 2 * count * seconds[1]):
                 x @ weight
                 done += 1
             seconds[threads] = (time.perf_counter() - start) / done
-    return seconds[most] < seconds[1]
+    return seconds[most] > 2 * seconds[1]
 
 
 class _Loop:
@@ -48,13 +48,13 @@ class _Loop:
         self.choose()
 
     def choose(self) -> None:
-        """All threads if a trial is due and a short measurement says that they pay, else one."""
-        threads = 1
+        """All threads if a trial is due and they need not wait for each other, else one."""
+        threads, self.slow_steps = 1, 0
         if self.size in _one_thread and time.perf_counter() >= _next_trial:
-            if all_threads_pay(self.most):
-                threads = self.most
-            else:
+            if threads_wait(self.most):
                 self.put_off()
+            else:
+                threads = self.most
         torch.set_num_threads(threads)
         self.started = time.perf_counter()
 
@@ -65,17 +65,20 @@ class _Loop:
         _pause = min(2 * _pause, LONGEST_PAUSE)
 
     def __call__(self) -> None:
+        """A trial fails after one step that takes twice as long as with one thread, or three that are not faster."""
         global _pause
         seconds = time.perf_counter() - self.started
         if torch.get_num_threads() == 1:
             _one_thread[self.size] = seconds
             self.choose()
-        elif seconds < _one_thread[self.size]:
-            _pause = FIRST_PAUSE
-            self.started = time.perf_counter()
-        else:
+            return
+        is_faster = seconds < _one_thread[self.size]
+        self.slow_steps = 0 if is_faster else self.slow_steps + 1
+        _pause = FIRST_PAUSE if is_faster else _pause
+        if self.slow_steps == 3 or seconds > 2 * _one_thread[self.size]:
             self.put_off()
             self.choose()
+        self.started = time.perf_counter()
 
 
 def _is_small(network: nn.Module) -> bool:

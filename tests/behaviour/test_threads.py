@@ -12,10 +12,10 @@ SMALL = nn.Linear(160, 640)
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only moves when told, two threads, and a short measurement that says that they pay."""
+    """A clock that only moves when told, two threads, and a short measurement that says that they need not wait."""
     now = [100.0]
     monkeypatch.setattr(threads.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(threads, "all_threads_pay", lambda most: True)
+    monkeypatch.setattr(threads, "threads_wait", lambda most: False)
     for name, value in {"_one_thread": {}, "_pause": threads.FIRST_PAUSE, "_next_trial": 0.0}.items():
         monkeypatch.setattr(threads, name, value)
     before = torch.get_num_threads()
@@ -47,6 +47,10 @@ def test_one_slow_step_is_enough_to_return_to_one_thread(clock):
     assert run(clock, 20, busy).count(2) == 1  # 0.6 s: tried once again after half a second
 
 
+def test_a_few_steps_that_are_not_faster_are_enough_too(clock):
+    assert run(clock, 8, {1: 0.03, 2: 0.04}) == [1, 2, 2, 2, 1, 1, 1, 1]
+
+
 def test_trials_become_rare_and_all_threads_come_back(clock):
     used = run(clock, 2000, {1: 0.03, 2: 0.4})  # a minute
     assert 5 <= used.count(2) <= 9
@@ -55,7 +59,7 @@ def test_trials_become_rare_and_all_threads_come_back(clock):
 
 
 def test_where_products_are_slower_no_step_is_tried(clock, monkeypatch):
-    monkeypatch.setattr(threads, "all_threads_pay", lambda most: False)
+    monkeypatch.setattr(threads, "threads_wait", lambda most: True)
     assert set(run(clock, 200, {1: 0.03, 2: 0.4})) == {1}
 
 
@@ -77,13 +81,13 @@ def test_the_number_can_be_fixed_and_is_restored_after_an_error(clock):
 
 
 def test_a_run_uses_it(clock, monkeypatch):
-    """A real run, in which the clock stands still: all threads are never faster, so every trial fails at once."""
+    """A real run, in which the clock stands still: all threads are never faster, so a trial fails after three steps."""
     used, inside = [], threads.step_done
     monkeypatch.setattr("fluxedu.sampling.pipeline.step_done", lambda: (used.append(torch.get_num_threads()), inside()))
-    adapted = fe.load()("a red circle", seed=1, steps=4, progress=False)
-    assert used == [1, 2, 1, 1]
+    adapted = fe.load()("a red circle", seed=1, steps=5, progress=False)
+    assert used == [1, 2, 2, 2, 1]
     with threads.fixed_threads():
-        fixed = fe.load()("a red circle", seed=1, steps=4, progress=False)
+        fixed = fe.load()("a red circle", seed=1, steps=5, progress=False)
     torch.testing.assert_close(adapted.latents, fixed.latents, rtol=1e-4, atol=1e-4)
 
 
@@ -99,7 +103,7 @@ def test_the_measurement_sees_two_threads_wait(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__matmul__", slow)
     before = torch.get_num_threads()
     try:
-        assert not threads.all_threads_pay(2)
+        assert threads.threads_wait(2)
         assert now[0] < 0.06
     finally:
         torch.set_num_threads(before)
