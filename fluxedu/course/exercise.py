@@ -44,15 +44,15 @@ class WrongAnswer:
 class Exercise:
     """One exercise of the course.
 
-    solution: a function or class whose docstring is the task
-    minutes, difficulty: how long it takes, and how hard it is, from 1 to 3
-    hints: three, each giving away more than the one before
-    cases: a function that returns the argument tuples to check with, always the same ones
-    call: ``(answer, *case) -> tensors``, for an answer that is not simply a function of the case
-    against: what the answer is compared with; None: the solution
-    tolerance: largest relative error, or 0 for equality
-    after: where the exercise stands in its notebook: below the one cell whose source contains this text (a heading,
-        say), or below the exercise of this name; not needed if a cell of the source names the exercise
+    - solution: a function or class whose docstring is the task
+    - minutes, difficulty: how long it takes, and how hard it is, from 1 to 3
+    - hints: three, each giving away more than the one before
+    - cases: a function that returns the argument tuples to check with, always the same ones
+    - call: ``(answer, *case) -> tensors``, for an answer that is not simply a function of the case
+    - against: what the answer is compared with; None: the solution
+    - tolerance: largest relative error, or 0 for equality
+    - after: where the exercise stands in its notebook: below the one cell whose source contains this text (a heading,
+      say), or below the exercise of this name; not needed if a cell of the source names the exercise
     """
 
     name: str
