@@ -72,7 +72,7 @@ train: $(STAMP) ## train the miniature from scratch
 	$(BIN)/fluxedu train --all
 
 docs: $(STAMP)  ## build the site into docs/_build/html, offline; check its links, its pages in a browser, every example in a docstring
-	@$(BIN)/python -c 'import furo, linkcheck, myst_nb, sphinx' 2>/dev/null || $(PIP) --quiet --editable ".[docs]"
+	@$(BIN)/python -c 'import furo, latex2mathml, linkcheck, myst_nb, sphinx' 2>/dev/null || $(PIP) --quiet --editable ".[docs]"
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build/html
 	$(BIN)/linkchecker --config docs/linkcheckerrc --no-status --quiet docs/_build/html/index.html
 	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules fluxedu tests/browser/test_site.py

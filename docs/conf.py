@@ -3,6 +3,9 @@
 import sys
 from pathlib import Path
 
+from docutils import nodes
+from latex2mathml import converter
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from made import course, pages  # noqa: E402 - after sys.path
@@ -24,6 +27,7 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": False}
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "fluxedu"
 html_static_path = ["_static"]
@@ -33,3 +37,18 @@ html_theme_options = {"source_repository": "", "top_of_page_buttons": []}
 # Sphinx reads only what is in this folder, so the notebooks are copied into it.
 course(HERE.parent / "notebooks", HERE / "notebooks")
 pages(HERE / "_made")
+
+
+def setup(app):
+    """Formulas become MathML, which browsers show without a script from the network."""
+
+    def formula(display):
+        def visit(translator, node):
+            tag = "div" if display == "block" else "span"
+            mathml = converter.convert(node.astext(), display=display)
+            translator.body.append(f'<{tag} class="math">{mathml}</{tag}>')
+            raise nodes.SkipNode
+
+        return visit, None
+
+    app.add_html_math_renderer("mathml", formula("inline"), formula("block"))
