@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 SITE = Path(__file__).parents[2] / "docs" / "_build" / "html"
-PAGES = ("index", "start", "architecture", "official", "faq", "recipes", "coming_from", "weights", "teaching",
-         "glossary", "api", *(f"notebooks/{path.stem}" for path in sorted((SITE / "notebooks").glob("[0-9]*.html"))))  # fmt: skip
+NOTEBOOKS = sorted((SITE / "notebooks").glob("[0-9]*.html"))
+PAGES = [*"index start architecture official faq recipes coming_from weights teaching glossary api".split()]
+PAGES += [f"notebooks/{path.stem}" for path in NOTEBOOKS]
 
 SEEN = """() => {
   const light = (colour) => {
