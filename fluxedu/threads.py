@@ -1,9 +1,9 @@
-"""How many of torch's threads pay right now.
+"""The number of torch's threads with which a run is fastest right now: all of the caller's, or one.
 
 Small matrix products run in well under a millisecond, and at the end of each all threads wait for the slowest. Beside a
 busy process one of them waits several milliseconds for its turn on a core: two threads on two cores are then ten times
-slower than one. So a run of a small model on the CPU begins with one thread, tries all of the caller's threads, keeps
-them while a step takes less time than with one, and tries again later.
+slower than one. So the first run of a small model on the CPU begins with one thread, then tries all of the caller's. It
+returns to one after a step that takes twice as long, or three in a row that are not faster, and tries again later.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _is_small(network: nn.Module) -> bool:
 
 @contextmanager
 def adapted_threads(network: nn.Module, size: Hashable = None) -> Iterator[None]:
-    """Inside the ``with``, torch runs with as many threads as pay; afterwards with the caller's number again.
+    """Inside the ``with``, torch runs with all of the caller's threads or with one, whichever is faster.
 
     size: whatever the time of one of the network's steps depends on. The loop inside calls :func:`step_done` after each
     step. The number stays as it is for a network with a weight of more than 2**21 numbers, for a compiled one (its code

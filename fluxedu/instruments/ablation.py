@@ -19,7 +19,7 @@ _BLOCK = re.compile(r"(double|single)\.(\*|\d+)")
 
 
 class ablate(intervene):  # noqa: N801 - used like a function
-    """Set the selected entries to 0 (or another number; or ``to="mean"``, the mean over all tokens of the value).
+    """Replace the selected entries by ``to``: 0, another number, or ``"mean"``, the mean over all tokens of the value.
 
     A whole block is ``"double.1"`` or ``"single.*"``: it then adds nothing to the residual stream. selection: steps,
     times, passes, streams, tokens, queries and heads, as for :class:`intervene`. At ``attn.map``, the selected keys are

@@ -104,9 +104,9 @@ class intervene(Instrument):  # noqa: N801 - used like a function
 
         with fe.intervene("single.3.x", lambda x, ctx: 0 * x, streams="img", tokens=fe.region(box=(0, 0, 0.5, 1))): ...
 
-    Under classifier-free guidance, only the prompted pass is changed (``passes="prompted"``), also while the prompts
-    are encoded; ``"negative"`` or ``"both"`` change the other, and a site of one pass, such as ``sample.negative``, is
-    changed if it is named.
+    Under classifier-free guidance, by default only the prompted pass is changed, including the encoding of its text;
+    ``passes="negative"`` or ``"both"`` select otherwise. A site of one pass, such as ``sample.negative``, is changed
+    whatever ``passes`` says.
 
     The result must have the value's shape and dtype; ``change`` may write to the value, which is a copy. At
     ``attn.map`` it receives the lazy map and returns a map or a tensor ``[B, H, N, N]``. Random numbers from
@@ -261,7 +261,8 @@ class patch(intervene):  # noqa: N801 - used like a function
 
     source: an unreduced recording of one run, or a single value (a tensor or :class:`Named`) for all steps. From a
     recording, each step uses the value recorded at the same step; at a text encoder, the n-th prompt uses the n-th
-    recorded value. A value of one pass of classifier-free guidance is used for both. selection: steps, times, passes,
+    recorded value. If it has only one pass of classifier-free guidance, its value is used in every
+    selected pass. selection: steps, times, passes,
     streams, tokens, queries and heads, as for :class:`intervene`::
 
         with fe.patch("single.3.x", rec, streams="img", steps=slice(3, 7)): ...  # only the image tokens

@@ -1,16 +1,19 @@
 """Selection: the part of a value that an instrument records or changes.
 
-The same arguments mean the same on ``record``, ``intervene``, ``ablate`` and ``patch``:
+The arguments mean the same on ``record``, ``intervene``, ``ablate`` and ``patch``; only the defaults of passes and
+queries differ:
 
-- steps, times: which steps, by their number (an index, a list, a slice) or by their time, (from, to) in [0, 1], 1 is
-  noise. What happens outside of the steps is recorded in any case, and changed only without these arguments.
-- passes: "prompted", "negative" or "both", the passes of classifier-free guidance; by default a recorder records both,
-  and an intervention changes the prompted one.
+- steps, times: which steps, by their number (an index, a list, a slice) or by their time: two ends in [0, 1], both
+  included, where 1 is noise. Values that are computed before or after sampling (by text encoders and the autoencoder)
+  are always recorded; interventions change them only if neither argument is given.
+- passes: "prompted", "negative" or "both", the passes of classifier-free guidance. By default a recorder records both,
+  but only the prompted one if tokens or queries have words; an intervention changes the prompted one.
 - streams: "img" or "txt". At an attention map, the stream of the keys.
 - tokens: words of the prompt, indices, regions of the image (``fe.region``), or a list of them. An index counts the
   tokens of the stream in ``streams=``, or else those of the site itself: at a joint site, text comes first. At an
   attention map they are keys.
-- queries: words, indices, regions or a stream: which queries of an attention map.
+- queries: words, indices, regions or a stream: which queries of an attention map. By default all; for a recorder with
+  tokens, those of the image.
 - heads: which heads.
 """
 

@@ -34,14 +34,14 @@ class Region:
 
 
 def region(box: Sequence[float] | None = None, mask: Picture | None = None) -> Region:
-    """A part of the image, for ``tokens=`` and ``queries=``: the tokens of which at least half of the area lies in it.
+    """A part of the image, for ``tokens=`` and ``queries=``: the tokens whose patch lies at least half inside.
 
     box: (left, top, right, bottom) as fractions of the image, from 0 to 1 · mask: a PIL image, or an array or tensor
     ``[h, w]`` of any size, white or 1 inside, which covers the whole image. Give one of the two; InstrumentError
     otherwise.
 
     >>> import fluxedu as fe
-    >>> fe.region(box=(0, 0, 0.5, 1)).tokens((4, 4))  # the left half of 2 x 2 tokens
+    >>> fe.region(box=(0, 0, 0.5, 1)).tokens((4, 4))  # 4 x 4 latent cells are 2 x 2 tokens; the left ones
     [0, 2]
     """
     if (box is None) == (mask is None):

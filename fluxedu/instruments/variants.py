@@ -18,13 +18,13 @@ Variant = intervene | Sequence[intervene]
 def ablate_each(
     pipe: FluxPipeline, interventions: Sequence[Variant], prompt: str | Conditioning, *, seed: int = 0, **options
 ) -> Output:
-    """One image per entry of ``interventions``, which changes only this image; the entry is an intervention or a list::
+    """One image per entry, an intervention or a list of them, which applies to this image only::
 
         heads = [fe.ablate("double.1.heads", heads=[h]) for h in range(5)]
         out = fe.ablate_each(pipe, [[], *heads], "a red circle", seed=4)  # out.images[0] is unchanged
 
-    The variants are the images of one call: several are computed at once, with the same numbers, up to rounding, as one
-    by one. A recorder receives variant i as image i. options: arguments of the pipeline, such as ``steps`` and
+    All variants share the prompt and the seed. Several are computed at once, with the same numbers, up to rounding, as
+    one by one. A recorder receives variant i as image i. options: arguments of the pipeline, such as ``steps`` and
     ``batch``. Raises InstrumentError for entries that are no interventions, that are listed twice, or that would change
     a text encoder, whose result all variants share.
     """

@@ -1,4 +1,4 @@
-"""The terms of a layer's output, which are computed only for instruments: of attention, of the MLP, of each head.
+"""The terms that attention, the MLP and each head add to a layer's output; computed only if an instrument needs them.
 
 ``linear2([a, b]) = W_a a + W_b b + bias``: every group of input channels contributes a term of its own.
 """
@@ -18,7 +18,7 @@ from fluxedu.probe import Probed
 def share(
     total: Tensor | float, term: Callable[[], Tensor], block: Probed, site: str
 ) -> tuple[Tensor | float, Callable[[], Tensor]]:
-    """One term of a sum passes ``block``'s ``site``; its change (new - old) is added to ``total``.
+    """Send one term of a sum through ``block``'s ``site``, and add its change (new - old) to ``total``.
 
     The term, ``[B, N, D]`` or of each head ``[B, H, N, D]``, is computed only if it is watched. Returns the total and a
     function that returns the term.
@@ -43,7 +43,7 @@ def linear_share(linear: nn.Linear, x: Tensor, first: int = 0) -> Tensor:
 
 
 def head_changes(linear: nn.Linear, attn: Tensor, gate: Tensor, block: Probed, site: str) -> Tensor | float:
-    """What each head adds to the residual stream passes ``block``'s ``site``; returns the sum of all changes there.
+    """Send what each head adds to the residual stream through ``block``'s ``site``; returns the sum of all changes.
 
     It is the gate ``[B, 1, D]`` times the head's part of the projection ``linear``: ``attn [B, N, D] -> [B, H, N, D]``;
     the sum over heads is ``gate * linear(attn)`` without the bias.

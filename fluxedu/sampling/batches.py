@@ -33,9 +33,9 @@ def batch_size(
 ) -> int:
     """The number of images to compute at once, ``batch`` itself or a default; raises RequestError.
 
-    By default one while an intervention is active, because a function that keeps a value from one site for the next
-    would keep that of another image; else as many as ``TOKENS_ON_CPU`` allow on a CPU, and on a GPU as many as fit in
-    its free memory. There, images with gradients are computed one at a time: the size of their graph is not known.
+    By default one while an intervention applies to all images, because a function that keeps a value from one site for
+    the next would keep that of another image; else as many as ``TOKENS_ON_CPU`` allow on a CPU, and on a GPU as many as
+    fit in its free memory. There, images with gradients are computed one at a time: the size of their graph is unknown.
     """
     count, passes = len(requests), 2 if requests[0].uses_cfg else 1
     if batch is not None:

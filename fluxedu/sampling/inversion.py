@@ -36,16 +36,17 @@ def invert(
     """The noise ``[B, C, h, w]`` from which the pipeline generates ``picture``, or several, ``[B, 3, H, W]``::
 
         noise = fe.invert(pipe, photo, prompt, steps=20, guidance=1.0)
-        pipe(prompt, latents=noise, steps=20, guidance=1.0).images[0]  # the photo again
+        pipe(prompt, latents=noise, steps=20, guidance=1.0).images[0]  # nearly the photo
 
-    options: arguments of the pipeline, the same in both calls, such as ``steps`` and ``guidance`` · rounds: number of
-    model evaluations per step · trajectory: return ``(noise, trajectory)``, all states from the noise to the picture.
+    options: arguments of the pipeline, the same in both calls, such as ``steps`` and ``guidance`` · rounds: of the
+    fixed-point iteration in each step, one model evaluation each · trajectory: return ``(noise, trajectory)``, all
+    states from the noise to the picture.
 
     The picture is resized to whole patches (a photo is scaled down as in image-to-image) and encoded. The round trip is
-    not exact, since a step is undone only up to the error of the iteration. The miniature, at ``guidance=1.0``, returns
-    to the latent of a rendered scene within 3 % of its norm in 8 steps, 1.6 % in 20 and 0.5 % in 50; at its own
-    guidance scale, within 14 %, 3.3 % and 1 %. More
-    ``rounds`` help from about 20 steps on; with few steps and strong guidance, the iteration may diverge.
+    not exact, since each step is undone by an iteration. The miniature, at ``guidance=1.0``, returns to the latent of a
+    rendered scene within 3 % of its norm in 8 steps, 1.6 % in 20 and 0.5 % in 50; at its own guidance scale, within
+    14 %, 3.3 % and 1 %. More ``rounds`` help from about 20 steps on; with few steps and strong guidance, the iteration
+    may diverge.
 
     Raises RequestError for an argument that has no meaning here, such as ``solver``: the steps are Euler's.
     """
