@@ -23,8 +23,8 @@ class ablate(intervene):  # noqa: N801 - used like a function
 
     A whole block is ``"double.1"`` or ``"single.*"``: it then adds nothing to the residual stream. selection: steps,
     times, passes, streams, tokens, queries and heads, as for :class:`intervene`. At ``attn.map``, the selected keys are
-    hidden from the selected queries, by default from all: their scores become minus infinity, inside the fused kernel,
-    so that every row still sums to 1::
+    hidden from the selected queries, by default from all: their scores become minus infinity inside the fused kernel
+    (not at ``attn.scores``, which comes before), so that every row still sums to 1::
 
         with fe.ablate("double.1.heads", heads=[2]): ...
         with fe.ablate("*.attn.map", tokens=["red"], queries="img"): ...        # hide a word from the image tokens

@@ -1,5 +1,7 @@
 """fe.invert: the noise that leads to a picture."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -92,3 +94,14 @@ def test_it_converges_to_the_noise_of_a_run(make_pipe):
 def test_what_is_refused(arguments, message, nano):
     with pytest.raises(RequestError, match=message):
         fe.invert(nano, **{"picture": PHOTO, "prompt": PROMPT, "progress": False} | arguments)
+
+
+def test_an_inversion_that_does_not_converge_warns():
+    """Seed 3 of the miniature in 8 steps, whose picture does not come back; in 20 steps it does."""
+    pipe, prompt = fe.load(), "a red circle left of a blue square"
+    picture = pipe(prompt, seed=3, progress=False).images[0]
+    with pytest.warns(RuntimeWarning, match="the inversion did not converge"):
+        fe.invert(pipe, picture, prompt, steps=8, guidance=1.0, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fe.invert(pipe, picture, prompt, steps=20, guidance=1.0, progress=False)
