@@ -44,11 +44,11 @@ def invert(
     fixed-point iteration in each step, one model evaluation each · trajectory: return ``(noise, trajectory)``, all
     states from the noise to the picture.
 
-    The picture is resized to whole patches (a photo is scaled down as in image-to-image) and encoded. The round trip is
-    not exact, since each step is undone by an iteration. Where it converges, the miniature at ``guidance=1.0`` returns
-    to the picture's latent within 3 % of its norm in 8 steps, 2 % in 20 and 1 % in 50. It does not always: for generated
-    pictures of six seeds, it did for four in 20 steps and for none in 8. Then a warning says so, and the error may be as
-    large as the picture. More steps and a guidance scale of 1 help.
+    The picture is resized to whole patches (a photo is scaled down as in image-to-image) and encoded. The round trip
+    is not exact, since each step is undone by an iteration. Where it converges, the miniature at ``guidance=1.0``
+    returns to the picture's latent within 3 % of its norm in 8 steps, 2 % in 20 and 1 % in 50. It does not always: for
+    generated pictures of six seeds, it did for four in 20 steps and for none in 8. Then a warning says so, and the
+    error may be as large as the picture. More steps and a guidance scale of 1 help.
 
     Raises RequestError for an argument that has no meaning here, such as ``solver``: the steps are Euler's.
     """
