@@ -78,7 +78,8 @@ class _Loop:
         if self.slow_steps == 3 or seconds > 2 * _one_thread[self.size]:
             self.put_off()
             self.choose()
-        self.started = time.perf_counter()
+        else:
+            self.started = time.perf_counter()
 
 
 def _is_small(network: nn.Module) -> bool:

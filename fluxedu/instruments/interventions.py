@@ -166,7 +166,7 @@ class intervene(Instrument):  # noqa: N801 - used like a function
         if result is value or mask is None:
             return result
         old, new = (x.weights() if isinstance(x, AttentionMap) else x for x in (value, result))
-        return torch.where(mask, new, old.to(new.dtype))
+        return checked_result(torch.where(mask, new, old.to(new.dtype)), value, ctx.site)
 
     def _is_in_step(self, context: StepContext | None, site: str) -> bool:
         if context is None or context.step is None:
