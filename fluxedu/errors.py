@@ -68,6 +68,10 @@ class ArenaError(FluxeduError):
     """A match, vote or contestant that does not exist or is malformed."""
 
 
+class VotesFileError(ArenaError):
+    """A file of votes that cannot be read or written, such as one on a full disk."""
+
+
 class SweepError(FluxeduError):
     """A sweep that cannot be run as it is described."""
 

@@ -1,7 +1,8 @@
-"""``fluxedu arena run | serve | table | export``."""
+"""``fluxedu arena run | serve | table | voters | drop | export``."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -75,17 +76,27 @@ def serve(
     prompts: Prompts = 20,
     pictures: Pictures = None,
     seed: int = 0,
+    no_code: Annotated[bool, typer.Option("--no-code", help="Let everybody vote who can reach the page.")] = False,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Also answer at this name, such as that of a proxy; may be repeated.")
+    ] = None,
 ) -> None:
-    """Let a class vote in the browser. All images are generated first. Ctrl-C stops the server; no vote is lost."""
+    """Let a class vote in the browser. All images are generated first. Ctrl-C stops the server; no vote is lost.
+
+    The printed link contains a class code, without which nobody can vote.
+    """
     from fluxedu.arena.match import Arena
     from fluxedu.arena.server import create_server
 
     with report_errors():
         axes = _axes(axis)
         arena = Arena(models, votes, prompts=prompts, folder=pictures, seed=seed)
-        with create_server(arena, host, port, axes) as server:  # before the images, which take minutes
+        code = "" if no_code else None  # None: a random one
+        with create_server(
+            arena, host, port, axes, code=code, allowed_hosts=allow_host or ()
+        ) as server:  # before the images, which take minutes
             arena.prepare(axes)
-            typer.echo(f"voting at {server.url}")
+            typer.echo(f"voting at {server.url}" + (f" (class code: {server.code})" if server.code else ""))
             try:
                 server.serve_forever()
             except KeyboardInterrupt:
@@ -123,6 +134,32 @@ def table(
             elo(rows[first], AXES[first].title).savefig(figures / "overall.png", dpi=150)
             elo_axes({AXES[name].title: row for name, row in rows.items()}).savefig(figures / "axes.png", dpi=150)
             typer.echo(f"wrote {figures / 'overall.png'} and {figures / 'axes.png'}")
+
+
+@app.command(epilog="Example: fluxedu arena voters --votes votes.sqlite")
+def voters(votes: File = Path("votes.sqlite")) -> None:
+    """List the voters with their numbers of votes, most votes first."""
+    with report_errors():
+        typer.echo(f"{'voter':<40}  votes  first vote        last vote")
+        for row in _open_votes(votes).voters():
+            first, last = (
+                "-" if row[key] is None else f"{datetime.fromtimestamp(row[key]):%Y-%m-%d %H:%M}"
+                for key in ("first", "last")
+            )
+            dropped = "  dropped" if row["dropped"] else ""
+            typer.echo(f"{row['voter']:<40}  {row['votes']:>5}  {first:<16}  {last:<16}{dropped}")
+
+
+@app.command(epilog="Example: fluxedu arena drop voter-1a2b3c4d --votes votes.sqlite")
+def drop(
+    voter: Annotated[str, typer.Argument(help="The name, as fluxedu arena voters prints it.")],
+    votes: File = Path("votes.sqlite"),
+    undo: Annotated[bool, typer.Option("--undo", help="Count the votes of this voter again.")] = False,
+) -> None:
+    """Leave a voter's votes out of all ratings; they stay in the file. A running server notices at once."""
+    with report_errors():
+        number = _open_votes(votes).drop(voter, undo)
+        typer.echo(f"{number} votes of {voter} {'count again' if undo else 'no longer count'}")
 
 
 @app.command(epilog="Example: fluxedu arena export votes.csv --votes votes.sqlite")

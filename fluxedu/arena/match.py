@@ -226,7 +226,7 @@ class Arena:
         who = JUDGE if voter == JUDGE else "people"
         rng = np.random.default_rng([self.seed, self.votes.issued()])
         pending = [(a, b, 1, n) for a, b, n in self.votes.pending(axis, who) if {a, b} <= set(self.names)]
-        tables = (tally(self.names, votes) for votes in (self._outcomes(axis, who), pending))
+        tables = (tally(self.names, votes) for votes in (self.outcomes(axis, who), pending))
         wins, on_screen = (win_matrix(rows, len(self.names)) for rows in tables)
         for i, j in rank_pairs(wins, rng, on_screen):
             left, right = self.names[i], self.names[j]
@@ -266,9 +266,9 @@ class Arena:
 
     def ratings(self, axis: str = "overall", who: str = "all", **options) -> Ratings:
         """Elo on an axis from the votes of ``judge``, ``people`` or ``all``; options as for :func:`rate`."""
-        return rate(self.names, self._outcomes(axis, who), **options)
+        return rate(self.names, self.outcomes(axis, who), **options)
 
-    def _outcomes(self, axis: str, who: str) -> list[tuple[str, str, float, int]]:
+    def outcomes(self, axis: str, who: str = "all") -> list[tuple[str, str, float, int]]:
         """Votes on the present contestants; the file may contain others."""
         return [vote for vote in self.votes.outcomes(axis, who) if {vote[0], vote[1]} <= set(self.names)]
 

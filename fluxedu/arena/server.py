@@ -3,13 +3,19 @@
     fluxedu arena serve nano nano@4 --votes votes.sqlite --host 0.0.0.0
     arena.booth(a)
 
-The server answers five requests, and no path leads to a file:
+The server answers seven requests, and no path leads to a file:
 
     GET  /                         the page, with its script and style; it loads nothing from elsewhere
+    POST /join                     {code, voter} -> {voter}, and a cookie that makes this browser this voter
+    POST /ballot                   {axis} -> {id, question, prompt, left, right}, without the models' names
+    POST /vote                     {ballot, choice} -> {counted}
     GET  /picture/BALLOT/left      the left side of an issued ballot as a PNG
     GET  /ratings                  the ratings from people's votes so far, by axis
-    POST /ballot                   {voter, axis} -> {id, question, prompt, left, right}, without the models' names
-    POST /vote                     {voter, ballot, choice} -> {counted}
+    GET  /voters                   the voters and their numbers of votes
+
+Only the page is answered without the cookie, and ``/join`` gives it only to those who know the class code. A page of
+another site cannot make a student's browser vote or read: requests must name one of the server's own addresses as their
+Host, and come from its own page.
 """
 
 from __future__ import annotations
@@ -17,138 +23,218 @@ from __future__ import annotations
 import io
 import json
 import re
+import secrets
+import socket
 from collections.abc import Sequence
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from email.message import Message
+from functools import lru_cache
 from importlib import resources
 
 import numpy as np
 from PIL import Image
 
+from fluxedu.arena.limits import Limit, LimitedHandler, LimitedServer, Refused
 from fluxedu.arena.match import Arena, contact_sheet
-from fluxedu.arena.votes import AXES, JUDGE, check_voter
-from fluxedu.errors import ArenaError, check_choice, describe
+from fluxedu.arena.rating import rate
+from fluxedu.arena.votes import AXES, check_person
+from fluxedu.errors import ArenaError, VotesFileError, check_choice, describe
+from fluxedu.files import read_json
 from fluxedu.widgets.explorer import Explorer, View, Vote
 from fluxedu.widgets.panels import Pixels
 
-MAX_BODY = 4096  # bytes of a request
-_PICTURE = re.compile(r"/picture/([\w-]{1,40})/(left|right)")
+LETTERS = "ABCDEFGHJKLMNPQRTUVWXYZ"  # of a class code; none looks like a digit
+WRONG_CODES = (30, 600)  # per address, in so many seconds: 6 letters are one of 148 million
+NEW_VOTERS = (200, 3600)  # per address and hour; a class behind one router shares an address
+VOTES = (300, 3600)  # per voter and hour
+_NO_PORT = re.compile(r":\d+$")
+_PICTURE = re.compile(r"/picture/([\w-]{1,40})/(left|right)", re.ASCII)
 
 
 # ---------------------------------------------------------------- the web server
 
 
-class Server(ThreadingHTTPServer):
-    """An arena at an address, with ballots on ``axes``."""
+class Server(LimitedServer):
+    """An arena at an address, with ballots on ``axes``, for those who know ``code`` (everybody, if it is empty)."""
 
-    daemon_threads = True
-    request_queue_size = 128  # a whole class opens the page at the same time
-
-    def __init__(self, arena: Arena, address: tuple[str, int], axes: tuple[str, ...]):
-        self.arena, self.axes = arena, axes
-        super().__init__(address, Handler)
+    def __init__(self, arena: Arena, host: str, port: int, axes: tuple[str, ...], code: str, names: Sequence[str]):
+        super().__init__(host, port, Handler)
+        self.arena, self.axes, self.code = arena, axes, code
+        self.host, self.port = host.lower(), self.server_address[1]
+        self.further_names = {name.lower() for name in names}
+        self.wrong_codes, self.new_voters, self.votes_given = Limit(*WRONG_CODES), Limit(*NEW_VOTERS), Limit(*VOTES)
 
     @property
     def url(self) -> str:
-        """The address to open in a browser."""
-        return "http://{}:{}/".format(*self.server_address[:2])
+        """The address to open in a browser, with the class code; for 0.0.0.0, that of this machine in its network."""
+        host = _own_address() if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{_in_url(host)}:{self.port}/" + (f"#{self.code}" if self.code else "")
+
+    def check_sender(self, headers: Message, path: str, address: str) -> None:
+        """Raise Refused unless a request names this server as its Host and comes from its own page, or from no page.
+
+        address: the one of this machine at which the request arrived
+        """
+        host = headers.get("Host", "").lower()
+        names = {"localhost", "127.0.0.1", "[::1]", _in_url(self.host), _in_url(address)}
+        own = {f"{name}:{self.port}" for name in names} | (names if self.port == 80 else set())
+        if len(headers.get_all("Host", [])) != 1 or not (host in own or _NO_PORT.sub("", host) in self.further_names):
+            here = self.url.partition("#")[0]
+            raise Refused(403, f"this server is at {here}, not at {describe(host)}; --allow-host NAME adds a name.")
+        opened = (path, headers.get("Sec-Fetch-Mode")) == ("/", "navigate")  # by a link on any page
+        foreign = headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none") and not opened
+        if foreign or headers.get("Origin", f"http://{host}") not in (f"http://{host}", f"https://{host}"):
+            raise Refused(403, "a page of another site may not use this server.")
+
+    def check_code(self, given, client: str) -> None:
+        """Raise Refused unless ``given`` is the class code."""
+        if not given:
+            raise Refused(403, "enter the class code, which your teacher has.")
+        if not self.wrong_codes.spend(client):
+            raise Refused(429, "there have been too many wrong codes from your address; try again in ten minutes.")
+        text = "".join(str(given).split()).upper()
+        if not secrets.compare_digest(text.encode(errors="replace"), self.code.encode()):
+            raise Refused(403, f"{describe(text)} is not the class code.")
+        self.wrong_codes.refund(client)
 
 
-def create_server(
-    arena: Arena, host: str = "127.0.0.1", port: int = 8765, axes: tuple[str, ...] = tuple(AXES)
-) -> Server:
-    """A server that has its port (0: any free one); call ``serve_forever()`` to run it."""
-    for axis in axes:
-        arena.questions(axis)  # raises ArenaError if there is no such axis
-    try:
-        return Server(arena, (host, port), axes)
-    except (OSError, OverflowError) as error:
-        raise ArenaError(f"{host}:{port} cannot be served: {error}.") from None
+class Handler(LimitedHandler):
+    """Answers a request; only the paths listed above exist."""
 
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers the requests of one connection; only the paths listed above exist."""
-
-    protocol_version = "HTTP/1.1"
-    timeout = 30  # seconds after which a silent connection is closed
     server: Server
 
-    def do_GET(self) -> None:
-        picture = _PICTURE.fullmatch(self.path)
-        if self.path == "/":
-            self._send(page(self.server.axes).encode(), "text/html; charset=utf-8")
-        elif picture:
-            self._answer(lambda: self._picture(*picture.groups()), "image/png")
-        elif self.path == "/ratings":
-            self._answer(self._ratings)
-        else:
-            self._answer(self._not_found)
-
-    def do_POST(self) -> None:
-        self._answer({"/ballot": self._ballot, "/vote": self._vote}.get(self.path, self._not_found))
-
-    def _answer(self, respond, kind: str = "application/json") -> None:
-        """Send what ``respond()`` returns, or the message of the error that it raises."""
+    def answer(self, body: bytes) -> None:
+        arena, axes, path = self.server.arena, self.server.axes, self.path.partition("?")[0]
+        self.server.check_sender(self.headers, path, self.connection.getsockname()[0])
+        picture = _PICTURE.fullmatch(path)
         try:
-            body = respond()
+            match self.command, path:
+                case "GET", "/":
+                    self.send(page(axes).encode(), "text/html; charset=utf-8")
+                case "POST", "/join":
+                    self._join(_json_object(body))
+                case "POST", "/ballot":
+                    self._send_json(self._ballot(self._voter(), _json_object(body)))
+                case "POST", "/vote":
+                    self._send_json(self._vote(self._voter(), _json_object(body)))
+                case "GET", "/ratings" if self._voter():
+                    ratings = {axis: _rows(arena.names, tuple(arena.outcomes(axis, "people"))) for axis in axes}
+                    self._send_json(ratings)
+                case "GET", "/voters" if self._voter():
+                    rows = arena.votes.voters()
+                    self._send_json([{key: row[key] for key in ("voter", "votes", "dropped")} for row in rows])
+                case "GET", _ if picture and self._voter():
+                    self.send(self._picture(*picture.groups()), "image/png")
+                case _:
+                    raise Refused(404, f"there is nothing at {describe(path)}.")
+        except VotesFileError as error:  # the voter learns that nothing is stored, and the teacher why
+            self.server.warn(str(error))
+            raise Refused(503, "votes cannot be stored at the moment; tell your teacher, and try again.") from None
         except ArenaError as error:
-            self._send(json.dumps({"error": str(error)}).encode(), "application/json", HTTPStatus.BAD_REQUEST)
-        else:
-            self._send(body if isinstance(body, bytes) else json.dumps(body).encode(), kind)
+            raise Refused(400, str(error)) from None
 
-    def _send(self, body: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.end_headers()
-        self.wfile.write(body)
+    def _send_json(self, value, **headers: str) -> None:
+        self.send(json.dumps(value).encode(), **headers)
 
-    def log_message(self, *_) -> None:
-        """Prints nothing: the file of votes is the log."""
+    def _cookie_holder(self) -> str | None:
+        cookie = re.search(rf"(?:^|; ?)fluxedu_{self.server.port}=([\w-]+)", self.headers.get("Cookie", ""))
+        return self.server.arena.votes.holder(cookie[1]) if cookie else None
 
-    def _body(self) -> dict:
-        """The request's JSON object; raises ArenaError for anything else, and for more than MAX_BODY bytes."""
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > MAX_BODY:
-            self.close_connection = True  # the unread rest would be taken for the next request
-            raise ArenaError(f"a request must be a JSON object of at most {MAX_BODY} bytes.")
-        try:
-            body = json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError):
-            body = None
-        if not isinstance(body, dict):
-            raise ArenaError("a request must be a JSON object.")
-        if body.get("voter") == JUDGE:
-            raise ArenaError("the judge does not vote in a browser; choose another name.")
-        return body
+    def _voter(self) -> str:
+        voter = self._cookie_holder()
+        if voter is None:
+            raise Refused(401, "enter the class code first.")
+        return voter
 
-    def _not_found(self) -> dict:
-        if self.command == "POST":
-            self._body()
-        raise ArenaError(f"there is nothing at {describe(self.path)}.")
+    def _join(self, body: dict) -> None:
+        voter = self._cookie_holder()
+        if voter is not None:
+            return self._send_json({"voter": voter})
+        if self.server.code:
+            self.server.check_code(body.get("code"), self.client)
+        if not self.server.new_voters.spend(self.client):
+            raise Refused(429, f"no more than {NEW_VOTERS[0]} voters may join from one address within an hour.")
+        voter, token = self.server.arena.votes.join(body.get("voter") or f"voter-{secrets.token_hex(4)}")
+        cookie = f"fluxedu_{self.server.port}={token}; Path=/; Max-Age=2592000; HttpOnly; SameSite=Strict"
+        self._send_json({"voter": voter}, **{"Set-Cookie": cookie})
 
-    def _ballot(self) -> dict:
-        body = self._body()
+    def _ballot(self, voter: str, body: dict) -> dict:
         axis = check_choice("axis", body.get("axis", self.server.axes[0]), self.server.axes, error=ArenaError)
-        ballot = self.server.arena.ballot(body.get("voter", ""), axis)
+        ballot = self.server.arena.ballot(voter, axis)
         sides = {side: f"/picture/{ballot.id}/{side}" for side in ("left", "right")}
         return {"id": ballot.id, "prompt": ballot.prompt, "question": AXES[axis].question, **sides}
 
-    def _vote(self) -> dict:
-        body = self._body()
-        return {"counted": self.server.arena.vote(body.get("ballot"), body.get("choice"), body.get("voter", ""))}
+    def _vote(self, voter: str, body: dict) -> dict:
+        counted = False
+        if not self.server.votes_given.spend(voter):
+            raise Refused(429, f"a voter has {VOTES[0]} votes within an hour; go on later.")
+        try:
+            counted = self.server.arena.vote(body.get("ballot"), body.get("choice"), voter)
+        finally:
+            if not counted:  # sent again, or refused
+                self.server.votes_given.refund(voter)
+        return {"counted": counted}
 
     def _picture(self, ballot: str, side: str) -> bytes:
         arena, png = self.server.arena, io.BytesIO()
         contact_sheet(arena.side(arena.votes.ballot(ballot), side)).save(png, format="PNG")
         return png.getvalue()
 
-    def _ratings(self) -> dict:
-        return {axis: self.server.arena.ratings(axis, "people").rows() for axis in self.server.axes}
+
+@lru_cache(maxsize=64)
+def _rows(names: tuple[str, ...], outcomes: tuple) -> dict:
+    return rate(names, outcomes).rows()  # a tenth of a second, so it is not repeated for every visitor
 
 
+def _json_object(body: bytes) -> dict:
+    try:
+        value = read_json(body)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ArenaError("a request must be a JSON object.")
+    return value
+
+
+def _in_url(host: str) -> str:
+    host = host.partition("%")[0].removeprefix("::ffff:")
+    return f"[{host}]" if ":" in host else host
+
+
+def _own_address() -> str:
+    """This machine's address in its network; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # an address for documentation (RFC 5737)
+        except OSError:  # there is no network
+            return "localhost"
+        return probe.getsockname()[0]
+
+
+def create_server(
+    arena: Arena,
+    host: str = "127.0.0.1",
+    port: int = 8765,
+    axes: tuple[str, ...] = tuple(AXES),
+    *,
+    code: str | None = None,
+    allowed_hosts: Sequence[str] = (),
+) -> Server:
+    """A server that has its port (0: any free one); call ``serve_forever()`` to run it.
+
+    code: what voters must know to join; None chooses six random letters, "" lets everybody in · allowed_hosts: further
+    names under which browsers reach the server, such as that of a proxy
+    """
+    for axis in axes:
+        arena.questions(axis)  # raises ArenaError if there is no such axis
+    if code is None:
+        code = "".join(secrets.choice(LETTERS) for _ in range(6))
+    try:
+        return Server(arena, host, port, axes, code.upper(), allowed_hosts)
+    except (OSError, OverflowError) as error:
+        raise ArenaError(f"{host}:{port} cannot be served: {error}.") from None
+
+
+@lru_cache
 def page(axes: tuple[str, ...]) -> str:
     """The web page, offering these axes."""
     text = resources.files("fluxedu.arena").joinpath("page.html").read_text(encoding="utf-8")
@@ -174,7 +260,7 @@ class Booth(Explorer):
     """A widget for voting; ``booth.set(vote="left")`` votes from code. It never shows which model is which."""
 
     def __init__(self, arena: Arena, voter: str, axis: str):
-        self.arena, self.voter, self.axis, self.votes_given = arena, check_voter(voter), axis, 0
+        self.arena, self.voter, self.axis, self.votes_given = arena, check_person(voter), axis, 0
         self._next_ballot()
         controls = [Vote("vote", "vote", ANSWERS, (0, 0))]
         super().__init__(f"The arena: {AXES[axis].title}", controls, lambda vote: self.current)

@@ -3,6 +3,9 @@
 A ballot records which two models' images a voter was shown, and on which axis. A vote answers a ballot that was issued
 to this voter. The ballot's id is the vote's primary key, so a second vote on it cannot be stored. The file is in WAL
 mode with full synchronisation: a vote is on the disk before the voter is told that it counts.
+
+A voter who joins on the web page gets a secret token, of which the file holds the hash. The votes of a dropped voter
+stay in the file, and do not count.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ import secrets
 import sqlite3
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 
-from fluxedu.errors import ArenaError, check_choice, describe
+from fluxedu.errors import ArenaError, VotesFileError, check_choice, describe
 from fluxedu.files import write_text
 
 CHOICES = {"left": 1.0, "right": 0.0, "tie": 0.5}  # the left model's share of the win
@@ -30,6 +35,7 @@ WHOSE = {"judge": f"voter = '{JUDGE}'", "people": f"voter != '{JUDGE}'", "all": 
 PATIENCE = 600.0  # seconds after which an open ballot no longer counts as pending
 APPLICATION_ID = 0x666C7861  # "flxa", which marks the SQLite file as ours
 _VOTER = re.compile(r"\w[\w .-]{0,39}")  # excludes names that a spreadsheet would read as a formula
+_LOOKALIKES = str.maketrans("јϳսυԁɗɡցеєҽаӏоοр", "jjuuddggeeealoop")  # Cyrillic, Greek, Armenian, phonetic
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,9 @@ CREATE TABLE votes (
 ) STRICT;
 CREATE INDEX ballots_of_an_axis ON ballots (axis, voter);
 """
+_VOTERS = """CREATE TABLE IF NOT EXISTS voters (
+    name TEXT PRIMARY KEY, token TEXT UNIQUE, joined REAL, dropped REAL
+) STRICT"""  # names without a token vote in a notebook; dropped: when, or NULL
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,12 @@ class Ballot:
 
 
 _BALLOT = ", ".join(Ballot.__dataclass_fields__)  # the columns of a ballot, for SELECT
+_VOTES_BY_VOTER = """voter, count(choice) AS votes, min(given) AS first, max(given) AS last, dropped
+    FROM ballots LEFT JOIN votes ON ballot = id LEFT JOIN voters ON name = voter GROUP BY voter ORDER BY 2 DESC, 1"""
+
+
+def _hash(token: str) -> str:
+    return sha256(token.encode()).hexdigest()
 
 
 def check_axis(axis: str) -> str:
@@ -87,17 +102,33 @@ def check_axis(axis: str) -> str:
     return check_choice("axis", axis, AXES, error=ArenaError)
 
 
+def name_key(name: str) -> str:
+    """What names that look the same share: without case, accents, spaces, punctuation and invisible characters."""
+    decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKC", name).casefold().translate(_LOOKALIKES))
+    return "".join(character for character in decomposed if character.isalnum())
+
+
 def check_voter(voter: str) -> str:
-    """``voter`` if it is a name that is safe in a table; raises ArenaError otherwise."""
+    """``voter`` if it is a name that is safe in a table, or the judge's; raises ArenaError otherwise."""
     if not isinstance(voter, str) or not _VOTER.fullmatch(voter):
         raise ArenaError(
             f"a voter's name must be up to 40 letters, digits, spaces, dots and dashes, not {describe(voter)}."
         )
+    if voter != JUDGE and (voter != voter.strip() or name_key(voter) in WHOSE):
+        raise ArenaError(f"the name {describe(voter)} is reserved, or ends in a space; choose another one.")
     return voter
 
 
+def check_person(voter: str) -> str:
+    """:func:`check_voter` for people, who cannot be the judge."""
+    if voter == JUDGE:
+        raise ArenaError("the judge does not vote here; choose another name.")
+    return check_voter(voter)
+
+
 def _whose(who: str) -> str:
-    return WHOSE[check_choice("who", who, WHOSE, error=ArenaError)]
+    condition = WHOSE[check_choice("who", who, WHOSE, error=ArenaError)]
+    return f"{condition} AND voter NOT IN (SELECT name FROM voters WHERE dropped IS NOT NULL)"
 
 
 class Votes:
@@ -113,6 +144,7 @@ class Votes:
             for setting in ("foreign_keys = ON", "journal_mode = WAL", "synchronous = FULL"):
                 self.db.execute(f"PRAGMA {setting}")
             self._create_tables()
+            self.db.execute(_VOTERS)
 
     def _create_tables(self) -> None:
         with self._transaction() as db:
@@ -136,7 +168,7 @@ class Votes:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            raise ArenaError(f"{self.path} cannot be used as a file of votes: {error}.") from None
+            raise VotesFileError(f"{self.path} cannot be used as a file of votes: {error}.") from None
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -170,6 +202,7 @@ class Votes:
         id = secrets.token_urlsafe(12)
         ballot = Ballot(id, check_axis(axis), left, right, prompt, seed, height, width, check_voter(voter))
         with self._transaction() as db:
+            self._check_not_dropped(voter)
             marks = ",".join("?" * 10)
             db.execute(f"INSERT INTO ballots VALUES ({marks})", (*asdict(ballot).values(), time.time()))
         return ballot
@@ -180,6 +213,7 @@ class Votes:
         if self.ballot(ballot).voter != voter:
             raise ArenaError(f"ballot {ballot} was issued to another voter.")
         with self._transaction() as db:
+            self._check_not_dropped(voter)
             row = (ballot, choice, time.time())
             if db.execute("INSERT INTO votes VALUES (?,?,?) ON CONFLICT DO NOTHING", row).rowcount:
                 return True
@@ -188,11 +222,47 @@ class Votes:
             raise ArenaError(f"ballot {ballot} has already been answered with {first}, and a vote cannot be changed.")
         return False
 
+    def _check_not_dropped(self, voter: str) -> None:
+        if self.db.execute("SELECT 1 FROM voters WHERE name = ? AND dropped IS NOT NULL", (voter,)).fetchone():
+            raise ArenaError(f"voter {voter} has been dropped, so further votes do not count.")
+
+    def join(self, name: str) -> tuple[str, str]:
+        """Register a new voter; returns the name, in Unicode's normal form, and a secret token for :meth:`holder`."""
+        if isinstance(name, str):
+            name = " ".join(unicodedata.normalize("NFKC", name[:200]).split())
+        token, key = secrets.token_urlsafe(16), name_key(check_person(name))
+        with self._transaction() as db:
+            taken = db.execute("SELECT name FROM voters UNION SELECT voter FROM ballots")
+            if not key or key in {name_key(other) for (other,) in taken}:
+                raise ArenaError(f"the name {name} is taken, or too similar to another voter's; choose another one.")
+            db.execute("INSERT INTO voters VALUES (?, ?, ?, NULL)", (name, _hash(token), time.time()))
+        return name, token
+
+    def drop(self, voter: str, undo: bool = False) -> int:
+        """Leave a voter's votes out of all ratings, now and in future, or count them again; returns their number."""
+        with self._transaction() as db:
+            numbers = {row["voter"]: row["votes"] for row in db.execute(f"SELECT {_VOTES_BY_VOTER}")}
+            if check_person(voter) not in numbers:
+                raise ArenaError(f"there is no voter {describe(voter)}; fluxedu arena voters lists them.")
+            db.execute("INSERT OR IGNORE INTO voters VALUES (?, NULL, NULL, NULL)", (voter,))
+            db.execute("UPDATE voters SET dropped = ? WHERE name = ?", (None if undo else time.time(), voter))
+        return numbers[voter]
+
     # -- reading
+
+    def holder(self, token: str) -> str | None:
+        """The voter who joined with this token, or None."""
+        rows = self._select("name FROM voters WHERE token = ?", _hash(token))
+        return rows[0]["name"] if rows else None
+
+    def voters(self) -> list[dict]:
+        """Everybody who has been shown a ballot, most votes first: voter, votes, first, last (times), dropped."""
+        return [{**row, "dropped": bool(row["dropped"])} for row in self._select(_VOTES_BY_VOTER)]
 
     def ballot(self, id: str) -> Ballot:
         """The ballot with this id; raises ArenaError if there is none."""
-        rows = self._select(f"{_BALLOT} FROM ballots WHERE id = ?", id) if isinstance(id, str) else []
+        known = isinstance(id, str) and id.isascii()  # SQLite takes no lone surrogates
+        rows = self._select(f"{_BALLOT} FROM ballots WHERE id = ?", id) if known else []
         if not rows:
             raise ArenaError(f"there is no ballot {describe(id)}.")
         return Ballot(**rows[0])
@@ -230,8 +300,10 @@ class Votes:
 
     def rows(self) -> list[dict]:
         """Every vote with its ballot, as plain values, the earliest first."""
-        query = "ballots.*, choice, given FROM votes JOIN ballots ON id = ballot ORDER BY given, id"
-        return [dict(row) for row in self._select(query)]
+        query = (
+            "ballots.*, choice, given, dropped FROM votes JOIN ballots ON id = ballot LEFT JOIN voters ON name = voter"
+        )
+        return [dict(row) for row in self._select(f"{query} ORDER BY given, id")]
 
     def export(self, path: Path | str) -> int:
         """Write every vote to a ``.csv`` or ``.json`` file and return their number."""
@@ -240,7 +312,7 @@ class Votes:
             text = json.dumps(rows, indent=1) + "\n"
         elif path.suffix == ".csv":
             lines = io.StringIO()
-            columns = [*Ballot.__dataclass_fields__, "issued", "choice", "given"]
+            columns = [*Ballot.__dataclass_fields__, "issued", "choice", "given", "dropped"]
             writer = csv.DictWriter(lines, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

@@ -22,7 +22,7 @@ from fluxedu.arena import Arena, Contestant, create_server
 flat = lambda name, colour: Contestant(name, lambda prompt, seed, h, w: Image.new("RGB", (w, h), colour))
 arena = Arena([flat("alpha", "red"), flat("beta", "blue"), flat("gamma", "green")], sys.argv[1])
 server = create_server(arena, port=0)
-print(server.server_address[1], flush=True)
+print(server.server_address[1], server.code, flush=True)
 server.serve_forever()
 """
 
@@ -54,9 +54,31 @@ def ask(port, path, sent=None, raw=None, headers=None):
         connection.close()
 
 
-def request(port, path, sent=None):
-    status, body = ask(port, path, sent)
-    return (status, json.loads(body))
+class Browser:
+    """A browser that has joined as ``voter``; ``token``: its cookie's, if it joined before."""
+
+    def __init__(self, port, code, voter=None, token=None):
+        self.port, self.token = port, token
+        if token is None:
+            connection = HTTPConnection("127.0.0.1", port, timeout=30)
+            connection.request("POST", "/join", json.dumps({"code": code, "voter": voter}))
+            answer = connection.getresponse()
+            assert answer.status == 200, answer.read()
+            self.token = answer.getheader("Set-Cookie").split(";")[0].split("=")[1]
+            connection.close()
+
+    def ask(self, path, sent=None, raw=None, headers=None):
+        cookie = {"Cookie": f"other=1; fluxedu_{self.port}={self.token}"}
+        return ask(self.port, path, sent, raw, cookie | (headers or {}))
+
+    def request(self, path, sent=None):
+        status, body = self.ask(path, sent)
+        return (status, json.loads(body))
+
+
+@pytest.fixture
+def ann(server):
+    return Browser(server.port, server.code, "ann")
 
 
 def at_once(count, work):
@@ -78,15 +100,16 @@ def at_once(count, work):
 
 
 def test_sixty_voters_at_once_lose_no_vote_and_double_none(server):
-    port, cast, lock = server.server_address[1], {}, threading.Lock()
+    cast, lock = {}, threading.Lock()
 
     def vote(number):
         rng, voter = random.Random(number), f"voter {number}"
+        browser = Browser(server.port, server.code, voter)
         for _ in range(5):
-            _, ballot = request(port, "/ballot", {"voter": voter, "axis": "overall"})
+            _, ballot = browser.request("/ballot", {"axis": "overall"})
             choice = rng.choice(["left", "right", "tie"])
-            sent = {"voter": voter, "ballot": ballot["id"], "choice": choice}
-            first, again = request(port, "/vote", sent), request(port, "/vote", sent)  # everybody clicks twice
+            sent = {"ballot": ballot["id"], "choice": choice}
+            first, again = browser.request("/vote", sent), browser.request("/vote", sent)  # everybody clicks twice
             assert (first, again) == ((200, {"counted": True}), (200, {"counted": False}))
             with lock:
                 cast[ballot["id"]] = (voter, choice)
@@ -98,18 +121,21 @@ def test_sixty_voters_at_once_lose_no_vote_and_double_none(server):
 
 
 def test_a_killed_server_continues_where_it_stopped(tmp_path):
-    path, acknowledged, lock = tmp_path / "votes.sqlite", {}, threading.Lock()
+    """Also for the browsers that joined before, whose code was that of the killed server."""
+    path, acknowledged, lock, tokens = tmp_path / "votes.sqlite", {}, threading.Lock(), {}
 
     def start():
         process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(path)], stdout=subprocess.PIPE, text=True)
-        return process, int(process.stdout.readline())
+        port, code = process.stdout.readline().split()
+        return process, int(port), code
 
-    def vote(port, number, most):
+    def vote(port, code, number, most):
+        browser = Browser(port, code, f"v{number}", tokens.get(number))
+        tokens[number] = browser.token
         for _ in range(most):
             try:
-                _, ballot = request(port, "/ballot", {"voter": f"v{number}", "axis": "overall"})
-                sent = {"voter": f"v{number}", "ballot": ballot["id"], "choice": "left"}
-                if request(port, "/vote", sent)[0] == 200:
+                _, ballot = browser.request("/ballot", {"axis": "overall"})
+                if browser.request("/vote", {"ballot": ballot["id"], "choice": "left"})[0] == 200:
                     with lock:
                         acknowledged[ballot["id"]] = f"v{number}"
             except (OSError, HTTPException, ValueError):  # the server has gone
@@ -119,20 +145,22 @@ def test_a_killed_server_continues_where_it_stopped(tmp_path):
         wait_for(lambda: len(acknowledged) >= 40)
         process.send_signal(signal.SIGKILL)
 
-    process, port = start()
+    process, port, code = start()
+    for number in range(12):
+        tokens[number] = Browser(port, code, f"v{number}").token
     threading.Thread(target=kill_midway).start()
-    at_once(12, lambda number: vote(port, number, 1000))
+    at_once(12, lambda number: vote(port, code, number, 1000))
     process.wait(30)
     before = dict(acknowledged)
     assert len(before) >= 40
-    process, port = start()
+    process, port, code = start()
     try:
-        stored = {row["id"] for row in Votes(path).rows()}
-        assert set(before) <= stored, "an acknowledged vote was lost"
-        assert len(stored - set(before)) <= 12, "more votes are stored than were acknowledged or in flight"
-        at_once(12, lambda number: vote(port, number, 2))
+        stored = {row["id"]: row["voter"] for row in Votes(path).rows()}
+        assert before.items() <= stored.items(), "an acknowledged vote was lost"
+        assert len(stored) - len(before) <= 12, "more votes are stored than were acknowledged or in flight"
+        at_once(12, lambda number: vote(port, code, number, 2))
         assert len(acknowledged) == len(before) + 24
-        assert set(acknowledged) <= {row["id"] for row in Votes(path).rows()}
+        assert acknowledged.items() <= {row["id"]: row["voter"] for row in Votes(path).rows()}.items()
     finally:
         process.kill()
         process.wait(30)
@@ -147,18 +175,19 @@ def wait_for(ready, seconds=60.0):
 
 
 def test_a_ballot_is_blind(server):
-    port = server.server_address[1]
     for number in range(8):
-        _, body = ask(port, "/ballot", {"voter": f"v{number}", "axis": "size"})
+        browser = Browser(server.port, server.code, f"v{number}")
+        _, body = browser.ask("/ballot", {"axis": "size"})
         ballot = json.loads(body)
         for side in ("left", "right"):
-            status, png = ask(port, ballot[side])
+            status, png = browser.ask(ballot[side])
             image = Image.open(io.BytesIO(png))
             assert status == 200 and image.size == (128 + 192 + 96 + 8, 192) and image.info == {}
             body += png
         assert not any(name.encode() in body for name in server.arena.names)
-    page = ask(port, "/")[1]
+    page = ask(server.port, "/")[1]
     assert b"alpha" not in page and b"http" not in page.replace(b"http-equiv", b""), "fetched from elsewhere"
+    assert server.code.encode() not in page
 
 
 PATHS = [
@@ -176,43 +205,41 @@ PATHS = [
 
 @pytest.mark.parametrize("path", PATHS)
 def test_no_path_leads_to_a_file(server, path):
-    status, body = ask(server.server_address[1], path)
-    assert status == 400 and len(body) < 200
+    status, body = ask(server.port, path)
+    assert status == 404 and len(body) < 200
     assert "there is nothing at" in json.loads(body)["error"]
 
 
 BAD = [
-    (dict(path="/vote", sent={"voter": "v", "ballot": "made-up", "choice": "left"}), "there is no ballot 'made-up'"),
-    (dict(path="/vote", sent={"voter": "v", "ballot": 7, "choice": "left"}), "there is no ballot 7"),
-    (dict(path="/vote", sent={}), "a vote must be one of left, right, tie, not None"),
-    (dict(path="/vote", raw="[1, 2"), "a JSON object"),
-    (dict(path="/vote", raw="[" * 4000), "a JSON object"),
-    (dict(path="/vote", raw=b"\xff\xfe"), "a JSON object"),
-    (dict(path="/vote", raw="x" * 5000), "at most 4096 bytes"),
-    (dict(path="/vote", raw="", headers={"Content-Length": "-1"}), "at most 4096 bytes"),
-    (dict(path="/ballot", sent={"voter": "judge"}), "the judge does not vote in a browser"),
-    (dict(path="/ballot", sent={"voter": {"a": 1}}), "a voter's name"),
-    (dict(path="/ballot", sent={"voter": "x" * 41}), "a voter's name"),
-    (dict(path="/ballot", sent={"voter": "v", "axis": ["overall"]}), "axis must be one of overall"),
-    (dict(path="/picture/made-up/left"), "there is no ballot 'made-up'"),
+    (400, dict(path="/vote", sent={"ballot": "made-up", "choice": "left"}), "there is no ballot 'made-up'"),
+    (400, dict(path="/vote", sent={"ballot": 7, "choice": "left"}), "there is no ballot 7"),
+    (400, dict(path="/vote", sent={"ballot": "\ud800", "choice": "left"}), "there is no ballot '\\ud800'"),
+    (400, dict(path="/vote", sent={}), "a vote must be one of left, right, tie, not None"),
+    (400, dict(path="/vote", raw="[1, 2"), "a JSON object"),
+    (400, dict(path="/vote", raw="[" * 4000), "a JSON object"),
+    (400, dict(path="/vote", raw=b"\xff\xfe"), "a JSON object"),
+    (413, dict(path="/vote", raw="x" * 5000), "at most 4096 bytes"),
+    (400, dict(path="/vote", raw="", headers={"Content-Length": "-1"}), "Content-Length must be a whole number"),
+    (400, dict(path="/ballot", sent={"axis": ["overall"]}), "axis must be one of overall"),
+    (400, dict(path="/picture/made-up/left"), "there is no ballot 'made-up'"),
 ]
 
 
-@pytest.mark.parametrize(("request_", "says"), BAD, ids=range(len(BAD)))
-def test_bad_requests_get_a_one_sentence_error(server, request_, says):
-    status, body = ask(server.server_address[1], **request_)
-    assert status == 400 and says in json.loads(body)["error"]
+@pytest.mark.parametrize(("expected", "request_", "says"), BAD, ids=range(len(BAD)))
+def test_bad_requests_get_a_one_sentence_error(ann, server, expected, request_, says):
+    status, body = ann.ask(**request_)
+    assert status == expected and says in json.loads(body)["error"]
     assert server.arena.votes.rows() == []
 
 
-def test_nobody_votes_on_another_voters_ballot(server):
-    port = server.server_address[1]
-    _, ballot = request(port, "/ballot", {"voter": "ann", "axis": "overall"})
-    status, response = request(port, "/vote", {"voter": "bob", "ballot": ballot["id"], "choice": "left"})
+def test_nobody_votes_on_another_voters_ballot(ann, server):
+    bob = Browser(server.port, server.code, "bob")
+    _, ballot = ann.request("/ballot", {"axis": "overall"})
+    status, response = bob.request("/vote", {"voter": "ann", "ballot": ballot["id"], "choice": "left"})
     assert status == 400 and "issued to another voter" in response["error"]
-    assert request(port, "/ratings")[1]["overall"]["alpha"]["votes"] == 0
-    request(port, "/vote", {"voter": "ann", "ballot": ballot["id"], "choice": "left"})
-    assert sum(row["votes"] for row in request(port, "/ratings")[1]["overall"].values()) == 2
+    assert bob.request("/ratings")[1]["overall"]["alpha"]["votes"] == 0
+    ann.request("/vote", {"ballot": ballot["id"], "choice": "left"})
+    assert sum(row["votes"] for row in bob.request("/ratings")[1]["overall"].values()) == 2
 
 
 def test_the_server_listens_only_locally_by_default(server):

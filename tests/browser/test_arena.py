@@ -28,7 +28,7 @@ def server(tmp_path):
 
 
 def test_a_visitor_votes_with_three_keys(server, tab):
-    tab.goto(f"http://localhost:{server.server_address[1]}/")
+    tab.goto(server.url)
     for count, (key, choice) in enumerate([("ArrowLeft", "left"), ("ArrowRight", "right"), ("ArrowDown", "tie")], 1):
         tab.locator("#tie:enabled").wait_for()
         tab.keyboard.press(key)
