@@ -13,6 +13,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/fluxedu-is-set-up
 TORCH_INDEX ?=
 UV_OPTIONS ?=
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 CPU_INDEX = https://download.pytorch.org/whl/cpu
 PIP = $(BIN)/python -m pip install --disable-pip-version-check
 
@@ -22,11 +23,30 @@ TORCH := $(shell sed -n 's/^ *"\(torch[<>=][^"]*\)".*/\1/p' pyproject.toml)
 TORCH_FALLBACK = $(TORCH),<2.14
 NOTEBOOKS = $(wildcard notebooks/*.ipynb notebooks/solved/*.ipynb)
 
+# Linux wheels of torch on PyPI carry gigabytes of CUDA. So: a GPU here, PyPI's build; none, the CPU build
+# from PyTorch's own index (the wheel alone: the next line brings what it needs, from the usual place).
+# That index alone is asked there: an extra index in pip's configuration may offer a newer build, with CUDA.
+# Where it is out of reach, whatever the configured index offers.
+# On macOS, PyPI's build is the right one in any case. An installed torch within the bound is left alone.
+define INSTALL_TORCH
+	@set -e; if [ -n "$(TORCH_INDEX)" ]; then \
+	  echo "torch: from $(TORCH_INDEX)"; \
+	  $(PIP) --index-url "$(TORCH_INDEX)" "$(TORCH)"; \
+	elif [ "$$(uname -s)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "torch: PyPI's build for this machine"; \
+	  $(PIP) "$(TORCH)"; \
+	else \
+	  echo "torch: no NVIDIA GPU here, so the CPU build"; \
+	  PIP_EXTRA_INDEX_URL=$(CPU_INDEX) $(PIP) --timeout 10 --retries 1 --no-deps --index-url $(CPU_INDEX) "$(TORCH)" || \
+	  { echo "torch: $(CPU_INDEX) did not answer, so from the configured index"; $(PIP) "$(TORCH_FALLBACK)"; }; \
+	fi
+endef
+
 # Two workers on two cores, so one thread each.
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 NBVAL = --nbval --nbval-current-env --nbval-sanitize-with=notebooks/nbval.cfg --nbval-cell-timeout=120
 
-.PHONY: help setup lab test check bench notebooks oldest newest train docs
+.PHONY: help setup lab test check bench notebooks oldest newest pythons smoke train docs
 .DEFAULT_GOAL := help
 
 help:           ## this list
@@ -68,6 +88,19 @@ newest:         ## the tests with the newest versions the bounds allow, in a fre
 	rm -rf .venv-newest
 	$(MAKE) test VENV=.venv-newest
 
+pythons: $(STAMP) ## install the wheel in other Pythons, one after the other, and try it there
+	rm -rf dist && $(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir dist .
+	set -e; for python in $(PYTHONS); do \
+	  $(MAKE) --no-print-directory smoke PYTHON=$$python VENV=.venv-smoke; \
+	done
+
+smoke:
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL_TORCH)
+	$(PIP) --quiet dist/*.whl
+	cd $(VENV) && bin/python ../tests/smoke.py
+
 train: $(STAMP) ## train the miniature from scratch
 	$(BIN)/fluxedu train --all
 
@@ -77,27 +110,12 @@ docs: $(STAMP)  ## build the site into docs/_build/html, offline; check its link
 	$(BIN)/linkchecker --config docs/linkcheckerrc --no-status --quiet docs/_build/html/index.html
 	$(ONE_THREAD) $(BIN)/python -m pytest --doctest-modules fluxedu tests/browser/test_site.py
 
-# Linux wheels of torch on PyPI carry gigabytes of CUDA. So: a GPU here, PyPI's build; none, the CPU build
-# from PyTorch's own index (the wheel alone: the next line brings what it needs, from the usual place).
-# That index alone is asked there: an extra index in pip's configuration may offer a newer build, with CUDA.
-# Where it is out of reach, whatever the configured index offers.
-# On macOS, PyPI's build is the right one in any case. An installed torch within the bound is left alone.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "fluxedu needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "$(PYTHON) could not make $(VENV); on Debian and Ubuntu, install python3-venv first."; rm -rf $(VENV); exit 1; }
 	$(PIP) --quiet --upgrade pip
-	@set -e; if [ -n "$(TORCH_INDEX)" ]; then \
-	  echo "torch: from $(TORCH_INDEX)"; \
-	  $(PIP) --index-url "$(TORCH_INDEX)" "$(TORCH)"; \
-	elif [ "$$(uname -s)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then \
-	  echo "torch: PyPI's build for this machine"; \
-	  $(PIP) "$(TORCH)"; \
-	else \
-	  echo "torch: no NVIDIA GPU here, so the CPU build"; \
-	  PIP_EXTRA_INDEX_URL=$(CPU_INDEX) $(PIP) --timeout 10 --retries 1 --no-deps --index-url $(CPU_INDEX) "$(TORCH)" || \
-	  { echo "torch: $(CPU_INDEX) did not answer, so from the configured index"; $(PIP) "$(TORCH_FALLBACK)"; }; \
-	fi
+	$(INSTALL_TORCH)
 	$(PIP) --editable ".[lab,test]"
 	@touch $@

@@ -13,7 +13,7 @@ from numbers import Integral, Real
 from fluxedu.errors import ConfigError, describe
 
 LARGEST = 1 << 24  # no number of a network is larger, or it is a mistake
-DEEPEST = 1000  # layers, blocks, levels
+DEEPEST = 256  # layers, blocks, levels
 _COUNTS = ("depth", "depth_single_blocks", "num_layers", "num_hidden_layers", "num_res_blocks")
 
 

@@ -27,11 +27,12 @@ from pathlib import Path
 
 import fluxedu as fe
 from fluxedu import errors
-from fluxedu.errors import SweepError, describe
+from fluxedu.errors import SweepError, checked, describe
 from fluxedu.files import read_yaml
 from fluxedu.instruments.lenses.run import SINGLE_RUN_LENSES
 
 MOST_CELLS = 1_000_000
+MOST_CHANGES = 1000  # in one intervention: 2 seconds per image
 COLUMNS = ("number", "prompt", "seed", "intervention", "file")
 SETTINGS = ("steps", "guidance", "height", "width", "solver", "negative_prompt", "true_cfg_scale", "guidance_interval")
 SELECTION = ("heads", "streams", "tokens", "queries", "passes", "steps", "times")
@@ -62,6 +63,7 @@ class Sweep:
 
     def cell(self, number: int) -> dict:
         """One row of the table: an image, counted from 0, and the file that holds it."""
+        errors.check_integer("the number of a cell", number, 0, len(self) - 1, error=SweepError)
         rest, intervention = divmod(number, len(self.interventions))
         prompt, seed = divmod(rest, len(self.seeds))
         row = (number, self.prompts[prompt], self.seeds[seed], list(self.interventions)[intervention])
@@ -69,6 +71,8 @@ class Sweep:
 
     def cells(self, file: int | None = None) -> list[dict]:
         """All cells, or those of one file. A file is the unit of work."""
+        if file is not None:
+            errors.check_integer("the number of a file", file, 0, len(self) // self.shard, error=SweepError)
         first, last = (0, len(self)) if file is None else (file * self.shard, (file + 1) * self.shard)
         return [self.cell(number) for number in range(first, min(last, len(self)))]
 
@@ -76,6 +80,7 @@ class Sweep:
         return [self.cell(number)["file"] for number in range(0, len(self), self.shard)]
 
 
+@checked(SweepError)
 def read_config(path: str | Path) -> Sweep:
     """The sweep that a YAML file describes; raises SweepError, one sentence, for anything unknown or malformed."""
     try:
@@ -124,6 +129,8 @@ def from_dict(values: dict) -> Sweep:
 def make_interventions(name: str, changes, record_run: Callable | None = None) -> list[fe.intervene]:
     """The context managers of an intervention. A patch copies from ``record_run(site, prompt, seed)``, if given."""
     made = []
+    if isinstance(changes, list) and len(changes) > MOST_CHANGES:
+        raise SweepError(f"{describe(name)} has {len(changes):,} changes; {MOST_CHANGES:,} is the maximum.")
     for change in changes if isinstance(changes, list) else [changes]:
         match change:
             case {"ablate": sites, **options}:

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,8 +31,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 import fluxedu as fe
-from fluxedu.errors import CheckpointError, SweepError, check_integer, first_of
-from fluxedu.files import atomic_path, read_json, read_json_file, write_text
+from fluxedu.errors import CheckpointError, SweepError, check_integer, checked, first_of
+from fluxedu.files import atomic_path, check_path, read_json, read_json_file, write_text
 from fluxedu.instruments.lenses.run import run_lenses
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recording import check_names
@@ -142,16 +143,19 @@ def _work(file: int | None, description: str, folder: Path, expected=None, worke
     return runner.environment
 
 
+@checked(SweepError)
 def run_sweep(sweep: Sweep, folder: str | Path, workers=1, scheduler: str | None = None, progress=False) -> Path:
     """Draw what is missing in the folder of a sweep, and return the folder when it is complete; raises SweepError.
 
-    Several ``workers`` are a local Dask cluster; ``scheduler`` is the address of another, which must see the folder.
+    Several ``workers``, at most four per core, are a local Dask cluster; ``scheduler`` is the address of another, which
+    must see the folder.
     """
-    check_integer("workers", workers, 1, 1 if scheduler else 1024, "a scheduler has its own workers", SweepError)
-    folder, threads = Path(folder).absolute(), torch.get_num_threads()
+    most, why = (1, "a scheduler has its own workers") if scheduler else (4 * os.cpu_count(), "four per core")
+    check_integer("workers", workers, 1, most, why, SweepError)
+    folder, threads = check_path(folder, SweepError).absolute(), torch.get_num_threads()
     options = {"description": json.dumps(vars(sweep)), "folder": folder}
     try:
-        with _parallel_map(workers, scheduler) as (count, parallel_map):
+        with _parallel_map(min(workers, len(sweep.files())), scheduler) as (count, parallel_map):
             environment = list(parallel_map(_work, [None] * count, **options))[0]
             begin(sweep, folder, environment)
             files = sweep.files()
@@ -310,7 +314,11 @@ class Results:
     def __len__(self) -> int:
         return len(self.cells)
 
+    def __iter__(self) -> Iterator[dict[str, Named]]:
+        return map(self.__getitem__, range(len(self)))
+
     def __getitem__(self, number: int) -> dict[str, Named]:
+        check_integer("the number of a cell", number, -len(self), len(self) - 1, error=SweepError)
         cell, values = self.cells[number], {}
         names = read_names(self.sweep, self.folder, cell["number"] // self.sweep.shard)
         with safe_open(self.folder / cell["file"], "pt") as file:
@@ -329,10 +337,11 @@ class Results:
         return [name for name, entry in files if name in bad or not _is_as_listed(self.folder / name, entry)]
 
 
+@checked(SweepError)
 def open_sweep(folder: str | Path) -> Results:
     """Read a finished sweep; raises SweepError where there is none, or one whose description cannot be read."""
-    folder = Path(folder)
-    if not (folder / "manifest.json").exists():
+    folder = check_path(folder, SweepError)
+    if not (folder / "manifest.json").is_file():
         raise SweepError(f"{folder} holds no finished sweep (there is no manifest.json).")
     try:
         sweep = from_dict(read_json_file(folder / "sweep.json")["sweep"])

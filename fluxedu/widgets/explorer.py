@@ -34,11 +34,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from PIL import Image
 
-from fluxedu.errors import InstrumentError, describe
+from fluxedu.errors import InstrumentError, checked, describe
 from fluxedu.figure import Figure
 from fluxedu.plots import hide_axes
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.panels import Panel, rounded
+from fluxedu.widgets.reruns import close_former
 
 STATIC = Path(__file__).parent / "static"
 CHIP_COLOUR = "#e69f00"
@@ -72,6 +73,7 @@ def explorer(example: Callable[[FluxPipeline], Explorer]) -> Callable:
     """
 
     def register(function: Callable[..., Explorer]) -> Callable[..., Explorer]:
+        function = checked(InstrumentError)(function)
         EXPLORERS[function.__name__] = Registration(function, example)
         if function.__module__ == f"{__package__}.{function.__name__}":
             module = sys.modules[function.__module__]
@@ -292,9 +294,12 @@ class Explorer(anywidget.AnyWidget):
         return fig
 
     def _ipython_display_(self) -> None:
-        """Show the static figure and then the widget, which hides the figure once it is live."""
+        """Show the static figure and then the widget, which hides the figure once it is live. What a former run of the
+        cell has shown is closed.
+        """
         from IPython.display import display
 
+        close_former(self)
         drawn, png = io.BytesIO(), io.BytesIO()
         self.figure().savefig(drawn, format="png", dpi=80)
         small = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)  # a third of the bytes
@@ -305,8 +310,17 @@ class Explorer(anywidget.AnyWidget):
         display({"text/html": still, "text/plain": f"{self!r}, as a static figure"}, raw=True)
         display(self._repr_mimebundle_()[0] | {"text/plain": repr(self)}, raw=True)
 
+    def close(self) -> None:
+        """Disconnect from the page, and free what the explorer holds."""
+        super().close()
+        self.draw, self.view = _closed, {}
+
     def __repr__(self) -> str:
         return f"<Explorer: {self.title}>"
+
+
+def _closed(**_) -> View:
+    raise InstrumentError("this explorer is closed, since its cell ran again; make a new one.")
 
 
 def _check_pointer(name: str, position: int | tuple[int, ...], extent: int | tuple[int, int]) -> None:

@@ -1,5 +1,6 @@
 """Installation: equal version bounds everywhere, a fast import, the import order, and commands that exist."""
 
+import ast
 import configparser
 import json
 import os
@@ -7,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 CONDA_NAMES = {"torch": "pytorch"}
+IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml", "ipython": "IPython", "opencv-python-headless": "cv2"}
 
 
 def split(requirement: str) -> tuple[str, frozenset[str]]:
@@ -51,6 +55,34 @@ def test_core_dependencies_have_both_bounds():
     for requirement in PROJECT["dependencies"]:
         _, bounds = split(requirement)
         assert {re.match("[<>=]+", b).group() for b in bounds} == {">=", "<"}, requirement
+
+
+def imports(path: Path, everywhere: bool) -> set[str]:
+    """The packages that a file imports; ``everywhere``: those inside functions too."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else tree.body
+    names = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0]
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"fluxedu"}
+
+
+@cache
+def declared(*extras: str) -> set[str]:
+    """The packages that pyproject.toml declares, under the names that Python imports them by."""
+    groups = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in extras)]
+    projects = {split(requirement)[0] for requirement in sum(groups, [])}
+    found = {m for m, names in packages_distributions().items() if projects & {split(n)[0] for n in names}}
+    return found | {IMPORTED_AS.get(project, project.replace("-", "_")) for project in projects}
+
+
+def test_every_imported_package_is_declared():
+    """What modules import as they load is in the core's dependencies (in lab's for grading and building notebooks);
+    what functions import is in some group's.
+    """
+    for path in sorted((ROOT / "fluxedu").rglob("*.py")):
+        extras = ["lab"] if path.parent.name == "course" else []
+        assert imports(path, False) <= declared(*extras), path
+        assert imports(path, True) <= declared(*PROJECT["optional-dependencies"]), path
 
 
 def test_import_is_light():

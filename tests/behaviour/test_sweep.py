@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -278,3 +279,12 @@ def test_a_config_is_read_strictly(text, says, tmp_path):
         read_config(written(tmp_path, text))
     sentence = str(error.value)
     assert sentence.startswith("sweep.yaml: ") and says in sentence and sentence.endswith(".") and "\n" not in sentence
+
+
+def test_an_intervention_of_too_many_changes_is_refused_and_many_interventions_are_quick():
+    change = [{"ablate": "double.1.heads", "heads": [0]}]
+    with pytest.raises(SweepError, match=r"'many' has 1,001 changes; 1,000 is the maximum\."):
+        from_dict({"prompts": ["a"], "interventions": {"many": change * 1001}})
+    started = time.monotonic()
+    assert len(from_dict({"prompts": ["a"], "interventions": {f"change {n}": change for n in range(20_000)}})) == 20_000
+    assert time.monotonic() - started < 10
