@@ -24,7 +24,7 @@ DEADLINE = 10.0  # seconds
 PER_ADDRESS, IN_ALL = 64, 512  # connections that wait for their client
 GRACE = 2.0  # seconds for which a connection does not count; a whole class may open the page at the same moment
 MAX_HEAD, MAX_BODY = 32768, 4096  # bytes; a browser's cookies for localhost alone may take some thousand
-_FIRST_LINE = re.compile(rb"[A-Z]{1,20} /[!-~]* HTTP/\d\.\d\r?\n")
+_FIRST_LINE = re.compile(rb"[A-Z]{1,20} /[!-~]* HTTP/(\d\.\d)\r?\n")
 _HEADERS = {
     "Connection": "close",
     "Cache-Control": "no-store",
@@ -137,7 +137,8 @@ class _Reader(socket.SocketIO):
 class LimitedHandler(BaseHTTPRequestHandler):
     """Answers one request per connection by calling ``answer``, which may raise Refused."""
 
-    protocol_version = "HTTP/1.1"
+    protocol_version = default_request_version = request_version = "HTTP/1.1"
+    requestline = ""
     disable_nagle_algorithm = True
     server: LimitedServer
 
@@ -154,11 +155,14 @@ class LimitedHandler(BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         try:
-            self.raw_requestline, self.request_version, self.requestline = self.rfile.readline(), "HTTP/1.1", ""
-            if not _FIRST_LINE.fullmatch(self.raw_requestline):
+            self.raw_requestline = self.rfile.readline()
+            first = _FIRST_LINE.fullmatch(self.raw_requestline)
+            if not first:
                 raise Refused(
                     400, "the first line of a request must be like GET / HTTP/1.1, and not longer than 32 KB."
                 )
+            if first[1] not in (b"1.0", b"1.1"):
+                raise Refused(505, "this server speaks HTTP/1.0 and HTTP/1.1.")
             if self.parse_request():
                 if not self.raw.bytes_left:
                     raise Refused(431, f"the headers of a request must be at most {MAX_HEAD} bytes.")
@@ -210,6 +214,10 @@ class LimitedHandler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Send an error as JSON; ``parse_request`` calls this too."""
         self.send(json.dumps({"error": (message or "this request cannot be read.")[:300]}).encode(), status=code)
+
+    def version_string(self) -> str:
+        """The header Server, without Python's version."""
+        return "fluxedu"
 
     def log_message(self, *_) -> None:
         """Prints nothing: the file of votes is the log."""

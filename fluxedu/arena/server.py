@@ -135,18 +135,20 @@ class Handler(LimitedHandler):
     def _send_json(self, value, **headers: str) -> None:
         self.send(json.dumps(value).encode(), **headers)
 
-    def _cookie_holder(self) -> str | None:
+    def _cookie_holder(self) -> tuple[str | None, bool]:
         cookie = re.search(rf"(?:^|; ?)fluxedu_{self.server.port}=([\w-]+)", self.headers.get("Cookie", ""))
-        return self.server.arena.votes.holder(cookie[1]) if cookie else None
+        return self.server.arena.votes.holder(cookie[1]) if cookie else (None, False)
 
     def _voter(self) -> str:
-        voter = self._cookie_holder()
+        voter, dropped = self._cookie_holder()
         if voter is None:
             raise Refused(401, "enter the class code first.")
+        if dropped:
+            raise Refused(403, f"voter {voter} has been dropped by the teacher.")
         return voter
 
     def _join(self, body: dict) -> None:
-        voter = self._cookie_holder()
+        voter, _ = self._cookie_holder()
         if voter is not None:
             return self._send_json({"voter": voter})
         if self.server.code:
@@ -187,7 +189,7 @@ def _rows(names: tuple[str, ...], outcomes: tuple) -> dict:
 
 def _json_object(body: bytes) -> dict:
     try:
-        value = read_json(body)
+        value = read_json(body.decode())
     except ValueError:
         value = None
     if not isinstance(value, dict):

@@ -250,10 +250,10 @@ class Votes:
 
     # -- reading
 
-    def holder(self, token: str) -> str | None:
-        """The voter who joined with this token, or None."""
-        rows = self._select("name FROM voters WHERE token = ?", _hash(token))
-        return rows[0]["name"] if rows else None
+    def holder(self, token: str) -> tuple[str | None, bool]:
+        """The voter who joined with this token, or None, and whether this voter has been dropped."""
+        rows = self._select("name, dropped IS NOT NULL FROM voters WHERE token = ?", _hash(token))
+        return (rows[0][0], bool(rows[0][1])) if rows else (None, False)
 
     def voters(self) -> list[dict]:
         """Everybody who has been shown a ballot, most votes first: voter, votes, first, last (times), dropped."""

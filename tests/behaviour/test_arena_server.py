@@ -35,7 +35,7 @@ def flat(name, colour):
 def server(tmp_path):
     arena = Arena([flat("alpha", "red"), flat("beta", "blue"), flat("gamma", "green")], tmp_path / "v.sqlite")
     with create_server(arena, port=0) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield server
         server.shutdown()

@@ -1,0 +1,78 @@
+"""Many connections at once: slow ones end and keep no voter out, and a whole class is served."""
+
+import socket
+import threading
+import time
+
+import pytest
+from test_arena_hostile import Running
+
+
+def open_limit(count):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < count:
+        pytest.skip(f"only {hard} files may be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
+
+
+def test_nine_hundred_slow_connections_keep_no_voter_out_and_end(tmp_path):
+    """Each sends one more byte of its headers every half second, as in the attack called Slowloris."""
+    open_limit(2000)
+    running = Running(tmp_path, deadline=2.5)
+    slow, stop = [], threading.Event()
+    try:
+        for _ in range(900):
+            connection = socket.create_connection(("127.0.0.1", running.port), timeout=10)
+            connection.setblocking(False)
+            slow.append(connection)
+            trickle(slow[-1:], b"GET / HTTP/1.1\r\nX-Slow: ")
+
+        def keep_on():
+            while not stop.wait(0.5):
+                trickle(slow, b"a")
+
+        threading.Thread(target=keep_on, daemon=True).start()
+        assert max(running.honest_vote() for _ in range(5)) < 2.0
+        end = time.monotonic() + 12
+        while (left := sum(map(is_open, slow))) and time.monotonic() < end:
+            time.sleep(0.2)
+        assert left == 0, f"{left} of 900 slow connections are still open"
+        running.honest_vote()
+    finally:
+        stop.set()
+        [connection.close() for connection in slow]
+        assert running.close() == ""
+
+
+def trickle(connections, piece):
+    for connection in connections:
+        try:
+            connection.send(piece)
+        except OSError:
+            pass
+
+
+def is_open(connection):
+    try:
+        while connection.recv(4096):
+            pass
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def test_two_hundred_honest_browsers_at_the_same_moment_are_all_served(tmp_path):
+    """They share one address, as behind a router."""
+    running, statuses, barrier = Running(tmp_path, deadline=10.0), [], threading.Barrier(200)
+
+    def one():
+        barrier.wait()
+        statuses.append(running.send(running.head("GET", "/"), seconds=60)[0])
+
+    threads = [threading.Thread(target=one) for _ in range(200)]
+    [thread.start() for thread in threads]
+    [thread.join(60) for thread in threads]
+    assert statuses == [200] * 200 and running.close() == ""
