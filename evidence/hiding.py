@@ -1,0 +1,56 @@
+"""Notebooks 06 and 13: what is drawn differently if no token may attend to a word, or to the padding?
+
+40 scenes, each with its own seed. Controls: nothing hidden; as many image tokens hidden as the prompt has; CLIP's
+pooled vector exchanged for the empty prompt's, which no mask reaches.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+import fluxedu as fe
+from evidence.intervals import difference, median, share
+from evidence.scenes import roles, two_shapes
+
+HIDDEN = ("first colour", "first noun", "relation", "second colour", "second noun", "articles", "end token", "padding")
+
+
+def run(samples: int = 40) -> dict:
+    """Per hidden part: the share of right colours, shapes and relations, and the change of the latent."""
+    pipe, scenes = fe.load(), two_shapes(samples)
+    tokenizer = pipe.prompt_encoder.t5_tokenizer
+    empty = pipe.prompt_encoder([""]).pooled
+    plain, table = [], {}
+    for name in ("nothing", *HIDDEN, "all words", "some image tokens", "CLIP's pooled vector"):
+        verdicts, changes, claims = [], [], []
+        for seed, scene in enumerate(scenes):
+            tokens = roles(tokenizer, scene)
+            words = sorted(set(range(tokenizer.length)) - set(tokens["padding"]))
+            if name == "nothing":
+                change = fe.record("vec")
+            elif name == "CLIP's pooled vector":
+                change = fe.intervene("sample.pooled", lambda pooled, ctx: empty.to(pooled))
+            elif name == "some image tokens":
+                # every sixth image token: about as many as a prompt has words
+                hidden = list(range(tokenizer.length, tokenizer.length + 64, 6))
+                change = fe.ablate("*.attn.map", tokens=hidden)
+            else:
+                change = fe.ablate("*.attn.map", tokens=words if name == "all words" else tokens[name])
+            with change:
+                out = pipe(scene.prompt, seed=seed, trajectory=False, progress=False)
+            verdicts.append(scene.judged(out.images[0]))
+            claims.append(float(np.mean(verdicts[-1].results)))
+            if name == "nothing":
+                plain.append((out.latents, claims[-1]))
+            changes.append(float((out.latents - plain[seed][0]).norm() / plain[seed][0].norm()))
+        table[name] = {
+            "first colour right": share([v.colors[0] for v in verdicts]),
+            "second colour right": share([v.colors[1] for v in verdicts]),
+            "first shape right": share([v.forms[0] for v in verdicts]),
+            "relation right": share([v.relations[0] for v in verdicts]),
+            "everything right": share([v.everything for v in verdicts]),
+            "claims, compared with nothing hidden": difference(claims, [claim for _, claim in plain]),
+            "change of the latent": median(changes),
+        }
+        print(name, {k: round(v["value"], 2) for k, v in table[name].items()}, flush=True)
+    return table
