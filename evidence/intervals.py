@@ -11,11 +11,14 @@ Z = float(norm.ppf(0.975))
 
 
 def share(hits: Sequence[bool]) -> dict:
-    """The share of true values with its Wilson score interval (Wilson 1927): ``{"value", "low", "high", "n"}``."""
+    """The share of true values with its Wilson score interval (Wilson 1927): ``{"value", "low", "high", "n", "hits"}``,
+    the last of them one digit per sample, so that a test can compute some of them again.
+    """
     n, p = len(hits), float(np.mean(hits))
     centre, half = (p + Z * Z / (2 * n)), Z * np.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
     scale = 1 + Z * Z / n
-    return {"value": p, "low": float(centre - half) / scale, "high": float(centre + half) / scale, "n": n}
+    interval = {"low": float(centre - half) / scale, "high": float(centre + half) / scale}
+    return {"value": p, **interval, "n": n, "hits": "".join(str(int(hit)) for hit in hits)}
 
 
 def median(values: Sequence[float]) -> dict:
