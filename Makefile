@@ -46,7 +46,7 @@ endef
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 NBVAL = --nbval --nbval-current-env --nbval-sanitize-with=notebooks/nbval.cfg --nbval-cell-timeout=120
 
-.PHONY: help setup lab test check bench notebooks oldest newest pythons smoke train docs
+.PHONY: help setup lab test check bench notebooks oldest newest pythons smoke train evidence docs
 .DEFAULT_GOAL := help
 
 help:           ## this list
@@ -103,6 +103,9 @@ smoke:
 
 train: $(STAMP) ## train the miniature from scratch
 	$(BIN)/fluxedu train --all
+
+evidence: $(STAMP) ## run the experiments behind the course's claims that have no stored results; hours
+	$(ONE_THREAD) $(BIN)/python -m evidence
 
 docs: $(STAMP)  ## build the site into docs/_build/html, offline; check its links, its pages in a browser, every example in a docstring
 	@$(BIN)/python -c 'import furo, latex2mathml, linkcheck, myst_nb, sphinx' 2>/dev/null || $(PIP) --quiet --editable ".[docs]"

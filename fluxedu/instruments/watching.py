@@ -47,8 +47,14 @@ class Instrument:
     picture: int | None = None  # index of the only image of a run to act on; None for all
 
     def __init__(self, *globs: str):
-        if not globs or not all(isinstance(glob, str) and glob for glob in globs):
-            raise InstrumentError(f"name at least one site, such as 'double.*.attn.map', not {describe(globs)}.")
+        if not globs:
+            raise InstrumentError("name at least one site, such as 'double.*.attn.map'.")
+        for glob in globs:
+            if not isinstance(glob, str) or not glob:
+                hint = (
+                    "every run inside the `with` block is watched" if callable(glob) else "such as 'double.*.attn.map'"
+                )
+                raise InstrumentError(f"a site is given by its name, not by {describe(glob)}; {hint}.")
         self.globs = globs
         self.thread: int | None = None
         self.any_site_passed = self.own_site_passed = self.passed_in_other_thread = False
