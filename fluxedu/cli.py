@@ -363,36 +363,56 @@ def grade(
     notebook_timeout: Annotated[int, typer.Option(min=1, help="Time limit of a notebook, in seconds.")] = 900,
     memory: Annotated[int, typer.Option(min=1, help="Memory limit of a notebook, in GB.")] = 16,
 ) -> None:
-    """Run students' notebooks, each in its own process, and mark the exercises. It is not a sandbox."""
-    check_extra("lab", "nbclient")
-    from fluxedu.course.grade import as_csv, class_table, grade_notebook, write_csv
-    from fluxedu.errors import CourseError
+    """Run students' notebooks, each in its own process, and mark the exercises. The CSV file grows with each notebook.
 
-    check_writable(csv)
-    check_writable(by_student)
-    marks = []
-    for path in notebooks:
-        try:
-            of_notebook = grade_notebook(path, timeout, notebook_timeout, memory)
-        except CourseError as error:
-            fail(error)  # printed; the other notebooks are still graded
-            continue
-        marks += of_notebook
-        passed = sum(mark.passed for mark in of_notebook)
-        typer.echo(f"{of_notebook[0].student}: {passed} of {len(of_notebook)}  {path.name}")
-        for mark in of_notebook:
-            typer.echo(f"  {'✓' if mark.passed else '✗'} {mark.exercise}: {mark.message}")
-    rows = class_table(marks)
+    It is not a sandbox: a notebook's code has your rights. Answers are judged outside its process, with inputs that the
+    student has not seen, so no code can change a verdict. What can still be forged: a pasted solution passes, and so
+    does a function that calls fluxedu or PyTorch for its values. Marks are flagged where that is seen.
+    """
+    import os
+
+    check_extra("lab", "jupyter_client")
+    from fluxedu.course import grade as course
+    from fluxedu.course.answers import printable
+
+    for target in (csv, by_student):
+        check_writable(target)
+        if target is not None and target.resolve() in [path.resolve() for path in notebooks]:
+            raise fail(f"{printable(str(target))} is one of the notebooks; name another file.")
+    marks: list[course.Mark] = []
+    named, graded, status = course.students(notebooks), 0, 2
+    grows = csv is not None and (csv.is_file() or not csv.exists())  # not a pipe, which is written to once
+    try:
+        for path, student in named:
+            if grows:
+                with report_errors():
+                    course.write_csv(marks, csv)
+            of_notebook = course.marks_of(path, student, timeout, notebook_timeout, memory)
+            if not any(mark.exercise for mark in of_notebook):
+                fail(of_notebook[0].message)  # printed; the other notebooks are still graded
+                marks += of_notebook if os.path.exists(path) else []
+                continue
+            marks += of_notebook
+            graded, status = graded + 1, 0
+            passed = sum(mark.passed for mark in of_notebook)
+            typer.echo(printable(f"{student}: {passed} of {len(of_notebook)}  {path.name}"))
+            for mark in of_notebook:
+                typer.echo(f"  {'✓' if mark.passed else '✗'} {mark.exercise}: {printable(mark.message)}")
+    except KeyboardInterrupt:
+        fail(f"interrupted; {graded} of {len(named)} notebooks are marked.")
+        status = 2
+    rows = course.class_table(marks)
     if len(rows) > 2:  # several students
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
+        rows_shown = [[printable(cell) for cell in row] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows_shown, strict=True)]
+        for row in rows_shown:
             typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
     if csv is not None:
         with report_errors():
-            write_csv(marks, csv)
+            course.write_csv(marks, csv)
         typer.echo(f"wrote {csv}")
-    write_result(by_student, as_csv(rows))
-    raise typer.Exit(0 if marks else 2)
+    write_result(by_student, course.as_csv(rows))
+    raise typer.Exit(status)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +14,7 @@ from fluxedu.course.exercise import Exercise, all_exercises
 from fluxedu.errors import CourseError
 
 NOT_WRITTEN = "not written yet."
+CHANGED = "it modifies its input in place; create a new tensor instead"
 
 
 @dataclass(frozen=True)
@@ -47,37 +46,70 @@ def check(name: str, answer: Any) -> Verdict:
         raise CourseError(f"there is no exercise {name!r}; there are {', '.join(all_exercises())}.")
     verdict = assess(all_exercises()[name], answer)
     print(verdict)
-    if "FLUXEDU_VERDICTS" in os.environ:  # the file from which fluxedu.course.grade reads the verdicts
-        with open(os.environ["FLUXEDU_VERDICTS"], "a", encoding="utf-8") as file:
-            line = {"name": name, "passed": verdict.passed, "message": verdict.message}
-            file.write(json.dumps(line) + "\n")
     return verdict
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an answer did with one case: the tensors that it returned, or a sentence about what prevented that."""
+
+    tensors: Sequence[Tensor] = ()
+    problem: str = ""
 
 
 def assess(task: Exercise, answer: Any) -> Verdict:
     """The verdict on an answer, without printing it."""
-    if answer is None or answer is Ellipsis:
-        return Verdict(task.name, False, NOT_WRITTEN)
     cases = task.cases()
+    return judge(task, cases, outcomes(task, answer, cases))
+
+
+def outcomes(task: Exercise, answer: Any, cases: Sequence[tuple]) -> list[Outcome]:
+    """What an answer returns for each case, up to the first in which it returns no tensors or changes its input."""
+    done: list[Outcome] = []
+    for case in cases:
+        outcome = _outcome(task, answer, case)
+        done.append(outcome)
+        if outcome.problem:
+            break
+    return done
+
+
+def _outcome(task: Exercise, answer: Any, case: tuple) -> Outcome:
+    if answer is None or answer is Ellipsis:
+        return Outcome(problem=NOT_WRITTEN)
+    inputs = copy.deepcopy(case)
+    try:
+        with torch.no_grad():
+            result = task.call(answer, *inputs)
+    except NotImplementedError:
+        return Outcome(problem=NOT_WRITTEN)
+    except Exception as error:  # noqa: BLE001 - a student's code may raise anything
+        text = " ".join(str(error).split())[:160].rstrip(".")
+        return Outcome(problem=f"it raises {type(error).__name__}: {text}")
+    if result is None:
+        return Outcome(problem="it returns None; is there a `return` statement?")
+    try:
+        tensors = as_tensors(result)
+    except (TypeError, RuntimeError, OverflowError):  # no number, an endless list, a number without limits
+        return Outcome(problem=f"it returns a {type(result).__name__} instead of a tensor")
+    changed = any(_changed(before, after) for before, after in zip(case, inputs, strict=True))
+    return Outcome(tensors, CHANGED if changed else "")
+
+
+def judge(task: Exercise, cases: Sequence[tuple], given: Sequence[Outcome]) -> Verdict:
+    """The verdict on what an answer has returned for ``cases``; the answer itself is not needed."""
     reference = task.against or task.solution
     expected = [as_tensors(task.call(reference, *copy.deepcopy(case))) for case in cases]
-    actual = []
-    for case, want in zip(cases, expected, strict=True):
-        inputs = copy.deepcopy(case)
-        try:
-            with torch.no_grad():
-                result = task.call(answer, *inputs)
-        except NotImplementedError:
+    for case, outcome, want in zip(cases, given, expected, strict=False):
+        if outcome.problem == NOT_WRITTEN:
             return Verdict(task.name, False, NOT_WRITTEN)
-        except Exception as error:  # noqa: BLE001 - a student's code may raise anything
-            text = " ".join(str(error).split())[:160].rstrip(".")
-            return Verdict(task.name, False, f"it raises {type(error).__name__}: {text}{_input_shapes(case)}.")
-        problem = _wrong_form(result, want)
-        if problem is None and any(_changed(before, after) for before, after in zip(case, inputs, strict=True)):
-            problem = "it modifies its input in place; create a new tensor instead"
-        if problem is not None:
+        returned = outcome.tensors if outcome.problem in ("", CHANGED) else None
+        problem = (None if returned is None else _wrong_form(returned, want)) or outcome.problem
+        if problem:
             return Verdict(task.name, False, f"{problem}{_input_shapes(case)}.")
-        actual.append(as_tensors(result))
+    if len(given) < len(cases):
+        return Verdict(task.name, False, f"it answers {len(given)} of {len(cases)} cases.")
+    actual = [outcome.tensors for outcome in given]
     errors = [relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
     if max(errors) <= task.tolerance:
         return Verdict(task.name, True, f"right in {len(cases)} case{'s' * (len(cases) > 1)}.")
@@ -120,14 +152,8 @@ def relative_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> floa
     return largest
 
 
-def _wrong_form(result: Any, expected: list[Tensor]) -> str | None:
-    """What is wrong with the type, the number or the shapes of the results, or None."""
-    if result is None:
-        return "it returns None; is there a `return` statement?"
-    try:
-        tensors = as_tensors(result)
-    except TypeError:
-        return f"it returns a {type(result).__name__} instead of a tensor"
+def _wrong_form(tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    """What is wrong with the number, the shapes or the dtypes of the results, or None."""
     if len(tensors) != len(expected):
         return f"it returns {len(tensors)} tensor{'s' * (len(tensors) != 1)} instead of {len(expected)}"
     for x, y in zip(tensors, expected, strict=True):
@@ -146,7 +172,7 @@ def _changed(before: Any, after: Any) -> bool:
     return isinstance(before, Tensor) and not torch.equal(before, after)
 
 
-def _known_mistake(task: Exercise, cases: Sequence[tuple], actual: list[list[Tensor]]) -> str | None:
+def _known_mistake(task: Exercise, cases: Sequence[tuple], actual: Sequence[Sequence[Tensor]]) -> str | None:
     """The message of the known wrong answer that gives the same values in every case, or None."""
     tolerance = max(task.tolerance, 1e-6)
     for known in task.wrong:
@@ -160,7 +186,7 @@ def _known_mistake(task: Exercise, cases: Sequence[tuple], actual: list[list[Ten
     return None
 
 
-def _wrong_values(actual: list[list[Tensor]], errors: list[float], tolerance: float) -> str:
+def _wrong_values(actual: Sequence[Sequence[Tensor]], errors: list[float], tolerance: float) -> str:
     wrong = [i for i, error in enumerate(errors) if error > tolerance]
     where = "all cases" if len(wrong) == len(errors) > 1 else f"case {wrong[0] + 1} of {len(errors)}"
     if max(errors) < float("inf"):

@@ -28,6 +28,9 @@ from functools import cache, partial
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
+from unittest import mock
+
+import torch
 
 YOUR_TURN = re.compile(r"^ +# (your turn.*)\n", re.MULTILINE)
 
@@ -66,6 +69,16 @@ class Exercise:
     tolerance: float = 1e-5
     after: str = ""
     wrong: list[WrongAnswer] = field(default_factory=list)
+
+    def fresh_cases(self, salt: int) -> Sequence[tuple]:
+        """The cases with other random numbers: those of ``torch.Generator().manual_seed(seed + salt)``."""
+
+        class Salted(torch.Generator):
+            def manual_seed(self, seed: int) -> torch.Generator:
+                return super().manual_seed(seed + salt)
+
+        with mock.patch.object(torch, "Generator", Salted):
+            return self.cases()
 
     @property
     def notebook(self) -> str:

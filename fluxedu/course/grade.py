@@ -1,7 +1,9 @@
-"""Grading: run students' notebooks and check the answers that they define.
+"""Grading: run students' notebooks and judge the answers that they define.
 
-A notebook runs in its own process, which is killed if it exceeds its limits of time or memory. It is not a sandbox: its
-code has all rights of the user who runs it, so grade strangers' notebooks in a container.
+A notebook runs in its own process (:mod:`fluxedu.course.kernel`). An answer is called there, with inputs that the
+student has not seen, and only tensors and sentences come back (:mod:`fluxedu.course.answers`), which are judged here.
+So a student's code cannot change a verdict. It can still return right values that are not the student's work: a pasted
+solution, or the result of fluxedu's or PyTorch's own function. Marks are flagged if that is seen.
 """
 
 from __future__ import annotations
@@ -10,151 +12,219 @@ import csv
 import io
 import json
 import os
-import tempfile
-import threading
-import time
-from collections.abc import Iterable
-from contextlib import contextmanager
+import re
+import secrets
+import stat
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbformat
-from nbformat.v4 import new_code_cell
-
+from fluxedu.course.answers import CALL, printable, read_reply
 from fluxedu.course.build import notebooks_folder
+from fluxedu.course.check import NOT_WRITTEN, judge
 from fluxedu.course.exercise import Exercise, all_exercises
+from fluxedu.course.kernel import Kernel, Stopped
 from fluxedu.errors import CourseError
 from fluxedu.files import write_text
 
-GRACE = 5  # seconds that a cell has to stop after an interrupt
-#: runs before the student's cells; on a system without memory limits it does nothing
-FIRST_CELL = """
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, ({bytes}, {bytes}))
-except (ImportError, ValueError, OSError):
-    pass
-"""
-#: runs after the student's cells and checks what they have defined
-LAST_CELL = """
-import os
-os.environ["FLUXEDU_VERDICTS"] = {file!r}
-from fluxedu.course.check import check as _check
-for _name, _answer in {exercises!r}:
-    _check(_name, globals().get(_answer))
-"""
+MOST_BYTES = 100 << 20  # of a notebook, with its outputs
+CHECKED = re.compile(r"""check\(\s*["']([\w.]+)["']""")
+SOLUTIONS = re.compile(r"course\.exercises|all_exercises|solution_code|\.solution\b")
+FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]")  # what a spreadsheet would compute
+OF_PACKAGE = "it runs fluxedu's own code for this exercise, so it is not the student's work."
+LOOK = "the notebook mentions fluxedu's solutions, so look at its code"
 
 
 @dataclass(frozen=True)
 class Mark:
-    """The result of one exercise in one student's notebook; ``message`` is the check's sentence."""
+    """The result of one exercise in one student's notebook; ``message`` is the sentence of the check.
+
+    ``exercise`` is empty if the notebook could not be run at all. ``flagged`` says that the answer, or another line of
+    the notebook, uses fluxedu's own solutions.
+    """
 
     student: str
     notebook: str
     exercise: str
     passed: bool
     message: str
+    flagged: bool = False
 
 
-def exercises_in(notebook: nbformat.NotebookNode) -> list[Exercise]:
-    """The exercises that a notebook has answer cells for, in order."""
-    metadata = (cell.metadata.get("fluxedu", {}) for cell in notebook.cells)
-    names = [m["exercise"] for m in metadata if m.get("role") == "answer"]
-    return [all_exercises()[name] for name in dict.fromkeys(names) if name in all_exercises()]
+@dataclass(frozen=True)
+class CodeCell:
+    """The code of a notebook's cell, and the exercise that it answers according to its metadata, or an empty text."""
+
+    source: str
+    exercise: str
 
 
-@contextmanager
-def time_limits(client, cell: float, notebook: float):
-    """Kill the kernel if a cell ignores its interrupt, or if the notebook takes longer than ``notebook`` seconds.
+def read_cells(path: Path) -> list[CodeCell]:
+    """The code cells of a notebook of any format; whatever is odd in it is left out.
 
-    nbclient interrupts a cell after ``cell`` seconds, but would wait forever for one that ignores this.
+    Raises CourseError if there is no such file, or if it is no notebook.
     """
-    started, finished = time.monotonic(), threading.Event()
-    cell_deadline = float("inf")
-
-    def cell_begins(**_) -> None:
-        nonlocal cell_deadline
-        cell_deadline = time.monotonic() + cell + GRACE
-
-    def cell_ends(**_) -> None:
-        nonlocal cell_deadline
-        cell_deadline = float("inf")
-
-    def watch() -> None:
-        while not finished.wait(0.2):
-            if time.monotonic() > min(started + notebook, cell_deadline) and client.km is not None:
-                client.km.provisioner.process.kill()
-                return
-
-    client.on_cell_execute, client.on_cell_executed = cell_begins, cell_ends
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    name = printable(str(path))
     try:
-        yield
-    finally:
-        finished.set()
-        watcher.join()
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CourseError(f"{name} is not a file.")  # a pipe would be waited for
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise CourseError(f"{name} is larger than {MOST_BYTES >> 20} MB, the limit of a notebook.")
+        notebook = json.loads(data)
+        cells = notebook["cells"] if "cells" in notebook else notebook["worksheets"][0]["cells"]  # format 3
+        return [_code_cell(cell) for cell in cells if isinstance(cell, dict) and cell.get("cell_type") == "code"]
+    except FileNotFoundError:
+        raise CourseError(f"there is no notebook {name}.") from None
+    except OSError as error:
+        raise CourseError(f"{name} cannot be read: {error.strerror}.") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, CourseError):
+            raise
+        raise CourseError(f"{name} is no notebook that can be read.") from None
 
 
-def grade_notebook(path: Path, timeout: int = 120, notebook_timeout: int = 900, memory: int = 16) -> list[Mark]:
-    """Run one notebook and check its exercises: those of the course's notebook of that name, else its answer cells'.
+def _code_cell(cell: dict) -> CodeCell:
+    source = cell.get("source", cell.get("input", ""))
+    lines = source if isinstance(source, list) else [source]
+    source = "".join(line for line in lines if isinstance(line, str)).encode("utf-8", "replace").decode()
+    metadata = cell.get("metadata")
+    details = metadata.get("fluxedu") if isinstance(metadata, dict) else None
+    name = details.get("exercise") if isinstance(details, dict) and details.get("role") == "answer" else ""
+    return CodeCell(source, name if isinstance(name, str) else "")
+
+
+def exercises_of(path: Path, cells: Sequence[CodeCell]) -> tuple[list[Exercise], list[CodeCell]]:
+    """The exercises to mark in a student's notebook, and the code of the course's notebook that it is a copy of.
+
+    The copy is recognised by the exercises in it, and by its name, which may have an addition such as `` (1)``. All
+    exercises of the original are marked, also those that the student has deleted, then others that the copy contains.
+    """
+    known = all_exercises()
+    written = [cell.exercise for cell in cells]
+    if not any(name in known for name in written):  # a program has removed the metadata
+        written = [name for cell in cells for name in CHECKED.findall(cell.source)]
+    written = [name for name in dict.fromkeys(written) if name in known]
+    most = [number for number, _ in Counter(known[name].notebook for name in written).most_common(1)]
+    original = [
+        cell
+        for file in sorted(notebooks_folder().glob("[0-9][0-9]-*.ipynb"))
+        if file.name[:2] in most or file.stem in path.name
+        for cell in read_cells(file)
+    ]
+    names = dict.fromkeys([*(cell.exercise for cell in original if cell.exercise), *written])
+    return [known[name] for name in names], original
+
+
+def grade_notebook(
+    path: Path, timeout: float = 120, notebook_timeout: float = 900, memory: int = 16, student: str = ""
+) -> list[Mark]:
+    """Run one notebook and mark its exercises, those of the course's notebook that it is a copy of.
 
     A cell that raises, or is interrupted after ``timeout`` seconds, does not stop the rest; a cell that ignores the
     interrupt does, and so does the end of ``notebook_timeout`` seconds. ``memory`` is the limit of the address space in
-    GB, where the system supports one. Raises CourseError if the file is no notebook or has no exercise.
+    GB, where the system supports one. ``student`` is by default the name of the folder. Raises CourseError if the file
+    is no notebook or has no exercise.
     """
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    path = Path(path)
+    student = student or students([path])[0][1]
+    cells = read_cells(path)
+    tasks, original = exercises_of(path, cells)
+    if not tasks:
+        raise CourseError(f"{printable(str(path))} has no exercise of this course.")
+    suspicious = bool(mentions_of_solutions(cells) - mentions_of_solutions(original))
+    marks = []
+
+    def mark(task: Exercise, passed: bool, message: str, flagged: bool = False) -> None:
+        if suspicious:
+            message, flagged = f"{message.rstrip('.')}; {LOOK}.", True
+        marks.append(Mark(student, path.name, task.name, passed, message, flagged))
 
     try:
-        notebook = nbformat.read(path, 4)
-    except FileNotFoundError:
-        raise CourseError(f"there is no notebook {path}.") from None
-    except Exception:  # noqa: BLE001 - whatever is wrong with the file
-        raise CourseError(f"{path} is no notebook that can be read.") from None
-    original = notebooks_folder() / path.name
-    exercises = exercises_in(nbformat.read(original, 4) if original.exists() else notebook)
-    if not exercises:
-        raise CourseError(f"{path} has no exercise of this course.")
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as private:
-        file = Path(private) / "verdicts.jsonl"
-        first = FIRST_CELL.format(bytes=memory * 10**9)
-        last = LAST_CELL.format(file=str(file), exercises=[(task.name, task.answer_name) for task in exercises])
-        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        notebook.cells = [new_code_cell(first), *cells, new_code_cell(last)]
-        where = {"metadata": {"path": folder}}
-        client = NotebookClient(
-            notebook, timeout=timeout, allow_errors=True, interrupt_on_timeout=True, resources=where
-        )
-        reason = "it was not reached, because the notebook did not run to its end."
-        try:
-            with time_limits(client, timeout, notebook_timeout):
-                client.execute(env=os.environ | {"MPLBACKEND": "agg"})
-        except (CellTimeoutError, DeadKernelError) as error:
-            reason = f"it was not reached, because of a {type(error).__name__}."
-        verdicts = read_verdicts(file)
-    student = str(path.parent.name or path.stem)
-    not_reached = {"passed": False, "message": reason}
-    return [Mark(student, path.name, task.name, **verdicts.get(task.name, not_reached)) for task in exercises]
+        with Kernel(timeout, notebook_timeout, memory) as kernel:
+            for number, cell in enumerate(cells, 1):
+                kernel.execute(cell.source, f"code cell {number}")
+            for task in tasks:
+                mark(task, *_judged(task, kernel))
+    except Stopped as stopped:
+        for task in tasks[len(marks) :]:
+            mark(task, False, f"it was not reached, because {stopped}.")
+    return marks
 
 
-def read_verdicts(file: Path) -> dict[str, dict]:
-    """The verdicts that the checks have written, by exercise; lines of any other form are ignored."""
-    verdicts = {}
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
-        try:
-            entry = json.loads(line)
-            verdicts[str(entry["name"])] = {"passed": bool(entry["passed"]), "message": str(entry["message"])}
-        except (ValueError, KeyError, TypeError):
-            continue
-    return verdicts
+def _judged(task: Exercise, kernel: Kernel) -> tuple[bool, str, bool]:
+    """Whether the answer in a notebook's process is right, the sentence, and whether it is fluxedu's own."""
+    salt = secrets.randbelow(10**9) + 1
+    notes = list(kernel.notes)
+    call = CALL.format(name=task.name, answer=task.answer_name, salts=[0, salt])
+    text = kernel.execute(call, f"the call of {task.answer_name}", "_reply")
+    if text is None and kernel.notes[len(notes) :]:
+        return False, f"{kernel.notes[-1]}.", False
+    try:
+        of_package, (public, *fresh) = read_reply(text or "")
+        verdict = judge(task, task.cases(), public)
+        again = judge(task, task.fresh_cases(salt), fresh[0] if fresh else []) if verdict else verdict
+    except (ValueError, TypeError, RuntimeError, NotImplementedError):  # whatever its process sends
+        return False, "its process sent no values that can be compared.", False
+    if verdict.message == NOT_WRITTEN and notes:
+        return False, f"{NOT_WRITTEN.rstrip('.')}; {'; '.join(notes)}.", False
+    if verdict and not again:
+        return False, f"it is right for the inputs of the notebook's check, but not for others: {again.message}", True
+    return (False, OF_PACKAGE, True) if verdict and of_package else (verdict.passed, verdict.message, False)
+
+
+def mentions_of_solutions(cells: Iterable[CodeCell]) -> set[str]:
+    """The lines of code that name fluxedu's solutions."""
+    return {line for cell in cells for line in cell.source.splitlines() if SOLUTIONS.search(line)}
+
+
+# ---------------------------------------------------------------- a class
+
+
+def marks_of(path: Path, student: str, timeout: float, notebook_timeout: float, memory: int) -> list[Mark]:
+    """As :func:`grade_notebook`, but whatever prevents it is a mark, of each exercise that the file's name tells."""
+    try:
+        return grade_notebook(path, timeout, notebook_timeout, memory, student)
+    except CourseError as error:
+        message = str(error)
+    except Exception as error:  # noqa: BLE001 - one notebook must not end the marking of a class
+        message = printable(f"{path} could not be run: {type(error).__name__}: {error}")
+    tasks = exercises_of(path, [])[0] if os.path.exists(path) else []
+    return [Mark(student, path.name, name, False, message) for name in [task.name for task in tasks] or [""]]
+
+
+def students(paths: Iterable[Path]) -> list[tuple[Path, str]]:
+    """Each notebook once, with its student: the name of its folder, or as much of its path as tells students apart.
+
+    Notebooks in one folder are of one student if they have the names of the course's notebooks; otherwise the file
+    names tell the students apart.
+    """
+    places = {os.path.realpath(path): Path(path) for path in paths}
+    original = {path.name for path in notebooks_folder().glob("[0-9][0-9]-*.ipynb")}
+    folders = Counter(path.parent for path in places.values())
+    wholes = []
+    for path in places.values():
+        whole = Path(os.path.abspath(path))
+        by_file = path.parent == Path() or (folders[path.parent] > 1 and path.name not in original)
+        wholes.append(whole.with_suffix("") if path.parent == Path() else whole if by_file else whole.parent)
+    names = {}
+    for whole, path in zip(wholes, places.values(), strict=True):
+        length = 2 if whole.name == path.name else 1
+        while any(w != whole and w.parts[-length:] == whole.parts[-length:] for w in wholes):
+            length += 1
+        names[path] = "/".join(whole.parts[-length:]) or path.stem
+    return list(names.items())
 
 
 def class_table(marks: Iterable[Mark]) -> list[list[str]]:
     """A header, then one row per student: 1 or 0 for each exercise (empty if not handed in), and the number passed."""
     results: dict[str, dict[str, int]] = {}
     for mark in marks:
-        results.setdefault(mark.student, {})[mark.exercise] = int(mark.passed)
+        result = results.setdefault(mark.student, {})
+        if mark.exercise:
+            result[mark.exercise] = int(mark.passed)
     exercises = list(dict.fromkeys(exercise for result in results.values() for exercise in result))
     rows = []
     for student, result in sorted(results.items()):
@@ -164,12 +234,13 @@ def class_table(marks: Iterable[Mark]) -> list[list[str]]:
 
 def write_csv(marks: Iterable[Mark], path: Path) -> None:
     """Write one line per student and exercise."""
-    rows = [[m.student, m.notebook, m.exercise, int(m.passed), m.message] for m in marks]
-    write_text(path, as_csv([["student", "notebook", "exercise", "passed", "message"], *rows]))
+    rows = [[m.student, m.notebook, m.exercise, int(m.passed), int(m.flagged), m.message] for m in marks]
+    write_text(path, as_csv([["student", "notebook", "exercise", "passed", "flagged", "message"], *rows]))
 
 
 def as_csv(rows: Iterable[list]) -> str:
-    """Rows as the text of a CSV file."""
+    """Rows as the text of a CSV file, without control characters, and with an apostrophe before a formula's sign."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    cells = ([printable(str(cell)) for cell in row] for row in rows)
+    csv.writer(text, lineterminator="\n").writerows([f"'{c}" if FORMULA.match(c) else c for c in row] for row in cells)
     return text.getvalue()

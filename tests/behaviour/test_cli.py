@@ -101,7 +101,7 @@ def test_a_missing_package_is_named_before_any_work(arguments, hidden, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "module"), [(["lab"], "jupyterlab"), (["grade", "04-rotary-positions.ipynb"], "nbclient")]
+    ("arguments", "module"), [(["lab"], "jupyterlab"), (["grade", "04-rotary-positions.ipynb"], "jupyter_client")]
 )
 def test_a_missing_extra_is_named(arguments, module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

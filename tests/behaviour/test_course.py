@@ -230,6 +230,20 @@ def test_values_that_cannot_be_compared_are_refused(answer, actual, message):
         points(answer, actual, within=0.1)
 
 
+@pytest.mark.parametrize(
+    ("mine", "printed"),
+    [
+        ([3.0, 4.0], "a: relative difference 0e+00 (rounding; at most 1e-05)"),
+        ([3.0, 4.00002], "a: relative difference 4e-06 (rounding; at most 1e-05)"),
+        ([3.0, 4.5], "a: relative difference 1e-01 (more than rounding, which is below 1e-05)"),
+        ([3.0], "a: the shapes differ, [1] and [2]"),
+    ],
+)
+def test_a_comparison_shows_its_number(mine, printed, capsys):
+    course.compare("a", torch.tensor(mine), torch.tensor([3.0, 4.0]))
+    assert capsys.readouterr().out.strip() == printed
+
+
 def test_a_session_of_predictions(capsys, monkeypatch):
     import sys
 
@@ -327,8 +341,8 @@ def test_marks(tmp_path):
     assert "✗ rope.rotate: your pairs are halves" in ran.output
     assert "there is no notebook" in ran.output
     rows = (tmp_path / "m.csv").read_text().splitlines()
-    assert rows[0] == "student,notebook,exercise,passed,message"
-    assert rows[1].startswith("ada,04-rotary-positions.ipynb,rope.ids,1,")
+    assert rows[0] == "student,notebook,exercise,passed,flagged,message"
+    assert rows[1].startswith("ada,04-rotary-positions.ipynb,rope.ids,1,0,")
     header, row = (line.split(",") for line in (tmp_path / "t.csv").read_text().splitlines())
     assert header == ["student", *names, "passed"]
     assert row == ["ada", *("1" if name == "rope.ids" else "0" for name in names), "1"]
