@@ -2,7 +2,18 @@
 
 from fluxedu.course.check import Verdict, check
 from fluxedu.course.exercise import Exercise, all_exercises
-from fluxedu.course.notebook import begin, predict, score, where
+from fluxedu.course.notebook import begin, compare, predict, score, where
 from fluxedu.errors import CourseError
 
-__all__ = ["CourseError", "Exercise", "Verdict", "all_exercises", "begin", "check", "predict", "score", "where"]
+__all__ = [
+    "CourseError",
+    "Exercise",
+    "Verdict",
+    "all_exercises",
+    "begin",
+    "check",
+    "compare",
+    "predict",
+    "score",
+    "where",
+]

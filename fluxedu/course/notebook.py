@@ -5,6 +5,7 @@ course.where(pipe, "double")
 guess = fe.predict("How many numbers does the latent have?", 4096)
 ...
 guess.against(out.latents.numel())
+course.compare("your block and the library's", mine, theirs)
 fe.score()
 """
 
@@ -21,6 +22,7 @@ from IPython import get_ipython
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from torch import Tensor
 
 from fluxedu.errors import CourseError, first_of
 from fluxedu.instruments.parts import parts
@@ -76,6 +78,24 @@ def where(pipe: FluxPipeline, *names: str) -> Figure:
         )
         ax.text(x + w / 2, y + h / 2, label, ha="center", va="center", fontsize=7, color=text)
     return fig
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+def compare(what: str, mine: Tensor, theirs: Tensor, within: float = 1e-5) -> None:
+    """Print the relative difference ``|mine - theirs| / |theirs|`` of two tensors of one shape, and whether it is at
+    most ``within``. Rounding differs between machines, so two runs of a notebook are compared without this number.
+    """
+    if mine.shape != theirs.shape:
+        print(f"{what}: the shapes differ, {list(mine.shape)} and {list(theirs.shape)}")
+        return
+    mine, theirs = mine.detach().double().cpu(), theirs.detach().double().cpu()
+    difference = float((mine - theirs).norm() / theirs.norm().clamp(min=1e-300))
+    meaning = (
+        f"rounding; at most {within:g}" if difference <= within else f"more than rounding, which is below {within:g}"
+    )
+    print(f"{what}: relative difference {difference:.0e} ({meaning})")
 
 
 # ---------------------------------------------------------------- predictions

@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import fluxedu as fe
+from fluxedu import course
 from fluxedu.cli import app
 from fluxedu.course import all_exercises, predict
 from fluxedu.course.build import EDITIONS, copy_notebooks, edition, sources
