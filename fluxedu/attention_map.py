@@ -11,12 +11,15 @@ converted to float32 first: in bfloat16 the error of a score would exceed the di
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fluxedu.errors import InstrumentError, checked, describe
 
 Index = int | slice | list[int] | Tensor
 #: entries of a map: the product of three masks, of passes and heads [B, H, 1, 1], queries [1, 1, N, 1] and keys
@@ -30,8 +33,22 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _as_index(index: Index) -> slice | list[int] | Tensor:
-    return [index] if isinstance(index, int) else index
+def _as_index(index: Index, size: int) -> slice | list[int] | Tensor:
+    """An index of several entries along an axis of ``size`` entries; raises InstrumentError for what is outside."""
+    index = [index] if isinstance(index, Integral) else index
+    try:
+        torch.empty(size, device="cpu")[index]
+    except (IndexError, TypeError, ValueError, RuntimeError):
+        raise InstrumentError(f"an index into {size} entries must be within them, not {describe(index)}.") from None
+    return index
+
+
+def _check_shape(name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
+    """Raises InstrumentError unless ``x`` has this shape, or with a ``dtype`` can be expanded to it."""
+    fits = x.ndim == len(shape) and all(n == size or (n == 1 and dtype) for n, size in zip(x.shape, shape, strict=True))
+    if not fits or (x.dtype != dtype if dtype else not x.is_floating_point()):
+        kind = dtype or "floating-point numbers"
+        raise InstrumentError(f"{name} must be {list(shape)} of {kind}, not {list(x.shape)} of {x.dtype}.")
 
 
 class AttentionMap:
@@ -43,6 +60,7 @@ class AttentionMap:
     were changed · ``hidden``: what :meth:`hide` has hidden. Parts are float32, or float64 if q is.
     """
 
+    @checked(InstrumentError)
     def __init__(
         self,
         q: Tensor,
@@ -55,6 +73,14 @@ class AttentionMap:
         scores: Tensor | None = None,
         hidden: tuple[Hidden, ...] = (),
     ):
+        like_k = [*q.shape[:2], *k.shape[2:3]]  # [B, H, N]
+        if q.ndim != 4 or [*k.shape] != [*like_k, q.shape[3]] or (v is not None and [*v.shape[:-1]] != like_k):
+            found = ", ".join(str(None if x is None else list(x.shape)) for x in (q, k, v))
+            raise InstrumentError(f"q, k and v must be [B, H, N, d] with the same B and H, not {found}.")
+        if scores is not None:
+            _check_shape("scores", scores, (*like_k[:2], q.shape[2], k.shape[2]))
+        if bias is not None:
+            _check_shape("bias", bias[(None,) * (4 - bias.ndim)], (*like_k[:2], q.shape[2], k.shape[2]), bias.dtype)
         self.q, self.k, self.v, self.txt_len = q, k, v, txt_len
         self.bias, self.causal, self.scale = bias, causal, scale
         self.scores, self.hidden = scores, hidden
@@ -90,8 +116,10 @@ class AttentionMap:
             mask = torch.where(self._visible(), q.new_zeros(()) if mask is None else mask, -torch.inf)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
 
+    @checked(InstrumentError)
     def __matmul__(self, v: Tensor) -> Tensor:
         """``map @ v``, the weighted sum of the values: ``[B, H, N, d]``."""
+        _check_shape("v", v, (*self.shape[:2], *self.k.shape[2:]))
         return self.output() if v is self.v else self.weights().to(v.dtype) @ v
 
     @property
@@ -109,13 +137,15 @@ class AttentionMap:
                 self._lse = torch.cat([self._scores(rows).logsumexp(-1) for rows in chunks], dim=2)
         return self._lse
 
+    @checked(InstrumentError)
     def rows(self, index: Index) -> Tensor:
         """What the queries at ``index`` attend to: ``[B, H, len(index), N]``."""
-        return self._scores(_as_index(index)).softmax(-1)
+        return self._scores(_as_index(index, self.shape[2])).softmax(-1)
 
+    @checked(InstrumentError)
     def columns(self, index: Index, rows: Index = slice(None)) -> Tensor:
         """How much all queries (or those at ``rows``) attend to the keys at ``index``: ``[B, H, N, len(index)]``."""
-        rows, index = _as_index(rows), _as_index(index)
+        rows, index = _as_index(rows, self.shape[2]), _as_index(index, self.shape[3])
         return (self._scores(rows, index) - self.lse[:, :, rows, None]).exp()
 
     def weights(self) -> Tensor:
@@ -126,15 +156,22 @@ class AttentionMap:
         """The scores of the whole map, before the softmax."""
         return self._scores(slice(None))
 
+    @checked(InstrumentError)
     def with_scores(self, scores: Tensor) -> AttentionMap:
         """The softmax of other scores ``[B, H, N, N]``."""
+        _check_shape("scores", scores, self.shape)
         return AttentionMap(self.q, self.k, self.v, self.txt_len, scores=scores)
 
+    @checked(InstrumentError)
     def hide(self, where: Tensor, queries: Tensor, keys: Tensor) -> AttentionMap:
         """The same map with the scores of some entries at minus infinity, so that no attention goes there.
 
         The entries are those at which all three masks of :data:`Hidden` are True.
         """
+        b, h, n, m = self.shape
+        _check_shape("where", where, (b, h, 1, 1), torch.bool)
+        _check_shape("queries", queries, (1, 1, n, 1), torch.bool)
+        _check_shape("keys", keys, (1, 1, 1, m), torch.bool)
         hidden = (*self.hidden, (where, queries, keys))
         return AttentionMap(
             self.q, self.k, self.v, self.txt_len, self.bias, self.causal, self.scale, self.scores, hidden
@@ -159,13 +196,17 @@ class AttentionMap:
             visible = visible & earlier[rows][:, columns]
         return visible
 
+    @checked(InstrumentError)
     def heads(self, index: slice | list[int]) -> AttentionMap:
         """The same map of some heads."""
+        index = _as_index(index, self.shape[1])
         return self._slice(lambda x: x[:, index])
 
+    @checked(InstrumentError)
     def picture(self, index: int | slice) -> AttentionMap:
         """The same map of one entry of the batch (an image, or a pass of guidance), or some; the batch axis stays."""
         rows = index if isinstance(index, slice) else slice(index, index + 1)
+        rows = _as_index(rows, self.shape[0])
         return self._slice(lambda x: x[rows])
 
     def _slice(self, take: Callable[[Tensor], Tensor]) -> AttentionMap:
@@ -177,6 +218,7 @@ class AttentionMap:
         part._lse = None if self._lse is None else take(self._lse)
         return part
 
+    @checked(InstrumentError)
     def head_mean(self, rows: Index = slice(None), columns: Index | None = None) -> Tensor:
         """The map, or a part of it, averaged over heads, ``[B, N, N]``; computed one head at a time."""
         if columns is not None:

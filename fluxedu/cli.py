@@ -51,20 +51,6 @@ def _from_checkout(name: str):
     return import_module(name)
 
 
-def _open_picture(path: Path):
-    """Read an image file completely."""
-    from PIL import Image
-
-    if not path.is_file():
-        raise fail(f"there is no picture {path}.")
-    try:
-        picture = Image.open(path)
-        picture.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise fail(f"{path} cannot be read as a picture: {str(error).rstrip('.')}.") from None
-    return picture
-
-
 @app.command(epilog='Example: fluxedu sample "a red circle left of a blue square" -o out.png')
 def sample(
     prompt: Annotated[str, typer.Argument(help="The prompt: a description of the image.")],
@@ -103,6 +89,7 @@ def sample(
 
     from fluxedu.files import atomic_path
     from fluxedu.sampling.images import edges as detect_edges
+    from fluxedu.sampling.images import open_picture
 
     file_format = Image.registered_extensions().get(output.suffix.lower())
     if file_format not in Image.SAVE:
@@ -117,7 +104,7 @@ def sample(
     )  # fmt: skip
     paths = {"image": image, "mask": mask, "control": control, "reference": reference, "image_prompt": image_prompt}
     with report_errors():
-        pictures = {name: _open_picture(path) for name, path in paths.items() if path}
+        pictures = {name: open_picture(path) for name, path in paths.items() if path}
         if edges:
             pictures["control"] = detect_edges(pictures["control"])
         picture = pipe(

@@ -6,14 +6,25 @@ fluxedu can mend. A message is one sentence: which argument, what it was, what i
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache, wraps
+from inspect import Parameter, signature
 from numbers import Integral, Real
 from reprlib import repr as short_repr
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 class FluxeduError(ValueError):
-    """Base class of all errors below."""
+    """Base class of all errors below. Names in a message may be anything, so it is kept to one readable line."""
+
+    def __init__(self, message: object = ""):
+        text = " ".join(str(message).split())
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:10_000])  # nor commands to a terminal
+        text = re.sub(r"\S{250,}", lambda word: f"{word[0][:100]}...{word[0][-100:]}", text)
+        super().__init__(text if len(text) <= 900 else f"{text[:500]} ... {text[-300:]}")
 
 
 class ConfigError(FluxeduError):
@@ -146,5 +157,105 @@ def check_keys(
     return value
 
 
+def check_tensor(name: str, value, axes: str, error: type = RequestError):
+    """``value`` if it is a tensor of floating-point numbers with these axes, ``"[B, C, h, w]"``; else ``error``."""
+    if not hasattr(value, "is_floating_point") or value.ndim != axes.count(",") + 1 or 0 in value.shape:
+        found = list(value.shape) if hasattr(value, "is_floating_point") else describe(value)
+        raise error(f"{name} must be a tensor {axes}, not {found}.")
+    if not value.is_floating_point() or value.is_meta:
+        raise error(f"{name} must hold floating-point numbers, not {value.dtype} on {value.device}.")
+    return value
+
+
+def check_device(device, error: type = RequestError):
+    """The torch.device, if it can be used here; "cuda" becomes the current GPU. Raises ``error`` otherwise."""
+    import torch  # only here, so that a command can fail before it has loaded PyTorch
+
+    try:
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen).item()  # raises where there is no such device, and on "meta", which has no values
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError, OverflowError):
+        gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
+        usable = "'cpu'" + (f" or {gpu!r}" if gpu else "")
+        raise error(f"device {describe(device)} cannot be used here; use {usable}.") from None
+    if chosen.type == "cuda" and chosen.index is None:  # some functions of torch.cuda need the number
+        return torch.device("cuda", torch.cuda.current_device())
+    return chosen
+
+
 def _after(hint: str) -> str:
     return f"; {hint}" if hint else ""
+
+
+# ---------------------------------------------------------------- arguments and their annotations
+
+
+def checked(error: type = RequestError, *names: str) -> Callable[[Callable], Callable]:
+    """Decorator of a public function or dataclass: an argument of another type than its annotation raises ``error``.
+
+    With ``names``, only those arguments are checked. Ranges, names and shapes are for the function itself. Only tuples,
+    lists and dicts are looked into: the values of other mappings may be read from a file, and those of an iterator can
+    be read once.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        if isinstance(function, type):  # the arguments of a dataclass
+            function.__init__ = decorate(function.__init__)
+            return function
+        parameters = signature(function)
+
+        @wraps(function)
+        def call(*args, **kwargs):
+            try:
+                arguments = parameters.bind(*args, **kwargs).arguments
+            except TypeError:
+                return function(*args, **kwargs)  # Python's own message names the function
+            hints = _hints(function)
+            for name, value in arguments.items():
+                kind = parameters.parameters[name].kind
+                values = value if kind is Parameter.VAR_POSITIONAL else [value]
+                values = value.values() if kind is Parameter.VAR_KEYWORD else values
+                for item in values if name in hints and name in (names or hints) else ():
+                    if not _fits(item, hints[name]):
+                        raise error(f"{name} must be of the type {_type_name(hints[name])}, not {describe(item)}.")
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+@cache
+def _hints(function: Callable) -> dict[str, Any]:
+    try:
+        return get_type_hints(function)
+    except (NameError, TypeError):  # somebody's own function, with annotations that cannot be read
+        return {}
+
+
+def _fits(value, hint) -> bool:
+    """Whether a value is of the type that an annotation says. A bool is no number."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if hint is Any:
+        return True
+    if kind in (Union, UnionType):
+        return any(_fits(value, option) for option in inner)
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if kind is Callable:
+        return callable(value)
+    if kind in (list, tuple, Sequence) and not isinstance(value, (str, bytes)):
+        if kind is tuple and ... not in inner:
+            return isinstance(value, (list, tuple)) and len(value) == len(inner) and all(map(_fits, value, inner))
+        items = value if isinstance(value, (list, tuple)) else value[:1] if isinstance(value, Sequence) else None
+        is_list = kind is Sequence or isinstance(value, (list, tuple))
+        return is_list and items is not None and (not inner or all(_fits(item, inner[0]) for item in items))
+    if kind in (dict, Mapping) and isinstance(value, dict) and inner:
+        return all(_fits(key, inner[0]) and _fits(item, inner[1]) for key, item in value.items())
+    return isinstance(value, kind) and not (kind is Sequence and isinstance(value, (str, bytes)))
+
+
+def _type_name(hint) -> str:
+    """An annotation without the names of modules: ``str | Path | None``."""
+    name = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    return re.sub(r"(\w+\.)+(?=\w)", "", name)

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -38,14 +39,16 @@ def atomic_path(target: Path, overwrite: bool = False, folder: bool = False) -> 
 
     Raises CheckpointError if ``target`` exists and may not be replaced, now or at the end. Symbolic links are followed.
     """
-    target = Path(os.path.realpath(target))
-    _remove_leftovers(target)
-    _check_replaceable(target, overwrite, folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with _reported(target):
+        target = Path(os.path.realpath(target))
+        _remove_leftovers(target)
+        _check_replaceable(target, overwrite, folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
     part = target.parent / f".{target.name}.{token_hex(4)}.part"
     with _locked(part.with_suffix(".lock")):
         try:
-            part.mkdir() if folder else part.touch()
+            with _reported(target):
+                part.mkdir() if folder else part.touch()
             yield part
             _sync(part)
             _replace(part, target, overwrite, folder)
@@ -54,13 +57,37 @@ def atomic_path(target: Path, overwrite: bool = False, folder: bool = False) -> 
             raise
 
 
-def check_writable(target: Path) -> None:
-    """Raise CheckpointError now if :func:`atomic_path` could not write a file to ``target``."""
+@contextmanager
+def _reported(target: Path) -> Iterator[None]:
+    """Turn the system's reason why nothing can be written at ``target`` into CheckpointError."""
     try:
-        with suppress(InterruptedError), atomic_path(target, overwrite=True):
-            raise InterruptedError  # nothing is written
+        yield
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror}.") from None
+    except ValueError as error:  # a name that no file can have, or an error of ours
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{target}: {error}.") from None
+
+
+def check_path(path: str | Path, error: type = CheckpointError) -> Path:
+    """The path of a file, of a folder, or of nothing so far; raises ``error`` for all else.
+
+    Opening a pipe, a socket or a device may block for ever, or never end, so they are refused by their kind.
+    """
+    try:
+        kind = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return Path(path)
+    except (OSError, ValueError) as fault:  # no permission, links in a circle, a name that no file can have
+        raise error(f"{path} cannot be opened: {getattr(fault, 'strerror', None) or fault}.") from None
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+        raise error(f"{path} is a pipe, a socket or a device, not a file.")
+    return Path(path)
+
+
+def check_writable(target: Path) -> None:
+    """Raise CheckpointError now if :func:`atomic_path` could not write a file to ``target``."""
+    with suppress(InterruptedError), atomic_path(target, overwrite=True):
+        raise InterruptedError  # nothing is written
 
 
 @contextmanager
@@ -102,7 +129,7 @@ def read_json(text: str | bytes):
 def read_json_file(path: Path):
     """Parse a JSON file; raises CheckpointError, one sentence, also for a folder or a pipe in its place."""
     try:
-        if not path.is_file():
+        if not check_path(path).is_file():
             raise ValueError("it is not a file")
         return read_json(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -127,7 +154,7 @@ def read_yaml(path: str | Path, most_bytes: int = 4 << 20):
     A key that occurs twice is an error, and so is an alias, with which a small file could become a huge object.
     """
     try:
-        with Path(path).open("rb") as file:
+        with check_path(path).open("rb") as file:
             data = file.read(most_bytes + 1)
         if len(data) > most_bytes:
             raise ValueError(f"more than {most_bytes:,} bytes")

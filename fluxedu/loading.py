@@ -30,7 +30,7 @@ from fluxedu.checkpoints import (
 from fluxedu.checkpoints.contents import own_dtype
 from fluxedu.checkpoints.lora import is_scale, merge_lazily, merged_while_loading
 from fluxedu.checkpoints.lora_files import read_lora
-from fluxedu.errors import CheckpointError, RequestError, check_choice, describe
+from fluxedu.errors import CheckpointError, RequestError, check_choice, check_device, checked, describe
 from fluxedu.memory import open_networks
 from fluxedu.memory.compiled import compile_blocks
 from fluxedu.models import VARIANTS, Flux, FluxConfig, Sampling
@@ -39,7 +39,7 @@ from fluxedu.models.redux import Redux, ReduxHead
 from fluxedu.nano.networks import VisionEncoder
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.prompts import PromptEncoder, Tokenizer
-from fluxedu.sampling.request import checked_device, checked_dtype
+from fluxedu.sampling.request import checked_dtype
 
 WEIGHTS = Path(__file__).parent / "nano" / "weights"
 #: mu of the miniature, ln 3 at any size; like the guidance scales, chosen on prompts that are not in the exam
@@ -82,6 +82,7 @@ LORAS = {"hollow": "lora_hollow"}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
+@checked()
 def load(
     name: str | Path | None = None,
     *,
@@ -139,7 +140,7 @@ def load(
         dtype = dtype or own_dtype((entry.dtype, entry.nbytes) for entry in tensors.entries.values())
     elif like is not None:
         raise RequestError(f"like= does not apply to the miniature, {name}, which has its own sampling settings.")
-    device, dtype = checked_device(device or "cpu"), checked_dtype(dtype)
+    device, dtype = check_device("cpu" if device is None else device), checked_dtype(dtype)
 
     groups = [[(WEIGHTS / shipped.lora / LORA_FILE, 1.0)] if shipped and shipped.lora else []]
     groups.append(requested_loras(lora, lora_scale))

@@ -16,9 +16,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from fluxedu.errors import InstrumentError
+from fluxedu.errors import InstrumentError, check_integer, checked, describe
 from fluxedu.figure import Figure
 from fluxedu.instruments.named import Named
 
@@ -68,10 +68,13 @@ def hide_axes(ax: Axes) -> Axes:
 
 
 def to_array(value) -> np.ndarray:
-    """A tensor, a :class:`Named` or an array as an array of floats."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().float().cpu().numpy()
-    return np.asarray(value, dtype=float)
+    """A tensor, a :class:`Named` or an array as an array of floats; raises InstrumentError for anything else."""
+    try:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().float().cpu().numpy()
+        return np.asarray(value, dtype=float)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise InstrumentError(f"a figure shows numbers, in a tensor or an array, not {describe(value)}.") from None
 
 
 def to_pixels(image) -> np.ndarray:
@@ -86,8 +89,8 @@ def to_pixels(image) -> np.ndarray:
 
 
 def _check_axes(value: Named, *axes: str) -> None:
-    if not isinstance(value, Named) or value.axes != axes:
-        found = f"axes {', '.join(value.axes)}" if isinstance(value, Named) else f"a {type(value).__name__}"
+    if value.axes != axes or 0 in value.shape:
+        found = f"axes {', '.join(value.axes)}" if value.axes != axes else "an empty one"
         raise InstrumentError(f"this figure needs a Named with axes {', '.join(axes)}, not {found}.")
 
 
@@ -116,6 +119,7 @@ def _draw_overlay(ax: Axes, image, weights: np.ndarray, vmax: float | None = Non
     ax.imshow(weights, cmap=SEQUENTIAL, vmin=0, vmax=vmax, alpha=alpha, extent=extent, interpolation="nearest")
 
 
+@checked(InstrumentError)
 def overlay(image, weights, title: str = "Attention of each patch") -> Figure:
     """One attention map ``[rows, columns]`` of patches over the image, with a colour bar."""
     fig, ((ax,),) = new_figure(1, 1, (3.4, 3.0))
@@ -131,6 +135,7 @@ def overlay(image, weights, title: str = "Attention of each patch") -> Figure:
     return fig
 
 
+@checked(InstrumentError)
 def word_maps(maps: Named, image) -> Figure:
     """:func:`fluxedu.instruments.lenses.word_maps` over the image: one row per word, one column per block.
 
@@ -152,6 +157,7 @@ def word_maps(maps: Named, image) -> Figure:
     return fig
 
 
+@checked(InstrumentError)
 def head_gallery(heads: Named, image=None) -> Figure:
     """:func:`fluxedu.instruments.lenses.head_gallery` as a grid: one row per block, one column per head.
 
@@ -174,6 +180,7 @@ def head_gallery(heads: Named, image=None) -> Figure:
     return fig
 
 
+@checked(InstrumentError)
 def contributions(sizes: Named) -> Figure:
     """:func:`fluxedu.instruments.lenses.contributions` as a heat map: one row per block, one column per step."""
     _check_axes(sizes, "block", "step")
@@ -189,6 +196,7 @@ def contributions(sizes: Named) -> Figure:
     return fig
 
 
+@checked(InstrumentError)
 def modulation(sizes: Named) -> Figure:
     """:func:`fluxedu.instruments.lenses.modulation` as heat maps of shift, scale and gate: one row per layer."""
     _check_axes(sizes, "time", "layer", "kind")
@@ -205,7 +213,10 @@ def modulation(sizes: Named) -> Figure:
     return fig
 
 
-def film_strip(rows: Mapping[str, Sequence], times: Sequence[float] | None = None, max_images: int = 8) -> Figure:
+@checked(InstrumentError)
+def film_strip(
+    rows: Mapping[str, Sequence], times: Sequence[float] | Tensor | np.ndarray | None = None, max_images: int = 8
+) -> Figure:
     """Images of a run from left to right, one row per name: for example the decoded states and the predicted x0.
 
     rows: name -> images (PIL, or tensors ``[3, H, W]`` in [-1, 1]), equally many in each row · times: one per image,
@@ -215,17 +226,22 @@ def film_strip(rows: Mapping[str, Sequence], times: Sequence[float] | None = Non
     if len(counts) != 1 or 0 in counts:
         raise InstrumentError(f"every row of a film strip needs equally many images, not {sorted(counts)}.")
     count = counts.pop()
+    check_integer("max_images", max_images, 1, 1000, error=InstrumentError)
+    times = [None] * count if times is None else to_array(times).tolist()
+    if not isinstance(times, list) or len(times) != count:
+        raise InstrumentError(f"times must be one for each of the {count} images, not {describe(times)}.")
     chosen = np.unique(np.linspace(0, count - 1, min(max_images, count)).round().astype(int))
     fig, axes = new_figure(len(rows), len(chosen), (1.3, 1.3))
     for i, (name, images) in enumerate(rows.items()):
         for j, k in enumerate(chosen):
             hide_axes(axes[i, j]).imshow(to_pixels(images[k]))
-            if i == 0 and times is not None:
-                axes[i, j].set_title(f"t = {float(times[k]):.2f}", fontsize=8)
+            if i == 0 and times[k] is not None:
+                axes[i, j].set_title(f"t = {times[k]:.2f}", fontsize=8)
         axes[i, 0].set_ylabel(name, fontsize=9)
     return fig
 
 
+@checked(InstrumentError)
 def side_by_side(first, second, names: tuple[str, str] = ("before", "after")) -> Figure:
     """Two images and their difference: the mean absolute difference over colours, black where there is none."""
     a, b = to_pixels(first), to_pixels(second)
@@ -256,6 +272,7 @@ def radial_power(value) -> tuple[np.ndarray, np.ndarray]:
     return ((np.arange(8) + 0.5) / 16)[filled], sums[filled] / counts[filled]
 
 
+@checked(InstrumentError)
 def spectrum(values: Mapping[str, object]) -> Figure:
     """Power of each named latent ``[..., h, w]`` over spatial frequency: flat for noise, falling for images."""
     if not isinstance(values, Mapping) or any(to_array(value).ndim < 2 for value in values.values()):
@@ -270,6 +287,7 @@ def spectrum(values: Mapping[str, object]) -> Figure:
     return fig
 
 
+@checked(InstrumentError)
 def quiver(field: Named) -> Figure:
     """:func:`fluxedu.instruments.lenses.velocity_field`: the sampler's direction at each point of a plane of latents.
 
@@ -319,6 +337,7 @@ def treemap_rectangles(items: list[tuple[str, float]], x: float, y: float, w: fl
         yield from treemap_rectangles(items[cut:], x, y + h * share, w, h * (1 - share))
 
 
+@checked(InstrumentError)
 def treemap(network: nn.Module | Mapping[str, int], depth: int = 2, title: str = "") -> Figure:
     """One rectangle per part of a network (or per name of name -> count), as large as its share of the parameters."""
     counts = count_parameters(network, depth) if isinstance(network, nn.Module) else dict(network)
@@ -360,13 +379,14 @@ def _draw_ratings(ax: Axes, rows: Rows, names: Sequence[str], limits: tuple[floa
 
 def _elo_limits(tables: Collection[Rows]) -> tuple[float, float]:
     """One range for all tables: as wide as their intervals need, at most :data:`MAX_DEVIATION` from the mean."""
-    for rows in tables:
+    for rows in tables or [{}]:
         if not rows or not all({"elo", "low", "high", "votes"} <= set(row) for row in rows.values()):
             raise InstrumentError("ratings must be a dictionary model -> elo, low, high and votes, and not empty.")
     deviation = max(max(row["high"] - 1000, 1000 - row["low"]) for rows in tables for row in rows.values())
     return 1000 - min(deviation * 1.05 + 5, MAX_DEVIATION), 1000 + min(deviation * 1.05 + 5, MAX_DEVIATION)
 
 
+@checked(InstrumentError)
 def elo(rows: Rows, title: str = "Overall rating of each model") -> Figure:
     """Elo ratings, the strongest model first; ``rows`` as :meth:`fluxedu.arena.Ratings.rows` returns them."""
     limits = _elo_limits([rows])
@@ -381,6 +401,7 @@ def elo(rows: Rows, title: str = "Overall rating of each model") -> Figure:
     return fig
 
 
+@checked(InstrumentError)
 def elo_axes(tables: Mapping[str, Rows]) -> Figure:
     """Elo ratings on several axes of comparison (title -> rows), one panel each, with one order, colour and scale."""
     limits = _elo_limits(tables.values())

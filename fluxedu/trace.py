@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from fluxedu import plots
-from fluxedu.errors import InstrumentError, describe
+from fluxedu.errors import InstrumentError, checked, describe
 from fluxedu.figure import Figure
 from fluxedu.instruments import lenses
 from fluxedu.instruments.catalogue import EVERYTHING, sites
@@ -71,6 +71,7 @@ class Stage:
 # ---------------------------------------------------------------- recording
 
 
+@checked(InstrumentError)
 def stages(pipe: FluxPipeline, prompt: str, **request) -> tuple[Output, list[Stage]]:
     """Draw ``prompt`` and return the run with what happened at every stage; ``request``: as for the pipeline."""
     if not isinstance(prompt, str):
@@ -184,6 +185,7 @@ def thumbnail(value: Value) -> Named:
 # ---------------------------------------------------------------- the page
 
 
+@checked(InstrumentError)
 def page(title: str, about: str, stages: list[Stage]) -> str:
     """The whole page as HTML, of at most 4.5 MB as long as its figures can be drawn smaller."""
     dpi, html = DPI, _page(title, about, stages, DPI)

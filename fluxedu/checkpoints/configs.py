@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fluxedu.errors import CheckpointError, ConfigError, check_integer, describe, first_of
+from fluxedu.errors import CheckpointError, ConfigError, check_integer, checked, describe, first_of
 from fluxedu.models import VARIANTS, AutoEncoderConfig, CLIPTextConfig, FluxConfig, T5Config
 from fluxedu.models.config import LARGEST, Config
 
@@ -67,6 +67,7 @@ _LARGER_CLASSES |= {"T5ForConditionalGeneration": "T5EncoderModel", "T5Model": "
 # ---------------------------------------------------------------- config.json
 
 
+@checked(CheckpointError)
 def to_diffusers_config(config: Config) -> dict:
     """The ``config.json`` that diffusers (or transformers) stores beside these weights.
 
@@ -100,6 +101,7 @@ def to_diffusers_config(config: Config) -> dict:
     return {"architectures": [class_name], "model_type": model_type, **_TEXT_FIXED[type(config)], **values}
 
 
+@checked(CheckpointError)
 def from_diffusers_config(values: dict, kind: type[Config] | None = None) -> Config:
     """Our configuration for the values of a ``config.json``.
 
@@ -172,7 +174,7 @@ def _our_fields(values: dict, names: dict[str, tuple], fixed: dict) -> dict:
     known = {theirs for theirs, _ in names.values()} | _IGNORED
     for name, value in values.items():
         if name in fixed:
-            if value != fixed[name]:
+            if not isinstance(value, type(fixed[name])) or value != fixed[name]:
                 raise CheckpointError(f"config.json has {name} {describe(value)}, but FLUX.1's is {fixed[name]!r}.")
         elif name not in known and not name.startswith("_") and value is not None:
             raise CheckpointError(f"config.json has an unknown setting {describe(name)} ({describe(value)}).")
@@ -212,6 +214,7 @@ def label_of(tensors: Mapping[str, Tensor]) -> str:
     return getattr(tensors, "label", "the state dict")
 
 
+@checked(CheckpointError)
 def infer_config(tensors: Mapping[str, Tensor], like: Config | None = None) -> Config:
     """The configuration that follows from the shapes of these tensors.
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from fluxedu.checkpoints.configs import Shape
 from fluxedu.errors import CheckpointError, describe, first_of
-from fluxedu.files import read_json
+from fluxedu.files import check_path, read_json, read_json_file
 
 DTYPES = {
     "F64": torch.float64,
@@ -113,13 +113,16 @@ def gguf_error(path: Path) -> CheckpointError:
 
 def read_entries(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The stored tensors of a file, an index or a folder, and the metadata."""
-    if not path.exists():
+    if not check_path(path).exists():
         raise CheckpointError(f"there is no file or folder {path}.")
     source = weights_in(path) if path.is_dir() else path
     files = _read_index(source) if source.suffix == ".json" else {source: None}
     entries, metadata = {}, {}
     for file, indexed in files.items():
-        found, metadata = read_header(file)
+        try:
+            found, metadata = read_header(check_path(file))
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
         if indexed is not None:
             if missing := sorted(indexed - found.keys()):
                 raise CheckpointError(f"{file.name} lacks the key {first_of(missing)} that the index promises.")
@@ -172,8 +175,8 @@ def weights_in(folder: Path, variant: str | None = None) -> Path:
 def _read_index(index: Path) -> dict[Path, set[str]]:
     """Shard -> the names of its tensors."""
     try:
-        weight_map = dict(read_json(index.read_bytes())["weight_map"])
-    except (ValueError, KeyError, TypeError):
+        weight_map = dict(read_json_file(index)["weight_map"])
+    except (ValueError, LookupError, TypeError):
         raise CheckpointError(f"{index.name} is not an index of shards (JSON with a weight_map).") from None
     shards: dict[Path, set[str]] = {}
     for name, shard in weight_map.items():

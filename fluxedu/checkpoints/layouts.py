@@ -43,7 +43,7 @@ from fluxedu.checkpoints.configs import (
     to_diffusers_config,
 )
 from fluxedu.checkpoints.contents import PARTS, without_prefixes
-from fluxedu.errors import CheckpointError, ConfigError, first_of
+from fluxedu.errors import CheckpointError, ConfigError, checked, first_of
 from fluxedu.models import (
     AutoEncoder,
     AutoEncoderConfig,
@@ -157,6 +157,7 @@ class Piece:
     stop: int
 
 
+@checked(CheckpointError)
 @lru_cache(maxsize=64)
 def shapes(config: Config, layout: str = "bfl") -> dict[str, Shape]:
     """Name -> shape of every tensor of the network, in either layout. The result is cached: do not modify it."""
@@ -260,6 +261,7 @@ def dtypes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
     return known if known is not None else {name: tensor.dtype for name, tensor in tensors.items()}
 
 
+@checked(CheckpointError)
 def convert(state_dict: Mapping[str, Tensor], to: str, config: Config | None = None) -> dict[str, Tensor]:
     """The same weights in the other layout.
 
@@ -273,6 +275,7 @@ def convert(state_dict: Mapping[str, Tensor], to: str, config: Config | None = N
     return dict(convert_lazily(state_dict, to, config))
 
 
+@checked(CheckpointError)
 def convert_lazily(tensors: Mapping[str, Tensor], to: str, config: Config | None = None) -> ConvertedTensors:
     """Like :func:`convert`, but each tensor is made when it is looked up."""
     if to not in LAYOUTS:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fluxedu.checkpoints.configs import Shape, label_of
 from fluxedu.checkpoints.layouts import RULES, Piece, dtypes_of, recipes
 from fluxedu.checkpoints.lora_files import LayerChange, adapter_config, config_for, layer_changes
-from fluxedu.errors import CheckpointError, describe, first_of
+from fluxedu.errors import CheckpointError, check_integer, checked, describe, first_of
 from fluxedu.models import CLIPTextEncoder, Flux, T5Encoder
 
 #: what diffusers calls each network
@@ -100,6 +100,7 @@ def is_scale(scale: object) -> bool:
     return isinstance(scale, (int, float)) and not isinstance(scale, bool) and abs(scale) < 1e6
 
 
+@checked(CheckpointError)
 @torch.no_grad()
 def merge(
     networks: nn.Module | Sequence[nn.Module],
@@ -312,6 +313,7 @@ def _check_no_overlap(changes: Sequence[_Change], label: str) -> None:
 # ---------------------------------------------------------------- input channels, and the way back
 
 
+@checked(CheckpointError)
 @torch.no_grad()
 def widen_input(tensors: Mapping[str, Tensor], in_channels: int) -> dict[str, Tensor]:
     """A flow transformer's tensors with ``img_in`` widened to ``in_channels`` inputs; the new columns are zero.
@@ -319,15 +321,17 @@ def widen_input(tensors: Mapping[str, Tensor], in_channels: int) -> dict[str, Te
     The LoRA files of canny and depth are for 128 input channels, FLUX.1 dev has 64. With zeros in the new half the
     network computes the same as before, until the LoRA is merged.
     """
+    check_integer("in_channels", in_channels, 1, 1 << 16, error=CheckpointError)
     weight = tensors["img_in.weight"] if "img_in.weight" in tensors else None
-    if weight is None or weight.shape[1] > in_channels:
-        count = "no" if weight is None else weight.shape[1]
+    if weight is None or weight.ndim != 2 or weight.shape[1] > in_channels:
+        count = "no" if weight is None or weight.ndim != 2 else weight.shape[1]
         raise CheckpointError(f"{label_of(tensors)} has {count} input channels and cannot be widened to {in_channels}.")
     wide = weight.new_zeros(weight.shape[0], in_channels)
     wide[:, : weight.shape[1]] = weight
     return {**tensors, "img_in.weight": wide}
 
 
+@checked(CheckpointError)
 @torch.no_grad()
 def extract(after: Mapping[str, Tensor], before: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     """The LoRA that turns the transformer ``before`` into ``after``, under the official names.

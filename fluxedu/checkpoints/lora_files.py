@@ -29,7 +29,7 @@ from torch import Tensor
 from fluxedu.checkpoints.configs import label_of
 from fluxedu.checkpoints.headers import read_entries
 from fluxedu.checkpoints.reading import TensorFile
-from fluxedu.errors import CheckpointError, check_keys, check_number, describe, first_of
+from fluxedu.errors import CheckpointError, check_keys, check_number, checked, describe, first_of
 from fluxedu.files import read_json
 
 _FACTOR = re.compile(
@@ -163,6 +163,7 @@ def layer_changes(lora: Mapping[str, Tensor]) -> list[LayerChange]:
     return [change for change in changes if not _UNUSED.match(change.layer)]
 
 
+@checked(CheckpointError)
 def lora_in_channels(lora: Mapping[str, Tensor]) -> int | None:
     """The number of input channels that the LoRA is for; None if it does not change the first layer."""
     for change in layer_changes(lora):

@@ -20,8 +20,8 @@ from fluxedu.checkpoints.configs import fields_from_shapes, kind_name
 from fluxedu.checkpoints.contents import PARTS, stored_networks
 from fluxedu.checkpoints.headers import gguf_error, read_entries, variant_of_file, weights_in
 from fluxedu.checkpoints.reading import open_model, read
-from fluxedu.errors import CheckpointError, describe
-from fluxedu.files import read_json
+from fluxedu.errors import CheckpointError, checked, describe
+from fluxedu.files import check_path, read_json
 from fluxedu.models import FluxConfig
 
 
@@ -59,6 +59,7 @@ class Official:
     scheduler: Path | None = None
 
 
+@checked(CheckpointError)
 def find(
     name: str | Path, transformer: str = "transformer", variant: str | None = None, revision: str | None = None
 ) -> Official:
@@ -79,7 +80,8 @@ def find(
     for option, value in (("variant", variant), ("revision", revision)):
         if value is not None and not isinstance(value, str):
             raise CheckpointError(f"{option} must be a text, such as 'fp16' or 'main', not {describe(value)}.")
-    known, path = _variant_of(str(name)), Path(name)
+    path = check_path(name)
+    known = _variant_of(str(name))
     if revision is not None and path.exists():
         raise CheckpointError(f"revision= is for repositories in the Hugging Face cache, and {str(name)!r} is a path.")
     parts: dict[str, Path] = {}

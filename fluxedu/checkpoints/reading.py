@@ -37,7 +37,7 @@ from fluxedu.checkpoints.layouts import (
     dtypes_of,
     part_of,
 )
-from fluxedu.errors import CheckpointError
+from fluxedu.errors import CheckpointError, check_device, checked
 from fluxedu.files import read_json
 from fluxedu.models.config import Config
 from fluxedu.models.meta_init import meta_init
@@ -122,6 +122,7 @@ class TensorFile(Mapping):
                 memory = memory[count:]
 
 
+@checked(CheckpointError)
 def read(path: str | Path, part: str | None = None) -> TensorFile:
     """Open ``path`` without loading it: a ``.safetensors`` file, an index of shards, or a folder with one of them.
 
@@ -141,6 +142,7 @@ def read(path: str | Path, part: str | None = None) -> TensorFile:
 # ---------------------------------------------------------------- networks
 
 
+@checked(CheckpointError)
 def config_of(tensors: TensorFile) -> Config:
     """The configuration of a file or folder: from its metadata, from its config.json, or inferred from the shapes.
 
@@ -162,6 +164,7 @@ def config_of(tensors: TensorFile) -> Config:
     return infer_config(tensors)
 
 
+@checked(CheckpointError)
 def load_into(
     module: nn.Module,
     tensors: Mapping[str, Tensor],
@@ -178,6 +181,8 @@ def load_into(
     no floating-point numbers, and NaN or infinity. On the CPU, only samples of tensors above a million numbers are
     searched for NaN, since reading all of a mapped file would take longer than loading it.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise CheckpointError(f"dtype must be one of floating-point numbers, such as torch.bfloat16, not {dtype}.")
     config = getattr(module, "config", None)
     tensors = without_prefixes(tensors, part_of(config))
     found, label = shapes_of(tensors), label_of(tensors)
@@ -190,6 +195,8 @@ def load_into(
     for name, _ in module.named_parameters():
         if not dtypes[name].is_floating_point:
             raise CheckpointError(f"{label} has {name!r} in {dtypes[name]}; weights must be floating-point numbers.")
+    if isinstance(device, (str, torch.device)) and str(device) != "meta":
+        check_device(device, CheckpointError)
     device_of = device if callable(device) else lambda name: device
     weights = stream(tensors, dtype, device_of)
     _check_finite(weights, tensors, label)
@@ -219,6 +226,7 @@ def _check_finite(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], 
             raise CheckpointError(f"{label} has NaN or infinity in {stored!r} (loaded as {weight.dtype}).")
 
 
+@checked(CheckpointError)
 def open_model(
     path: str | Path, config: Config | None = None, part: str | None = None
 ) -> tuple[nn.Module, Mapping[str, Tensor]]:
@@ -233,6 +241,7 @@ def open_model(
     return module.eval(), convert_lazily(tensors, "bfl", config)
 
 
+@checked(CheckpointError)
 def load_model(
     path: str | Path,
     config: Config | None = None,

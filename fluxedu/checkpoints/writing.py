@@ -22,7 +22,7 @@ from fluxedu.checkpoints.configs import shapes_of, to_diffusers_config
 from fluxedu.checkpoints.headers import DTYPES
 from fluxedu.checkpoints.layouts import ConvertedTensors, convert_lazily, dtypes_of, part_of
 from fluxedu.checkpoints.reading import config_of, free_buffers, read, row_chunks
-from fluxedu.errors import CheckpointError
+from fluxedu.errors import CheckpointError, checked
 from fluxedu.files import atomic_path
 from fluxedu.models import CLIPTextConfig, T5Config
 from fluxedu.models.config import Config
@@ -38,6 +38,8 @@ class _Writer:
     """Writes tensors to one or several files, and reports the progress over all of them."""
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, progress: Progress | None):
+        if dtype is not None and not dtype.is_floating_point:
+            raise CheckpointError(f"dtype must be one of floating-point numbers, such as torch.bfloat16, not {dtype}.")
         self.tensors, self.shapes, self.dtypes = tensors, shapes_of(tensors), dict(dtypes_of(tensors))
         source = tensors.source if isinstance(tensors, ConvertedTensors) else tensors
         for name, tensor in source.items() if isinstance(source, dict) else ():
@@ -75,6 +77,7 @@ class _Writer:
                         self.progress(self.done, self.total)
 
 
+@checked(CheckpointError)
 def save_file(
     tensors: Mapping[str, Tensor],
     path: str | Path,
@@ -99,6 +102,7 @@ def save_file(
     return path
 
 
+@checked(CheckpointError)
 def save_folder(
     tensors: Mapping[str, Tensor],
     path: str | Path,
@@ -144,6 +148,7 @@ def save_folder(
     return path
 
 
+@checked(CheckpointError)
 def convert_file(
     source: str | Path,
     target: str | Path,

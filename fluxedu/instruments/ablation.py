@@ -33,7 +33,7 @@ class ablate(intervene):  # noqa: N801 - used like a function
 
     def __init__(self, *globs: str, to: str | float = 0.0, **selection: Any):
         is_number = isinstance(to, (int, float)) and not isinstance(to, bool) and to == to
-        if to != "mean" and not is_number:
+        if not is_number and not (isinstance(to, str) and to == "mean"):
             raise InstrumentError(f"to must be a number or 'mean', not {describe(to)}.")
         streams, tokens = checked_streams(selection.get("streams")), selection.get("tokens")
         sites = [site for glob in globs for site in _contribution_sites(glob, streams, tokens)]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fluxedu.attention_map import AttentionMap
-from fluxedu.errors import InstrumentError, describe
+from fluxedu.errors import InstrumentError, checked, describe
 from fluxedu.instruments.catalogue import axes_of
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import NEGATIVE_PROMPT, record
@@ -138,7 +138,9 @@ class intervene(Instrument):  # noqa: N801 - used like a function
                 f"change must take two arguments, (value, ctx) -> value; {describe(change)} does not."
             )
         self.change = change
-        self.selection = Selection.of(steps, times, passes or "prompted", streams, tokens, queries, heads)
+        self.selection = Selection.of(
+            steps, times, "prompted" if passes is None else passes, streams, tokens, queries, heads
+        )
         self.named_passes = set(globs) & set(ONE_PASS_SITES) if passes is None else set()
         self.changed_sites: set[str] = set()
         self.outside_steps: set[str] = set()  # sites reached outside the steps while steps= or times= was set
@@ -223,6 +225,7 @@ def checked_result(result: Any, value: Any, site: str) -> Any:
 # ---------------------------------------------------------------- positions
 
 
+@checked(InstrumentError)
 def positions(
     edit: Callable[[Tensor], Tensor], text: Callable[[Tensor], Tensor] | None = None
 ) -> Callable[[Tensor, Context], Tensor]:

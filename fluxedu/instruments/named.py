@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluxedu.errors import InstrumentError
+from fluxedu.errors import InstrumentError, checked, describe
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +25,15 @@ class Named:
     coords: dict[str, list] = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.tensor.ndim != len(self.axes):
+        if not isinstance(self.tensor, Tensor) or not isinstance(self.coords, dict):
+            both = f"{describe(self.tensor)} and {describe(self.coords)}"
+            raise InstrumentError(f"a Named is made of a tensor, its axes and a dictionary of labels, not of {both}.")
+        is_list = isinstance(self.axes, (tuple, list)) and all(isinstance(name, str) for name in self.axes)
+        if not is_list or not self.tensor.ndim == len(self.axes) == len(set(self.axes)):
             raise InstrumentError(
-                f"axes must name each dimension of the tensor {list(self.tensor.shape)}, not {', '.join(self.axes)}."
+                f"axes must name each dimension of the tensor {list(self.tensor.shape)}, not {describe(self.axes)}."
             )
+        object.__setattr__(self, "axes", tuple(self.axes))
 
     @property
     def shape(self) -> torch.Size:
@@ -42,12 +47,14 @@ class Named:
     def sizes(self) -> dict[str, int]:
         return dict(zip(self.axes, self.tensor.shape, strict=True))
 
+    @checked(InstrumentError)
     def axis(self, name: str) -> int:
         """The index of an axis; raises InstrumentError for one that does not exist."""
         if name not in self.axes:
-            raise InstrumentError(f"there is no axis {name!r}; the axes are {', '.join(self.axes)}.")
+            raise InstrumentError(f"there is no axis {describe(name)}; the axes are {', '.join(self.axes)}.")
         return self.axes.index(name)
 
+    @checked(InstrumentError)
     def at(self, **where: int) -> Named:
         """Select one index of each named axis and drop the axis."""
         tensor, axes = self.tensor, list(self.axes)
@@ -58,6 +65,7 @@ class Named:
             axes.remove(name)
         return Named(tensor, tuple(axes), {k: v for k, v in self.coords.items() if k in axes})
 
+    @checked(InstrumentError)
     def take(self, name: str, index: list[int]) -> Named:
         """Select several indices of an axis."""
         axis = self.axis(name)
@@ -68,6 +76,7 @@ class Named:
         coords = self.coords | ({name: [self.coords[name][i] for i in index]} if name in self.coords else {})
         return Named(self.tensor.index_select(axis, indices), self.axes, coords)
 
+    @checked(InstrumentError)
     def mean(self, *names: str) -> Named:
         """The mean over one or several axes, which are dropped; over all of them if none is named."""
         kept = tuple(axis for axis in self.axes if names and axis not in names)
@@ -76,8 +85,11 @@ class Named:
 
     # ---------------------------------------------------------------- arithmetic: axes of the same name meet
 
+    @checked(InstrumentError)
     def _combine(self, other: Named | Tensor | float, operation: Callable[[Tensor, Tensor], Tensor]) -> Named:
         """``operation`` of two values; an axis that only one of them has is repeated for the other."""
+        if isinstance(other, Tensor) and other.is_meta or not isinstance(other, (Named, Tensor)) and abs(other) > 1e300:
+            raise InstrumentError(f"{describe(other)} cannot be added to or multiplied with {self!r}.")
         if not isinstance(other, Named):
             shape = tuple(other.shape) if isinstance(other, Tensor) else ()
             own = tuple(self.shape)[len(self.shape) - len(shape) :]
@@ -134,11 +146,13 @@ class Named:
         labels = [self.coords.get(axis, range(size)) for axis, size in self.sizes.items()]
         return pandas.Series(self.__array__().ravel(), pandas.MultiIndex.from_product(labels, names=self.axes))
 
+    @checked(InstrumentError)
     def dropped(self, name: str, tensor: Tensor) -> Named:
         """``tensor`` with the same axes except ``name``."""
         axes = tuple(a for a in self.axes if a != name)
         return Named(tensor, axes, {k: v for k, v in self.coords.items() if k in axes})
 
+    @checked(InstrumentError)
     def to(self, dtype: torch.dtype) -> Named:
         """The same values in another dtype."""
         return Named(self.tensor.to(dtype), self.axes, self.coords)

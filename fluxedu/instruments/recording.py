@@ -21,8 +21,8 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fluxedu.errors import InstrumentError, check_integer, check_keys, check_number
-from fluxedu.files import atomic_path, read_json
+from fluxedu.errors import InstrumentError, check_integer, check_keys, check_number, checked, describe
+from fluxedu.files import atomic_path, check_path, read_json
 from fluxedu.instruments.named import Named
 from fluxedu.sampling.step_context import StepContext
 
@@ -79,11 +79,14 @@ class Recording:
         """The single values of a site, image by image, and in the order of the run for each."""
         return sorted(self.in_order(name), key=_run_and_picture)  # images that are computed at once alternate
 
+    @checked(InstrumentError)
     def in_order(self, name: str) -> list[tuple[StepKey, Named]]:
         """The single values of a site, in the order in which they were recorded."""
         if name not in self.values:
             recorded = ", ".join(list(self.values)[:4]) + (", ..." if len(self.values) > 4 else "")
-            raise InstrumentError(f"nothing was recorded at {name!r}; recorded are: {recorded or 'no sites at all'}.")
+            raise InstrumentError(
+                f"nothing was recorded at {describe(name)}; recorded are: {recorded or 'no sites at all'}."
+            )
         return self.values[name]
 
     def __getitem__(self, name: str) -> Named:
@@ -118,7 +121,7 @@ class Recording:
         return len(self.values)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.values
+        return isinstance(name, str) and name in self.values
 
     def keys(self) -> list[str]:
         return list(self.values)
@@ -127,6 +130,7 @@ class Recording:
     def nbytes(self) -> int:
         return sum(value.tensor.nbytes for entries in self.values.values() for _, value in entries)
 
+    @checked(InstrumentError)
     def dataset(self, name: str, flatten: str | None = None) -> ValueDataset:
         """The values of a site as a ``torch.utils.data.Dataset``, for probes or sparse autoencoders.
 
@@ -227,7 +231,7 @@ class FolderRecording(Recording):
     def __init__(self, folder: str | Path):
         super().__init__()
         self.opened: tuple[int, Recording] = (0, Recording())  # number of files when it was opened, what they hold
-        self.folder = Path(folder).expanduser()
+        self.folder = check_path(Path(folder).expanduser(), InstrumentError)
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise InstrumentError(f"to= must be a new folder, and {self.folder} exists already.")
         try:
@@ -302,12 +306,13 @@ class FolderRecording(Recording):
         self.files_written += 1
 
 
+@checked(InstrumentError)
 def open_recording(folder: str | Path) -> Recording:
     """Read a recording from its folder; if the run was killed, its completed steps. Raises InstrumentError.
 
     The headers of all files are checked, and so is that no file is missing between the first and the last.
     """
-    files = sorted(Path(folder).glob("[0-9]*-picture-*.safetensors"))
+    files = sorted(check_path(folder, InstrumentError).glob("[0-9]*-picture-*.safetensors"))
     if not files:
         raise InstrumentError(f"{folder} contains no recording.")
     recording = Recording()

@@ -71,7 +71,7 @@ def checked_times(times: Times | None) -> Times | None:
         low, high = sorted(float(t) for t in times)
         if not (0 <= low and high <= 1):  # also False for NaN
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise InstrumentError(f"times must be a pair (from, to) in [0, 1], not {describe(times)}.") from None
     return low, high
 

@@ -55,7 +55,7 @@ def region(box: Sequence[float] | None = None, mask: Picture | None = None) -> R
         left, top, right, bottom = (float(side) for side in box)
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise InstrumentError(f"box must be (left, top, right, bottom) within 0 to 1, not {describe(box)}.") from None
     return Region(torch.ones(1, 1, dtype=torch.float64, device="cpu"), (left, top, right, bottom))
 

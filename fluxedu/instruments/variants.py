@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from fluxedu.errors import InstrumentError, describe
+from fluxedu.errors import InstrumentError, checked, describe
 from fluxedu.instruments.interventions import intervene
 from fluxedu.instruments.watching import known_sites
 from fluxedu.sampling.pipeline import FluxPipeline, Output
@@ -15,6 +15,7 @@ from fluxedu.sampling.request import as_prompts
 Variant = intervene | Sequence[intervene]
 
 
+@checked(InstrumentError, "pipe")
 def ablate_each(
     pipe: FluxPipeline, interventions: Sequence[Variant], prompt: str | Conditioning, *, seed: int = 0, **options
 ) -> Output:

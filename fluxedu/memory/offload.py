@@ -13,7 +13,7 @@ This is for inference: autograd and ``fe.swap`` would not find streamed weights 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxedu.checkpoints import load_into, open_model
+from fluxedu.errors import PlacementError, check_device, check_integer, check_tensor, checked
 from fluxedu.memory.placement import (
     TILE,
     Networks,
@@ -45,6 +46,7 @@ _copy_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fluxedu-wei
 # ---------------------------------------------------------------- opening
 
 
+@checked(PlacementError)
 def open_networks(
     parts: dict[str, Path],
     device: torch.device,
@@ -117,8 +119,9 @@ class WeightStreamer:
     weights of the next module are copied while one computes.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], device: torch.device | str, others: Iterable[nn.Module] = ()):
-        self.device = torch.device(device)
+    @checked(PlacementError)
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device | str, others: Sequence[nn.Module] = ()):
+        self.device = check_device(device, PlacementError)
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.modules, self.others = list(modules), set(others)
         self.pending: dict[int, Future] = {}  # copies that are being made
@@ -178,11 +181,13 @@ class TiledAutoEncoder(AutoEncoder):
         return decode_tiled(self, latent)
 
 
+@checked(PlacementError)
 def decode_tiled(ae: AutoEncoder, latent: Tensor, tile: int = TILE, overlap: int = OVERLAP) -> Tensor:
     """Like ``ae.decode``: latent ``[B, z, h, w]`` -> image ``[B, 3, 8h, 8w]``, ``tile x tile`` cells at a time."""
-    if not 0 < overlap < tile:
-        raise ValueError(f"overlap must be between 0 and the tile's {tile} cells, not {overlap}.")
-    batch, _, rows, columns = latent.shape
+    check_integer("overlap", overlap, 1, tile - 1, "tiles are larger than what they share", PlacementError)
+    batch, channels, rows, columns = check_tensor("latent", latent, "[B, z, h, w]", PlacementError).shape
+    if channels != ae.config.z_channels:
+        raise PlacementError(f"latent must have {ae.config.z_channels} channels, not {channels}.")
     scale, height, width = ae.config.downscale, min(tile, rows), min(tile, columns)
     image = torch.zeros(
         batch, ae.config.out_ch, scale * rows, scale * columns, dtype=torch.float32, device=latent.device

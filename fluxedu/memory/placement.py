@@ -27,8 +27,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fluxedu.errors import OutOfMemory, PlacementError, check_choice
-from fluxedu.memory.quantised import FORMATS, linear_layers
+from fluxedu.errors import OutOfMemory, PlacementError, check_choice, check_integer, checked
+from fluxedu.memory.quantised import FORMATS, check_format, linear_layers
 from fluxedu.models import AutoEncoder, AutoEncoderConfig, CLIPTextEncoder, Flux, FluxConfig, T5Encoder
 from fluxedu.models.meta_init import meta_init
 
@@ -40,6 +40,7 @@ STEPS = 50  # of the run whose needs are counted
 RESERVE = 1.0 * GB
 
 
+@checked(PlacementError)
 @dataclass(frozen=True)
 class Placement:
     """Where the weights are.
@@ -54,6 +55,11 @@ class Placement:
     tiled: bool = False
     quantised: str | None = None
 
+    def __post_init__(self):
+        check_choice("mode", self.mode, MODES[1:], error=PlacementError)
+        check_format(self.quantised)
+
+    @checked(PlacementError)
     def streamed_modules(self, network: nn.Module) -> list[list[nn.Module]]:
         """The modules of a network that are streamed, in the order in which they run.
 
@@ -106,6 +112,7 @@ class Placement:
         return total
 
 
+@checked(PlacementError)
 def modulations(flux: Flux) -> list[nn.Module]:
     """The linear layers that compute every shift, scale and gate, in the order in which a plan calls them."""
     double = [mod.lin for block in flux.double_blocks for mod in (block.txt_mod, block.img_mod)]
@@ -158,8 +165,12 @@ class Networks:
         with meta_init():
             return cls(Flux(config or FluxConfig()), AutoEncoder(), CLIPTextEncoder(), T5Encoder())
 
+    @checked(PlacementError)
     def need(self, placement: Placement, height: int, width: int, txt_len: int) -> Need:
         """The need of one image of ``height x width`` pixels with ``txt_len`` text tokens."""
+        for name, side in (("height", height), ("width", width)):
+            check_integer(name, side, 16, 1 << 14, "it is in pixels", PlacementError)
+        check_integer("txt_len", txt_len, 0, 1 << 16, error=PlacementError)
         itemsize = self.dtype.itemsize
         resident = sum(placement.resident_bytes(n, itemsize) for n in (self.flux, self.ae, self.clip, self.t5))
         dequantised = placement.dequantised_bytes(self.flux, itemsize)
@@ -246,6 +257,7 @@ class _NoAttentionMap(TorchFunctionMode):
 # ---------------------------------------------------------------- the choice
 
 
+@checked(PlacementError)
 def choose(
     networks: Networks, mode: str, free: float, size: int = 1024, txt_len: int = 512, quantised: str | None = None
 ) -> Placement:
@@ -254,6 +266,7 @@ def choose(
     Quantised blocks are not streamed, so with them the smallest placement is no-modulations.
     """
     check_choice("memory", mode, MODES, error=PlacementError)
+    check_format(quantised)
     blocks = len(_blocks(networks.flux))
 
     def fits(placement: Placement) -> bool:
@@ -300,6 +313,7 @@ def summary(placement: Placement, need: Need, free: float, device: torch.device)
     )
 
 
+@checked(PlacementError)
 def predicted(
     cards: tuple[int, ...] = CARDS, networks: Networks | None = None, size: int = 1024, quantised: str | None = None
 ) -> list[dict]:
@@ -316,6 +330,7 @@ def predicted(
     return rows
 
 
+@checked(PlacementError)
 def table(size: int = 1024) -> str:
     """The prediction as text."""
     columns = {"card": 5, "mode": 14, "streamed": 8, "tiled": 5, "resident": 8}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fluxedu.errors import InstrumentError, checked
 from fluxedu.probe import current_watcher, is_watching, watch
 from fluxedu.sampling.step_context import Steps, checked_steps, current_context, entered, is_selected
 
@@ -32,6 +33,7 @@ class GradientMode:
     checkpointing: bool
 
 
+@checked(InstrumentError)
 @contextmanager
 def gradients(steps: Steps = None, checkpointing: bool = False) -> Iterator[None]:
     """Inside the ``with``, pipelines build an autograd graph: a loss on the latents or the trajectory that they return,
@@ -45,7 +47,7 @@ def gradients(steps: Steps = None, checkpointing: bool = False) -> Iterator[None
     ``requires_grad`` that an intervention inserts. The weights are constants.
     """
     before = gradient_mode()
-    _thread.mode = GradientMode(checked_steps(steps), bool(checkpointing))
+    _thread.mode = GradientMode(checked_steps(steps), checkpointing)
     try:
         yield
     finally:

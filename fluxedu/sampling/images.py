@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fluxedu.errors import RequestError, describe
+from fluxedu.errors import RequestError, checked, describe
+from fluxedu.files import check_path
 
 Picture = Image.Image | np.ndarray | Tensor
+MAX_PIXELS = 1 << 26  # of a picture that is read: 8192 x 8192
 
 
 def to_tensor(image: Picture) -> Tensor:
@@ -46,6 +48,20 @@ def to_tensor(image: Picture) -> Tensor:
             f"an image must be a PIL image, a uint8 array [H, W, 3] or a tensor [3, H, W] in [-1, 1], not {found}."
         )
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].contiguous().float() / 127.5 - 1
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture, read completely; raises RequestError if that is not possible, or if it has too many pixels."""
+    if not check_path(path, RequestError).is_file():
+        raise RequestError(f"there is no picture {path}.")
+    try:
+        picture = Image.open(path)
+        if math.prod(picture.size) > MAX_PIXELS:
+            raise ValueError(f"it has {picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
+        picture.load()
+    except Exception as error:  # Pillow has no error class of its own
+        raise RequestError(f"{path} cannot be read as a picture: {str(error).rstrip('.')}.") from None
+    return picture
 
 
 def to_rgb(image: Picture) -> np.ndarray:
@@ -135,6 +151,7 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(level) for level in levels]
 
 
+@checked(RequestError)
 def edges(image: Image.Image | np.ndarray | str | Path, low: float = 50, high: float = 200) -> np.ndarray:
     """The edges of a picture, white on black, uint8 ``[H, W, 3]``: what canny models read as ``control=``.
 
@@ -151,10 +168,7 @@ def edges(image: Image.Image | np.ndarray | str | Path, low: float = 50, high: f
         raise RequestError("edges needs OpenCV: pip install 'fluxedu[edges]'.") from None
     if not 0 <= low <= high:
         raise RequestError(f"low and high must be 0 <= low <= high, not {low} and {high}.")
-    try:
-        picture = Image.open(image) if isinstance(image, str | Path) else image
-    except OSError as error:
-        raise RequestError(f"image must be a picture, and {image} cannot be read as one: {error}.") from None
+    picture = open_picture(image) if isinstance(image, str | Path) else image
     pixels = to_rgb(picture) if isinstance(picture, Image.Image) else np.asarray(picture)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.size:
         raise RequestError(f"image must be uint8 [H, W, 3], not {pixels.dtype} {list(pixels.shape)}.")

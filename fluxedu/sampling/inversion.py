@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fluxedu.errors import RequestError, check_integer
+from fluxedu.errors import RequestError, check_integer, checked
 from fluxedu.sampling.checks import warn
 from fluxedu.sampling.conditions import default_size
 from fluxedu.sampling.images import Picture, resized, to_tensor
@@ -26,6 +26,7 @@ CONVERGED = 0.25  # how much of a step may change in the last round, relative to
 _OWN = ("latents", "seed", "solver", "strength", "height", "width", "rounding", "decode", "stop_after", "num_images")
 
 
+@checked(RequestError)
 def invert(
     pipe: FluxPipeline,
     picture: Picture,

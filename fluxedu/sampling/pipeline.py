@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fluxedu.errors import GradientError, RequestError, check_integer
+from fluxedu.errors import GradientError, RequestError, check_device, check_integer, checked, describe
 from fluxedu.memory.placement import Networks, memory_advice
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
@@ -30,7 +30,7 @@ from fluxedu.sampling.gradients import gradient_mode, leaf
 from fluxedu.sampling.images import Picture, resized, to_images, to_mask, to_tensor
 from fluxedu.sampling.latents import draw_noise
 from fluxedu.sampling.prompts import Conditioning, PromptEncoder
-from fluxedu.sampling.request import Request, checked_device, checked_times, make_requests, refuse_unknown
+from fluxedu.sampling.request import Request, checked_times, make_requests, refuse_unknown
 from fluxedu.sampling.solvers import Solver, from_strength, get_solver, schedule
 from fluxedu.sampling.step_context import StepContext, at_pictures, at_step, current_context, entered, stopping_after
 from fluxedu.sampling.velocity_field import VelocityField
@@ -56,8 +56,11 @@ class Trajectory:
         return self.latents[:-1] - self.times[:-1].view(-1, 1, 1, 1, 1).to(self.latents) * self.velocities
 
     @staticmethod
+    @checked()
     def joined(runs: list[Trajectory]) -> Trajectory:
         """The runs of several batches of images on the same schedule as one."""
+        if not runs:
+            raise RequestError("runs must hold at least one trajectory.")
         latents, velocities = (torch.cat([getattr(run, name) for run in runs], 1) for name in ("latents", "velocities"))
         return Trajectory(runs[0].times, latents, velocities)
 
@@ -82,6 +85,7 @@ class FluxPipeline(Sited):
 
     site_path = "sample"
 
+    @checked()
     def __init__(
         self, prompt_encoder: PromptEncoder, flux: Flux, autoencoder: AutoEncoder, defaults: Sampling, size: int
     ):
@@ -107,9 +111,14 @@ class FluxPipeline(Sited):
 
     def to(self, *args, **kwargs) -> FluxPipeline:
         """Move or cast all networks, as ``nn.Module.to``; raises RequestError for an unavailable device."""
-        for argument in (*args, *kwargs.values()):
-            if isinstance(argument, (str, torch.device)):
-                checked_device(argument)
+        try:
+            device, dtype = torch._C._nn._parse_to(*args, **kwargs)[:2]
+            if dtype is not None and not dtype.is_floating_point:
+                raise ValueError(f"{dtype} has no fractions")
+        except (TypeError, RuntimeError, ValueError) as error:
+            raise RequestError(f"to() takes a device, a dtype or both: {' '.join(str(error).split())[:100]}.") from None
+        if device is not None:
+            check_device(device)
         placement = self.flux.placement
         if placement is not None and placement.mode != "full":
             raise RequestError("to() cannot move streamed weights; call fe.load again with device= or memory='full'.")
@@ -191,6 +200,9 @@ class FluxPipeline(Sited):
         Raises RequestError for invalid arguments; OutOfMemory when memory runs out.
         """
         refuse_unknown(unknown)
+        for name, flag in {"paste": paste, "trajectory": trajectory, "progress": progress, "decode": decode}.items():
+            if not isinstance(flag, bool):
+                raise RequestError(f"{name} must be True or False, not {describe(flag)}.")
         check_networks(self)
         pictures = {"image": image, "control": control, "reference": reference, "image_prompt": image_prompt}
         pictures = {name: None if picture is None else to_tensor(picture) for name, picture in pictures.items()}

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
-from fluxedu.errors import RequestError, describe
+from fluxedu.errors import RequestError, check_integer, check_text, checked, describe
 from fluxedu.models.clip import CLIPTextEncoder
 from fluxedu.models.t5 import T5Encoder
 from fluxedu.sampling.checks import check_finite
@@ -54,14 +54,15 @@ class Tokenizer:
 
     def pieces(self, prompt: str) -> list[str]:
         """The prompt's tokens as text, without padding."""
-        return self.fast.encode(prompt).tokens
+        return self.fast.encode(check_text("the prompt", prompt)).tokens
 
+    @checked()
     def __call__(self, prompts: list[str], length: int | None = None) -> Tensor:
         """Token ids ``[B, length]``, padded; raises RequestError for a prompt that is too long (unless truncated)."""
-        length = length or self.length
+        length = self.length if length is None else check_integer("length", length, 1, 1 << 16)
         rows = []
         for prompt in prompts:
-            ids = self.fast.encode(prompt).ids
+            ids = self.fast.encode(check_text("a prompt", prompt)).ids
             if len(ids) > length and not self.truncate:
                 raise RequestError(f"prompt must have at most {length} T5 tokens, not {len(ids)}; make it shorter.")
             if len(ids) > length:
@@ -77,17 +78,25 @@ class Conditioning:
     txt: Tensor
     pooled: Tensor
 
+    @checked()
     def joined(self, other: Conditioning) -> Conditioning:
         """Both, as one batch."""
         return Conditioning(torch.cat([self.txt, other.txt]), torch.cat([self.pooled, other.pooled]))
 
+    @checked()
     def with_tokens(self, tokens: Tensor) -> Conditioning:
         """With more tokens ``[B, M, D]`` after the text's own."""
+        if tokens.ndim != 3 or tokens.shape[::2] != self.txt.shape[::2]:
+            raise RequestError(f"tokens must be [B, M, D] as txt {list(self.txt.shape)}, not {list(tokens.shape)}.")
         return Conditioning(torch.cat([self.txt, tokens], dim=1), self.pooled)
 
+    @checked()
     def __getitem__(self, rows: slice | list[int]) -> Conditioning:
         """Some of the prompts, or one several times."""
-        return Conditioning(self.txt[rows], self.pooled[rows])
+        try:
+            return Conditioning(self.txt[rows], self.pooled[rows])
+        except (IndexError, TypeError, ValueError):
+            raise RequestError(f"there are {len(self.txt)} prompts, so there is no {describe(rows)} of them.") from None
 
 
 class PromptEncoder:
@@ -97,10 +106,12 @@ class PromptEncoder:
         self.clip_tokenizer, self.clip = clip_tokenizer, clip
         self.t5_tokenizer, self.t5 = t5_tokenizer, t5
 
+    @checked()
     def __call__(self, prompts: list[str], batch: int = 1) -> Conditioning:
         """One row per prompt. Each distinct prompt is encoded once, ``batch`` of them at a time; alone by default, so
         that no other changes its vectors, not even in the last bit.
         """
+        check_integer("batch", batch, 1, 1 << 16)
         device = self.t5.shared.weight.device
         distinct = list(dict.fromkeys(prompts))
         rows = []

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from fluxedu.errors import RequestError, check_choice, check_integer, check_number, describe
 from fluxedu.sampling.latents import latent_size
-from fluxedu.sampling.solvers import SOLVERS, active
+from fluxedu.sampling.solvers import MAX_STEPS, SOLVERS, active
 
 MAX_SIDE = 4096  # pixels
-MAX_STEPS = 1000
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 #: arguments of diffusers' FluxPipeline -> what they are here
@@ -69,20 +68,6 @@ def checked_latents(latents, count: int, channels: int) -> list[Tensor]:
     if not torch.isfinite(latents).all():
         raise RequestError("latents must be finite numbers, but these have NaN or infinity.")
     return [latents[i : i + 1] for i in range(b)] * (count // b)
-
-
-def checked_device(device: str | torch.device) -> torch.device:
-    """The device, if it can be used here; "cuda" becomes the current GPU. Raises RequestError."""
-    try:
-        chosen = torch.device(device)
-        torch.zeros(1, device=chosen).item()  # raises where there is no such device, and on "meta", which has no values
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
-        gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
-        usable = "'cpu'" + (f" or {gpu!r}" if gpu else "")
-        raise RequestError(f"device {str(device)!r} cannot be used here; use {usable}.") from None
-    if chosen.type == "cuda" and chosen.index is None:  # some functions of torch.cuda need the number
-        return torch.device("cuda", torch.cuda.current_device())
-    return chosen
 
 
 def checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype:

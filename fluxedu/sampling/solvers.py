@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxedu.errors import RequestError, describe
+from fluxedu.errors import RequestError, check_integer, check_number, checked, describe
 
+MAX_STEPS = 1000
 VelocityFunction = Callable[[Tensor, float], Tensor]
 Step = Callable[[Tensor, float, float, VelocityFunction], tuple[Tensor, Tensor]]
 
@@ -91,19 +92,29 @@ def get_solver(name: str) -> Solver:
 # ---------------------------------------------------------------- schedule: source black-forest-labs/flux, sampling.py
 
 
+@checked(RequestError)
 def shift_amount(tokens: int, base: tuple[int, float] = (256, 0.5), top: tuple[int, float] = (4096, 1.15)) -> float:
     """``mu`` for an image of ``tokens`` tokens: linear through (tokens, mu) = ``base`` and ``top``, not clamped."""
     (n0, mu0), (n1, mu1) = base, top
+    for number in (tokens, n0, mu0, n1, mu1):
+        check_number("every number of shift_amount", number, -1e9, 1e9)
+    if n0 == n1:
+        raise RequestError(f"base and top must be at different numbers of tokens, not both at {n0}.")
     return mu0 + (tokens - n0) * (mu1 - mu0) / (n1 - n0)
 
 
+@checked(RequestError)
 def shift_times(times: Tensor, mu: float) -> Tensor:
     """Move times in [0, 1] towards 1 (noise), ``e^mu / (e^mu + 1/t - 1)``; 0 and 1 stay where they are."""
     # a tensor, because number / tensor is rounded twice in PyTorch
+    check_number("mu", mu, -80, 80, "as e^mu overflows beyond")
+    if not times.is_floating_point():
+        raise RequestError(f"times must be floating-point numbers, not {times.dtype}.")
     factor = torch.tensor(math.exp(mu), dtype=times.dtype, device=times.device)
     return factor / (factor + (1 / times - 1))  # at t = 0: 1 / 0 is inf, and factor / inf is 0
 
 
+@checked(RequestError)
 def schedule(steps: int, tokens: int, shift: bool = True, ends: tuple[float, float] = (0.5, 1.15)) -> Tensor:
     """The times of a run: ``[steps + 1]`` from 1 down to 0, float32.
 
@@ -112,10 +123,9 @@ def schedule(steps: int, tokens: int, shift: bool = True, ends: tuple[float, flo
     ``ends``: ``mu`` at 256 and at 4096 tokens (diffusers' ``base_shift`` and ``max_shift``).
 
     Equal to diffusers' to the last bit: the network multiplies a time by 1000, and an error in its last bit changes
-    the image by about 1e-6. Raises ValueError for fewer than one step.
+    the image by about 1e-6. Raises RequestError for fewer than one step or more than 1000.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a whole number of at least 1, not {steps!r}.")
+    check_integer("steps", steps, 1, MAX_STEPS)
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu").float()  # rounded once
     return shift_times(times, shift_amount(tokens, (256, ends[0]), (4096, ends[1]))) if shift else times
 
@@ -127,7 +137,7 @@ def from_strength(times: Tensor, strength: float) -> Tensor:
     keeps most of the image. The number of steps is rounded as in diffusers.
     """
     if not 0 < strength <= 1:
-        raise ValueError(f"strength must be above 0 and at most 1, not {strength!r}.")
+        raise RequestError(f"strength must be above 0 and at most 1, not {strength!r}.")
     steps = len(times) - 1
     skipped = int(steps - steps * strength)
     return times[skipped:]
@@ -136,6 +146,7 @@ def from_strength(times: Tensor, strength: float) -> Tensor:
 # ---------------------------------------------------------------- guidance
 
 
+@checked(RequestError)
 def guide(negative: Tensor, prompted: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance.
 
@@ -144,6 +155,10 @@ def guide(negative: Tensor, prompted: Tensor, scale: float) -> Tensor:
     forward passes, done as one batch of twice the size. FLUX.1-dev does not need them: it was distilled with the
     guidance scale as an *input* (``guidance_embed``).
     """
+    check_number("scale", scale, -1e30, 1e30)
+    if (negative.shape, negative.device) != (prompted.shape, prompted.device):
+        both = f"{list(negative.shape)} on {negative.device} and {list(prompted.shape)} on {prompted.device}"
+        raise RequestError(f"the velocities must have the same shape and device, not {both}.")
     return negative + scale * (prompted - negative)
 
 

@@ -93,7 +93,7 @@ def bench(pipe: FluxPipeline, prompt: str, other: str, *, steps: int = 6, **requ
     as for the pipeline. Meanwhile a temporary folder holds the other run: 10 GB for FLUX.1-dev at 1024 x 1024. The
     judge (:mod:`fluxedu.nano.judge`) detects the shapes of the miniature only.
     """
-    hide_bar = not request.get("progress", True)
+    hide_bar = request.get("progress", True) is False
     request = request | {"steps": steps, "trajectory": False, "progress": False}
     blocks, txt_len = blocks_of(pipe), pipe.prompt_encoder.t5_tokenizer.length
     before = pipe(check_one_prompt(prompt), **request)

@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
-from fluxedu.errors import InstrumentError
+from fluxedu.errors import InstrumentError, check_integer
 from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, Slider, View, explorer
 from fluxedu.widgets.panels import RGB, Lines, Pixels, to_rgb
 
@@ -18,7 +18,8 @@ Pair = tuple[int, str, str]  # index of the prompt, model on the left, model on 
 
 def pairs_of(names: Sequence[str], prompts: int, count: int, seed: int) -> list[Pair]:
     """``count`` comparisons in random order and on random sides, every two models about equally often."""
-    rng = np.random.default_rng(seed)
+    check_integer("pairs", count, 1, 10_000, error=InstrumentError)
+    rng = np.random.default_rng(check_integer("seed", seed, 0, 2**63 - 1, error=InstrumentError))
     models = list(combinations(names, 2))
     every = [(prompt, *models[i]) for prompt in range(prompts) for i in rng.permutation(len(models))]
     if count > len(every):

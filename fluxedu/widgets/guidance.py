@@ -49,7 +49,7 @@ def sweep(
     scales, seeds = list(scales), list(seeds)
     if not scales or not seeds:
         raise InstrumentError("give at least one guidance scale and one seed.")
-    hide_bar = not request.get("progress", True)
+    hide_bar = request.get("progress", True) is False
     images, verdicts, correct, differ, latent_rms = [], [], [], [], []
     for scale in progress_bar(scales, desc="guidance scales", leave=False, show=not hide_bar):
         out = pipe(check_one_prompt(prompt), **(request | {"seed": seeds, "guidance": scale, "progress": False}))

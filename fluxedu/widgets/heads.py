@@ -11,7 +11,7 @@ from fluxedu.instruments.ablation import ablate
 from fluxedu.instruments.lenses.run import blocks_of, check_one_prompt
 from fluxedu.progress import progress_bar
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, View, check_request, explorer, number_list
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, View, check_request, explorer
 from fluxedu.widgets.panels import RGB, Pixels, difference_panel, resize_table, sequential, to_rgb
 
 REMOVED = ("this head", "all other heads of its block")
@@ -54,7 +54,6 @@ def heads(pipe: FluxPipeline, prompt: str, *, steps: int = 6, **request) -> Expl
     This takes ``2 x blocks x heads`` runs of ``steps`` steps, about a minute on the miniature; ``request``: as for the
     pipeline. Which heads matter was first measured for translation: arXiv 1905.10650.
     """
-    (steps,) = number_list("steps", steps, 1)
     request = check_request(request, "trajectory") | {"steps": steps, "trajectory": False, "progress": False}
     blocks, count = blocks_of(pipe), pipe.flux.config.num_heads
     original = pipe(check_one_prompt(prompt), **request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fluxedu.errors import InstrumentError
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.sampling.images import Picture, to_tensor
 from fluxedu.sampling.pipeline import FluxPipeline
@@ -62,6 +63,8 @@ def latents(pipe: FluxPipeline, image: Picture | str, *, seed: int = 0, **reques
         latent = pipe(image, **check_request(request | {"seed": seed})).latents[0]
     else:
         x = to_tensor(image)
+        if min(x.shape[-2:]) < 16:
+            raise InstrumentError(f"image must have at least 16 x 16 pixels, not {x.shape[-2]} x {x.shape[-1]}.")
         latent = pipe.autoencoder.encode(x.to(pipe.device, pipe.dtype))[0]
     before = pipe.autoencoder.decode(latent[None])[0].float().cpu()
     channels, rows, columns = latent.shape

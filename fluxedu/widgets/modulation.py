@@ -7,11 +7,12 @@ from functools import lru_cache
 
 import torch
 
+from fluxedu.errors import InstrumentError, check_integer
 from fluxedu.instruments.lenses.layers import KINDS, modulation_channels
 from fluxedu.instruments.named import Named
 from fluxedu.plots import TIME_LABEL
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, Slider, View, explorer, number_list, prompt_list
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, Slider, View, explorer, prompt_list
 from fluxedu.widgets.panels import Lines, Pixels, diverging, resize_table, sequential
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 10.0)
@@ -57,7 +58,7 @@ def modulation(pipe: FluxPipeline, prompts: str | Sequence[str], *, times: int =
     ``times``.
     """
     prompts = prompt_list(prompts)
-    (times,) = number_list("times", times, 2)
+    check_integer("times", times, 2, 1000, error=InstrumentError)
     controls = [Choice("kind", "show", KINDS), Choice("prompt", "prompt", prompts)]
     if pipe.flux.config.guidance_embed:
         labels = [f"{s:g}" for s in GUIDANCE_SCALES]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluxedu.errors import InstrumentError
+from fluxedu.errors import InstrumentError, check_integer
 from fluxedu.widgets.explorer import Choice, Explorer, View, explorer, time_slider
 from fluxedu.widgets.panels import Points
 
@@ -65,8 +65,11 @@ def particles(
 
     A particle has the colour of the point of ``data [K, 2]`` that it ends nearest to; there may be six points.
     """
-    if not fields or count < 1 or steps < 1:
-        raise InstrumentError("give at least one field, one particle and one step.")
+    for name, value in (("count", count), ("steps", steps)):
+        check_integer(name, value, 1, 1000, error=InstrumentError)
+    check_integer("seed", seed, 0, 2**63 - 1, error=InstrumentError)
+    if not fields:
+        raise InstrumentError("give at least one field.")
     if data.ndim != 2 or data.shape[1] != 2 or not 1 <= len(data) <= 6:
         raise InstrumentError(f"data must be one to six points [K, 2], not of shape {list(data.shape)}.")
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float32, device="cpu").tolist()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fluxedu.errors import InstrumentError, check_choice, check_integer
+from fluxedu.instruments.lenses.run import blocks_of
 from fluxedu.instruments.recorder import record
 from fluxedu.models.attention import rope_table, rotate
 from fluxedu.sampling.latents import image_ids
@@ -56,6 +58,8 @@ def positions(pipe: FluxPipeline, *, side: int = 16, block: str = "single.1", he
     Their vectors are all ones, so that only the position matters, or the mean query and key, before RoPE, of a head of
     the model.
     """
+    check_integer("side", side, 2, 64, error=InstrumentError)
+    check_choice("block", block, blocks_of(pipe), error=InstrumentError)
     config = pipe.flux.config
     with record(f"{block}.q_norm", f"{block}.k_norm", steps=-1, heads=head) as rec:
         pipe(EXAMPLE_PROMPT, progress=False)
@@ -69,5 +73,5 @@ def positions(pipe: FluxPipeline, *, side: int = 16, block: str = "single.1", he
         return positions_view(tables[vectors], side, query, key)
 
     controls, pointers = [Choice("vectors", "vectors", VECTORS)], {"query": (side // 2,) * 2}
-    pointers["key"] = (side // 2, side // 2 + 3)
+    pointers["key"] = (side // 2, min(side // 2 + 3, side - 1))
     return Explorer("How does RoPE change an attention score?", controls, draw, pointers)

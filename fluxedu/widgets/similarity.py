@@ -70,8 +70,10 @@ def similarity(pipe: FluxPipeline, prompts: Sequence[str] = PROMPTS, words: Sequ
 
     Raises InstrumentError for fewer than two prompts.
     """
-    if isinstance(prompts, str) or len(prompts) < 2:
+    if len(prompts) < 2:
         raise InstrumentError(f"prompts must be a list of at least two prompts, not {describe(prompts)}.")
+    if not words:
+        raise InstrumentError("words must not be empty; [None] stands for no change.")
     encoder = pipe.prompt_encoder
 
     @torch.no_grad()

@@ -77,7 +77,7 @@ def solvers(
     if not evaluations or not solvers or not shifts:
         raise InstrumentError("give at least one number of evaluations, one solver and one shift.")
     steps = {(name, n): steps_for(name, n) for name in solvers for n in evaluations}
-    hide_bar, request = not request.get("progress", True), request | {"progress": False}
+    hide_bar, request = request.get("progress", True) is False, request | {"progress": False}
     settings = request | {"solver": "midpoint", "steps": reference}
     goal = shifted(pipe, shifts[-1])(prompt, **settings).latents[0].float()
     images = [[[] for _ in solvers] for _ in shifts]

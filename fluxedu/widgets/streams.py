@@ -7,6 +7,8 @@ from functools import partial
 
 import torch
 
+from fluxedu.errors import InstrumentError, check_choice
+from fluxedu.instruments.lenses.run import blocks_of
 from fluxedu.instruments.named import Named
 from fluxedu.plots import TIME_LABEL
 from fluxedu.sampling.pipeline import FluxPipeline
@@ -67,6 +69,7 @@ def streams(pipe: FluxPipeline, prompt: str, *, block: str = "double.1", **reque
 
     In single-stream blocks both are one sequence, of which the first tokens are text. ``request``: as for the pipeline.
     """
+    check_choice("block", block, blocks_of(pipe), error=InstrumentError)
     sizes, added, out = measure_contributions(pipe, prompt, **request)
     tokenizer = pipe.prompt_encoder.t5_tokenizer
     grid, image = tuple(n // 2 for n in out.latents.shape[-2:]), to_rgb(out.images[0])

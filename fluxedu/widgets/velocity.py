@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fluxedu.errors import InstrumentError, check_integer
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.explorer import (
     EXAMPLE_PROMPT,
@@ -17,7 +18,6 @@ from fluxedu.widgets.explorer import (
     View,
     check_request,
     explorer,
-    number_list,
     prompt_list,
     time_slider,
 )
@@ -76,14 +76,16 @@ def velocity_view(
 
 @explorer(example=lambda pipe: velocity(pipe, [EXAMPLE_PROMPT, "a letter K"], seeds=3, steps=4, progress=False))
 @torch.no_grad()
-def velocity(pipe: FluxPipeline, prompts: Sequence[str], *, seeds: int = 10, steps: int = 10, **request) -> Explorer:
+def velocity(
+    pipe: FluxPipeline, prompts: str | Sequence[str], *, seeds: int = 10, steps: int = 10, **request
+) -> Explorer:
     """Runs of ``prompts`` from the same ``seeds`` samples of noise, as points on a plane through their images.
 
     Every point and arrow belongs to a real run and is projected; none is interpolated. ``request``: as for the
     pipeline.
     """
     prompts = prompt_list(prompts)
-    (seeds,), (steps,) = number_list("seeds", seeds, 1), number_list("steps", steps, 1)
+    check_integer("seeds", seeds, 1, 1000, error=InstrumentError)
     request = check_request(request, "seed", "trajectory") | {"seed": list(range(seeds)), "steps": steps}
     paths = [pipe(prompt, **request).trajectory for prompt in prompts]
     times = paths[0].times.tolist()

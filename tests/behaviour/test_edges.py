@@ -47,7 +47,7 @@ def test_a_line_begins_above_high_and_goes_on_above_low():
     [
         ({"image": np.zeros((4, 4))}, "uint8 .H, W, 3., not float64 .4, 4."),
         ({"image": np.zeros((0, 4, 3), np.uint8)}, "not uint8 .0, 4, 3."),
-        ({"image": "no-such-file.png"}, "no-such-file.png cannot be read as one"),
+        ({"image": "no-such-file.png"}, "there is no picture no-such-file.png"),
         ({"image": render(SCENE), "low": 9, "high": 3}, "0 <= low <= high, not 9 and 3"),
     ],
 )

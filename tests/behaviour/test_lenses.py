@@ -387,9 +387,9 @@ def test_a_lens_does_not_need_the_image(pipe):
         (lambda p: lenses.concept_maps(p, PROMPT, []), "words must be a list of words, not"),
         (
             lambda p: lenses.concept_maps(p, PROMPT, [3, "red"], added=True),
-            "words must be a list of words, not .3, 'red'",
+            r"words must be of the type Sequence.str., not .3, 'red'",
         ),
-        (lambda p: lenses.concept_maps(p, PROMPT, "green"), "words must be a list of words, not 'green'"),
+        (lambda p: lenses.concept_maps(p, PROMPT, "green"), "words must be of the type Sequence.str., not 'green'"),
         (
             lambda p: lenses.concept_maps(p, PROMPT, ["green", " "]),
             "each of words must be a text with at least one token",
@@ -487,15 +487,15 @@ def test_attention_shares_are_of_the_images_own_patches(variant, argument):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (lambda pipe: lenses.head_gallery(pipe, PROMPT, 3), "query must be a word or a patch"),
+        (lambda pipe: lenses.head_gallery(pipe, PROMPT, 3), "query must be of the type str . tuple.int, int., not 3"),
         (
             lambda pipe: lenses.head_gallery(pipe, PROMPT, "red", at_step=[0, 1]),
-            "at_step must be the index of one step",
+            "at_step must be of the type int, not .0, 1.",
         ),
         (lambda pipe: lenses.velocity_field(pipe, PROMPT, at_step=99, steps=2), "there is no step 99"),
         (lambda pipe: lenses.divergence(pipe, PROMPT, probes=0), "probes must be a whole number from 1"),
-        (lambda pipe: lenses.straightness(None), "trajectory must be that of a run"),
-        (lambda pipe: lenses.curvature(None), "trajectory must be that of a run"),
+        (lambda pipe: lenses.straightness(None), "trajectory must be of the type Trajectory, not None"),
+        (lambda pipe: lenses.curvature(None), "trajectory must be of the type Trajectory, not None"),
     ],
 )
 def test_wrong_arguments(pipe, wrong, says):

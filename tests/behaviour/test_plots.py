@@ -114,7 +114,7 @@ def test_noise_is_flat_and_a_wave_is_a_peak():
     ("wrong", "says"),
     [
         (lambda: plots.word_maps(HEADS, PICTURE), "axes block, word, row, column, not axes block, head, row, column"),
-        (lambda: plots.contributions(torch.rand(3, 3)), "not a Tensor"),
+        (lambda: plots.contributions(torch.rand(3, 3)), "sizes must be of the type Named, not tensor"),
         (lambda: plots.film_strip({"x": [PICTURE], "x0": []}), "equally many"),
         (lambda: plots.side_by_side(PICTURE, PICTURE.resize((8, 8))), "must have the same size"),
         (lambda: plots.overlay(torch.rand(2, 2), MAPS.tensor[0, 0]), r"PIL image or a tensor \[3, H, W\]"),

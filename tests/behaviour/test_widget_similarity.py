@@ -48,5 +48,7 @@ def test_it_uses_the_vectors_of_the_pipeline(pipe):
 
 
 def test_one_prompt_is_refused(pipe):
-    with pytest.raises(InstrumentError, match="at least two prompts"):
+    with pytest.raises(InstrumentError, match="prompts must be of the type Sequence.str., not 'a red circle'"):
         similarity(pipe, "a red circle")
+    with pytest.raises(InstrumentError, match="at least two prompts"):
+        similarity(pipe, ["a red circle"])

@@ -331,10 +331,10 @@ def test_pictures_keep_their_shape(pipe):
         (lambda p: widgets.trajectory(p, PROMPT, seed=[1, 2]), "give one seed"),
         (lambda p: widgets.velocity(p, PROMPT, seed=3), "seed is set by the explorer itself"),
         (lambda p: widgets.velocity(p, [PROMPT, PROMPT]), "the prompts must be different"),
-        (lambda p: widgets.velocity(p, 3), "prompts must be a prompt or a list of prompts, not 3"),
+        (lambda p: widgets.velocity(p, 3), "prompts must be of the type str . Sequence.str., not 3"),
         (lambda p: widgets.grid(p, PROMPT, guidance=9.0), "guidance is set by the explorer itself"),
         (lambda p: widgets.grid(p, PROMPT, shifts=(float("inf"),)), "shifts must be a number"),
-        (lambda p: widgets.modulation(p, PROMPT, times=0), "times must be a number of at least 2"),
+        (lambda p: widgets.modulation(p, PROMPT, times=0), "times must be a whole number from 2"),
         (lambda p: widgets.heads(p, PROMPT, seed=[0, 3]), "give one seed"),
     ],
 )

@@ -23,7 +23,6 @@ def straightness(trajectory: Trajectory) -> Named:
     ``sum dt |v - (x_noise - x_image)|^2 / |x_noise - x_image|^2``, the integral of arXiv 2209.03003 over the steps
     of the run, relative to the length of the line.
     """
-    _check_trajectory(trajectory)
     latents, velocities, times = trajectory.latents, trajectory.velocities, trajectory.times
     line = (latents[0] - latents[-1]) / (times[0] - times[-1]).to(velocities)  # the constant velocity between the ends
     dt = (times[:-1] - times[1:]).to(velocities).view(-1, 1)
@@ -37,16 +36,10 @@ def curvature(trajectory: Trajectory) -> Named:
 
     A straight trajectory (arXiv 2209.03003) has 0. Where the value is large, more steps would help.
     """
-    _check_trajectory(trajectory)
     v, times = trajectory.velocities.flatten(2), trajectory.times
     cosine = torch.cosine_similarity(v[:-1].double(), v[1:].double(), dim=-1).clamp(-1, 1)
     dt = (times[:-2] - times[1:-1]).double().view(-1, 1)
     return Named((cosine.acos().rad2deg() / dt).float(), ("step", "picture"), {"step": times[1:-1].tolist()})
-
-
-def _check_trajectory(trajectory: Trajectory) -> None:
-    if not isinstance(trajectory, Trajectory):
-        raise InstrumentError(f"trajectory must be that of a run, pipe(...).trajectory, not {describe(trajectory)}.")
 
 
 @lens

@@ -150,7 +150,7 @@ def _distances(pipe: FluxPipeline, prompt: str, seeds, options: dict, change: Ca
     The images are those of the unchanged run, one per seed.
     """
     seeds = options.get("seed", seeds)
-    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    seeds = list(seeds) if isinstance(seeds, Sequence) else [seeds]  # the pipeline checks them
     options = {"trajectory": False} | options | {"seed": seeds, "progress": False}
     unchanged = pipe(prompt, **options)
     original, options = unchanged.latents, options | {"decode": False}

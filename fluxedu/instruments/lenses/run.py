@@ -23,7 +23,7 @@ from functools import wraps
 import torch
 from PIL import Image
 
-from fluxedu.errors import InstrumentError, check_choice, describe
+from fluxedu.errors import InstrumentError, check_choice, checked, describe
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.sampling.pipeline import FluxPipeline, Output
@@ -55,6 +55,7 @@ def lens(function: Callable) -> Callable[..., LensResult]:
     """
     signature = inspect.signature(function)
     is_generator = inspect.isgeneratorfunction(function)
+    function = checked(InstrumentError)(function)
     if "prompt" not in signature.parameters:
         LENSES[function.__name__] = function
         return function
@@ -69,7 +70,7 @@ def lens(function: Callable) -> Callable[..., LensResult]:
         return LensResult(found.tensor, found.axes, found.coords, out.images)
 
     @wraps(function)
-    def checked(pipe: FluxPipeline, prompt: str | list[str], *args, **kwargs) -> LensResult:
+    def for_each(pipe: FluxPipeline, prompt: str | list[str], *args, **kwargs) -> LensResult:
         seed = None if "seeds" in signature.parameters else kwargs.get("seed")  # those lenses average over the seeds
         if not isinstance(prompt, (list, tuple)) and not isinstance(seed, (list, tuple)):
             return one(pipe, prompt, *args, **kwargs)
@@ -85,9 +86,9 @@ def lens(function: Callable) -> Callable[..., LensResult]:
         parameters.append(inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD))
     # as help() and the documentation show them
     parameters = [p.replace(annotation="str | list[str]") if p.name == "prompt" else p for p in parameters]
-    checked.__signature__ = signature.replace(parameters=parameters, return_annotation="LensResult")
-    LENSES[function.__name__] = checked
-    return checked
+    for_each.__signature__ = signature.replace(parameters=parameters, return_annotation="LensResult")
+    LENSES[function.__name__] = for_each
+    return for_each
 
 
 def _pairs(prompt, seed) -> tuple[list, list[tuple[str, int | None]]]:
