@@ -51,7 +51,13 @@ def run(samples: int = 40) -> dict:
         probes[name]["shuffled labels"] = probe(vectors["CLIP's pooled vector"], list(rng.permutation(labels)))
         print(name, {k: round(v["value"], 2) for k, v in probes[name].items()}, flush=True)
 
-    follows = {"T5's prompt": [], "CLIP's prompt": [], "T5's prompt, with its own pooled vector": []}
+    names = (
+        "T5's prompt",
+        "CLIP's prompt",
+        "T5's prompt, with its own pooled vector",
+        "CLIP's prompt, without its vector",
+    )
+    follows = {name: [] for name in names}  # the last two are controls
     for seed, scene in enumerate(scenes[:samples]):
         other = scenes[samples + seed]
         vector = encoder([other.prompt]).pooled
@@ -60,7 +66,9 @@ def run(samples: int = 40) -> dict:
             image = pipe(scene.prompt, **options).images[0]
         follows["T5's prompt"] += holds(scene, image)
         follows["CLIP's prompt"] += holds(other, image)
-        follows["T5's prompt, with its own pooled vector"] += holds(scene, pipe(scene.prompt, **options).images[0])
+        plain = pipe(scene.prompt, **options).images[0]
+        follows["T5's prompt, with its own pooled vector"] += holds(scene, plain)
+        follows["CLIP's prompt, without its vector"] += holds(other, plain)
     return {"probes": probes, "claims that hold": {name: share(results) for name, results in follows.items()}}
 
 
