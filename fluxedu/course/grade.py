@@ -148,9 +148,12 @@ def grade_notebook(
                 kernel.execute(cell.source, f"code cell {number}")
             for task in tasks:
                 mark(task, *_judged(task, kernel))
-    except Stopped as stopped:
+    except Exception as error:  # noqa: BLE001 - one notebook must not end the marking of a class
+        reason = (
+            str(error) if isinstance(error, Stopped) else printable(f"of an error ({type(error).__name__}: {error})")
+        )
         for task in tasks[len(marks) :]:
-            mark(task, False, f"it was not reached, because {stopped}.")
+            mark(task, False, f"it was not reached, because {reason.rstrip('.')}.")
     return marks
 
 
@@ -184,15 +187,12 @@ def mentions_of_solutions(cells: Iterable[CodeCell]) -> set[str]:
 
 
 def marks_of(path: Path, student: str, timeout: float, notebook_timeout: float, memory: int) -> list[Mark]:
-    """As :func:`grade_notebook`, but whatever prevents it is a mark, of each exercise that the file's name tells."""
+    """As :func:`grade_notebook`, but a file that cannot be graded gets marks, of each exercise that its name tells."""
     try:
         return grade_notebook(path, timeout, notebook_timeout, memory, student)
     except CourseError as error:
-        message = str(error)
-    except Exception as error:  # noqa: BLE001 - one notebook must not end the marking of a class
-        message = printable(f"{path} could not be run: {type(error).__name__}: {error}")
-    tasks = exercises_of(path, [])[0] if os.path.exists(path) else []
-    return [Mark(student, path.name, name, False, message) for name in [task.name for task in tasks] or [""]]
+        tasks = exercises_of(path, [])[0] if os.path.exists(path) else []
+        return [Mark(student, path.name, name, False, str(error)) for name in [task.name for task in tasks] or [""]]
 
 
 def students(paths: Iterable[Path]) -> list[tuple[Path, str]]:
@@ -201,7 +201,9 @@ def students(paths: Iterable[Path]) -> list[tuple[Path, str]]:
     Notebooks in one folder are of one student if they have the names of the course's notebooks; otherwise the file
     names tell the students apart.
     """
-    places = {os.path.realpath(path): Path(path) for path in paths}
+    places: dict[str, Path] = {}
+    for path in paths:
+        places.setdefault(os.path.realpath(path), Path(path))
     original = {path.name for path in notebooks_folder().glob("[0-9][0-9]-*.ipynb")}
     folders = Counter(path.parent for path in places.values())
     wholes = []
