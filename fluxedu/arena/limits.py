@@ -207,9 +207,9 @@ class LimitedHandler(BaseHTTPRequestHandler):
             self.wfile.write(body)
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(1.0)
-            for _ in range(64):
-                if not self.connection.recv(16384):
-                    break
+            end = time.monotonic() + 1.0
+            while self.connection.recv(65536) and time.monotonic() < end:
+                pass
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Send an error as JSON; ``parse_request`` calls this too."""

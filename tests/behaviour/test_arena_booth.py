@@ -150,7 +150,7 @@ def test_the_judge_votes_and_the_ratings_are_printed_drawn_and_exported(tmp_path
     assert len((tmp_path / "votes.csv").read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize("command", ["run", "serve", "table", "export"])
+@pytest.mark.parametrize("command", ["run", "serve", "table", "voters", "drop", "export"])
 def test_every_command_helps_with_an_example(command):
     result = run(app, ["arena", command, "--help"])
     assert f"Example: fluxedu arena {command}" in " ".join(result.output.split())

@@ -305,7 +305,7 @@ def test_other_names_are_welcome(running):
         assert json.loads(running.send(raw)[2]) == {"voter": stored}
 
 
-CODES = ["", None, 0, "AAAAAA", "%", "*", ["AAAAAA"], {"$ne": ""}, True, LONG, "\ud800", "😀" * 6, "\x00", 123456]
+CODES = ["AAAAAA", "%", "*", ["AAAAAA"], {"$ne": ""}, True, LONG, "\ud800", "😀" * 6, "\x00", 123456]
 
 
 @pytest.mark.parametrize("code", CODES, ids=range(len(CODES)))

@@ -171,6 +171,15 @@ def test_codes_are_random_and_unambiguous(server):
     assert len(codes) == 20
 
 
+@pytest.mark.parametrize("code", ["", None, 0, [], {}])
+def test_a_browser_without_a_code_learns_that_it_has_not_joined(server, code):
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection.request("POST", "/join", json.dumps({"code": code, "voter": "eve"}))
+    answer = connection.getresponse()
+    assert json.loads(answer.read()) == {"voter": None} and answer.getheader("Set-Cookie") is None
+    connection.close()
+
+
 def test_without_a_code_the_link_is_enough(server):
     with create_server(server.arena, port=0, code="") as other:
         assert other.url.endswith("/")
@@ -261,12 +270,12 @@ app()
 """
 
 
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_full_disk_is_found_before_the_images_are_generated(tmp_path, exists):
+def test_a_full_disk_is_found_before_the_images_are_generated(tmp_path):
+    """For a file that exists, and for a new one."""
     pytest.importorskip("resource")
-    if exists:
-        Votes(tmp_path / "v.sqlite").close()
-    code = [sys.executable, "-c", FULL_AT_START, str(tmp_path / "v.sqlite")]
-    done = subprocess.run(code, capture_output=True, text=True, timeout=120)
-    (line,) = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and "v.sqlite cannot be" in line, done
+    Votes(tmp_path / "v.sqlite").close()
+    for name in ("v.sqlite", "new.sqlite"):
+        code = [sys.executable, "-c", FULL_AT_START, str(tmp_path / name)]
+        done = subprocess.run(code, capture_output=True, text=True, timeout=120)
+        (line,) = done.stderr.strip().splitlines()
+        assert done.returncode == 2 and f"{name} cannot be" in line, done

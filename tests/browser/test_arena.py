@@ -45,6 +45,28 @@ def test_a_visitor_votes_with_three_keys(server, tab):
     tab.locator("#question", has_text="four images").wait_for()
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_visitor_enters_the_class_code(server, tab, width):
+    tab.set_viewport_size({"width": width, "height": 800})
+    tab.goto(server.url.partition("#")[0])
+    tab.get_by_label("Class code").wait_for()
+    assert not tab.locator("#tie").is_visible() and not tab.locator("#axis").is_visible()
+    tab.get_by_label("Class code").fill(f" {server.code.lower()} ")
+    tab.get_by_label("Your name").fill("Zoë")
+    tab.keyboard.press("Enter")
+    tab.locator("#tie:enabled").wait_for()
+    assert not tab.get_by_label("Class code").is_visible()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    tab.keyboard.press("ArrowDown")
+    tab.locator("#count", has_text="1 vote").wait_for()
+    tab.click("summary")
+    tab.locator("#ratings tr", has_text="Zoë").get_by_text("you").wait_for()
+    assert [row["voter"] for row in server.arena.votes.rows()] == ["Zoë"]
+    tab.reload()  # the same voter, without the code
+    tab.locator("#tie:enabled").wait_for()
+    assert tab.evaluate("document.cookie") == "", "scripts cannot read the token"
+
+
 def test_a_booth_in_a_notebook_takes_the_keys(run):
     page = run(BOOTH, name="arena")
     live = page.locator(".fluxedu").first

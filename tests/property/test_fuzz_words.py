@@ -89,8 +89,13 @@ COMMANDS = {
     "grade": (["in.ipynb", "."], ["--csv", "--table", "--timeout", "--notebook-timeout", "--memory"]),
     "sweep": (["sweep.yaml", "in.safetensors", "."], ["--out", "--workers", "--scheduler"]),
     "arena run": (["nano", "nano@4"], ["--votes", "--count", "--axis", "--prompts", "--pictures", "--seed"]),
-    "arena serve": (["nano", "nano@4"], ["--votes", "--port", "--axis", "--prompts", "--pictures", "--seed"]),
+    "arena serve": (
+        ["nano", "nano@4"],
+        ["--votes", "--port", "--axis", "--prompts", "--pictures", "--seed", "--allow-host", "--no-code"],
+    ),
     "arena table": ([], ["--votes", "--axis", "--who", "--json", "--figures"]),
+    "arena voters": ([], ["--votes"]),
+    "arena drop": (["judge"], ["--votes", "--undo"]),
     "arena export": (["a.csv"], ["--votes"]),
 }
 VALUES = {
@@ -123,7 +128,7 @@ VALUES = {
     "--figures": ["drawn"],
     "--scheduler": ["tcp://127.0.0.1:1"],
 }
-ALONE = ("--overwrite", "--edges", "--no-resume", "--all", "--quick")
+ALONE = ("--overwrite", "--edges", "--no-resume", "--all", "--quick", "--no-code", "--undo")
 DAMAGED = {"in.png": 0.2, "in.sqlite": 0.3}  # how often
 
 
