@@ -28,6 +28,7 @@ _PUBLIC = {
     "invert": "fluxedu.sampling.inversion",
     "swap": "fluxedu.instruments.swapping",
     "check": "fluxedu.course",
+    "passed": "fluxedu.course",
     "predict": "fluxedu.course",
     "score": "fluxedu.course",
     "models": None,

@@ -1,6 +1,6 @@
 """The course: exercises with checks, scored predictions, and notebooks built from one source."""
 
-from fluxedu.course.check import Verdict, check
+from fluxedu.course.check import Verdict, check, passed
 from fluxedu.course.exercise import Exercise, all_exercises
 from fluxedu.course.notebook import begin, compare, predict, score, where
 from fluxedu.errors import CourseError
@@ -13,6 +13,7 @@ __all__ = [
     "begin",
     "check",
     "compare",
+    "passed",
     "predict",
     "score",
     "where",

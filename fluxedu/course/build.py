@@ -44,13 +44,14 @@ def edition(source: Path, which: str) -> NotebookNode:
     solved = which == "solved"
     source_cells = jupytext.read(source, fmt="py:percent").cells
     below = _placed_by_text(source.name, source_cells)
+    assign = "passed = " if any(re.search(r"(?<!\.)\bpassed\b", cell.source) for cell in source_cells) else ""
     cells = []
     for i, cell in enumerate(source_cells):
         if "exercise" in cell.metadata:
             name = cell.metadata["exercise"]
             if name not in all_exercises():
                 raise CourseError(f"{source.name} refers to an exercise {name!r}, which does not exist.")
-            cells += _exercise_cells(all_exercises()[name], solved, cell.source.strip(), assign="passed = ")
+            cells += _exercise_cells(all_exercises()[name], solved, cell.source.strip(), assign)
         elif cell.cell_type == "code":
             marked, replacement = ("  # answer$", "") if solved else (ANSWER, ", ...)  # your answer for ...")
             cells.append(new_code_cell(re.sub(marked, replacement, cell.source, flags=re.M)))
@@ -84,8 +85,7 @@ def _placed_by_text(source: str, cells: list[NotebookNode]) -> dict[int, list[Ex
 def _exercise_cells(task: Exercise, solved: bool, introduction: str = "", assign: str = "") -> list[NotebookNode]:
     """Task, code and check; in the student's edition also the hints and the folded solution.
 
-    Only an exercise that the source names assigns its verdict to ``passed``, which the cells below it may read. Placed
-    by ``after``, an exercise leaves the ``passed`` of the one above it as it is.
+    ``assign`` comes before the check, in a source whose cells read the verdict of the exercise above them.
     """
     dots = "●" * task.difficulty + "○" * (3 - task.difficulty)
     head = f"### Exercise · `{task.name}`\n\n{dots} · {task.minutes} minutes\n\n{task.task}"
@@ -126,7 +126,9 @@ def execute(notebook: NotebookNode, folder: Path, timeout: int = 120) -> Noteboo
 
 def needs_solution(cell: NotebookNode) -> bool:
     """True for a cell that shows something only after an exercise has been solved."""
-    return cell.cell_type == "code" and re.search(r"^\s*if passed:", cell.source, re.MULTILINE) is not None
+    return (
+        cell.cell_type == "code" and re.search(r"^\s*if (passed:|fe\.passed\()", cell.source, re.MULTILINE) is not None
+    )
 
 
 def _remove_images(data: dict) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxedu.course.exercise import Exercise, all_exercises
-from fluxedu.errors import CourseError
+from fluxedu.errors import CourseError, check_choice
 
 NOT_WRITTEN = "not written yet."
 CHANGED = "it modifies its input in place; create a new tensor instead"
@@ -46,7 +46,24 @@ def check(name: str, answer: Any) -> Verdict:
         raise CourseError(f"there is no exercise {name!r}; there are {', '.join(all_exercises())}.")
     verdict = assess(all_exercises()[name], answer)
     print(verdict)
+    (_solved.add if verdict else _solved.discard)(name)
     return verdict
+
+
+_solved: set[str] = set()  # the exercises whose last check in this session was right
+
+
+def passed(*names: str) -> bool:
+    """Whether the last check of each of these exercises was right; if not, print which ones are to be solved first.
+
+    For a cell that uses what the student has written: ``if fe.passed("rope.angles", "rope.rotate"):``.
+    """
+    for name in names:
+        check_choice("the name of an exercise", name, all_exercises(), error=CourseError)
+    missing = [name for name in names if name not in _solved]
+    if missing:
+        print(f"solve {' and '.join(missing)} above first; then run this cell again")
+    return not missing
 
 
 @dataclass(frozen=True)

@@ -231,6 +231,21 @@ def test_values_that_cannot_be_compared_are_refused(answer, actual, message):
         points(answer, actual, within=0.1)
 
 
+def test_passed_is_about_the_last_check_of_each_exercise(capsys):
+    names = ("latents.pack", "clip.quick_gelu")
+    fe.check("clip.quick_gelu", all_exercises()["clip.quick_gelu"].solution)
+    capsys.readouterr()
+    assert fe.passed("clip.quick_gelu") and not capsys.readouterr().out
+    assert not fe.passed(*names)
+    assert capsys.readouterr().out == "solve latents.pack above first; then run this cell again\n"
+    fe.check("latents.pack", all_exercises()["latents.pack"].solution)
+    assert fe.passed(*names)
+    fe.check("clip.quick_gelu", torch.relu)
+    assert not fe.passed(*names)
+    with pytest.raises(CourseError, match="the name of an exercise must be one of"):
+        fe.passed("no such exercise")
+
+
 @pytest.mark.parametrize(
     ("mine", "printed"),
     [
