@@ -9,7 +9,7 @@
 # Afterwards you can compute the rotation of any token, say what happens (and why) when all positions are shifted, and
 # tell which part of an attention head depends on rows and which on columns.
 #
-# 55 minutes · needs notebook 00
+# 60 minutes · needs notebook 00
 
 # %%
 import matplotlib.pyplot as plt
@@ -23,6 +23,7 @@ from fluxedu.models.attention import rope_table
 from fluxedu.models.attention import rotate as library_rotate
 from fluxedu.nano.exam import questions as exam_prompts
 from fluxedu.nano.judge import judge
+from fluxedu.instruments.interventions import positions as change_positions
 from fluxedu.sampling.latents import image_ids
 
 device = course.begin()
@@ -55,15 +56,51 @@ frame_numbers = fe.predict("How many of a head's 32 numbers are rotated accordin
 # ## Build it
 #
 # The 32 numbers of a query or key form 16 pairs, and each pair belongs to one of the three coordinates. We begin with
-# the position ids.
+# the position ids. (FLUX makes them in `prepare`, `sampling.py` lines 45-48 of `black-forest-labs/flux` at commit
+# 802fb47; the line numbers below are of the same commit.)
 
 # %% exercise="rope.ids"
 
 # %% [markdown]
-# Each pair rotates at its own frequency: the first makes a full turn about every six positions, the last hardly moves.
-# Together the pairs are like the hands of a clock: no two positions have the same combination of angles.
+# Each pair rotates at its own frequency. Pair $i$ of a coordinate that has $d$ numbers, at position $m$, rotates by the
+# angle
+#
+# $$\varphi_i(m) = m\, \omega_i, \qquad \omega_i = \theta^{-2i/d}, \qquad \theta = 10\,000$$
+#
+# The first pair has $\omega_0 = 1$, so it makes a full turn every $2\pi \approx 6.3$ positions; the last one hardly
+# moves. Together the pairs are like the hands of a clock: no two positions have the same combination of angles.
 
 # %% exercise="rope.angles"
+
+# %% [markdown]
+# Rotating a point of the plane by the angle $\varphi$ is a multiplication by the matrix
+#
+# $$R(\varphi) = \begin{pmatrix} \cos\varphi & -\sin\varphi \\ \sin\varphi & \cos\varphi \end{pmatrix}$$
+#
+# The query at position $m$ and the key at position $n$ become $R(m\omega)\, q$ and $R(n\omega)\, k$, and attention
+# takes their product. The transpose of a rotation is the rotation back, and angles add up, so
+#
+# $$\bigl(R(m\omega)\, q\bigr)^T R(n\omega)\, k = q^T R(m\omega)^T R(n\omega)\, k
+# = q^T R\bigl((n - m)\,\omega\bigr)\, k$$
+#
+# The positions themselves have dropped out; only their difference is left. Try it with one pair of frequency 1:
+
+
+# %%
+def rotation(angle: float) -> Tensor:
+    """The matrix R(angle), [2, 2]."""
+    a = torch.tensor(angle)
+    return torch.stack([torch.stack([a.cos(), -a.sin()]), torch.stack([a.sin(), a.cos()])])
+
+
+q, k = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
+print("without rotation the score is", float(q @ k))
+for m, n in ((2.0, 5.0), (7.0, 10.0), (5.0, 2.0)):
+    print(f"query at {m:g}, key at {n:g}: score {float((rotation(m) @ q) @ (rotation(n) @ k)):.2f}")
+
+# %% [markdown]
+# The first two scores are equal, since the key is three positions after the query in both. In the third it is three
+# positions *before* the query, which is another difference.
 
 # %% exercise="rope.rotate"
 # Source: RoFormer (arXiv 2104.09864). Llama, in most libraries, pairs `x[i]` with `x[i + d/2]`: the same idea with
@@ -82,8 +119,7 @@ table = rope_table(positions, config.axes_dim)  # complex [1, 64, 16]
 x = torch.randn(1, config.num_heads, 64, config.head_dim)  # [1, 5, 64, 32]
 if passed:
     mine = torch.cat([angles(positions[:, axis], dim, 10_000.0) for axis, dim in enumerate(config.axes_dim)], dim=-1)
-    error = (rotate(x, mine) - library_rotate(x, table)).abs().max()
-    print("largest difference from the library's is below 1 in 100,000:", bool(error < 1e-5))
+    course.compare("your rotation and the library's", rotate(x, mine), library_rotate(x, table))
 
 # %% [markdown]
 # ## See it
@@ -103,21 +139,31 @@ fig.colorbar(heatmap, label="angle in radians")
 plt.show()
 
 # %% [markdown]
-# Now the main property of RoPE. Move the query and the key in the explorer below: their score depends only on the
-# **difference** of their positions, because rotating both by the same angle does not change their product. (Tab to an
-# image, then use the arrow keys; or use the mouse.)
+# Now all three coordinates. The score of two whole vectors is the sum over their pairs. With $a$ for the coordinate and
+# $q_{a,i}$ for pair $i$ of the query among those of coordinate $a$,
+#
+# $$\tilde q \cdot \tilde k = \sum_a \sum_i q_{a,i}^T\, R\bigl((n_a - m_a)\, \omega_{a,i}\bigr)\, k_{a,i}$$
+#
+# so a score depends on how many rows and how many columns lie between query and key, and on nothing else about their
+# positions. Move the query and the key in the explorer below, and compare. (Tab to an image, then use the arrow keys;
+# or use the mouse.)
 
 # %%
 widgets.positions(pipe)
 
 # %% [markdown]
-# The explorer starts with a query and a key of ones. For these the score is highest where both have the same position.
-# With the distance it falls in waves, one wave per full turn of the fastest pair. With a trained query and key the
-# maximum may be anywhere: a head can learn to attend to "the patch to my left".
+# The explorer starts with a query and a key of ones. For these the formula becomes $2 \sum_a \sum_i \cos((n_a - m_a)\,
+# \omega_{a,i})$, which is highest where both have the same position. With the distance it falls in waves, one wave per
+# full turn of the fastest pair. With a trained query and key the maximum may be anywhere: a head can learn to attend to
+# "the patch to my left".
 #
-# The first transformers *added* a position vector, made of sines and cosines, to each token (arXiv 1706.03762). Then
-# the score is a sum of four products, and two of them depend on the position of a single token rather than on the
-# difference.
+# The first transformers *added* a position vector $p_m$, made of sines and cosines, to each token (arXiv 1706.03762):
+#
+# $$(q + p_m) \cdot (k + p_n) = q \cdot k + q \cdot p_n + p_m \cdot k + p_m \cdot p_n$$
+#
+# Only the last product depends on the difference alone; the two in the middle depend on the position of a single token.
+# We compute both kinds of score for one random query and key, three positions apart, at fifteen places. What should the
+# two lines show?
 
 # %%
 dim = config.axes_dim[2]
@@ -131,26 +177,23 @@ for position in range(0, 60, 4):  # query and key are always three positions apa
     scores_added.append(float(q_added @ k_added))
     q_rotated, k_rotated = torch.view_as_complex(q.view(-1, 2)) * wave_q, torch.view_as_complex(k.view(-1, 2)) * wave_k
     scores_rotated.append(float((q_rotated * k_rotated.conj()).real.sum()))
-print("rotated: the score at distance three is the same at every position:", np.ptp(scores_rotated) < 1e-4)
-print(
-    "added: it varies by more than half of its mean size:",
-    np.ptp(scores_added) > 0.5 * np.abs(scores_added).mean(),
-)
+for name, scores in {"rotated": scores_rotated, "added": scores_added}.items():
+    print(f"{name:7} at distance three the score is between {min(scores):.2f} and {max(scores):.2f}")
 
 # %% [markdown]
 # A rotation is defined for every position, also for positions that no training image had. Can the network draw at these
 # positions? The miniature was trained on images of 15,000 to 18,500 pixels with no side above 192. We ask it for four
 # times as many pixels, and let the *judge* (a program that checks by geometry what was drawn) count the correct images.
 # The prompts are those of the miniature's exam, which it has not seen in training; `claim` lists what a correct image
-# must show.
+# must show. There is one seed for each prompt.
 
 # %%
-requests = [request for request in exam_prompts(100) if request.size == (128, 128)][:8]
+requests = [request for request in exam_prompts(200) if request.size == (128, 128)][:12]
 for side in (128, 256):
-    size = {"height": side, "width": side}
-    outs = [pipe(r.prompt, seed=r.seed, **size, steps=12, trajectory=False, progress=False) for r in requests]
-    correct = sum(judge(out.images[0], r.claim).everything for out, r in zip(outs, requests))
-    print(f"{side} x {side}: more than half of the images are entirely correct:", correct > len(requests) / 2)
+    prompts, seeds = [r.prompt for r in requests], [r.seed for r in requests]
+    images = pipe(prompts, seed=seeds, height=side, width=side, steps=8, trajectory=False, progress=False).images
+    correct = sum(judge(image, r.claim).everything for image, r in zip(images, requests))
+    print(f"{side} x {side}: {correct} of {len(requests)} images are entirely correct")
 
 # %% [markdown]
 # The angles extend to new positions, but the ability to draw does not: the network never learned what a score at such a
@@ -175,20 +218,18 @@ if passed:
     yours = torch.polar(torch.ones_like(all_angles), all_angles)[None].to(device)
     with fe.intervene("*.attn.rope", lambda rope, ctx: yours.to(rope.dtype)):
         out = pipe(prompt, seed=4, progress=False)
-    difference = (out.latents - reference.latents).norm() / reference.latents.norm()
-    print("the latent stays the same, to 1 in 1,000:", bool(difference < 1e-3))
+    course.compare("the final latent with your rotations and without", out.latents, reference.latents, within=1e-3)
 else:
     print("solve the exercises above first; then run this cell again")
 
 # %% [markdown]
 # ## Break it
 #
-# We change the position ids in five ways; the first should have no effect. For each we measure how much the velocity
-# changes at one step of a run, and look at the final image.
+# We change the position ids in five ways. Decide for each, by the formula above, whether a difference of positions
+# changes. We measure how much the velocity changes in the middle of a run of four steps, for five prompts and eight
+# seeds each (n = 40), and print the median and the range.
 
 # %%
-from fluxedu.instruments.interventions import positions as change_positions
-
 breaks = {
     "all ids + 5": change_positions(lambda ids: ids + 5, text=lambda ids: ids + 5),
     "image ids + 5": change_positions(lambda ids: ids + 5),
@@ -196,18 +237,25 @@ breaks = {
     "no columns": change_positions(lambda ids: ids * torch.tensor([1.0, 1.0, 0.0])),
     "mirrored": change_positions(lambda ids: torch.stack([ids[:, 0], ids[:, 1], ids[:, 2].max() - ids[:, 2]], dim=1)),
 }
-step = 8  # of 20
-outs, changes = [reference], []
+five_prompts = [
+    "a red circle left of a blue square",
+    "a green star above a yellow ring",
+    "a large purple triangle on a white background",
+    "a blue cross right of a red ring",
+    "a yellow square below a green circle",
+]
+runs = {"seed": list(range(8)) * 5, "decode": False, "progress": False}
+prompts = [text for text in five_prompts for _ in range(8)]
+trajectory = pipe(prompts, steps=4, **runs).trajectory
+state, times = trajectory.latents[2], trajectory.times[2:]  # [40, 16, 16, 16]; from t = 0.75
+unchanged = trajectory.velocities[2].flatten(1)  # [40, 4096]
+changes = {}
 for name, change in breaks.items():
     with fe.intervene("*.attn.rope", change):
-        outs.append(pipe(prompt, seed=4, progress=False))
-    with (
-        fe.intervene("*.attn.rope", change),
-        fe.intervene("sample.x", lambda x, ctx: reference.trajectory.latents[ctx.step]),
-    ):
-        v = pipe(prompt, seed=4, progress=False).trajectory.velocities[step]
-    changes.append(float((v - reference.trajectory.velocities[step]).norm() / v.norm()))
-    print(f"{name:18} the velocity changes by {changes[-1]:.0%}")
+        v = pipe(prompts, latents=state, times=times, stop_after=0, **runs).trajectory.velocities[0].flatten(1)
+    changes[name] = (v - unchanged).norm(dim=1) / unchanged.norm(dim=1)  # [40]
+    low, median, high = (float(changes[name].quantile(share)) for share in (0, 0.5, 1))
+    print(f"{name:14} the velocity changes by {median:.0%} (from {low:.0%} to {high:.0%})")
 
 
 # %%
@@ -215,23 +263,29 @@ def in_words(change):
     return "not" if change < 0.01 else "a little" if change < 0.1 else "much"
 
 
-all_shifted.against(in_words(changes[0]))
-image_shifted.against(in_words(changes[1]))
+medians = [float(change.median()) for change in changes.values()]
+all_shifted.against(in_words(medians[0]))
+image_shifted.against(in_words(medians[1]))
 
+outs = [reference]
+for change in breaks.values():
+    with fe.intervene("*.attn.rope", change):
+        outs.append(pipe(prompt, seed=4, trajectory=False, progress=False))
 fig, axes = plt.subplots(1, 6, figsize=(10, 2.1), layout="constrained")
 for ax, out, name in zip(axes, outs, ["unchanged", *breaks]):
     ax.imshow(out.images[0])
     ax.set_title(name, fontsize=9)
     ax.axis("off")
 fig.suptitle(
-    f"Shifting all ids changes nothing; each other change alters the velocity by {min(changes[1:]):.0%} or more",
+    f"A shift of all ids changes nothing; the others change the velocity by {min(medians[1:]):.0%} or more (medians)",
     fontsize=10,
 )
 plt.show()
 
 # %% [markdown]
 # A shift of **all** positions has no effect. A shift of the image alone changes its distance to the text, and that does
-# change the network's output. Look at the images without rows and without columns. Can you explain them?
+# change the network's output. The images are those of one seed. Look at the ones without rows and without columns. Can
+# you explain them?
 #
 # <details><summary>Answer</summary>Without rows, all patches of a column have the same position, so the image repeats
 # from top to bottom; without columns it repeats from left to right.</details>
@@ -246,11 +300,12 @@ plt.show()
 #
 # **Questions people ask**: *Why are all text ids zero?* (flux issue 71) The usual explanation is that T5's vectors
 # already contain the order; the transformer cannot see the order of text tokens, as notebook 00 showed by shuffling
-# them. *Why are the angles computed in float64?* With fewer digits, positions become indistinguishable: in bfloat16,
-# 257 is rounded to 256.
+# them. *In which precision are the angles computed?* The official code's first version used float64; since commit
+# 4343061 it uses the type of the position ids, which is float32 (`math.py` line 17). diffusers 0.42 and our library use
+# float64. In bfloat16 positions would become indistinguishable: 257 is rounded to 256.
 #
-# **Read**: RoFormer, arXiv 2104.09864 · `black-forest-labs/flux`, `modules/layers.py` (`EmbedND`) and `math.py`
-# (`rope`, `apply_rope`) · ours: `fluxedu/models/attention.py`.
+# **Read**: RoFormer, arXiv 2104.09864 · `black-forest-labs/flux`, `modules/layers.py` lines 11-25 (`EmbedND`) and
+# `math.py` lines 15-30 (`rope`, `apply_rope`) · ours: `fluxedu/models/attention.py`.
 
 # %%
 fe.score()
