@@ -1,9 +1,9 @@
 """A web server for a class, with a limit on everything that a client can hold: connections, time, bytes and attempts.
 
-A client has ``DEADLINE`` seconds to send its whole request, and as long again to take the response, after which the
-connection is closed. When more than ``PER_ADDRESS`` connections of one address wait for their client, or more than
-``IN_ALL`` together, those that have waited the longest are closed, so slow clients keep nobody out. The students behind
-one router share an address, which is why the limits per address are generous.
+A client has ``DEADLINE`` seconds to send its whole request, and as long again to take the response. When more than
+``PER_ADDRESS`` connections of one address wait for their client, or more than ``IN_ALL`` together, those that have
+waited the longest are closed, so slow clients keep nobody out. The students behind one router share an address, which
+is why the limits per address are generous.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ import time
 from collections import Counter
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from ipaddress import ip_address
 
 DEADLINE = 10.0  # seconds
 PER_ADDRESS, IN_ALL = 64, 512  # connections that wait for their client
 GRACE = 2.0  # seconds for which a connection does not count; a whole class may open the page at the same moment
 MAX_HEAD, MAX_BODY = 32768, 4096  # bytes; a browser's cookies for localhost alone may take some thousand
-_FIRST_LINE = re.compile(rb"[A-Z]{1,20} /[!-~]* HTTP/(\d\.\d)\r?\n")
+_FIRST_LINE = re.compile(rb"[A-Z]{1,20} /[!-~]* HTTP/[1-9]\.\d\r?\n")
 _HEADERS = {
     "Connection": "close",
     "Cache-Control": "no-store",
@@ -53,11 +52,9 @@ class Limit:
         """Count one event; returns False, and does not count it, if there have been too many."""
         now = time.monotonic()
         with self.lock:
-            self.times[key] = [before for before in self.times.get(key, ()) if before > now - self.seconds]
-            if len(self.times[key]) >= self.most:
-                return False
-            self.times[key].append(now)
-            return True
+            recent = [before for before in self.times.get(key, ()) if before > now - self.seconds]
+            self.times[key] = recent + [now] * (len(recent) < self.most)
+            return len(recent) < self.most
 
     def refund(self, key: str) -> None:
         """Undo one ``spend``."""
@@ -65,24 +62,15 @@ class Limit:
             self.times[key].pop()
 
 
-def client_network(address: str) -> str:
-    """What clients are counted by: the IPv4 address, or the /64 network that a single IPv6 client may use."""
-    ip = ip_address(address.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
-    return str(ip) if ip.version == 4 else ip.exploded[:19]
-
-
 class LimitedServer(ThreadingHTTPServer):
     """A server with one thread per connection."""
 
-    daemon_threads = True
-    request_queue_size = 256
-    deadline = DEADLINE
+    daemon_threads, request_queue_size, deadline, last_warning = True, 256, DEADLINE, ""
 
     def __init__(self, host: str, port: int, handler: type[LimitedHandler]):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.waiting: dict[socket.socket, tuple[str, float]] = {}  # client and time of those that wait for their client
-        self.lock, self.last_warning = threading.Lock(), ""
+        self.lock = threading.Lock()
+        self.waiting: dict[socket.socket, tuple[str, float]] = {}  # for its client, named by its address, since when
         super().__init__((host, port), handler)
 
     def set_waiting(self, connection: socket.socket, client: str | None) -> None:
@@ -109,9 +97,8 @@ class LimitedServer(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request, client_address) -> None:
-        """A connection that breaks is no news; anything else is a mistake, of which the terminal shows one line."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            self.warn(f"{type(sys.exc_info()[1]).__name__}: {sys.exc_info()[1]}")
+        """Print one line instead of a traceback, as when no further thread can be started."""
+        self.warn(f"{type(sys.exc_info()[1]).__name__}: {sys.exc_info()[1]}")
 
     def warn(self, message: str) -> None:
         """Print one line; the same one only once in a row."""
@@ -138,7 +125,7 @@ class LimitedHandler(BaseHTTPRequestHandler):
     """Answers one request per connection by calling ``answer``, which may raise Refused."""
 
     protocol_version = default_request_version = request_version = "HTTP/1.1"
-    requestline = ""
+    server_version, sys_version, requestline = "fluxedu", "", ""
     disable_nagle_algorithm = True
     server: LimitedServer
 
@@ -146,48 +133,46 @@ class LimitedHandler(BaseHTTPRequestHandler):
         """Send the response to a GET or POST request."""
         raise NotImplementedError
 
-    def setup(self) -> None:
-        super().setup()
-        self.client = client_network(self.client_address[0])
-        self.server.set_waiting(self.connection, self.client)
-        self.raw = _Reader(self.connection, self.server.deadline)
-        self.rfile = io.BufferedReader(self.raw)
-
     def handle(self) -> None:
+        self.client = ":".join(self.client_address[0].split(":")[:4])  # of IPv6 the network, which one client may fill
+        self.server.set_waiting(self.connection, self.client)
+        reader = _Reader(self.connection, self.server.deadline)
+        self.rfile = io.BufferedReader(reader)
         try:
             self.raw_requestline = self.rfile.readline()
-            first = _FIRST_LINE.fullmatch(self.raw_requestline)
-            if not first:
+            if not _FIRST_LINE.fullmatch(self.raw_requestline):
                 raise Refused(
                     400, "the first line of a request must be like GET / HTTP/1.1, and not longer than 32 KB."
                 )
-            if first[1] not in (b"1.0", b"1.1"):
-                raise Refused(505, "this server speaks HTTP/1.0 and HTTP/1.1.")
-            if self.parse_request():
-                if not self.raw.bytes_left:
-                    raise Refused(431, f"the headers of a request must be at most {MAX_HEAD} bytes.")
-                if self.command not in ("GET", "POST"):
-                    raise Refused(405, f"this server answers GET and POST, not {self.command}.")
-                body = self._body() if self.command == "POST" else b""
-                self.server.set_waiting(self.connection, None)
-                self.answer(body)
+            if not self.parse_request():  # which has sent an error
+                return
+            if not reader.bytes_left:
+                raise Refused(431, f"the headers of a request must be at most {MAX_HEAD} bytes.")
+            if self.command not in ("GET", "POST"):
+                raise Refused(405, f"this server answers GET and POST, not {self.command}.")
+            body = self._body() if self.command == "POST" else b""
+            self.server.set_waiting(self.connection, None)
+            self.answer(body)
         except TimeoutError:
             self.send_error(408, f"a request must arrive within {self.server.deadline:g} seconds.")
         except Refused as error:
             self.send_error(error.status, str(error))
+        except ConnectionError:
+            pass  # the client has gone
+        except Exception as error:  # a mistake must not end the class's vote
+            self.server.warn(f"{self.requestline[:100]}: {type(error).__name__}: {error}")
+            self.send_error(500, "the server made a mistake; its terminal says which.")
 
     def _body(self) -> bytes:
-        lengths = self.headers.get_all("Content-Length", [])
+        length, *others = self.headers.get_all("Content-Length", [""])
         if "Transfer-Encoding" in self.headers:
             raise Refused(501, "send the body in one piece, with Content-Length instead of Transfer-Encoding.")
-        if not lengths:
-            raise Refused(411, "a POST request needs the header Content-Length.")
-        if len(lengths) > 1 or not re.fullmatch("[0-9]{1,20}", lengths[0]):
-            raise Refused(400, "Content-Length must be a whole number, once.")
-        if int(lengths[0]) > MAX_BODY:
+        if others or not re.fullmatch("[0-9]{1,20}", length):
+            raise Refused(400 if length else 411, "a POST request needs one header Content-Length, a whole number.")
+        if int(length) > MAX_BODY:
             raise Refused(413, f"a request must be a JSON object of at most {MAX_BODY} bytes.")
-        body = self.rfile.read(int(lengths[0]))
-        if len(body) < int(lengths[0]):
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
             raise Refused(400, "the request ended before its Content-Length.")
         return body
 
@@ -214,10 +199,6 @@ class LimitedHandler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Send an error as JSON; ``parse_request`` calls this too."""
         self.send(json.dumps({"error": (message or "this request cannot be read.")[:300]}).encode(), status=code)
-
-    def version_string(self) -> str:
-        """The header Server, without Python's version."""
-        return "fluxedu"
 
     def log_message(self, *_) -> None:
         """Prints nothing: the file of votes is the log."""

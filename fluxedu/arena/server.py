@@ -27,6 +27,7 @@ import re
 import secrets
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from email.message import Message
 from functools import lru_cache
 from importlib import resources
@@ -47,7 +48,6 @@ LETTERS = "ABCDEFGHJKLMNPQRTUVWXYZ"  # of a class code; none looks like a digit
 WRONG_CODES = (30, 600)  # per address, in so many seconds: 6 letters are one of 148 million
 NEW_VOTERS = (200, 3600)  # per address and hour; a class behind one router shares an address
 VOTES = (300, 3600)  # per voter and hour
-_NO_PORT = re.compile(r":\d+$")
 _PICTURE = re.compile(r"/picture/([\w-]{1,40})/(left|right)", re.ASCII)
 
 
@@ -78,7 +78,7 @@ class Server(LimitedServer):
         host = headers.get("Host", "").lower()
         names = {"localhost", "127.0.0.1", "[::1]", _in_url(self.host), _in_url(address)}
         own = {f"{name}:{self.port}" for name in names} | (names if self.port == 80 else set())
-        if len(headers.get_all("Host", [])) != 1 or not (host in own or _NO_PORT.sub("", host) in self.further_names):
+        if len(headers.get_all("Host", [])) != 1 or not (host in own or host.split(":")[0] in self.further_names):
             here = self.url.partition("#")[0]
             raise Refused(403, f"this server is at {here}, not at {describe(host)}; --allow-host NAME adds a name.")
         opened = (path, headers.get("Sec-Fetch-Mode")) == ("/", "navigate")  # by a link on any page
@@ -203,12 +203,10 @@ def _in_url(host: str) -> str:
 
 def _own_address() -> str:
     """This machine's address in its network; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # an address for documentation (RFC 5737)
-        except OSError:  # there is no network
-            return "localhost"
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # there may be no network
+        probe.connect(("192.0.2.1", 9))  # an address for documentation (RFC 5737)
         return probe.getsockname()[0]
+    return "localhost"
 
 
 def create_server(

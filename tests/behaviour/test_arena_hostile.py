@@ -127,7 +127,7 @@ RAW = [
     (408, POST + b"Content-Length: 10\r\n\r\n{}"),
     (505, b"GET / HTTP/2.0\r\n\r\n"),
     (505, b"GET / HTTP/9.9\r\n\r\n"),
-    (505, b"GET / HTTP/0.9\r\n\r\n"),
+    (400, b"GET / HTTP/0.9\r\n\r\n"),
     (403, b"GET / HTTP/1.1\r\n\r\n"),
     (403, b"GET / HTTP/1.0\r\n\r\n"),
     (403, b"GET / HTTP/1.1\r\nHost:\r\n\r\n"),
@@ -148,6 +148,7 @@ RAW = [
     (431, GET + b"".join(b"X-%d: 1\r\n" % n for n in range(200)) + b"\r\n"),
     (411, POST + b"\r\n"),
     (411, POST + b"\r\n{}"),
+    (411, POST + b"Content-Length: \r\n\r\n{}"),
     (501, POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"),
     (501, POST + b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\n2\r\n{}\r\n0\r\n\r\n"),
     (501, POST + b"Transfer-Encoding: identity\r\nContent-Length: 2\r\n\r\n{}"),
@@ -158,7 +159,7 @@ RAW = [
     (413, POST + b"Content-Length: 99999999999\r\n\r\n"),
     *(
         (400, POST + b"Content-Length: " + length + b"\r\n\r\n{}")
-        for length in (b"-1", b"+2", b"2, 2", b"0x2", b"2e0", b"2.0", b"two", b"", b"2 2", "２".encode(), b"9" * 30)
+        for length in (b"-1", b"+2", b"2, 2", b"0x2", b"2e0", b"2.0", b"two", b"2 2", "２".encode(), b"9" * 30)
     ),
     *(
         (400, POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)

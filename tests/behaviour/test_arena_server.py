@@ -12,7 +12,7 @@ from http.client import HTTPConnection, HTTPException
 import pytest
 from PIL import Image
 
-from fluxedu.arena import Arena, Contestant, Votes, create_server
+from fluxedu.arena import Arena, ArenaError, Contestant, Votes, create_server
 
 #: an arena of three contestants and its server, as a separate process; argument: the file of votes
 SCRIPT = """
@@ -219,7 +219,7 @@ BAD = [
     (400, dict(path="/vote", raw="[" * 4000), "a JSON object"),
     (400, dict(path="/vote", raw=b"\xff\xfe"), "a JSON object"),
     (413, dict(path="/vote", raw="x" * 5000), "at most 4096 bytes"),
-    (400, dict(path="/vote", raw="", headers={"Content-Length": "-1"}), "Content-Length must be a whole number"),
+    (400, dict(path="/vote", raw="", headers={"Content-Length": "-1"}), "one header Content-Length, a whole number"),
     (400, dict(path="/ballot", sent={"axis": ["overall"]}), "axis must be one of overall"),
     (400, dict(path="/picture/made-up/left"), "there is no ballot 'made-up'"),
 ]
@@ -240,6 +240,55 @@ def test_nobody_votes_on_another_voters_ballot(ann, server):
     assert bob.request("/ratings")[1]["overall"]["alpha"]["votes"] == 0
     ann.request("/vote", {"ballot": ballot["id"], "choice": "left"})
     assert sum(row["votes"] for row in bob.request("/ratings")[1]["overall"].values()) == 2
+
+
+def test_further_names_and_the_machines_own_addresses_are_answered_only_where_they_are_served(server, tmp_path):
+    """A server at 0.0.0.0 prints the address of the machine in its network; --allow-host adds names, at any port."""
+    host = lambda port, name: ask(port, "/", headers={"Host": name})[0]  # noqa: E731
+    with create_server(server.arena, "0.0.0.0", 0, allowed_hosts=["Class.example"]) as other:
+        thread = threading.Thread(target=other.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        printed = other.url.removeprefix("http://").partition("/")[0]
+        assert not printed.startswith("0.0.0.0") and other.url.endswith(f"/#{other.code}")
+        address = printed.rpartition(":")[0]
+        connection = HTTPConnection(address, other.port, timeout=30)
+        connection.request("GET", "/")  # as a student's browser, through the network
+        assert connection.getresponse().status == 200
+        connection.close()
+        names = [f"localhost:{other.port}", "class.example", "class.example:443", "CLASS.example:9000"]
+        assert [host(other.port, name) for name in names] == [200] * 4
+        names = ["evil.example", "x.class.example", "class.example.evil", f"10.9.8.7:{other.port}"]
+        assert [host(other.port, name) for name in names] == [403] * 4
+        same = {"Host": "class.example", "Origin": "https://class.example"}  # a proxy that adds TLS
+        assert ask(other.port, "/join", {"code": other.code}, headers=same)[0] == 200
+        other.shutdown()
+        thread.join(10)
+    assert host(server.port, "class.example") == 403
+
+
+def test_ipv6_addresses_are_served_too(server):
+    try:
+        other = create_server(server.arena, "::1", 0)
+    except ArenaError:
+        pytest.skip("no IPv6 here")
+    with other:
+        threading.Thread(target=other.serve_forever, args=(0.02,), daemon=True).start()
+        assert other.url.startswith(f"http://[::1]:{other.port}/#")
+        connection = HTTPConnection("::1", other.port, timeout=30)
+        connection.request("GET", "/")
+        assert connection.getresponse().status == 200
+        connection.close()
+        other.shutdown()
+
+
+def test_a_mistake_of_the_server_is_one_line_in_its_terminal(ann, server, monkeypatch, capfd):
+    ballot = ann.request("/ballot", {"axis": "overall"})[1]
+    monkeypatch.setattr(server.arena, "side", lambda *_: 1 / 0)
+    for _ in range(3):
+        status, body = ann.request(ballot["left"])
+        assert status == 500 and body["error"] == "the server made a mistake; its terminal says which."
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.endswith("ZeroDivisionError: division by zero")
 
 
 def test_the_server_listens_only_locally_by_default(server):

@@ -7,6 +7,8 @@ import time
 import pytest
 from test_arena_hostile import Running
 
+from fluxedu.arena.limits import LimitedHandler, LimitedServer
+
 
 def open_limit(count):
     resource = pytest.importorskip("resource")
@@ -76,3 +78,26 @@ def test_two_hundred_honest_browsers_at_the_same_moment_are_all_served(tmp_path)
     [thread.start() for thread in threads]
     [thread.join(60) for thread in threads]
     assert statuses == [200] * 200 and running.close() == ""
+
+
+class Large(LimitedHandler):
+    def answer(self, body):
+        self.send(bytes(30_000_000), "image/png")  # more than the buffers of the system hold
+
+
+def test_clients_that_do_not_take_their_response_are_let_go():
+    with LimitedServer("127.0.0.1", 0, Large) as server:
+        server.deadline, threads = 1.0, threading.active_count()
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        slow = [socket.create_connection(server.server_address) for _ in range(20)]
+        [connection.sendall(b"GET / HTTP/1.1\r\n\r\n") for connection in slow]
+        time.sleep(0.5)
+        assert threading.active_count() > threads + 10 and len(server.waiting) > 10
+        end = time.monotonic() + 15
+        while threading.active_count() > threads + 1 and time.monotonic() < end:
+            time.sleep(0.1)
+        assert threading.active_count() == threads + 1 and not server.waiting
+        server.shutdown()
+        thread.join(10)
+        [connection.close() for connection in slow]
