@@ -62,7 +62,7 @@ def passed(*names: str) -> bool:
         check_choice("the name of an exercise", name, all_exercises(), error=CourseError)
     missing = [name for name in names if name not in _solved]
     if missing:
-        print(f"solve {' and '.join(missing)} above first; then run this cell again")
+        print(f"solve {', '.join(missing)} above first; then run this cell again")
     return not missing
 
 

@@ -60,16 +60,24 @@ drawn_colour = fe.predict(
 # ## Build it
 #
 # A single number is a poor input for a linear layer, which can only scale it. So the time is encoded by many waves of
-# different frequencies, as the time of day is encoded by the hands of a clock.
+# different frequencies, as the time of day is encoded by the hands of a clock. One wave of frequency $\omega$ gives two
+# numbers, and they have a useful property: for a time that is later by $\delta$, they are turned by the angle
+# $\omega\delta$, whatever the time is.
+#
+# $$\begin{pmatrix} \cos\omega(t+\delta) \\ \sin\omega(t+\delta) \end{pmatrix} = \begin{pmatrix} \cos\omega\delta &
+# -\sin\omega\delta \\ \sin\omega\delta & \cos\omega\delta \end{pmatrix} \begin{pmatrix} \cos\omega t \\ \sin\omega t
+# \end{pmatrix}$$
+#
+# So a linear layer can compute the waves of a later time from those of an earlier one, and its scores depend smoothly on
+# the time.
 
 # %% exercise="modulation.waves"
 # The guidance scale is encoded in the same way, also multiplied by 1000.
 
 # %%
-if passed:
+if fe.passed("modulation.waves"):
     mine = waves(times.cpu(), 256)
-    error = (mine - timestep_embedding(times.cpu())).abs().max()
-    print("largest difference from the library's is below 1 in 1,000:", bool(error < 1e-3))
+    course.compare("your waves and the library's", mine, timestep_embedding(times.cpu()), within=1e-3)
 
 cosines = timestep_embedding(torch.linspace(1, 0, 701))[:, 20:128].T  # without the 20 fastest
 fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
@@ -89,12 +97,14 @@ print("exact:", round(1000 * float(t), 2), "· with t rounded to bfloat16:", int
 
 # %% [markdown]
 # A small module brings the encoded time to the network's width. A second module of the same kind does this for the
-# encoded guidance scale, and a third for CLIP's pooled vector.
+# encoded guidance scale, and a third for CLIP's pooled vector. With $e$ for the waves, $g$ for the guidance scale and
+# $p$ for the pooled vector,
+#
+# $$\mathrm{vec} = \mathrm{MLP}_{\text{time}}(e(t)) + \mathrm{MLP}_{\text{guidance}}(e(g)) + \mathrm{MLP}_{\text{text}}(p)$$
 
 # %% exercise="modulation.embedder"
 
 # %%
-embedder_passed = bool(passed)
 guidance = torch.tensor([pipe.defaults.guidance], device=device)
 text = {p: pipe.prompt_encoder([p]) for p in (prompt, other)}
 with torch.no_grad():
@@ -107,7 +117,7 @@ with torch.no_grad():
     # `flux.plan` computes `vec` and the shifts, scales and gates of all blocks, here for all 20 steps at once
     plan = flux.plan(times[:, None], guidance, text[prompt].pooled)
 print("vec, one row per step:", list(vec.shape))
-print("it equals the library's, to 1 in 100,000:", bool((vec - plan.vec[:, 0]).norm() / vec.norm() < 1e-5))
+course.compare("the sum and the library's vec", vec, plan.vec[:, 0])
 print(
     "models with a guidance input:", *(v for v in ("dev", "schnell") if fe.models.FluxConfig.variant(v).guidance_embed)
 )
@@ -123,8 +133,8 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# FLUX.1-schnell has no guidance input: its `vec` is time plus text. Note what is *not* part of `vec`: the image tokens
-# and T5's token vectors.
+# FLUX.1-schnell has no guidance input: its `vec` is time plus text. Of the prompt, `vec` contains CLIP's pooled vector.
+# Note what is *not* part of it: the image tokens and T5's token vectors.
 #
 # ## Shift, scale and gate
 #
@@ -135,7 +145,6 @@ plt.show()
 # %% exercise="modulation.modulation"
 
 # %%
-modulation_passed = bool(passed)
 dim = flux.config.hidden_size
 print("D =", dim)
 print("double block, per stream:", flux.double_blocks[0].img_mod.lin.out_features // dim, "vectors of D numbers")
@@ -158,8 +167,9 @@ with torch.no_grad():
         mods = flux.plan(times[:, None], guidance, text[p].pooled).single[0]  # [20, 1, 3 D]: shift, scale, gate
         scales[p] = mods[:, 0, dim : 2 * dim]  # [20, D]
 first, last = scales[prompt][0], scales[prompt][-1]
-print("the scale differs between the first and the last time:", bool((first - last).norm() > 0.1 * first.norm()))
-print("it differs between the two prompts:", not torch.equal(scales[prompt], scales[other]))
+by_time = float((first - last).norm() / first.norm())
+by_prompt = float((scales[prompt] - scales[other]).norm() / scales[prompt].norm())
+print(f"the scale changes by {by_time:.0%} from the first time to the last, and by {by_prompt:.0%} with the prompt")
 
 # %% [markdown]
 # The idea is older than FLUX and has many names (conditional normalisation in GLIDE, arXiv 2112.10741, and StyleGAN-T,
@@ -177,11 +187,16 @@ with fe.record("double.0.img_mod.scale1", "single.2.gate", "single.2.x") as rec:
     pipe(prompt, seed=[4, 5], steps=3, progress=False)
 for site in rec:
     first, second = (value.tensor for when, value in rec.entries(site) if when.step == 1)
-    print(f"{site:24} same for both images: {torch.equal(first, second)}")
+    print(f"{site:24} relative difference of the two images: {float((first - second).norm() / first.norm()):.1f}")
 
 # %% [markdown]
-# Now the modulated layer itself. `shift` and `scale` change the layer's input; `gate` multiplies its output before it
-# is added.
+# Now the modulated layer itself. `shift` $b$ and `scale` $s$ change the input of the layer $f$ (an attention or an MLP);
+# `gate` $\gamma$ multiplies its output before it is added. All three have one number per channel:
+#
+# $$x' = x + \gamma \odot f\big((1 + s) \odot \mathrm{LN}(x) + b\big) \qquad
+# \mathrm{LN}(x) = \frac{x - \mathrm{mean}(x)}{\sqrt{\mathrm{var}(x) + 10^{-6}}}$$
+#
+# The 1 in $1 + s$ means that a linear layer that computes 0 leaves the LayerNorm as it is.
 
 # %% exercise="modulation.adaln"
 
@@ -191,14 +206,14 @@ for site in rec:
 
 # %%
 gates = torch.stack(plan.single)[..., 2 * dim :]  # [6 blocks, 20 steps, 1, D]
-print("some gates of the single blocks are below 0:", bool(gates.min() < 0), "· above 1:", bool(gates.max() > 1))
+print(f"gates of the single blocks: {(gates < 0).float().mean():.0%} below 0, {(gates > 1).float().mean():.1%} above 1")
 
 names = ("x", "shift", "scale", "gate", "modulated", "added", "out")
 with fe.record(*(f"single.3.{name}" for name in names), steps=8) as rec:
     pipe(prompt, seed=4, progress=False)
 values = {name: rec[f"single.3.{name}"].tensor[0][None] for name in names}  # tokens [1, 96, D], modulation [1, D]
 print("tokens:", list(values["x"].shape), "· gate:", list(values["gate"].shape))
-if passed:
+if fe.passed("modulation.adaln"):
     inputs = []
 
     def layer(y):
@@ -207,10 +222,14 @@ if passed:
 
     out = adaln(values["x"], layer, values["shift"], values["scale"], values["gate"])
     for name, mine in (("modulated", inputs[0]), ("out", out)):
-        print(f"{name} equals the block's, to 1 in 100,000:", bool((mine - values[name]).norm() / mine.norm() < 1e-5))
+        course.compare(f"{name}, yours and the block's", mine, values[name])
 
 # %% [markdown]
-# With gate 0 a block is the identity. Networks of this kind are often initialised in this way: the linear layer of
+# With gate 0 a block is the identity, and so is its derivative:
+#
+# $$\frac{\partial x'}{\partial x} = 1 + \gamma \odot \frac{\partial f}{\partial x} = 1 \quad \text{for} \quad \gamma = 0$$
+#
+# Gradients then pass unchanged through any number of blocks. Networks of this kind are often initialised in this way: the linear layer of
 # every modulation starts at zero, so the untrained blocks leave their tokens unchanged, and each block contributes only
 # what it learns (AdaLN-**Zero**, DiT). How FLUX.1 was initialised has not been published.
 
@@ -222,14 +241,20 @@ def zero(value, ctx):
 
 with fe.record("single.3.x", "single.3.out", steps=8) as rec, fe.intervene("single.3.gate", zero):
     pipe(prompt, seed=4, progress=False)
-print("with gate 0 the output equals the input:", torch.equal(rec["single.3.x"].tensor, rec["single.3.out"].tensor))
+largest = float((rec["single.3.x"].tensor - rec["single.3.out"].tensor).abs().max())
+print(f"with gate 0 the largest difference between output and input is {largest:g}")
 
 # %% [markdown]
 # ## Computed before the first step
 #
 # `vec` is made of the time, the guidance scale and the pooled text. It does not depend on the image tokens, so the
-# modulation of all steps can be computed before the sampling loop; `flux.plan` does that. In FLUX.1 this matters, as
-# you see when you count the parameters of the layers that only compute modulation.
+# modulation of all steps can be computed before the sampling loop; `flux.plan` does that. In FLUX.1 this matters. A
+# layer that computes $k$ vectors of $D$ numbers from $D$ numbers has $k D^2$ weights. FLUX.1 has 19 double blocks with
+# two streams and $k = 6$, and 38 single blocks with $k = 3$:
+#
+# $$19 \cdot 2 \cdot 6\, D^2 + 38 \cdot 3\, D^2 = 342\, D^2 \approx 3.2 \text{ billion} \quad \text{for} \quad D = 3072$$
+#
+# The count of the parameters, which adds the biases, says the same:
 
 # %%
 from fluxedu.models.meta_init import meta_init
@@ -244,8 +269,7 @@ print("in bfloat16 that is", round(2 * modulation_size / 1e9, 1), "GB, used once
 
 with torch.no_grad():
     step_8 = flux.plan(times[8:9], guidance, text[prompt].pooled)
-difference = (step_8.single[3] - plan.single[3][8]).norm() / step_8.single[3].norm()
-print("computed alone, step 8 has the same modulation as among all 20 steps, to 1 in 100,000:", bool(difference < 1e-5))
+course.compare("the modulation of step 8, computed alone and among 20", step_8.single[3], plan.single[3][8])
 
 # %% [markdown]
 # Once the modulation of all steps is computed, these layers no longer need to be on the GPU.
@@ -271,7 +295,7 @@ widgets.modulation(pipe, [prompt, other])
 # the double blocks, the six of the single blocks, and the three embedders.
 
 # %%
-if embedder_passed and modulation_passed:
+if fe.passed("modulation.embedder", "modulation.modulation"):
     with (
         fe.swap("double.*_mod", Modulation, pipe.flux),
         fe.swap("single.*.modulation", Modulation, pipe.flux),
@@ -280,10 +304,7 @@ if embedder_passed and modulation_passed:
         fe.swap("vector_in", MLPEmbedder, pipe.flux),
     ):
         out = pipe(prompt, seed=4, progress=False)
-    difference = (out.latents - reference.latents).norm() / reference.latents.norm()
-    print("the latent stays the same, to 1 in 1,000:", bool(difference < 1e-3))
-else:
-    print("solve the exercises above first; then run this cell again")
+    course.compare("the latent with your code and with the library's", out.latents, reference.latents, within=1e-3)
 
 # %% [markdown]
 # ## Break it: a wrong time
