@@ -352,9 +352,11 @@ def grade(
 ) -> None:
     """Run students' notebooks, each in its own process, and mark the exercises. The CSV file grows with each notebook.
 
-    It is not a sandbox: a notebook's code has your rights. Answers are judged outside its process, with inputs that the
-    student has not seen, so no code can change a verdict. What can still be forged: a pasted solution passes, and so
-    does a function that calls fluxedu or PyTorch for its values. Marks are flagged where that is seen.
+    It is not a sandbox: a notebook's code has your rights. Answers are judged
+    outside its process, with inputs that the student has not seen, so no code
+    can change a verdict. What can still be forged: a pasted solution passes, and
+    so does a function that calls fluxedu or PyTorch for its values. Marks are
+    flagged where that is seen.
     """
     import os
 

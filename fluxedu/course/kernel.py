@@ -84,13 +84,14 @@ class Kernel:
             self.manager = _OwnKernel(connection_file=str(root / "kernel.json"))
             self.manager.start_kernel(env=_environment(root), cwd=str(root / "work"), stdout=DEVNULL, stderr=DEVNULL)
             self.client = self.manager.client()
-            self.client.context.maxmsgsize, self.client.context.rcvhwm = MOST_BYTES, 4
+            context = self.client.context  # a larger message ends the connection
+            context.maxmsgsize, context.rcvhwm, context.sndtimeo = MOST_BYTES, 4, 1000 * GRACE
             self.client.start_channels(iopub=False, stdin=False, hb=False, control=False)
             if self._reply(self.client.kernel_info(), STARTUP) is None:
                 raise Stopped(f"its process did not start within {STARTUP} seconds")
             first = self.client.execute(FIRST_CELL.format(bytes=self.memory * 10**9))
             if (self._reply(first, STARTUP) or {}).get("status") != "ok":
-                raise Stopped(f"its process could not import fluxedu within {STARTUP} seconds")
+                raise Stopped("its process could not import fluxedu")
             self.deadline = time.monotonic() + self.notebook_limit
         except BaseException:
             self.__exit__()
@@ -113,11 +114,16 @@ class Kernel:
                 raise Stopped(f"the notebook reached its limit of {_seconds(self.notebook_limit)} in {what}")
             self.notes.append(f"{what} was interrupted after {limit}")
             self.manager.interrupt_kernel()
-            if self._reply(message, GRACE) is None:
+            try:
+                question = self.client.kernel_info()  # answered when the cell has ended
+            except Exception:  # noqa: BLE001 - the connection has ended
+                most = f"a reply, with the text of an error, may have {MOST_BYTES >> 20} MB"
+                raise Stopped(f"its process cannot be reached since {what}; {most}") from None
+            if self._reply(question, GRACE) is None:
                 raise Stopped(f"{what} took longer than {limit}, and ignored its interrupt")
             return None
         error = f"{reply.get('ename')} {reply.get('evalue')}"[:1000]
-        if re.search("MemoryError|OutOfMemory|[aA]lloc|not enough memory", error):
+        if re.search("MemoryError|bad_alloc|[Cc]an.?not allocate|can't allocate|not enough memory", error):
             self.notes.append(f"{what} needed more memory than the limit of {self.memory} GB")
         try:
             return reply["user_expressions"]["wanted"]["data"]["text/plain"]
