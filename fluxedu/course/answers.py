@@ -85,12 +85,11 @@ def _encoded(outcome: Outcome, key: str, tensors: dict[str, Tensor]) -> dict:
 
 
 def _decoded(outcome: dict, tensors: dict[str, Tensor]) -> Outcome:
-    returned = [tensors[key] for key in outcome["keys"]]
-    returned = [
-        torch.view_as_complex(x) if key.endswith(".complex") else x
-        for key, x in zip(outcome["keys"], returned, strict=True)
-    ]
-    return Outcome(returned, printable(str(outcome["problem"])))
+    complex_of = {True: torch.view_as_complex, False: lambda x: x}
+    return Outcome(
+        [complex_of[key.endswith(".complex")](tensors[key]) for key in outcome["keys"]],
+        printable(str(outcome["problem"])),
+    )
 
 
 def printable(text: str, most: int = MOST_TEXT) -> str:

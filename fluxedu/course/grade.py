@@ -149,11 +149,9 @@ def grade_notebook(
             for task in tasks:
                 mark(task, *_judged(task, kernel))
     except Exception as error:  # noqa: BLE001 - one notebook must not end the marking of a class
-        reason = (
-            str(error) if isinstance(error, Stopped) else printable(f"of an error ({type(error).__name__}: {error})")
-        )
+        reason = error if isinstance(error, Stopped) else printable(f"of an error ({type(error).__name__}: {error})")
         for task in tasks[len(marks) :]:
-            mark(task, False, f"it was not reached, because {reason.rstrip('.')}.")
+            mark(task, False, f"it was not reached, because {reason}.")
     return marks
 
 

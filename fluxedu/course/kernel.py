@@ -37,16 +37,13 @@ ALLOWED = re.compile(
 )
 #: runs before the student's cells, which therefore need not wait for imports; a system may lack such limits
 FIRST_CELL = """
-import fluxedu.course.answers
-del fluxedu
+import fluxedu.course.answers as _
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, ({bytes}, {bytes}))
 except (ImportError, ValueError, OSError):
     pass
-else:
-    del resource
 """
 
 
@@ -88,7 +85,7 @@ class Kernel:
             context.maxmsgsize, context.rcvhwm, context.sndtimeo = MOST_BYTES, 4, 1000 * GRACE
             self.client.start_channels(iopub=False, stdin=False, hb=False, control=False)
             if self._reply(self.client.kernel_info(), STARTUP) is None:
-                raise Stopped(f"its process did not start within {STARTUP} seconds")
+                raise Stopped(f"its process did not start within {STARTUP} s")
             first = self.client.execute(FIRST_CELL.format(bytes=self.memory * 10**9))
             if (self._reply(first, STARTUP) or {}).get("status") != "ok":
                 raise Stopped("its process could not import fluxedu")
@@ -109,9 +106,9 @@ class Kernel:
         )
         reply = self._reply(message, self.cell_limit)
         if reply is None:
-            limit = f"{_seconds(self.cell_limit)}, the limit of a cell"
+            limit = f"{self.cell_limit:g} s, the limit of a cell"
             if time.monotonic() >= self.deadline:
-                raise Stopped(f"the notebook reached its limit of {_seconds(self.notebook_limit)} in {what}")
+                raise Stopped(f"the notebook reached its limit of {self.notebook_limit:g} s in {what}")
             self.notes.append(f"{what} was interrupted after {limit}")
             self.manager.interrupt_kernel()
             try:
@@ -140,10 +137,10 @@ class Kernel:
                     return reply["content"]
             except Empty:
                 if not self.manager.is_alive():
-                    code = getattr(self.manager.provisioner.process, "returncode", None)
-                    by = f"with the signal {-code}" if code and code < 0 else f"with the status {code}"
+                    code = getattr(self.manager.provisioner.process, "returncode", None) or 0
+                    end = f"signal {-code}" if code < 0 else f"status {code}"
                     limit = f"its limit of memory is {self.memory} GB"
-                    raise Stopped(f"its process ended {by} in {self.what}; {limit}") from None
+                    raise Stopped(f"its process ended with the {end} in {self.what}; {limit}") from None
             except (ValueError, KeyError, TypeError, RecursionError):  # a message that is none
                 continue
         return None
@@ -176,10 +173,6 @@ class Kernel:
             if not left:
                 return
             psutil.wait_procs(left, timeout=0.1)
-
-
-def _seconds(number: float) -> str:
-    return f"{number:g} second{'s' * (number != 1)}"
 
 
 def _adopt_orphans(adopt: bool = True) -> None:

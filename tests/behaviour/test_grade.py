@@ -61,8 +61,8 @@ def marks(path, **limits):
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [
-        ({"timeout": 1}, "code cell 2 took longer than 1 second, the limit of a cell, and ignored its interrupt"),
-        ({"timeout": 100, "notebook_timeout": 3}, "the notebook reached its limit of 3 seconds in code cell 2"),
+        ({"timeout": 1}, "code cell 2 took longer than 1 s, the limit of a cell, and ignored its interrupt"),
+        ({"timeout": 100, "notebook_timeout": 3}, "the notebook reached its limit of 3 s in code cell 2"),
     ],
 )
 def test_a_cell_that_ignores_its_interrupt_is_killed(tmp_path, limits, reason, monkeypatch):
@@ -87,10 +87,10 @@ def test_limits_are_named_and_other_answers_are_still_judged(tmp_path):
     }
     got = marks(submitted(tmp_path / "eve", "while True: pass", answers), timeout=2, memory=8)
     assert got["rope.angles"].message == (
-        "not written yet; code cell 2 was interrupted after 2 seconds, the limit of a cell; "
+        "not written yet; code cell 2 was interrupted after 2 s, the limit of a cell; "
         "code cell 3 needed more memory than the limit of 8 GB."
     )
-    assert got["rope.rotate"].message == "the call of rotate was interrupted after 2 seconds, the limit of a cell."
+    assert got["rope.rotate"].message == "the call of rotate was interrupted after 2 s, the limit of a cell."
     assert got["rope.ids"].passed
 
 
