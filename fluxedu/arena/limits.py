@@ -59,7 +59,7 @@ class Limit:
     def refund(self, key: str) -> None:
         """Undo one ``spend``."""
         with self.lock:
-            self.times[key].pop()
+            del self.times[key][-1:]
 
 
 class LimitedServer(ThreadingHTTPServer):

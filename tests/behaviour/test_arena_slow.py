@@ -101,3 +101,27 @@ def test_clients_that_do_not_take_their_response_are_let_go():
         server.shutdown()
         thread.join(10)
         [connection.close() for connection in slow]
+
+
+def test_of_one_address_no_more_than_64_connections_wait(monkeypatch):
+    """The newest stay open, so a voter who comes later is always heard; in all there are 512 at most."""
+    monkeypatch.setattr("fluxedu.arena.limits.GRACE", 0.2)
+    with LimitedServer("127.0.0.1", 0, Large) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        slow = [socket.create_connection(server.server_address) for _ in range(100)]
+        [connection.setblocking(False) for connection in slow]
+        trickle(slow, b"GET")
+        end = time.monotonic() + 8  # the deadline is at 10 seconds
+        while sum(map(is_open, slow)) > 64 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert [is_open(connection) for connection in slow] == [False] * 36 + [True] * 64
+        for number in range(600):  # from as many addresses
+            server.waiting[socket.socket()] = (f"10.0.{number // 250}.{number % 250}", time.monotonic())
+        wait = time.monotonic() + 8
+        while len(server.waiting) > 512 and time.monotonic() < wait:
+            time.sleep(0.05)
+        assert len(server.waiting) == 512
+        server.shutdown()
+        thread.join(10)
+        [connection.close() for connection in [*slow, *server.waiting]]

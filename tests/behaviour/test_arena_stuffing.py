@@ -210,9 +210,11 @@ def test_voters_of_a_notebook_are_listed_and_dropped_too(server):
     assert [row["voter"] for row in arena.votes.voters()] == ["me"]
     with pytest.raises(ArenaError, match="the name Me is taken"):
         arena.votes.join("Me")
+    left_open = arena.ballot("me")
     assert arena.votes.drop("me") == 1 and arena.ratings("overall", "people").total == 0
-    with pytest.raises(ArenaError, match="voter me has been dropped"):
-        arena.ballot("me", "quality")
+    for refused in (lambda: arena.ballot("me", "quality"), lambda: arena.vote(left_open.id, "left", "me")):
+        with pytest.raises(ArenaError, match="voter me has been dropped"):
+            refused()
 
 
 def test_a_file_from_before_there_were_voters_is_extended(tmp_path):
