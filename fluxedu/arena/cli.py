@@ -142,12 +142,9 @@ def voters(votes: File = Path("votes.sqlite")) -> None:
     with report_errors():
         typer.echo(f"{'voter':<40}  votes  first vote        last vote")
         for row in _open_votes(votes).voters():
-            first, last = (
-                "-" if row[key] is None else f"{datetime.fromtimestamp(row[key]):%Y-%m-%d %H:%M}"
-                for key in ("first", "last")
-            )
-            dropped = "  dropped" if row["dropped"] else ""
-            typer.echo(f"{row['voter']:<40}  {row['votes']:>5}  {first:<16}  {last:<16}{dropped}")
+            when = [min(max(row[key] or 0, 0), 4e9) for key in ("first", "last")]  # a damaged file may hold any time
+            times = "  ".join(f"{datetime.fromtimestamp(t):%Y-%m-%d %H:%M}" for t in when) if row["votes"] else ""
+            typer.echo(f"{row['voter']:<40}  {row['votes']:>5}  {times:<34}  {'dropped' * row['dropped']}".rstrip())
 
 
 @app.command(epilog="Example: fluxedu arena drop voter-1a2b3c4d --votes votes.sqlite")
@@ -159,7 +156,7 @@ def drop(
     """Leave a voter's votes out of all ratings; they stay in the file. A running server notices at once."""
     with report_errors():
         number = _open_votes(votes).drop(voter, undo)
-        typer.echo(f"{number} votes of {voter} {'count again' if undo else 'no longer count'}")
+        typer.echo(f"{number} vote{'s' * (number != 1)} of {voter} {'count again' if undo else 'no longer count'}")
 
 
 @app.command(epilog="Example: fluxedu arena export votes.csv --votes votes.sqlite")

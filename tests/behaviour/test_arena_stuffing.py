@@ -281,3 +281,16 @@ def test_a_full_disk_is_found_before_the_images_are_generated(tmp_path):
         done = subprocess.run(code, capture_output=True, text=True, timeout=120)
         (line,) = done.stderr.strip().splitlines()
         assert done.returncode == 2 and f"{name} cannot be" in line, done
+
+
+def test_voters_of_a_damaged_file_are_listed_or_one_sentence_says_why_not(tmp_path):
+    votes = Votes(tmp_path / "v.sqlite")
+    for voter, given in (("ann", 1e300), ("bob", -1e300), ("cid", float("inf"))):
+        votes.vote(votes.issue("overall", "a", "b", "p", 0, (8, 8), voter).id, "left", voter)
+        query = "UPDATE votes SET given = ? WHERE ballot = (SELECT id FROM ballots WHERE voter = ?)"
+        votes.db.execute(query, (given, voter))
+    votes.issue("overall", "a", "b", "p", 0, (8, 8), "dan")
+    result = run(app, ["arena", "voters", "--votes", str(votes.path)])
+    assert result.exit_code == 0 and [line.split()[:2] for line in result.output.splitlines()[1:]] == [
+        *(["ann", "1"], ["bob", "1"], ["cid", "1"], ["dan", "0"])
+    ]
