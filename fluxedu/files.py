@@ -29,6 +29,7 @@ from fluxedu.errors import CheckpointError
 
 #: what diffusers and transformers call the weights in a folder
 WEIGHTS = r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors"
+MOST_JSON = 1 << 27  # bytes of a JSON file that is read
 #: the files of a folder of weights; a folder that holds any other file is never replaced
 _FOLDER_FILES = re.compile(rf"config\.json|{WEIGHTS}(\.index\.json)?")
 
@@ -131,6 +132,8 @@ def read_json_file(path: Path):
     try:
         if not check_path(path).is_file():
             raise ValueError("it is not a file")
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"it has more than {MOST_JSON:,} bytes")
         return read_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from None
@@ -233,10 +236,8 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 def _sync(part: Path) -> None:

@@ -9,7 +9,6 @@ load("path/to/FLUX.1-dev")  a folder as on the hub: transformer, vae, two text e
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +29,8 @@ from fluxedu.checkpoints import (
 from fluxedu.checkpoints.contents import own_dtype
 from fluxedu.checkpoints.lora import is_scale, merge_lazily, merged_while_loading
 from fluxedu.checkpoints.lora_files import read_lora
-from fluxedu.errors import CheckpointError, RequestError, check_choice, check_device, checked, describe
+from fluxedu.errors import CheckpointError, RequestError, check_choice, check_device, check_keys, checked, describe
+from fluxedu.files import read_json_file
 from fluxedu.memory import open_networks
 from fluxedu.memory.compiled import compile_blocks
 from fluxedu.models import VARIANTS, Flux, FluxConfig, Sampling
@@ -230,9 +230,14 @@ def build_redux(vision_encoder: VisionEncoder, head: ReduxHead) -> Redux:
     return Redux(vision_encoder, head, tokens=VisionEncoder.TOKENS).eval().requires_grad_(False)
 
 
+def _scheduler(path: Path | None) -> dict:
+    """The settings of a scheduler; none if there is no file."""
+    return check_keys(f"{path}", read_json_file(path), error=CheckpointError) if path else {}
+
+
 def _sampling_of(scheduler: Path | None, transformer: str) -> Sampling | None:
     """The sampling settings of a folder that holds the miniature, recognised by its scheduler's shift; else None."""
-    values = json.loads(scheduler.read_text()) if scheduler else {}
+    values = _scheduler(scheduler)
     if (values.get("base_shift"), values.get("max_shift")) != NANO_SHIFT:
         return None
     return next((m.sampling for m in SHIPPED_MODELS.values() if m.transformer == transformer), SHIPPED["nano"].sampling)
@@ -250,7 +255,7 @@ def _like(config: FluxConfig, like: str | None, files: Official) -> str:
     elif config.guidance_embed:
         like = {6.0: "fill", 2.0: "depth"}.get(config.in_channels / config.out_channels, "dev")
     elif files.scheduler is not None:
-        like = "dev" if json.loads(files.scheduler.read_text()).get("use_dynamic_shifting") else "schnell"
+        like = "dev" if _scheduler(files.scheduler).get("use_dynamic_shifting") else "schnell"
     else:
         raise RequestError(
             f"{files.parts['transformer']} has no guidance input, as schnell and as a de-distilled dev; "

@@ -183,7 +183,7 @@ def _read_index(index: Path) -> dict[Path, set[str]]:
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(f"{index.name} names the shard {describe(shard)}, which is not a file beside it.")
         shards.setdefault(index.parent / shard, set()).add(name)
-    missing = [shard.name for shard in shards if not shard.is_file()]
+    missing = [shard.name for shard in shards if not check_path(shard).is_file()]
     if missing:
         raise CheckpointError(f"{index.parent.name} lacks the shard {first_of(missing)} that its index names.")
     return shards

@@ -340,8 +340,7 @@ def extract(after: Mapping[str, Tensor], before: Mapping[str, Tensor], rank: int
     rank (Eckart and Young, 1936); biases and norm scales are stored exactly. If ``after`` has more input channels, they
     count as zero in ``before``: see :func:`widen_input`.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise CheckpointError(f"rank must be a whole number of at least 1, not {describe(rank)}.")
+    check_integer("rank", rank, 1, 1 << 24, error=CheckpointError)
     if set(after) != set(before) or "img_in.weight" not in after:
         differing = sorted(set(after) ^ set(before)) or ["img_in.weight"]
         raise CheckpointError(

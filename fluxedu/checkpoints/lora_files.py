@@ -30,7 +30,7 @@ from fluxedu.checkpoints.configs import label_of
 from fluxedu.checkpoints.headers import read_entries
 from fluxedu.checkpoints.reading import TensorFile
 from fluxedu.errors import CheckpointError, check_keys, check_number, checked, describe, first_of
-from fluxedu.files import read_json
+from fluxedu.files import read_json, read_json_file
 
 _FACTOR = re.compile(
     r"(?P<layer>.+?)\.(lora_(?P<AB>A|B|down|up)|(lora\.|lora_linear_layer\.)?(?P<older>down|up))"
@@ -211,7 +211,7 @@ def adapter_config(lora: Mapping[str, Tensor]) -> dict:
     if "lora_adapter_metadata" in metadata:
         text, source = metadata["lora_adapter_metadata"], "lora_adapter_metadata"
     elif beside and beside.is_file() and (path.is_dir() or _is_of_the_folder(path)):
-        text, source = beside.read_bytes(), beside.name
+        return read_json_file(beside)
     else:
         if path and any(name.startswith("base_model.model.") for name in lora) and not any(".alpha" in n for n in lora):
             warnings.warn(

@@ -21,7 +21,7 @@ from fluxedu.checkpoints.contents import PARTS, stored_networks
 from fluxedu.checkpoints.headers import gguf_error, read_entries, variant_of_file, weights_in
 from fluxedu.checkpoints.reading import open_model, read
 from fluxedu.errors import CheckpointError, checked, describe
-from fluxedu.files import check_path, read_json
+from fluxedu.files import check_path, read_json_file
 from fluxedu.models import FluxConfig
 
 
@@ -168,7 +168,7 @@ def _is_of_the_family(folder: Path) -> bool:
     index = folder / "model_index.json"
     if index.is_file():
         try:
-            return re.match(r"Flux(?!2)", read_json(index.read_bytes())["_class_name"]) is not None
+            return re.match(r"Flux(?!2)", read_json_file(index)["_class_name"]) is not None
         except (ValueError, LookupError, TypeError):
             return False
     return _Search("transformer", "transformer", None, None, {}).look_in(folder, own=False) is not None
@@ -292,9 +292,7 @@ def _absent_shards(folder: Path, variant: str | None) -> tuple[list[str], Path]:
         variant = None
     try:
         source = weights_in(folder, variant)
-        shards = (
-            set(read_json(source.read_bytes())["weight_map"].values()) if source.suffix == ".json" else {source.name}
-        )
+        shards = set(read_json_file(source)["weight_map"].values()) if source.suffix == ".json" else {source.name}
         absent = sorted(name for name in shards if not (folder / name).is_file())
     except (ValueError, LookupError, TypeError, AttributeError):
         return [], folder  # read() says what is wrong

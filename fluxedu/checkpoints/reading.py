@@ -159,7 +159,7 @@ def config_of(tensors: TensorFile) -> Config:
             return from_diffusers_config(read_json(config_json.read_bytes()))
     except CheckpointError as error:
         raise CheckpointError(f"{tensors.label}: {error}") from None
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{tensors.label} has a configuration that cannot be read.") from None
     return infer_config(tensors)
 

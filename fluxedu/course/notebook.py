@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from torch import Tensor
 
-from fluxedu.errors import CourseError, first_of
+from fluxedu.errors import CourseError, checked, first_of
 from fluxedu.instruments.parts import parts
 from fluxedu.plots import hide_axes
 from fluxedu.progress import disable_bars
@@ -56,6 +56,7 @@ def begin(seed: int = 0) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@checked(CourseError)
 def where(pipe: FluxPipeline, *names: str) -> Figure:
     """The model's diagram with some parts highlighted: ``where(pipe, "clip", "single.0")``.
 

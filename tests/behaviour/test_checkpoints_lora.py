@@ -161,7 +161,7 @@ def test_an_extracted_lora_turns_one_network_into_the_other():
     change = torch.linalg.svdvals((wide().state_dict()[name] - after.state_dict()[name]).double())
     torch.testing.assert_close(left.norm(), change[3:].norm(), rtol=1e-3, atol=1e-5)  # no change of rank 3 comes closer
     for rank in (0, True, "3"):
-        with pytest.raises(CheckpointError, match="rank must be a whole number of at least 1"):
+        with pytest.raises(CheckpointError, match="rank must be (a whole number from 1 to|of the type int, not)"):
             extract(after.state_dict(), before.state_dict(), rank)
     with pytest.raises(CheckpointError, match="only one of these has"):
         extract({**after.state_dict(), "more": draw(1)}, before.state_dict(), 3)
@@ -256,5 +256,5 @@ def test_a_merged_weight_is_rounded_once():
 
 @pytest.mark.parametrize("scale", [float("nan"), "1", float("inf"), True, None])
 def test_a_scale_is_a_number(scale):
-    with pytest.raises(CheckpointError, match="scale must be a number"):
+    with pytest.raises(CheckpointError, match="scale must be (a number|of the type float)"):
         merge(torch.nn.Linear(2, 2), {}, scale)

@@ -14,6 +14,7 @@ from fluxedu import checkpoints, course, instruments, memory, plots, sampling, t
 from fluxedu.attention_map import AttentionMap
 from fluxedu.instruments import Named, lenses, open_recording
 from fluxedu.instruments.ablation import ablate
+from fluxedu.loading import WEIGHTS
 from fluxedu.models import Flux, FluxConfig
 from fluxedu.sweep import from_dict, open_sweep, read_config, run_sweep
 
@@ -179,7 +180,7 @@ def entrances(make_pipe, folder: Path) -> dict[str, Entrance]:
         "widgets.parameters": (widgets.parameters, {"own": {"mine": TINY_FLUX}}),
         "widgets.particles": (widgets.particles, {"fields": {"a": lambda x, t: -x}, "data": torch.zeros(1, 2),
             "count": 4, "steps": 2, "seed": 0}),
-        "where": (course.where, {"pipe": pipe, ALONE: "clip"}),
+        "where": (lambda pipe, name: course.where(pipe, name), {"pipe": pipe, "name": "clip"}),
         # ------------------------------------------------ checkpoints
         "config_of": (checkpoints.config_of, {"tensors": checkpoints.read(folder / "flux.safetensors")}),
         "convert": (checkpoints.convert, {"state_dict": weights, "to": "diffusers", "config": flux.config}),
@@ -187,9 +188,8 @@ def entrances(make_pipe, folder: Path) -> dict[str, Entrance]:
             "to": "diffusers", "config": flux.config, "part": "transformer", "dtype": torch.float32,
             "shard_bytes": 10**9, "overwrite": True, "progress": None}),
         "convert_lazily": (checkpoints.convert_lazily, {"tensors": weights, "to": "bfl", "config": flux.config}),
-        "extract": (checkpoints.extract, {"after": {"a.weight": torch.ones(3, 3)},
-            "before": {"a.weight": torch.zeros(3, 3)}, "rank": 1}),
-        "find": (checkpoints.find, {"name": folder, "transformer": "transformer", "variant": None, "revision": None}),
+        "extract": (checkpoints.extract, {"after": weights, "before": weights, "rank": 1}),
+        "find": (checkpoints.find, {"name": WEIGHTS, "transformer": "transformer", "variant": None, "revision": None}),
         "from_diffusers_config": (checkpoints.from_diffusers_config,
             {"values": checkpoints.to_diffusers_config(flux.config), "kind": FluxConfig}),
         "to_diffusers_config": (checkpoints.to_diffusers_config, {"config": flux.config}),
@@ -201,7 +201,6 @@ def entrances(make_pipe, folder: Path) -> dict[str, Entrance]:
         "open_model": (checkpoints.open_model, {"path": folder / "flux.safetensors", "config": flux.config,
             "part": "transformer"}),
         "read": (checkpoints.read, {"path": folder / "flux.safetensors", "part": "transformer"}),
-        "read[]": (lambda name: checkpoints.read(folder / "flux.safetensors")[name], {"name": "img_in.weight"}),
         "lora_in_channels": (checkpoints.lora_in_channels, {"lora": lora}),
         "merge": (lambda **options: checkpoints.merge(**options).unmerge(),
             {"networks": flux, "lora": lora, "scale": 0.5, "config": None}),
