@@ -37,7 +37,7 @@ ALLOWED = re.compile(
 )
 #: runs before the student's cells, which therefore need not wait for imports; a system may lack such limits
 FIRST_CELL = """
-import fluxedu.course.answers as _
+import fluxedu.course.answers as _fluxedu
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -86,7 +86,7 @@ class Kernel:
             self.client.start_channels(iopub=False, stdin=False, hb=False, control=False)
             if self._reply(self.client.kernel_info(), STARTUP) is None:
                 raise Stopped(f"its process did not start within {STARTUP} s")
-            first = self.client.execute(FIRST_CELL.format(bytes=self.memory * 10**9))
+            first = self.client.execute(FIRST_CELL.format(bytes=self.memory * 10**9), store_history=False)
             if (self._reply(first, STARTUP) or {}).get("status") != "ok":
                 raise Stopped("its process could not import fluxedu")
             self.deadline = time.monotonic() + self.notebook_limit

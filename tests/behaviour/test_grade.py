@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from textwrap import indent
 
 import nbformat
 import psutil
@@ -96,7 +97,10 @@ def test_limits_are_named_and_other_answers_are_still_judged(tmp_path):
 
 def test_a_process_that_ends_in_an_answer_costs_the_answers_from_there(tmp_path):
     answers = SOLVED | {"rope.angles": "import os\ndef angles(*_): os.kill(os.getpid(), 9)"}
-    got = marks(submitted(tmp_path / "eve", "", answers))
+    answers["rope.ids"] = (
+        f"if (_, _2) == (42, 42):  # outputs are numbered as in Jupyter\n{indent(SOLVED['rope.ids'], '  ')}"
+    )
+    got = marks(submitted(tmp_path / "eve", "21 + 21", answers))
     assert got["rope.ids"].passed
     assert got["rope.rotate"].message == (
         "it was not reached, because its process ended with the signal 9 in the call of angles; "
