@@ -46,7 +46,7 @@ endef
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 NBVAL = --nbval --nbval-current-env --nbval-sanitize-with=notebooks/nbval.cfg --nbval-cell-timeout=120
 
-.PHONY: help setup lab test check bench notebooks oldest newest pythons smoke train evidence docs
+.PHONY: help setup lab test check bench notebooks oldest newest pythons smoke train evidence docs fuzz
 .DEFAULT_GOAL := help
 
 help:           ## this list
@@ -62,6 +62,10 @@ test: $(STAMP)  ## run the tests, then every notebook against its stored output
 ifneq ($(NOTEBOOKS),)
 	$(ONE_THREAD) $(BIN)/python -m pytest $(NBVAL) -n 2 --dist loadfile $(NOTEBOOKS)
 endif
+
+fuzz: $(STAMP)  ## try 10,000 damaged files and nonsense calls; others with SEED=abc, and another number with CASES=500
+	FLUXEDU_FUZZ_CASES=$(or $(CASES),10000) FLUXEDU_FUZZ_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
+		tests/property -k fuzz
 
 check: $(STAMP) ## style, format, and which way imports point
 	$(BIN)/ruff check .

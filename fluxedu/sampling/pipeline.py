@@ -85,7 +85,7 @@ class FluxPipeline(Sited):
 
     site_path = "sample"
 
-    @checked()
+    @checked(RequestError, "prompt_encoder", "defaults", "size")
     def __init__(
         self, prompt_encoder: PromptEncoder, flux: Flux, autoencoder: AutoEncoder, defaults: Sampling, size: int
     ):
