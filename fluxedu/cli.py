@@ -353,10 +353,10 @@ def grade(
     """Run students' notebooks, each in its own process, and mark the exercises. The CSV file grows with each notebook.
 
     It is not a sandbox: a notebook's code has your rights. Answers are judged
-    outside its process, with inputs that the student has not seen, so no code
-    can change a verdict. What can still be forged: a pasted solution passes, and
-    so does a function that calls fluxedu or PyTorch for its values. Marks are
-    flagged where that is seen.
+    outside its process, also with new random inputs, so no code can change a
+    verdict. What can still be forged: a pasted solution passes, and so does a
+    function that calls PyTorch for its values or hides that it calls fluxedu.
+    Marks are flagged where that is seen.
     """
     import os
 
