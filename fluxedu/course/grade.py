@@ -1,8 +1,9 @@
 """Grading: run students' notebooks and judge the answers that they define.
 
 A notebook runs in its own process (:mod:`fluxedu.course.kernel`). An answer is called there, also with new random
-inputs, and only tensors and sentences come back (:mod:`fluxedu.course.answers`), which are judged here. So a student's code cannot change a verdict. It can still return right values that are not the student's work: a pasted
-solution, or the result of fluxedu's or PyTorch's own function. Marks are flagged if that is seen.
+inputs, and only tensors and sentences come back (:mod:`fluxedu.course.answers`), which are judged here. So a student's
+code cannot change a verdict. It can still return right values that are not the student's work: a pasted solution, or
+the result of fluxedu's or PyTorch's own function. Marks are flagged if that is seen.
 """
 
 from __future__ import annotations
