@@ -262,13 +262,15 @@ def test_a_vote_that_cannot_be_stored_is_not_acknowledged(server, trouble, capfd
 
 FULL_AT_START = """
 import resource, sys
+from typer.testing import CliRunner
 from fluxedu.arena import match
-from fluxedu.arena.votes import Votes
+from fluxedu.cli import app
 resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))  # no file may grow beyond 64 bytes
 match.Gallery.image = lambda *_: sys.exit("an image was generated first")
-from fluxedu.cli import app
-sys.argv[1:1] = ["arena", "serve", "nano@1", "nano@2", "--prompts", "1", "--port", "0", "--votes"]
-app()
+for path in sys.argv[1:]:
+    words = ["arena", "serve", "nano@1", "nano@2", "--prompts", "1", "--port", "0", "--votes", path]
+    result = CliRunner().invoke(app, words)
+    print(result.exit_code, result.output.strip())
 """
 
 
@@ -276,11 +278,11 @@ def test_a_full_disk_is_found_before_the_images_are_generated(tmp_path):
     """For a file that exists, and for a new one."""
     pytest.importorskip("resource")
     Votes(tmp_path / "v.sqlite").close()
-    for name in ("v.sqlite", "new.sqlite"):
-        code = [sys.executable, "-c", FULL_AT_START, str(tmp_path / name)]
-        done = subprocess.run(code, capture_output=True, text=True, timeout=120)
-        (line,) = done.stderr.strip().splitlines()
-        assert done.returncode == 2 and f"{name} cannot be" in line, done
+    code = [sys.executable, "-c", FULL_AT_START, str(tmp_path / "v.sqlite"), str(tmp_path / "new.sqlite")]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=120)
+    old, new = done.stdout.strip().splitlines()
+    assert old.startswith("2 fluxedu: ") and "v.sqlite cannot be" in old, done
+    assert new.startswith("2 fluxedu: ") and "new.sqlite cannot be" in new, done
 
 
 def test_voters_of_a_damaged_file_are_listed_or_one_sentence_says_why_not(tmp_path):
