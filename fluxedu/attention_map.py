@@ -11,7 +11,7 @@ converted to float32 first: in bfloat16 the error of a score would exceed the di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from numbers import Integral
 
@@ -43,12 +43,10 @@ def _as_index(index: Index, size: int) -> slice | list[int] | Tensor:
     return index
 
 
-def _check_shape(name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
-    """Raises InstrumentError unless ``x`` has this shape, or with a ``dtype`` can be expanded to it."""
-    fits = x.ndim == len(shape) and all(n == size or (n == 1 and dtype) for n, size in zip(x.shape, shape, strict=True))
-    if not fits or (x.dtype != dtype if dtype else not x.is_floating_point()):
-        kind = dtype or "floating-point numbers"
-        raise InstrumentError(f"{name} must be {list(shape)} of {kind}, not {list(x.shape)} of {x.dtype}.")
+def _check_shape(name: str, x: Tensor, *shape: int) -> None:
+    if x.shape != shape or not x.is_floating_point():
+        found = f"{list(x.shape)} of {x.dtype}"
+        raise InstrumentError(f"{name} must be {list(shape)} of floating-point numbers, not {found}.")
 
 
 class AttentionMap:
@@ -60,7 +58,6 @@ class AttentionMap:
     were changed · ``hidden``: what :meth:`hide` has hidden. Parts are float32, or float64 if q is.
     """
 
-    @checked(InstrumentError)
     def __init__(
         self,
         q: Tensor,
@@ -73,14 +70,6 @@ class AttentionMap:
         scores: Tensor | None = None,
         hidden: tuple[Hidden, ...] = (),
     ):
-        like_k = [*q.shape[:2], *k.shape[2:3]]  # [B, H, N]
-        if q.ndim != 4 or [*k.shape] != [*like_k, q.shape[3]] or (v is not None and [*v.shape[:-1]] != like_k):
-            found = ", ".join(str(None if x is None else list(x.shape)) for x in (q, k, v))
-            raise InstrumentError(f"q, k and v must be [B, H, N, d] with the same B and H, not {found}.")
-        if scores is not None:
-            _check_shape("scores", scores, (*like_k[:2], q.shape[2], k.shape[2]))
-        if bias is not None:
-            _check_shape("bias", bias[(None,) * (4 - bias.ndim)], (*like_k[:2], q.shape[2], k.shape[2]), bias.dtype)
         self.q, self.k, self.v, self.txt_len = q, k, v, txt_len
         self.bias, self.causal, self.scale = bias, causal, scale
         self.scores, self.hidden = scores, hidden
@@ -119,7 +108,7 @@ class AttentionMap:
     @checked(InstrumentError)
     def __matmul__(self, v: Tensor) -> Tensor:
         """``map @ v``, the weighted sum of the values: ``[B, H, N, d]``."""
-        _check_shape("v", v, (*self.shape[:2], *self.k.shape[2:]))
+        _check_shape("v", v, *self.shape[:2], *self.k.shape[2:])
         return self.output() if v is self.v else self.weights().to(v.dtype) @ v
 
     @property
@@ -159,19 +148,14 @@ class AttentionMap:
     @checked(InstrumentError)
     def with_scores(self, scores: Tensor) -> AttentionMap:
         """The softmax of other scores ``[B, H, N, N]``."""
-        _check_shape("scores", scores, self.shape)
+        _check_shape("scores", scores, *self.shape)
         return AttentionMap(self.q, self.k, self.v, self.txt_len, scores=scores)
 
-    @checked(InstrumentError)
     def hide(self, where: Tensor, queries: Tensor, keys: Tensor) -> AttentionMap:
         """The same map with the scores of some entries at minus infinity, so that no attention goes there.
 
         The entries are those at which all three masks of :data:`Hidden` are True.
         """
-        b, h, n, m = self.shape
-        _check_shape("where", where, (b, h, 1, 1), torch.bool)
-        _check_shape("queries", queries, (1, 1, n, 1), torch.bool)
-        _check_shape("keys", keys, (1, 1, 1, m), torch.bool)
         hidden = (*self.hidden, (where, queries, keys))
         return AttentionMap(
             self.q, self.k, self.v, self.txt_len, self.bias, self.causal, self.scale, self.scores, hidden

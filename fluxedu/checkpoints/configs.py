@@ -101,7 +101,7 @@ def to_diffusers_config(config: Config) -> dict:
     return {"architectures": [class_name], "model_type": model_type, **_TEXT_FIXED[type(config)], **values}
 
 
-@checked(CheckpointError)
+@checked(CheckpointError, "kind")
 def from_diffusers_config(values: dict, kind: type[Config] | None = None) -> Config:
     """Our configuration for the values of a ``config.json``.
 

@@ -20,7 +20,7 @@ from fluxedu.checkpoints.configs import fields_from_shapes, kind_name
 from fluxedu.checkpoints.contents import PARTS, stored_networks
 from fluxedu.checkpoints.headers import gguf_error, read_entries, variant_of_file, weights_in
 from fluxedu.checkpoints.reading import open_model, read
-from fluxedu.errors import CheckpointError, checked, describe
+from fluxedu.errors import CheckpointError, describe
 from fluxedu.files import check_path, read_json_file
 from fluxedu.models import FluxConfig
 
@@ -59,7 +59,6 @@ class Official:
     scheduler: Path | None = None
 
 
-@checked(CheckpointError)
 def find(
     name: str | Path, transformer: str = "transformer", variant: str | None = None, revision: str | None = None
 ) -> Official:
