@@ -28,7 +28,7 @@ from jupyter_client.kernelspec import KernelSpec
 
 GRACE = 5  # seconds that a cell has to stop after an interrupt
 STARTUP = 120  # seconds until the first reply
-MOST_BYTES = 16 << 20  # of a reply
+MOST_BYTES = 48 << 20  # of a reply
 #: the environment variables that a notebook gets; no other may hold a secret that a student could read
 ALLOWED = re.compile(
     r"PATH|LANG|LANGUAGE|LC_\w+|TZ|PYTHONPATH|(DY)?LD_LIBRARY_PATH|CONDA_PREFIX|VIRTUAL_ENV|CUDA_VISIBLE_DEVICES"
