@@ -39,7 +39,7 @@ from fluxedu.arena.limits import Limit, LimitedHandler, LimitedServer, Refused
 from fluxedu.arena.match import Arena, contact_sheet
 from fluxedu.arena.rating import rate
 from fluxedu.arena.votes import AXES, check_person
-from fluxedu.errors import ArenaError, VotesFileError, check_choice, describe
+from fluxedu.errors import ArenaError, VotesFileError, check_choice, checked, describe
 from fluxedu.files import read_json
 from fluxedu.widgets.explorer import Explorer, View, Vote
 from fluxedu.widgets.panels import Pixels
@@ -209,6 +209,7 @@ def _own_address() -> str:
     return "localhost"
 
 
+@checked(ArenaError)
 def create_server(
     arena: Arena,
     host: str = "127.0.0.1",
@@ -229,7 +230,7 @@ def create_server(
         code = "".join(secrets.choice(LETTERS) for _ in range(6))
     try:
         return Server(arena, host, port, axes, code.upper(), allowed_hosts)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError, TypeError) as error:
         raise ArenaError(f"{host}:{port} cannot be served: {error}.") from None
 
 

@@ -291,5 +291,24 @@ def test_a_mistake_of_the_server_is_one_line_in_its_terminal(ann, server, monkey
     assert line.endswith("ZeroDivisionError: division by zero")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"host": 7}, "host must be of the type str, not 7"),
+        ({"host": "a" * 300}, "cannot be served"),
+        ({"host": "\x00"}, "cannot be served"),
+        ({"host": "256.1.1.1"}, "cannot be served"),
+        ({"port": "80"}, "port must be of the type int, not '80'"),
+        ({"port": 70000}, "cannot be served"),
+        ({"code": 7}, "code must be of the type"),
+        ({"allowed_hosts": "class.example"}, "allowed_hosts must be of the type"),
+        ({"axes": ("beauty",)}, "axis must be one of overall"),
+    ],
+)
+def test_a_server_that_cannot_be_is_refused_in_one_sentence(server, wrong, says):
+    with pytest.raises(ArenaError, match=says):
+        create_server(server.arena, **{"port": 0} | wrong)
+
+
 def test_the_server_listens_only_locally_by_default(server):
     assert server.server_address[0] == "127.0.0.1"
