@@ -9,7 +9,7 @@
 # Afterwards you can read a variant off its config, invert an image to noise and edit it, merge a LoRA that you have
 # fitted yourself, and compare models blind, with ratings that you can compute and question.
 #
-# 95 minutes, in two sittings: stop before “Image-to-image” · needs notebooks 04, 11 and 12
+# 130 minutes, in two sittings: stop before “Image-to-image” · needs notebooks 04, 11 and 12
 
 # %%
 from collections.abc import Callable
@@ -21,10 +21,12 @@ from torch import Tensor
 
 import fluxedu as fe
 from fluxedu import course
+from fluxedu.course import evidence
 from fluxedu.checkpoints.lora import merge
 from fluxedu.loading import WEIGHTS
 from fluxedu.models import VARIANTS, Flux, FluxConfig, ReduxHead
 from fluxedu.models.meta_init import meta_init
+from fluxedu.nano.exam import masked_psnr
 from fluxedu.nano.exam import questions as exam_prompts
 from fluxedu.nano.judge import detect, judge, quality
 from fluxedu.nano.scenes import Scene, SceneObject, depth_map, edge_map, object_map, render
@@ -79,8 +81,9 @@ for name, variant in VARIANTS.items():
     with meta_init():
         size = count_parameters(Flux(variant.flux))
     defaults = variant.sampling
-    row = f"{name:11} {size:14,} {variant.flux.in_channels:6} {str(variant.flux.guidance_embed):>15} {defaults.steps:6}"
-    print(f"{row} {defaults.guidance:9g} {defaults.text_length:8}  {defaults.shift}")
+    guidance_input, shift = ("yes" if flag else "no" for flag in (variant.flux.guidance_embed, defaults.shift))
+    row = f"{name:11} {size:14,} {variant.flux.in_channels:6} {guidance_input:>15} {defaults.steps:6}"
+    print(f"{row} {defaults.guidance:9g} {defaults.text_length:8}  {shift:>5}")
 with meta_init():
     print(f"redux head  {count_parameters(ReduxHead()):14,}")
 fill_inputs.against(VARIANTS["fill"].flux.in_channels)
@@ -95,7 +98,14 @@ fill_inputs.against(VARIANTS["fill"].flux.in_channels)
 #
 # fill repaints a region of an image. The masked image and the mask have the same layout as the image itself, so each
 # image token gets its part of them as additional numbers. The mask is not reduced to the size of the latent: all of its
-# pixels are kept, rearranged into channels.
+# pixels are kept, rearranged into channels. A cell of the latent covers 8 × 8 pixels of the mask, which become 64
+# channels, and a token is 2 × 2 cells:
+#
+# $$\underbrace{16 \cdot 2 \cdot 2}_{\text{noise}} + \underbrace{16 \cdot 2 \cdot 2}_{\text{masked image}}
+# + \underbrace{8 \cdot 8 \cdot 2 \cdot 2}_{\text{mask}} = 64 + 64 + 256 = 384$$
+#
+# In the official code this is `prepare_fill`, `sampling.py` lines 107-157 of `black-forest-labs/flux` at commit
+# 802fb47; `denoise` there appends these numbers to each token in every step (lines 331-332).
 
 # %% exercise="family.fill"
 
@@ -131,7 +141,8 @@ else:
 # kontext edits an image, the *reference image*, according to an instruction. The tokens of the reference image come
 # after those of the image to be generated, the *target*. Their position ids (notebook 04) have 1 in the frame
 # coordinate, which is 0 for all other tokens. The network predicts a velocity for all tokens; that of the reference
-# tokens is discarded.
+# tokens is discarded. (Official code, same commit: `sampling.py`, `prepare_kontext` line 251 sets the frame, `denoise`
+# line 349 keeps the target's velocity.)
 
 # %% exercise="family.reference"
 
@@ -141,10 +152,10 @@ scene = Scene("white", objects, 128, 128, 3)
 photo = render(scene)  # uint8 [128, 128, 3], drawn by a program and not by a network
 with torch.no_grad():
     clean = pipe.autoencoder.encode(to_tensor(photo).to(device))  # [1, 16, 16, 16]
-text = pipe.prompt_encoder(["a green circle left of a blue square on a white background"])
-noise = pack(torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))).to(device)  # [1, 64, 64]
+text = pipe.prompt_encoder(["a green circle left of a blue square on a white background"] * 8)
+noise = pack(torch.randn(8, 16, 16, 16, generator=torch.Generator().manual_seed(0))).to(device)  # [8, 64, 64]
 target_ids, txt_ids = image_ids(16, 16).to(device), text_ids(32).to(device)  # [64, 3], [32, 3]
-time, guidance = torch.ones(1, device=device), torch.tensor([6.0], device=device)
+time, guidance = torch.ones(8, device=device), torch.full((8,), 6.0, device=device)
 
 
 def velocity_of_target(tokens, ids):
@@ -154,29 +165,37 @@ def velocity_of_target(tokens, ids):
     return v[:, :64]
 
 
+def changes_in_percent(v):
+    """By how much velocities [8, 64, 64] differ from those without the change."""
+    change = 100 * (v - v_alone).flatten(1).norm(dim=1) / v_alone.flatten(1).norm(dim=1)
+    return f"{change.median():.0f} % ({change.min():.0f} to {change.max():.0f})"
+
+
 v_alone = velocity_of_target(noise, target_ids)
+tokens = torch.cat([noise, pack(clean).expand(8, -1, -1)], dim=1)  # [8, 64 + 64, 64]
 for frame in (0, 1):
     reference = target_ids + torch.tensor([frame, 0, 0], device=device)
-    v = velocity_of_target(torch.cat([noise, pack(clean)], dim=1), torch.cat([target_ids, reference]))  # 64 + 64 tokens
-    percent = 10 * round(10 * float((v - v_alone).norm() / v_alone.norm()))
-    print(f"a reference image in frame {frame} changes the velocity by about {percent} %")
+    v = velocity_of_target(tokens, torch.cat([target_ids, reference]))
+    print(f"a reference image in frame {frame} changes the velocity of eight noises by {changes_in_percent(v)}")
 
 # %% [markdown]
-# The code accepts the second image without a change, but this network was never trained with two frames, so the second
-# image changes its output without being used for an edit. The architecture needed nothing new for kontext; its
+# The code accepts the second image without a change, and the output changes. But this network was never trained with
+# two frames, so we cannot expect the change to be an edit. The architecture needed nothing new for kontext; its
 # abilities come from training alone. `nano-kontext` is this network, trained further on pairs of images before and
 # after an edit (its model card says for how long). You will use it below.
 #
 # ## More tokens: redux
 #
 # The prompt of redux is an image. A vision encoder (SigLIP) turns the image into 729 feature vectors, a head of two
-# layers maps them to the width of T5's tokens, and from there on they are treated as text tokens.
+# layers maps them to the width of T5's tokens, and from there on they are treated as text tokens. (Official code, same
+# commit: `ReduxImageEncoder` in `modules/image_embedders.py` lines 64-99, and `prepare_redux` in `sampling.py`, whose
+# line 192 appends the tokens to T5's.)
 
 # %% exercise="family.redux"
 
 # %%
 if passed:
-    other = pipe.prompt_encoder(["a yellow star above a purple ring"]).txt  # in place of an image's tokens
+    other = pipe.prompt_encoder(["a yellow star above a purple ring"] * 8).txt  # in place of an image's tokens
 
     def velocity_with(image_tokens):
         """The miniature's velocity for the text followed by these tokens."""
@@ -184,12 +203,9 @@ if passed:
         with torch.no_grad():
             return pipe.flux(noise, target_ids, tokens, ids.to(device), time, text.pooled, guidance)
 
-    change = float((velocity_with(other) - v_alone).norm() / v_alone.norm())
     shuffled = other[:, torch.randperm(32, generator=torch.Generator().manual_seed(0))]
-    print("32 more tokens change the velocity by at least a tenth:", change >= 0.1)
-    print(
-        "their order does not matter:", bool(torch.allclose(velocity_with(shuffled), velocity_with(other), atol=1e-4))
-    )
+    print(f"32 more tokens change the velocity of eight noises by {changes_in_percent(velocity_with(other))}")
+    course.compare("the new tokens in another order and in theirs", velocity_with(shuffled), velocity_with(other), 1e-4)
 else:
     print("solve the exercise above first; then run this cell again")
 
@@ -201,7 +217,9 @@ else:
 #
 # One image, five variants. Each is the miniature, trained further with its own input; canny and depth are published as
 # LoRAs, like the official ones. Their control images here are drawn from the scene.
-# `fluxedu.sampling.images.edges(photo)` finds the edges of any image, as the official code does.
+# `fluxedu.sampling.images.edges(photo)` finds the edges of any image, as the official code does. This is one image and
+# one seed per variant, to show what goes in and what comes out; how often each does what it should, measured on 110 to
+# 500 scenes, is in `fluxedu/nano/weights/README.md`.
 
 # %%
 hole = np.zeros((128, 128))
@@ -238,7 +256,8 @@ fig.suptitle("Input image (above) and result (below): canny and depth keep posit
 plt.show()
 
 # %% [markdown]
-# Look at what each variant keeps of its input. fill keeps every pixel outside the masked region. canny and depth keep
+# Look at what each variant keeps of its input. fill keeps every pixel outside the masked region, because the pipeline
+# pastes the original pixels back (`paste=False` shows what the network itself returns there). canny and depth keep
 # the *positions* and take the colours from the prompt. kontext keeps nearly everything that the instruction does not
 # mention (look at its square). redux keeps *which* objects there are, not where they are: its tokens have no positions,
 # and its head learned to describe an image in tokens that the flow already understood.
@@ -274,9 +293,15 @@ plt.show()
 
 # %% [markdown]
 # schnell needs only one to four steps because it was trained for them, by adversarial distillation (arXiv 2403.12015);
-# without that training the same network needs more. `nano-schnell` is the miniature after further training, whose aim
-# was to reach in four steps the image that the miniature reaches in twenty. We test both with twenty prompts and four
-# steps:
+# without that training the same network needs more. `nano-schnell` is the miniature after further training by a simpler
+# method, progressive distillation (arXiv 2202.00512). The miniature, the *teacher*, samples in 20 steps, and its states
+# $x_0, \dots, x_4$ at the five times $t_0 = 1 > t_1 > \dots > t_4 = 0$ are stored. The student learns the constant
+# velocity that leads from each of them to the next in a single Euler step (`schnell_loss` in `training/schnell.py`):
+#
+# $$L = \Bigl\| v_\theta(x_k, t_k) - \frac{x_{k+1} - x_k}{t_{k+1} - t_k} \Bigr\|^2$$
+#
+# So it learns chords of the teacher's curved path (notebook 10), where the teacher has learned tangents. We test both
+# with twenty prompts and four steps:
 
 # %%
 schnell = fe.load("nano-schnell", device=device)
@@ -288,7 +313,8 @@ for name, model in {"nano": pipe, "nano-schnell": schnell}.items():
     in_four_steps[name] = out.images
     right[name] = sum(judge(image, q.claim).everything for image, q in zip(out.images, twenty_prompts))
     print(f"{name}, 4 steps: {right[name]} of {len(twenty_prompts)} images entirely right")
-print("schnell has no guidance input:", not schnell.flux.config.guidance_embed)
+fewer = count_parameters(pipe.flux) - count_parameters(schnell.flux)
+print(f"nano-schnell has {fewer:,} parameters fewer: it has no guidance input")
 fig, axes = plt.subplots(2, 6, figsize=(8.4, 3.2), layout="constrained")
 for row, (name, images) in zip(axes, in_four_steps.items()):
     for ax, image in zip(row, images):
@@ -365,8 +391,9 @@ if passed:
     ax.invert_yaxis()
     ax.legend(fontsize=8, loc="lower right")
     plt.show()
-    print("the sum of all ratings is constant:", bool(np.allclose(final.sum(1), 4000)))
-    print("the order alone changes some rating by at least 10 points:", bool((highest - lowest).max() >= 10))
+    print(f"the sum of the ratings in 200 orders: {final.sum(1).min():.0f} to {final.sum(1).max():.0f}")
+    for name, low, high in zip(images_of, lowest, highest):
+        print(f"{name:18} between {low:4.0f} and {high:4.0f} points above 1000, depending on the order")
 else:
     print("solve the exercise above first; then run this cell again")
 
@@ -395,24 +422,23 @@ outside_circle = object_map(scene) != 0  # bool [128, 128]: everything but the c
 
 def psnr(image, where):
     """The PSNR of an image against the photo at some pixels; the autoencoder alone gives about 34 dB."""
-    difference = (np.asarray(image, float) - photo)[where]
-    return 10 * np.log10(255**2 / np.square(difference).mean())
+    return masked_psnr(np.asarray(image), photo, where)
 
 
 with torch.no_grad():
     decoded = to_images(pipe.autoencoder.decode(clean))[0]
 trials = {"the photo": photo, "encoded, decoded": decoded}
-for strength in (0.2, 0.5, 0.8):
+for strength in (0.25, 0.5, 0.75):
     out = pipe(edit, image=photo, strength=strength, steps=8, trajectory=False, progress=False)
     trials[f"strength {strength}"] = out.images[0]
 for name, image in list(trials.items())[1:]:
     print(f"{name:17} outside the circle {psnr(image, outside_circle):.0f} dB; the judge finds: {found_in(image)}")
 
 # %% [markdown]
-# For a change of colour, little noise is enough: late in the schedule the positions are already fixed, while the
-# colours can still change. With more noise, more of everything else changes too, because the noise is random and
-# unrelated to this image. What if we knew *the* noise from which this image is generated? Then we could start at the
-# very beginning of the schedule.
+# In this image little noise is enough to change the colour. With more noise, more of everything else changes too,
+# because the noise is random and unrelated to this image. (Other images need more noise: a table of forty follows
+# below.) What if we knew *the* noise from which this image is generated? Then we could start at the very beginning of
+# the schedule.
 #
 # ## Invert, then edit
 #
@@ -421,8 +447,19 @@ for name, image in list(trials.items())[1:]:
 #
 # $$x = x' - (t' - t)\, v(x, t)$$
 #
-# To solve it, begin with the guess $x = x'$ on the right-hand side, and repeat with the result (a *fixed-point
-# iteration*).
+# To solve it, begin with the guess $x^{(0)} = x'$ on the right-hand side, and repeat with the result (a *fixed-point
+# iteration*):
+#
+# $$x^{(r+1)} = x' - (t' - t)\, v(x^{(r)}, t)$$
+#
+# How large is the error after $r$ rounds? Let $h = |t' - t|$, and let $K$ say how fast the velocity changes with its
+# input, $\| v(a, t) - v(b, t) \| \le K\, \| a - b \|$. Subtract the two equations above:
+#
+# $$\| x^{(r+1)} - x \| = h\, \| v(x^{(r)}, t) - v(x, t) \| \le h K\, \| x^{(r)} - x \|
+# \quad\Longrightarrow\quad \| x^{(r)} - x \| \le (h K)^r\, h\, \| v(x, t) \|$$
+#
+# So each round makes the error smaller by the factor $hK$, provided that $hK < 1$: many short steps and a velocity that
+# changes slowly. A high guidance scale makes $K$ larger.
 
 # %% exercise="family.invert"
 
@@ -458,68 +495,67 @@ times = schedule(8, 64, True, pipe.defaults.shift_ends)
 if passed:
     test_velocity = lambda x, t: 0.3 * x.roll(1, -1) * (1 + t)  # one for which the iteration converges
     recovered = invert(sample(noise, times, test_velocity), times, test_velocity, rounds=40)
-    print("forty rounds recover the start of the run:", bool((recovered - noise).abs().max() < 1e-4))
+    course.compare("after forty rounds, the start of the run and its noise", recovered, noise, within=1e-4)
 
-    edits = {}
-    for scale in (1.0, 6.0):
-        inverted = invert(pack(clean), times, velocity_for(source, scale))
+    edits = {"photo": photo, **{f"i2i, {name}": trials[name] for name in ("strength 0.25", "strength 0.5")}}
+    for scale, rounds in ((1.0, 1), (1.0, 3), (6.0, 1)):
+        inverted = invert(pack(clean), times, velocity_for(source, scale), rounds)
         round_trip = sample(inverted, times, velocity_for(source, scale))
         error = float((round_trip - pack(clean)).norm() / clean.norm())
-        edits[scale] = to_image(sample(inverted, times, velocity_for(edit, scale)))
+        image = to_image(sample(inverted, times, velocity_for(edit, scale)))
+        edits[f"guidance {scale:g}, rounds {rounds}"] = image
         print(
-            f"guidance {scale:g}: round-trip error {error:.0%}; edited, outside the circle "
-            f"{psnr(edits[scale], outside_circle):.0f} dB; the judge finds: {found_in(edits[scale])}"
+            f"guidance {scale:g}, rounds {rounds}: round-trip error {error:.0%}; edited, outside the circle "
+            f"{psnr(image, outside_circle):.0f} dB; the judge finds: {found_in(image)}"
         )
-    fig, axes = plt.subplots(1, 4, figsize=(8.6, 2.5), layout="constrained")
-    row = {
-        "the photo": photo,
-        "image-to-image, 0.5": trials["strength 0.5"],
-        "inverted, guidance 1": edits[1.0],
-        "inverted, guidance 6": edits[6.0],
-    }
-    for ax, (name, image) in zip(axes, row.items()):
+    fig, axes = plt.subplots(1, 6, figsize=(10, 2.1), layout="constrained")
+    for ax, (name, image) in zip(axes, edits.items()):
         ax.imshow(image)
-        ax.set_title(name, fontsize=9)
+        ax.set_title(name, fontsize=8)
         ax.axis("off")
-    fig.suptitle(
-        f"Outside the circle: {psnr(trials['strength 0.5'], outside_circle):.0f} dB with image-to-image at strength 0.5,\n"
-        f"{psnr(edits[1.0], outside_circle):.0f} dB after inversion"
-    )
+    fig.suptitle("One photo: two edits by image-to-image (i2i) and three after inversion", fontsize=10)
     plt.show()
-    # a green circle counts as much as 20 dB
-    edit_quality = [psnr(image, outside_circle) + 20 * ("green circle" in found_in(image)) for image in edits.values()]
-    higher_scale.against("better" if edit_quality[1] > edit_quality[0] else "worse")
 else:
     print("solve the exercise above first; then run this cell again")
 
 # %% [markdown]
-# Nothing was trained for this. The run starts at t = 1, where image-to-image would have kept nothing, and outside the
-# circle the image is nearly as good as the autoencoder allows. For a change of colour alone, the fair comparison is
-# image-to-image with strength 0.2; its value is printed further up. And this is one image and one seed.
-#
-# The method works only as long as small errors stay small. With a higher guidance scale, the *round-trip error*, which
-# remains after inverting the image and sampling it again with the old prompt, is larger, and this edit is a decibel
-# worse. So does it help to invert *more exactly*?
+# Nothing was trained for this. The *round-trip error* is what remains after inverting the image and sampling it again
+# with the old prompt. But one photo does not tell which way of editing is better, nor how many rounds are best.
+# `python -m evidence inversion` in the repository repeats all of them on forty scenes of two random shapes, with a
+# random new colour for the first shape. *Edited* is the share of images in which the judge finds exactly the two
+# shapes in the colours asked for; PSNR is the median outside the first shape; the intervals are of 95 %.
 
 # %%
-if passed:
-    for rounds in (1, 3):
-        inverted = invert(pack(clean), times, velocity_for(source, 1.0), rounds)
-        round_trip = sample(inverted, times, velocity_for(source, 1.0))
-        image = to_image(sample(inverted, times, velocity_for(edit, 1.0)))
-        error = float((round_trip - pack(clean)).norm() / clean.norm())
-        print(
-            f"rounds: {rounds} · round-trip error {error:.0%} · standard deviation of the noise "
-            f"{float(inverted.std()):.1f} · edited, outside the circle {psnr(image, outside_circle):.0f} dB"
-        )
-else:
-    print("solve the exercise above first; then run this cell again")
+table = evidence.load("inversion")
+for name, row in table.items():
+    error = row.get("round-trip error")
+    round_trip = f", round trip {error['value']:.0%} ({error['low']:.0%} to {error['high']:.0%})" if error else ""
+    print(f"{name:32} edited {evidence.percent(row['edited'])}, PSNR {row['PSNR']['value']:.0f} dB{round_trip}")
+one, six = (table[f"inverted, guidance {scale}, rounds 1"]["edited"]["value"] for scale in (1, 6))
+higher_scale.against("better" if six > one else "worse")
+
+fig, ax = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+for name, row in list(table.items())[1:]:
+    colour = "#d55e00" if name.startswith("image") else "#0072b2"
+    x, y = row["PSNR"], row["edited"]
+    spans = [[[e["value"] - e["low"]], [e["high"] - e["value"]]] for e in (x, y)]
+    ax.errorbar(x["value"], y["value"], xerr=spans[0], yerr=spans[1], fmt="o", color=colour, capsize=2)
+    ax.annotate(name.split(", ", 1)[1], (x["value"], y["value"]), xytext=(5, 4), textcoords="offset points", fontsize=7)
+ax.set(xlabel="PSNR outside the edited shape, dB (higher keeps more)", ylabel="share edited", ylim=(0, 1))
+ax.set_title("Forty scenes: image-to-image (orange) and inversion (blue)")
+plt.show()
 
 # %% [markdown]
-# Here the round-trip error gets smaller while the edit gets 2 dB *worse*. Try other images and seeds before you quote
-# this, but one example is enough to show that the two numbers do not measure the same thing. A small round-trip error
-# says that you can return to the image, not that you have found good noise to edit from. (And this noise is unusual:
-# its standard deviation is far from 1.)
+# Read the table row by row. With image-to-image there is one dial: more strength edits more images and keeps less of
+# each. Inversion with guidance 1 and one round keeps as much as strength 0.25, the gentlest setting, although its run
+# starts at t = 1. It edits 60 % of the images where strength 0.25 edits 45 %, but the two intervals overlap, so forty
+# scenes do not show that it is better. Strength 0.5 edits more, and keeps less. What the table does show: with the
+# guidance scale 6, inversion edits half as many images and keeps less of them.
+#
+# And more rounds? By the formula they help if $hK < 1$. With three rounds the round-trip error is small for some scenes
+# and large for others (the interval of its median is wide), so for some of them the iteration does not converge with
+# these eight steps. The PSNR is lower, too. A small round-trip error would not be enough, anyway: it says that you can
+# return to the image, not that you have found good noise to edit from.
 #
 # ## A LoRA
 #
@@ -530,8 +566,14 @@ else:
 #
 # $$W' = W + s\, \frac{\alpha}{r}\, B A$$
 #
-# The size of the file follows from the shapes of dev's linear layers: at rank 128 it has `128 × (in + out)` numbers for
-# each layer, and in these files also a bias.
+# Why is the file small? A layer from $d_{\text{in}}$ to $d_{\text{out}}$ numbers has $d_{\text{in}}\, d_{\text{out}}$
+# weights, its LoRA far fewer:
+#
+# $$\frac{r\, (d_{\text{in}} + d_{\text{out}})}{d_{\text{in}}\, d_{\text{out}}}
+# = r \Bigl( \frac{1}{d_{\text{in}}} + \frac{1}{d_{\text{out}}} \Bigr)$$
+#
+# For a layer from 3072 to 3072 and rank 128 this is one twelfth. The official LoRAs also store a bias for each layer.
+# Add up all linear layers of dev:
 
 # %%
 with meta_init():
@@ -566,11 +608,11 @@ red_to_green = torch.linalg.solve(damped, red.T @ (green - red))  # [128, 128]: 
 
 weight = pipe.flux.txt_in.weight.detach().clone()  # [160, 128]
 U, S, V = torch.linalg.svd(weight @ red_to_green.T, full_matrices=False)
-tests = (
-    "a red triangle left of a blue square",
-    "a large red star on a white background",
-    "a yellow ring right of a purple cross",
-)
+tests = {  # prompt: what the judge should find if red is read as green
+    "a red triangle left of a blue square": [("blue", "square"), ("green", "triangle")],
+    "a large red star on a white background": [("green", "star")],
+    "a yellow ring right of a purple cross": [("purple", "cross"), ("yellow", "ring")],  # no red: nothing should change
+}
 
 
 def lora_factors(rank):
@@ -578,32 +620,35 @@ def lora_factors(rank):
     return V[:rank], U[:, :rank] * S[:rank]
 
 
-def found_in_tests():
-    """What the judge finds in the images of the test prompts."""
-    images = [pipe(p, seed=4, steps=8, trajectory=False, progress=False).images[0] for p in tests]
-    return " · ".join(found_in(image) for image in images)
+def correct_in_tests():
+    """For each test prompt, in how many of five seeds the judge finds what it should."""
+    counts = []
+    for test_prompt, wanted in tests.items():
+        images = pipe(test_prompt, seed=[0, 1, 2, 3, 4], steps=8, trajectory=False, progress=False).images
+        counts.append(sum(sorted((o.color, o.form) for o in detect(image).objects) == wanted for image in images))
+    return "green triangle {} of 5 · green star {} of 5 · the prompt without red {} of 5".format(*counts)
 
 
 if passed:
-    print(f"without LoRA: {found_in_tests()}")
+    print(f"without LoRA:           {correct_in_tests()}")
     for rank in (1, 4, 8):
         A, B = lora_factors(rank)
         pipe.flux.txt_in.weight.data = merged(weight, A, B, alpha=float(rank), scale=1.0)
-        print(f"rank {rank}: {A.numel() + B.numel():5,} numbers · {found_in_tests()}")
+        print(f"rank {rank}: {A.numel() + B.numel():5,} numbers · {correct_in_tests()}")
     mine = pipe.flux.txt_in.weight.data
     pipe.flux.txt_in.weight.data = weight
     library_merge = merge(pipe.flux, {"txt_in.lora_A.weight": A, "txt_in.lora_B.weight": B})
-    print("yours and the library's merge agree:", bool(torch.allclose(mine, pipe.flux.txt_in.weight, atol=1e-5)))
+    course.compare("your merged weights and the library's", mine, pipe.flux.txt_in.weight)
     library_merge.unmerge()
-    print("unmerged, the weights are bit-identical to the old ones:", torch.equal(pipe.flux.txt_in.weight, weight))
+    print(f"unmerged, the largest change of a weight is {float((pipe.flux.txt_in.weight - weight).abs().max()):g}")
 else:
     print("solve the exercise above first; then run this cell again")
 
 # %% [markdown]
-# The prompts say red, no image was used for training, and yet the red objects are drawn in green. One direction (rank
-# 1) is not enough, since T5 spreads the colour over more than one token (notebook 13). The third prompt does not
-# mention red; it is there to check that other prompts are not affected: compare its result with that in the first line.
-# (With rank 8 there is also a cross that is not in the prompt.)
+# The prompts say red, no image was used for training, and yet most red objects are drawn in green at a rank that is
+# high enough. The third prompt does not mention red; it is there to check that other prompts are not affected: compare
+# its count with that in the first line. (Three prompts with five seeds each are enough to see that the change works,
+# and too few to say which rank is best.)
 #
 # Most changes cannot be computed in this way and have to be trained. The LoRA `hollow` was trained: it has rank 16 for
 # every linear layer of the blocks, and took nine minutes on one core, with 1,800 images in which shapes are outlines
@@ -633,13 +678,17 @@ if passed:
     fig, axes = plt.subplots(1, 5, figsize=(9, 2.2), layout="constrained")
     for ax, scale in zip(axes, (-1.0, 0.0, 0.5, 1.0, 3.0)):
         pipe.flux.txt_in.weight.data = merged(weight, A, B, alpha=8.0, scale=scale)
-        image = pipe(tests[1], seed=4, steps=8, trajectory=False, progress=False).images[0]
-        print(f"scale {scale:4}: {found_in(image)}")
-        ax.imshow(image)
+        star = "a large red star on a white background"
+        images = pipe(star, seed=[0, 1, 2, 3, 4], steps=8, trajectory=False, progress=False).images
+        found = [found_in(image) for image in images]
+        print(
+            f"scale {scale:4}: a red star only {found.count('red star')} of 5, green {found.count('green star')} of 5"
+        )
+        ax.imshow(images[0])
         ax.set_title(f"scale {scale}", fontsize=9)
         ax.axis("off")
     pipe.flux.txt_in.weight.data = weight
-    fig.suptitle("“a large red star”: scale 0 is the model without the LoRA, scale 1 is as fitted")
+    fig.suptitle("“a large red star”, seed 0: scale 0 is the model without the LoRA, scale 1 is as fitted")
     plt.show()
 else:
     print("solve the exercises above first; then run this cell again")
@@ -650,7 +699,8 @@ else:
 # 1. All variants have the same blocks. They differ in the numbers per token, the number of tokens, `vec`, and the
 #    steps.
 # 2. fill reads 384 numbers per token, canny and depth 128; kontext and redux read more tokens.
-# 3. An image can be inverted to noise and edited from there; a small round-trip error does not guarantee a good edit.
+# 3. An image can be inverted to noise and edited from there. Compare with image-to-image of a low strength, on many
+#    images.
 # 4. A LoRA adds an update of low rank to the weights; once merged it costs nothing, and it can be unmerged exactly.
 # 5. A rating depends on the pairs that were compared, on the judge, and on the order. Ask for all three.
 #
