@@ -8,7 +8,7 @@
 # Afterwards you can turn votes into ratings, say how far to trust them, choose the most informative next comparison,
 # run an arena of your own, and name three questions that its numbers do not answer.
 #
-# 120 minutes, in two sittings: stop before “Which pair should be compared next?” · needs notebook 14
+# 125 minutes, in two sittings: stop before “Which pair should be compared next?” · needs notebook 14
 
 # %%
 import json
@@ -217,8 +217,9 @@ else:
     print("solve the exercise above first; then run this cell again")
 
 # %% [markdown]
-# Each step doubles the number of correct digits. (With few and one-sided votes a step may overshoot; the library limits
-# it to 2 units of strength, see `fluxedu/arena/rating.py`.)
+# Each step doubles the number of correct digits. The fit is not the truth, though: after these 200 votes the second
+# model comes out before the first. How far to trust such numbers is the next question. (With few and one-sided votes a
+# step may overshoot; the library limits it to 2 units of strength, see `fluxedu/arena/rating.py`.)
 #
 # ## How sure are we?
 #
