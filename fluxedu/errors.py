@@ -22,8 +22,8 @@ class FluxeduError(ValueError):
 
     def __init__(self, message: object = ""):
         text = " ".join(str(message).split())
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:10_000])  # nor commands to a terminal
         text = re.sub(r"\S{250,}", lambda word: f"{word[0][:100]}...{word[0][-100:]}", text)
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # a terminal would obey other characters
         super().__init__(text if len(text) <= 900 else f"{text[:500]} ... {text[-300:]}")
 
 

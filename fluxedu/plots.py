@@ -227,15 +227,15 @@ def film_strip(
         raise InstrumentError(f"every row of a film strip needs equally many images, not {sorted(counts)}.")
     count = counts.pop()
     check_integer("max_images", max_images, 1, 1000, error=InstrumentError)
-    times = [None] * count if times is None else to_array(times).tolist()
-    if not isinstance(times, list) or len(times) != count:
-        raise InstrumentError(f"times must be one for each of the {count} images, not {describe(times)}.")
+    times = None if times is None else to_array(times)
+    if times is not None and times.shape != (count,):
+        raise InstrumentError(f"times must be one for each of the {count} images, not {describe(times.tolist())}.")
     chosen = np.unique(np.linspace(0, count - 1, min(max_images, count)).round().astype(int))
     fig, axes = new_figure(len(rows), len(chosen), (1.3, 1.3))
     for i, (name, images) in enumerate(rows.items()):
         for j, k in enumerate(chosen):
             hide_axes(axes[i, j]).imshow(to_pixels(images[k]))
-            if i == 0 and times[k] is not None:
+            if i == 0 and times is not None:
                 axes[i, j].set_title(f"t = {times[k]:.2f}", fontsize=8)
         axes[i, 0].set_ylabel(name, fontsize=9)
     return fig

@@ -67,7 +67,7 @@ def particles(
     """
     for name, value in (("count", count), ("steps", steps)):
         check_integer(name, value, 1, 1000, error=InstrumentError)
-    check_integer("seed", seed, 0, 2**63 - 1, error=InstrumentError)
+    seed = check_integer("seed", seed, 0, 2**63 - 1, error=InstrumentError)
     if not fields:
         raise InstrumentError("give at least one field.")
     if data.ndim != 2 or data.shape[1] != 2 or not 1 <= len(data) <= 6:

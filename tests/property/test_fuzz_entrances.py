@@ -26,6 +26,8 @@ def table(make_pipe, folder):
 def is_slow(name: str, value) -> bool:
     if name in ("workers", "scheduler"):
         return isinstance(value, (int, str)) and value not in (1, "")
+    if name == "compile":  # to import the compiler takes ten seconds on a busy machine
+        return value is True
     numbers = [value, *value] if isinstance(value, (list, tuple)) else [value]
     return name in SLOW and any(isinstance(number, int) and 64 < number <= 5000 for number in numbers)
 

@@ -51,7 +51,7 @@ def divergence(pipe: FluxPipeline, prompt: str, *, probes: int = 8, seed: int = 
     to the image, as t falls.
     """
     check_integer("probes", probes, 1, 1000, error=InstrumentError)
-    check_integer("seed", seed, 0, 2**63 - 2, error=InstrumentError)
+    seed = check_integer("seed", seed, 0, 2**63 - 2, error=InstrumentError)
     out, velocity = _run_with_velocity(pipe, prompt, {"seed": seed} | options)
     times, latents, h = out.trajectory.times[:-1].tolist(), out.trajectory.latents, 0.01
     generator, divergences = torch.Generator("cpu").manual_seed(seed), []
