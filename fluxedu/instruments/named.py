@@ -88,7 +88,7 @@ class Named:
     @checked(InstrumentError)
     def _combine(self, other: Named | Tensor | float, operation: Callable[[Tensor, Tensor], Tensor]) -> Named:
         """``operation`` of two values; an axis that only one of them has is repeated for the other."""
-        if isinstance(other, Tensor) and other.is_meta or not isinstance(other, (Named, Tensor)) and abs(other) > 1e300:
+        if (isinstance(other, Tensor) and other.is_meta) or (isinstance(other, int) and abs(other) >= 2**63):
             raise InstrumentError(f"{describe(other)} cannot be added to or multiplied with {self!r}.")
         if not isinstance(other, Named):
             shape = tuple(other.shape) if isinstance(other, Tensor) else ()

@@ -144,7 +144,9 @@ def _work(file: int | None, description: str, folder: Path, expected=None, worke
 
 
 @checked(SweepError)
-def run_sweep(sweep: Sweep, folder: str | Path, workers=1, scheduler: str | None = None, progress=False) -> Path:
+def run_sweep(
+    sweep: Sweep, folder: str | Path, workers=1, scheduler: str | None = None, progress: bool = False
+) -> Path:
     """Draw what is missing in the folder of a sweep, and return the folder when it is complete; raises SweepError.
 
     Several ``workers``, at most four per core, are a local Dask cluster; ``scheduler`` is the address of another, which
