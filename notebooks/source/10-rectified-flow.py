@@ -450,8 +450,9 @@ print(f"40 trajectories are {median:.2f} times as long as straight lines ({low:.
 
 # %% [markdown]
 # Those are five prompts with eight seeds each, in six steps; a path of few steps cuts its corners, so these lengths are
-# a little too small. The paths of the miniature are much straighter than those in the plane: in 4,096 dimensions two
-# lines hardly ever come close to each other, and the prompt tells the network which image is meant.
+# a little too small. The paths of the miniature are much straighter than those in the plane. A likely reason is that
+# in 4,096 dimensions two lines hardly ever come close to each other, and that the prompt tells the network a part of
+# what the image will be.
 
 # %% [markdown]
 # ## Put your code into the trained model
