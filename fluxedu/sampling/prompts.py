@@ -112,6 +112,8 @@ class PromptEncoder:
         that no other changes its vectors, not even in the last bit.
         """
         check_integer("batch", batch, 1, 1 << 16)
+        if not prompts:
+            raise RequestError("prompts must be a list with at least one prompt, not [].")
         device = self.t5.shared.weight.device
         distinct = list(dict.fromkeys(prompts))
         rows = []
