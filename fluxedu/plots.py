@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fluxedu.errors import InstrumentError, check_integer, checked, describe
-from fluxedu.figure import Figure
+from fluxedu.figure import Figure, hide_axes, new_figure
 from fluxedu.instruments.named import Named
 
 __all__ = [
@@ -44,27 +44,6 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 #: kind of a part of the model -> its colour in the architecture diagram
 PART_COLOURS = {"text": "#9333ea", "time": "#d97706", "flow": "#2563eb", "image": "#059669"}
 TIME_LABEL = "time t (1 = pure noise, 0 = image)"
-
-
-def new_figure(rows: int, columns: int, cell: tuple[float, float] = (1.5, 1.5), **kwargs) -> tuple[Figure, np.ndarray]:
-    """A figure of ``rows x columns`` cells, each ``cell`` inches wide and high, and its axes ``[rows, columns]``.
-
-    The figure does not belong to pyplot, so no window opens. ``kwargs``: as for ``Figure.subplots``.
-    """
-    fig = Figure(figsize=(cell[0] * columns + 0.4, cell[1] * rows + 0.4), layout="constrained")
-    axes = fig.subplots(rows, columns, squeeze=False, **kwargs)
-    for ax in axes.flat:
-        ax.tick_params(labelsize=8)
-        ax.xaxis.label.set_fontsize(8)
-        ax.yaxis.label.set_fontsize(8)
-    return fig, axes
-
-
-def hide_axes(ax: Axes) -> Axes:
-    """Remove ticks and frame, as for an image; returns ``ax``."""
-    ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False)
-    return ax
 
 
 def to_array(value) -> np.ndarray:

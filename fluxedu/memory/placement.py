@@ -6,8 +6,7 @@
     stream           blocks of the flow are streamed in every step too: all of them, or as many as necessary
 
 All three give the same result, exact to the bit. What they need is counted, not measured: the bytes of the weights, and
-the bytes of tensors that are alive at once in a pass on the meta device (:class:`Need`). Not counted is what the CUDA
-context, the workspaces of its libraries and fragmentation take: ``RESERVE`` bytes of a card are left for them.
+the bytes of tensors that are alive at once in a pass on the meta device (:class:`Need`).
 """
 
 from __future__ import annotations
@@ -37,10 +36,9 @@ CARDS = (80, 24, 16, 12, 8)  # GB
 GB = 10**9
 TILE = 64  # side of a tile in latent cells, where images are decoded in tiles: 512 pixels
 STEPS = 50  # of the run whose needs are counted
-RESERVE = 1.0 * GB
+RESERVE = 1.0 * GB  # for the CUDA context, its libraries and fragmentation, which are not counted
 
 
-@checked(PlacementError)
 @dataclass(frozen=True)
 class Placement:
     """Where the weights are.
@@ -55,11 +53,6 @@ class Placement:
     tiled: bool = False
     quantised: str | None = None
 
-    def __post_init__(self):
-        check_choice("mode", self.mode, MODES[1:], error=PlacementError)
-        check_format(self.quantised)
-
-    @checked(PlacementError)
     def streamed_modules(self, network: nn.Module) -> list[list[nn.Module]]:
         """The modules of a network that are streamed, in the order in which they run.
 
@@ -168,9 +161,8 @@ class Networks:
     @checked(PlacementError)
     def need(self, placement: Placement, height: int, width: int, txt_len: int) -> Need:
         """The need of one image of ``height x width`` pixels with ``txt_len`` text tokens."""
-        for name, side in (("height", height), ("width", width)):
-            check_integer(name, side, 16, 1 << 14, "it is in pixels", PlacementError)
-        check_integer("txt_len", txt_len, 0, 1 << 16, error=PlacementError)
+        for name, value, low in (("height", height, 16), ("width", width, 16), ("txt_len", txt_len, 0)):
+            check_integer(name, value, low, 1 << 14, error=PlacementError)
         itemsize = self.dtype.itemsize
         resident = sum(placement.resident_bytes(n, itemsize) for n in (self.flux, self.ae, self.clip, self.t5))
         dequantised = placement.dequantised_bytes(self.flux, itemsize)
@@ -254,9 +246,6 @@ class _NoAttentionMap(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# ---------------------------------------------------------------- the choice
-
-
 @checked(PlacementError)
 def choose(
     networks: Networks, mode: str, free: float, size: int = 1024, txt_len: int = 512, quantised: str | None = None
@@ -330,7 +319,6 @@ def predicted(
     return rows
 
 
-@checked(PlacementError)
 def table(size: int = 1024) -> str:
     """The prediction as text."""
     columns = {"card": 5, "mode": 14, "streamed": 8, "tiled": 5, "resident": 8}
