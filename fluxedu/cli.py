@@ -358,8 +358,6 @@ def grade(
     function that calls PyTorch for its values or hides that it calls fluxedu.
     Marks are flagged where that is seen.
     """
-    import os
-
     check_extra("lab", "jupyter_client")
     from fluxedu.course import grade as course
     from fluxedu.course.answers import printable
@@ -379,23 +377,17 @@ def grade(
             of_notebook = course.marks_of(path, student, timeout, notebook_timeout, memory)
             if not any(mark.exercise for mark in of_notebook):
                 fail(of_notebook[0].message)  # printed; the other notebooks are still graded
-                marks += of_notebook if os.path.exists(path) else []
+                marks += of_notebook if path.exists() else []
                 continue
             marks += of_notebook
             graded, status = graded + 1, 0
-            passed = sum(mark.passed for mark in of_notebook)
-            typer.echo(printable(f"{student}: {passed} of {len(of_notebook)}  {path.name}"))
-            for mark in of_notebook:
-                typer.echo(f"  {'✓' if mark.passed else '✗'} {mark.exercise}: {printable(mark.message)}")
+            typer.echo(course.summary(of_notebook))
     except KeyboardInterrupt:
         fail(f"interrupted; {graded} of {len(named)} notebooks are marked.")
         status = 2
     rows = course.class_table(marks)
     if len(rows) > 2:  # several students
-        rows_shown = [[printable(cell) for cell in row] for row in rows]
-        widths = [max(map(len, column)) for column in zip(*rows_shown, strict=True)]
-        for row in rows_shown:
-            typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+        typer.echo(course.as_text(rows))
     if csv is not None:
         with report_errors():
             course.write_csv(marks, csv)

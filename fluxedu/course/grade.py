@@ -238,6 +238,20 @@ def write_csv(marks: Iterable[Mark], path: Path) -> None:
     write_text(path, as_csv([["student", "notebook", "exercise", "passed", "flagged", "message"], *rows]))
 
 
+def summary(marks: Sequence[Mark]) -> str:
+    """The marks of one notebook, one line each, for a terminal."""
+    first = printable(f"{marks[0].student}: {sum(mark.passed for mark in marks)} of {len(marks)}  {marks[0].notebook}")
+    rest = [f"  {'✓' if mark.passed else '✗'} {mark.exercise}: {printable(mark.message)}" for mark in marks]
+    return "\n".join([first, *rest])
+
+
+def as_text(rows: Sequence[Sequence]) -> str:
+    """A table with aligned columns, for a terminal."""
+    rows = [[printable(str(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+
+
 def as_csv(rows: Iterable[list]) -> str:
     """Rows as the text of a CSV file, without control characters, and with an apostrophe before a formula's sign."""
     text = io.StringIO()
