@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -318,7 +319,6 @@ def lab(
     ),
 ) -> None:
     """Open your own copy of the course in JupyterLab. Notebooks that exist in your folder are never replaced."""
-    import os
     import signal
     import subprocess
     import sys
@@ -377,7 +377,7 @@ def grade(
             of_notebook = course.marks_of(path, student, timeout, notebook_timeout, memory)
             if not any(mark.exercise for mark in of_notebook):
                 fail(of_notebook[0].message)  # printed; the other notebooks are still graded
-                marks += of_notebook if path.exists() else []
+                marks += of_notebook if os.path.exists(path) else []
                 continue
             marks += of_notebook
             graded, status = graded + 1, 0
