@@ -17,7 +17,8 @@ def share(hits: Sequence[bool]) -> dict:
     n, p = len(hits), float(np.mean(hits))
     centre, half = (p + Z * Z / (2 * n)), Z * np.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
     scale = 1 + Z * Z / n
-    interval = {"low": float(centre - half) / scale, "high": float(centre + half) / scale}
+    low, high = float(centre - half) / scale, float(centre + half) / scale
+    interval = {"low": min(low, p), "high": max(high, p)}  # for 0 and for all, rounding must not exclude the value
     return {"value": p, **interval, "n": n, "hits": "".join(str(int(hit)) for hit in hits)}
 
 

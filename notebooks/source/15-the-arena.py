@@ -261,13 +261,13 @@ print(f"10 of 10 votes: the winner's interval is {round(low, -1):.0f} to {round(
 # %% [markdown]
 # The two intervals are from different random weights, so their ends may differ by some points.
 #
-# Does a 95 % interval contain the truth 95 times in 100? In simulations we can check: 250 simulated arenas with five
+# Does a 95 % interval contain the truth 95 times in 100? In simulations we can check: 150 simulated arenas with five
 # models and 60 votes each, and another 20 with 240 votes.
 
 # %%
 rng, contains, true_elo = np.random.default_rng(2), [], 1000 + ELO * truth
 widths = {60: [], 240: []}
-for votes, arenas in ((60, 250), (240, 20)):
+for votes, arenas in ((60, 150), (240, 20)):
     for _ in range(arenas):
         wins = simulate(truth, votes, rng)
         counted = [("ABCDE"[i], "ABCDE"[j], 1.0, int(wins[i, j])) for i, j in zip(*np.nonzero(wins))]
