@@ -34,6 +34,11 @@ def median(values: Sequence[float]) -> dict:
     return {"value": float(np.median(values)), "low": low, "high": high, "n": len(values), **spread}
 
 
+def mean(values: Sequence[float]) -> dict:
+    """The mean and its bootstrap interval."""
+    return difference(values, np.zeros(len(values)))
+
+
 def difference(a: Sequence[float], b: Sequence[float]) -> dict:
     """The mean of ``a - b`` over the same samples, with its bootstrap interval: 0 outside it means that they differ."""
     values = np.asarray(a, float) - np.asarray(b, float)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import fluxedu as fe
-from evidence.intervals import difference, median, share
+from evidence.intervals import difference, mean, share
 from fluxedu.models.blocks import DoubleStreamBlock
 from fluxedu.nano import networks
 from fluxedu.nano.judge import judge
@@ -152,7 +152,7 @@ def run(samples: int = 2) -> dict:
             "parameters": sum(p.numel() for p in make_flux(kind).parameters()),
             "parameters of the blocks": sum(p.numel() for p in make_flux(kind).double_blocks.parameters()),
             "minutes": [round(spent, 1) for spent in minutes[kind]],
-            "loss on unseen scenes": median(means[kind]) | {"value": float(means[kind].mean())},
+            "loss on unseen scenes": mean(means[kind]),
             "loss of each seed": [float(np.mean(row)) for row in losses[kind]],
             "loss, compared with separate weights": difference(means[kind], means["separate"]),
             "colours right": share([ok for verdict in found[kind] for ok in verdict.colors]),
