@@ -36,11 +36,12 @@ from benchmarks.speed import (
     velocity_step,
 )  # fmt: skip
 from benchmarks.synthetic import SMALL
+from fluxedu.errors import check_device
 from fluxedu.memory.compiled import compile_blocks
 from fluxedu.memory.placement import PeakBytes
 from fluxedu.models import Flux, FluxConfig
 from fluxedu.models.meta_init import meta_init
-from fluxedu.sampling.request import checked_device, checked_dtype
+from fluxedu.sampling.request import checked_dtype
 from fluxedu.terminal import check_writable, report_errors, write_result
 
 #: image tokens along a side: 256, 512, 1024, 1536 and 2048 pixels
@@ -200,7 +201,7 @@ def main(
     """Measure a step of the large model, as ratios in one run."""
     check_writable(as_json)
     with report_errors():
-        on, kind = checked_device(device), checked_dtype(dtype)
+        on, kind = check_device(device), checked_dtype(dtype)
         config = FluxConfig.variant(variant)
         config = config.with_(**SMALL[Flux]) if small else config
     sides, txt_len = ((2, 4, 8), 32) if small else (SIDES, 512)

@@ -20,9 +20,9 @@ import typer
 import fluxedu as fe
 from benchmarks.full import gpu_name, peak_bytes
 from benchmarks.speed import synchronise
+from fluxedu.errors import check_device
 from fluxedu.memory.placement import predicted
 from fluxedu.memory.quantised import check_format
-from fluxedu.sampling.request import checked_device
 from fluxedu.terminal import check_writable, report_errors, write_result
 
 STEPS = 5  # of the longer of two runs; the shorter one has a single step
@@ -76,7 +76,7 @@ def main(
     """The table of cards: measured on a GPU if a checkpoint is given, otherwise predicted."""
     check_writable(as_json)
     with report_errors():
-        on = checked_device(device if folder else "cpu")
+        on = check_device(device if folder else "cpu")
         if only is not None and folder is not None:
             typer.echo(json.dumps(measure_card(folder, on, int(only * 1e9), size, quantise)))
             return

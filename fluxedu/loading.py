@@ -82,7 +82,7 @@ LORAS = {"hollow": "lora_hollow"}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-@checked()
+@checked(RequestError, "name", "transformer", "memory")
 def load(
     name: str | Path | None = None,
     *,

@@ -46,7 +46,7 @@ _copy_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fluxedu-wei
 # ---------------------------------------------------------------- opening
 
 
-@checked(PlacementError)
+@checked(PlacementError, "parts", "device", "dtype", "memory", "txt_len", "change")
 def open_networks(
     parts: dict[str, Path],
     device: torch.device,

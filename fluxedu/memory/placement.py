@@ -246,7 +246,7 @@ class _NoAttentionMap(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@checked(PlacementError)
+@checked(PlacementError, "networks", "mode", "free", "size", "txt_len")
 def choose(
     networks: Networks, mode: str, free: float, size: int = 1024, txt_len: int = 512, quantised: str | None = None
 ) -> Placement:

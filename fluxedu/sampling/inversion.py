@@ -26,7 +26,7 @@ CONVERGED = 0.25  # how much of a step may change in the last round, relative to
 _OWN = ("latents", "seed", "solver", "strength", "height", "width", "rounding", "decode", "stop_after", "num_images")
 
 
-@checked(RequestError)
+@checked(RequestError, "pipe", "prompt", "rounds", "trajectory")
 def invert(
     pipe: FluxPipeline,
     picture: Picture,

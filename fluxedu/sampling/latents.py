@@ -92,4 +92,4 @@ def draw_noise(
     for name, size in (("channels", channels), ("height", height), ("width", width)):
         check_integer(name, size, 1, MAX_CELLS)
     noise = torch.randn(1, channels, height, width, generator=generator, dtype=torch.float32, device="cpu")
-    return noise.to(check_device(device), dtype)
+    return noise.to(device if str(device) == "meta" else check_device(device), dtype)

@@ -111,14 +111,15 @@ class FluxPipeline(Sited):
 
     def to(self, *args, **kwargs) -> FluxPipeline:
         """Move or cast all networks, as ``nn.Module.to``; raises RequestError for an unavailable device."""
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, (str, torch.device)):
+                check_device(argument)
         try:
-            device, dtype = torch._C._nn._parse_to(*args, **kwargs)[:2]
+            dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
             if dtype is not None and not dtype.is_floating_point:
                 raise ValueError(f"{dtype} has no fractions")
         except (TypeError, RuntimeError, ValueError) as error:
             raise RequestError(f"to() takes a device, a dtype or both: {' '.join(str(error).split())[:100]}.") from None
-        if device is not None:
-            check_device(device)
         placement = self.flux.placement
         if placement is not None and placement.mode != "full":
             raise RequestError("to() cannot move streamed weights; call fe.load again with device= or memory='full'.")

@@ -14,7 +14,7 @@ from pkgutil import iter_modules
 
 from fluxedu.widgets.explorer import EXPLORERS, Explorer, Registration, View
 
-_MODULES = sorted({module.name for module in iter_modules(__path__)} - {"explorer", "panels"})
+_MODULES = sorted({module.name for module in iter_modules(__path__)} - {"explorer", "panels", "reruns"})
 __all__ = ["Explorer", "View", "explorers", *_MODULES]
 
 

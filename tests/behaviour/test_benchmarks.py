@@ -16,8 +16,8 @@ from benchmarks import full, instruments
 from benchmarks.full import BARS, step_flop
 from benchmarks.synthetic import SMALL, synthetic
 from fluxedu import probe
+from fluxedu.errors import check_device
 from fluxedu.models import Flux, FluxConfig
-from fluxedu.sampling.request import checked_device
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,7 +83,7 @@ def test_cards_are_measured_with_a_checkpoint_and_predicted_without(checkpoint):
 def test_on_a_gpu_the_inputs_are_where_the_weights_are(checkpoint):
     """On a simulated one, which refuses what CUDA refuses: mixed devices, and some calls without a GPU's number."""
     with pretend_gpu():
-        checked = checked_device("cuda")
+        checked = check_device("cuda")
         config = FluxConfig().with_(**SMALL[Flux])
         flux = full.random_flux(config, checked, torch.float32)
         found = full.sizes_and_batches(flux, (2, 4), 32, 1, checked, torch.float32, 1e12)

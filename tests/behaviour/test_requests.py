@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fluxedu.errors import RequestError
-from fluxedu.sampling.request import checked_device, checked_dtype
+from fluxedu.errors import RequestError, check_device
+from fluxedu.sampling.request import checked_dtype
 
 NAN, INF = float("nan"), float("inf")
 PICTURE = Image.new("RGB", (32, 32), "teal")
@@ -167,7 +167,7 @@ def test_a_wrong_device_or_dtype(pipe):
     absent = "cuda:99"
     for device in ("gpu", "cuda:x", absent, "", 3.5, None, "meta"):
         with pytest.raises(RequestError, match="cannot be used here; use 'cpu'") as error:
-            checked_device(device)
+            check_device(device)
         assert one_sentence(error)
     mine = copy.copy(pipe)
     for wrong in ("gpu", absent):
@@ -175,7 +175,7 @@ def test_a_wrong_device_or_dtype(pipe):
             mine.to(wrong)
         with pytest.raises(RequestError, match="cannot be used here"):
             mine.to(device=wrong)
-    assert pipe.device == checked_device("cpu") == torch.device("cpu")
+    assert pipe.device == check_device("cpu") == torch.device("cpu")
 
     for dtype in ("float", "int8", 32, ["float32"], torch.int64):
         with pytest.raises(RequestError, match="dtype must be one of float32, float64, bfloat16, float16") as error:

@@ -215,7 +215,8 @@ def test_no_scheduler_and_no_workers(tmp_path):
                 run_sweep(sweep, tmp_path, scheduler=nobody)
             assert "\n" not in str(error.value)
     for workers, scheduler in ((0, None), (1025, None), (True, None), (2, address)):
-        with pytest.raises(SweepError, match=r"^workers must be a whole number from 1 to .*a scheduler has its own"):
+        reason = "a scheduler has its own" if scheduler else "four per core"
+        with pytest.raises(SweepError, match=rf"^workers must be a whole number from 1 to .*{reason}"):
             run_sweep(sweep, tmp_path, workers, scheduler)
     assert not list(tmp_path.iterdir())
 

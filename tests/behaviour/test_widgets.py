@@ -72,7 +72,12 @@ def test_arguments_complete_in_ipython():
 
 
 def test_every_module_registers_one_explorer_of_its_name():
-    files = {path.stem for path in Path(widgets.__file__).parent.glob("*.py")} - {"__init__", "explorer", "panels"}
+    files = {path.stem for path in Path(widgets.__file__).parent.glob("*.py")} - {
+        "__init__",
+        "explorer",
+        "panels",
+        "reruns",
+    }
     assert set(widgets.explorers()) == files and files <= set(widgets.__all__)
     with pytest.raises(AttributeError, match="has no explorer 'nothing'"):
         _ = widgets.nothing

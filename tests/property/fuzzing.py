@@ -21,7 +21,7 @@ import torch
 
 from fluxedu.errors import FluxeduError
 
-CASES = int(os.environ.get("FLUXEDU_FUZZ_CASES", 500))
+CASES = int(os.environ.get("FLUXEDU_FUZZ_CASES", 300))
 SEED = os.environ.get("FLUXEDU_FUZZ_SEED", "")
 LIMIT = 10.0  # seconds a case may take
 
