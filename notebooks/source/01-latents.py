@@ -108,9 +108,6 @@ for name in [f"ae.encoder.down.{i}.out" for i in range(4)] + ["ae.encoder.moment
 
 # %% exercise="latents.Downsample"
 
-# %%
-downsample_passed = passed
-
 # %% [markdown]
 # The encoder's last layer has 32 channels: 16 means $\mu$ and 16 logarithms of variances $\sigma^2$. This is a
 # *variational* autoencoder (arXiv 1312.6114), which was trained with noise of these variances added to the means:
@@ -127,7 +124,6 @@ downsample_passed = passed
 # %% exercise="latents.standardise"
 
 # %%
-standardise_passed = passed
 print("scale and shift of the miniature:", autoencoder.config.scale_factor, autoencoder.config.shift_factor)
 with fe.record("ae.encoder.moments") as rec:
     latent = autoencoder.encode(images)  # [16, 16, 16, 16]
@@ -135,7 +131,7 @@ moments = rec["ae.encoder.moments"].tensor.flatten(0, 1).to(device)  # [16, 32, 
 mean, logvar = moments.chunk(2, dim=1)
 print(f"standard deviation of the means: {float(mean.std()):.1f} · of the latent: {float(latent.std()):.1f}")
 print(f"the encoder's own noise, relative to that of the means: {float((logvar / 2).exp().mean() / mean.std()):.0%}")
-if standardise_passed:
+if fe.passed("latents.standardise"):
     config = autoencoder.config
     yours = standardise(moments, config.scale_factor, config.shift_factor)
     course.compare("your latent and the library's", yours, latent)
@@ -166,14 +162,10 @@ if standardise_passed:
 
 # %% exercise="latents.pack"
 
-# %%
-pack_passed = passed
-
 # %% exercise="latents.unpack"
 
 # %%
-pack_passed = pack_passed and passed
-if pack_passed:
+if fe.passed("latents.pack", "latents.unpack"):
     print("tokens:", list(pack(latent).shape))
     course.compare("your tokens and the library's", pack(latent), library.pack(latent))
     course.compare("the latent, packed and unpacked, and the latent", unpack(pack(latent), 16, 16), latent)
@@ -306,7 +298,7 @@ widgets.latents(pipe, reference.images[0]).set(channel=14, cell=(5, 11))
 # the transformer's first layer, by your tokens in every step of the run.
 
 # %%
-if downsample_passed and pack_passed:
+if fe.passed("latents.Downsample", "latents.pack"):
     with fe.swap("ae.encoder.*.downsample", lambda old: Downsample(old.conv.in_channels), autoencoder):
         yours = autoencoder.encode(images)
     course.compare("the latent of the encoder with your layers and without", yours, latent, within=1e-4)
@@ -321,8 +313,6 @@ if downsample_passed and pack_passed:
         with fe.intervene("img_in", lambda tokens, ctx: pipe.flux.img_in(pack(state["latent"]))):
             out = pipe(prompt, seed=4, progress=False)
     course.compare("the latent made from your tokens and the library's", out.latents, reference.latents, within=1e-3)
-else:
-    print("solve the exercises above first; then run this cell again")
 
 # %% [markdown]
 # ## Break it

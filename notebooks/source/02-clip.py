@@ -111,8 +111,8 @@ if fe.passed("clip.pooled"):
 #
 # The shared space is what CLIP was trained for. It has two encoders ("towers"), one for text and one for images. In
 # every training batch each image has to find its caption among all captions, and each caption its image. The score of
-# image $i$ and caption $j$ is their cosine similarity, times a learned temperature $\tau$; the loss is the mean of two
-# cross-entropies, one per direction:
+# image $i$ and caption $j$, whose projected vectors are $a_i$ and $b_j$, is their cosine similarity times a learned
+# factor $\tau$ (the inverse of a temperature); the loss is the mean of two cross-entropies, one per direction:
 #
 # $$s_{ij} = \tau\, \frac{a_i \cdot b_j}{\lVert a_i \rVert \lVert b_j \rVert} \qquad
 # \mathcal{L} = -\frac{1}{2N} \sum_{i=1}^{N} \left( \log \frac{e^{s_{ii}}}{\sum_j e^{s_{ij}}} +
@@ -260,14 +260,14 @@ ax.invert_yaxis()
 ax.set_xlim(0, 100)
 ax.set_xlabel("images that score higher with their own caption, %")
 colour, sides = share["another colour"], share["sides exchanged"]
-ax.set_title(f"A changed colour is noticed in {colour:.0%} of the images, exchanged sides in {sides:.0%}")
+ax.set_title(f"The own caption scores higher: {colour:.0%} for another colour, {sides:.0%} for exchanged sides")
 ax.legend(loc="lower right")
 plt.show()
 predicted_changes = ("another colour", "another background", "colours exchanged", "sides exchanged")
 noticed.against(["yes" if share[change] > 0.9 else "no" for change in predicted_changes])
 
 # %% [markdown]
-# The match depends almost only on colours and background. The training explains it: among 64 captions these two are
+# The match depends almost only on colours and background. The training may explain it: among 64 captions these two are
 # mostly enough to find the right one. Two captions that differ only in the sides hardly ever meet in a batch, so the
 # loss does not require the sides. The miniature is an extreme case (CLIP-L does tell shapes apart), but weakness with
 # word order and with which attribute belongs to which object has been measured for large CLIP models too (arXiv
@@ -289,7 +289,8 @@ for question, row in probes.items():
 # %% [markdown]
 # So the vector contains more than the score uses. It says nearly always which colour is named first and which second,
 # and the relation and the first shape clearly more often than by chance, though far from always. T5's vector of the
-# first noun answers three of the four questions about its own object without an error.
+# first noun answers the three questions about its own object without an error, and names the second colour in half of
+# the prompts.
 #
 # Try it yourself. Choose two prompts; then change a word of the second.
 
@@ -394,8 +395,8 @@ def relative_change(x: Tensor) -> float:
 spread = float((first_token - first_token[0]).norm(dim=-1).max() / first_token[0].norm())
 print(f"at the first token, the vectors of 64 captions differ by {spread:.2f} of their length")
 print("   number of images that find their caption with it:", number_matched(first_token))
-print(f"without the mask the vectors change by {relative_change(unmasked):.0%}")
-print(f"with the exact GELU they change by {relative_change(exact_gelu):.1%}")
+print(f"without the mask the vectors change by {relative_change(unmasked):.0%}; matched: {number_matched(unmasked)}")
+print(f"with the exact GELU they change by {relative_change(exact_gelu):.1%}; matched: {number_matched(exact_gelu)}")
 
 # %% [markdown]
 # The first mistake is the worst. The first token attends only to itself, so its state is the same for every prompt.
@@ -429,7 +430,7 @@ expected = {"T5": ("white", ("red", "circle")), "CLIP": ("black", ("blue", "squa
 drawn_prompt.against(next((name for name, scene in expected.items() if found_in_image == scene), "neither"))
 
 # %% [markdown]
-# These are four images. Is it a rule? We let the judge check the claims of both prompts in 40 images: each has T5's tokens
+# These are four images. Is it a rule? We let the judge check the claims of both prompts, 200 each, in 40 images: each has T5's tokens
 # of one prompt about two shapes and CLIP's vector of another. Prompts share some claims by chance, so the controls matter:
 # the same images drawn with CLIP's vector of T5's own prompt.
 
@@ -439,14 +440,15 @@ for whose, entry in evidence.load("pooled")["claims that hold"].items():
 
 # %% [markdown]
 # In the miniature the pooled vector does not decide what is drawn, or where: that comes from T5's tokens.
-# How much FLUX.1 depends on its pooled vector is a separate question (arXiv 2602.09268 studies it). In any case its
-# influence is limited, because one vector gives the same shifts, scales and gates to every patch.
+# How much FLUX.1 depends on its pooled vector is a separate question (arXiv 2602.09268 studies it). The vector cannot
+# tell patches apart directly, because it gives the same shifts, scales and gates to all of them.
 #
 # ## In five lines
 #
 # 1. CLIP's text encoder is causal; the end token is the only one that has attended to the whole prompt.
 # 2. FLUX takes that token's state after the last LayerNorm, without CLIP's projection: one vector.
-# 3. The vector was trained to find the caption of an image among others, and finds 61 of 64.
+# 3. The vector was trained to find the caption of an image. After CLIP's projection it finds 61 of 64; the vector that
+#    FLUX takes, before the projection, finds 1.
 # 4. That task needs mostly colours and background, so exchanged colours or sides hardly change the match. A probe can
 #    test what else the vector contains.
 # 5. In FLUX the vector acts through modulation, which is the same for every patch. The T5 tokens of the next notebook

@@ -117,7 +117,7 @@ frame_numbers.against(config.axes_dim[0])
 positions = image_ids(16, 16)  # [64, 3]
 table = rope_table(positions, config.axes_dim)  # complex [1, 64, 16]
 x = torch.randn(1, config.num_heads, 64, config.head_dim)  # [1, 5, 64, 32]
-if passed:
+if fe.passed("rope.angles", "rope.rotate"):
     mine = torch.cat([angles(positions[:, axis], dim, 10_000.0) for axis, dim in enumerate(config.axes_dim)], dim=-1)
     course.compare("your rotation and the library's", rotate(x, mine), library_rotate(x, table))
 
@@ -207,7 +207,7 @@ for side in (128, 256):
 # The image must stay the same.
 
 # %%
-if passed:
+if fe.passed("rope.ids", "rope.angles"):
     rows, columns = (cells // 2 for cells in reference.latents.shape[-2:])
     img_ids = ids(rows, columns)  # [64, 3]
     txt_ids = torch.zeros(pipe.prompt_encoder.t5_tokenizer.length, 3)
@@ -219,8 +219,6 @@ if passed:
     with fe.intervene("*.attn.rope", lambda rope, ctx: yours.to(rope.dtype)):
         out = pipe(prompt, seed=4, progress=False)
     course.compare("the final latent with your rotations and without", out.latents, reference.latents, within=1e-3)
-else:
-    print("solve the exercises above first; then run this cell again")
 
 # %% [markdown]
 # ## Break it

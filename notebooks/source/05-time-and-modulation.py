@@ -44,7 +44,7 @@ course.where(pipe, "vec", "double", "single", "final")
 
 # %%
 modulation_share = fe.predict(
-    "What percentage of FLUX.1-dev's parameters serve only to compute shifts, scales and gates?", 27
+    "What percentage of FLUX.1-dev's parameters compute the shifts, scales and gates of its blocks?", 27
 )  # answer
 largest_effect = fe.predict(
     "Which of the three changes the velocity most when it is set to 0: 'shift', 'scale' or 'gate'?", "gate"
@@ -68,8 +68,8 @@ drawn_colour = fe.predict(
 # -\sin\omega\delta \\ \sin\omega\delta & \cos\omega\delta \end{pmatrix} \begin{pmatrix} \cos\omega t \\ \sin\omega t
 # \end{pmatrix}$$
 #
-# So a linear layer can compute the waves of a later time from those of an earlier one, and its scores depend smoothly on
-# the time.
+# So a linear layer can compute the waves of a later time from those of an earlier one, and its outputs depend smoothly
+# on the time.
 
 # %% exercise="modulation.waves"
 # The guidance scale is encoded in the same way, also multiplied by 1000.
@@ -93,7 +93,7 @@ plt.show()
 
 # %%
 t = torch.tensor(0.90453)
-print("exact:", round(1000 * float(t), 2), "· with t rounded to bfloat16:", int(t.bfloat16() * 1000))
+print("exact:", round(1000 * float(t), 2), "· computed in bfloat16:", int(t.bfloat16() * 1000))
 
 # %% [markdown]
 # A small module brings the encoded time to the network's width. A second module of the same kind does this for the
@@ -227,7 +227,9 @@ if fe.passed("modulation.adaln"):
 # %% [markdown]
 # With gate 0 a block is the identity, and so is its derivative:
 #
-# $$\frac{\partial x'}{\partial x} = 1 + \gamma \odot \frac{\partial f}{\partial x} = 1 \quad \text{for} \quad \gamma = 0$$
+# $$\frac{\partial x'}{\partial x} = I + \mathrm{diag}(\gamma)\, J = I \quad \text{for} \quad \gamma = 0$$
+#
+# where $J$ is the derivative of $f((1 + s) \odot \mathrm{LN}(x) + b)$ with respect to $x$.
 #
 # Gradients then pass unchanged through any number of blocks. Networks of this kind are often initialised in this way: the linear layer of
 # every modulation starts at zero, so the untrained blocks leave their tokens unchanged, and each block contributes only
@@ -342,7 +344,7 @@ for ax, (name, change) in zip(axes, interventions.items()):
     ax.imshow(out.images[0])
     ax.set_title(name, fontsize=9)
     ax.axis("off")
-fig.suptitle("A time that is 0.1 off gives nearly the same image; a constant time gives a wrong one")
+fig.suptitle("Seed 4: with a time that is 0.1 off the image is nearly the same, with a constant time it is lost")
 plt.show()
 
 # %% [markdown]

@@ -87,8 +87,8 @@ for d in (8, 32, 128):
     )
 
 # %% [markdown]
-# Training can still make queries and keys longer, and in large models it does, until every softmax selects a single
-# token and its gradient vanishes. FLUX normalises every query and key before they are multiplied. A vector of d numbers
+# Training can still make queries and keys longer. In large models this has been observed (arXiv 2302.05442), until the
+# softmax selects a single token and its gradient vanishes. FLUX normalises every query and key before they are multiplied. A vector of d numbers
 # whose root mean square is 1 has the length $\sqrt d$. With the learned scales $g_q$ and $g_k$, one number per channel,
 # a score can then never exceed a bound, however long training makes the queries and keys (Cauchy-Schwarz):
 #
@@ -96,7 +96,7 @@ for d in (8, 32, 128):
 # \max|g_q| \cdot \max|g_k| \cdot \sqrt d$$
 
 # %% exercise="attention.qknorm"
-# Source: arXiv 2302.05442, where a network of 22 billion parameters would not train without it.
+# Source: arXiv 2302.05442, which reports that large vision transformers diverged in training without it.
 
 # %%
 with fe.record("double.1.img_attn.q", "double.1.img_attn.q_norm", steps=8) as rec:  # values at two points in the model
@@ -382,6 +382,7 @@ for ax, measure in zip(axes, measures):
     ax.set(title=measure, ylim=(-0.03, 1.03))
     ax.tick_params(axis="x", labelrotation=90, labelsize=8)
 axes[0].set_ylabel("share of 40 images")
+fig.suptitle("Only hiding a noun, or all words, costs claims")
 plt.show()
 print("hidden                ", " · ".join(measures))
 for name, row in hidden.items():
@@ -390,16 +391,16 @@ for name, row in hidden.items():
 
 # %% [markdown]
 # Hiding a colour word changes nothing that the judge can see, and neither does hiding the relation. The likely reason:
-# T5 has already put this information into the vectors of the nouns (notebook 13 tests it). Hiding a noun costs most, its
-# shape more often than its colour. Only with all words hidden is almost nothing right; the padding is still there then,
+# T5 has already put this information into the vectors of the nouns (notebook 13 tests it for the colour). Hiding the
+# first noun costs its shape in a third of the images and its colour in a tenth. Only with all words hidden is almost nothing right; the padding is still there then,
 # but it is not enough for the scene.
 #
 # Seed 4 was an exception: there, hiding “left” changes the latent by half of its length. In the 40 scenes the median for
 # the relation is 3 %. This is why one seed is not enough.
 #
 # Nor is the change of the latent a good measure. It is larger with some *image* tokens hidden than with any single word
-# hidden, and yet nearly all of those images are right: the change is mostly in the background, about which these
-# prompts say nothing. It does not measure what the network knows.
+# hidden, and yet nearly all of those images are right: the change is in what these prompts leave open, the background
+# and the exact positions and sizes. It does not measure what the network knows.
 #
 # So what does padding do? Its vectors are not empty: T5's padding tokens attended to the prompt as well, and the
 # transformer was trained with them. When you draw maps of words, leave padding out, because a large share of attention

@@ -124,7 +124,9 @@ with torch.no_grad():
 # gate from the modulation, and LN for layer normalisation, the block computes
 #
 # $$y = (1 + \text{scale}) \cdot \mathrm{LN}(x) + \text{shift}, \qquad
-# x' = x + \text{gate} \cdot W_2\,[\,\mathrm{attention}(y),\; \mathrm{GELU}(W_h\, y)\,]$$
+# x' = x + \text{gate} \cdot W_2\,[\,\mathrm{attention}(y),\; \mathrm{GELU}(W_1\, y)\,]$$
+#
+# where $W_1$ are the rows of `linear1` that compute the MLP's hidden layer; biases are left out.
 #
 # ## Build it
 #
@@ -371,10 +373,12 @@ plt.show()
 # nevertheless.
 #
 # The experiment does not show that running attention and MLP in parallel is better than the usual order, only that
-# these weights were trained for it. A network trained with the usual order would fail in the same way if they ran in
-# parallel.
+# these weights were trained for it. A network trained with the usual order would probably fail in the same way if they
+# ran in parallel.
 #
-# Everything on this page was measured with one prompt and one seed. Change both before you rely on a number.
+# The sizes above were measured with 40 prompts. Everything in this section comes from one prompt and one seed: change
+# both before you rely on a number. There are six single blocks and two double blocks, so the last two lines do not
+# compare one block with one block.
 #
 # ## In five lines
 #

@@ -75,12 +75,14 @@ diversity = fe.predict(
 #
 # $$\nabla_x \log p_t(x) = -\frac{x + (1 - t)\, v(x, t)}{t}$$
 #
-# It is linear in $v$, so the extrapolated velocity has the extrapolated score, and by Bayes' rule
+# It is affine in $v$, and the weights $1 - s$ and $s$ of the two velocities sum to 1, so the extrapolated velocity has the
+# extrapolated score. By Bayes' rule
 #
 # $$\nabla_x \log p_t(x) + s\, \nabla_x \log \frac{p_t(x \mid \text{prompt})}{p_t(x)} = \nabla_x \log \left( p_t(x)\,
 # p_t(\text{prompt} \mid x)^s \right)$$
 #
-# up to a constant: guidance counts the evidence for the prompt $s$ times.
+# since $p_t(\text{prompt})$ does not depend on $x$: guidance counts the evidence for the prompt $s$ times. (This holds at
+# each time separately, so the final images are not exact samples of the density on the right at $t = 0$.)
 
 # %% exercise="guidance.guide"
 
@@ -141,7 +143,7 @@ scale_zero.against("the empty prompt" if relative_distance(scale_0, empty) < 0.0
 
 # %%
 with torch.no_grad():
-    term_of_6 = pipe.flux.guidance_in(timestep_embedding(torch.tensor([6.0], device=device)).to(pipe.dtype))  # [1, 192]
+    term_of_6 = pipe.flux.guidance_in(timestep_embedding(torch.tensor([6.0], device=device)).to(pipe.dtype))  # [1, D]
 with fe.intervene("vec.guidance", lambda term, ctx: term_of_6.expand_as(term)):
     replaced = pipe(prompt, seed=3, steps=8, guidance=1.0, progress=False)
 at_scale_6 = pipe(prompt, seed=3, steps=8, guidance=6.0, progress=False)
@@ -188,9 +190,9 @@ diversity.against("less" if cfg.diversity[2] < cfg.diversity[0] else "more")
 
 # %% [markdown]
 # For this prompt and four seeds, guidance costs diversity: up to 6 it falls by more than half. More guidance does not
-# always mean a better match with the prompt, though. In a separate test with 40 prompts and 8 steps, the number of
-# images that were right in every respect was 26, 34 and 18 at scales 1, 3 and 6 for CFG, and 25, 36 and 32 for embedded
-# guidance: best at 3, and worse again at 6.
+# always mean a better match with the prompt, though. With 40 prompts and 8 steps, CFG at scale 6 was clearly worse than
+# at 3 (18 images right in every respect, against 34), and embedded guidance at 3 clearly better than at 1 (36 against
+# 25). Whether embedded guidance gets worse from 3 to 6 (32) cannot be told from 40 images.
 #
 # At 15 the two kinds differ. With CFG the states leave the range that the network was trained on (the spread grows
 # again because the images fall apart). Embedded guidance was trained up to 6, and changes little beyond. Look at the
@@ -243,8 +245,9 @@ if fe.passed("guidance.guide", "guidance.within"):
 
 # %% [markdown]
 # CFG-Zero* is a variant of CFG, which the library does not have. Early in a run the negative velocity may be longer or
-# shorter than the velocity with the prompt. Their difference then depends on these lengths more than on the prompt, so
-# CFG-Zero* multiplies the negative velocity by a fitted factor first.
+# shorter than the velocity with the prompt, which adds a part to their difference that has nothing to do with the
+# prompt. So CFG-Zero* multiplies the negative velocity by a fitted factor first. (It also sets the velocity of the first
+# steps to zero, which we leave out.) A factor of 1 would change nothing.
 
 # %% exercise="guidance.fitted"
 
@@ -291,7 +294,7 @@ print(f"CFG: the latent's largest value is {largest['CFG, 40'] / largest['CFG, 4
 print(f"embedded: it is {largest['embedded, 40'] / largest['embedded, 6']:.1f} times as large at 40 as at 6")
 
 # %% [markdown]
-# The burnt look has a simple cause: some values of the latent grow beyond those that the autoencoder was trained on.
+# The likely cause of the burnt look: some values of the latent grow beyond those that the autoencoder was trained on.
 # Nothing in the CFG formula limits them; embedded guidance is limited by its training. And two moderate scales used
 # together have the effect of a high one.
 #
@@ -300,8 +303,9 @@ print(f"embedded: it is {largest['embedded, 40'] / largest['embedded, 6']:.1f} t
 # 1. CFG: `v_negative + scale * (v_prompt - v_negative)`; scale 1 is no guidance, scale 0 ignores the prompt.
 # 2. It needs two samples per step, and a network that was also trained with empty prompts.
 # 3. In FLUX.1-dev the scale is an input: an embedding, one term of `vec`, and one pass per step. schnell has none.
-# 4. Guidance costs diversity. It helps to follow the prompt only up to a point, and far beyond it images break.
-# 5. A high scale does less harm if guidance is switched off at both ends of the run.
+# 4. For this prompt, guidance costs diversity. It helps to follow the prompt only up to a point; far beyond, images
+#    break.
+# 5. Guidance can be limited to a part of the run. Here that helped at scale 15, with four seeds: too few to prove it.
 #
 # **Questions people ask**: *Is dev's guidance CFG?* (flux issues 63 and 159) No: it is an input of a distilled network,
 # with no negative prompt and one pass per step. *Can I have a negative prompt?* Yes, `true_cfg_scale` with

@@ -110,7 +110,7 @@ fill_inputs.against(VARIANTS["fill"].flux.in_channels)
 # %% exercise="family.fill"
 
 # %%
-if passed:
+if fe.passed("family.fill"):
     network = Flux(
         FluxConfig(
             in_channels=384,
@@ -128,8 +128,6 @@ if passed:
     with torch.no_grad():
         v = network(tokens, image_ids(4, 6), text, text_ids(5), one, pooled, one)
     print("input tokens:", tuple(tokens.shape), "· velocity:", tuple(v.shape))
-else:
-    print("solve the exercise above first; then run this cell again")
 
 # %% [markdown]
 # The network reads 384 numbers per token and predicts 64: masked image and mask are inputs, and never predicted.
@@ -194,7 +192,7 @@ for frame in (0, 1):
 # %% exercise="family.redux"
 
 # %%
-if passed:
+if fe.passed("family.redux"):
     other = pipe.prompt_encoder(["a yellow star above a purple ring"] * 8).txt  # in place of an image's tokens
 
     def velocity_with(image_tokens):
@@ -206,8 +204,6 @@ if passed:
     shuffled = other[:, torch.randperm(32, generator=torch.Generator().manual_seed(0))]
     print(f"32 more tokens change the velocity of eight noises by {changes_in_percent(velocity_with(other))}")
     course.compare("the new tokens in another order and in theirs", velocity_with(shuffled), velocity_with(other), 1e-4)
-else:
-    print("solve the exercise above first; then run this cell again")
 
 # %% [markdown]
 # All of these tokens have the position id (0, 0, 0), so the network does not know their order. Where something was in
@@ -371,7 +367,7 @@ won_by_eight = [won if a == eight else 1 - won for _, a, b, won in games if {a, 
 eight_steps.against(round(100 * sum(won_by_eight) / len(won_by_eight)))
 print(f"that is {sum(won_by_eight):g} of {len(won_by_eight)}")
 
-if passed:
+if fe.passed("family.elo"):
     rng, final = np.random.default_rng(0), []
     for _ in range(200):  # the same comparisons in 200 orders
         rating = dict.fromkeys(images_of, 1000.0)
@@ -394,8 +390,6 @@ if passed:
     print(f"the sum of the ratings in 200 orders: {final.sum(1).min():.0f} to {final.sum(1).max():.0f}")
     for name, low, high in zip(images_of, lowest, highest):
         print(f"{name:18} between {low:4.0f} and {high:4.0f} points above 1000, depending on the order")
-else:
-    print("solve the exercise above first; then run this cell again")
 
 # %% [markdown]
 # An Elo rating means nothing without the other contestants, the number of comparisons and the judge. Our judge counts
@@ -492,7 +486,7 @@ def to_image(tokens):
 
 
 times = schedule(8, 64, True, pipe.defaults.shift_ends)
-if passed:
+if fe.passed("family.invert"):
     test_velocity = lambda x, t: 0.3 * x.roll(1, -1) * (1 + t)  # one for which the iteration converges
     recovered = invert(sample(noise, times, test_velocity), times, test_velocity, rounds=40)
     course.compare("after forty rounds, the start of the run and its noise", recovered, noise, within=1e-4)
@@ -515,8 +509,6 @@ if passed:
         ax.axis("off")
     fig.suptitle("One photo: two edits by image-to-image (i2i) and three after inversion", fontsize=10)
     plt.show()
-else:
-    print("solve the exercise above first; then run this cell again")
 
 # %% [markdown]
 # Nothing was trained for this. The *round-trip error* is what remains after inverting the image and sampling it again
@@ -629,7 +621,7 @@ def correct_in_tests():
     return "green triangle {} of 5 · green star {} of 5 · the prompt without red {} of 5".format(*counts)
 
 
-if passed:
+if fe.passed("family.lora"):
     print(f"without LoRA:           {correct_in_tests()}")
     for rank in (1, 4, 8):
         A, B = lora_factors(rank)
@@ -641,8 +633,6 @@ if passed:
     course.compare("your merged weights and the library's", mine, pipe.flux.txt_in.weight)
     library_merge.unmerge()
     print(f"unmerged, the largest change of a weight is {float((pipe.flux.txt_in.weight - weight).abs().max()):g}")
-else:
-    print("solve the exercise above first; then run this cell again")
 
 # %% [markdown]
 # The prompts say red, no image was used for training, and yet most red objects are drawn in green at a rank that is
@@ -674,7 +664,7 @@ print(f"{in_file:,} numbers in the file change {in_model:,} weights")
 # Change the scale of your own LoRA: negative, zero, and far above 1.
 
 # %%
-if passed:
+if fe.passed("family.lora"):
     fig, axes = plt.subplots(1, 5, figsize=(9, 2.2), layout="constrained")
     for ax, scale in zip(axes, (-1.0, 0.0, 0.5, 1.0, 3.0)):
         pipe.flux.txt_in.weight.data = merged(weight, A, B, alpha=8.0, scale=scale)
@@ -690,8 +680,6 @@ if passed:
     pipe.flux.txt_in.weight.data = weight
     fig.suptitle("“a large red star”, seed 0: scale 0 is the model without the LoRA, scale 1 is as fitted")
     plt.show()
-else:
-    print("solve the exercises above first; then run this cell again")
 
 # %% [markdown]
 # ## In five lines
