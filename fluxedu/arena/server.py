@@ -45,7 +45,8 @@ from fluxedu.widgets.explorer import Explorer, View, Vote
 from fluxedu.widgets.panels import Pixels
 
 LETTERS = "ABCDEFGHJKLMNPQRTUVWXYZ"  # of a class code; none looks like a digit
-WRONG_CODES = (30, 600)  # per address, in so many seconds: 6 letters are one of 148 million
+CODE_LENGTH = 8  # one of 78 billion codes: guessing them all takes years, so the right one is never refused
+WRONG_CODES = (30, 600)  # per address, in so many seconds
 NEW_VOTERS = (200, 3600)  # per address and hour; a class behind one router shares an address
 VOTES = (300, 3600)  # per voter and hour
 _PICTURE = re.compile(r"/picture/([\w-]{1,40})/(left|right)", re.ASCII)
@@ -88,12 +89,14 @@ class Server(LimitedServer):
 
     def check_code(self, given, client: str) -> None:
         """Raise Refused unless ``given`` is the class code."""
-        if not self.wrong_codes.spend(client):
-            raise Refused(429, "there have been too many wrong codes from your address; try again in ten minutes.")
         text = "".join(str(given).split()).upper()
-        if not secrets.compare_digest(text.encode(errors="replace"), self.code.encode()):
-            raise Refused(403, f"{describe(text)} is not the class code.")
-        self.wrong_codes.refund(client)
+        if secrets.compare_digest(text.encode(errors="replace"), self.code.encode()):
+            return
+        if not self.wrong_codes.spend(client):
+            raise Refused(
+                429, "Too many wrong codes were entered in your network. Please ask your teacher for the code."
+            )
+        raise Refused(403, f"{describe(text)} is not the class code.")
 
 
 class Handler(LimitedHandler):
@@ -153,7 +156,10 @@ class Handler(LimitedHandler):
         if self.server.code:
             self.server.check_code(body["code"], self.client)
         if not self.server.new_voters.spend(self.client):
-            raise Refused(429, f"no more than {NEW_VOTERS[0]} voters may join from one address within an hour.")
+            self.server.warn(
+                f"{self.client}: the limit of {NEW_VOTERS[0]} new voters per hour keeps others from joining."
+            )
+            raise Refused(429, "Too many voters have joined from your network. Please tell your teacher.")
         voter, token = self.server.arena.votes.join(body.get("voter") or f"voter-{secrets.token_hex(4)}")
         cookie = f"fluxedu_{self.server.port}={token}; Path=/; Max-Age=2592000; HttpOnly; SameSite=Strict"
         self._send_json({"voter": voter}, **{"Set-Cookie": cookie})
@@ -221,13 +227,13 @@ def create_server(
 ) -> Server:
     """A server that has its port (0: any free one); call ``serve_forever()`` to run it.
 
-    code: what voters must know to join; None chooses six random letters, "" lets everybody in · allowed_hosts: further
-    names under which browsers reach the server, such as that of a proxy
+    code: what voters must know to join; None chooses eight random letters, "" lets everybody in · allowed_hosts:
+    further names under which browsers reach the server, such as that of a proxy
     """
     for axis in axes:
         arena.questions(axis)  # raises ArenaError if there is no such axis
     if code is None:
-        code = "".join(secrets.choice(LETTERS) for _ in range(6))
+        code = "".join(secrets.choice(LETTERS) for _ in range(CODE_LENGTH))
     try:
         return Server(arena, host, port, axes, code.upper(), allowed_hosts)
     except (OSError, OverflowError, ValueError, TypeError) as error:
