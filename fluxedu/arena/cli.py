@@ -147,16 +147,16 @@ def voters(votes: File = Path("votes.sqlite")) -> None:
             typer.echo(f"{row['voter']:<40}  {row['votes']:>5}  {times:<34}  {'dropped' * row['dropped']}".rstrip())
 
 
-@app.command(epilog="Example: fluxedu arena drop voter-1a2b3c4d --votes votes.sqlite")
+@app.command(epilog="Example: fluxedu arena drop voter-1a2b3c4d voter-5e6f7a8b --votes votes.sqlite")
 def drop(
-    voter: Annotated[str, typer.Argument(help="The name, as fluxedu arena voters prints it.")],
+    voters: Annotated[list[str], typer.Argument(help="One or more names, as fluxedu arena voters prints them.")],
     votes: File = Path("votes.sqlite"),
-    undo: Annotated[bool, typer.Option("--undo", help="Count the votes of this voter again.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Count the votes of these voters again.")] = False,
 ) -> None:
-    """Leave a voter's votes out of all ratings; they stay in the file. A running server notices at once."""
+    """Leave voters' votes out of all ratings; they stay in the file. A running server notices at once."""
     with report_errors():
-        number = _open_votes(votes).drop(voter, undo)
-        typer.echo(f"{number} vote{'s' * (number != 1)} of {voter} {'count again' if undo else 'no longer count'}")
+        number, whose = _open_votes(votes).drop(*voters, undo=undo), ", ".join(dict.fromkeys(voters))
+        typer.echo(f"{number} vote{'s' * (number != 1)} of {whose} {'count again' if undo else 'no longer count'}")
 
 
 @app.command(epilog="Example: fluxedu arena export votes.csv --votes votes.sqlite")

@@ -238,15 +238,19 @@ class Votes:
             db.execute("INSERT INTO voters VALUES (?, ?, ?, NULL)", (name, _hash(token), time.time()))
         return name, token
 
-    def drop(self, voter: str, undo: bool = False) -> int:
-        """Leave a voter's votes out of all ratings, now and in future, or count them again; returns their number."""
+    def drop(self, *voters: str, undo: bool = False) -> int:
+        """Leave voters' votes out of all ratings, now and in future, or count them again; returns their number.
+
+        Raises ArenaError if one of the voters does not exist, and then changes nothing.
+        """
         with self._transaction() as db:
             numbers = {row["voter"]: row["votes"] for row in db.execute(f"SELECT {_VOTES_BY_VOTER}")}
-            if check_person(voter) not in numbers:
-                raise ArenaError(f"there is no voter {describe(voter)}; fluxedu arena voters lists them.")
-            db.execute("INSERT OR IGNORE INTO voters VALUES (?, NULL, NULL, NULL)", (voter,))
-            db.execute("UPDATE voters SET dropped = ? WHERE name = ?", (None if undo else time.time(), voter))
-        return numbers[voter]
+            for voter in voters:
+                if check_person(voter) not in numbers:
+                    raise ArenaError(f"there is no voter {describe(voter)}; fluxedu arena voters lists them.")
+                db.execute("INSERT OR IGNORE INTO voters VALUES (?, NULL, NULL, NULL)", (voter,))
+                db.execute("UPDATE voters SET dropped = ? WHERE name = ?", (None if undo else time.time(), voter))
+        return sum(numbers[voter] for voter in set(voters))
 
     # -- reading
 

@@ -203,6 +203,20 @@ def test_names_that_the_arena_uses_itself_are_refused_in_python_too(name, tmp_pa
             votes.issue("overall", "a", "b", "p", 0, (8, 8), name)
 
 
+def test_several_voters_are_dropped_at_once_or_none_of_them(tmp_path):
+    votes, words = Votes(tmp_path / "v.sqlite"), ["--votes", str(tmp_path / "v.sqlite")]
+    for voter in ("ann", "bob", "bob", "cid"):
+        votes.vote(votes.issue("overall", "a", "b", "p", 0, (8, 8), voter).id, "left", voter)
+    dropped = lambda: [row["voter"] for row in votes.voters() if row["dropped"]]  # noqa: E731
+    result = run(app, ["arena", "drop", "ann", "nobody", *words])
+    assert result.exit_code == 2 and "there is no voter 'nobody'" in result.output and dropped() == []
+    result = run(app, ["arena", "drop", "ann", "bob", "ann", *words])
+    assert result.output.strip() == "3 votes of ann, bob no longer count" and dropped() == ["bob", "ann"]
+    assert votes.outcomes("overall") == [("a", "b", 1.0, 1)]
+    run(app, ["arena", "drop", "ann", "bob", "--undo", *words])
+    assert dropped() == [] and votes.outcomes("overall") == [("a", "b", 1.0, 4)]
+
+
 def test_an_unknown_voter_cannot_be_dropped(server):
     result = run(app, ["arena", "drop", "nobody", "--votes", str(server.arena.votes.path)])
     assert result.exit_code == 2 and "there is no voter 'nobody'; fluxedu arena voters lists them" in result.output
