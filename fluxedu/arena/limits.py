@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_network
 
 DEADLINE = 10.0  # seconds
 PER_ADDRESS, IN_ALL = 64, 512  # connections that wait for their client
@@ -52,6 +53,7 @@ class Limit:
         """Count one event; returns False, and does not count it, if there have been too many."""
         now = time.monotonic()
         with self.lock:
+            self.times = {k: times for k, times in self.times.items() if times and times[-1] > now - self.seconds}
             recent = [before for before in self.times.get(key, ()) if before > now - self.seconds]
             self.times[key] = recent + [now] * (len(recent) < self.most)
             return len(recent) < self.most
@@ -59,7 +61,13 @@ class Limit:
     def refund(self, key: str) -> None:
         """Undo one ``spend``."""
         with self.lock:
-            del self.times[key][-1:]
+            del self.times.get(key, [])[-1:]
+
+
+def client_network(address: str) -> str:
+    """The IPv4 address, or the network of an IPv6 address: its first 64 bits, as one client may have all the rest."""
+    address = address.partition("%")[0].removeprefix("::ffff:")  # without the zone; IPv4 as an IPv6 socket shows it
+    return str(ip_network((address, 64), strict=False)) if ":" in address else address
 
 
 class LimitedServer(ThreadingHTTPServer):
@@ -134,7 +142,7 @@ class LimitedHandler(BaseHTTPRequestHandler):
         raise NotImplementedError
 
     def handle(self) -> None:
-        self.client = ":".join(self.client_address[0].split(":")[:4])  # of IPv6 the network, which one client may fill
+        self.client = client_network(self.client_address[0])
         self.server.set_waiting(self.connection, self.client)
         reader = _Reader(self.connection, self.server.deadline)
         self.rfile = io.BufferedReader(reader)

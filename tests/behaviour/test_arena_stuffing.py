@@ -13,7 +13,7 @@ from test_arena_server import server as server  # the fixture
 from typer.testing import CliRunner
 
 from fluxedu.arena import Votes, create_server
-from fluxedu.arena.limits import Limit
+from fluxedu.arena.limits import Limit, client_network
 from fluxedu.cli import app
 from fluxedu.errors import ArenaError
 
@@ -146,6 +146,30 @@ def test_limits_forget(monkeypatch):
     assert [limit.spend("a"), limit.spend("a")] == [True, False]
     clock[0] = 10.5  # the first of the two is forgotten, the one at 9 seconds is not
     assert [limit.spend("a"), limit.spend("a")] == [True, False]
+
+
+def test_limits_hold_nothing_of_clients_that_stopped_long_ago(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    limit = Limit(2, 10)
+    for number in range(1000):
+        clock[0] = number / 10
+        limit.spend(str(number))
+    assert len(limit.times) <= 101
+    limit.refund("0")  # forgotten already
+
+
+@pytest.mark.parametrize(
+    ("network", "addresses"),
+    [
+        ("fd00::/64", ["fd00::1", "fd00::2", "fd00:0:0:0:ffff::9", "fd00::1%eth0"]),
+        ("2001:db8:1:2::/64", ["2001:db8:1:2::5", "2001:db8:1:2:3:4:5:6"]),
+        ("fe80::/64", ["fe80::1%3", "fe80::abcd:1%wlan0"]),
+        ("192.168.0.7", ["192.168.0.7", "::ffff:192.168.0.7"]),  # of IPv4, an address is a client
+    ],
+)
+def test_an_ipv6_network_is_one_client(network, addresses):
+    assert {client_network(address) for address in addresses} == {network}
 
 
 def test_a_browser_is_one_voter_however_often_it_joins(server):
