@@ -334,7 +334,7 @@ def lab(
     raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", f"--port={port}", *root, str(folder)]))
 
 
-@app.command(epilog="Example: fluxedu grade class/*/04-rotary-positions.ipynb --csv marks.csv")
+@app.command(epilog="Example: fluxedu grade class/*/04*.ipynb --csv marks.csv")
 def grade(
     notebooks: Annotated[
         list[Path], typer.Argument(help="Students' notebooks, each in a folder named after its student.")
@@ -353,10 +353,9 @@ def grade(
     """Run students' notebooks, each in its own process, and mark the exercises. The CSV file grows with each notebook.
 
     It is not a sandbox: a notebook's code has your rights. Answers are judged
-    outside its process, also with new random inputs, so no code can change a
-    verdict. What can still be forged: a pasted solution passes, and so does a
-    function that calls PyTorch for its values or hides that it calls fluxedu.
-    Marks are flagged where that is seen.
+    outside its process, also with new random inputs. A pasted solution passes,
+    and so does a function that calls PyTorch, or hides that it calls fluxedu;
+    marks are flagged where that is seen.
     """
     check_extra("lab", "jupyter_client")
     from fluxedu.course import grade as course
@@ -364,17 +363,21 @@ def grade(
 
     for target in (csv, by_student):
         check_writable(target)
-        if target is not None and target.resolve() in [path.resolve() for path in notebooks]:
+        if target is not None and os.path.realpath(target) in map(os.path.realpath, notebooks):
             raise fail(f"{printable(str(target))} is one of the notebooks; name another file.")
     marks: list[course.Mark] = []
     named, graded, status = course.students(notebooks), 0, 2
     grows = csv is not None and (csv.is_file() or not csv.exists())  # not a pipe, which is written to once
+    files = course.fingerprint(notebooks)
     try:
         for path, student in named:
-            if grows:
-                with report_errors():
-                    course.write_csv(marks, csv)
+            if grows and marks and (problem := course.store_csv(marks, csv)):
+                fail(problem)  # printed once; the rest of the class is still graded
+                grows = False
             of_notebook = course.marks_of(path, student, timeout, notebook_timeout, memory)
+            if course.fingerprint(notebooks) != files:
+                status = fail(f"{path} has changed files of fluxedu or another notebook; restore them first.").exit_code
+                break
             if not any(mark.exercise for mark in of_notebook):
                 fail(of_notebook[0].message)  # printed; the other notebooks are still graded
                 marks += of_notebook if os.path.exists(path) else []
@@ -388,9 +391,9 @@ def grade(
     rows = course.class_table(marks)
     if len(rows) > 2:  # several students
         typer.echo(course.as_text(rows))
-    if csv is not None:
-        with report_errors():
-            course.write_csv(marks, csv)
+    if csv is not None and marks:
+        if problem := course.store_csv(marks, csv):
+            raise fail(problem)
         typer.echo(f"wrote {csv}")
     write_result(by_student, course.as_csv(rows))
     raise typer.Exit(status)

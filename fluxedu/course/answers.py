@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -21,9 +22,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import fluxedu
 from fluxedu.course.check import Outcome, outcomes
 from fluxedu.course.exercise import Exercise, all_exercises
 
+PACKAGE = str(Path(fluxedu.__file__).parent)
 MOST_BYTES = 4 << 20  # of the tensors of one case; no answer of the course has more than a few thousand bytes
 MOST_TEXT = 300  # characters of a sentence
 #: what runs in the student's process; the course is imported again, because the student's code may have changed it
@@ -44,28 +47,33 @@ def reply(name: str, answer: Any, salts: Sequence[int]) -> str:
     torch.set_default_dtype(torch.float32)  # the marker's, so that both draw the same numbers
     torch.set_default_device(None)
     task = all_exercises()[name]
-    tensors, sets, own = {}, [], set()
+    tensors, sets, own, used, allowed = {}, [], set(), set(), set()
     for salt in salts:
         cases = task.fresh_cases(salt) if salt else task.cases()
         try:
-            with _watched(task, own):
+            with _watched(task, own, used):
                 done = outcomes(task, answer, cases)
+            with _watched(task, set(), allowed):
+                outcomes(task, task.solution, cases)
         except BaseException as error:  # noqa: BLE001 - an exit, an interrupt, an error whose text is an error
             done = [Outcome(problem=f"it raises {type(error).__name__}")]
         sets.append([_encoded(outcome, f"{salt}.{i}", tensors) for i, outcome in enumerate(done)])
         if done[-1].problem:
             break
     data = base64.b64encode(safetensors.torch.save(tensors)).decode()
-    return base64.b64encode(json.dumps({"of_package": bool(own), "sets": sets, "tensors": data}).encode()).decode()
+    content = {"of_package": bool(own), "used": sorted(used - allowed), "sets": sets, "tensors": data}
+    return base64.b64encode(json.dumps(content).encode()).decode()
 
 
-def read_reply(text: str) -> tuple[bool, list[list[Outcome]]]:
-    """Whether the answer ran fluxedu's own, and for each salt the outcomes. Raises ValueError for anything else."""
+def read_reply(text: str) -> tuple[bool, list[str], list[list[Outcome]]]:
+    """Whether the answer ran fluxedu's own, what else of fluxedu it called that the shipped solution does not, and for
+    each salt the outcomes. Raises ValueError for anything else.
+    """
     try:
         content = json.loads(base64.b64decode(text.strip("'"), validate=True))
         tensors = safetensors.torch.load(base64.b64decode(content["tensors"], validate=True))
         sets = [[_decoded(outcome, tensors) for outcome in outcomes] for outcomes in content["sets"]]
-        return bool(content["of_package"]), sets
+        return bool(content["of_package"]), [printable(str(name), 60) for name in content["used"][:3]], sets
     except Exception:  # noqa: BLE001 - the student's process may send anything
         raise ValueError("its process sent a reply that cannot be read") from None
 
@@ -99,13 +107,20 @@ def printable(text: str, most: int = MOST_TEXT) -> str:
 
 
 @contextmanager
-def _watched(task: Exercise, found: set[str]):
-    """Add to ``found`` the functions of the exercise's solution, and of what it is checked against, that run inside."""
+def _watched(task: Exercise, found: set[str], used: set[str]):
+    """Add to ``found`` the functions of the exercise's solution, and of what it is checked against, that run inside,
+    and to ``used`` all others of fluxedu.
+    """
     own = {place for part in (task.solution, task.against) for place in _places(part)}
 
     def watch(frame, event, _) -> None:
-        if event == "call" and (frame.f_code.co_filename, frame.f_code.co_firstlineno) in own:
-            found.add(frame.f_code.co_name)
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(PACKAGE) or code.co_filename.endswith("errors.py"):
+            return
+        if (code.co_filename, code.co_firstlineno) in own:
+            found.add(code.co_name)
+        else:
+            used.add(f"{Path(code.co_filename).stem}.{code.co_name}")
 
     sys.setprofile(watch)
     try:

@@ -42,7 +42,7 @@ def check(name: str, answer: Any) -> Verdict:
     The shapes are checked first, then the values. If the values are wrong but equal those of a known wrong answer, the
     verdict explains that mistake. Raises CourseError if there is no such exercise.
     """
-    if name not in all_exercises():
+    if not isinstance(name, str) or name not in all_exercises():
         raise CourseError(f"there is no exercise {name!r}; there are {', '.join(all_exercises())}.")
     verdict = assess(all_exercises()[name], answer)
     print(verdict)
@@ -125,7 +125,7 @@ def judge(task: Exercise, cases: Sequence[tuple], given: Sequence[Outcome]) -> V
         if problem:
             return Verdict(task.name, False, f"{problem}{_input_shapes(case)}.")
     if len(given) < len(cases):
-        return Verdict(task.name, False, f"it answers {len(given)} of {len(cases)} cases.")
+        return Verdict(task.name, False, f"it returned a result for {len(given)} of {len(cases)} test inputs.")
     actual = [outcome.tensors for outcome in given]
     errors = [relative_error(a, b) for a, b in zip(actual, expected, strict=True)]
     if max(errors) <= task.tolerance:

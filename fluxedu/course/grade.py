@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import fluxedu
 from fluxedu.course.answers import CALL, printable, read_reply
 from fluxedu.course.build import notebooks_folder
 from fluxedu.course.check import NOT_WRITTEN, judge
@@ -32,7 +33,7 @@ MOST_BYTES = 32 << 20  # of a notebook, with its outputs
 CHECKED = re.compile(r"""check\(\s*["']([\w.]+)["']""")
 SOLUTIONS = re.compile(r"course\.exercises|all_exercises|solution_code|\.solution\b")
 FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]")  # what a spreadsheet would compute
-OF_PACKAGE = "it runs fluxedu's own code for this exercise, so it is not the student's work."
+OF_PACKAGE = "the answer calls fluxedu's own solution."
 LOOK = "the notebook mentions fluxedu's solutions, so look at its code"
 
 
@@ -67,6 +68,8 @@ def read_cells(path: Path) -> list[CodeCell]:
     """
     name = printable(str(path))
     try:
+        if path.is_symlink():
+            raise CourseError(f"{name} is a link, perhaps to another student's notebook; grade the file itself.")
         if not stat.S_ISREG(path.stat().st_mode):
             raise CourseError(f"{name} is not a file.")  # a pipe would be waited for
         with path.open("rb") as file:
@@ -138,7 +141,7 @@ def grade_notebook(
     marks = []
 
     def mark(task: Exercise, passed: bool, message: str, flagged: bool = False) -> None:
-        if suspicious:
+        if suspicious and passed:
             message, flagged = f"{message.rstrip('.')}; {LOOK}.", True
         marks.append(Mark(student, path.name, task.name, passed, message, flagged))
 
@@ -151,7 +154,7 @@ def grade_notebook(
     except Exception as error:  # noqa: BLE001 - one notebook must not end the marking of a class
         reason = error if isinstance(error, Stopped) else printable(f"of an error ({type(error).__name__}: {error})")
         for task in tasks[len(marks) :]:
-            mark(task, False, f"it was not reached, because {reason}.")
+            mark(task, False, f"not marked, because {reason}.")
     return marks
 
 
@@ -164,15 +167,17 @@ def _judged(task: Exercise, kernel: Kernel) -> tuple[bool, str, bool]:
     if text is None and kernel.notes[len(notes) :]:
         return False, f"{kernel.notes[-1]}.", False
     try:
-        of_package, (public, *fresh) = read_reply(text or "")
+        of_package, used, (public, *fresh) = read_reply(text or "")
         verdict = judge(task, task.cases(), public)
         again = judge(task, task.fresh_cases(salt), fresh[0] if fresh else []) if verdict else verdict
     except (ValueError, TypeError, RuntimeError, NotImplementedError):  # whatever its process sends
-        return False, "its process sent no values that can be compared.", False
+        return False, "the notebook sent no valid result for this answer.", False
     if verdict.message == NOT_WRITTEN and notes:
         return False, f"{NOT_WRITTEN.rstrip('.')}; {'; '.join(notes)}.", False
     if verdict and not again:
-        return False, f"it is right for the inputs of the notebook's check, but not for others: {again.message}", True
+        return False, f"it is right for the inputs of the notebook's check, but not for others: {again.message}", False
+    if verdict and used:
+        return True, f"{verdict.message.rstrip('.')}; it calls {', '.join(used)} of fluxedu, so look at its code.", True
     return (False, OF_PACKAGE, True) if verdict and of_package else (verdict.passed, verdict.message, False)
 
 
@@ -182,6 +187,12 @@ def mentions_of_solutions(cells: Iterable[CodeCell]) -> set[str]:
 
 
 # ---------------------------------------------------------------- a class
+
+
+def fingerprint(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:
+    """Size and time of change of these files and of fluxedu's own: a notebook's code may change them."""
+    files = [*Path(fluxedu.__file__).parent.rglob("*.py"), *paths]
+    return {str(file): (file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()}
 
 
 def marks_of(path: Path, student: str, timeout: float, notebook_timeout: float, memory: int) -> list[Mark]:
@@ -201,7 +212,7 @@ def students(paths: Iterable[Path]) -> list[tuple[Path, str]]:
     """
     places: dict[str, Path] = {}
     for path in paths:
-        places.setdefault(os.path.realpath(path), Path(path))
+        places.setdefault(os.path.abspath(path), Path(path))
     original = {path.name for path in notebooks_folder().glob("[0-9][0-9]-*.ipynb")}
     folders = Counter(path.parent for path in places.values())
     wholes = []
@@ -236,6 +247,15 @@ def write_csv(marks: Iterable[Mark], path: Path) -> None:
     """Write one line per student and exercise."""
     rows = [[m.student, m.notebook, m.exercise, int(m.passed), int(m.flagged), m.message] for m in marks]
     write_text(path, as_csv([["student", "notebook", "exercise", "passed", "flagged", "message"], *rows]))
+
+
+def store_csv(marks: Iterable[Mark], path: Path) -> str:
+    """As :func:`write_csv`, but returns the reason in a sentence if the file cannot be written, else nothing."""
+    try:
+        write_csv(marks, path)
+    except (OSError, ValueError) as error:
+        return f"{printable(str(path))} cannot be written: {getattr(error, 'strerror', None) or error}."
+    return ""
 
 
 def summary(marks: Sequence[Mark]) -> str:

@@ -31,7 +31,7 @@ STARTUP = 120  # seconds until the first reply
 MOST_BYTES = 48 << 20  # of a reply
 #: the environment variables that a notebook gets; no other may hold a secret that a student could read
 ALLOWED = re.compile(
-    r"PATH|LANG|LANGUAGE|LC_\w+|TZ|PYTHONPATH|(DY)?LD_LIBRARY_PATH|CONDA_PREFIX|VIRTUAL_ENV|CUDA_VISIBLE_DEVICES"
+    r"PATH|LANG|LANGUAGE|LC_\w+|TZ|PYTHONPATH|(DY)?LD_LIBRARY_PATH|CONDA_PREFIX|VIRTUAL_ENV"
     r"|(OMP|MKL|OPENBLAS)_NUM_THREADS|SYSTEMROOT|WINDIR|SYSTEMDRIVE|COMSPEC|PATHEXT|NUMBER_OF_PROCESSORS",
     re.IGNORECASE,
 )
@@ -109,7 +109,7 @@ class Kernel:
             limit = f"{self.cell_limit:g} s, the limit of a cell"
             if time.monotonic() >= self.deadline:
                 raise Stopped(f"the notebook reached its limit of {self.notebook_limit:g} s in {what}")
-            self.notes.append(f"{what} was interrupted after {limit}")
+            self.notes.append(f"{what} was stopped after {limit}")
             self.manager.interrupt_kernel()
             try:
                 question = self.client.kernel_info()  # answered when the cell has ended
@@ -139,8 +139,8 @@ class Kernel:
                 if not self.manager.is_alive():
                     code = getattr(self.manager.provisioner.process, "returncode", None) or 0
                     end = f"signal {-code}" if code < 0 else f"status {code}"
-                    limit = f"its limit of memory is {self.memory} GB"
-                    raise Stopped(f"its process ended with the {end} in {self.what}; {limit}") from None
+                    limit = f"; its limit of memory is {self.memory} GB" if code < 0 else ""
+                    raise Stopped(f"its process ended ({end}) in {self.what}{limit}") from None
             except (ValueError, KeyError, TypeError, RecursionError):  # a message that is none
                 continue
         return None
@@ -195,5 +195,6 @@ def _environment(root: Path) -> dict[str, str]:
     folders |= dict.fromkeys(("HOME", "USERPROFILE", "APPDATA", "LOCALAPPDATA"), home)
     folders |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), temporary)
     kept = {name: value for name, value in os.environ.items() if ALLOWED.fullmatch(name)}
-    own = {"MPLBACKEND": "agg", "PYTHONUSERBASE": site.getuserbase()}  # the packages of `pip install --user`
+    own = {"MPLBACKEND": "agg", "CUDA_VISIBLE_DEVICES": ""}  # a GPU's address space exceeds the limit of memory
+    own |= {"PYTHONUSERBASE": site.getuserbase()}  # the packages of `pip install --user`
     return kept | own | {name: str(folder) for name, folder in folders.items()}

@@ -71,7 +71,7 @@ def test_a_cell_that_ignores_its_interrupt_is_killed(tmp_path, limits, reason, m
     started = time.monotonic()
     mark = marks(submitted(tmp_path / "eve", STUBBORN), **limits)["rope.ids"]
     assert time.monotonic() - started < 60
-    assert not mark.passed and mark.message == f"it was not reached, because {reason}."
+    assert not mark.passed and mark.message == f"not marked, because {reason}."
 
 
 def test_the_memory_limit_is_enforced(tmp_path):
@@ -88,10 +88,10 @@ def test_limits_are_named_and_other_answers_are_still_judged(tmp_path):
     }
     got = marks(submitted(tmp_path / "eve", "while True: pass", answers), timeout=2, memory=8)
     assert got["rope.angles"].message == (
-        "not written yet; code cell 2 was interrupted after 2 s, the limit of a cell; "
+        "not written yet; code cell 2 was stopped after 2 s, the limit of a cell; "
         "code cell 3 needed more memory than the limit of 8 GB."
     )
-    assert got["rope.rotate"].message == "the call of rotate was interrupted after 2 s, the limit of a cell."
+    assert got["rope.rotate"].message == "the call of rotate was stopped after 2 s, the limit of a cell."
     assert got["rope.ids"].passed
 
 
@@ -103,8 +103,7 @@ def test_a_process_that_ends_in_an_answer_costs_the_answers_from_there(tmp_path)
     got = marks(submitted(tmp_path / "eve", "21 + 21", answers))
     assert got["rope.ids"].passed
     assert got["rope.rotate"].message == (
-        "it was not reached, because its process ended with the signal 9 in the call of angles; "
-        "its limit of memory is 16 GB."
+        "not marked, because its process ended (signal 9) in the call of angles; its limit of memory is 16 GB."
     )
 
 
@@ -223,7 +222,7 @@ def test_no_patch_changes_a_verdict(tmp_path):
 
 def test_answers_of_the_package_do_not_pass_and_are_flagged(tmp_path):
     got = marks(submitted(tmp_path / "eve", "", OF_PACKAGE))
-    assert all(mark.flagged and not mark.passed and "fluxedu's own code" in mark.message for mark in got.values())
+    assert all(mark.flagged and not mark.passed and "fluxedu's own solution" in mark.message for mark in got.values())
 
 
 # ---------------------------------------------------------------- the command

@@ -81,6 +81,7 @@ METADATA = [
 
 
 def written(path, content):
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content, encoding="utf-8")
     return path
 
@@ -126,9 +127,9 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch):
     reasons = {
         "pipe": "is not a file",
         "folder": "is not a file",
-        "zero": "is not a file",
+        "zero": "is a link, perhaps to another student's notebook; grade the file itself",
         "socket": "is not a file",
-        "circle": "cannot be read: Too many levels of symbolic links",
+        "circle": "is a link, perhaps to another student's notebook; grade the file itself",
         "huge": "is larger than 1 MB, the limit of a notebook",
         "secret": "cannot be read: Permission denied",
         "none": "there is no notebook none.ipynb",
@@ -167,11 +168,11 @@ def test_every_failure_is_a_mark_and_the_next_notebook_is_graded(tmp_path, monke
     rows = list(csv.DictReader((tmp_path / "m.csv").open()))
     reasons = {row["student"]: row["message"].rpartition("x.ipynb ")[2] for row in rows}
     assert reasons == {
-        "s0": "it was not reached, because of an error (RuntimeError: no\\nports).",
+        "s0": "not marked, because of an error (RuntimeError: no\\nports).",
         "s1": "is no notebook that can be read.",
-        "s2": "it was not reached, because of an error (OSError: [Errno 28] No space left on device).",
+        "s2": "not marked, because of an error (OSError: [Errno 28] No space left on device).",
         "s3": "has no exercise of this course.",
-        "s4": "it was not reached, because of an error (MemoryError: ).",
+        "s4": "not marked, because of an error (MemoryError: ).",
         tmp_path.name: f"{tmp_path / 's1'} is not a file.",
     }
     assert {row["passed"] for row in rows} == {"0"}
@@ -282,3 +283,61 @@ def test_a_mention_of_the_solutions_is_flagged_unless_the_course_has_it():
     for line in ("from fluxedu.course.exercises import n04_rope", "x = all_exercises()", "task.solution(1)"):
         assert grade.mentions_of_solutions([grade.CodeCell(f"# {line}\nimport torch", "")])
     assert not grade.mentions_of_solutions([grade.CodeCell("solution = 3\nfe.check('rope.ids', ids)", "")])
+
+
+def test_a_link_to_another_students_notebook_is_not_graded(tmp_path):
+    """Archives keep links. The student whose notebook it is keeps the marks."""
+    path = written(tmp_path / "zoe" / "own.ipynb", notebook(CODE))
+    (tmp_path / "aaron").mkdir()
+    (link := tmp_path / "aaron" / "own.ipynb").symlink_to(path)
+    assert [student for _, student in students([link, path])] == ["aaron", "zoe"]
+    with pytest.raises(CourseError, match=r"own\.ipynb is a link, perhaps to another student's notebook"):
+        read_cells(link)
+    (loop := tmp_path / "loop.ipynb").symlink_to("loop.ipynb")
+    ran = CliRunner().invoke(app, ["grade", str(loop), "--csv", str(tmp_path / "m.csv")])
+    assert ran.exit_code == 2 and "is a link" in ran.output and isinstance(ran.exception, SystemExit)
+
+
+def fake_marks(monkeypatch, change=lambda path: None):
+    """Every notebook gets one mark at once, after ``change(path)``."""
+
+    def marks_of(path, student, *_):
+        change(path)
+        return [Mark(student, path.name, "rope.ids", True, "right.")]
+
+    monkeypatch.setattr("fluxedu.course.grade.marks_of", marks_of)
+
+
+def test_a_csv_that_cannot_be_written_does_not_end_the_marking(tmp_path, monkeypatch):
+    paths = [str(written(tmp_path / name / "own.ipynb", notebook(CODE))) for name in "ab"]
+    (target := tmp_path / "m.csv").write_text("the marks of last week\n")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    fake_marks(monkeypatch)
+    monkeypatch.setattr("fluxedu.course.grade.write_text", full)
+    ran = CliRunner().invoke(app, ["grade", *paths, "--csv", str(target)])
+    assert ran.exit_code == 2 and ran.output.count("1 of 1") == 2
+    assert ran.output.count("m.csv cannot be written: No space left on device.") == 2
+    assert target.read_text() == "the marks of last week\n"
+
+
+def test_marks_of_an_interrupted_run_replace_nothing_before_there_are_any(tmp_path, monkeypatch):
+    path = written(tmp_path / "a" / "own.ipynb", notebook(CODE))
+    (target := tmp_path / "m.csv").write_text("the marks of last week\n")
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    fake_marks(monkeypatch, interrupt)
+    assert CliRunner().invoke(app, ["grade", str(path), "--csv", str(target)]).exit_code == 2
+    assert target.read_text() == "the marks of last week\n"
+
+
+def test_a_notebook_that_changes_another_one_ends_the_marking(tmp_path, monkeypatch):
+    paths = [written(tmp_path / name / "own.ipynb", notebook(CODE)) for name in "abc"]
+    fake_marks(monkeypatch, lambda path: paths[2].write_text("{}") if path == paths[1] else None)
+    ran = CliRunner().invoke(app, ["grade", *map(str, paths), "--csv", str(tmp_path / "m.csv")])
+    assert ran.exit_code == 2 and "b/own.ipynb has changed files of fluxedu or another notebook" in ran.output
+    assert [row.split(",")[0] for row in (tmp_path / "m.csv").read_text().splitlines()] == ["student", "a"]

@@ -39,7 +39,8 @@ def stored(**tensors):
 def forged(problem="", keys=("a",), sets=None, **more):
     outcome = {"problem": problem, "keys": list(keys)}
     return sealed(
-        {"of_package": False, "sets": sets or [[outcome] * 3] * 2, "tensors": stored(a=torch.zeros(6, 3))} | more
+        {"of_package": False, "used": [], "sets": sets or [[outcome] * 3] * 2, "tensors": stored(a=torch.zeros(6, 3))}
+        | more
     )
 
 
@@ -162,7 +163,19 @@ def test_a_table_of_the_checks_inputs_does_not_pass():
         return next((y for known, y in table if torch.equal(x, known)), torch.zeros_like(x))
 
     passed, message, flagged = grade._judged(task, Process(answer=rotate, task=task))
-    assert not passed and flagged and message.startswith("it is right for the inputs of the notebook's check, but not")
+    assert not passed and not flagged  # a plain mistake can look like this too
+    assert message.startswith("it is right for the inputs of the notebook's check, but not")
+
+
+def test_an_answer_that_calls_the_librarys_own_function_is_flagged():
+    """In another wrapping than the check's, so that only the call gives it away."""
+    from fluxedu.sampling.solvers import schedule
+
+    task = all_exercises()["sampling.schedule"]
+    passed, message, flagged = grade._judged(
+        task, Process(answer=lambda steps, mu: schedule(steps, 64, ends=(float(mu), float(mu))), task=task)
+    )
+    assert passed and flagged and "it calls solvers.schedule" in message and "so look at its code." in message
 
 
 def test_the_default_dtype_and_device_of_a_notebook_do_not_matter():
@@ -177,8 +190,8 @@ def test_the_default_dtype_and_device_of_a_notebook_do_not_matter():
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device("cpu")
-    of_package, sets = answers.read_reply(text)
-    assert not of_package and torch.equal(sets[1][0].tensors[0], task.solution(*task.fresh_cases(5)[0]))
+    of_package, used, sets = answers.read_reply(text)
+    assert not of_package and not used and torch.equal(sets[1][0].tensors[0], task.solution(*task.fresh_cases(5)[0]))
 
 
 @pytest.mark.parametrize("task", all_exercises().values(), ids=lambda task: task.name)
