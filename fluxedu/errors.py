@@ -79,6 +79,16 @@ class ArenaError(FluxeduError):
     """A match, vote or contestant that does not exist or is malformed."""
 
 
+class AllPairsJudged(ArenaError):
+    """A voter has judged every pair on an axis."""
+
+
+class AlreadyVoted(ArenaError):
+    """A ballot has been answered in another way: with ``first``, the vote that counts."""
+
+    first = ""
+
+
 class VotesFileError(ArenaError):
     """A file of votes that cannot be read or written, such as one on a full disk."""
 

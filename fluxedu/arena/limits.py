@@ -169,7 +169,7 @@ class LimitedHandler(BaseHTTPRequestHandler):
             pass  # the client has gone
         except Exception as error:  # a mistake must not end the class's vote
             self.server.warn(f"{self.requestline[:100]}: {type(error).__name__}: {error}")
-            self.send_error(500, "the server made a mistake; its terminal says which.")
+            self.send_error(500, "Something went wrong on the server. Please tell your teacher.")
 
     def _body(self) -> bytes:
         length, *others = self.headers.get_all("Content-Length", [""])

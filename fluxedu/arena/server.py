@@ -39,7 +39,7 @@ from fluxedu.arena.limits import Limit, LimitedHandler, LimitedServer, Refused
 from fluxedu.arena.match import Arena, contact_sheet
 from fluxedu.arena.rating import rate
 from fluxedu.arena.votes import AXES, check_person
-from fluxedu.errors import ArenaError, VotesFileError, check_choice, checked, describe
+from fluxedu.errors import AllPairsJudged, AlreadyVoted, ArenaError, VotesFileError, check_choice, checked, describe
 from fluxedu.files import read_json
 from fluxedu.widgets.explorer import Explorer, View, Vote
 from fluxedu.widgets.panels import Pixels
@@ -131,6 +131,12 @@ class Handler(LimitedHandler):
         except VotesFileError as error:  # the voter learns that nothing is stored, and the teacher why
             self.server.warn(str(error))
             raise Refused(503, "votes cannot be stored at the moment; tell your teacher, and try again.") from None
+        except AllPairsJudged:
+            raise Refused(400, "You have judged all pairs for this question. Choose another question above.") from None
+        except AlreadyVoted as error:
+            raise Refused(
+                400, f"Your first vote on this pair was counted: {error.first}. Here is the next pair."
+            ) from None
         except ArenaError as error:
             raise Refused(400, str(error)) from None
 
@@ -173,7 +179,9 @@ class Handler(LimitedHandler):
     def _vote(self, voter: str, body: dict) -> dict:
         counted = False
         if not self.server.votes_given.spend(voter):
-            raise Refused(429, f"a voter has {VOTES[0]} votes within an hour; go on later.")
+            raise Refused(
+                429, f"You have given {VOTES[0]} votes in one hour, which is the limit. Please continue later."
+            )
         try:
             counted = self.server.arena.vote(body.get("ballot"), body.get("choice"), voter)
         finally:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from fluxedu.arena import Arena, ArenaError, Contestant, Votes, create_server
+from fluxedu.arena.limits import Limit
 
 #: an arena of three contestants and its server, as a separate process; argument: the file of votes
 SCRIPT = """
@@ -232,6 +233,22 @@ def test_bad_requests_get_a_one_sentence_error(ann, server, expected, request_, 
     assert server.arena.votes.rows() == []
 
 
+def test_a_voter_reads_what_to_do_next(ann, server):
+    ballot = ann.request("/ballot", {"axis": "overall"})[1]["id"]
+    assert ann.request("/vote", {"ballot": ballot, "choice": "left"}) == (200, {"counted": True})
+    says = "Your first vote on this pair was counted: left. Here is the next pair."
+    assert ann.request("/vote", {"ballot": ballot, "choice": "right"}) == (400, {"error": says})
+    server.votes_given = Limit(0, 3600)
+    status, body = ann.request("/vote", {"ballot": ballot, "choice": "left"})
+    says = "You have given 300 votes in one hour, which is the limit. Please continue later."
+    assert (status, body["error"]) == (429, says)
+    server.arena.prompts = 0  # no pairs are left
+    server.arena._questions.clear()
+    status, body = ann.request("/ballot", {"axis": "overall"})
+    says = "You have judged all pairs for this question. Choose another question above."
+    assert (status, body["error"]) == (400, says)
+
+
 def test_nobody_votes_on_another_voters_ballot(ann, server):
     bob = Browser(server.port, server.code, "bob")
     _, ballot = ann.request("/ballot", {"axis": "overall"})
@@ -286,7 +303,7 @@ def test_a_mistake_of_the_server_is_one_line_in_its_terminal(ann, server, monkey
     monkeypatch.setattr(server.arena, "side", lambda *_: 1 / 0)
     for _ in range(3):
         status, body = ann.request(ballot["left"])
-        assert status == 500 and body["error"] == "the server made a mistake; its terminal says which."
+        assert status == 500 and body["error"] == "Something went wrong on the server. Please tell your teacher."
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert line.endswith("ZeroDivisionError: division by zero")
 

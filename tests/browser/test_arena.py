@@ -67,6 +67,65 @@ def test_a_visitor_enters_the_class_code(server, tab, width):
     assert tab.evaluate("document.cookie") == "", "scripts cannot read the token"
 
 
+@pytest.fixture
+def offline(browser):
+    """A page some of whose requests fail, which the browser reports in its console; its script must have no errors."""
+    page, errors = browser.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    yield page
+    page.close()
+    assert errors == []
+
+
+def test_after_a_lost_response_the_other_key_shows_the_first_vote_and_goes_on(server, offline):
+    offline.goto(server.url)
+    offline.get_by_label("question").wait_for()
+    offline.locator("#tie:enabled").wait_for()
+    offline.route("**/vote", lambda route: (route.fetch(), route.abort()), times=1)  # it arrives, the response does not
+    offline.keyboard.press("ArrowLeft")
+    offline.locator("#message.error", has_text="The server did not answer.").wait_for()
+    offline.keyboard.press("ArrowRight")
+    note = "Your first vote on this pair was counted: left. Here is the next pair."
+    offline.locator("#message", has_text=note).wait_for()
+    offline.locator("#tie:enabled").wait_for()
+    offline.keyboard.press("ArrowDown")
+    offline.locator("#count", has_text="1 vote").wait_for()
+    assert [row["choice"] for row in server.arena.votes.rows()] == ["left", "tie"]
+
+
+IMPATIENT = """
+window.hurry = 6;
+const timeout = AbortSignal.timeout.bind(AbortSignal), later = window.setTimeout.bind(window);
+AbortSignal.timeout = (ms) => timeout(ms / hurry);
+window.setTimeout = (f, ms, ...rest) => later(f, ms / hurry, ...rest);
+"""
+
+
+@pytest.mark.parametrize("how", [lambda route: route.abort(), lambda route: None], ids=["fails", "hangs"])
+@pytest.mark.parametrize("path", ["**/join", "**/ballot", "**/picture/*/right"])
+def test_what_did_not_arrive_can_be_tried_again(server, offline, path, how):
+    offline.add_init_script(IMPATIENT)
+    offline.route(path, how)
+    offline.goto(server.url)
+    offline.get_by_role("button", name="Try again").wait_for()
+    offline.unroute(path)
+    offline.evaluate("hurry = 1")
+    offline.click("#again")
+    offline.locator("#tie:enabled").wait_for()
+    assert not offline.locator("#again").is_visible()
+
+
+def test_the_last_pair_is_followed_by_a_sentence(server, offline):
+    offline.goto(server.url)
+    for count in range(1, 7):
+        offline.locator("#tie:enabled").wait_for()
+        offline.keyboard.press("ArrowDown")
+        offline.locator("#count", has_text=f"{count} vote").wait_for()
+    done = "You have judged all pairs for this question. Choose another question above."
+    offline.locator("#message.error", has_text=done).wait_for()
+    assert not offline.locator("#again").is_visible()
+
+
 def test_a_booth_in_a_notebook_takes_the_keys(run):
     page = run(BOOTH, name="arena")
     live = page.locator(".fluxedu").first
