@@ -76,17 +76,11 @@ class CourseError(FluxeduError):
 
 
 class ArenaError(FluxeduError):
-    """A match, vote or contestant that does not exist or is malformed."""
+    """A match, vote or contestant that does not exist or is malformed. ``on_page``: what the voting page says."""
 
-
-class AllPairsJudged(ArenaError):
-    """A voter has judged every pair on an axis."""
-
-
-class AlreadyVoted(ArenaError):
-    """A ballot has been answered in another way: with ``first``, the vote that counts."""
-
-    first = ""
+    def __init__(self, message: object = "", on_page: str = ""):
+        super().__init__(message)
+        self.on_page = on_page or str(self)
 
 
 class VotesFileError(ArenaError):

@@ -30,7 +30,7 @@ from fluxedu.arena.rating import Ratings, rank_pairs, rate, tally, win_matrix
 from fluxedu.arena.stable_diffusion import FILE, SD, open_model
 from fluxedu.arena.votes import AXES, JUDGE, Ballot, Votes, check_axis, check_voter
 from fluxedu.checkpoints import find
-from fluxedu.errors import AllPairsJudged, ArenaError
+from fluxedu.errors import ArenaError
 from fluxedu.files import atomic_path, check_writable
 from fluxedu.loading import SHIPPED_MODELS, WEIGHTS
 from fluxedu.nano.exam import Question, questions
@@ -236,9 +236,8 @@ class Arena:
                 counts = [shown.get(key, (0, 0))[0] for key in unseen]
                 key = unseen[rng.choice([n for n, count in enumerate(counts) if count == min(counts)])]
                 return self.votes.issue(axis, left, right, *key, questions[key].size, voter)
-        raise AllPairsJudged(
-            f"voter {voter} has judged every pair on the axis {axis}; use more prompts to get more pairs."
-        )
+        message = f"voter {voter} has judged every pair on the axis {axis}; use more prompts to get more pairs."
+        raise ArenaError(message, "You have judged all pairs for this question. Choose another question above.")
 
     def vote(self, ballot: str, choice: str, voter: str) -> bool:
         """Store a vote: left, right or tie. False if the same vote was stored before."""
@@ -323,7 +322,7 @@ def judge_votes(arena: Arena, votes: int, axes: Sequence[str] = tuple(AXES)) -> 
             axis = remaining[given % len(remaining)]
             try:
                 ballot = arena.ballot(JUDGE, axis)
-            except AllPairsJudged:
+            except ArenaError:  # every pair on this axis has been judged
                 remaining.remove(axis)
                 continue
             choice = preference(axis, *arena.sides(ballot), claims[axis][ballot.prompt, ballot.seed])

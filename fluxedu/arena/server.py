@@ -39,7 +39,7 @@ from fluxedu.arena.limits import Limit, LimitedHandler, LimitedServer, Refused
 from fluxedu.arena.match import Arena, contact_sheet
 from fluxedu.arena.rating import rate
 from fluxedu.arena.votes import AXES, check_person
-from fluxedu.errors import AllPairsJudged, AlreadyVoted, ArenaError, VotesFileError, check_choice, checked, describe
+from fluxedu.errors import ArenaError, VotesFileError, check_choice, checked, describe
 from fluxedu.files import read_json
 from fluxedu.widgets.explorer import Explorer, View, Vote
 from fluxedu.widgets.panels import Pixels
@@ -93,9 +93,7 @@ class Server(LimitedServer):
         if secrets.compare_digest(text.encode(errors="replace"), self.code.encode()):
             return
         if not self.wrong_codes.spend(client):
-            raise Refused(
-                429, "Too many wrong codes were entered in your network. Please ask your teacher for the code."
-            )
+            raise Refused(429, "Too many wrong codes were entered in your network. Please ask your teacher.")
         raise Refused(403, f"{describe(text)} is not the class code.")
 
 
@@ -131,14 +129,8 @@ class Handler(LimitedHandler):
         except VotesFileError as error:  # the voter learns that nothing is stored, and the teacher why
             self.server.warn(str(error))
             raise Refused(503, "votes cannot be stored at the moment; tell your teacher, and try again.") from None
-        except AllPairsJudged:
-            raise Refused(400, "You have judged all pairs for this question. Choose another question above.") from None
-        except AlreadyVoted as error:
-            raise Refused(
-                400, f"Your first vote on this pair was counted: {error.first}. Here is the next pair."
-            ) from None
         except ArenaError as error:
-            raise Refused(400, str(error)) from None
+            raise Refused(400, error.on_page) from None
 
     def _send_json(self, value, **headers: str) -> None:
         self.send(json.dumps(value).encode(), **headers)
@@ -162,9 +154,7 @@ class Handler(LimitedHandler):
         if self.server.code:
             self.server.check_code(body["code"], self.client)
         if not self.server.new_voters.spend(self.client):
-            self.server.warn(
-                f"{self.client}: the limit of {NEW_VOTERS[0]} new voters per hour keeps others from joining."
-            )
+            self.server.warn(f"{NEW_VOTERS[0]} voters joined from {self.client} within an hour; no more can join.")
             raise Refused(429, "Too many voters have joined from your network. Please tell your teacher.")
         voter, token = self.server.arena.votes.join(body.get("voter") or f"voter-{secrets.token_hex(4)}")
         cookie = f"fluxedu_{self.server.port}={token}; Path=/; Max-Age=2592000; HttpOnly; SameSite=Strict"

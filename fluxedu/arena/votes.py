@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from fluxedu.errors import AlreadyVoted, ArenaError, VotesFileError, check_choice, describe
+from fluxedu.errors import ArenaError, VotesFileError, check_choice, describe
 from fluxedu.files import write_text
 
 CHOICES = {"left": 1.0, "right": 0.0, "tie": 0.5}  # the left model's share of the win
@@ -219,11 +219,8 @@ class Votes:
                 return True
             first = db.execute("SELECT choice FROM votes WHERE ballot = ?", (ballot,)).fetchone()[0]
         if first != choice:
-            error = AlreadyVoted(
-                f"ballot {ballot} has already been answered with {first}, and a vote cannot be changed."
-            )
-            error.first = first
-            raise error
+            message = f"ballot {ballot} has already been answered with {first}, and a vote cannot be changed."
+            raise ArenaError(message, f"Your first vote on this pair was counted: {first}. Here is the next pair.")
         return False
 
     def _check_not_dropped(self, voter: str) -> None:
