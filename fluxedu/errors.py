@@ -23,7 +23,7 @@ class FluxeduError(ValueError):
     def __init__(self, message: object = ""):
         text = " ".join(str(message).split())
         text = re.sub(r"\S{250,}", lambda word: f"{word[0][:100]}...{word[0][-100:]}", text)
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)  # a terminal would obey other characters
+        text = printable(text)
         super().__init__(text if len(text) <= 900 else f"{text[:500]} ... {text[-300:]}")
 
 
@@ -89,6 +89,11 @@ class VotesFileError(ArenaError):
 
 class SweepError(FluxeduError):
     """A sweep that cannot be run as it is described."""
+
+
+def printable(text: str) -> str:
+    """``text`` with escapes such as ``\\x1b`` for control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def describe(value) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fluxedu.errors import ArenaError, printable
 from fluxedu.terminal import report_errors, write_result
 
 app = typer.Typer(
@@ -37,7 +38,6 @@ def _axes(axes: list[str] | None) -> tuple[str, ...]:
 
 def _open_votes(path: Path):
     from fluxedu.arena.votes import Votes
-    from fluxedu.errors import ArenaError
 
     if not path.is_file():
         raise ArenaError(f"there is no file of votes {path}; fluxedu arena run or serve creates one.")
@@ -144,7 +144,8 @@ def voters(votes: File = Path("votes.sqlite")) -> None:
         for row in _open_votes(votes).voters():
             when = [min(max(row[key] or 0, 0), 4e9) for key in ("first", "last")]  # a damaged file may hold any time
             times = "  ".join(f"{datetime.fromtimestamp(t):%Y-%m-%d %H:%M}" for t in when) if row["votes"] else ""
-            typer.echo(f"{row['voter']:<40}  {row['votes']:>5}  {times:<34}  {'dropped' * row['dropped']}".rstrip())
+            line = f"{printable(row['voter']):<40}  {row['votes']:>5}  {times:<34}  {'dropped' * row['dropped']}"
+            typer.echo(line.rstrip())
 
 
 @app.command(epilog="Example: fluxedu arena drop voter-1a2b3c4d voter-5e6f7a8b --votes votes.sqlite")

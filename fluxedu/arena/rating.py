@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fluxedu.errors import ArenaError
+from fluxedu.errors import ArenaError, printable
 
 ELO = 400 / np.log(10)  # Elo points per unit of strength
 PRIOR = 1.0  # games won and lost against the player at 0; with fewer, intervals from few votes are too narrow
@@ -153,11 +153,11 @@ class Ratings:
 
     def table(self) -> str:
         """The ratings as text."""
-        width = max(map(len, (*self.names, "model")))
+        width = max(len(printable(name)) for name in (*self.names, "model"))
         lines = [f"{'model':<{width}}   Elo   {self.level:.0%} interval   votes"]
         for name, row in self.rows().items():
             interval = f"{row['low']:.0f} to {row['high']:.0f}"
-            lines.append(f"{name:<{width}}  {row['elo']:4.0f}   {interval:>12}   {row['votes']:>5}")
+            lines.append(f"{printable(name):<{width}}  {row['elo']:4.0f}   {interval:>12}   {row['votes']:>5}")
         lines.append(f"{self.total} votes. A model with 100 Elo more is preferred in 64 of 100 pairs.")
         return "\n".join(lines)
 

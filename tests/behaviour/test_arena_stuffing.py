@@ -328,6 +328,15 @@ def test_a_full_disk_is_found_before_the_images_are_generated(tmp_path):
     assert new.startswith("2 fluxedu: ") and "new.sqlite cannot be" in new, done
 
 
+def test_names_in_a_file_of_somebody_else_do_not_control_the_terminal(tmp_path):
+    votes = Votes(tmp_path / "v.sqlite")
+    votes.vote(votes.issue("overall", "a\x1b]0;title\x07\n", "Zoë", "p", 0, (8, 8), "ann").id, "left", "ann")
+    votes.db.execute("UPDATE ballots SET voter = ?", ("\x1b[31mred\r\x9b2J",))
+    listed, rated = (run(app, ["arena", word, "--votes", str(votes.path)]).output for word in ("voters", "table"))
+    assert "\\x1b[31mred\\r\\x9b2J " in listed and "\\x1b]0;title\\x07\\n " in rated and "Zoë" in rated
+    assert (listed + rated).replace("\n", "").isprintable()
+
+
 def test_voters_of_a_damaged_file_are_listed_or_one_sentence_says_why_not(tmp_path):
     votes = Votes(tmp_path / "v.sqlite")
     for voter, given in (("ann", 1e300), ("bob", -1e300), ("cid", float("inf"))):
