@@ -22,8 +22,7 @@ class FluxeduError(ValueError):
 
     def __init__(self, message: object = ""):
         text = " ".join(str(message).split())
-        text = re.sub(r"\S{250,}", lambda word: f"{word[0][:100]}...{word[0][-100:]}", text)
-        text = printable(text)
+        text = printable(re.sub(r"\S{250,}", lambda word: f"{word[0][:100]}...{word[0][-100:]}", text))
         super().__init__(text if len(text) <= 900 else f"{text[:500]} ... {text[-300:]}")
 
 

@@ -141,11 +141,12 @@ def voters(votes: File = Path("votes.sqlite")) -> None:
     """List the voters with their numbers of votes, most votes first."""
     with report_errors():
         typer.echo(f"{'voter':<40}  votes  first vote        last vote")
-        for row in _open_votes(votes).voters():
-            when = [min(max(row[key] or 0, 0), 4e9) for key in ("first", "last")]  # a damaged file may hold any time
-            times = "  ".join(f"{datetime.fromtimestamp(t):%Y-%m-%d %H:%M}" for t in when) if row["votes"] else ""
-            line = f"{printable(row['voter']):<40}  {row['votes']:>5}  {times:<34}  {'dropped' * row['dropped']}"
-            typer.echo(line.rstrip())
+        for v in _open_votes(votes).voters():
+            when = [min(max(v[key] or 0, 0), 4e9) for key in ("first", "last")]  # a damaged file may hold any time
+            times = "  ".join(f"{datetime.fromtimestamp(t):%Y-%m-%d %H:%M}" for t in when) if v["votes"] else ""
+            typer.echo(
+                f"{printable(v['voter']):<40}  {v['votes']:>5}  {times:<34}  {'dropped' * v['dropped']}".rstrip()
+            )
 
 
 @app.command(epilog="Example: fluxedu arena drop voter-1a2b3c4d voter-5e6f7a8b --votes votes.sqlite")

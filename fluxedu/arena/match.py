@@ -30,7 +30,7 @@ from fluxedu.arena.rating import Ratings, rank_pairs, rate, tally, win_matrix
 from fluxedu.arena.stable_diffusion import FILE, SD, open_model
 from fluxedu.arena.votes import AXES, JUDGE, Ballot, Votes, check_axis, check_voter
 from fluxedu.checkpoints import find
-from fluxedu.errors import ArenaError
+from fluxedu.errors import ArenaError, check_integer, checked
 from fluxedu.files import atomic_path, check_writable
 from fluxedu.loading import SHIPPED_MODELS, WEIGHTS
 from fluxedu.nano.exam import Question, questions
@@ -102,13 +102,14 @@ class Contestant:
 _load = cache(open_model)  # nano and nano@4 share one model
 
 
+@checked(ArenaError)
 def contestant(spec: str, device: str | torch.device | None = None) -> Contestant:
     """The contestant for a model of :func:`fluxedu.load` or ``"sd"``; ``@4`` after the name means 4 steps.
 
     The weights must exist, but they are not loaded before the first image is needed.
     """
     model, _, steps = spec.partition("@")
-    if steps and (not steps.isdecimal() or not 1 <= int(steps) <= 1000):
+    if steps and (not steps.isdecimal() or len(steps) > 4 or not 1 <= int(steps) <= 1000):
         raise ArenaError(f"the number after @ must be a number of steps from 1 to 1000, as in nano@4, not {spec!r}.")
     if model == SD:
         weights = [WEIGHTS / FILE]
@@ -173,6 +174,7 @@ class Gallery:
 # ---------------------------------------------------------------- the arena
 
 
+@checked(ArenaError)
 class Arena:
     """Models, given by name (see :func:`contestant`) or as :class:`Contestant`, and the file of votes on them.
 
@@ -200,7 +202,8 @@ class Arena:
         self.gallery = Gallery([contestant(m) if isinstance(m, str) else m for m in models], folder)
         self.names = tuple(self.gallery.contestants)
         self.votes = votes if isinstance(votes, Votes) else Votes(votes)
-        self.prompts, self.seed, self.lock = prompts, seed, threading.Lock()
+        self.prompts = check_integer("prompts", prompts, 1, 10_000, error=ArenaError)
+        self.seed, self.lock = check_integer("seed", seed, 0, 2**63 - 1, error=ArenaError), threading.Lock()
         self._questions: dict[str, list[Question]] = {}
 
     def questions(self, axis: str) -> list[Question]:

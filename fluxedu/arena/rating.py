@@ -20,24 +20,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fluxedu.errors import ArenaError, printable
+from fluxedu.errors import ArenaError, check_integer, check_number, checked, printable
 
 ELO = 400 / np.log(10)  # Elo points per unit of strength
 PRIOR = 1.0  # games won and lost against the player at 0; with fewer, intervals from few votes are too narrow
 MAX_STEP = 2.0  # units of strength; a full Newton step may overshoot if one side hardly ever wins
 TIE_TOLERANCE = 1e-9  # variance reductions that differ by less than this share of the largest count as equal
 
-Vote = tuple[str, str, float]  # two models and the first one's share of the win: 1, 0.5 or 0
+Vote = tuple[str, str, float] | tuple[str, str, float, int]  # two models, the first's share, the number of votes
 
 
 # ---------------------------------------------------------------- counting votes
 
 
-def tally(names: Sequence[str], votes: Iterable[Vote | tuple[str, str, float, int]]) -> np.ndarray:
-    """Votes as rows (i, j, share of i, number of such votes), ``[C, 4]``. A vote may end in its own number."""
+def tally(names: Sequence[str], votes: Iterable[Vote]) -> np.ndarray:
+    """Votes as rows (i, j, share of i, number of such votes), ``[C, 4]``."""
     index, counts = {name: i for i, name in enumerate(names)}, {}
     for a, b, share, *number in votes:
-        if a not in index or b not in index or a == b or share not in (0, 0.5, 1):
+        if a not in index or b not in index or a == b or share not in (0, 0.5, 1) or any(n < 1 for n in number):
             raise ArenaError(
                 f"a vote needs two different models of {', '.join(names)} and a share of 1, 0.5 or 0, "
                 f"not ({a!r}, {b!r}, {share!r})."
@@ -162,12 +162,16 @@ class Ratings:
         return "\n".join(lines)
 
 
+@checked(ArenaError)
 def rate(
-    names: Sequence[str], votes: Iterable[Vote], *, level: float = 0.95, rounds: int = 1000, seed: int = 0
+    names: str | Sequence[str], votes: Sequence[Vote], *, level: float = 0.95, rounds: int = 1000, seed: int = 0
 ) -> Ratings:
     """Elo with intervals from ``votes`` (model, model, share of the first), by ``rounds`` rounds of the bootstrap."""
     if len(set(names)) < max(len(names), 2):
         raise ArenaError(f"ratings need at least two models with different names, not {', '.join(names) or 'none'}.")
+    check_number("level", level, 0, 1, error=ArenaError)
+    check_integer("rounds", rounds, 1, 100_000, error=ArenaError)
+    check_integer("seed", seed, 0, 2**63 - 1, error=ArenaError)
     rows, m = tally(names, votes), len(names)
     wins = win_matrix(rows, m)
     best = fit(add_prior(wins))

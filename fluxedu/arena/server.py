@@ -45,8 +45,7 @@ from fluxedu.widgets.explorer import Explorer, View, Vote
 from fluxedu.widgets.panels import Pixels
 
 LETTERS = "ABCDEFGHJKLMNPQRTUVWXYZ"  # of a class code; none looks like a digit
-CODE_LENGTH = 8  # one of 78 billion codes: guessing them all takes years, so the right one is never refused
-WRONG_CODES = (30, 600)  # per address, in so many seconds
+WRONG_CODES = (30, 600)  # per address, in so many seconds; the right one, of 78 billion, is never refused
 NEW_VOTERS = (200, 3600)  # per address and hour; a class behind one router shares an address
 VOTES = (300, 3600)  # per voter and hour
 _PICTURE = re.compile(r"/picture/([\w-]{1,40})/(left|right)", re.ASCII)
@@ -90,11 +89,10 @@ class Server(LimitedServer):
     def check_code(self, given, client: str) -> None:
         """Raise Refused unless ``given`` is the class code."""
         text = "".join(str(given).split()).upper()
-        if secrets.compare_digest(text.encode(errors="replace"), self.code.encode()):
-            return
-        if not self.wrong_codes.spend(client):
+        if not secrets.compare_digest(text.encode(errors="replace"), self.code.encode()):
+            if self.wrong_codes.spend(client):
+                raise Refused(403, f"{describe(text)} is not the class code.")
             raise Refused(429, "Too many wrong codes were entered in your network. Please ask your teacher.")
-        raise Refused(403, f"{describe(text)} is not the class code.")
 
 
 class Handler(LimitedHandler):
@@ -169,9 +167,8 @@ class Handler(LimitedHandler):
     def _vote(self, voter: str, body: dict) -> dict:
         counted = False
         if not self.server.votes_given.spend(voter):
-            raise Refused(
-                429, f"You have given {VOTES[0]} votes in one hour, which is the limit. Please continue later."
-            )
+            limit = f"You have given {VOTES[0]} votes in one hour, which is the limit."
+            raise Refused(429, f"{limit} Please continue later.")
         try:
             counted = self.server.arena.vote(body.get("ballot"), body.get("choice"), voter)
         finally:
@@ -231,7 +228,7 @@ def create_server(
     for axis in axes:
         arena.questions(axis)  # raises ArenaError if there is no such axis
     if code is None:
-        code = "".join(secrets.choice(LETTERS) for _ in range(CODE_LENGTH))
+        code = "".join(secrets.choice(LETTERS) for _ in range(8))
     try:
         return Server(arena, host, port, axes, code.upper(), allowed_hosts)
     except (OSError, OverflowError, ValueError, TypeError) as error:
@@ -301,6 +298,7 @@ class Booth(Explorer):
         super()._redraw(change)
 
 
+@checked(ArenaError)
 def booth(arena: Arena, *, voter: str = "me", axis: str = "overall") -> Booth:
     """A widget to vote on pairs of images without seeing the models' names; keys: left, right, and down for a tie.
 

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from fluxedu.errors import ArenaError, VotesFileError, check_choice, describe
+from fluxedu.errors import ArenaError, VotesFileError, check_choice, checked, describe
 from fluxedu.files import write_text
 
 CHOICES = {"left": 1.0, "right": 0.0, "tie": 0.5}  # the left model's share of the win
@@ -131,6 +131,7 @@ def _whose(who: str) -> str:
     return f"{condition} AND voter NOT IN (SELECT name FROM voters WHERE dropped IS NOT NULL)"
 
 
+@checked(ArenaError)
 class Votes:
     """The file of votes at ``path``; it is created if it does not exist. Threads and processes may share it."""
 
@@ -167,8 +168,9 @@ class Votes:
         """Turns errors of SQLite, such as a damaged file or a full disk, into one sentence."""
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
-            raise VotesFileError(f"{self.path} cannot be used as a file of votes: {error}.") from None
+        except (sqlite3.Error, OSError, ValueError) as error:  # ValueError: of a path that no file can have
+            unusable = VotesFileError(f"{self.path} cannot be used as a file of votes: {error}.")
+            raise error if isinstance(error, ArenaError) else unusable from None
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -240,10 +242,7 @@ class Votes:
         return name, token
 
     def drop(self, *voters: str, undo: bool = False) -> int:
-        """Leave voters' votes out of all ratings, now and in future, or count them again; returns their number.
-
-        Raises ArenaError if one of the voters does not exist, and then changes nothing.
-        """
+        """Leave votes of these voters out of all ratings, now and later, or count them again; returns their number."""
         with self._transaction() as db:
             numbers = {row["voter"]: row["votes"] for row in db.execute(f"SELECT {_VOTES_BY_VOTER}")}
             for voter in voters:
@@ -310,6 +309,7 @@ class Votes:
         )
         return [dict(row) for row in self._select(f"{query} ORDER BY given, id")]
 
+    @checked(ArenaError)
     def export(self, path: Path | str) -> int:
         """Write every vote to a ``.csv`` or ``.json`` file and return their number."""
         path, rows = Path(path), self.rows()

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxedu.arena import Arena, Contestant, Votes, contestant
+from fluxedu.arena import Arena, Contestant, Votes, booth, contestant, rate
 from fluxedu.arena.match import Gallery, axis_questions, contact_sheet, judge_votes, preference, score, side_images
 from fluxedu.arena.votes import AXES
 from fluxedu.errors import ArenaError, FluxeduError
@@ -119,6 +120,35 @@ def test_errors_are_one_sentence(wrong, says, votes):
     with pytest.raises(ArenaError, match=says):
         wrong(votes)
     assert votes.rows() == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda a: Votes(5), "path must be of the type Path | str, not 5"),
+        (lambda a: a.votes.export(5), "path must be of the type Path | str, not 5"),
+        (lambda a: Arena(5, a.votes), "models must be of the type"),
+        (lambda a: Arena("ab", a.votes), "models must be of the type"),
+        (lambda a: Arena(["nano", 5], a.votes), "models must be of the type"),
+        (lambda a: Arena([flat("x", "red"), flat("y", "red")], 5), "votes must be of the type"),
+        (lambda a: Arena([flat("x", "red"), flat("y", "red")], a.votes, prompts=0), "prompts must be a whole number"),
+        (lambda a: Arena([flat("x", "red"), flat("y", "red")], a.votes, seed=-1), "seed must be a whole number"),
+        (lambda a: booth("x"), "arena must be of the type Arena, not 'x'"),
+        (lambda a: booth(a, voter=5), "voter must be of the type str, not 5"),
+        (lambda a: contestant(5), "spec must be of the type str, not 5"),
+        (lambda a: contestant("nano@" + 5000 * "9"), "a number of steps from 1 to 1000"),
+        (lambda a: rate(3, 4), "names must be of the type"),
+        (lambda a: rate("ab", 4), "votes must be of the type"),
+        (lambda a: rate("ab", [("a", "b")]), "votes must be of the type"),
+        (lambda a: rate("ab", [("a", "b", 1.0, -3)]), "a vote needs two different models"),
+        (lambda a: rate("ab", [], level=5), "level must be a number from 0 to 1"),
+        (lambda a: rate("ab", [], rounds=0), "rounds must be a whole number"),
+        (lambda a: rate("ab", [], seed=-1), "seed must be a whole number"),
+    ],
+)
+def test_arguments_of_a_wrong_type_or_size_are_named(wrong, says, arena):
+    with pytest.raises(ArenaError, match=re.escape(says)):
+        wrong(arena)
 
 
 def test_another_programs_file_is_not_touched(tmp_path):

@@ -10,7 +10,7 @@ from sizes import TINY_FLUX
 from torch import nn
 
 import fluxedu as fe
-from fluxedu import checkpoints, course, instruments, memory, plots, sampling, trace, widgets
+from fluxedu import arena, checkpoints, course, instruments, memory, plots, sampling, trace, widgets
 from fluxedu.attention_map import AttentionMap
 from fluxedu.instruments import Named, lenses, open_recording
 from fluxedu.instruments.ablation import ablate
@@ -50,6 +50,8 @@ def entrances(make_pipe, folder: Path) -> dict[str, Entrance]:
     networks = memory.Networks(pipe.flux, pipe.autoencoder, pipe.prompt_encoder.clip, pipe.prompt_encoder.t5)
     mine = widgets.trajectory(pipe, PROMPT, **SHORT)
     text = pipe.prompt_encoder([PROMPT])
+    votes = arena.Votes(folder / "votes.sqlite")
+    red_and_blue = [arena.Contestant(c, lambda p, s, h, w, c=c: Image.new("RGB", (w, h), c)) for c in ("red", "blue")]
 
     def recording(*globs, **options):
         with fe.record(*globs, **options) as recorder:
@@ -177,6 +179,15 @@ def entrances(make_pipe, folder: Path) -> dict[str, Entrance]:
         "widgets.particles": (widgets.particles, {"fields": {"a": lambda x, t: -x}, "data": torch.zeros(1, 2),
             "count": 4, "steps": 2, "seed": 0}),
         "where": (lambda pipe, name: course.where(pipe, name), {"pipe": pipe, "name": "clip"}),
+        # ------------------------------------------------ the arena
+        "arena.Arena": (arena.Arena, {"models": red_and_blue, "votes": votes, "prompts": 2, "folder": None, "seed": 0}),
+        "arena.Votes": (arena.Votes, {"path": folder / "votes.sqlite"}),
+        "arena.Votes.export": (votes.export, {"path": folder / "votes.csv"}),
+        "arena.booth": (arena.booth, {"arena": arena.Arena(red_and_blue, votes, prompts=2), "voter": "me",
+            "axis": "overall"}),
+        "arena.contestant": (arena.contestant, {"spec": "nano@4", "device": "cpu"}),
+        "arena.rate": (arena.rate, {"names": ["a", "b"], "votes": [("a", "b", 1.0), ("b", "a", 0.5, 2)], "level": 0.9,
+            "rounds": 8, "seed": 0}),
         # ------------------------------------------------ checkpoints
         "config_of": (checkpoints.config_of, {"tensors": checkpoints.read(folder / "flux.safetensors")}),
         "convert": (checkpoints.convert, {"state_dict": weights, "to": "diffusers", "config": flux.config}),
