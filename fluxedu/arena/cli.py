@@ -144,9 +144,8 @@ def voters(votes: File = Path("votes.sqlite")) -> None:
         for v in _open_votes(votes).voters():
             when = [min(max(v[key] or 0, 0), 4e9) for key in ("first", "last")]  # a damaged file may hold any time
             times = "  ".join(f"{datetime.fromtimestamp(t):%Y-%m-%d %H:%M}" for t in when) if v["votes"] else ""
-            typer.echo(
-                f"{printable(v['voter']):<40}  {v['votes']:>5}  {times:<34}  {'dropped' * v['dropped']}".rstrip()
-            )
+            dropped = "dropped" * v["dropped"]
+            typer.echo(f"{printable(v['voter']):<40}  {v['votes']:>5}  {times:<34}  {dropped}".rstrip())
 
 
 @app.command(epilog="Example: fluxedu arena drop voter-1a2b3c4d voter-5e6f7a8b --votes votes.sqlite")

@@ -222,8 +222,8 @@ def create_server(
 ) -> Server:
     """A server that has its port (0: any free one); call ``serve_forever()`` to run it.
 
-    code: what voters must know to join; None chooses eight random letters, "" lets everybody in · allowed_hosts:
-    further names under which browsers reach the server, such as that of a proxy
+    code: what voters must know to join (a short one can be guessed); None chooses eight random letters, "" lets
+    everybody in · allowed_hosts: further names under which browsers reach the server, such as that of a proxy
     """
     for axis in axes:
         arena.questions(axis)  # raises ArenaError if there is no such axis
