@@ -240,8 +240,12 @@ vital_block.against("first" if most_vital == 0 else "last" if most_vital == len(
 #
 # ## The predicted image after each block
 #
-# The last layer turns image tokens into a velocity, and a velocity implies a final image, the *predicted x0*:
-# $\hat{x}_0 = x_t - t\,v$. We can apply the last layer after *every* block, not only after the last one. This is our
+# The last layer turns image tokens into a velocity $v$, and with $x_t = (1 - t)\, x_0 + t\, x_1$ and $v = x_1 - x_0$
+# (notebook 10) a velocity implies a final image, the *predicted x0*:
+#
+# $$\hat{x}_0 = x_t - t\,v$$
+#
+# We can apply the last layer after *every* block, not only after the last one. This is our
 # adaptation of the *logit lens*, which applies a language model's last layer to the output of each block. The last
 # layer was trained on the output of the last block only, so the images for early blocks are a rough guess.
 
