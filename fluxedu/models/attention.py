@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.attention_map import AttentionMap, at_least_float32
+from fluxedu.errors import RequestError
 from fluxedu.probe import Probed
 
 RMS_EPS = 1e-6
@@ -125,7 +126,7 @@ def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: float = 10_000) ->
     Raises ValueError when ``ids`` does not have one id per axis.
     """
     if ids.shape[-1] != len(axes_dim):
-        raise ValueError(
+        raise RequestError(
             f"ids must have one position id per entry of axes_dim {axes_dim}, so {len(axes_dim)} per token, "
             f"not {ids.shape[-1]}."
         )

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.attention_map import AttentionMap
+from fluxedu.errors import RequestError
 from fluxedu.models.attention import merge_heads, to_heads
 from fluxedu.models.config import CLIPTextConfig
 from fluxedu.probe import Probed, name_sites
@@ -126,12 +127,14 @@ class CLIPTextEncoder(Probed):
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         length, most = ids.shape[1], self.config.max_position_embeddings
         if length > most:
-            raise ValueError(
+            raise RequestError(
                 f"the prompt must have at most {most} tokens, CLIP's positions, not {length}; truncate it."
             )
         ends = ids == self.config.eos_token_id
         if not ends.any(dim=1).all():
-            raise ValueError(f"every prompt needs its end-of-text token {self.config.eos_token_id}: CLIP pools there.")
+            raise RequestError(
+                f"every prompt needs its end-of-text token {self.config.eos_token_id}: CLIP pools there."
+            )
         states = self.probe("states", self.text_model(ids))  # [B, L, D] normalised; each has read only earlier tokens
         first_end = ends.int().argmax(dim=1)
         pooled = states[torch.arange(len(ids), device=ids.device), first_end]

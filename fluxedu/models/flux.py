@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fluxedu.errors import RequestError
 from fluxedu.models.attention import rope_table
 from fluxedu.models.blocks import DoubleStreamBlock, LastLayer, SingleStreamBlock
 from fluxedu.models.config import FluxConfig
@@ -143,7 +144,7 @@ class Flux(Probed):
         FLUX.1-dev's weights and see a single vector per image.
         """
         if self.config.guidance_embed and guidance is None:
-            raise ValueError(
+            raise RequestError(
                 "this model has a guidance input: pass guidance as a tensor [B], such as torch.full((B,), 3.5)."
             )
         terms = {"time": self.time_in(self._embed(timesteps))}
@@ -196,8 +197,8 @@ class Flux(Probed):
         c = self.config
         for name, x, width in (("img", img, c.in_channels), ("txt", txt, c.context_in_dim)):
             if x.ndim != 3 or x.shape[-1] != width:
-                raise ValueError(f"{name} must be [batch, tokens, {width}], not {list(x.shape)}.")
+                raise RequestError(f"{name} must be [batch, tokens, {width}], not {list(x.shape)}.")
         positions, tokens = rope.shape[-2], (txt.shape[1], img.shape[1])
         if positions != sum(tokens):
             counts = f"{tokens[0]} (text) + {tokens[1]} (image) = {sum(tokens)}"
-            raise ValueError(f"the ids must have one row per token, {counts}, not {positions}.")
+            raise RequestError(f"the ids must have one row per token, {counts}, not {positions}.")

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from fluxedu.errors import RequestError
 from fluxedu.nano.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -144,7 +145,7 @@ def _pixels(image) -> np.ndarray:
     """The image as float32 ``[H, W, 3]`` from 0 to 255."""
     array = to_rgb(image) if isinstance(image, Image.Image) else np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(f"image must be uint8 [H, W, 3] or a PIL image, not {array.dtype} {list(array.shape)}.")
+        raise RequestError(f"image must be uint8 [H, W, 3] or a PIL image, not {array.dtype} {list(array.shape)}.")
     return array.astype(np.float32)
 
 
