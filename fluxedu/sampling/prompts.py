@@ -99,6 +99,13 @@ class Conditioning:
             raise RequestError(f"there are {len(self.txt)} prompts, so there is no {describe(rows)} of them.") from None
 
 
+def _known_ids(ids: Tensor, count: int, encoder: str) -> Tensor:
+    """The ids, if the encoder has an embedding for each; raises RequestError for the tokenizer of another model."""
+    if ids.numel() and int(ids.max()) >= count:
+        raise RequestError(f"the tokenizer gives the id {int(ids.max())}, but {encoder} has only {count} tokens.")
+    return ids
+
+
 class PromptEncoder:
     """Both tokenizers and both encoders: prompts in, :class:`Conditioning` out."""
 
@@ -120,10 +127,10 @@ class PromptEncoder:
         for first in range(0, len(distinct), batch):
             texts = distinct[first : first + batch]
             with at_texts(texts):
-                t5_ids = self.t5_tokenizer(texts).to(device)
+                t5_ids = _known_ids(self.t5_tokenizer(texts), self.t5.config.vocab_size, "T5").to(device)
                 txt = self.t5(t5_ids)
                 check_finite("T5's embeddings", txt, partial(self.t5, t5_ids))
-                clip_ids = self.clip_tokenizer(texts).to(device)
+                clip_ids = _known_ids(self.clip_tokenizer(texts), self.clip.config.vocab_size, "CLIP").to(device)
                 _, pooled = self.clip(clip_ids)
                 check_finite("CLIP's pooled vectors", pooled, partial(self.clip, clip_ids))
             rows.append(Conditioning(txt, pooled))

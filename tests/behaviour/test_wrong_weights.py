@@ -162,3 +162,12 @@ def test_networks_of_other_widths(pipe):
     )
     with pytest.raises(RequestError, match="CLIP's width is"):
         FluxPipeline(other, pipe.flux, AutoEncoder(pipe.autoencoder.config), pipe.defaults, pipe.size)
+
+
+@pytest.mark.parametrize("encoder", ["t5", "clip"])
+def test_a_tokenizer_with_more_tokens_than_the_encoder_is_refused(encoder, monkeypatch):
+    pipe = fe.load()
+    network = getattr(pipe.prompt_encoder, encoder)
+    monkeypatch.setattr(network, "config", network.config.with_(vocab_size=5))
+    with pytest.raises(fe.FluxeduError, match=r"the tokenizer gives the id \d+, but (T5|CLIP) has only 5 tokens\.$"):
+        pipe("a red circle", steps=1, progress=False)
