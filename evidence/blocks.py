@@ -6,10 +6,11 @@ stream (padding is text). Control for the removed block: the latent of another s
 
 from __future__ import annotations
 
-import numpy as np
+from contextlib import nullcontext
 
 import fluxedu as fe
 from evidence.intervals import difference, median, share
+from evidence.prompts import correct
 from evidence.scenes import two_shapes
 from fluxedu.instruments.lenses.run import blocks_of
 from fluxedu.widgets.contributions import measure_contributions
@@ -34,23 +35,22 @@ def run(samples: int = 40) -> dict:
                         value = float(added.tensor[i, j, steps, tokens].mean())
                         cell.setdefault(f"{source} adds", []).append(value)
                         cell.setdefault(f"{source} adds, relative to the size", []).append(value / size)
-    plain, removed = [], {}
+    plain, with_all, removed = [], [], {}
     for name in ("nothing", "another seed", *blocks):
         verdicts, changes = [], []
         for seed, scene in enumerate(scenes):
-            with fe.record("vec") if name in ("nothing", "another seed") else fe.ablate(name):
+            with nullcontext() if name in ("nothing", "another seed") else fe.ablate(name):
                 drawn = seed + 1000 * (name == "another seed")
                 out = pipe(scene.prompt, seed=drawn, trajectory=False, progress=False)
             verdicts.append(scene.judged(out.images[0]))
-            claims = float(np.mean(verdicts[-1].results))
             if name == "nothing":
-                plain.append((out.latents, claims))
-            changes.append(float((out.latents - plain[seed][0]).norm() / plain[seed][0].norm()))
+                plain.append(out.latents)
+            changes.append(float((out.latents - plain[seed]).norm() / plain[seed].norm()))
+        claims = correct(verdicts)
+        with_all = claims if name == "nothing" else with_all
         removed[name] = {
             "everything right": share([v.everything for v in verdicts]),
-            "claims, compared with all blocks": difference(
-                [float(np.mean(v.results)) for v in verdicts], [claim for _, claim in plain]
-            ),
+            "claims, compared with all blocks": difference(claims, with_all),
             "change of the latent": median(changes),
         }
         print(name, {k: round(v["value"], 2) for k, v in removed[name].items()}, flush=True)

@@ -11,12 +11,12 @@ from fluxedu.nano.scenes import caption, sample_scene
 SEED = 2024  # the exam's is 77
 
 
-def questions(count: int, size: tuple[int, int] = (128, 128), objects: int | None = None) -> list[Question]:
+def questions(count: int, size: tuple[int, int] = (128, 128)) -> list[Question]:
     """Questions about held-out scenes, all of one size in pixels; the seed of each picture is its number."""
     rng = np.random.default_rng(SEED)
     made = []
     for number in range(count):
-        prompt, claim = caption(sample_scene(rng, size=size, count=objects, held_out=True), rng)
+        prompt, claim = caption(sample_scene(rng, size=size, held_out=True), rng)
         made.append(Question(prompt, claim, size, number))
     return made
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from fluxedu.nano.judge import Verdict, judge
-from fluxedu.nano.scenes import COLORS, INVERSE, RELATIONS, SHAPES, Claim
+from fluxedu.nano.scenes import COLORS, RELATIONS, SHAPES, Claim
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,6 @@ class TwoShapes:
     def recoloured(self, color: str) -> TwoShapes:
         """The same with the first shape in another colour."""
         return replace(self, colors=(color, self.colors[1]))
-
-    def turned(self) -> TwoShapes:
-        """The same with the opposite relation."""
-        return replace(self, relation=INVERSE[self.relation])
 
 
 def two_shapes(count: int, seed: int = 2024) -> list[TwoShapes]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import fluxedu
+from fluxedu import errors
 from fluxedu.course.check import Outcome, outcomes
 from fluxedu.course.exercise import Exercise, all_exercises
 
@@ -102,7 +103,7 @@ def _decoded(outcome: dict, tensors: dict[str, Tensor]) -> Outcome:
 
 def printable(text: str, most: int = MOST_TEXT) -> str:
     """Text on one line and of limited length, with control characters as escapes, such as ``\\x1b``."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
+    text = errors.printable(text[: most + 1])
     return text if len(text) <= most else f"{text[:most]}…"
 
 
