@@ -136,7 +136,7 @@ def course(notebooks: Path, folder: Path) -> None:
     """Write the students' edition of every notebook, with the outputs that need a solution folded in from the other."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for path in sorted(notebooks.glob("[0-9][0-9]-*.ipynb")):
+    for path in sorted(notebooks.glob("[0-9][0-9]*-*.ipynb")):
         student, solved = (nbformat.read(p, 4) for p in (path, notebooks / "solved" / path.name))
         outputs = {cell.source: cell.outputs for cell in solved.cells if needs_solution(cell)}
         for cell in filter(needs_solution, student.cells):

@@ -10,7 +10,11 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 def solved(of: tuple[str, ...] | None = None) -> list[Path]:
     """The solved editions, all of them or those whose numbers are in ``of``."""
-    return [path for path in sorted((NOTEBOOKS / "solved").glob("*.ipynb")) if of is None or path.name[:2] in of]
+    return [
+        path
+        for path in sorted((NOTEBOOKS / "solved").glob("*.ipynb"))
+        if of is None or path.name.partition("-")[0] in of
+    ]
 
 
 def failures(notebook: NotebookNode, timeout: int) -> list[str]:

@@ -26,7 +26,7 @@ from fluxedu.files import atomic_path
 EDITIONS = {"student": Path("."), "solved": Path("solved")}
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 ANSWER = r",\s+(\"[^\"]*\"|\[[^\]]*\]|[^,()\[\]\"]+?)\s*\)  # answer$"
-NUMBERED = "[0-9][0-9]-*"
+NUMBERED = "[0-9][0-9]*-*"  # "13-ablation", "13b-patching"
 
 
 # ---------------------------------------------------------------- from source to notebook
@@ -37,13 +37,18 @@ def sources(folder: Path) -> list[Path]:
     return sorted((folder / "source").glob(f"{NUMBERED}.py"))
 
 
+def notebook_number(path: Path) -> str:
+    """The number of a notebook or its source: ``"13b"`` for ``13b-patching.py``."""
+    return path.name.partition("-")[0]
+
+
 def edition(source: Path, which: str) -> NotebookNode:
     """The ``student`` or the ``solved`` edition of a source, without outputs."""
     import jupytext
 
     solved = which == "solved"
     source_cells = jupytext.read(source, fmt="py:percent").cells
-    below = _placed_by_text(source.name, source_cells)
+    below = _placed_by_text(source, source_cells)
     assign = "passed = " if any(re.search(r"(?<!\.)\bpassed\b", cell.source) for cell in source_cells) else ""
     cells = []
     for i, cell in enumerate(source_cells):
@@ -60,22 +65,22 @@ def edition(source: Path, which: str) -> NotebookNode:
         for task in below.get(i, []):
             cells += _exercise_cells(task, solved)
     for i, cell in enumerate(cells):
-        cell["id"] = f"{source.stem[:2]}-{i:03d}"
+        cell["id"] = f"{notebook_number(source)}-{i:03d}"
     metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}, "fluxedu": {"edition": which}}
     return new_notebook(cells=cells, metadata=metadata)
 
 
-def _placed_by_text(source: str, cells: list[NotebookNode]) -> dict[int, list[Exercise]]:
+def _placed_by_text(source: Path, cells: list[NotebookNode]) -> dict[int, list[Exercise]]:
     """The notebook's exercises that no cell of the source names, by the index of the cell that they stand below."""
     names = [cell.metadata.get("exercise") for cell in cells]
     below: dict[int, list[Exercise]] = {}
     for task in all_exercises().values():
-        if task.notebook != source[:2] or task.name in names:
+        if task.notebook != notebook_number(source) or task.name in names:
             continue
         matches = [name == task.after or task.after in cell.source for name, cell in zip(names, cells, strict=True)]
         if sum(matches) != 1:
             raise CourseError(
-                f"the exercise {task.name!r} needs as `after` the name of an exercise in {source}, or a text of "
+                f"the exercise {task.name!r} needs as `after` the name of an exercise in {source.name}, or a text of "
                 f"exactly one cell; {task.after!r} fits {sum(matches)} cells."
             )
         below.setdefault(matches.index(True), []).append(task)
@@ -140,7 +145,7 @@ def _remove_images(data: dict) -> None:
 
 def build(folder: Path, numbers: list[str]) -> None:
     """Build and run both editions of the notebooks with these numbers, or of all notebooks."""
-    chosen = [source for source in sources(folder) if not numbers or source.name[:2] in numbers]
+    chosen = [source for source in sources(folder) if not numbers or notebook_number(source) in numbers]
     if not chosen:
         raise CourseError(f"{folder}/source has no notebook {', '.join(numbers) or 'at all'}.")
     for source in chosen:

@@ -82,8 +82,8 @@ class Exercise:
 
     @property
     def notebook(self) -> str:
-        """The number of the exercise's notebook, from the name of its file: ``"04"`` for ``n04_rope.py``."""
-        return self.solution.__module__.rpartition(".")[2][1:3]
+        """The number of the exercise's notebook: ``"04"`` in ``n04_rope.py``, ``"13b"`` in ``n13b_patching.py``."""
+        return self.solution.__module__.rpartition(".")[2].partition("_")[0][1:]
 
     @property
     def answer_name(self) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import fluxedu
 from fluxedu.course.answers import CALL, printable, read_reply
-from fluxedu.course.build import notebooks_folder
+from fluxedu.course.build import NUMBERED, notebook_number, notebooks_folder
 from fluxedu.course.check import NOT_WRITTEN, judge
 from fluxedu.course.exercise import Exercise, all_exercises
 from fluxedu.course.kernel import Kernel, Stopped
@@ -113,8 +113,8 @@ def exercises_of(path: Path, cells: Sequence[CodeCell]) -> tuple[list[Exercise],
     most = [number for number, _ in Counter(known[name].notebook for name in written).most_common(1)]
     original = [
         cell
-        for file in sorted(notebooks_folder().glob("[0-9][0-9]-*.ipynb"))
-        if file.name[:2] in most or file.stem in path.name
+        for file in sorted(notebooks_folder().glob(f"{NUMBERED}.ipynb"))
+        if notebook_number(file) in most or file.stem in path.name
         for cell in read_cells(file)
     ]
     names = dict.fromkeys([*(cell.exercise for cell in original if cell.exercise), *written])
@@ -213,7 +213,7 @@ def students(paths: Iterable[Path]) -> list[tuple[Path, str]]:
     places: dict[str, Path] = {}
     for path in paths:
         places.setdefault(os.path.abspath(path), Path(path))
-    original = {path.name for path in notebooks_folder().glob("[0-9][0-9]-*.ipynb")}
+    original = {path.name for path in notebooks_folder().glob(f"{NUMBERED}.ipynb")}
     folders = Counter(path.parent for path in places.values())
     wholes = []
     for path in places.values():

@@ -12,7 +12,7 @@ import fluxedu as fe
 from fluxedu import course
 from fluxedu.cli import app
 from fluxedu.course import all_exercises, predict
-from fluxedu.course.build import EDITIONS, copy_notebooks, edition, sources
+from fluxedu.course.build import EDITIONS, copy_notebooks, edition, notebook_number, sources
 from fluxedu.course.check import assess, relative_error
 from fluxedu.course.exercise import Exercise, WrongAnswer
 from fluxedu.course.grade import Mark, class_table, grade_notebook
@@ -61,7 +61,7 @@ def test_hints_difficulty_and_minutes_are_given(task):
 
 def names_of_the_notebook(task):
     """The names that a notebook has imported before the exercise."""
-    (source,) = [s for s in sources(ROOT / "notebooks") if s.name[:2] == task.notebook]
+    (source,) = [s for s in sources(ROOT / "notebooks") if notebook_number(s) == task.notebook]
     names = {}
     for cell in edition(source, "solved").cells:
         if cell.metadata.get("fluxedu", {}).get("exercise") == task.name:
@@ -301,7 +301,7 @@ def test_a_notebook_has_run_from_top_to_bottom(source, which):
     outputs = [o for c in cells for o in c.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     text = "".join(o.get("text", "") for o in outputs)
-    has_exercises = source.name[:2] in {task.notebook for task in TASKS}
+    has_exercises = notebook_number(source) in {task.notebook for task in TASKS}
     assert ("✓" in text) == (which == "solved" and has_exercises)
     assert "✗" not in text and "widgets" not in kept.metadata
     assert ("○" in text) == (which == "student" and has_exercises)
@@ -311,7 +311,7 @@ def test_a_notebook_has_run_from_top_to_bottom(source, which):
 def test_a_students_notebook_gives_nothing_away(source):
     student = nbformat.read(notebook_path(source, "student"), 4)
     code = "\n".join(c.source for c in student.cells if c.cell_type == "code")
-    for task in [task for task in TASKS if task.notebook == source.name[:2]]:
+    for task in [task for task in TASKS if task.notebook == notebook_number(source)]:
         assert task.solution_code not in code and task.starter_code in code
         new = [line for line in task.solution_code.splitlines() if line not in task.starter_code.splitlines()]
         assert len(new) >= 1 and "\n".join(new) not in code

@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from test_explorers import content, moved
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("[0-9][0-9]-*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("[0-9][0-9]*-*.ipynb"))
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
