@@ -10,6 +10,7 @@ The bytes depend on description and environment alone, so it does not matter whi
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import hashlib
 import io
@@ -19,7 +20,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, lru_cache, partial
 from importlib import import_module
@@ -173,6 +174,18 @@ def run_sweep(
     return folder
 
 
+async def _handshake(scheduler: str) -> None:
+    """Raise unless a Dask server answers at the address; Dask's client would wait for ever for one that is silent."""
+    from dask import config
+    from dask.utils import parse_timedelta
+    from distributed import Security
+    from distributed.comm import connect
+
+    seconds = parse_timedelta(config.get("distributed.comm.timeouts.connect"))
+    comm = await asyncio.wait_for(connect(scheduler, **Security().get_connection_args("client")), seconds + 1)
+    await comm.close()
+
+
 @contextmanager
 def _parallel_map(workers: int, scheduler: str | None) -> Iterator[tuple[int, Callable]]:
     """The number of workers, and a function like ``map`` that uses them and returns results in any order."""
@@ -187,6 +200,9 @@ def _parallel_map(workers: int, scheduler: str | None) -> Iterator[tuple[int, Ca
     with ExitStack() as stack:
         cluster = scheduler or stack.enter_context(LocalCluster(n_workers=workers, memory_limit=0, **local))
         try:
+            if scheduler:
+                with ThreadPoolExecutor(1) as thread:  # a notebook's own thread has a running event loop
+                    thread.submit(asyncio.run, _handshake(scheduler)).result()
             client = stack.enter_context(Client(cluster))
         except Exception as error:  # of many kinds, for an address that makes no sense
             reason = " ".join(f"{type(error).__name__} {error}".split())

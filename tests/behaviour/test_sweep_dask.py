@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -209,8 +210,12 @@ def test_no_scheduler_and_no_workers(tmp_path):
         with pytest.raises(SweepError, match=r"needs Dask workers of one thread each; those of tcp.* have \[\]\.$"):
             run_sweep(sweep, tmp_path, scheduler=empty.scheduler_address)
         address = empty.scheduler_address
-    with dask.config.set({"distributed.comm.timeouts.connect": "0.5s"}):
-        for nobody in (address, "nowhere", "tcp://127.0.0.1", "a b", "\x00", "http://127.0.0.1:1"):
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "0.5s"}),
+        socket.create_server(("127.0.0.1", 0)) as silent,
+    ):
+        silent_address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        for nobody in (silent_address, address, "nowhere", "tcp://127.0.0.1", "a b", "\x00", "http://127.0.0.1:1"):
             with pytest.raises(SweepError, match=r"^no Dask scheduler answers at .*\)\.$") as error:
                 run_sweep(sweep, tmp_path, scheduler=nobody)
             assert "\n" not in str(error.value)
