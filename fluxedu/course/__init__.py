@@ -2,7 +2,8 @@
 
 from fluxedu.course.check import Verdict, check, passed
 from fluxedu.course.exercise import Exercise, all_exercises
-from fluxedu.course.notebook import begin, compare, predict, score, where
+from fluxedu.course.notebook import begin, compare, where
+from fluxedu.course.predictions import predict, score
 from fluxedu.errors import CourseError
 
 __all__ = [

@@ -1,21 +1,13 @@
-"""What every notebook of the course uses: its settings, the diagram of where we are, and scored predictions.
+"""What every notebook of the course uses: its settings, the diagram of where we are, and comparisons.
 
 course.begin()
 course.where(pipe, "double")
-guess = fe.predict("How many numbers does the latent have?", 4096)
-...
-guess.against(out.latents.numel())
 course.compare("your block and the library's", mine, theirs)
-fe.score()
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import re
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from IPython import get_ipython
@@ -97,79 +89,3 @@ def compare(what: str, mine: Tensor, theirs: Tensor, within: float = 1e-5) -> No
         f"rounding; at most {within:g}" if difference <= within else f"more than rounding, which is below {within:g}"
     )
     print(f"{what}: relative difference {difference:.0e} ({meaning})")
-
-
-# ---------------------------------------------------------------- predictions
-
-_predictions: dict[str, Prediction] = {}
-
-
-class Prediction:
-    """An answer given before the measurement: a number, a word, or a list of these."""
-
-    def __init__(self, question: str, answer: Any):
-        self.question, self.answer, self.points = question, answer, None
-
-    def against(self, measured: Any, within: float = 0.1) -> None:
-        """Compare the prediction with the measured value, print the result and store the points.
-
-        A number scores 1 if its relative error is at most ``within``, and 0.5 if it is right within a factor of two. A
-        word is right or wrong. A list scores the share of its elements that are right.
-        """
-        if self.answer is ...:
-            print(f"no prediction was made · measured: {format_value(measured)}")
-            return
-        self.points = points(self.answer, measured, within)
-        result = "right" if self.points == 1 else "wrong" if self.points == 0 else "partly right"
-        print(f"{result} · predicted: {format_value(self.answer)} · measured: {format_value(measured)}")
-
-    def _ipython_display_(self) -> None:
-        """A prediction shows nothing until it is compared."""
-
-
-def points(answer: Any, measured: Any, within: float) -> float:
-    """The score of an answer, from 0 to 1. Raises CourseError if the two cannot be compared."""
-    if isinstance(measured, str):
-        return float(str(answer).strip().casefold() == measured.strip().casefold())
-    if isinstance(measured, bool):
-        return float(answer is measured)
-    if isinstance(measured, Sequence):
-        if isinstance(answer, str):  # "yes, no, no" for ["yes", "no", "no"]
-            answer = re.split(r"[\s,/]+", answer.strip())
-        if not isinstance(answer, Sequence) or len(answer) != len(measured):
-            raise CourseError(f"the answer must have {len(measured)} parts; {answer!r} does not.")
-        return sum(points(a, b, within) for a, b in zip(answer, measured, strict=True)) / len(measured)
-    if isinstance(answer, bool) or not isinstance(answer, (int, float)):
-        raise CourseError(f"the answer must be a number, not {answer!r}.")
-    if math.isclose(answer, measured, rel_tol=within, abs_tol=1e-12):
-        return 1.0
-    return 0.5 if answer * measured > 0 and 0.5 <= answer / measured <= 2 else 0.0
-
-
-def format_value(value: Any) -> str:
-    """Numbers with three digits, so that the page is the same on every machine."""
-    if isinstance(value, (bool, str)):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return ", ".join(format_value(v) for v in value)
-
-
-def predict(question: str, answer: Any) -> Prediction:
-    """Store an ``answer`` before the run; ``...`` means none. A second answer to the same question replaces it."""
-    if not isinstance(question, str) or not question.strip():
-        raise CourseError(f"a prediction needs a question as text, not {question!r}.")
-    _predictions[question] = Prediction(question, answer)
-    return _predictions[question]
-
-
-def score() -> None:
-    """Print how many points the predictions of this session have scored."""
-    scored = [p.points for p in _predictions.values() if p.points is not None]
-    made = sum(p.answer is not ... for p in _predictions.values())
-    if made:
-        print(f"{sum(scored):g} of {len(_predictions)} points for {made} prediction{'s' * (made != 1)}")
-    else:
-        print(f"no predictions were made ({len(_predictions)} were asked for)")
