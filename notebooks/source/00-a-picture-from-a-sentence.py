@@ -17,9 +17,12 @@
 # ```
 
 # %%
+from collections.abc import Callable
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from torch import Tensor
 
 import fluxedu as fe
 from fluxedu import course, widgets
@@ -163,7 +166,7 @@ _ = ax.legend(frameon=False)
 #
 # $$x_t = (1 - t)\, x_0 + t\, x_1 \qquad v = x_1 - x_0$$
 #
-# So one velocity already implies a prediction of the final image, called the *predicted x0*: $x_t - t\,v = x_0$.
+# So one velocity already implies a prediction of the final image, called the *predicted x0*. You will write it below.
 #
 # The network has one more input, the **guidance scale**: how strongly the image should follow the prompt (3.5 is usual
 # for FLUX.1-dev, 6 is the miniature's default). Notebook 12 is about it.
@@ -188,55 +191,70 @@ def show(tokens, ax, title):
 
 v = velocity(x, 1.0)
 print("velocity:", tuple(v.shape))
-fig, axes = plt.subplots(1, 2, figsize=(6, 3))
-show(x, axes[0], "pure noise, decoded")
-show(x - 1.0 * v, axes[1], "predicted x0")
-fig.suptitle("One evaluation on pure noise already predicts a blurred image", fontsize=10)
+
+# %% exercise="picture.predicted_x0"
+
+# %%
+if fe.passed("picture.predicted_x0"):
+    fig, axes = plt.subplots(1, 2, figsize=(6, 3))
+    show(x, axes[0], "pure noise, decoded")
+    show(predicted_x0(x, v, 1.0), axes[1], "predicted x0")
+    fig.suptitle("One evaluation on pure noise already predicts a blurred image", fontsize=10)
+    plt.show()
 
 # %% [markdown]
 # Pure noise tells the network nothing about the image, so many images are still possible, and the predicted x0 is
 # blurred and pale. (The training loss alone would make it the average of all images that fit the prompt. The guidance
 # scale, here well above 1, moves it away from that average.) The background and two spots where the objects will be are
-# already there. So we take a small step against the velocity and evaluate the network again.
+# already there.
 
 # %% [markdown]
+# So we take a small step against the velocity and evaluate the network again, twenty times.
+#
 # ## 6 · The sampling loop
 #
-# This loop is the whole sampling procedure; the method is Euler's. The time decreases, so `t_next − t` is negative and
-# each step moves away from the noise.
+# Now you write the loop that turns noise into an image. The method is Euler's: in each step, the velocity is treated as
+# constant. The time decreases, so `t_next − t` is negative, and each step moves away from the noise:
+#
+# $$x_{t'} = x_t + (t' - t)\, v(x_t, t)$$
+
+# %% exercise="picture.euler"
+
+# %% [markdown]
+# Your loop now runs on the trained network, from the same noise and with the same times as the pipeline.
 
 # %%
-states, predicted_x0 = [x], []
-for t, t_next in zip(times[:-1].tolist(), times[1:].tolist()):
-    v = velocity(x, t)
-    predicted_x0.append(x - t * v)
-    x = x + (t_next - t) * v
-    states.append(x)
-
-steps_to_show = [0, 2, 5, 9, 14, 19]
-fig, axes = plt.subplots(2, len(steps_to_show), figsize=(11, 4.2))
-for column, i in enumerate(steps_to_show):
-    show(states[i], axes[0, column], f"x at t = {times[i]:.2f}")
-    show(predicted_x0[i], axes[1, column], "predicted x0")
-x_error, x0_error = (float((z[5] - x).norm() / x.norm()) for z in (states, predicted_x0))
-_ = fig.suptitle(
-    f"At t = {times[5]:.2f} the state x (top) differs from the final latent by {x_error:.0%} of its length, "
-    f"the predicted x0 (bottom) by {x0_error:.0%}",
-    fontsize=10,
-)
+if fe.passed("picture.euler", "picture.predicted_x0"):
+    states = euler(velocity, x, times.tolist())
+    x0 = [predicted_x0(z, velocity(z, t), t) for z, t in zip(states, times[:-1].tolist())]
+    steps_to_show = [0, 2, 5, 9, 14, 19]
+    fig, axes = plt.subplots(2, len(steps_to_show), figsize=(11, 4.2))
+    for column, i in enumerate(steps_to_show):
+        show(states[i], axes[0, column], f"x at t = {times[i]:.2f}")
+        show(x0[i], axes[1, column], "predicted x0")
+    x_error, x0_error = (float((z[5] - states[-1]).norm() / states[-1].norm()) for z in (states, x0))
+    fig.suptitle(
+        f"At t = {times[5]:.2f} the state x (top) differs from the final latent by {x_error:.0%} of its length, "
+        f"the predicted x0 (bottom) by {x0_error:.0%}",
+        fontsize=10,
+    )
+    plt.show()
 
 # %% [markdown]
 # ## 7 · From tokens to pixels
 #
-# Unpack the tokens, decode the latent, round to 8 bits. Is this the image that the pipeline produced?
+# Unpack the last tokens, decode the latent, round to 8 bits. Is your image the one that the pipeline produced?
 
 # %%
 from fluxedu.sampling.images import to_images
 
-with torch.no_grad():
-    my_image = to_images(pipe.autoencoder.decode(unpack(x, height, width)))[0]
-difference = np.abs(np.asarray(my_image, int) - np.asarray(out.images[0], int)).max()
-print("largest difference from the pipeline's image, in grey levels of 255: at most", max(1, difference))
+if fe.passed("picture.euler"):
+    last = unpack(euler(velocity, x, times.tolist())[-1], height, width)
+    with torch.no_grad():
+        my_image = to_images(pipe.autoencoder.decode(last))[0]
+    course.compare("your last latent and the pipeline's", last, out.latents, within=1e-3)
+    difference = np.abs(np.asarray(my_image, int) - np.asarray(out.images[0], int)).max()
+    print("largest difference from the pipeline's image, in grey levels of 255: at most", max(1, difference))
 
 # %% [markdown]
 # ## 8 · Look inside
@@ -269,7 +287,7 @@ widgets.attention(pipe, prompt, seed=4, progress=False)
 # %%
 t = times[6:7].to(device)  # the time of the state below
 guidance = torch.tensor([pipe.defaults.guidance], device=device) if pipe.flux.config.guidance_embed else None
-state = states[6]
+state = pack(out.trajectory.latents[6].to(device, pipe.dtype))
 shuffled = txt[:, torch.randperm(txt.shape[1], generator=torch.Generator().manual_seed(0))]
 with torch.no_grad():
     unchanged = pipe.flux(state, img_ids, txt, txt_ids, t, pooled, guidance)
@@ -296,7 +314,7 @@ larger_effect.against("text" if change["set T5's vectors to zero"] > change["swa
 # 1. The text encoders turn a prompt into one vector (CLIP) and one vector per token (T5).
 # 2. The transformer works on a latent: 64 tokens of 64 numbers here, 4,096 tokens for a 1024 × 1024 image.
 # 3. The network predicts a velocity, `noise − image`; every velocity implies a prediction of the final image.
-# 4. Sampling moves against the velocity from t = 1 to t = 0, on a schedule that FLUX.1-dev and the miniature shift
+# 4. Sampling, with Euler's method, moves against the velocity from t = 1 to t = 0, on a schedule that FLUX.1-dev and the miniature shift
 #    towards the noise.
 # 5. The autoencoder decodes the last latent into pixels.
 #
