@@ -1,4 +1,4 @@
-"""Notebook 02: CLIP."""
+"""Notebook 02: CLIP's text encoder."""
 
 import torch
 import torch.nn.functional as F
@@ -166,77 +166,3 @@ wrong("clip.pooled", "you look for the largest id, which is the end token only i
 wrong("clip.pooled", "you take the last word, the token before the end token; CLIP takes the state of the end token.")(
     lambda states, ids, end: states[torch.arange(len(ids)), (ids == end).int().argmax(dim=1) - 1]
 )
-
-
-def _pairs() -> list[tuple]:
-    g = torch.Generator().manual_seed(4)
-    return [
-        (3 * torch.randn(5, 8, generator=g), 0.5 * torch.randn(5, 8, generator=g), 10.0),
-        (torch.randn(3, 4, generator=g), 2 * torch.randn(3, 4, generator=g), 2.5),
-    ]
-
-
-def _term_by_term(images: Tensor, captions: Tensor, temperature: float) -> Tensor:
-    """The paper's formula, one pair at a time: the mean of -log(softmax of the right pair), in both directions."""
-    terms = []
-    for i in range(len(images)):
-        row = temperature * F.cosine_similarity(images[i].double(), captions.double(), dim=-1)  # captions of image i
-        column = temperature * F.cosine_similarity(captions[i].double(), images.double(), dim=-1)  # images of caption i
-        terms.append(row.exp().sum().log() - row[i])
-        terms.append(column.exp().sum().log() - column[i])
-    return torch.stack(terms).mean().float()
-
-
-@exercise(
-    "clip.contrast",
-    minutes=12,
-    difficulty=3,
-    cases=_pairs,
-    against=_term_by_term,
-    hints=(
-        "Make a table of scores with one row per image and one column per caption. The right pairs are on its "
-        "diagonal, so this is a classification, once over each row and once over each column.",
-        "After `F.normalize(x, dim=-1)` a matrix product gives cosines. `F.cross_entropy(scores, target)` needs the "
-        "right column of each row, `torch.arange(len(scores))`. For the other direction, transpose the table.",
-        "`scores = temperature * F.normalize(images, dim=-1) @ F.normalize(captions, dim=-1).T`, then the mean of "
-        "`F.cross_entropy(scores, target)` and `F.cross_entropy(scores.T, target)`.",
-    ),
-)
-def contrast(images: Tensor, captions: Tensor, temperature: float) -> Tensor:
-    """CLIP's loss for the vectors of N images and of their captions, `[N, D]` each, in the same order: one number.
-
-    The score of a pair is `temperature` times its cosine similarity. Every image must find its caption among the N
-    (softmax over captions), and every caption its image; the loss is the mean of the two cross-entropies.
-    """
-    scores = temperature * F.normalize(images, dim=-1) @ F.normalize(captions, dim=-1).T  # [N, N]
-    target = torch.arange(len(scores), device=scores.device)
-    return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
-
-
-def _loss(scores: Tensor) -> Tensor:
-    target = torch.arange(len(scores))
-    return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
-
-
-wrong("clip.contrast", "the vectors are not normalised, so longer vectors get higher scores whatever their direction.")(
-    lambda images, captions, temperature: _loss(temperature * images @ captions.T)
-)
-
-
-@wrong("clip.contrast", "only images look for captions; captions must look for images too.")
-def _one_direction(images, captions, temperature):
-    scores = temperature * F.normalize(images, dim=-1) @ F.normalize(captions, dim=-1).T
-    return F.cross_entropy(scores, torch.arange(len(scores)))
-
-
-wrong("clip.contrast", "you divide by the temperature; here it multiplies (CLIP stores the factor, not its inverse).")(
-    lambda images, captions, temperature: contrast(images, captions, 1 / temperature)
-)
-wrong("clip.contrast", "the two cross-entropies are added; take their mean.")(
-    lambda images, captions, temperature: 2 * contrast(images, captions, temperature)
-)
-
-
-@wrong("clip.contrast", "you normalise over the batch; each vector must have length 1 (dim=-1).")
-def _over_batch(images, captions, temperature):
-    return _loss(temperature * F.normalize(images, dim=0) @ F.normalize(captions, dim=0).T)
