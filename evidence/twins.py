@@ -1,4 +1,4 @@
-"""Notebook 07: does it help that text and image have their own weights in a double-stream block?
+"""Notebook 07b: does it help that text and image have their own weights in a double-stream block?
 
 Tiny flow transformers of four double-stream blocks and nothing else, trained from nothing on the same scenes (one or
 two objects at 96 x 96 pixels), in the same order, for the same number of steps:

@@ -1,14 +1,11 @@
 """Notebook 07: the double-stream block."""
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.course.exercise import exercise, mistakes, wrong
+from fluxedu.course.exercise import exercise, wrong
 from fluxedu.course.exercises import build_module, randomise, subclass
-from fluxedu.course.exercises.n06_attention import joint_with, library_joint
 from fluxedu.models import FluxConfig
 from fluxedu.models.attention import SelfAttention, rope_table, rotate
 from fluxedu.models.blocks import MLP, DoubleStreamBlock
@@ -28,7 +25,7 @@ def _enter_cases() -> list[tuple]:
     g = torch.Generator().manual_seed(70)
     attn = randomise(SelfAttention(24, 2, True), g)
     return [
-        (torch.randn(2, 5, 24, generator=g) * 4 + 1, _mod(g, 2), attn),
+        (torch.randn(2, 64, 24, generator=g) * 4 + 1, _mod(g, 2), attn),
         (torch.randn(1, 3, 24, generator=g) * 0.01, _mod(g, 1), attn),  # so small that the value of eps matters
     ]
 
@@ -78,56 +75,6 @@ def rotations(txt_len: int, height: int, width: int) -> Tensor:
     """The rotations of text tokens and an image of `height x width` latent cells, for a block with `CONFIG`."""
     ids = torch.cat([torch.zeros(txt_len, 3), image_ids(height, width)])
     return rope_table(ids, CONFIG.axes_dim).to(torch.complex64)
-
-
-def _joint_cases() -> list[tuple]:
-    g = torch.Generator().manual_seed(71)
-
-    def qkv(batch: int, n: int) -> tuple[Tensor, ...]:
-        return tuple(torch.randn(batch, 2, n, 12, generator=g) for _ in range(3))
-
-    return [(qkv(2, 4), qkv(2, 6), rotations(4, 4, 6)), (qkv(1, 7), qkv(1, 6), rotations(7, 4, 6))]
-
-
-@exercise(
-    "double.joint",
-    minutes=12,
-    difficulty=2,
-    cases=_joint_cases,
-    against=lambda txt, img, rope: library_joint(txt, img, partial(rotate, rope=rope)),
-    hints=(
-        "Concatenate the tokens of text and image, apply the attention once, and split the result at the same token.",
-        "Tokens are axis 2 of `[B, H, N, d]`. `F.scaled_dot_product_attention(q, k, v)` is notebook 06's attention; "
-        "rotate q and k first.",
-        "`q = torch.cat([txt[0], img[0]], dim=2)`, and likewise k and v; afterwards "
-        "`attn_out.transpose(1, 2).flatten(2)` merges the heads, and `txt[0].shape[2]` is the number of text tokens.",
-    ),
-)
-def joint(txt: tuple[Tensor, ...], img: tuple[Tensor, ...], rope: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over both streams: return the attention output of text `[B, L, D]` and image `[B, N, D]`.
-
-    `txt` is (q, k, v), each `[B, H, L, d]`; `img` is the same with N tokens. Text comes first. Rotate q and k by
-    position with `rotate(x, rope)`; do not rotate v.
-    """
-    q = torch.cat([txt[0], img[0]], dim=2)  # [B, H, L + N, d]
-    k = torch.cat([txt[1], img[1]], dim=2)
-    v = torch.cat([txt[2], img[2]], dim=2)
-    attn_out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
-    attn_out = attn_out.transpose(1, 2).flatten(2)  # [B, H, L + N, d] -> [B, L + N, D]
-    txt_len = txt[0].shape[2]
-    return attn_out[:, :txt_len], attn_out[:, txt_len:]
-
-
-@mistakes(
-    "double.joint",
-    ("separate", "each stream attends only to itself: concatenate them before the attention, not after it."),
-    ("not rotated", "queries and keys are not rotated: without positions the order of the patches is lost."),
-    ("image first", "you put the image first, so tokens get the rotations of other tokens; rope has the text first."),
-    ("values rotated", "you rotate the values too; rotate only queries and keys."),
-    ("no transpose", "the heads are merged in the wrong order: transpose to [B, N, H, d] before you flatten."),
-)
-def _joint_with(mistake, txt, img, rope):
-    return joint_with(mistake, txt, img, partial(rotate, rope=rope))
 
 
 def _leave_cases() -> list[tuple]:
@@ -222,18 +169,19 @@ def _block_output(answer, weights, img, txt, vec, rope):
     call=_block_output,
     against=lambda dim, num_heads, mlp_hidden: DoubleStreamBlock(CONFIG),
     hints=(
-        "You have all the parts: `enter` for each stream, `joint` once, `leave` for each stream.",
+        "You have all the parts: `enter` for each stream, `self.joint` once, `leave` for each stream.",
         "`mods['img'].unsqueeze(-2).chunk(6, dim=-1)` gives the image's six modulation vectors, each `[B, 1, D]`.",
         "`img_qkv = enter(img, img_mod, self.img_attn)`, likewise for txt; `txt_attn_out, img_attn_out = "
-        "joint(txt_qkv, img_qkv, rope)`; then `leave` for each stream with its own `mod`, `attn` and `mlp`, and return "
-        "`img, txt`.",
+        "self.joint(txt_qkv, img_qkv, rope)`; then `leave` for each stream with its own `mod`, `attn` and `mlp`, and "
+        "return `img, txt`.",
     ),
 )
 class Block(nn.Module):
-    """The whole block, from your three functions: `forward(img, txt, mods, rope)` returns the new `(img, txt)`.
+    """The whole block, from your two functions: `forward(img, txt, mods, rope)` returns the new `(img, txt)`.
 
     `img [B, N, D]`, `txt [B, L, D]`, `mods` a dict with both streams' modulation, `rope` the rotations of
-    [text, image]. The modules have the official names, so that the trained weights fit.
+    [text, image]. The joint attention is there: it is that of notebook 06b. The modules have the official names, so
+    that the trained weights fit.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_hidden: int):
@@ -248,13 +196,20 @@ class Block(nn.Module):
     def plan(self, vec: Tensor) -> dict[str, Tensor]:  # [..., D] -> [..., 6 D] for each stream
         return {"txt": self.txt_mod(vec), "img": self.img_mod(vec)}
 
+    def joint(self, txt: tuple[Tensor, ...], img: tuple[Tensor, ...], rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention over all tokens, text first. Returns the text's and the image's output, `[B, L or N, D]`."""
+        q, k, v = (torch.cat([txt[i], img[i]], dim=2) for i in range(3))  # each [B, H, L + N, d]
+        attn_out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
+        attn_out = attn_out.transpose(1, 2).flatten(2)  # [B, H, L + N, d] -> [B, L + N, D]
+        return attn_out[:, : txt[0].shape[2]], attn_out[:, txt[0].shape[2] :]
+
     def forward(self, img: Tensor, txt: Tensor, mods: dict[str, Tensor], rope: Tensor) -> tuple[Tensor, Tensor]:
         img_mod = mods["img"].unsqueeze(-2).chunk(6, dim=-1)  # six times [B, 1, D]
         txt_mod = mods["txt"].unsqueeze(-2).chunk(6, dim=-1)
         # your turn
         img_qkv = enter(img, img_mod, self.img_attn)
         txt_qkv = enter(txt, txt_mod, self.txt_attn)
-        txt_attn_out, img_attn_out = joint(txt_qkv, img_qkv, rope)
+        txt_attn_out, img_attn_out = self.joint(txt_qkv, img_qkv, rope)
         img = leave(img, img_attn_out, img_mod, self.img_attn, self.img_mlp)
         txt = leave(txt, txt_attn_out, txt_mod, self.txt_attn, self.txt_mlp)
         return img, txt

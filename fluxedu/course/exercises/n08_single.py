@@ -152,7 +152,7 @@ def _split_with(mistake, linear2, dim):
 
 def _block_inputs() -> list[tuple]:
     cases = []
-    for seed, batch, txt_len, size in ((82, 2, 3, (4, 4)), (83, 1, 5, (2, 6))):
+    for seed, batch, txt_len, size in ((82, 2, 32, (16, 16)), (83, 1, 5, (2, 6))):  # the first as in the miniature
         g = torch.Generator().manual_seed(seed)
         state = randomise(SingleStreamBlock(CONFIG), g).state_dict()
         rope = rotations(txt_len, *size)
@@ -168,8 +168,8 @@ def _run_block(block_class, state, x, vec, rope):
 
 @exercise(
     "single.block",
-    minutes=15,
-    difficulty=3,
+    minutes=12,
+    difficulty=2,
     cases=_block_inputs,
     call=_run_block,
     against=lambda dim, num_heads, hidden: SingleStreamBlock(CONFIG),
@@ -178,8 +178,7 @@ def _run_block(block_class, state, x, vec, rope):
         "by side, linear2 combines their outputs, and the gate scales what is added to x.",
         "`self.linear1(y).split(self.widths, dim=-1)` gives qkv and hidden; `split_heads(qkv, 3, self.num_heads)` "
         "gives q, k, v as `[B, H, N, d]`; `self.norm(q, k)` is the QKNorm, which comes before the rotation.",
-        "`attn_out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v).transpose(1, 2).flatten(2)`, "
-        "`hidden = F.gelu(hidden, approximate='tanh')`, and finally "
+        "`attn_out = self.attention(q, k, v, rope)`, `hidden = F.gelu(hidden, approximate='tanh')`, and finally "
         "`x + gate * self.linear2(torch.cat([attn_out, hidden], dim=-1))`.",
     ),
 )
@@ -188,7 +187,7 @@ class Block(nn.Module):
 
     1. Normalise and modulate: `y = (1 + scale) * LN(x) + shift`, with eps 1e-6.
     2. `linear1(y)` gives qkv `[B, L + N, 3 D]` and hidden `[B, L + N, M]`.
-    3. Attention of q, k, v, after QKNorm and the rotation of q and k.
+    3. QKNorm of q and k, then attention (`self.attention`, which rotates q and k first, as in notebook 06b).
     4. GELU of hidden, in its tanh approximation.
     5. `linear2` of [attention output, hidden].
     6. `x + gate * (the output of linear2)`.
@@ -207,6 +206,10 @@ class Block(nn.Module):
     def plan(self, vec: Tensor) -> Tensor:  # [..., D] -> [..., 3 D]
         return self.modulation(vec)
 
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> Tensor:  # [B, H, T, d] -> [B, T, D]
+        attn_out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
+        return attn_out.transpose(1, 2).flatten(2)
+
     def forward(self, x: Tensor, mods: Tensor, rope: Tensor, txt_len: int = 0) -> Tensor:
         shift, scale, gate = mods.unsqueeze(-2).chunk(3, dim=-1)  # each [B, 1, D]
         # your turn
@@ -214,8 +217,7 @@ class Block(nn.Module):
         qkv, hidden = self.linear1(y).split(self.widths, dim=-1)  # [B, L + N, 3 D], [B, L + N, M]
         q, k, v = split_heads(qkv, 3, self.num_heads)  # each [B, H, L + N, d]
         q, k = self.norm(q, k)
-        attn_out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
-        attn_out = attn_out.transpose(1, 2).flatten(2)  # [B, H, L + N, d] -> [B, L + N, D]
+        attn_out = self.attention(q, k, v, rope)  # [B, L + N, D]
         hidden = F.gelu(hidden, approximate="tanh")
         return x + gate * self.linear2(torch.cat([attn_out, hidden], dim=-1))
 
@@ -227,7 +229,7 @@ class Block(nn.Module):
     ("MLP first", "you concatenate the MLP's hidden layer first; linear2 reads the attention output first."),
     ("gate blends", "your gate blends, (1 - gate) x + gate f; in FLUX all of x is kept: x + gate f."),
     ("no QKNorm", "the QKNorm is missing: q and k are used as they come out of linear1."),
-    ("no RoPE", "queries and keys are not rotated by their positions."),
+    ("values normalised", "you normalise the values; the QKNorm is for queries and keys."),
     ("no residual", "x itself is missing: a block adds to x and does not replace it."),
     ("no LayerNorm", "the tokens are modulated, but not normalised before."),
 )
@@ -239,9 +241,9 @@ class _Mistaken(Block):
         q, k, v = split_heads(qkv, 3, self.num_heads)
         if self.mistake != "no QKNorm":
             q, k = self.norm(q, k)
-        if self.mistake != "no RoPE":
-            q, k = rotate(q, rope), rotate(k, rope)
-        attn_out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        if self.mistake == "values normalised":
+            v = self.norm(v, v)[1]
+        attn_out = self.attention(q, k, v, rope)
         if self.mistake == "second GELU":
             attn_out = F.gelu(attn_out, approximate="tanh")
         hidden = F.gelu(hidden, approximate="none" if self.mistake == "exact GELU" else "tanh")
