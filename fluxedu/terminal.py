@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import chain, count
 from pathlib import Path
 
 import typer
@@ -44,7 +46,13 @@ def check_extra(extra: str, module: str) -> None:
         raise fail(f"this needs {module}: pip install 'fluxedu[{extra}]'.")
 
 
-def check_writable(path: Path | None) -> None:
+def free_name(path: Path) -> Path:
+    """The path, or if there is such a file the first free one of ``out-2.png``, ``out-3.png``, ..."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+    return next(name for name in chain([path], names) if not os.path.lexists(name))
+
+
+def check_writable(path: Path | None, overwrite: bool = True) -> None:
     """End the command if a file cannot be written; called before the work that produces its content."""
     if path is None:
         return
@@ -55,6 +63,8 @@ def check_writable(path: Path | None) -> None:
             raise fail(f"{path} is a folder; name a file.")
         if not path.parent.is_dir():
             raise fail(f"there is no folder {path.parent} to write {path.name} into.")
+        if path.is_file() and not overwrite:
+            raise fail(f"{path} exists; choose another name, or replace it with --overwrite.")
         if not path.exists() or path.is_file():  # a pipe or /dev/stdout is written to directly
             files.check_writable(path)
 

@@ -19,7 +19,7 @@ def python(*arguments, cwd) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(("command", "folder"), [("train", "training"), ("bench", "benchmarks")])
 def test_elsewhere_the_command_says_that_it_needs_a_checkout(tmp_path, monkeypatch, command, folder):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "fluxedu" / "cli.py"))
+    monkeypatch.setattr(cli.runs, "__file__", str(tmp_path / "site-packages" / "fluxedu" / "cli" / "runs.py"))
     result = CliRunner().invoke(cli.app, [command])
     assert result.exit_code == 2
     assert f"{folder}/ is not part of the installed package; clone the repository" in result.output

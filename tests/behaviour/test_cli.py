@@ -1,5 +1,6 @@
 """The command line: what it prints, what it writes, and how it refuses bad input."""
 
+import io
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,41 @@ def test_sample_writes_the_image_and_nothing_else(tmp_path):
     assert result.exit_code == 0, result.output
     assert [p.name for p in tmp_path.iterdir()] == ["out.png"]
     assert "128 x 128" in result.output
+
+
+def test_a_png_says_how_it_was_made(tmp_path):
+    out = tmp_path / "out.png"
+    assert run(app, ["sample", "a red círcle", "-o", str(out), "--steps", "2", "--seed", "7"]).exit_code == 0
+    about = Image.open(out).text
+    assert about.pop("software").startswith("fluxedu ")
+    assert about == {"prompt": "a red círcle", "seed": "7", "model": "nano", "steps": "2"}
+    assert run(app, ["sample", "a", "-o", str(tmp_path / "out.jpg"), "--steps", "1"]).exit_code == 0
+
+
+def test_a_picture_can_be_written_to_the_standard_output(tmp_path):
+    command = [sys.executable, "-m", "fluxedu.cli", "sample", "a red circle", "--steps", "1", "-o", "-"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    assert Image.open(io.BytesIO(done.stdout)).size == (128, 128) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "name"), [("sample", "-o", "out.png"), ("trace", "--html", "trace.html")]
+)
+def test_a_file_is_never_replaced_silently(command, option, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("mine")
+    assert f"{name} exists" in error_of(command, "a", "--steps", "1", option, name)
+    assert (tmp_path / name).read_text() == "mine"
+    assert run(app, [command, "a", "--steps", "1"]).exit_code == 0
+    assert (tmp_path / name).read_text() == "mine" and (tmp_path / name.replace(".", "-2.")).stat().st_size > 4
+    assert run(app, [command, "a", "--steps", "1", option, name, "--overwrite"]).exit_code == 0
+    assert (tmp_path / name).stat().st_size > 4
+
+
+def test_version_and_short_help():
+    assert run(app, ["--version"]).output.strip() == version("fluxedu")
+    assert run(app, ["-h"]).output == run(app, ["--help"]).output
+    assert run(app, ["sample", "-h"]).output == run(app, ["sample", "--help"]).output
 
 
 @pytest.mark.parametrize(
@@ -143,7 +180,7 @@ PLACES = {"in a file": "file/out.png", "too long": "x" * 250 + ".png", "a link i
 @pytest.mark.parametrize("option", ["-o", "--json", "--html", "--csv"])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_place_that_cannot_be_written_to_is_found_before_the_work(option, place, tmp_path, monkeypatch):
-    for work in ("cli._load", "arena.stable_diffusion.open_model", "course.grade.grade_notebook"):
+    for work in ("cli.pictures.load", "arena.stable_diffusion.open_model", "course.grade.grade_notebook"):
         monkeypatch.setattr(f"fluxedu.{work}", lambda *_, **__: pytest.fail("the work was done first"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link.png").symlink_to("file/out.png")
