@@ -1,15 +1,15 @@
 # %% [markdown]
-# # 01 · Latents
+# # 01 · Latents: the autoencoder
 #
 # **Why not pixels?** FLUX never sees a pixel. An *autoencoder* (an encoder and a decoder network) turns every 8 × 8
 # pixels into one *cell* of 16 numbers; the grid of cells is the image's *latent*. The transformer works on the latent,
-# and the decoder turns the result back into pixels. You will build the steps in and out of the latent, put them into
-# the trained model, and find out what gets lost on the way.
+# and the decoder turns the result back into pixels.
 #
-# Afterwards you can say how many tokens an image needs, cut a latent into tokens and put it together again, explain the
-# two numbers 0.3611 and 0.1159, and predict which details survive.
+# Afterwards you can say how many tokens an image needs, train a variational autoencoder and say what the
+# Kullback-Leibler term does to its latents, explain the two numbers 0.3611 and 0.1159, and predict which details
+# survive.
 #
-# 80 minutes, in two sittings: stop before “See it” · needs notebook 00
+# 60 minutes · needs notebook 00
 
 # %%
 from copy import deepcopy
@@ -21,46 +21,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fluxedu as fe
-from fluxedu import course, widgets
-from fluxedu.nano.judge import detect
-from fluxedu.nano.scenes import Scene, SceneObject, render, scenes
+from fluxedu import course
 from fluxedu.nano.exam import psnr
-from fluxedu.nano.scenes import to_tensor
-from fluxedu.sampling import latents as library
+from fluxedu.nano.judge import detect
+from fluxedu.nano.scenes import Scene, SceneObject, render, scenes, to_tensor
 from fluxedu.sampling.images import to_images
 
 device = course.begin()
-_ = torch.set_grad_enabled(False)  # nothing is trained here
 pipe = fe.load(device=device)
 autoencoder = deepcopy(pipe.autoencoder).float()  # a float32 copy to measure with, whatever the pipeline's dtype
-prompt = "a red circle left of a blue square on a white background"
-reference = pipe(prompt, seed=4, progress=False)
 
 test_scenes = [scene for scene, _ in zip(scenes(1, size=(128, 128), held_out=True), range(16))]
 images = to_tensor(np.stack([render(scene) for scene in test_scenes])).to(device)  # [16, 3, 128, 128] in [-1, 1]
 course.where(pipe, "encoder", "image")
 
 # %% [markdown]
-# The diagram marks the two halves of the autoencoder. The encoder is needed only when a run starts from an image; the
-# decoder is needed once at the end of every run.
+# The encoder is needed only when a run starts from an image, the decoder once at the end of every run.
 #
 # ## Predict
 #
-# Attention compares every token with every token, so its cost grows with the number of *pairs* of tokens. For the third
-# question we draw red stars of five sizes, then encode and decode the images. The *judge*, a small program of this
-# course that finds shapes and colours in an image by geometry, without a network, recognises all five stars before
-# that. Which of them does it still recognise afterwards? In the second question, 'ruined' means that the judge finds
-# both objects of the prompt in none of eight images, and 'a bit worse' that it finds them in fewer images than before.
+# For the second question we train a tiny autoencoder on images of one red circle. For the third we draw red stars of
+# five sizes, then encode and decode the images. The *judge*, a small program of this course that finds shapes and
+# colours in an image by geometry, without a network, recognises all five stars before that.
 
 # %%
 pair_ratio = fe.predict(
     "With one token per pixel at 128 x 128, how many times as many pairs are there as with 64 tokens?", 65536
 )  # answer
-reorder_effect = fe.predict(
-    "The numbers inside each token are reordered. Is the image 'the same', 'a bit worse' or 'ruined'?", "ruined"
+strong_kl = fe.predict(
+    "With a strong Kullback-Leibler term, do decoded latents show the circle at 'different' places or look 'alike'?",
+    "alike",
 )  # answer
 smallest_star = fe.predict(
-    "What is the radius of the smallest star that the judge still recognises: 24, 16, 12, 8 or 6 pixels?", 12
+    "What is the radius of the smallest star that the judge still recognises, of 24, 16, 12, 8 and 6 pixels?", 12
 )  # answer
 round_trips = fe.predict(
     "An image is encoded and decoded ten times instead of once. Is the result 'no worse' or 'worse'?", "worse"
@@ -69,7 +62,7 @@ round_trips = fe.predict(
 # %% [markdown]
 # ## Why not pixels?
 #
-# Compare the number of pixels, cells and tokens. A cell of 16 numbers stands for 8 × 8 pixels of 3 numbers, so the
+# Attention compares every token with every token, so its cost grows with the number of *pairs* of tokens. Compare the number of pixels, cells and tokens. A cell of 16 numbers stands for 8 × 8 pixels of 3 numbers, so the
 # amount of data shrinks by the factor
 #
 # $$\frac{3 \cdot 8^2}{16} = 12$$
@@ -83,23 +76,23 @@ round_trips = fe.predict(
 for side in (128, 1024):
     pixels, cells, tokens = side**2, (side // 8) ** 2, (side // 16) ** 2
     print(f"{side:4} x {side}: {pixels:9,} pixels · {cells:6,} cells · {tokens:5,} tokens")
-    print(f"{'':12} {3 * pixels:,} numbers become {16 * cells:,}, one in {3 * pixels // (16 * cells)}")
 pair_ratio.against((128 * 128) ** 2 // 64**2)
 
 # %% [markdown]
 # The number of **tokens** is smaller than that of the pixels by a factor of 256, and the number of pairs that attention
 # has to compare by a factor of $256^2 = 65{,}536$, which answers the first question.
-#
+
+# %% [markdown]
 # ## Build it
 #
 # We begin with the factor 8. The encoder is a pyramid that halves the grid three times. `fe.record` stores the values
-# that pass through the named *sites* (named points inside the model). These are the channels, rows and columns at each
-# level:
+# that pass through named points of the model, called *sites* (notebook 00b). These are the channels, rows and columns
+# at each level:
 
 # %%
-with fe.record("ae.encoder.down.*.out", "ae.encoder.moments", "ae.latent") as rec:
-    latent = autoencoder.encode(images[:1])
-for name in [f"ae.encoder.down.{i}.out" for i in range(4)] + ["ae.encoder.moments", "ae.latent"]:
+with fe.record("ae.encoder.down.*.out", "ae.encoder.moments", "ae.latent") as rec, torch.no_grad():
+    latent = autoencoder.encode(images)  # [16, 16, 16, 16]
+for name in rec.keys():
     print(f"{name:20} {list(rec[name].tensor.shape[-3:])}")
 
 # %% [markdown]
@@ -109,30 +102,112 @@ for name in [f"ae.encoder.down.{i}.out" for i in range(4)] + ["ae.encoder.moment
 # %% exercise="latents.Downsample"
 
 # %% [markdown]
+# ## A variational autoencoder
+#
 # The encoder's last layer has 32 channels: 16 means $\mu$ and 16 logarithms of variances $\sigma^2$. This is a
-# *variational* autoencoder (arXiv 1312.6114), which was trained with noise of these variances added to the means:
+# *variational* autoencoder (VAE, arXiv 1312.6114): in training, noise of these variances is added to the means before
+# $D$, the decoder, gets them.
 #
 # $$z = \mu + \sigma\, \varepsilon, \quad \varepsilon \sim \mathcal{N}(0, 1), \qquad
-# L = \text{error}(D(z), x) + \beta \cdot \tfrac{1}{2} \bigl( \mu^2 + \sigma^2 - 1 - \log \sigma^2 \bigr)$$
+# L = \text{error}(D(z), x) + \beta \cdot \text{KL}$$
 #
-# $D$ is the decoder. The last term is the Kullback-Leibler divergence of $\mathcal{N}(\mu, \sigma^2)$ from
-# $\mathcal{N}(0, 1)$, averaged over all numbers. Without it the encoder could make $\sigma = 0$ and avoid the noise;
-# with a large $\beta$ the latent would become pure noise. The miniature was trained with $\beta = 10^{-4}$
-# (`training/autoencoder.py`). The noise has one useful effect: the decoder tolerates small errors in the latent, so
-# small errors of the *flow* (the transformer, which learns to turn noise into latents) stay small in the image.
+# KL is the Kullback-Leibler divergence of $\mathcal{N}(\mu, \sigma^2)$ from $\mathcal{N}(0, 1)$, the expectation of
+# the logarithm of the ratio of the two densities. With $z = \mu + \sigma \varepsilon$,
+#
+# $$\text{KL} = \mathbb{E}\Bigl[ \tfrac{z^2}{2} - \tfrac{\varepsilon^2}{2} - \log \sigma \Bigr]
+# = \tfrac{1}{2} \bigl( \mu^2 + \sigma^2 - 1 - \log \sigma^2 \bigr)$$
+#
+# because $\mathbb{E}[z^2] = \mu^2 + \sigma^2$ and $\mathbb{E}[\varepsilon^2] = 1$.
+
+# %% exercise="latents.kl"
+
+# %% exercise="latents.vae_loss"
+
+# %% [markdown]
+# Now train with your loss. The images show a red circle on white; only its two coordinates differ, so a latent of two
+# numbers is enough, and we can draw it. We train with three values of $\beta$, and with three seeds each.
+
+# %%
+position = np.random.default_rng(0).uniform(8, 24, (512, 2))  # of the circles
+drawn = [render(Scene("white", (SceneObject("circle", "red", "small", x, y, 6.0),), 32, 32)) for x, y in position]
+circles = F.avg_pool2d(to_tensor(np.stack(drawn)), 2).flatten(1)  # [512, 768]: 3 colours, 16 x 16 pixels
+BETAS = (0.0, 0.003, 0.3)
+
+
+def train(beta: float, seed: int, steps: int = 500) -> tuple[nn.Module, nn.Module]:
+    """A VAE of six linear layers, trained with your loss for about a second: encoder and decoder."""
+    torch.manual_seed(seed)
+    encoder = nn.Sequential(nn.Linear(768, 64), nn.SiLU(), nn.Linear(64, 4))
+    decoder = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 768))
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=5e-3)
+    for _ in range(steps):
+        batch = circles[torch.randint(len(circles), (32,))]
+        loss = vae_loss(encoder, decoder, batch, torch.randn(32, 2), beta)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return encoder.requires_grad_(False), decoder.requires_grad_(False)
+
+
+if fe.passed("latents.vae_loss"):
+    trained = {(beta, seed): train(beta, seed) for beta in BETAS for seed in range(3)}
+    noise = torch.randn(500, 2, generator=torch.Generator().manual_seed(1))
+    print("the range of three seeds; variety: of 500 decoded samples of N(0, 1), relative to that of the real images")
+    for beta in BETAS:
+        of_beta = [trained[beta, seed] for seed in range(3)]
+        moments = [encoder(circles).chunk(2, dim=1) for encoder, _ in of_beta]
+        spread = [float(mean.std()) for mean, _ in moments]
+        sigma = [float((logvar / 2).exp().mean()) for _, logvar in moments]
+        variety = [float(decoder(noise).std(0).mean() / circles.std(0).mean()) for _, decoder in of_beta]
+        print(
+            f"beta {beta:5}: standard deviation of the means {min(spread):.0f} to {max(spread):.0f} · sigma "
+            f"{max(sigma):.1f} · variety of the decoded images {min(variety):.0f} to {max(variety):.0f}"
+        )
+    strong_kl.against("alike" if max(variety) < 0.5 else "different")
+
+    fig, axes = plt.subplots(2, 3, figsize=(8, 5.6), layout="constrained")
+    grid = torch.cartesian_prod(torch.linspace(-2, 2, 7), torch.linspace(-2, 2, 7))  # [49, 2]
+    for column, beta in enumerate(BETAS):
+        encoder, decoder = trained[beta, 1]
+        mean = encoder(circles)[:, :2]
+        axes[0, column].scatter(*mean.T, c=position[:, 0], s=6, cmap="cividis")
+        axes[0, column].scatter(*noise[:200].T, s=2, color="#D55E00")
+        axes[0, column].set_title(f"beta = {beta}")
+        axes[0, column].set_aspect("equal", "datalim")
+        tiles = decoder(grid).reshape(7, 7, 3, 16, 16).flip(1).permute(1, 3, 0, 4, 2).reshape(112, 112, 3)
+        axes[1, column].imshow(((tiles + 1) / 2).clamp(0, 1), extent=(-2.3, 2.3, -2.3, 2.3))
+    fig.suptitle(
+        "Top: latents of the images, coloured by the circle's x; orange: N(0, 1). Bottom: decoded latents.\n"
+        "Without KL the two differ; with a weak KL they agree; with a strong KL nothing is left of the image",
+        fontsize=10,
+    )
+    plt.show()
+
+# %% [markdown]
+# Without the KL term, $\sigma$ becomes 0, and the latents lie wherever the encoder has put them: a sample of
+# $\mathcal{N}(0, 1)$ is decoded into something that is no circle. With the weak term, the latents fill about the same
+# region as $\mathcal{N}(0, 1)$, and neighbouring latents show neighbouring positions. With the strong term, the encoder
+# outputs $\mu = 0$ and $\sigma = 1$ for every image, and the decoder can only show their average. This is called
+# *posterior collapse*.
+#
+# The miniature was trained with $\beta = 10^{-4}$ (`training/autoencoder.py`), too weak to turn the latents into
+# $\mathcal{N}(0, 1)$. The *flow*, the transformer that turns noise into latents, does that. What remains useful is the
+# noise: the decoder tolerates small errors in the latent, so small errors of the flow stay small in the image.
+#
+# Encoding an image for the flow needs the means only, and two numbers.
 
 # %% exercise="latents.standardise"
 
 # %%
-print("scale and shift of the miniature:", autoencoder.config.scale_factor, autoencoder.config.shift_factor)
-with fe.record("ae.encoder.moments") as rec:
-    latent = autoencoder.encode(images)  # [16, 16, 16, 16]
+with fe.record("ae.encoder.moments") as rec, torch.no_grad():
+    latent = autoencoder.encode(images)
 moments = rec["ae.encoder.moments"].tensor.flatten(0, 1).to(device)  # [16, 32, 16, 16]
 mean, logvar = moments.chunk(2, dim=1)
+config = autoencoder.config
+print("scale and shift of the miniature:", config.scale_factor, config.shift_factor)
 print(f"standard deviation of the means: {float(mean.std()):.1f} · of the latent: {float(latent.std()):.1f}")
 print(f"the encoder's own noise, relative to that of the means: {float((logvar / 2).exp().mean() / mean.std()):.0%}")
 if fe.passed("latents.standardise"):
-    config = autoencoder.config
     yours = standardise(moments, config.scale_factor, config.shift_factor)
     course.compare("your latent and the library's", yours, latent)
 
@@ -153,46 +228,11 @@ if fe.passed("latents.standardise"):
 # and 0.1159, do the same for its own autoencoder, whose means have a standard deviation of about 1 / 0.3611 = 2.8.
 # (Official code: `util.py` lines 326-327 and `modules/autoencoder.py` lines 308-315 of `black-forest-labs/flux` at
 # commit 802fb47.)
-#
-# Next come the tokens. Write $z[k, y, x]$ for channel $k$ of the cell in row $y$ and column $x$ of a latent that is $w$
-# cells wide. The tokens are numbered row by row, and number $4k + 2i + j$ of a token belongs to channel $k$ of its cell
-# in row $i$ and column $j$ ($i$ and $j$ are 0 or 1):
-#
-# $$\text{token}\Bigl[\, r\, \tfrac{w}{2} + c,\;\; 4k + 2i + j \,\Bigr] = z[\, k,\; 2r + i,\; 2c + j \,]$$
-
-# %% exercise="latents.pack"
-
-# %% exercise="latents.unpack"
-
-# %%
-if fe.passed("latents.pack", "latents.unpack"):
-    print("tokens:", list(pack(latent).shape))
-    course.compare("your tokens and the library's", pack(latent), library.pack(latent))
-    course.compare("the latent, packed and unpacked, and the latent", unpack(pack(latent), 16, 16), latent)
 
 # %% [markdown]
-# Packing only reorders numbers; no value changes. Afterwards the transformer has a quarter as many tokens, each four
-# times as wide.
-#
 # ## See it
-
-# %%
-fig, axes = plt.subplots(3, 6, figsize=(9, 5), layout="constrained")
-axes[0, 0].imshow(reference.images[0])
-axes[0, 0].set_title("the image", fontsize=9)
-channels = reference.latents[0].float().cpu()
-for channel, ax in enumerate(axes.flat[1:17]):
-    heatmap = ax.imshow(channels[channel], cmap="cividis", vmin=-3, vmax=3)
-    ax.set_title(f"channel {channel}", fontsize=9)
-for ax in axes.flat:
-    ax.axis("off")
-fig.suptitle("The channels of the latent show the same two objects at the same positions as the image")
-fig.colorbar(heatmap, ax=axes, label="value", shrink=0.6)
-plt.show()
-
-# %% [markdown]
-# Because the channels preserve positions, the transformer can work with rows and columns, and an image can be edited in
-# its latent. Are all 16 channels needed? The 16 numbers of a cell are a point in a space of 16 dimensions. Keep only
+#
+# Are all 16 channels needed? The 16 numbers of a cell are a point in a space of 16 dimensions. Keep only
 # the few directions in this space along which the latents vary most (their principal components), and decode. We
 # measure the error as *PSNR*, the peak signal-to-noise ratio, in decibels. With pixels from 0 to 255 and the mean
 # squared error MSE,
@@ -203,6 +243,7 @@ plt.show()
 # sixteen images.
 
 # %%
+_ = torch.set_grad_enabled(False)  # nothing is trained from here on
 flat = latent.permute(0, 2, 3, 1).reshape(-1, 16)  # [cells, 16]
 centre = flat.mean(0)
 directions = torch.linalg.svd(flat - centre, full_matrices=False)[2]  # [16, 16], in order of variance
@@ -219,8 +260,7 @@ fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
 ax.plot(counts, quality, "o-", color="#0072B2", label="latent, 256 numbers per direction")
 for (side, value), style in zip(thumbnails.items(), (":", "--")):
     ax.axhline(value, color="#D55E00", linestyle=style, label=f"{side} x {side} thumbnail, {3 * side * side:,} numbers")
-ax.set_xlabel("number of directions kept, of 16")
-ax.set_ylabel("PSNR in dB")
+ax.set(xlabel="number of directions kept, of 16", ylabel="PSNR in dB")
 ax.set_title(f"Keeping only six of 16 directions costs {quality[-1] - quality[4]:.1f} dB")
 ax.legend()
 plt.show()
@@ -232,8 +272,7 @@ for side, value in thumbnails.items():
 # %% [markdown]
 # At how many directions does the latent beat a thumbnail that needs as many numbers? The miniature's images are simple,
 # so the last directions are hardly used; photographs need more. Earlier
-# latent diffusion models had 4 channels, FLUX has 16: since a cell covers 8 × 8 pixels, detail can only be stored in
-# the channels.
+# latent diffusion models had 4 channels, FLUX has 16.
 #
 # Which details does the autoencoder lose? A Fourier transform writes an image as a sum of stripe patterns of all
 # widths. We compare the image with its reconstruction at each width. (At the grey line, the error has half as much
@@ -260,98 +299,29 @@ ax.semilogx(width, 100 * error_share, "o-", color="#0072B2")
 ax.axhline(50, color="0.6", linewidth=1)
 ax.set_xticks([2, 3, 4, 6, 10, 16, 48], [2, 3, 4, 6, 10, 16, 48])
 ax.minorticks_off()
-ax.set_xlabel("width of the stripes: pixels from one to the next")
-ax.set_ylabel("error, % of the power")
-ax.set_ylim(0, 100)
+ax.set(xlabel="width of the stripes: pixels from one to the next", ylabel="error, % of the power", ylim=(0, 100))
 ax.set_title(
     f"The error is {error_share[0]:.0%} of the power for the widest stripes, {error_share[-1]:.0%} for the narrowest"
 )
 plt.show()
-for pixels, value in zip(width, error_share):
+for pixels, value in zip(width[::3], error_share[::3]):
     print(f"stripes of {float(pixels):4.1f} pixels: the error is {value:.0%} of the power")
-
-# %% [markdown]
-# How far does the influence of one cell reach? Change all 16 numbers of one cell, in each of the sixteen images, and
-# see where the image changes:
-
-# %%
-edited = latent.clone()
-edited[:, :, 8, 8] += 2
-change = (autoencoder.decode(edited) - reconstruction).square().sum(1)  # [16, 128, 128]
-for name, m in {"the cell's own 8 x 8 pixels": 0, "these and the eight cells around them": 8}.items():
-    share = change[:, 64 - m : 72 + m, 64 - m : 72 + m].sum((1, 2)) / change.sum((1, 2))  # [16]
-    print(f"{name}: {share.median():.0%} of the change ({share.min():.0%} to {share.max():.0%})")
-
-# %% [markdown]
-# Now edit a latent yourself. Change the values of a few cells in one channel and see what happens to the image; a
-# change of a single cell is hardly visible. (Tab to the left image and use the arrow keys, or use the mouse.) Does any
-# channel stand for one property, such as a colour? Nothing in the training requires that.
-
-# %%
-widgets.latents(pipe, reference.images[0]).set(channel=14, cell=(5, 11))
 
 # %% [markdown]
 # ## Put your code into the trained model
 #
 # `fe.swap` replaces modules of the model by yours and copies the trained weights into them; here it replaces the
-# encoder's downsampling layers. `fe.intervene` replaces the value at a site; here it replaces the tokens at `img_in`,
-# the transformer's first layer, by your tokens in every step of the run.
+# encoder's three downsampling layers. Does the trained encoder still produce the same latent?
 
 # %%
-if fe.passed("latents.Downsample", "latents.pack"):
+if fe.passed("latents.Downsample"):
     with fe.swap("ae.encoder.*.downsample", lambda old: Downsample(old.conv.in_channels), autoencoder):
         yours = autoencoder.encode(images)
     course.compare("the latent of the encoder with your layers and without", yours, latent, within=1e-4)
 
-    state = {}
-
-    def remember(x, ctx):
-        state["latent"] = x
-        return x
-
-    with fe.intervene("sample.x", remember):
-        with fe.intervene("img_in", lambda tokens, ctx: pipe.flux.img_in(pack(state["latent"]))):
-            out = pipe(prompt, seed=4, progress=False)
-    course.compare("the latent made from your tokens and the library's", out.latents, reference.latents, within=1e-3)
-
 # %% [markdown]
 # ## Break it
 #
-# **Another order inside the token.** Each token contains the right 64 numbers, but in another order: now the channel
-# changes fastest. A wrong `view` or `transpose` easily produces this order by accident. The judge counts, for eight
-# seeds, the images that show the two objects of the prompt and nothing else.
-
-# %%
-state = {}
-
-
-def remember(x, ctx):
-    state["latent"] = x
-    return x
-
-
-def pack_channel_fastest(x):
-    b, c, h, w = x.shape
-    x = x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1)  # [B, rows, columns, 2, 2, C]
-    return x.reshape(b, h // 2 * (w // 2), 4 * c)
-
-
-def count_right(images) -> int:
-    """In how many images the judge finds a red circle and a blue square, and nothing else."""
-    found = [sorted((thing.color, thing.form) for thing in detect(image).objects) for image in images]
-    return found.count([("blue", "square"), ("red", "circle")])
-
-
-runs = {"seed": list(range(8)), "steps": 8, "trajectory": False, "progress": False}
-right_order = pipe(prompt, **runs)
-with fe.intervene("sample.x", remember):
-    with fe.intervene("img_in", lambda tokens, ctx: pipe.flux.img_in(pack_channel_fastest(state["latent"]))):
-        reordered = pipe(prompt, **runs)
-before, after = count_right(right_order.images), count_right(reordered.images)
-print(f"images with both objects: {before} of 8 with the right order, {after} of 8 with the other one")
-reorder_effect.against("ruined" if after == 0 else "a bit worse" if after < before else "the same")
-
-# %% [markdown]
 # **Padding on the other side**, as `padding=1` does, and **no scaling**: the encoder's means go to the decoder without
 # scale and shift. Neither raises an error.
 
@@ -369,19 +339,21 @@ class PadLeftAbove(nn.Module):
 with fe.swap("ae.encoder.*.downsample", lambda old: PadLeftAbove(old.conv.in_channels), autoencoder):
     wrong_padding = autoencoder.decode(autoencoder.encode(images))
 unscaled = autoencoder.decode(mean)
-psnr_right, psnr_padding, psnr_unscaled = (psnr(images, x) for x in (reconstruction, wrong_padding, unscaled))
-print(
-    f"right: {psnr_right:.0f} dB, padding on the other side: {psnr_padding:.0f} dB, no scaling: {psnr_unscaled:.0f} dB"
-)
+versions = {
+    "an original": images,
+    "encoded and decoded": reconstruction,
+    "padded left and above": wrong_padding,
+    "not scaled": unscaled,
+}
+decibel = {name: psnr(images, x) for name, x in list(versions.items())[1:]}
+print(" · ".join(f"{name}: {value:.0f} dB" for name, value in decibel.items()))
 
-fig, axes = plt.subplots(1, 5, figsize=(10, 2.4), layout="constrained")
-examples = [reordered.images[0], *(to_images(x[:1])[0] for x in (images, reconstruction, wrong_padding, unscaled))]
-names = ["tokens in another order", "an original", "encoded and decoded", "padded left and above", "not scaled"]
-for ax, image, name in zip(axes, examples, names):
-    ax.imshow(image)
+fig, axes = plt.subplots(1, 4, figsize=(8, 2.4), layout="constrained")
+for ax, (name, x) in zip(axes, versions.items()):
+    ax.imshow(to_images(x[:1])[0])
     ax.set_title(name, fontsize=9)
     ax.axis("off")
-fig.suptitle("Wrong order, wrong padding, no scaling: none raises an error, each damages the image", fontsize=10)
+fig.suptitle("Wrong padding, no scaling: neither raises an error, both damage the image", fontsize=10)
 plt.show()
 
 # %% [markdown]
@@ -406,7 +378,7 @@ for r in radii:
     examples.append((originals[0][36:92, 36:92], np.asarray(decoded[0])[36:92, 36:92]))
     all_recognised.append(after == len(centres))
     print(f"radius {r:2}: recognised as a star {before} times of 3 before, {after} times after")
-smallest = min((r for r, recognised in zip(radii, all_recognised) if recognised), default=0)
+smallest = min(r for r, recognised in zip(radii, all_recognised) if recognised)
 smallest_star.against(smallest)
 
 fig, axes = plt.subplots(2, 5, figsize=(8, 3.4), layout="constrained")
@@ -440,23 +412,19 @@ print(f"after one round trip {decibel[0]:.0f} dB, after ten {decibel[-1]:.0f} dB
 #
 # 1. Pixels would be too many tokens: one token covers 16 × 16 pixels, and the cost of attention grows with the pairs.
 # 2. The encoder halves the grid three times; each cell has 16 numbers, and the latent preserves positions.
-# 3. Scale and shift give the latent the mean and standard deviation of the noise that it is mixed with.
-# 4. Packing puts 2 × 2 cells into one token, in the order (channel, row, column). It loses nothing. A trained
-#    transformer works with this order only.
+# 3. The KL term keeps the latents of a VAE together; too much of it destroys the information in them.
+# 4. Scale and shift give the latent the mean and standard deviation of the noise that it is mixed with.
 # 5. Detail finer than a few pixels is lost in the autoencoder, whatever the transformer does.
 #
 # **Questions people ask**: *Does encoding draw a random sample?* The official code takes the mean (`AutoEncoder` has
 # `sample_z=False`, `modules/autoencoder.py` line 283), diffusers samples (`retrieve_latents` in
 # `pipeline_flux_img2img.py`, version 0.42.1); the noise is a few percent of the standard deviation, as you measured
-# above. *Why does my 1000-pixel image come out with another size?* A side must be a whole number of tokens of 16
-# pixels. The official code rounds up, to 126 cells of 8 pixels (`get_noise`, `sampling.py` lines 29-30); diffusers
-# rounds down, to 124 (`FluxPipeline.prepare_latents`, 0.42.1). *Why does memory run out at large sizes?* The
-# number of tokens grows with the area, and the number of pairs with its square: twice the side means 16 times the
-# pairs.
+# above. *Why does memory run out at large sizes?* The number of tokens grows with the area, and the number of pairs
+# with its square: twice the side means 16 times the pairs.
 #
-# **Read**: Latent Diffusion, arXiv 2112.10752 · Scaling Rectified Flow Transformers, arXiv 2403.03206 (why 16
-# channels) · `black-forest-labs/flux`, `modules/autoencoder.py` and `sampling.py` · ours:
-# `fluxedu/models/autoencoder.py`, `fluxedu/sampling/latents.py`.
+# **Read**: Auto-Encoding Variational Bayes, arXiv 1312.6114 · Latent Diffusion, arXiv 2112.10752 · Scaling Rectified
+# Flow Transformers, arXiv 2403.03206 (why 16 channels) · `black-forest-labs/flux`, `modules/autoencoder.py` · ours:
+# `fluxedu/models/autoencoder.py`. Next: notebook 01b, in which the latent becomes tokens.
 
 # %%
 fe.score()

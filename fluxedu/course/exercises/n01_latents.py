@@ -1,108 +1,12 @@
-"""Notebook 01: latents."""
+"""Notebook 01: latents: the autoencoder."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.course.exercise import exercise, wrong
-from fluxedu.course.exercises import random_weights, run_module, subclass
+from fluxedu.course.exercise import exercise, mistakes, wrong
+from fluxedu.course.exercises import random_weights, randomise, run_module, subclass
 from fluxedu.models.autoencoder import Downsample as LibraryDownsample
-from fluxedu.sampling.latents import pack as library_pack
-from fluxedu.sampling.latents import unpack as library_unpack
-
-
-def _latents() -> list[tuple]:
-    g = torch.Generator().manual_seed(1)
-    return [(torch.randn(2, 3, 4, 6, generator=g),), (torch.randn(1, 16, 2, 8, generator=g),)]
-
-
-@exercise(
-    "latents.pack",
-    minutes=10,
-    difficulty=2,
-    cases=_latents,
-    against=library_pack,
-    tolerance=0,
-    hints=(
-        "Split the row axis into (token row, row inside the token), and the column axis likewise. A reshape does this "
-        "without moving a number. Then put the axes into the right order.",
-        "`latent.reshape(b, c, h // 2, 2, w // 2, 2)` has the axes (image, channel, row, inner row, column, inner "
-        "column). `permute` moves the two axes that number the tokens to the front.",
-        "`.permute(0, 2, 4, 1, 3, 5)` gives (image, row, column, channel, inner row, inner column); reshape it to "
-        "`(b, h // 2 * (w // 2), 4 * c)`.",
-    ),
-)
-def pack(latent: Tensor) -> Tensor:
-    """Cut a latent `[B, C, h, w]` into tokens `[B, h/2 * w/2, 4 C]`, one for each square of 2 x 2 cells.
-
-    Tokens are numbered row by row. Inside a token, the channel changes slowest, then the row, then the column.
-    """
-    b, c, h, w = latent.shape
-    x = latent.reshape(b, c, h // 2, 2, w // 2, 2)  # [B, C, rows, 2, columns, 2]
-    x = x.permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, C, 2, 2]
-    return x.reshape(b, h // 2 * (w // 2), 4 * c)
-
-
-def _packed(latent: Tensor, *order: int) -> Tensor:
-    b, c, h, w = latent.shape
-    return latent.reshape(b, c, h // 2, 2, w // 2, 2).permute(order).reshape(b, h // 2 * (w // 2), 4 * c)
-
-
-wrong("latents.pack", "inside a token your channel changes fastest; FLUX's tokens hold all of channel 0 first.")(
-    lambda latent: _packed(latent, 0, 2, 4, 3, 5, 1)
-)
-wrong("latents.pack", "your tokens are numbered column by column; number them row by row, as you read.")(
-    lambda latent: _packed(latent, 0, 4, 2, 1, 3, 5)
-)
-wrong("latents.pack", "you exchanged rows and columns inside each 2 x 2 square.")(
-    lambda latent: _packed(latent, 0, 2, 4, 1, 5, 3)
-)
-wrong("latents.pack", "a reshape alone does not reorder numbers: permute the axes before the last reshape.")(
-    lambda latent: latent.reshape(len(latent), -1, 4 * latent.shape[1])
-)
-
-
-def _tokens() -> list[tuple]:
-    g = torch.Generator().manual_seed(2)
-    return [(torch.randn(2, 6, 12, generator=g), 4, 6), (torch.randn(1, 4, 64, generator=g), 8, 2)]
-
-
-@exercise(
-    "latents.unpack",
-    minutes=8,
-    difficulty=2,
-    cases=_tokens,
-    against=library_unpack,
-    tolerance=0,
-    hints=(
-        "Undo the steps of `pack` in reverse order: first split every axis, then put the axes into the latent's order.",
-        "The numbers of a token are (channel, inner row, inner column): reshape to `(b, height // 2, width // 2, "
-        "d // 4, 2, 2)`.",
-        "`.permute(0, 3, 1, 4, 2, 5)` gives (image, channel, row, inner row, column, inner column); reshape it to "
-        "`(b, d // 4, height, width)`.",
-    ),
-)
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`: tokens `[B, N, D]` to a latent `[B, D/4, height, width]`, both sides in latent cells."""
-    b, _, d = tokens.shape
-    x = tokens.reshape(b, height // 2, width // 2, d // 4, 2, 2)  # [B, rows, columns, C, 2, 2]
-    x = x.permute(0, 3, 1, 4, 2, 5)  # [B, C, rows, 2, columns, 2]
-    return x.reshape(b, d // 4, height, width)
-
-
-wrong("latents.unpack", "you read a token's numbers as (row, column, channel); they are (channel, row, column).")(
-    lambda tokens, height, width: unpack(tokens.unflatten(-1, (4, -1)).mT.flatten(-2), height, width)
-)
-wrong("latents.unpack", "you read the tokens as numbered column by column; they are numbered row by row.")(
-    lambda tokens, height, width: unpack(
-        tokens.unflatten(1, (width // 2, -1)).transpose(1, 2).flatten(1, 2), height, width
-    )
-)
-wrong(
-    "latents.unpack",
-    "before the last reshape the axes must be in the order (row, inner row, column, inner column); yours are "
-    "(row, column, inner row, inner column).",
-)(lambda tokens, height, width: tokens.unflatten(-1, (-1, 4)).transpose(1, 2).reshape(len(tokens), -1, height, width))
 
 
 def _moments() -> list[tuple]:
@@ -115,7 +19,7 @@ def _moments() -> list[tuple]:
 
 @exercise(
     "latents.standardise",
-    minutes=6,
+    minutes=5,
     difficulty=1,
     cases=_moments,
     hints=(
@@ -158,7 +62,7 @@ def _grids() -> list[tuple]:
 
 @exercise(
     "latents.Downsample",
-    minutes=8,
+    minutes=5,
     difficulty=2,
     cases=_grids,
     call=run_module,
@@ -196,3 +100,121 @@ wrong("latents.Downsample", "you pad above instead of below; the numbers of F.pa
 wrong("latents.Downsample", "you pad by repeating the edge; the weights were trained with zeros there.")(
     subclass(Downsample, forward=lambda self, x: self.conv(F.pad(x, (0, 1, 0, 1), mode="replicate")))
 )
+
+
+# ---------------------------------------------------------------- the loss of a variational autoencoder
+
+
+def _gaussians() -> list[tuple]:
+    g = torch.Generator().manual_seed(5)
+    shapes = ((3, 2), (2, 16, 16, 16), (1, 4))
+    return [(torch.randn(shape, generator=g), 2 * torch.randn(shape, generator=g) - 1) for shape in shapes]
+
+
+def _torch_kl(mean: Tensor, logvar: Tensor) -> Tensor:
+    normal = torch.distributions.Normal
+    return torch.distributions.kl_divergence(normal(mean, (logvar / 2).exp()), normal(0.0, 1.0)).mean()
+
+
+@exercise(
+    "latents.kl",
+    minutes=4,
+    difficulty=1,
+    cases=_gaussians,
+    against=_torch_kl,
+    hints=(
+        "Compute the formula for every number first, then take one mean over all of them.",
+        "The variance is the exponential of its logarithm: `logvar.exp()`.",
+        "`0.5 * (mean**2 + logvar.exp() - 1 - logvar)`, then `.mean()`.",
+    ),
+)
+def kl(mean: Tensor, logvar: Tensor) -> Tensor:
+    """The Kullback-Leibler divergence of N(mean, variance) from N(0, 1), averaged over all numbers: one number.
+
+    `mean` and `logvar`, the logarithm of the variance, have the same shape. For one number it is half of
+    `mean**2 + variance - 1 - log(variance)`.
+    """
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+
+
+@mistakes(
+    "latents.kl",
+    ("sum", "you add the divergences of all numbers; take their mean, or beta would depend on the image's size."),
+    ("standard deviation", "exp(logvar / 2) is the standard deviation; the formula needs the variance, exp(logvar)."),
+    ("half", "the factor 1/2 is missing."),
+    ("sign", "the sign of the logarithm is wrong: a small variance must cost much, so subtract logvar."),
+    ("one", "the -1 is missing: N(0, 1) itself must have the divergence 0."),
+    ("logvar", "you put the logarithm of the variance where the variance should be."),
+)
+def _kl(mistake: str, mean: Tensor, logvar: Tensor) -> Tensor:
+    variance = {"standard deviation": (logvar / 2).exp(), "logvar": logvar}.get(mistake, logvar.exp())
+    log = -logvar if mistake == "sign" else logvar
+    each = mean.square() + variance - int(mistake != "one") - log
+    each = each if mistake == "half" else 0.5 * each
+    return each.sum() if mistake == "sum" else each.mean()
+
+
+def _networks() -> list[tuple]:
+    g = torch.Generator().manual_seed(6)
+    cases = []
+    for batch, pixels, size, beta in ((4, 12, 3, 0.5), (32, 768, 2, 0.003), (5, 8, 1, 0.0)):
+        encoder = nn.Sequential(nn.Linear(pixels, 8), nn.SiLU(), nn.Linear(8, 2 * size))
+        decoder = nn.Sequential(nn.Linear(size, 8), nn.SiLU(), nn.Linear(8, pixels))
+        images, noise = torch.randn(batch, pixels, generator=g), torch.randn(batch, size, generator=g)
+        cases.append((randomise(encoder, g), randomise(decoder, g), images, noise, beta))
+    return cases
+
+
+def _with_gradient(answer, encoder, decoder, images, noise, beta):
+    """The loss, and its gradient with respect to the first layer: a loss without one cannot be trained."""
+    encoder.requires_grad_(True)
+    with torch.enable_grad():
+        loss = answer(encoder, decoder, images, noise, beta)
+    if not isinstance(loss, Tensor) or loss.ndim:
+        return loss
+    if not loss.requires_grad:
+        raise ValueError("no gradient flows from the loss to the encoder; leave out .detach(), .item() and no_grad")
+    return loss, torch.autograd.grad(loss, encoder[0].weight)[0]
+
+
+@exercise(
+    "latents.vae_loss",
+    minutes=8,
+    difficulty=2,
+    cases=_networks,
+    call=_with_gradient,
+    hints=(
+        "Four steps: encode, add the noise, decode, compare. The first half of the encoder's numbers are the means.",
+        "`mean, logvar = encoder(images).chunk(2, dim=1)`, and the latent is `mean + (logvar / 2).exp() * noise`.",
+        "`((decoder(z) - images) ** 2).mean() + beta * KL`, with the formula of `kl` for KL, or a call of your `kl`.",
+    ),
+)
+def vae_loss(encoder: nn.Module, decoder: nn.Module, images: Tensor, noise: Tensor, beta: float) -> Tensor:
+    """The loss with which a variational autoencoder is trained: mean squared error + beta * KL.
+
+    `encoder(images)`, `[B, 2 C]`, are the means and then the logarithms of the variances of the latents. Sample the
+    latents with `noise`, `[B, C]`, decode them, and compare the result with `images`, `[B, D]`.
+    """
+    mean, logvar = encoder(images).chunk(2, dim=1)
+    z = mean + (logvar / 2).exp() * noise
+    divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return (decoder(z) - images).square().mean() + beta * divergence
+
+
+@mistakes(
+    "latents.vae_loss",
+    ("mean only", "you decode the means without noise; then nothing keeps the variances from becoming 0."),
+    ("variance", "the noise is multiplied by the standard deviation exp(logvar / 2), not by the variance."),
+    ("logvar", "the noise is multiplied by exp(logvar / 2), the standard deviation, not by a multiple of logvar."),
+    ("no beta", "the KL term is not multiplied by beta."),
+    ("halves", "the encoder's first half are the means, the second half the log variances; you exchanged them."),
+    ("absolute", "you take the absolute error; this loss has the squared error."),
+)
+def _vae_loss(mistake: str, encoder, decoder, images: Tensor, noise: Tensor, beta: float) -> Tensor:
+    mean, logvar = encoder(images).chunk(2, dim=1)
+    if mistake == "halves":
+        mean, logvar = logvar, mean
+    deviation = {"mean only": 0, "variance": logvar.exp(), "logvar": logvar / 2}.get(mistake, (logvar / 2).exp())
+    error = decoder(mean + deviation * noise) - images
+    error = error.abs() if mistake == "absolute" else error.square()
+    return error.mean() + (1 if mistake == "no beta" else beta) * kl(mean, logvar)
