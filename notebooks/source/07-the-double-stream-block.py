@@ -198,8 +198,7 @@ for name in ("nothing", "another seed", "double: gate blends", "double: MLP in p
 blending.against(round(40 * parts["double: gate blends"]["everything right"]["value"]))
 
 # %% [markdown]
-# Neither mistake raises an error, and both would train. But these weights were made for $x + g f$ with the MLP second,
-# and for nothing else. You can produce the first mistake with your own code: change `leave`, run the swap cell again and
+# Neither mistake raises an error, but these weights were trained for $x + g f$ with the MLP second. You can produce the first mistake with your own code: change `leave`, run the swap cell again and
 # look at `out.images[0]`.
 #
 # ## In five lines
