@@ -90,7 +90,7 @@ def _encoded(outcome: Outcome, key: str, tensors: dict[str, Tensor]) -> dict:
             tensors[keys[-1]] = (torch.view_as_real(x) if x.is_complex() else x).to("cpu", copy=True).contiguous()
     except (RuntimeError, NotImplementedError, AttributeError) as error:  # a tensor without numbers, on "meta"
         return {"problem": f"it returns a tensor that cannot be read ({type(error).__name__})", "keys": []}
-    return {"problem": outcome.problem, "keys": keys}
+    return {"problem": outcome.problem, "keys": keys, "gradients": list(outcome.gradients)}
 
 
 def _decoded(outcome: dict, tensors: dict[str, Tensor]) -> Outcome:
@@ -98,6 +98,7 @@ def _decoded(outcome: dict, tensors: dict[str, Tensor]) -> Outcome:
     return Outcome(
         [complex_of[key.endswith(".complex")](tensors[key]) for key in outcome["keys"]],
         printable(str(outcome["problem"])),
+        [printable(str(name)) for name in outcome.get("gradients", [])],
     )
 
 

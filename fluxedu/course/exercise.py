@@ -54,6 +54,7 @@ class Exercise:
     - call: ``(answer, *case) -> tensors``, for an answer that is not simply a function of the case
     - against: what the answer is compared with; None: the solution
     - tolerance: largest relative error, or 0 for equality
+    - gradient: whether gradients must flow through an answer, as they do through the solution
     - after: where the exercise stands in its notebook: below the one cell whose source contains this text (a heading,
       say), or below the exercise of this name; not needed if a cell of the source names the exercise
     """
@@ -67,6 +68,7 @@ class Exercise:
     call: Callable[..., Any] = lambda answer, *case: answer(*case)
     against: Callable | None = None
     tolerance: float = 1e-5
+    gradient: bool = True
     after: str = ""
     wrong: list[WrongAnswer] = field(default_factory=list)
 
