@@ -52,8 +52,7 @@ shared_weights = fe.predict(
     "The text stream gets the image stream's weights. How many of 40 pictures does the judge find right?", 0
 )  # answer
 blind_patches = fe.predict(
-    "Patches may not attend to text in the double blocks. Are 'fewer than half' or 'more than half' of 40 pictures right?",
-    "more than half",
+    "Patches cannot attend to text in double blocks: 'fewer than half' or 'more than half' right?", "more than half"
 )  # answer
 
 # %% [markdown]
@@ -196,8 +195,9 @@ blind_patches.against("more than half" if share_right > 0.5 else "fewer than hal
 
 # %% [markdown]
 # With the weights of the other stream hardly a picture is right, even if only the MLPs are exchanged. Neither stream can
-# be held still; holding the image stream costs more claims. What patches do not need is to see the text *in these blocks*: more than half of the pictures are right
-# without it, because patches attend to the text in the single blocks as well (notebook 08b).
+# be held still; holding the image stream costs more claims. What patches need less is to attend to the text *in these
+# blocks*: more than half of the pictures are right without it, since patches attend to the text in the single blocks as
+# well (notebook 08b).
 #
 # The distance of the latents says less. An unrelated picture, right in everything, is at 1.2; a picture that is lost may
 # be nearer, or much farther away. The distance counts every patch alike, most of which are background.
@@ -236,8 +236,8 @@ plt.show()
 # ## Does a model need two streams?
 #
 # None of this shows that it does. The experiments show that the trained weights of one stream do not fit the other. These
-# weights were trained with two streams, and a model that was trained with one set would suffer as much from a second one.
-# To compare designs, one has to train both.
+# weights were trained with two streams; a model that was trained with one set would probably suffer as much if its streams
+# were given different ones. To compare designs, one has to train both.
 #
 # ## In five lines
 #
