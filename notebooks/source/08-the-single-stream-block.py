@@ -41,8 +41,7 @@ course.where(pipe, "single")
 
 # %%
 linear1_outputs = fe.predict(
-    "A token has D = 160 numbers, and the MLP's hidden layer 4 D. How many numbers does linear1 compute per token?",
-    1120,
+    "A token has D = 160 numbers, the MLP's hidden layer 4 D. How many does linear1 compute per token?", 1120
 )  # answer
 modulation_vectors = fe.predict(
     "A stream of a double block has six modulation vectors. How many has a single block?", 3
@@ -186,8 +185,8 @@ if fe.passed("single.block"):
 #
 # $$S'_{ij} = \frac{k_i \cdot q_j}{\sqrt d} = \frac{q_j \cdot k_i}{\sqrt d} = S_{ji}$$
 #
-# (apart from the norms, whose scales are different for q and k). The table of scores is transposed, so each patch attends
-# to those tokens that used to attend to it. Try it with your functions in the trained model, with eight
+# (apart from the norms, whose scales are different for q and k). The table of scores is transposed: each token now attends
+# to the tokens whose queries match its key. Try it with your functions in the trained model, with eight
 # seeds:
 
 # %%
