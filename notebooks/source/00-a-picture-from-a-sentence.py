@@ -314,8 +314,8 @@ larger_effect.against("text" if change["set T5's vectors to zero"] > change["swa
 # 1. The text encoders turn a prompt into one vector (CLIP) and one vector per token (T5).
 # 2. The transformer works on a latent: 64 tokens of 64 numbers here, 4,096 tokens for a 1024 × 1024 image.
 # 3. The network predicts a velocity, `noise − image`; every velocity implies a prediction of the final image.
-# 4. Sampling, with Euler's method, moves against the velocity from t = 1 to t = 0, on a schedule that FLUX.1-dev and the miniature shift
-#    towards the noise.
+# 4. Sampling, with Euler's method, moves against the velocity from t = 1 to t = 0, on a schedule that FLUX.1-dev and
+#    the miniature shift towards the noise.
 # 5. The autoencoder decodes the last latent into pixels.
 #
 # **Questions people ask:** *Why are all text positions zero?* The usual explanation is that T5's vectors already

@@ -9,7 +9,7 @@
 # Kullback-Leibler term does to its latents, explain the two numbers 0.3611 and 0.1159, and predict which details
 # survive.
 #
-# 60 minutes · needs notebook 00
+# 60 minutes · needs notebooks 00 and 00b
 
 # %%
 from copy import deepcopy
@@ -62,8 +62,9 @@ round_trips = fe.predict(
 # %% [markdown]
 # ## Why not pixels?
 #
-# Attention compares every token with every token, so its cost grows with the number of *pairs* of tokens. Compare the number of pixels, cells and tokens. A cell of 16 numbers stands for 8 × 8 pixels of 3 numbers, so the
-# amount of data shrinks by the factor
+# Attention compares every token with every token, so its cost grows with the number of *pairs* of tokens. Compare the
+# number of pixels, cells and tokens. A cell of 16 numbers stands for 8 × 8 pixels of 3 numbers, so the amount of data
+# shrinks by the factor
 #
 # $$\frac{3 \cdot 8^2}{16} = 12$$
 #
@@ -184,8 +185,8 @@ if fe.passed("latents.vae_loss"):
     plt.show()
 
 # %% [markdown]
-# Without the KL term, $\sigma$ becomes 0, and the latents lie wherever the encoder has put them: a sample of
-# $\mathcal{N}(0, 1)$ is decoded into something that is no circle. With the weak term, the latents fill about the same
+# Without the KL term, $\sigma$ becomes 0, and the latents lie wherever the encoder has put them: many samples of
+# $\mathcal{N}(0, 1)$ lie where there is no image, and what they are decoded into is no circle. With the weak term, the latents fill about the same
 # region as $\mathcal{N}(0, 1)$, and neighbouring latents show neighbouring positions. With the strong term, the encoder
 # outputs $\mu = 0$ and $\sigma = 1$ for every image, and the decoder can only show their average. This is called
 # *posterior collapse*.
