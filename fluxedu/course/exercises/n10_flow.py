@@ -1,12 +1,13 @@
-"""Notebook 10: rectified flow."""
+"""Notebook 10: rectified flow in the plane."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fluxedu.course.exercise import exercise, wrong
+from fluxedu.course.exercise import exercise, mistakes, wrong
 
 
 def _data_and_noise() -> list[tuple]:
@@ -24,7 +25,7 @@ def _by_lerp(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 @exercise(
     "flow.between",
-    minutes=6,
+    minutes=5,
     difficulty=1,
     cases=_data_and_noise,
     against=_by_lerp,
@@ -75,7 +76,7 @@ def _mse(model: Callable, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 @exercise(
     "flow.loss",
-    minutes=8,
+    minutes=6,
     difficulty=1,
     cases=_models,
     against=_mse,
@@ -111,125 +112,181 @@ wrong("flow.loss", "the network gets 1 - t as its time; it must be the time t of
 )
 
 
-def _data_sets() -> list[tuple]:
-    g = torch.Generator().manual_seed(11)
+def _trainings() -> list[tuple]:
+    g = torch.Generator().manual_seed(14)
+    cases = []
+    for steps, batch, learning_rate in ((4, 3, 0.1), (25, 256, 0.03)):
+        x0, noise = torch.randn(2, steps + 1, batch, 2, generator=g)
+        t = torch.rand(steps + 1, batch, generator=g)
+        cases.append((torch.randn(2, 3, generator=g), x0 + 1, noise, t, steps, learning_rate))
+    return cases
+
+
+class _Affine(nn.Module):
+    """A network that is small enough to train in a check."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([x, t[:, None]], dim=-1) @ self.weight.T
+
+
+def _trained(answer: Callable, weight: Tensor, x0: Tensor, noise: Tensor, t: Tensor, steps: int, rate: float):
+    """The losses that a training loop returns, and the weight that it leaves behind."""
+    model, batches, times = _Affine(weight.clone()), zip(x0, noise, strict=True), iter(t)
+    with torch.enable_grad():
+        losses = answer(model, _mse, lambda: next(batches), lambda count: next(times)[:count], steps, rate)
+    return None if losses is None else (torch.tensor([float(value) for value in losses]), model.weight.detach())
+
+
+def _adam_by_hand(model, loss, pairs, draw_times, steps, learning_rate):
+    """The reference: Adam written out, with `autograd.grad` instead of stored gradients."""
+    mean, square, losses = 0.0, 0.0, []
+    for i in range(1, steps + 1):
+        x0, noise = pairs()
+        value = loss(model, x0, noise, draw_times(len(x0)))
+        (gradient,) = torch.autograd.grad(value, [model.weight])
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        step = (mean / (1 - 0.9**i)) / ((square / (1 - 0.999**i)).sqrt() + 1e-8)
+        model.weight.data -= learning_rate * step
+        losses.append(value.item())
+    return losses
+
+
+@exercise(
+    "flow.fit",
+    minutes=10,
+    difficulty=2,
+    cases=_trainings,
+    call=_trained,
+    against=_adam_by_hand,
+    tolerance=1e-3,
+    hints=(
+        "In each step: draw images and noise, draw times, compute the loss, and let the optimiser change the weights.",
+        "PyTorch adds each gradient to the stored one, so call `optimiser.zero_grad()` once per step, before "
+        "`backward()`. `value.item()` is the loss as a float.",
+        "`x0, noise = pairs()`, `value = loss(model, x0, noise, draw_times(len(x0)))`, `optimiser.zero_grad()`, "
+        "`value.backward()`, `optimiser.step()`, `losses.append(value.item())`.",
+    ),
+)
+def fit(
+    model: nn.Module, loss: Callable, pairs: Callable, draw_times: Callable, steps: int, learning_rate: float
+) -> list[float]:
+    """Train `model` for `steps` steps with `torch.optim.Adam`, and return the loss of each step as floats.
+
+    In each step, `x0, noise = pairs()` draws a batch and `draw_times(B)` draws one time for each of its B samples.
+    `loss(model, x0, noise, t)` is the quantity to be minimised. The model is changed in place.
+    """
+    optimiser = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    losses = []
+    for _ in range(steps):
+        x0, noise = pairs()
+        value = loss(model, x0, noise, draw_times(len(x0)))
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+        losses.append(value.item())
+    return losses
+
+
+@mistakes(
+    "flow.fit",
+    ("accumulated", "the gradients are never reset, so each step also repeats all earlier ones; call zero_grad()."),
+    ("one batch", "you draw one batch before the loop; draw a new one in each step."),
+    ("one time", "all samples of a batch get the same time; draw as many times as there are samples."),
+    ("SGD", "that is plain gradient descent; use torch.optim.Adam."),
+    ("ascent", "the loss grows: you minimise its negative."),
+    ("frozen", "the weights do not change; call the optimiser's step() after backward()."),
+)
+def _fit_with(mistake, model, loss, pairs, draw_times, steps, learning_rate):
+    kind = torch.optim.SGD if mistake == "SGD" else torch.optim.Adam
+    optimiser, losses = kind(model.parameters(), lr=learning_rate), []
+    for i in range(steps):
+        if mistake != "one batch" or i == 0:
+            x0, noise = pairs()
+        value = loss(model, x0, noise, draw_times(1).expand(len(x0)) if mistake == "one time" else draw_times(len(x0)))
+        if mistake != "accumulated":
+            optimiser.zero_grad()
+        (-value if mistake == "ascent" else value).backward()
+        if mistake != "frozen":
+            optimiser.step()
+        losses.append(value.item())
+    return losses
+
+
+def _runs() -> list[tuple]:
+    def velocity(x: Tensor, t: float) -> Tensor:
+        return x.sin() + (2 * t) ** 2 * x
+
+    g = torch.Generator().manual_seed(15)
+    x = torch.randn(1, 16, 16, 16, generator=g)
     return [
-        (torch.randn(5, 2, generator=g), 0.6, torch.randn(3, 2, generator=g)),
-        (torch.randn(2, 4, generator=g) * 1.5, 0.9, torch.randn(4, 4, generator=g)),
-        (torch.randn(3, 2, generator=g), 0.35, 0.5 * torch.randn(4, 2, generator=g)),
+        (velocity, torch.randn(3, 2, generator=g), [1.0, 0.9, 0.6, 0.25, 0.0], lambda noise: noise.flip(0) / 2),
+        (velocity, x, [1.0, 0.75, 0.0], lambda noise: noise),
+        (velocity, x, [0.75, 0.5, 0.25], lambda noise: noise.cos()),
     ]
 
 
-def _by_bayes(x: Tensor, t: float, points: Tensor) -> Tensor:
-    """The reference: for each state the posterior over the points by Bayes' rule, and the mean velocity under it."""
-    velocities = []
-    for state in x.double():
-        noises = (state - (1 - t) * points.double()) / t  # [K, D]: the noise, if point k were the data
-        posterior = torch.distributions.Normal(0, 1).log_prob(noises).sum(-1).softmax(0)  # [K]
-        velocities.append((posterior[:, None] * (noises - points)).sum(0))
-    return torch.stack(velocities).float()
+def _by_euler(velocity: Callable, x: Tensor, times: Sequence[float], renoise: Callable) -> Tensor:
+    """The reference: a step of Euler's method, corrected by the difference of the new noise and the predicted one."""
+    states = [x]
+    for t, t_next in pairwise(times):
+        v = velocity(x, t)
+        noise = torch.add(x, v, alpha=1 - t)
+        x = torch.add(x, v, alpha=t_next - t) + t_next * (renoise(noise) - noise)
+        states.append(x)
+    return torch.stack(states)
 
 
 @exercise(
-    "flow.best",
-    minutes=15,
-    difficulty=3,
-    cases=_data_sets,
-    against=_by_bayes,
+    "flow.sample",
+    minutes=8,
+    difficulty=2,
+    cases=_runs,
+    against=_by_euler,
     hints=(
-        "If you knew which point a state came from, you would know its velocity. You do not, so average over the "
-        "points, each weighted by its posterior probability of being the one.",
-        "The state is `(1 - t) * point + t * noise`, so its likelihood under a point is proportional to "
-        "`exp(-|x - (1 - t) point|**2 / (2 t**2))`. A softmax over the points turns this into probabilities.",
-        "`p = (-dist2 / (2 * t**2)).softmax(-1)  # [N, K]`, the expected point is `p @ points`, and the velocity is "
-        "`(x - p @ points) / t`.",
+        "A velocity implies both ends of the line through the state. Compute both, and mix them for the next time.",
+        "`x0 = x - t * v` is the predicted image and `noise = x + (1 - t) * v` the predicted noise.",
+        "In the loop over `zip(times[:-1], times[1:])`: `v = velocity(x, t)`, the two predictions, and then "
+        "`x = (1 - t_next) * x0 + t_next * renoise(noise)`, appended to `states`; at the end `torch.stack(states)`.",
     ),
 )
-def best(x: Tensor, t: float, points: Tensor) -> Tensor:
-    """The velocity with the smallest expected loss when the data are just `points [K, D]`, equally likely.
+def sample(velocity: Callable, x: Tensor, times: Sequence[float], renoise: Callable) -> Tensor:
+    """From the noise `x [B, ...]` to the image: all states, `[N + 1, B, ...]`, the first being `x` itself.
 
-    `x [N, D]` are states at one time `t` in (0, 1]. Return `[N, D]`: for each state, the mean of `noise - point` over
-    all pairs (point, noise) that could have produced it.
+    `times` are N + 1 decreasing numbers. In each step, the velocity `v = velocity(x, t)` implies a predicted image and
+    a predicted noise. The next state is their mixture for the time `t_next`, but with `renoise(noise)` in place of the
+    predicted noise.
     """
-    dist2 = torch.cdist(x, (1 - t) * points).square()  # [N, K], squared distances
-    p = (-dist2 / (2 * t**2)).softmax(dim=-1)  # [N, K], the probability of each point given the state
-    return (x - p @ points) / t
+    states = [x]
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        v = velocity(x, t)
+        x0, noise = x - t * v, x + (1 - t) * v
+        x = (1 - t_next) * x0 + t_next * renoise(noise)
+        states.append(x)
+    return torch.stack(states)
 
 
-wrong("flow.best", "you take the most likely point only; the squared error is smallest for the mean over all points.")(
-    lambda x, t, points: (x - points[torch.cdist(x, (1 - t) * points).argmin(-1)]) / t
+@mistakes(
+    "flow.sample",
+    ("sign", "your predicted image lies on the side of the noise: it is x - t v, since v points towards the noise."),
+    ("late time", "you evaluate the velocity at the time where the step ends; it belongs to the time where it starts."),
+    ("whole", "your predicted noise is too far away: the noise lies 1 - t from the state, not 1."),
+    ("same noise", "you mix with the predicted noise itself; mix with renoise(noise)."),
+    ("old time", "you mix image and noise for the time t; the next state belongs to t_next."),
+    ("exchanged", "the weights of the mixture are exchanged: t_next is the weight of the noise."),
+    ("state", "you pass the state to renoise; pass the predicted noise."),
 )
-
-
-@wrong("flow.best", "the distances are to the points themselves; at time t a point is scaled to (1 - t) * point.")
-def _unscaled(x, t, points):
-    p = (-torch.cdist(x, points).square() / (2 * t**2)).softmax(-1)
-    return (x - p @ points) / t
-
-
-wrong("flow.best", "you give all points the same weight; a state is more likely to come from a point near it.")(
-    lambda x, t, points: (x - points.mean(0)) / t
-)
-
-
-@wrong(
-    "flow.best", "the squared distance is divided by 2 t; the noise has standard deviation t, so variance t squared."
-)
-def _not_squared(x, t, points):
-    dist2 = torch.cdist(x, (1 - t) * points).square()
-    return (x - (-dist2 / (2 * t)).softmax(-1) @ points) / t
-
-
-def _trajectories() -> list[tuple]:
-    g = torch.Generator().manual_seed(12)
-    plane = torch.randn(6, 3, 2, generator=g).cumsum(0)
-    return [(plane,), (torch.randn(4, 2, 3, 2, 2, generator=g).cumsum(0),)]
-
-
-def _length(vectors: Tensor) -> Tensor:
-    """The length of each sample's vector, `[B, ...] -> [B]`."""
-    return torch.linalg.vector_norm(vectors.reshape(len(vectors), -1), dim=1)
-
-
-def _step_by_step(path: Tensor) -> Tensor:
-    return sum(_length(path[i + 1] - path[i]) for i in range(len(path) - 1)) / _length(path[-1] - path[0])
-
-
-@exercise(
-    "flow.detour",
-    minutes=6,
-    difficulty=1,
-    cases=_trajectories,
-    against=_step_by_step,
-    hints=(
-        "Add up the lengths of all steps, then divide by the distance between the two ends.",
-        "`path[1:] - path[:-1]` are the steps. Flatten all axes of a sample before you take the length.",
-        "`(path[1:] - path[:-1]).flatten(2).norm(dim=-1).sum(0)` is the length of the path, and "
-        "`(path[-1] - path[0]).flatten(1).norm(dim=-1)` the distance between its ends.",
-    ),
-)
-def detour(path: Tensor) -> Tensor:
-    """The length of a trajectory divided by the distance between its ends: `path [N + 1, B, ...]` -> `[B]`.
-
-    `path` holds the states of a run, step by step, as in `out.trajectory.latents`. A straight trajectory has the
-    value 1.
-    """
-    length = (path[1:] - path[:-1]).flatten(2).norm(dim=-1).sum(0)  # [N, B, D] -> [B]
-    return length / (path[-1] - path[0]).flatten(1).norm(dim=-1)
-
-
-wrong("flow.detour", "you divide by the length of the last state; divide by its distance from the first state.")(
-    lambda path: detour(path) * _length(path[-1] - path[0]) / _length(path[-1])
-)
-wrong(
-    "flow.detour", "the ratio is inverted: divide the path's length by the straight distance, which gives at least 1."
-)(lambda path: 1 / detour(path))
-wrong("flow.detour", "you averaged the steps' lengths; the length of the path is their sum.")(
-    lambda path: detour(path) / (len(path) - 1)
-)
-
-
-@wrong("flow.detour", "you added squared lengths; add the lengths themselves.")
-def _squares(path):
-    length2 = (path[1:] - path[:-1]).flatten(2).square().sum(-1).sum(0)
-    return length2 / (path[-1] - path[0]).flatten(1).square().sum(-1)
+def _sample_with(mistake, velocity, x, times, renoise):
+    states = [x]
+    for t, t_next in pairwise(times):
+        v = velocity(x, t_next if mistake == "late time" else t)
+        x0 = x + t * v if mistake == "sign" else x - t * v
+        noise = x + (1 if mistake == "whole" else 1 - t) * v
+        new = noise if mistake == "same noise" else renoise(x if mistake == "state" else noise)
+        weight = {"old time": t, "exchanged": 1 - t_next}.get(mistake, t_next)
+        x = (1 - weight) * x0 + weight * new
+        states.append(x)
+    return torch.stack(states)
