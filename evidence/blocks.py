@@ -1,4 +1,4 @@
-"""Notebooks 07, 08b and 13: how large are the tokens, what does each block add, and what happens without it?
+"""Notebooks 07, 08b and 13b: how large are the tokens, what does each block add, and what happens without it?
 
 40 scenes, each with its own seed, in 20 steps. Sizes are root mean squares over channels, means over the tokens of a
 stream (padding is text). Control for the removed block: the latent of another seed, as far as an unrelated picture.

@@ -1,4 +1,4 @@
-"""Notebook 13: from which token, and until which block, does the image take the colour of its first shape?
+"""Notebook 13b: from which token, and until which block, does the image take the colour of its first shape?
 
 40 pairs of prompts that differ in the first colour, each with its own seed, in eight steps. The second prompt is drawn,
 with some tokens replaced by those of the first prompt's run from the same noise; the measure is the colour that the
