@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fluxedu.checkpoints import convert
-from fluxedu.course.exercise import exercise, mistakes, wrong
+from fluxedu.course.exercise import exercise, mistakes
 from fluxedu.course.exercises import randomise, run_module
 from fluxedu.models import Flux, FluxConfig
 from fluxedu.models.attention import rope_table
@@ -129,159 +128,82 @@ class _Mistaken(MyFlux):
         return self.final_layer(img, mods)
 
 
-def _configs() -> list[tuple]:
-    return [(FluxConfig.variant("dev"),), (FluxConfig.variant("schnell"),), (FluxConfig.variant("fill"),), (SMALL,)]
+def _requests() -> list[tuple]:
+    dev, schnell, fill = (FluxConfig.variant(name) for name in ("dev", "schnell", "fill"))
+    return [(dev, 512, 4096), (schnell, 256, 1024), (fill, 128, 2304), (SMALL, 5, 6), (UNGUIDED, 7, 12)]
 
 
-def _parameters(config: FluxConfig, *substrings: str) -> int:
-    """The number of parameters, counted in the network itself; only those whose name contains one of `substrings`."""
+def _operations(config: FluxConfig, txt_len: int, img_len: int) -> int:
+    """The reference: every linear layer of the network itself, by its name, and the attention."""
+    total, tokens = 0, txt_len + img_len
     with meta_init():
-        named = list(Flux(config).named_parameters())
-    return sum(p.numel() for name, p in named if not substrings or any(part in name for part in substrings))
+        network = Flux(config)
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear) and not any(part in name for part in ("mod", "Mod", "time", "vector", "guid")):
+            n = txt_len if "txt" in name else tokens if "single" in name else img_len
+            total += 2 * n * module.weight.numel()
+        if isinstance(module, (DoubleStreamBlock, SingleStreamBlock)):
+            total += 4 * tokens**2 * config.hidden_size
+    return total
 
 
 @exercise(
-    "whole.count",
-    minutes=15,
-    difficulty=2,
-    cases=_configs,
-    against=_parameters,
-    tolerance=0,
-    hints=(
-        "List every linear layer of a module as inputs x outputs, plus one bias per output. A double block has all of "
-        "its layers twice.",
-        "One stream of a double block: modulation D to 6 D, qkv D to 3 D, two norms of head_dim, proj D to D, MLP D to "
-        "M and M to D. A single block: modulation D to 3 D, linear1 D to 3 D + M, linear2 D + M to D, two norms.",
-        "The rest: img_in, txt_in, an embedder (two linear layers) each for the time, for the pooled text and, with "
-        "`guidance_embed`, for the guidance; the last layer has D to 2 D and D to out_channels.",
-    ),
-)
-def count(config: FluxConfig) -> int:
-    """The number of parameters of a FLUX transformer, by arithmetic alone.
-
-    `config` has hidden_size (D), mlp_hidden (M), head_dim, depth, depth_single_blocks, in_channels, out_channels,
-    context_in_dim, vec_in_dim and guidance_embed. The embeddings of time and guidance have 256 numbers (sines and
-    cosines). Every linear layer has a bias.
-    """
-    d, m, c = config.hidden_size, config.mlp_hidden, config
-
-    def linear(inputs: int, outputs: int) -> int:
-        return inputs * outputs + outputs
-
-    norms = 2 * c.head_dim
-    stream = linear(d, 6 * d) + linear(d, 3 * d) + norms + linear(d, d) + linear(d, m) + linear(m, d)
-    single = linear(d, 3 * d) + linear(d, 3 * d + m) + norms + linear(d + m, d)
-    time_in = guidance_in = linear(256, d) + linear(d, d)
-    vector_in = linear(c.vec_in_dim, d) + linear(d, d)
-    inputs = linear(c.in_channels, d) + linear(c.context_in_dim, d) + time_in + vector_in
-    if c.guidance_embed:
-        inputs += guidance_in
-    last = linear(d, 2 * d) + linear(d, c.out_channels)
-    return c.depth * 2 * stream + c.depth_single_blocks * single + inputs + last
-
-
-wrong("whole.count", "the biases are missing: every linear layer has one more number for each output.")(
-    lambda config: count(config) - _parameters(config, "bias")
-)
-wrong("whole.count", "the norms of queries and keys are missing: head_dim numbers for q and as many for k.")(
-    lambda config: count(config) - _parameters(config, "norm.")
-)
-wrong("whole.count", "a double block is counted with one stream; it has two.")(
-    lambda config: count(config) - _parameters(config, ".txt_")
-)
-wrong("whole.count", "you gave every variant a guidance input; schnell has none.")(
-    lambda config: count(config.with_(guidance_embed=True))
-)
-wrong("whole.count", "each stream of a double block has six modulations: three for the attention, three for the MLP.")(
-    lambda config: count(config) - _parameters(config, "_mod.") // 2
-)
-
-
-NAMES = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out", "norm.linear")
-
-
-def _single_blocks() -> list[tuple]:
-    cases = []
-    for seed, dim, num_heads in ((92, 24, 2), (93, 36, 3)):
-        config = SMALL.with_(hidden_size=dim, num_heads=num_heads, mlp_ratio=4.0)
-        block = randomise(SingleStreamBlock(config), torch.Generator().manual_seed(seed))
-        cases.append((dict(block.state_dict()), dim))
-    return cases
-
-
-def _in_fixed_order(answer, block, dim) -> list[Tensor]:
-    """The tensors of the answer in a fixed order; a name that is missing, or unknown, raises an error that names it."""
-    state = dict(answer(block, dim))
-    names = [f"{name}.{kind}" for name in NAMES for kind in ("weight", "bias")]
-    tensors = [state.pop(name) for name in [*names, "attn.norm_q.weight", "attn.norm_k.weight"]]
-    if state:
-        raise KeyError(f"no tensor is called {min(state)}")
-    return tensors
-
-
-def _converted(block: dict[str, Tensor], dim: int) -> dict[str, Tensor]:
-    """The reference: the package's conversion of a whole network that contains this block."""
-    config = SMALL.with_(hidden_size=dim, num_heads=dim // 12, mlp_ratio=4.0)
-    state = Flux(config).state_dict() | {f"single_blocks.0.{name}": tensor for name, tensor in block.items()}
-    converted = convert(state, to="diffusers", config=config)
-    prefix = "single_transformer_blocks.0."
-    return {name.removeprefix(prefix): tensor for name, tensor in converted.items() if name.startswith(prefix)}
-
-
-@exercise(
-    "whole.unfused",
+    "whole.flops",
     minutes=10,
     difficulty=2,
-    cases=_single_blocks,
-    call=_in_fixed_order,
-    against=_converted,
-    tolerance=0,
+    cases=_requests,
+    against=_operations,
+    tolerance=1e-9,
     hints=(
-        "Most tensors only change their names. linear1 is four layers stacked along axis 0, in weight and bias alike.",
-        "`tensor.split([dim, dim, dim, len(tensor) - 3 * dim])` cuts rows, and works for a bias as well.",
-        "The names: linear1 becomes attn.to_q, attn.to_k, attn.to_v, proj_mlp; linear2 proj_out; modulation.lin "
-        "norm.linear; norm.query_norm.scale attn.norm_q.weight; norm.key_norm.scale attn.norm_k.weight.",
+        "A linear layer costs 2 x tokens x inputs x outputs. Double blocks and single blocks have the same layers per "
+        "token: qkv, output projection, and the two of the MLP.",
+        "Attention has two products per block: the scores, tokens x tokens x D, and the weighted sum of the values, as "
+        "large again; each costs 2 operations per multiplication.",
+        "With T tokens, a block costs `2 * T * (4 * D * D + 2 * D * M) + 4 * T * T * D`; add img_in and the last layer "
+        "for the image tokens, and txt_in for the text tokens.",
     ),
 )
-def unfused(block: dict[str, Tensor], dim: int) -> dict[str, Tensor]:
-    """The tensors of one single block under diffusers' names; `dim` is the width of a token.
+def flops(config: FluxConfig, txt_len: int, img_len: int) -> int:
+    """The operations of one evaluation of the network for one picture: multiplications and additions both count.
 
-    `linear1` becomes `attn.to_q`, `attn.to_k`, `attn.to_v` and `proj_mlp`, in this order; `linear2` becomes `proj_out`,
-    `modulation.lin` becomes `norm.linear` (each with `.weight` and `.bias`); `norm.query_norm.scale` becomes
-    `attn.norm_q.weight` and `norm.key_norm.scale` becomes `attn.norm_k.weight`.
+    `config` has hidden_size (D), mlp_hidden (M), depth, depth_single_blocks, in_channels, context_in_dim and
+    out_channels. Count the matrix products only: the linear layers and, in every block, the attention's scores and
+    weighted sum over all `txt_len + img_len` tokens. Leave out biases, norms, softmax, and what is computed from `vec`
+    alone (the embedders and the modulation). The last layer reads image tokens only.
     """
-    state = {"attn.norm_q.weight": block["norm.query_norm.scale"], "attn.norm_k.weight": block["norm.key_norm.scale"]}
-    for kind in ("weight", "bias"):
-        linear1 = block[f"linear1.{kind}"]
-        q, k, v, mlp = linear1.split([dim, dim, dim, len(linear1) - 3 * dim])
-        state[f"attn.to_q.{kind}"] = q
-        state[f"attn.to_k.{kind}"] = k
-        state[f"attn.to_v.{kind}"] = v
-        state[f"proj_mlp.{kind}"] = mlp
-        state[f"proj_out.{kind}"] = block[f"linear2.{kind}"]
-        state[f"norm.linear.{kind}"] = block[f"modulation.lin.{kind}"]
-    return state
+    d, m, tokens = config.hidden_size, config.mlp_hidden, txt_len + img_len
+
+    def linear(n: int, inputs: int, outputs: int) -> int:
+        return 2 * n * inputs * outputs
+
+    attention = 2 * (2 * tokens * tokens * d)  # scores, and weighted sum of the values
+    block = linear(tokens, d, 3 * d) + linear(tokens, d, d) + linear(tokens, d, m) + linear(tokens, m, d) + attention
+    before = linear(img_len, config.in_channels, d) + linear(txt_len, config.context_in_dim, d)
+    last = linear(img_len, d, config.out_channels)
+    return before + (config.depth + config.depth_single_blocks) * block + last
 
 
-def _exchanged(state: dict[str, Tensor], one: str, other: str) -> dict[str, Tensor]:
-    return state | {one: state[other], other: state[one]}
-
-
-@wrong("whole.unfused", "queries and keys are exchanged: the rows are q, k, v, MLP.")
-def _keys_first(block, dim):
-    state = _exchanged(unfused(block, dim), "attn.to_q.weight", "attn.to_k.weight")
-    return _exchanged(state, "attn.to_q.bias", "attn.to_k.bias")
-
-
-@wrong("whole.unfused", "the rows of the MLP are taken from the top of linear1; they are its last rows.")
-def _mlp_on_top(block, dim):
-    rolled = {f"linear1.{kind}": block[f"linear1.{kind}"].roll(3 * dim, 0) for kind in ("weight", "bias")}
-    return unfused(block | rolled, dim)
-
-
-wrong("whole.unfused", "the weights are right, but the biases are not cut in the same way.")(
-    lambda block, dim: unfused(block | {"linear1.bias": block["linear1.bias"].flip(0)}, dim)
+@mistakes(
+    "whole.flops",
+    ("half", "you count a multiplication and its addition as one operation; count both."),
+    ("one product", "attention has two products: the scores, and the weighted sum of the values."),
+    (
+        "no attention",
+        "the attention itself is missing: its scores and weighted sum have no weights, but cost operations.",
+    ),
+    ("image only", "the blocks process the text tokens, too: there are txt_len + img_len of them."),
+    ("double blocks", "the single blocks are missing: there are depth + depth_single_blocks blocks."),
+    ("twice", "you count double blocks twice; they have two sets of weights, but each token goes through one of them."),
+    ("last layer", "the last layer reads the image tokens only."),
+    ("ends missing", "the layers before and after the blocks are missing: img_in, txt_in and the last one."),
 )
-wrong("whole.unfused", "norm_q and norm_k are exchanged.")(
-    lambda block, dim: _exchanged(unfused(block, dim), "attn.norm_q.weight", "attn.norm_k.weight")
-)
+def _flops_with(mistake, config, txt_len, img_len):
+    d, m, tokens = config.hidden_size, config.mlp_hidden, img_len + (txt_len if mistake != "image only" else 0)
+    products = {"one product": 1, "no attention": 0}.get(mistake, 2)
+    block = 2 * tokens * (4 * d * d + 2 * d * m) + products * 2 * tokens**2 * d
+    count = config.depth + config.depth_single_blocks * (mistake != "double blocks")
+    count += config.depth * (mistake == "twice")
+    last = 2 * (tokens if mistake == "last layer" else img_len) * d * config.out_channels
+    before = 2 * d * (img_len * config.in_channels + txt_len * config.context_in_dim)
+    total = count * block + (before + last) * (mistake != "ends missing")
+    return total // 2 if mistake == "half" else total
