@@ -1,4 +1,4 @@
-"""Notebooks 06b and 13: what is drawn differently if no token may attend to a word, or to the padding?
+"""Notebooks 06b and 13b: what is drawn differently if no token may attend to a word, or to the padding?
 
 40 scenes, each with its own seed. Controls: nothing hidden; as many image tokens hidden as the prompt has; CLIP's
 pooled vector exchanged for the empty prompt's, which no mask reaches.

@@ -150,7 +150,7 @@ def _midpoint_with(mistake, x, t, t_next, velocity):
 
 @exercise(
     "sampling.heun",
-    minutes=8,
+    minutes=6,
     difficulty=2,
     cases=_steps,
     against=solvers.heun,
