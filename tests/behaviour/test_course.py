@@ -81,10 +81,10 @@ def imports_of(code):
 
 def test_there_are_enough():
     texts = [s.read_text(encoding="utf-8") for s in sources(ROOT / "notebooks")]
-    assert len(texts) == 30
+    assert len(texts) == 31
     assert len(TASKS) >= 70
-    assert sum("fe.predict(" in text for text in texts) == 30
-    assert sum(text.rstrip().endswith("fe.score()") for text in texts) == 30
+    assert sum("fe.predict(" in text for text in texts) == 31
+    assert sum(text.rstrip().endswith("fe.score()") for text in texts) == 31
 
 
 # ---------------------------------------------------------------- the check itself
