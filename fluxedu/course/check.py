@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import sysconfig
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxedu.course.exercise import Exercise, all_exercises
+from fluxedu.course.failing import argument_names, contents, inputs_of, smallest
 from fluxedu.course.relations import relation, relative_error, wide
 from fluxedu.errors import CourseError, check_choice
 
@@ -134,7 +134,7 @@ def _outcome(task: Exercise, answer: Any, case: tuple) -> Outcome:
         if isinstance(result, (tuple, list)) and any(part is None for part in result):
             what += " with None in it"
         return Outcome(problem=f"it returns {what} instead of a tensor")
-    before, after = list(_contents(case)), list(_contents(inputs))
+    before, after = list(contents(case)), list(contents(inputs))
     same = len(before) == len(after) and all(map(_equal, before, after))
     return Outcome(tensors, "" if same else CHANGED)
 
@@ -152,22 +152,6 @@ def _raised(error: Exception) -> str:
     return f"it raises {type(error).__name__}: {text}, in line {line.lineno}{code}"
 
 
-def _contents(value: Any) -> Iterator[Any]:
-    """The tensors in an input, those in tuples, lists, dicts and modules included, and its keys, numbers and texts."""
-    if isinstance(value, (Tensor, int, float, str)):
-        yield value
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from (key, *_contents(part))
-    elif isinstance(value, nn.Module):
-        yield from _contents(dict(value.state_dict(keep_vars=True)))
-    elif isinstance(value, partial):
-        yield from _contents((value.args, value.keywords))
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _contents(part)
-
-
 def _equal(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return type(a) is type(b) and a == b
@@ -177,9 +161,7 @@ def _equal(a: Any, b: Any) -> bool:
 def gradients(task: Exercise, answer: Any, case: tuple) -> tuple[str, ...]:
     """The inputs and parameters to which a gradient flows from the result, by name: "an input of shape [2, 3]"."""
     inputs = copy.deepcopy(case)
-    leaves = {
-        id(x): x for x in _contents(inputs) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-    }
+    leaves = {id(x): x for x in contents(inputs) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())}
     for x in leaves.values():
         x.requires_grad_()
     try:
@@ -213,7 +195,7 @@ def judge(task: Exercise, cases: Sequence[tuple], given: Sequence[Outcome]) -> V
         if form and len(given) == len(cases) and (related := relation([o.tensors for o in given], expected, *context)):
             problem += f": {related}"
         if problem:
-            return Verdict(task.name, False, f"{problem}{_inputs(case, names)}.")
+            return Verdict(task.name, False, f"{problem}{inputs_of(case, names)}.")
     if len(given) < len(cases):
         return Verdict(task.name, False, f"it returned a result for {len(given)} of {len(cases)} test inputs.")
     actual = [_regrouped(outcome.tensors, want) for outcome, want in zip(given, expected, strict=True)]
@@ -225,7 +207,7 @@ def judge(task: Exercise, cases: Sequence[tuple], given: Sequence[Outcome]) -> V
     if not message:
         related = relation(actual, expected, *context)
         message = f"{related}." if related else _wrong_values(actual, errors, task.tolerance)
-    return Verdict(task.name, False, message, _smallest(task, cases, names, actual, expected, errors))
+    return Verdict(task.name, False, message, smallest(task, cases, names, actual, expected, errors))
 
 
 def right_values(task: Exercise, case: tuple) -> list[Tensor]:
@@ -271,15 +253,6 @@ def _regrouped(tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> Sequenc
     return tensors
 
 
-def argument_names(task: Exercise) -> list[str]:
-    """The names of the arguments in a case, as far as the solution and its ``call`` tell them."""
-    inner = getattr(task.solution, "forward", task.solution)
-    own = [name for name in inspect.signature(inner).parameters if name != "self"]
-    parameters = list(inspect.signature(task.call).parameters.values())[1:]
-    named = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
-    return named + [name for name in own if name not in named]
-
-
 def _wrong_form(tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
     """What is wrong with the number, the shapes or the dtypes of the results, or None."""
     if len(tensors) != len(expected):
@@ -301,7 +274,7 @@ def _unusable(task: Exercise, cases: Sequence[tuple], given: Sequence[Outcome]) 
     """Why right values cannot be used in the cells that follow, or an empty text."""
     for case, outcome in zip(cases, given, strict=True):
         wanted = _values(task, task.solution, case)
-        takes_tensors = any(isinstance(x, Tensor) and x.is_floating_point() for x in _contents(case))
+        takes_tensors = any(isinstance(x, Tensor) and x.is_floating_point() for x in contents(case))
         if len(wanted) != len(outcome.tensors) and takes_tensors and wanted[0].ndim:
             return "the values are right, but a list of numbers is not a tensor; return `torch.tensor(...)`."
         for x, y in zip(outcome.tensors, wanted, strict=False):
@@ -346,45 +319,3 @@ def _wrong_values(actual: Sequence[Sequence[Tensor]], errors: list[float], toler
     else:
         what = "there are NaN or infinite values"
     return f"the shapes are right but the values are wrong: {what} in {where}."
-
-
-def _smallest(
-    task: Exercise, cases: Sequence[tuple], names: Sequence[str], actual: Sequence, expected: Sequence, errors: list
-) -> str:
-    """The smallest case in which the values are wrong, and the first place where they differ."""
-    size = lambda i: sum(x.numel() if isinstance(x, Tensor) else 1 for x in _contents(cases[i]))  # noqa: E731
-    i = min((i for i, error in enumerate(errors) if error > task.tolerance), key=size)
-    pairs = list(zip(actual[i], expected[i], strict=True))
-    number = next(n for n, (x, y) in enumerate(pairs) if relative_error([x], [y]) > task.tolerance)
-    x, y = pairs[number]
-    allowed = task.tolerance * wide(y).abs().square().mean().sqrt()  # an error beyond it is somewhere
-    wrong = ~((wide(x) - wide(y)).abs() <= allowed)
-    index = wrong.nonzero()[0].tolist()
-    place = f" at {index}" * bool(index) + f" of result {number + 1}" * (len(pairs) > 1)
-    values = [v[tuple(index)].item() for v in (x, y)]
-    mine, right = next(told for digits in (5, 9, 17) if len(set(told := [_number(v, digits) for v in values])) == 2)
-    share = f" ({int(wrong.sum())} of {wrong.numel()} values are wrong)" * (wrong.numel() > 1)
-    return f"your value{place} is {mine} but should be {right}{share}{_inputs(cases[i], names)}"
-
-
-def _number(value: Any, digits: int = 6) -> str:
-    return f"{value:.{digits}g}" if isinstance(value, (float, complex)) else repr(value)
-
-
-def _inputs(case: tuple, names: Sequence[str]) -> str:
-    """The shapes of the tensors in a case, and its numbers: " (inputs: x [2, 3], scale 0.5)"."""
-    told = []
-    for value, name in zip(case, [*names, *[""] * len(case)], strict=False):
-        if isinstance(value, Tensor):
-            numbers = value.tolist() if value.ndim == 1 and len(value) < 5 else value.shape
-        elif isinstance(value, (tuple, list)) and value and all(isinstance(x, Tensor) for x in value):
-            name, numbers = f"{name} {len(value)} tensors".strip(), value[0].shape
-        elif isinstance(value, (bool, int, float, str)):
-            numbers = value
-        elif isinstance(value, (tuple, list)) and all(isinstance(x, (bool, int, float)) for x in value):
-            numbers = value
-        else:
-            continue
-        text = f"[{', '.join(map(_number, numbers))}]" if isinstance(numbers, (tuple, list)) else _number(numbers)
-        told.append(f"{name} {text}".strip())
-    return f" (inputs: {', '.join(told)})" if told else ""
