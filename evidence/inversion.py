@@ -1,4 +1,4 @@
-"""Notebook 14: changing the colour of one object, by image-to-image and by inverting Euler's method.
+"""Notebook 14b: changing the colour of one object, by image-to-image and by inverting Euler's method.
 
 Scenes of two shapes are drawn by a program, and each is edited with a prompt that gives its first shape another colour.
 Per way of editing: how often the judge finds exactly the two shapes in the colours asked for, and the peak

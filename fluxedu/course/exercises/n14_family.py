@@ -1,22 +1,17 @@
 """Notebook 14: the family of models."""
 
-import math
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fluxedu.checkpoints.lora import merge as library_merge
-from fluxedu.course.exercise import exercise, mistakes, wrong
-from fluxedu.sampling import conditions as library
-from fluxedu.sampling.latents import image_ids, pack
+from fluxedu.course.exercise import exercise, mistakes
+from fluxedu.sampling.latents import pack
 
 
 def _fill_inputs() -> list[tuple]:
     g = torch.Generator().manual_seed(14)
     cases = []
-    for batch, height, width in ((1, 4, 6), (2, 6, 2)):
+    for batch, height, width in ((1, 4, 6), (2, 6, 2), (1, 16, 16)):
         noise, masked = (torch.randn(batch, 16, height, width, generator=g) for _ in range(2))
         mask = (torch.rand(batch, 1, 8 * height, 8 * width, generator=g) < 0.3).float()
         cases.append((noise, masked, mask))
@@ -80,53 +75,11 @@ def _fill_with(mistake, noise, masked, mask):
     return torch.cat([pack(noise), pack(masked), mask_tokens], dim=-1)
 
 
-@exercise(
-    "family.reference",
-    minutes=4,
-    difficulty=1,
-    cases=lambda: [(4, 6), (10, 2), (16, 16)],
-    against=library.reference_ids,
-    tolerance=0,
-    hints=(
-        "As for the image itself (notebook 04): a token is 2 x 2 latent cells, and rows come before columns.",
-        "`image_ids(height, width)` from fluxedu.sampling.latents gives rows and columns; only the frame is missing.",
-        "`ids = image_ids(height, width)`, then `ids[:, 0] = 1`.",
-    ),
-)
-def reference_ids(height: int, width: int) -> Tensor:
-    """The position ids of FLUX.1 Kontext's reference image of `height x width` latent cells: `[h/2 * w/2, 3]`.
-
-    Each id is (1, row, column). Row and column are those of an ordinary image of this size; only the frame differs.
-    """
-    ids = image_ids(height, width)  # [h/2 * w/2, 3]: (0, row, column)
-    ids[:, 0] = 1
-    return ids
-
-
-def _grid_ids(height: int, width: int, frame: float = 1, offset: float = 0) -> Tensor:
-    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
-    return torch.stack([torch.full_like(rows, frame), rows, columns + offset], dim=-1).reshape(-1, 3).float()
-
-
-wrong(
-    "family.reference", "the frame is 0, that of the target: each token would share its position with a target token."
-)(lambda height, width: _grid_ids(height, width, frame=0))
-wrong("family.reference", "you put the reference beside the target in frame 0; it belongs in frame 1.")(
-    lambda height, width: _grid_ids(height, width, frame=0, offset=width // 2)
-)
-wrong("family.reference", "columns come before rows in your ids; they are (1, row, column).")(
-    lambda height, width: _grid_ids(height, width)[:, [0, 2, 1]]
-)
-wrong("family.reference", "your rows and columns count latent cells; they count tokens, which are two cells wide.")(
-    lambda height, width: _grid_ids(height, width) * torch.tensor([1, 2, 2])
-)
-
-
 def _text_and_image_tokens() -> list[tuple]:
     g = torch.Generator().manual_seed(43)
     first = torch.randn(1, 5, 6, generator=g), torch.randn(1, 3, 6, generator=g)
     second = torch.randn(2, 3, 6, generator=g), torch.randn(1, 7, 6, generator=g)
-    return [first, second]
+    return [first, second, (torch.randn(1, 32, 128, generator=g), torch.randn(1, 16, 128, generator=g))]
 
 
 def _prompt_by_prompt(txt: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,182 +134,58 @@ def _redux_with(mistake, txt, image_tokens):
     return tokens, ids
 
 
-def _test_velocity(x: Tensor, t: float) -> Tensor:
-    """A made-up velocity that depends on state and time."""
-    return 0.7 * x.roll(1, -1) * (1 + float(t)) - torch.sin(3 * x) + float(t) ** 2
+def _paths() -> list[tuple]:
+    g = torch.Generator().manual_seed(50)
+    few = torch.tensor([1.0, 0.7, 0.2, 0.0]), torch.randn(4, 2, 3, 4, 4, generator=g).cumsum(0)
+    page = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]), torch.randn(5, 1, 16, 16, 16, generator=g).cumsum(0)
+    uneven = torch.tensor([1.0, 0.9, 0.85, 0.1, 0.0]), torch.randn(5, 1, 2, 2, 2, generator=g).cumsum(0)
+    return [(states, times) for times, states in (few, page, uneven)]
 
 
-def _inversions() -> list[tuple]:
-    g = torch.Generator().manual_seed(41)
-    return [
-        (torch.randn(1, 3, 4, generator=g), torch.tensor([1.0, 0.7, 0.3, 0.0]), _test_velocity, 1),
-        (torch.randn(2, 3, 5, generator=g), torch.tensor([1.0, 0.9, 0.75, 0.4, 0.0]), _test_velocity, 3),
-    ]
-
-
-def _by_recursion(x: Tensor, times: Tensor, velocity: Callable, rounds: int = 1) -> Tensor:
-    """The reference, by recursion: invert the last step by fixed-point iteration, then the steps before it."""
-    if len(times) < 2:
-        return x
-    t, t_next = times[-2], times[-1]
-    guesses = [x]
-    while len(guesses) <= rounds:
-        guesses.append(x - (t_next - t) * velocity(guesses[-1], t))
-    return _by_recursion(guesses[-1], times[:-1], velocity, rounds)
+def _step_by_step(states: Tensor, times: Tensor) -> Tensor:
+    """The reference: one step after another."""
+    steps = zip(states[:-1], states[1:], times[:-1].tolist(), times[1:].tolist(), strict=True)
+    return torch.stack([(after - before) / (t_next - t) for before, after, t, t_next in steps])
 
 
 @exercise(
-    "family.invert",
-    minutes=15,
-    difficulty=3,
-    cases=_inversions,
-    against=_by_recursion,
-    hints=(
-        "The sampler went from t to t_next with x_next = x + (t_next - t) v(x, t). You know x_next and look for x. "
-        "v(x, t) needs the x that you do not have yet, so use x_next in its place at first.",
-        "Go through the steps from the last to the first: `times[:-1].flip(0)` are their start times, "
-        "`times[1:].flip(0)` their end times.",
-        "For every step: `guess = x`, then `rounds` times `guess = x + (t - t_next) * velocity(guess, t)`, then "
-        "`x = guess`.",
-    ),
-)
-def invert(x: Tensor, times: Tensor, velocity: Callable, rounds: int = 1) -> Tensor:
-    """Invert Euler's method: from the image `x [B, N, D]` at `times[-1]` to the state at `times[0]` that leads to it.
-
-    `times` falls from 1 to 0, as in the sampler. For each step evaluate `velocity(x, t)` at the step's start time, as
-    the sampler did. Find the state at the start by fixed-point iteration: the first guess is x itself, and each
-    evaluation gives the next guess, `rounds` times in all.
-    """
-    for t, t_next in zip(times[:-1].flip(0), times[1:].flip(0), strict=True):
-        guess = x
-        for _ in range(rounds):
-            guess = x + (t - t_next) * velocity(guess, t)
-        x = guess
-    return x
-
-
-@mistakes(
-    "family.invert",
-    ("sampler's order", "you take the steps in the sampler's order; to go back, begin with its last step."),
-    ("sign", "your step has the sampler's sign, so it continues towards the image; time grows during inversion."),
-    ("end time", "you evaluate at t_next; the sampler evaluated at t, and that velocity has to be undone."),
-    (
-        "start moves",
-        "each of your rounds starts where the last one ended, so the step is taken repeatedly; start at x each time.",
-    ),
-)
-def _invert_with(mistake, x, times, velocity, rounds=1):
-    steps = list(zip(times[:-1], times[1:], strict=True))
-    for t, t_next in steps if mistake == "sampler's order" else reversed(steps):
-        dt = t_next - t if mistake == "sign" else t - t_next
-        guess = x
-        for _ in range(rounds):
-            start = guess if mistake == "start moves" else x
-            guess = start + dt * velocity(guess, t_next if mistake == "end time" else t)
-        x = guess
-    return x
-
-
-def _lora_factors() -> list[tuple]:
-    g = torch.Generator().manual_seed(7)
-    cases = []
-    for out, wide, rank, alpha, scale in ((5, 3, 2, 8.0, 0.85), (4, 7, 3, 1.0, 0.5)):
-        weight, a, b = (torch.randn(*shape, generator=g) for shape in ((out, wide), (rank, wide), (out, rank)))
-        cases.append((weight, a, b, alpha, scale))
-    return cases
-
-
-def _by_library(weight: Tensor, A: Tensor, B: Tensor, alpha: float, scale: float) -> Tensor:
-    net = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False))
-    net[0].weight.data = weight
-    library_merge(net, {"0.lora_down.weight": A, "0.lora_up.weight": B, "0.alpha": torch.tensor(alpha)}, scale)
-    return net[0].weight.data
-
-
-@exercise(
-    "family.lora",
+    "family.chords",
     minutes=6,
-    difficulty=1,
-    cases=_lora_factors,
-    against=_by_library,
-    hints=(
-        "The product of two thin matrices is an update of the same shape as W. It is added to W.",
-        "The rank is the number of rows of A. `B @ A` is `[out, in]`.",
-        "`weight + scale * alpha / A.shape[0] * (B @ A)`.",
-    ),
-)
-def merged(weight: Tensor, A: Tensor, B: Tensor, alpha: float, scale: float) -> Tensor:
-    """Merge a LoRA into a weight: `weight [out, in]`, `A [rank, in]`, `B [out, rank]` -> `[out, in]`.
-
-    The update is `scale * alpha / rank` times the product of the two factors. `alpha` was chosen in training and is
-    stored in the file; `scale` is your choice.
-    """
-    rank = A.shape[0]
-    return weight + scale * alpha / rank * (B @ A)  # [out, rank] @ [rank, in]
-
-
-wrong("family.lora", "alpha is not divided by the rank, so LoRAs of a higher rank would have a stronger effect.")(
-    lambda weight, A, B, alpha, scale: weight + scale * alpha * (B @ A)
-)
-wrong("family.lora", "you return the update alone; it has to be added to the weight.")(
-    lambda weight, A, B, alpha, scale: scale * alpha / A.shape[0] * (B @ A)
-)
-wrong("family.lora", "you divide alpha by the number of inputs; divide by the rank, the number of rows of A.")(
-    lambda weight, A, B, alpha, scale: weight + scale * alpha / A.shape[1] * (B @ A)
-)
-wrong("family.lora", "alpha from the file is not used; only your own scale is.")(
-    lambda weight, A, B, alpha, scale: weight + scale * (B @ A)
-)
-
-
-def _comparisons() -> list[tuple]:
-    games = [(1000.0, 1000.0, 1.0), (1200.0, 900.0, 0.0), (1200.0, 900.0, 1.0), (850.0, 1100.0, 0.5)]
-    return [*games, (900.0, 950.0, 1.0, 16.0)]
-
-
-def _by_strengths(a: float, b: float, score: float, k: float = 32.0) -> tuple[float, float]:
-    """The reference, with strengths instead of ratings: a is preferred with probability s_a / (s_a + s_b)."""
-    s_a, s_b = math.pow(10, a / 400), math.pow(10, b / 400)
-    gain = k * (score - s_a / (s_a + s_b))
-    return a + gain, b - gain
-
-
-@exercise(
-    "family.elo",
-    minutes=8,
     difficulty=2,
-    cases=_comparisons,
-    against=_by_strengths,
-    tolerance=1e-6,
+    cases=_paths,
+    against=_step_by_step,
     hints=(
-        "Ratings move in proportion to the surprise: the actual score minus the expected score.",
-        "The expected score of a against b is 1 / (1 + 10^((b - a) / 400)): 0.5 for equal ratings, more if a is "
-        "ahead. What one side gains, the other loses.",
-        "`expected = 1 / (1 + 10 ** ((b - a) / 400))`, `gain = k * (score - expected)`, `return a + gain, b - gain`.",
+        "An Euler step is x_next = x + (t_next - t) v. Here x and x_next are known; solve for v.",
+        "`states[1:] - states[:-1]` are all differences, `times[1:] - times[:-1]` the lengths of the steps (they are "
+        "negative). The lengths need four more axes, `.view(-1, 1, 1, 1, 1)`.",
+        "`return (states[1:] - states[:-1]) / (times[1:] - times[:-1]).view(-1, 1, 1, 1, 1)`.",
     ),
 )
-def elo(a: float, b: float, score: float, k: float = 32.0) -> tuple[float, float]:
-    """The new ratings of a and b after one comparison: `score` is 1.0 if a was preferred, 0.0 if b, 0.5 for a tie.
+def chords(states: Tensor, times: Tensor) -> Tensor:
+    """The constant velocity of each step of a path: `states [K + 1, B, C, h, w]`, `times [K + 1]` -> `[K, B, C, h, w]`.
 
-    400 points more mean odds of 10 to 1. At most `k` points move from one side to the other.
+    One Euler step from `states[k]` at `times[k]` with the velocity k must lead exactly to `states[k + 1]`.
     """
-    expected = 1 / (1 + 10 ** ((b - a) / 400))
-    gain = k * (score - expected)
-    return a + gain, b - gain
+    lengths = (times[1:] - times[:-1]).view(-1, 1, 1, 1, 1)  # negative
+    return (states[1:] - states[:-1]) / lengths
 
 
 @mistakes(
-    "family.elo",
-    ("expected of b", "your expected score is that of b: if a is ahead, it must be above a half."),
-    ("base e", "your expected score uses powers of e; Elo uses powers of 10, so that 400 points mean ten to one."),
-    ("same direction", "the rating of b moves in the same direction as that of a; what one gains the other loses."),
-    ("fixed k", "k is 32 in your answer, whatever is passed in; use the argument."),
-    ("no expectation", "every win counts the same; a surprising result should move the ratings more."),
+    "family.chords",
+    ("sign", "the sign is wrong: time falls from noise to image, so the length of a step is negative."),
+    ("difference", "you return differences of states; a velocity is the difference divided by the length of the step."),
+    ("equal steps", "you divide by 1 / K, as if all steps were equally long."),
+    ("to the end", "your velocities lead to the last state; each step leads to the next one only."),
+    ("times", "you multiply by the length of the step; divide by it."),
 )
-def _elo_with(mistake, a, b, score, k=32.0):
-    gap = a - b if mistake == "expected of b" else b - a
-    expected = 1 / (1 + (math.e if mistake == "base e" else 10) ** (gap / 400))
-    if mistake == "no expectation":
-        expected = 0.5
-    gain = (32 if mistake == "fixed k" else k) * (score - expected)
-    return a + gain, b + gain if mistake == "same direction" else b - gain
+def _chords_with(mistake, states, times):
+    difference, lengths = states[1:] - states[:-1], (times[1:] - times[:-1]).view(-1, 1, 1, 1, 1)
+    if mistake == "difference":
+        return difference
+    if mistake == "equal steps":
+        return -len(difference) * difference
+    if mistake == "to the end":
+        return (states[-1:] - states[:-1]) / (times[-1:] - times[:-1]).view(-1, 1, 1, 1, 1)
+    if mistake == "times":
+        return difference * lengths
+    return difference / lengths * (-1 if mistake == "sign" else 1)

@@ -1,13 +1,65 @@
-"""Notebook 15: the arena."""
+"""Notebook 15: ratings from votes."""
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fluxedu.course.exercise import exercise, mistakes
+
+
+def _comparisons() -> list[tuple]:
+    games = [(1000.0, 1000.0, 1.0), (1200.0, 900.0, 0.0), (1200.0, 900.0, 1.0), (850.0, 1100.0, 0.5)]
+    return [*games, (900.0, 950.0, 1.0, 16.0)]
+
+
+def _by_strengths(a: float, b: float, score: float, k: float = 32.0) -> tuple[float, float]:
+    """The reference, with strengths instead of ratings: a is preferred with probability s_a / (s_a + s_b)."""
+    s_a, s_b = math.pow(10, a / 400), math.pow(10, b / 400)
+    gain = k * (score - s_a / (s_a + s_b))
+    return a + gain, b - gain
+
+
+@exercise(
+    "arena.elo",
+    minutes=6,
+    difficulty=2,
+    cases=_comparisons,
+    against=_by_strengths,
+    tolerance=1e-6,
+    hints=(
+        "Ratings move in proportion to the surprise: the actual score minus the expected score.",
+        "The expected score of a against b is 1 / (1 + 10^((b - a) / 400)): 0.5 for equal ratings, more if a is "
+        "ahead. What one side gains, the other loses.",
+        "`expected = 1 / (1 + 10 ** ((b - a) / 400))`, `gain = k * (score - expected)`, `return a + gain, b - gain`.",
+    ),
+)
+def elo(a: float, b: float, score: float, k: float = 32.0) -> tuple[float, float]:
+    """The new ratings of a and b after one comparison: `score` is 1.0 if a was preferred, 0.0 if b, 0.5 for a tie.
+
+    400 points more mean odds of 10 to 1. At most `k` points move from one side to the other.
+    """
+    expected = 1 / (1 + 10 ** ((b - a) / 400))
+    gain = k * (score - expected)
+    return a + gain, b - gain
+
+
+@mistakes(
+    "arena.elo",
+    ("expected of b", "your expected score is that of b: if a is ahead, it must be above a half."),
+    ("base e", "your expected score uses powers of e; Elo uses powers of 10, so that 400 points mean ten to one."),
+    ("same direction", "the rating of b moves in the same direction as that of a; what one gains the other loses."),
+    ("fixed k", "k is 32 in your answer, whatever is passed in; use the argument."),
+    ("no expectation", "every win counts the same; a surprising result should move the ratings more."),
+)
+def _elo_with(mistake, a, b, score, k=32.0):
+    gap = a - b if mistake == "expected of b" else b - a
+    expected = 1 / (1 + (math.e if mistake == "base e" else 10) ** (gap / 400))
+    if mistake == "no expectation":
+        expected = 0.5
+    gain = (32 if mistake == "fixed k" else k) * (score - expected)
+    return a + gain, b + gain if mistake == "same direction" else b - gain
 
 
 def _win_tables() -> list[tuple]:
@@ -29,7 +81,8 @@ def _pair_by_pair(strengths: Tensor, wins: Tensor) -> Tensor:
 
 @exercise(
     "arena.likelihood",
-    minutes=6,
+    minutes=5,
+    gradient=False,  # NumPy will do as well
     difficulty=1,
     cases=_win_tables,
     against=_pair_by_pair,
@@ -69,212 +122,165 @@ def _likelihood_with(mistake, strengths, wins):
     return -total if mistake == "loss" else total
 
 
-def _tables_with_anchor() -> list[tuple]:
-    return [(0.7 * strengths[:-1], wins) for strengths, wins in _win_tables()]
+def _tables_in_doubles() -> list[tuple]:
+    return [(strengths.double(), wins.double()) for strengths, wins in _win_tables()]
 
 
-def _by_autograd(strengths: Tensor, wins: Tensor) -> Tensor:
-    """The reference: gradient and Hessian of the log-likelihood from automatic differentiation."""
-
-    def log_likelihood(s: Tensor) -> Tensor:
-        return likelihood(torch.cat([s, torch.zeros(1, dtype=s.dtype)]), wins.double())
-
+def _by_differentiation(strengths: Tensor, wins: Tensor) -> Tensor:
+    """The reference: automatic differentiation of the log-likelihood."""
     with torch.enable_grad():
-        start = strengths.double()
-        gradient = torch.autograd.functional.jacobian(log_likelihood, start)
-        hessian = torch.autograd.functional.hessian(log_likelihood, start)
-    return (start - torch.linalg.solve(hessian, gradient)).float()
+        return torch.autograd.functional.jacobian(lambda s: likelihood(s, wins), strengths)
+
+
+@exercise(
+    "arena.gradient",
+    minutes=4,
+    gradient=False,  # NumPy will do as well
+    difficulty=1,
+    cases=_tables_in_doubles,
+    against=_by_differentiation,
+    hints=(
+        "Per model: the number of wins, minus the number that the strengths predict for its games.",
+        "`games = wins + wins.T` counts the votes of each pair; model i is expected to win `games[i, j] * p[i, j]` of "
+        "them, with `p = sigmoid(s_i - s_j)`.",
+        "`p = torch.sigmoid(strengths[:, None] - strengths[None, :])`, then `(wins - (wins + wins.T) * p).sum(1)`.",
+    ),
+)
+def gradient(strengths: Tensor, wins: Tensor) -> Tensor:
+    """The gradient of the log-likelihood by the strengths: `strengths [M]`, `wins [M, M]` -> `[M]`.
+
+    For each model this is the number of its wins minus the expected number of wins.
+    """
+    p = torch.sigmoid(strengths[:, None] - strengths[None, :])  # [M, M]: P(i is preferred to j)
+    games = wins + wins.T
+    return (wins - games * p).sum(1)
+
+
+@mistakes(
+    "arena.gradient",
+    ("sign", "the sign is wrong: it is actual wins minus expected wins."),
+    ("won games", "your expected wins come from `wins`, which lacks the lost games: use `wins + wins.T`."),
+    ("p of j", "your p is the probability that j is preferred to i; it is sigmoid(s_i - s_j)."),
+    ("halves", "you expect half of the games to be won, whatever the strengths are."),
+    ("mean", "you take the mean over the opponents; it is the sum."),
+)
+def _gradient_with(mistake, strengths, wins):
+    p = torch.sigmoid(strengths[:, None] - strengths[None, :])
+    if mistake == "p of j":
+        p = p.T
+    if mistake == "halves":
+        p = torch.full_like(p, 0.5)
+    surprise = wins - (wins if mistake == "won games" else wins + wins.T) * p
+    if mistake == "mean":
+        return surprise.mean(1)
+    return -surprise.sum(1) if mistake == "sign" else surprise.sum(1)
+
+
+def _by_second_differentiation(strengths: Tensor, wins: Tensor) -> Tensor:
+    """The reference: minus the Hessian of the log-likelihood, from automatic differentiation."""
+    with torch.enable_grad():
+        return -torch.autograd.functional.hessian(lambda s: likelihood(s, wins), strengths)
+
+
+@exercise(
+    "arena.information",
+    minutes=7,
+    gradient=False,  # NumPy will do as well
+    difficulty=2,
+    cases=_tables_in_doubles,
+    against=_by_second_differentiation,
+    hints=(
+        "First the matrix of the weights n_ij p_ij (1 - p_ij). Off the diagonal, the information is minus this matrix.",
+        "On the diagonal stand the sums of its rows. `x.diag()` makes a diagonal matrix of a vector x.",
+        "`weights = (wins + wins.T) * p * (1 - p)`, then `weights.sum(1).diag() - weights`.",
+    ),
+)
+def information(strengths: Tensor, wins: Tensor) -> Tensor:
+    """The information matrix, minus the second derivatives of the log-likelihood: -> `[M, M]`.
+
+    `strengths [M]`, `wins [M, M]`. A vote on i and j adds `p (1 - p)` to the entries (i, i) and (j, j), and subtracts
+    it from (i, j) and (j, i).
+    """
+    p = torch.sigmoid(strengths[:, None] - strengths[None, :])  # [M, M]
+    weights = (wins + wins.T) * p * (1 - p)  # [M, M], 0 on the diagonal
+    return weights.sum(1).diag() - weights
+
+
+@mistakes(
+    "arena.information",
+    ("Hessian", "that is the matrix of second derivatives; the information is minus this matrix."),
+    ("diagonal", "you return only the diagonal; a vote on i and j is about both strengths at once."),
+    ("equal weights", "all games have the same weight; a predictable game has less, p (1 - p)."),
+    ("won games", "you count `wins` only; each vote on a pair adds information, whoever won it."),
+    ("plus", "the entries off the diagonal have the wrong sign; only the difference of two strengths matters."),
+    ("p", "your weights are n p; the derivative of the sigmoid is p (1 - p)."),
+)
+def _information_with(mistake, strengths, wins):
+    p = torch.sigmoid(strengths[:, None] - strengths[None, :])
+    weights = (wins if mistake == "won games" else wins + wins.T) * p * (1 if mistake == "p" else 1 - p)
+    if mistake == "equal weights":
+        weights = (wins + wins.T) / 4
+    diagonal = weights.sum(1).diag()
+    if mistake == "diagonal":
+        return diagonal
+    found = diagonal + weights if mistake == "plus" else diagonal - weights
+    return -found if mistake == "Hessian" else found
+
+
+def _newton_inputs() -> list[tuple]:
+    cases = []
+    for strengths, wins in _tables_in_doubles():
+        strengths = torch.cat([0.7 * strengths[:-1], torch.zeros(1, dtype=torch.float64)])
+        cases.append((strengths, gradient(strengths, wins), information(strengths, wins)))
+    return cases
+
+
+def _by_inverse(strengths: Tensor, gradient: Tensor, information: Tensor) -> Tensor:
+    """The reference: the inverse of the matrix without its last row and column."""
+    step = torch.linalg.inv(information[:-1, :-1]) @ gradient[:-1]
+    return strengths + torch.cat([step, torch.zeros(1, dtype=step.dtype)])
 
 
 @exercise(
     "arena.newton",
-    minutes=20,
-    difficulty=3,
-    cases=_tables_with_anchor,
-    against=_by_autograd,
+    minutes=6,
+    gradient=False,  # NumPy will do as well
+    difficulty=2,
+    cases=_newton_inputs,
+    against=_by_inverse,
     hints=(
-        "The derivative of the log-likelihood by s_i is the number of wins of i minus the number that the strengths "
-        "predict, which is a sum of `games * p` with `games = wins + wins.T`.",
-        "The information is minus the second derivative. A vote on i and j adds `p (1 - p)` to the entries (i, i) and "
-        "(j, j), and subtracts it from (i, j) and (j, i): `weights.sum(1).diag() - weights`.",
-        "With `all_s`, the strengths and a 0: `p = sigmoid(all_s[:, None] - all_s)`, `weights = games * p * (1 - p)`, "
-        "`gradient = (wins - games * p).sum(1)`. Leave the last player out of gradient and information, and return "
-        "`strengths + torch.linalg.solve(information, gradient)`.",
+        "All strengths could rise by the same number without any effect, so the whole matrix has no inverse. Leave the "
+        "last player out of the matrix and of the gradient.",
+        "`torch.linalg.solve(information[:-1, :-1], gradient[:-1])` is the step of all players but the last.",
+        "`step = torch.linalg.solve(information[:-1, :-1], gradient[:-1])`, then "
+        "`strengths + F.pad(step, (0, 1))`, which adds a 0 for the last player.",
     ),
 )
-def newton(strengths: Tensor, wins: Tensor) -> Tensor:
-    """One Newton step that increases the log-likelihood: `strengths [M]`, `wins [M + 1, M + 1]` -> new strengths `[M]`.
+def newton(strengths: Tensor, gradient: Tensor, information: Tensor) -> Tensor:
+    """One step of Newton's method: `strengths [M]`, `gradient [M]`, `information [M, M]` -> new strengths `[M]`.
 
-    Only differences of strengths matter, so one strength must be fixed: the table has one more player, the last one,
-    whose strength is 0 and stays 0. The step is the inverse of the information matrix times the gradient.
+    The strength of the last player is 0 and stays 0. The step of the others is the inverse of their information matrix
+    times their gradient.
     """
-    all_s = torch.cat([strengths, torch.zeros(1)])  # [M + 1]
-    p = torch.sigmoid(all_s[:, None] - all_s[None, :])  # [M + 1, M + 1]
-    games = wins + wins.T
-    gradient = (wins - games * p).sum(1)  # [M + 1]: actual wins minus expected wins
-    weights = games * p * (1 - p)
-    information = weights.sum(1).diag() - weights  # [M + 1, M + 1]
-    return strengths + torch.linalg.solve(information[:-1, :-1], gradient[:-1])
+    step = torch.linalg.solve(information[:-1, :-1], gradient[:-1])  # [M - 1]
+    return strengths + F.pad(step, (0, 1))
 
 
 @mistakes(
     "arena.newton",
     ("gradient", "you step along the gradient; Newton's step solves with the information matrix, `linalg.solve`."),
-    ("diagonal", "you use only the diagonal of the information; a vote on i and j is about both strengths at once."),
+    ("diagonal", "you use only the diagonal of the information; the strengths depend on each other."),
     ("sign", "the sign is wrong, so the likelihood falls: the information is minus the Hessian."),
-    ("equal weights", "all games have the same weight in your information; a predictable one has less, p (1 - p)."),
-    ("won games", "your expected wins come from `wins`, which lacks the games that were lost: use `wins + wins.T`."),
-    ("no anchor", "you leave out the last player, whose strength is 0; the games against that player count too."),
+    ("all", "the last player moves too; solve for the others only."),
+    ("times", "you multiply by the information; multiply by its inverse."),
+    ("step only", "you return the step; add it to the strengths."),
 )
-def _newton_with(mistake, strengths, wins):
-    if mistake == "no anchor":
-        wins = wins[:-1, :-1]
-    all_s = torch.cat([strengths, torch.zeros(len(wins) - len(strengths))])
-    p = torch.sigmoid(all_s[:, None] - all_s[None, :])
-    games = wins + wins.T
-    gradient = (wins - (wins if mistake == "won games" else games) * p).sum(1)[: len(strengths)]
-    weights = games / 4 if mistake == "equal weights" else games * p * (1 - p)
-    information = (weights.sum(1).diag() - weights)[: len(strengths), : len(strengths)]
-    if mistake == "gradient":
-        return strengths + gradient
-    if mistake == "diagonal":
-        return strengths + gradient / information.diag()
-    step = torch.linalg.pinv(information) @ gradient
+def _newton_with(mistake, strengths, gradient, information):
+    some, g = information[:-1, :-1], gradient[:-1]
+    if mistake == "all":
+        return strengths + torch.linalg.pinv(information) @ gradient
+    step = {"gradient": g, "diagonal": g / some.diag(), "times": some @ g}.get(mistake, torch.linalg.solve(some, g))
+    step = F.pad(step, (0, 1))
+    if mistake == "step only":
+        return step
     return strengths - step if mistake == "sign" else strengths + step
-
-
-def _draws() -> list[tuple]:
-    g = torch.Generator().manual_seed(16)
-    shared = torch.randn(1, 401, 1, generator=g)
-    draws = torch.randn(2, 401, 4, generator=g).exp() * torch.tensor([0.2, 0.5, 1.0, 0.3]) + 2 * shared
-    return [(draws[0], 0.95), (draws[1, :, :3], 0.8)]
-
-
-def _by_sorting(draws: Tensor, level: float) -> Tensor:
-    """The reference: powers of 10, and quantiles by sorting and linear interpolation."""
-    elo = 1000 + 400 * math.log10(math.e) * (draws.double().numpy() - draws.double().numpy().mean(1, keepdims=True))
-    ordered, cut = np.sort(elo, axis=0), (1 - level) / 2 * (len(elo) - 1)
-    k, rest = int(cut + 1e-9), cut - int(cut + 1e-9)
-    low = (1 - rest) * ordered[k] + rest * ordered[k + 1]
-    high = (1 - rest) * ordered[-1 - k] + rest * ordered[-2 - k]
-    return torch.tensor(np.stack([low, high], axis=1)).float()
-
-
-@exercise(
-    "arena.interval",
-    minutes=10,
-    difficulty=2,
-    cases=_draws,
-    against=_by_sorting,
-    hints=(
-        "Three steps: subtract the mean of each draw, since only differences matter; convert strengths to Elo points; "
-        "take a quantile at each end.",
-        "400 points mean odds of ten to one, and one unit of strength means e to one, so a unit is `400 / log(10)` "
-        "points. For a level of 0.95, 0.025 is cut off at each end.",
-        "`points = 1000 + 400 / math.log(10) * (draws - draws.mean(1, keepdim=True))`, then `torch.quantile(points, "
-        "torch.tensor([(1 - level) / 2, (1 + level) / 2]), dim=0).T`.",
-    ),
-)
-def interval(draws: Tensor, level: float) -> Tensor:
-    """The ends of each model's interval in Elo, `[M, 2]`, from `draws [R, M]`: strengths fitted to R resampled votes.
-
-    Shift each draw so that the mean of its models is 1000. `level` is the fraction of draws inside the interval.
-    """
-    points = 1000 + 400 / math.log(10) * (draws - draws.mean(1, keepdim=True))  # [R, M]
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2])
-    return torch.quantile(points, ends, dim=0).T  # [M, 2]
-
-
-@mistakes(
-    "arena.interval",
-    ("no mean", "the mean of each draw is not subtracted; a constant that all models share has no meaning."),
-    ("mean of draws", "you take the mean over the draws, so every model is at 1000; take it over the models."),
-    ("one mean", "you subtract one mean of everything; each draw has its own mean over the models."),
-    ("times 400", "you multiply strengths by 400; strengths are powers of e, Elo points powers of 10."),
-    ("cut twice", "each end cuts off all of 1 - level, so the interval is too narrow; cut off half at each end."),
-    (
-        "normal",
-        "mean and 1.96 standard deviations suit a normal distribution; these draws are skewed, so use their quantiles.",
-    ),
-)
-def _interval_with(mistake, draws, level):
-    mean = draws.mean(1, keepdim=True)
-    if mistake == "no mean":
-        mean = 0
-    if mistake == "mean of draws":
-        mean = draws.mean(0)
-    if mistake == "one mean":
-        mean = draws.mean()
-    points = 1000 + (400 if mistake == "times 400" else 400 / math.log(10)) * (draws - mean)
-    if mistake == "normal":
-        return torch.stack([points.mean(0) - 1.96 * points.std(0), points.mean(0) + 1.96 * points.std(0)], dim=1)
-    cut = 1 - level if mistake == "cut twice" else (1 - level) / 2
-    return torch.quantile(points, torch.tensor([cut, 1 - cut]), dim=0).T
-
-
-def _covariances() -> list[tuple]:
-    g, cases = torch.Generator().manual_seed(17), []
-    for models, p, i, j in ((3, 0.5, 0, 2), (5, 0.9, 3, 1), (4, 0.2, 1, 0)):
-        root = torch.randn(models, models, generator=g)
-        centre = torch.eye(models) - 1 / models  # subtracts the mean, as in the notebook
-        cases.append((centre @ (root @ root.T + 0.3 * torch.eye(models)) @ centre, p, i, j))
-    return cases
-
-
-def _by_inverse(covariance: Tensor, p: float, i: int, j: int) -> float:
-    """The reference, without a formula: add the vote to the information, and (pseudo-)invert again."""
-    c = covariance.double()
-    d = torch.zeros(len(c), dtype=torch.float64)
-    d[i], d[j] = 1, -1
-    information = torch.linalg.pinv(c, rtol=1e-5, hermitian=True) + p * (1 - p) * torch.outer(d, d)
-    return float(c.trace() - torch.linalg.pinv(information, rtol=1e-5, hermitian=True).trace())
-
-
-@exercise(
-    "arena.gain",
-    minutes=15,
-    difficulty=3,
-    cases=_covariances,
-    against=_by_inverse,
-    tolerance=1e-4,  # the answer is in float32, and the reference inverts twice
-    hints=(
-        "A vote adds `w d d^T` to the information, with w = p (1 - p), where d is 1 at i, -1 at j and 0 elsewhere. The "
-        "Sherman-Morrison formula gives the new inverse without inverting anything: "
-        "(A + u u^T)^-1 = A^-1 - A^-1 u u^T A^-1 / (1 + u^T A^-1 u).",
-        "The covariance decreases by `w (C d)(C d)^T / (1 + w d^T C d)`. Return the trace of this; the trace of "
-        "`u u^T` is `u @ u`.",
-        "`c_d = covariance[:, i] - covariance[:, j]`, `d_c_d = c_d[i] - c_d[j]`, and then "
-        "`w * c_d @ c_d / (1 + w * d_c_d)`.",
-    ),
-)
-def gain(covariance: Tensor, p: float, i: int, j: int) -> Tensor:
-    """By how much one more vote on i and j reduces the summed variance of the strengths: one number.
-
-    `covariance [M, M]` is the covariance of the strengths around their mean: symmetric, and without an inverse, since
-    its rows sum to 0. `p` is the probability that i is preferred. A vote adds the information `p (1 - p)` about the
-    difference `s_i - s_j`.
-    """
-    w = p * (1 - p)
-    c_d = covariance[:, i] - covariance[:, j]  # [M]: C d
-    d_c_d = c_d[i] - c_d[j]  # d^T C d, the variance of the difference
-    return w * c_d @ c_d / (1 + w * d_c_d)
-
-
-@mistakes(
-    "arena.gain",
-    (
-        "one difference",
-        "that is the variance of one difference; a vote also informs about the models that were compared with i or j.",
-    ),
-    ("undivided", "the division by 1 + w d^T C d is missing, so a vote could remove more variance than there is."),
-    ("certain", "every vote counts the same in your answer; a predictable one adds less information, p (1 - p)."),
-    ("sum", "your d is 1 at both models; a vote compares a difference, so it is 1 and -1."),
-)
-def _gain_with(mistake, covariance, p, i, j):
-    w = 1 / 4 if mistake == "certain" else p * (1 - p)
-    sign = 1 if mistake == "sum" else -1
-    c_d = covariance[:, i] + sign * covariance[:, j]
-    d_c_d = c_d[i] + sign * c_d[j]
-    if mistake == "one difference":
-        return w * d_c_d**2 / (1 + w * d_c_d)
-    return w * c_d @ c_d / (1 if mistake == "undivided" else 1 + w * d_c_d)
