@@ -6,9 +6,13 @@ tagging        every token of an object predicts that object's colour, form, siz
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from fluxedu.nano.scenes import COLORS, FORMS, INVERSE, LETTERS, Claim
+import numpy as np
+import torch
+from torch import Tensor
+
+from fluxedu.nano.scenes import COLORS, FORMS, INVERSE, LETTERS, SHAPES, Claim, caption, sample_scene
 
 SIDES = ("left of", "right of", "above", "below")
 #: number of classes of each tag: colour, form, size (small, large, not mentioned), and one yes/no tag per relation
@@ -44,6 +48,23 @@ def tag_labels(claim: Claim, tokens: list[str]) -> np.ndarray:
                 end = i + 2 if form in LETTERS else i + 1  # "red letter A" or "red circle"
                 labels[i : end + 1] = label
     return labels
+
+
+def captions_with_facts(tokenizer: Any, number: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Captions of random scenes for a prompt encoder's T5 tokenizer, with what they say about each shape.
+
+    Returns the ids ``[number, L]``; the mask ``[number, L]`` of tokens that name a shape which the caption gives a
+    colour; and the tags ``[N, len(TAGS)]`` of these N tokens, in the mask's order.
+    """
+    captions = [caption(sample_scene(rng), rng) for _ in range(number)]
+    ids = tokenizer([text for text, _ in captions])
+    labels = torch.full((*ids.shape, len(TAGS)), -1)
+    for row, (text, claim) in zip(labels, captions, strict=True):
+        pieces = tokenizer.pieces(text)
+        row[: len(pieces)] = torch.from_numpy(tag_labels(claim, pieces))
+    shape_ids = torch.tensor([tokenizer.fast.token_to_id("▁" + shape) for shape in SHAPES])
+    is_shape = torch.isin(ids, shape_ids) & (labels[..., 0] >= 0)
+    return ids, is_shape, labels[is_shape]
 
 
 def corrupt_spans(ids: list[int], rng: np.random.Generator, sentinels: list[int]) -> tuple[list[int], list[int]]:

@@ -1,92 +1,15 @@
-"""Notebook 03: T5."""
+"""Notebook 03: T5's layers."""
 
-import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.course.exercise import exercise, mistakes, wrong
-from fluxedu.course.exercises import run_module, subclass
+from fluxedu.course.exercises import randomise, run_module, subclass
 from fluxedu.models.config import T5Config
-from fluxedu.models.t5 import T5GatedMLP, T5Norm, distance_buckets
-
-
-def _lengths() -> list[tuple]:
-    return [(9, 8, 6), (40, 32, 128), (21, 16, 20)]
-
-
-def _library_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor:
-    config = T5Config(relative_attention_num_buckets=num_buckets, relative_attention_max_distance=max_distance)
-    return distance_buckets(length, config)
-
-
-@exercise(
-    "t5.buckets",
-    minutes=15,
-    difficulty=3,
-    cases=_lengths,
-    call=lambda answer, *case: answer(*case).long(),
-    against=_library_buckets,
-    tolerance=0,
-    hints=(
-        "Compute two tables first: the offset, which is key position minus query position, and the distance, its "
-        "absolute value. Then compute one formula for near distances and one for far ones, and choose with "
-        "`torch.where`.",
-        "`position[None, :] - position[:, None]` is the offset. With `half = num_buckets // 2` and `near = half // 2`, "
-        "the formula for far distances goes from `near` at distance `near` to `half` at `max_distance`, linearly in "
-        "the logarithm of the distance.",
-        "`far = near + (torch.log(distance.clamp(min=1) / near) / math.log(max_distance / near) * (half - near))"
-        ".long()`, clamped to `half - 1`; choose with `torch.where(distance < near, distance, far)`, and add `half` "
-        "where the offset is above 0.",
-    ),
-)
-def buckets(length: int, num_buckets: int, max_distance: int) -> Tensor:
-    """The row of the bias table for each query and key: integers `[length, length]`, one row per query.
-
-    Half of the `num_buckets` buckets are for keys at or before the query (numbers from 0), half for keys after it
-    (numbers from `num_buckets // 2`). In each half, the first half of the buckets hold one distance each: 0, 1, 2, ...
-    The rest share the distances up to `max_distance`, with limits that are equally spaced in the logarithm; round the
-    bucket number down. Distances from `max_distance` on get the last bucket.
-    """
-    half = num_buckets // 2
-    near = half // 2
-    position = torch.arange(length)
-    offset = position[None, :] - position[:, None]  # key minus query, [L, L]
-    distance = offset.abs()
-    fraction = torch.log(distance.clamp(min=1) / near) / math.log(max_distance / near)  # 0 at near, 1 at max_distance
-    far = (near + (fraction * (half - near)).long()).clamp(max=half - 1)
-    return torch.where(distance < near, distance, far) + half * (offset > 0)
-
-
-wrong("t5.buckets", "the two halves are exchanged: the upper half is for keys after the query.")(
-    lambda length, num_buckets, max_distance: buckets(length, num_buckets, max_distance).T
-)
-wrong("t5.buckets", "earlier and later keys share their buckets; each direction needs its own half.")(
-    lambda length, num_buckets, max_distance: buckets(length, num_buckets, max_distance) % (num_buckets // 2)
-)
-
-
-@mistakes(
-    "t5.buckets",
-    ("none shared", "every distance has its own bucket until they run out; far distances must share buckets."),
-    ("linear", "your far buckets are equally spaced in the distance; use its logarithm."),
-    ("rounded", "the bucket numbers of far distances are rounded to the nearest; round them down."),
-)
-def _buckets_with(mistake, length, num_buckets, max_distance):
-    half = num_buckets // 2
-    near = half if mistake == "none shared" else half // 2  # this many distances have their own bucket
-    position = torch.arange(length)
-    offset = position[None, :] - position[:, None]
-    distance = offset.abs()
-    fraction = torch.log(distance.clamp(min=1) / near) / math.log(max_distance / near)
-    if mistake == "linear":
-        fraction = (distance - near) / (max_distance - near)
-    buckets_after_near = fraction * (half - near)
-    if mistake == "rounded":
-        buckets_after_near = buckets_after_near.round()
-    far = (near + buckets_after_near.long()).clamp(max=half - 1)
-    return torch.where(distance < near, distance, far) + half * (offset > 0)
+from fluxedu.models.t5 import T5Encoder, T5GatedMLP, T5Norm
 
 
 def _vectors() -> list[tuple]:
@@ -214,7 +137,7 @@ class _TwoGELUs(GatedMLP):
 def _heads() -> list[tuple]:
     g = torch.Generator().manual_seed(4)
     cases = []
-    for batch, heads, length, d in ((2, 3, 5, 4), (1, 2, 7, 6)):
+    for batch, heads, length, d in ((2, 3, 5, 4), (1, 2, 7, 6), (1, 4, 32, 32)):
         q, k, v = (torch.randn(batch, heads, length, d, generator=g) for _ in range(3))
         cases.append((0.6 * q, k, v, torch.randn(1, heads, length, length, generator=g)))
     return cases
@@ -257,3 +180,76 @@ wrong("t5.attend", "your softmax is over the queries; the weights of one query m
 wrong("t5.attend", "the bias is transposed: its rows are queries, its columns keys.")(
     lambda q, k, v, bias: attend(q, k, v, bias.transpose(-1, -2))
 )
+
+
+def _encoders() -> list[tuple]:
+    g = torch.Generator().manual_seed(5)
+    cases = []
+    for layers, heads, width, length in ((1, 2, 6, 5), (3, 2, 8, 7), (3, 4, 32, 32)):
+        sizes = {"d_model": heads * width, "d_ff": 3 * width, "num_layers": layers, "num_heads": heads, "d_kv": width}
+        network = randomise(T5Encoder(T5Config(vocab_size=50, **sizes)), g)
+        for name, weight in network.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.data = 1 + 0.3 * torch.randn(weight.shape, generator=g)
+        cases.append((network, torch.randint(50, (2, length), generator=g)))
+    return cases
+
+
+@exercise(
+    "t5.encode",
+    minutes=8,
+    difficulty=2,
+    cases=_encoders,
+    against=lambda t5, ids: t5(ids),
+    hints=(
+        "A block never replaces the tokens; it adds to them, first the attention's output and then the MLP's. Each of "
+        "the two gets the normalised tokens.",
+        "`attention, mlp = block.layer`. Call `attention.SelfAttention(..., bias)` on `attention.layer_norm(x)`, and "
+        "`mlp.DenseReluDense(...)` on `mlp.layer_norm(x)`, where x contains the attention's output already.",
+        "In the loop: `x = x + attention.SelfAttention(attention.layer_norm(x), bias)`, then "
+        "`x = x + mlp.DenseReluDense(mlp.layer_norm(x))`. After it: `return t5.encoder.final_layer_norm(x)`.",
+    ),
+)
+def encode(t5: nn.Module, ids: Tensor) -> Tensor:
+    """T5's encoder: token ids `[B, L]` -> vectors `[B, L, D]`, with the modules of `t5`.
+
+    `t5.shared(ids)` are the token embeddings, and `t5.encoder.block[0].attention.bias(L)` is the position bias, which
+    all blocks share. Each `block` of `t5.encoder.block` has two layers, `block.layer`. The first contains a norm
+    `layer_norm` and the attention `SelfAttention(x, bias)`, the second a norm `layer_norm` and the MLP
+    `DenseReluDense(x)`. At the end comes `t5.encoder.final_layer_norm`.
+    """
+    x = t5.shared(ids)  # [B, L, D]
+    bias = t5.encoder.block[0].attention.bias(ids.shape[1])  # [1, H, L, L]
+    for block in t5.encoder.block:
+        attention, mlp = block.layer
+        x = x + attention.SelfAttention(attention.layer_norm(x), bias)
+        x = x + mlp.DenseReluDense(mlp.layer_norm(x))
+    return t5.encoder.final_layer_norm(x)
+
+
+@mistakes(
+    "t5.encode",
+    ("no residual", "each layer replaces the tokens by its output; add the output to the tokens."),
+    ("normalised residual", "you add the output to the normalised tokens; add it to the tokens themselves."),
+    ("no norms", "the layers get the tokens without the norm."),
+    ("norm after", "you normalise after the addition, as the first transformers did; T5 normalises a layer's input."),
+    ("parallel", "the MLP gets the tokens from before the attention; it gets those with the attention's output added."),
+    ("no final norm", "the last norm, final_layer_norm, is missing."),
+    ("first bias", "only the first block gets the position bias; all blocks share it."),
+    ("one block", "only the first block is used; loop over all blocks."),
+)
+def _encode_with(mistake, t5, ids):
+    x, bias = t5.shared(ids), t5.encoder.block[0].attention.bias(ids.shape[1])
+    for i, block in enumerate(t5.encoder.block):
+        if i and mistake == "one block":
+            break
+        attention, mlp = block.layer
+        bias = 0 * bias if i and mistake == "first bias" else bias
+        before = x
+        for layer, run in ((attention, partial(attention.SelfAttention, bias=bias)), (mlp, mlp.DenseReluDense)):
+            inputs = before if mistake == "parallel" else x
+            normed = inputs if mistake in ("no norms", "norm after") else layer.layer_norm(inputs)
+            residual = 0 if mistake == "no residual" else normed if mistake == "normalised residual" else x
+            x = residual + run(normed)
+            x = layer.layer_norm(x) if mistake == "norm after" else x
+    return x if mistake == "no final norm" else t5.encoder.final_layer_norm(x)
