@@ -156,9 +156,9 @@ if fe.passed("latents.vae_loss"):
     print("the range of three seeds; variety: of 500 decoded samples of N(0, 1), relative to that of the real images")
     for beta in BETAS:
         of_beta = [trained[beta, seed] for seed in range(3)]
-        moments = [encoder(circles).chunk(2, dim=1) for encoder, _ in of_beta]
-        spread = [float(mean.std()) for mean, _ in moments]
-        sigma = [float((logvar / 2).exp().mean()) for _, logvar in moments]
+        gaussians = [encoder(circles).chunk(2, dim=1) for encoder, _ in of_beta]
+        spread = [float(mu.std()) for mu, _ in gaussians]
+        sigma = [float((log / 2).exp().mean()) for _, log in gaussians]
         variety = [float(decoder(noise).std(0).mean() / circles.std(0).mean()) for _, decoder in of_beta]
         print(
             f"beta {beta:5}: standard deviation of the means {min(spread):.0f} to {max(spread):.0f} · sigma "
@@ -170,8 +170,7 @@ if fe.passed("latents.vae_loss"):
     grid = torch.cartesian_prod(torch.linspace(-2, 2, 7), torch.linspace(-2, 2, 7))  # [49, 2]
     for column, beta in enumerate(BETAS):
         encoder, decoder = trained[beta, 1]
-        mean = encoder(circles)[:, :2]
-        axes[0, column].scatter(*mean.T, c=position[:, 0], s=6, cmap="cividis")
+        axes[0, column].scatter(*encoder(circles)[:, :2].T, c=position[:, 0], s=6, cmap="cividis")
         axes[0, column].scatter(*noise[:200].T, s=2, color="#D55E00")
         axes[0, column].set_title(f"beta = {beta}")
         axes[0, column].set_aspect("equal", "datalim")
