@@ -1,22 +1,19 @@
 """Notebook 06: attention."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.course.exercise import exercise, mistakes, wrong
+from fluxedu.course.exercise import exercise, wrong
 from fluxedu.course.exercises import random_weights, run_module, subclass
 from fluxedu.models import attention as library
-from fluxedu.models.attention import rope_table, rotate
-from fluxedu.probe import Probed
 
 
 def _qkv_cases() -> list[tuple]:
     g = torch.Generator().manual_seed(6)
-    shapes = ((2, 3, 7, 4), (1, 2, 5, 9))
+    shapes = ((2, 3, 7, 4), (1, 2, 5, 9), (1, 5, 96, 32))
     return [tuple(1.5 * torch.randn(*shape, generator=g) for _ in range(3)) for shape in shapes]
 
 
@@ -60,7 +57,11 @@ wrong("attention.attend", "the softmax is missing: you multiply the values by th
 def _norm_cases() -> list[tuple]:
     g = torch.Generator().manual_seed(7)
     cases = []
-    for shape, size in (((2, 3, 5, 4), 3.0), ((1, 2, 3, 6), 0.01)):  # with small vectors the value of eps matters
+    for shape, size in (
+        ((2, 3, 5, 4), 3.0),
+        ((1, 2, 3, 6), 0.01),
+        ((1, 5, 64, 32), 4.0),
+    ):  # with small vectors the value of eps matters
         q, k = (size * (torch.randn(*shape, generator=g) + 0.5) for _ in range(2))
         cases.append(((shape[-1],), _weights(library.QKNorm(shape[-1]), shape[-1]), q, k))
     q, k = (1e-2 * torch.randn(1, 2, 4, 8, generator=g) for _ in range(2))
@@ -154,7 +155,7 @@ class _Bfloat16(QKNorm):
 def _stream_cases() -> list[tuple]:
     g = torch.Generator().manual_seed(8)
     cases = []
-    for b, n, dim, heads, bias in ((2, 5, 12, 3, True), (1, 7, 8, 2, False)):
+    for b, n, dim, heads, bias in ((2, 5, 12, 3, True), (1, 7, 8, 2, False), (1, 64, 160, 5, True)):
         weights = _weights(library.SelfAttention(dim, heads, bias), dim)
         cases.append(((dim, heads, bias), weights, torch.randn(b, n, dim, generator=g)))
     return cases
@@ -232,80 +233,3 @@ class _Order(_Split):
     def split(self, qkv):
         k, q, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
-
-
-def _joint_cases() -> list[tuple]:
-    g = torch.Generator().manual_seed(9)
-    cases = []
-    for b, h, txt_len, patches, axes_dim in ((2, 3, 2, 6, (2, 4)), (1, 2, 5, 4, (2, 2))):
-        txt = tuple(1.5 * torch.randn(b, h, txt_len, sum(axes_dim), generator=g) for _ in range(3))
-        img = tuple(1.5 * torch.randn(b, h, patches, sum(axes_dim), generator=g) for _ in range(3))
-        ids = torch.cat([torch.zeros(txt_len, 2), torch.rand(patches, 2, generator=g) * 9])
-        cases.append((txt, img, partial(rotate, rope=rope_table(ids, axes_dim, 100.0))))
-    return cases
-
-
-def library_joint(txt: tuple, img: tuple, apply_rope: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt, img, strict=True))
-    txt_len = txt[0].shape[2]
-    attn_out = library.attend(q, k, v, apply_rope.keywords["rope"], txt_len, Probed())
-    return [attn_out[:, :txt_len], attn_out[:, txt_len:]]
-
-
-@exercise(
-    "attention.joint",
-    minutes=12,
-    difficulty=3,
-    cases=_joint_cases,
-    against=library_joint,
-    hints=(
-        "Concatenate the tokens of the two streams, text first, apply the attention once, and split the result again.",
-        "`torch.cat` along the axis of tokens, which is 2. Apply `apply_rope` to q and k only. To merge the heads, "
-        "`transpose(1, 2).flatten(2)`.",
-        "`q = torch.cat([txt[0], img[0]], dim=2)`, and likewise k and v; then "
-        "`F.scaled_dot_product_attention(apply_rope(q), apply_rope(k), v).transpose(1, 2).flatten(2)`; the first "
-        "`txt[0].shape[2]` tokens are text.",
-    ),
-)
-def joint(txt: tuple, img: tuple, apply_rope: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over text and image together: `txt` and `img` are each stream's (q, k, v), `[B, H, L or N, d]`.
-
-    `apply_rope` rotates the queries or keys of all L + N tokens, text first, by their positions. Return each stream's
-    attention output with the heads merged: `[B, L, H d]` for the text and `[B, N, H d]` for the image.
-    """
-    q = torch.cat([txt[0], img[0]], dim=2)  # [B, H, L + N, d]
-    k = torch.cat([txt[1], img[1]], dim=2)
-    v = torch.cat([txt[2], img[2]], dim=2)
-    attn_out = F.scaled_dot_product_attention(apply_rope(q), apply_rope(k), v)  # [B, H, L + N, d]
-    attn_out = attn_out.transpose(1, 2).flatten(2)  # [B, L + N, H d]
-    txt_len = txt[0].shape[2]
-    return attn_out[:, :txt_len], attn_out[:, txt_len:]
-
-
-@mistakes(
-    "attention.joint",
-    ("separate", "each stream attends only to itself; concatenate the tokens before the softmax."),
-    ("across", "each stream attends only to the other; every token should attend to all tokens."),
-    ("image first", "you put the image first, so tokens get the rotations of other tokens; text comes first."),
-    ("not rotated", "q and k are not rotated, so the positions are missing."),
-    ("values rotated", "you rotate the values as well; rotate only q and k."),
-    ("no transpose", "heads and tokens are mixed up: transpose them before you flatten the heads."),
-)
-def joint_with(mistake, txt, img, apply_rope):
-    if mistake == "image first":
-        image, text = joint(img, txt, apply_rope)
-        return text, image
-    q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt, img, strict=True))
-    if mistake != "not rotated":
-        q, k = apply_rope(q), apply_rope(k)
-    if mistake == "values rotated":
-        v = apply_rope(v)
-    txt_len = txt[0].shape[2]
-    is_text = torch.arange(q.shape[2]) < txt_len
-    same_stream = is_text[:, None] == is_text[None, :]  # [L + N, L + N], one row per query
-    allowed = {"separate": same_stream, "across": ~same_stream}.get(mistake)
-    attn_out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)  # [B, H, L + N, d]
-    if mistake != "no transpose":
-        attn_out = attn_out.transpose(1, 2)
-    attn_out = attn_out.reshape(len(q), q.shape[2], -1)
-    return attn_out[:, :txt_len], attn_out[:, txt_len:]

@@ -1,123 +1,22 @@
-"""Notebook 05: time and modulation."""
+"""Notebook 05b: modulation."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxedu.course.exercise import exercise, wrong
-from fluxedu.course.exercises import build_module, random_weights, run_module, subclass
+from fluxedu.course.exercise import exercise, mistakes, wrong
+from fluxedu.course.exercises import build_module, random_weights, subclass
 from fluxedu.models import modulation
 from fluxedu.models.modulation import ShiftScaleGate
-
-
-def _times() -> list[tuple]:
-    return [(torch.tensor([0.0, 0.25, 0.9045, 1.0]), 8), (torch.tensor([0.3337, 3.5]), 12)]
-
-
-@exercise(
-    "modulation.waves",
-    minutes=10,
-    difficulty=2,
-    cases=_times,
-    against=modulation.timestep_embedding,
-    tolerance=3e-4,  # a phase of 3,500 radians has lost four digits in float32
-    hints=(
-        "Evaluate `dim / 2` waves of different frequencies at `1000 t`; each wave gives a cosine and a sine.",
-        "Wave `i` has the frequency `10_000 ** (-i / (dim / 2))`. Multiply every time by every frequency (an outer "
-        "product) to get `[B, dim / 2]`.",
-        "`phase = 1000 * t[:, None] * 10_000 ** (-torch.arange(dim // 2) / (dim // 2))`, then "
-        "`torch.cat([phase.cos(), phase.sin()], dim=-1)`.",
-    ),
-)
-def waves(t: Tensor, dim: int) -> Tensor:
-    """Encode a number as waves: `t [B]` -> `[B, dim]`, first `dim / 2` cosines, then as many sines.
-
-    The phase of wave `i` is `1000 t * 10_000 ** (-i / (dim / 2))` radians. Do not round `1000 t` to an integer.
-    """
-    frequency = 10_000 ** (-torch.arange(dim // 2) / (dim // 2))  # [dim/2], from 1 down to nearly 1/10,000
-    phase = 1000 * t[:, None] * frequency[None, :]  # [B, dim/2]
-    return torch.cat([phase.cos(), phase.sin()], dim=-1)  # [B, dim]
-
-
-wrong("modulation.waves", "in your answer the sines come first; FLUX puts the cosines first.")(
-    lambda t, dim: waves(t, dim).roll(dim // 2, dims=-1)
-)
-wrong("modulation.waves", "in your answer cosines and sines alternate; FLUX puts all cosines first, then all sines.")(
-    lambda t, dim: waves(t, dim).unflatten(-1, (2, -1)).mT.flatten(-2)
-)
-wrong("modulation.waves", "the time is not multiplied by 1000, so even the fastest wave has a phase below 1 radian.")(
-    lambda t, dim: waves(t / 1000, dim)
-)
-wrong("modulation.waves", "you round 1000 t to an integer; it is a real number, not the index of a step.")(
-    lambda t, dim: waves((1000 * t).round() / 1000, dim)
-)
-
-
-@wrong("modulation.waves", "your exponent is -i / dim; it is -i / (dim / 2), so that frequencies go down to 1/10,000.")
-def _half_exponent(t, dim):
-    phase = 1000 * t[:, None] * 10_000 ** (-torch.arange(dim // 2) / dim)
-    return torch.cat([phase.cos(), phase.sin()], dim=-1)
-
-
-def _vectors() -> list[tuple]:
-    g = torch.Generator().manual_seed(5)
-    return [
-        ((6, 4), random_weights(modulation.MLPEmbedder(6, 4), 1), torch.randn(2, 6, generator=g)),
-        ((3, 8), random_weights(modulation.MLPEmbedder(3, 8), 2), torch.randn(3, 2, 3, generator=g)),
-    ]
-
-
-@exercise(
-    "modulation.embedder",
-    minutes=6,
-    difficulty=1,
-    cases=_vectors,
-    call=run_module,
-    against=modulation.MLPEmbedder,
-    hints=(
-        "A linear layer to the hidden width, an activation function, and a linear layer of that width.",
-        "Two `nn.Linear` with biases; the activation function is SiLU, `x * sigmoid(x)`, in torch `F.silu`.",
-        "`self.in_layer = nn.Linear(in_dim, hidden_dim)`, `self.out_layer = nn.Linear(hidden_dim, hidden_dim)`, and "
-        "forward returns `self.out_layer(F.silu(self.in_layer(x)))`.",
-    ),
-)
-class MLPEmbedder(nn.Module):
-    """Map a vector `[..., in_dim]` to the hidden width `[..., hidden_dim]`: `out_layer(silu(in_layer(x)))`.
-
-    The two linear layers must be named `in_layer` and `out_layer`, so that the trained weights fit.
-    """
-
-    def __init__(self, in_dim: int, hidden_dim: int):
-        super().__init__()
-        # your turn
-        self.in_layer = nn.Linear(in_dim, hidden_dim)
-        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # your turn
-        return self.out_layer(F.silu(self.in_layer(x)))  # [..., in_dim] -> [..., hidden_dim]
-
-
-wrong("modulation.embedder", "there is no activation function between the layers; put a SiLU there.")(
-    subclass(MLPEmbedder, forward=lambda self, x: self.out_layer(self.in_layer(x)))
-)
-wrong("modulation.embedder", "your activation function is GELU; FLUX uses SiLU here and GELU in the blocks' MLPs.")(
-    subclass(MLPEmbedder, forward=lambda self, x: self.out_layer(F.gelu(self.in_layer(x))))
-)
-wrong("modulation.embedder", "there is a second activation function; nothing comes after the second layer.")(
-    subclass(MLPEmbedder, forward=lambda self, x: F.silu(MLPEmbedder.forward(self, x)))
-)
-wrong("modulation.embedder", "your SiLU comes before the first layer; it belongs between the two.")(
-    subclass(MLPEmbedder, forward=lambda self, x: self.out_layer(self.in_layer(F.silu(x))))
-)
 
 
 def _vecs() -> list[tuple]:
     g = torch.Generator().manual_seed(6)
     cases = []
-    for dim, double, shape in ((4, True, (2, 4)), (6, False, (3, 6)), (2, True, (5, 2, 2))):
+    for dim, double, shape in ((4, True, (2, 4)), (6, False, (3, 6)), (2, True, (5, 2, 2)), (160, True, (1, 160))):
         weights = random_weights(modulation.Modulation(dim, double), dim)
         cases.append((torch.randn(*shape, generator=g), (dim, double), weights))
     return cases
@@ -134,7 +33,7 @@ def _row_and_parts(answer, vec: Tensor, arguments: tuple, weights: dict[str, Ten
 
 @exercise(
     "modulation.modulation",
-    minutes=14,
+    minutes=12,
     difficulty=2,
     cases=_vecs,
     call=_row_and_parts,
@@ -213,7 +112,11 @@ def _tanh_layer(weights: Tensor, x: Tensor) -> Tensor:
 def _tokens() -> list[tuple]:
     g = torch.Generator().manual_seed(7)
     cases = []
-    for b, n, d, size in ((2, 5, 4, 1.0), (1, 3, 6, 0.02)):  # with small tokens the value of eps matters
+    for b, n, d, size in (
+        (2, 5, 4, 1.0),
+        (1, 3, 6, 0.02),
+        (1, 96, 160, 3.0),
+    ):  # with small tokens the value of eps matters
         x = size * (torch.randn(b, n, d, generator=g) + 0.5)
         layer = partial(_tanh_layer, torch.randn(d, d, generator=g))
         cases.append((x, layer, *(torch.randn(b, 1, d, generator=g) for _ in range(3))))
@@ -226,7 +129,7 @@ def _library_step(x: Tensor, layer, shift: Tensor, scale: Tensor, gate: Tensor) 
 
 @exercise(
     "modulation.adaln",
-    minutes=12,
+    minutes=10,
     difficulty=2,
     cases=_tokens,
     against=_library_step,
@@ -285,3 +188,97 @@ def _to_modulated(x, layer, shift, scale, gate):
 wrong("modulation.adaln", "your gate acts before the layer; it multiplies the layer's output.")(
     lambda x, layer, shift, scale, gate: _step(x, lambda y: layer(gate * y), shift, scale, 1.0)
 )
+
+
+STREAMS = ("img", "txt")
+SITES = [
+    *(f"double.{i}.{stream}_mod.{kind}" for i in (0, 1) for stream in STREAMS for kind in ("scale2", "gate1", "gate2")),
+    *(f"single.{i}.{kind}" for i in (0, 1, 2, 10, 12) for kind in ("shift", "scale", "gate")),
+]
+
+
+def _chosen_blocks() -> list[tuple]:
+    g = torch.Generator().manual_seed(9)
+    return [
+        (blocks, torch.randn(len(SITES), *shape, generator=g))
+        for blocks, shape in (
+            (["single.1"], (2, 1, 4)),
+            (["double.0", "single.10", "single.2"], (1, 1, 160)),
+            (["double.1"], (1, 1, 3)),
+            ([], (1, 1, 2)),
+        )
+    ]
+
+
+def _change_all(answer, blocks: list[str], values: Tensor) -> list:
+    """What the student's intervention makes of one value at each site."""
+    change = answer(blocks)
+    if not callable(change):
+        raise TypeError(f"it must return a function (value, ctx) -> value, not {type(change).__name__}")
+    contexts = (SimpleNamespace(site=site, step=3, time=0.7) for site in SITES)
+    return [change(value.clone(), ctx) for value, ctx in zip(values, contexts, strict=True)]
+
+
+@exercise(
+    "modulation.gates",
+    minutes=6,
+    difficulty=2,
+    cases=_chosen_blocks,
+    call=_change_all,
+    hints=(
+        "Write a function inside your function and return the inner one. It must find out from `ctx.site` which block "
+        "the value belongs to, and whether the value is a gate.",
+        '`ctx.site.split(".")` gives `["double", "0", "img_mod", "gate1"]` or `["single", "3", "gate"]`: the first two '
+        "parts are the block, the last one says what the value is.",
+        '`parts = ctx.site.split(".")`; the value is chosen if `".".join(parts[:2]) in blocks` and '
+        '`parts[-1].startswith("gate")`; then return `torch.zeros_like(value)`, otherwise `value`.',
+    ),
+)
+def close_gates(blocks: list[str]):
+    """Return a function `change(value, ctx)` for `fe.intervene` that sets all gates of the named blocks to zero.
+
+    `blocks` is a list such as `["double.0", "single.3"]`. `ctx.site` is the name of the site that the value comes from:
+    `"double.0.img_mod.gate1"`, `"double.0.txt_mod.scale2"` or `"single.3.gate"`, say. Return zeros in place of a gate
+    of a chosen block, and every other value unchanged.
+    """
+
+    def change(value: Tensor, ctx) -> Tensor:
+        parts = ctx.site.split(".")
+        is_chosen = ".".join(parts[:2]) in blocks and parts[-1].startswith("gate")
+        return torch.zeros_like(value) if is_chosen else value
+
+    return change
+
+
+@mistakes(
+    "modulation.gates",
+    ("prefix", "closing single.1 also closes single.10 and single.12: compare the whole name of the block."),
+    ("all kinds", "you also set shifts and scales to zero; change only the gates."),
+    ("first gate", "a double block has two gates per stream, gate1 and gate2; one of the two stays open."),
+    ("image", "the gates of the text stream (txt_mod) stay open; close those of both streams."),
+    ("every block", "you close the gates of all blocks; close only those of the blocks in the list."),
+    ("others", "you close the gates of the blocks that are not in the list."),
+    ("one", "you set the gates to one, which leaves the block's contribution as it is; a closed gate is 0."),
+    ("single only", "the gates of double blocks stay open: their names end in gate1 and gate2, not in gate."),
+)
+def gates_with(mistake, blocks):
+    def change(value, ctx):
+        parts = ctx.site.split(".")
+        in_list = ".".join(parts[:2]) in blocks
+        if mistake == "prefix":
+            in_list = any(ctx.site.startswith(block) for block in blocks)
+        is_chosen = {"every block": True, "others": not in_list}.get(mistake, in_list)
+        is_gate = parts[-1].startswith("gate")
+        if mistake == "all kinds":
+            is_gate = True
+        if mistake == "first gate":
+            is_gate = parts[-1] in ("gate", "gate1")
+        if mistake == "image":
+            is_gate = is_gate and "txt_mod" not in parts
+        if mistake == "single only":
+            is_gate = parts[-1] == "gate"
+        if is_chosen and is_gate:
+            return torch.ones_like(value) if mistake == "one" else torch.zeros_like(value)
+        return value
+
+    return change
