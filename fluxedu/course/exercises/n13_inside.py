@@ -1,4 +1,4 @@
-"""Notebook 13: look inside."""
+"""Notebook 13: maps and lenses."""
 
 import torch
 from torch import Tensor
@@ -203,51 +203,3 @@ def _spread_with(mistake, value):
     if mistake == "mean":
         entropy = entropy.mean(-1, keepdim=True).expand_as(entropy)
     return p.dropped("key", 1 / p.tensor.square().sum(-1) if mistake == "squares" else entropy.exp())
-
-
-def _tokens() -> list[tuple]:
-    g = torch.Generator().manual_seed(8)
-    return [
-        (torch.randn(1, 6, 4, generator=g), torch.randn(1, 6, 4, generator=g), [1, 4]),
-        (torch.randn(2, 5, 3, generator=g), torch.randn(2, 5, 3, generator=g), [0]),
-    ]
-
-
-def _by_mask(target: Tensor, source: Tensor, tokens: list[int]) -> Tensor:
-    patched = torch.zeros(target.shape[1], dtype=torch.bool)
-    patched[tokens] = True
-    return torch.where(patched[None, :, None], source, target)
-
-
-@exercise(
-    "inside.transplant",
-    minutes=6,
-    difficulty=1,
-    cases=_tokens,
-    against=_by_mask,
-    tolerance=0,
-    hints=(
-        "Only some tokens change: take these from the source run, and all others from the target run.",
-        "Do not write into a tensor that the network still uses: `clone()` it first. Tokens are the second axis.",
-        "`patched = target.clone()`, `patched[:, tokens] = source[:, tokens]`, `return patched`.",
-    ),
-)
-def transplant(target: Tensor, source: Tensor, tokens: list[int]) -> Tensor:
-    """A copy of `target [B, N, D]` in which the tokens with the indices `tokens` come from `source [B, N, D]`."""
-    patched = target.clone()
-    patched[:, tokens] = source[:, tokens]  # [B, len(tokens), D]
-    return patched
-
-
-wrong("inside.transplant", "it is the other way round: you keep the chosen tokens and replace all others.")(
-    lambda target, source, tokens: transplant(source, target, tokens)
-)
-wrong("inside.transplant", "all tokens are replaced; only those in `tokens` should be.")(
-    lambda target, source, tokens: source.clone()
-)
-wrong("inside.transplant", "you add the source's tokens; they must replace the target's.")(
-    lambda target, source, tokens: transplant(target, target + source, tokens)
-)
-wrong("inside.transplant", "you index the channels; tokens are the second axis, after the batch.")(
-    lambda target, source, tokens: transplant(target.mT, source.mT, [i % target.shape[2] for i in tokens]).mT
-)
