@@ -70,8 +70,7 @@ most_needed = fe.predict(
 #
 # `fe.intervene` calls a function at every site that matches (a *site* is a named point inside the model) and continues
 # with its result. The first one only keeps the q, k, v and rotations that a double block has computed; the second one
-# replaces the output of the block's heads by yours, in all steps. The image must stay the same. As a control, the same
-# is done with the positions of text and image left out.
+# replaces the output of the block's heads by yours. The image must stay the same. The control leaves out the rotation.
 
 # %%
 inputs = {}
@@ -129,8 +128,8 @@ map_size.against(round(24 * 4608**2 * 2 / 1e9, 2))
 
 # %% [markdown]
 # The fused kernel behind `F.scaled_dot_product_attention` never stores this map, because it would be too large. Some
-# tools compute attention a second time, with the whole map, in order to draw it. This is not necessary. A single number
-# per query, the **log-sum-exp** of its scores, is enough to compute any entry of the map:
+# tools compute attention a second time in order to draw it. This is not necessary. A single number per query, the
+# **log-sum-exp** of its scores, is enough to compute any entry of the map:
 #
 # $$\mathrm{lse}_i = \log \sum_{j} e^{q_i \cdot k_j / \sqrt d} \qquad P_{ij} = e^{q_i \cdot k_j / \sqrt d\, -\, \mathrm{lse}_i}$$
 #
@@ -247,8 +246,11 @@ plt.show()
 # %% exercise="attention.hide"
 
 # %% [markdown]
-# Your function now acts in all blocks and steps of the trained model, at the sites of the scores. The library's
-# `fe.ablate` hides tokens in the same way.
+# With a score of minus infinity, $e^{-\infty} = 0$ leaves the sum. All other weights of a row grow by the same factor:
+#
+# $$P'_{ij} = \frac{P_{ij}}{\sum_{j' \text{ not hidden}} P_{ij'}} \quad \text{if } j \text{ is not hidden, otherwise } 0$$
+#
+# Your function now acts in all blocks and steps of the trained model. The library's `fe.ablate` does the same.
 
 # %%
 hidden_tokens = {
