@@ -26,6 +26,7 @@ from torch import Tensor
 
 import fluxedu as fe
 from fluxedu import course, widgets
+from fluxedu.course import evidence
 
 device = course.begin()  # a GPU if there is one
 pipe = fe.load(device=device)
@@ -204,11 +205,18 @@ if fe.passed("picture.predicted_x0"):
 
 # %% [markdown]
 # Pure noise tells the network nothing about the image, so many images are still possible, and the predicted x0 is
-# blurred and pale. (The training loss alone would make it the average of all images that fit the prompt. The guidance
-# scale, here well above 1, moves it away from that average.) The background and two spots where the objects will be are
-# already there.
+# blurred and pale. A network that had reached the smallest possible training loss would predict the average of all images
+# that fit the prompt. Does this one? We drew 64 images for each of 16 prompts and compared their average with the x0
+# predicted from eight other noises, at guidance scale 1, where guidance does nothing:
+
+# %%
+stored = evidence.load("first_prediction")["1"]
+print("nearest to its own prompt's average:", evidence.percent(stored["the own average is the nearest"]), "(chance: 6 %)")
+print("distance from it, in lengths of that average:", evidence.number(stored["distance from the prompt's own average"], 1))
 
 # %% [markdown]
+# It knows something of the prompt, but it is far from the average.
+#
 # So we take a small step against the velocity and evaluate the network again, twenty times.
 #
 # ## 6 · The sampling loop
