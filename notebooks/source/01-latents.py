@@ -49,8 +49,7 @@ pair_ratio = fe.predict(
     "With one token per pixel at 128 x 128, how many times as many pairs are there as with 64 tokens?", 65536
 )  # answer
 strong_kl = fe.predict(
-    "With a strong Kullback-Leibler term, do decoded latents show the circle at 'different' places or look 'alike'?",
-    "alike",
+    "With a strong Kullback-Leibler term, are the decoded images 'different' or 'alike'?", "alike"
 )  # answer
 smallest_star = fe.predict(
     "What is the radius of the smallest star that the judge still recognises, of 24, 16, 12, 8 and 6 pixels?", 12

@@ -37,8 +37,9 @@ def on_the_gpu(notebook: NotebookNode) -> tuple[list[str], Counter]:
 def test_it_runs_on_a_gpu(path):
     failed, answers = on_the_gpu(nbformat.read(path, 4))
     assert not failed, "\n".join(failed)
-    on, off = (answers["DoubleStreamBlock", device] for device in ("cuda", "cpu"))
-    assert on > 10 * off, f"the transformer's blocks answered {on} times on the GPU and {off} times on the CPU"
+    blocks = ("DoubleStreamBlock", "ResnetBlock")  # of the transformer and of the autoencoder
+    on, off = (sum(answers[name, device] for name in blocks) for device in ("cuda", "cpu"))
+    assert on > 10 * off, f"the networks' blocks answered {on} times on the GPU and {off} times on the CPU"
 
 
 def test_a_cell_that_mixes_devices_is_found():
