@@ -1,4 +1,4 @@
-"""Notebooks 02, 03 and 05b: what does CLIP's pooled vector know, and what does the picture take from it?
+"""Notebooks 02, 02b and 05b: what does CLIP's pooled vector know, and what does the picture take from it?
 
 A linear probe (ridge regression onto the classes, trained on half of the prompts and tested on the other half) reads
 each property from the pooled vector, and from T5's token of the first noun; control: shuffled labels. Then 40

@@ -3,13 +3,13 @@
 #
 # **How does a token know where it is?** Attention compares every token with every other and has no notion of order.
 # FLUX encodes positions by *rotating* queries and keys (the vectors that attention compares). This is called RoPE,
-# rotary position embedding. You will write it in a few lines, put it into the trained model, and then break it in four
+# rotary position embedding. You will write it in a few lines, put it into the trained model, and then break it in five
 # ways.
 #
 # Afterwards you can compute the rotation of any token, say what happens (and why) when all positions are shifted, and
 # tell which part of an attention head depends on rows and which on columns.
 #
-# 60 minutes · needs notebook 00
+# 60 minutes · needs notebook 00b
 
 # %%
 import matplotlib.pyplot as plt
@@ -49,6 +49,9 @@ all_shifted = fe.predict(
 )  # answer
 image_shifted = fe.predict(
     "Only the image's position ids grow by 5. How much does the velocity change: 'not', 'a little' or 'much'?", "much"
+)  # answer
+rolled_image = fe.predict(
+    "Each patch gets the id from 3 columns further right. What is drawn: 'rolled image' or 'no image'?", "rolled image"
 )  # answer
 frame_numbers = fe.predict("How many of a head's 32 numbers are rotated according to the frame?", 4)  # answer
 
@@ -96,15 +99,16 @@ def rotation(angle: float) -> Tensor:
 q, k = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
 print("without rotation the score is", float(q @ k))
 for m, n in ((2.0, 5.0), (7.0, 10.0), (5.0, 2.0)):
-    print(f"query at {m:g}, key at {n:g}: score {float((rotation(m) @ q) @ (rotation(n) @ k)):.2f}")
+    q_m, k_n = rotation(m) @ q, rotation(n) @ k
+    rotated = "   ".join(f"({a:5.2f}, {b:5.2f})" for a, b in (q_m.tolist(), k_n.tolist()))
+    print(f"query at {m:2g}, key at {n:2g}: {rotated}   score {float(q_m @ k_n):.2f}")
 
 # %% [markdown]
-# The first two scores are equal, since the key is three positions after the query in both. In the third it is three
-# positions *before* the query, which is another difference.
+# The two vectors of the first line differ from those of the second, but their scores are equal, since the key is three
+# positions after the query in both. In the third line it is three positions *before* the query.
 
 # %% exercise="rope.rotate"
-# Source: RoFormer (arXiv 2104.09864). Llama, in most libraries, pairs `x[i]` with `x[i + d/2]`: the same idea with
-# other pairs, so the weights of one do not work with the other.
+# Source: RoFormer (arXiv 2104.09864). Llama, in most libraries, pairs `x[i]` with `x[i + d/2]`.
 
 # %% [markdown]
 # Compare yours with the library's, which stores the rotations as complex numbers:
@@ -153,30 +157,26 @@ widgets.positions(pipe)
 
 # %% [markdown]
 # The explorer starts with a query and a key of ones. For these the formula becomes $2 \sum_a \sum_i \cos((n_a - m_a)\,
-# \omega_{a,i})$, which is highest where both have the same position. With the distance it falls in waves, one wave per
-# full turn of the fastest pair. With a trained query and key the maximum may be anywhere: a head can learn to attend to
-# "the patch to my left".
+# \omega_{a,i})$, which is highest where both have the same position. With a trained query and key the maximum may be
+# anywhere: a head can learn to attend to "the patch to my left".
 #
 # The first transformers *added* a position vector $p_m$, made of sines and cosines, to each token (arXiv 1706.03762):
 #
 # $$(q + p_m) \cdot (k + p_n) = q \cdot k + q \cdot p_n + p_m \cdot k + p_m \cdot p_n$$
 #
 # Only the last product depends on the difference alone; the two in the middle depend on the position of a single token.
-# We compute both kinds of score for one random query and key, three positions apart, at fifteen places. What should the
-# two lines show?
+# We compute both kinds of score for one random query and key, three positions apart, at fifteen places.
 
 # %%
 dim = config.axes_dim[2]
 q, k = torch.randn(2, dim, generator=torch.Generator().manual_seed(0)).double()
-angle = rope_table(torch.tensor([[0.0, 0.0, c] for c in range(64)]), config.axes_dim)[0, :, -dim // 2 :].angle()
-wave = torch.polar(torch.ones_like(angle), angle)  # [64, dim/2]: cosine and sine as one complex number
+waves = rope_table(torch.tensor([[0.0, 0.0, c] for c in range(64)]), config.axes_dim)[0, :, -dim // 2 :]  # cos + i sin
+q_pairs, k_pairs = torch.view_as_complex(q.view(-1, 2)), torch.view_as_complex(k.view(-1, 2))
 scores_added, scores_rotated = [], []
-for position in range(0, 60, 4):  # query and key are always three positions apart
-    wave_q, wave_k = wave[position], wave[position + 3]
-    q_added, k_added = q + torch.view_as_real(wave_q).flatten(), k + torch.view_as_real(wave_k).flatten()
-    scores_added.append(float(q_added @ k_added))
-    q_rotated, k_rotated = torch.view_as_complex(q.view(-1, 2)) * wave_q, torch.view_as_complex(k.view(-1, 2)) * wave_k
-    scores_rotated.append(float((q_rotated * k_rotated.conj()).real.sum()))
+for m in range(0, 60, 4):  # the key is always three positions after the query
+    p_m, p_n = (torch.view_as_real(wave).flatten() for wave in (waves[m], waves[m + 3]))
+    scores_added.append(float((q + p_m) @ (k + p_n)))
+    scores_rotated.append(float((q_pairs * waves[m] * (k_pairs * waves[m + 3]).conj()).real.sum()))
 for name, scores in {"rotated": scores_rotated, "added": scores_added}.items():
     print(f"{name:7} at distance three the score is between {min(scores):.2f} and {max(scores):.2f}")
 
@@ -197,8 +197,7 @@ for side in (128, 256):
 
 # %% [markdown]
 # The angles extend to new positions, but the ability to draw does not: the network never learned what a score at such a
-# distance means, and with four times as many patches every softmax is shared among more tokens. Rotary positions make
-# other sizes *possible*; only training makes them good.
+# distance means. Rotary positions make other sizes *possible*; only training makes them good.
 #
 # ## Put your code into the trained model
 #
@@ -221,6 +220,34 @@ if fe.passed("rope.ids", "rope.angles"):
     course.compare("the final latent with your rotations and without", out.latents, reference.latents, within=1e-3)
 
 # %% [markdown]
+# Since only the ids carry positions, the order of the tokens itself means nothing. Let $f$ be the network, $x$ the image
+# tokens, $p$ their ids, and $\Pi$ any permutation. Attention is a sum over all keys, in whatever order, and everything
+# else treats each token by itself, so
+#
+# $$f(\Pi x, \Pi p) = \Pi\, f(x, p)$$
+#
+# Test it: tell every patch that it is three columns further right, and give it the noise from there.
+
+# %% exercise="rope.roll"
+
+# %%
+if fe.passed("rope.roll"):
+    noise = reference.trajectory.latents[0]  # [1, 16, 16, 16]; a patch is 2 x 2 latent cells
+    with fe.intervene("*.attn.rope", change_positions(lambda ids: roll(ids, 3))):
+        rolled = pipe(prompt, latents=noise.roll(-6, dims=-1), progress=False)
+    fig, axes = plt.subplots(1, 2, figsize=(4.6, 2.4), layout="constrained")
+    for ax, image, name in zip(axes, (reference.images[0], rolled.images[0]), ("ids as usual", "ids rolled")):
+        ax.imshow(image)
+        ax.set_title(name, fontsize=9)
+        ax.axis("off")
+    fig.suptitle("Rolled ids and noise: the same image, cut elsewhere", fontsize=9)
+    plt.show()
+    rolled_back = rolled.latents.roll(6, dims=-1)
+    difference = float((rolled_back - reference.latents).norm() / reference.latents.norm())
+    rolled_image.against("rolled image" if difference < 0.01 else "no image")
+    course.compare("the latent, rolled back, and the usual one", rolled_back, reference.latents, within=1e-3)
+
+# %% [markdown]
 # ## Break it
 #
 # We change the position ids in five ways. Decide for each, by the formula above, whether a difference of positions
@@ -235,13 +262,8 @@ breaks = {
     "no columns": change_positions(lambda ids: ids * torch.tensor([1.0, 1.0, 0.0])),
     "mirrored": change_positions(lambda ids: torch.stack([ids[:, 0], ids[:, 1], ids[:, 2].max() - ids[:, 2]], dim=1)),
 }
-five_prompts = [
-    "a red circle left of a blue square",
-    "a green star above a yellow ring",
-    "a large purple triangle on a white background",
-    "a blue cross right of a red ring",
-    "a yellow square below a green circle",
-]
+shapes = ("circle", "star", "triangle", "cross", "ring")
+five_prompts = [f"a red {shape} {side} a blue square" for shape, side in zip(shapes, ["left of", "above"] * 3)]
 runs = {"seed": list(range(8)) * 5, "decode": False, "progress": False}
 prompts = [text for text in five_prompts for _ in range(8)]
 trajectory = pipe(prompts, steps=4, **runs).trajectory
@@ -255,15 +277,9 @@ for name, change in breaks.items():
     low, median, high = (float(changes[name].quantile(share)) for share in (0, 0.5, 1))
     print(f"{name:14} the velocity changes by {median:.0%} (from {low:.0%} to {high:.0%})")
 
-
-# %%
-def in_words(change):
-    return "not" if change < 0.01 else "a little" if change < 0.1 else "much"
-
-
 medians = [float(change.median()) for change in changes.values()]
-all_shifted.against(in_words(medians[0]))
-image_shifted.against(in_words(medians[1]))
+for guess, change in zip((all_shifted, image_shifted), medians):
+    guess.against("not" if change < 0.01 else "a little" if change < 0.1 else "much")
 
 outs = [reference]
 for change in breaks.values():
@@ -281,9 +297,8 @@ fig.suptitle(
 plt.show()
 
 # %% [markdown]
-# A shift of **all** positions has no effect. A shift of the image alone changes its distance to the text, and that does
-# change the network's output. The images are those of one seed. Look at the ones without rows and without columns. Can
-# you explain them?
+# A shift of **all** positions has no effect. A shift of the image alone changes its distance to the text. The images are
+# those of one seed. Can you explain the ones without rows and without columns?
 #
 # <details><summary>Answer</summary>Without rows, all patches of a column have the same position, so the image repeats
 # from top to bottom; without columns it repeats from left to right.</details>

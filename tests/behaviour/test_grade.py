@@ -258,7 +258,7 @@ def test_a_renamed_copy_with_deleted_exercises(tmp_path):
     ran = CliRunner().invoke(app, arguments)
     assert ran.exit_code == 0, ran.output
     assert (tmp_path / "t.csv").read_text().splitlines() == [
-        "student,rope.ids,rope.angles,rope.rotate,passed",
-        "a,1,0,0,1",
-        "homework,0,0,0,0",
+        "student,rope.ids,rope.angles,rope.rotate,rope.roll,passed",
+        "a,1,0,0,0,1",
+        "homework,0,0,0,0,0",
     ]

@@ -219,7 +219,7 @@ COPIES = {
     "04-rotary-positions copy.ipynb": ["rope.angles"],
     "5.ipynb": ["rope.rotate"],
 }
-ROPE = ["rope.ids", "rope.angles", "rope.rotate"]
+ROPE = ["rope.ids", "rope.angles", "rope.rotate", "rope.roll"]
 
 
 @pytest.mark.parametrize("name", COPIES)

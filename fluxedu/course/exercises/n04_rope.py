@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fluxedu.course.exercise import exercise, wrong
+from fluxedu.course.exercise import exercise, mistakes, wrong
 from fluxedu.models.attention import rotate as library_rotate
 from fluxedu.sampling.latents import image_ids
 
@@ -14,7 +14,7 @@ def _positions() -> list[tuple]:
 
 @exercise(
     "rope.angles",
-    minutes=8,
+    minutes=7,
     difficulty=1,
     cases=_positions,
     hints=(
@@ -97,7 +97,7 @@ def _grids() -> list[tuple]:
 
 @exercise(
     "rope.ids",
-    minutes=6,
+    minutes=5,
     difficulty=1,
     cases=_grids,
     call=lambda answer, rows, columns: answer(rows, columns).float(),
@@ -125,3 +125,56 @@ wrong("rope.ids", "you count from 1; FLUX counts rows and columns from 0.")(
 wrong("rope.ids", "your patches are numbered column by column; number them row by row.")(
     lambda rows, columns: ids(columns, rows)[:, [0, 2, 1]]
 )
+
+
+def _image_positions() -> list[tuple]:
+    return [(image_ids(4, 8), 1), (image_ids(16, 16), 3), (image_ids(6, 10).flip(0), 4)]
+
+
+@exercise(
+    "rope.roll",
+    minutes=3,
+    difficulty=1,
+    cases=_image_positions,
+    call=lambda answer, *case: answer(*case).float(),
+    against=lambda ids, columns: torch.stack([*ids[:, :2].T, (ids[:, 2] + columns) % len(ids[:, 2].unique())], dim=1),
+    tolerance=0,
+    after="rope.rotate",
+    hints=(
+        "Only the third coordinate changes. A number that would become as large as the number of columns starts again "
+        "at 0, which is what the remainder `%` does.",
+        "The number of columns is the largest column id plus 1: `ids[:, 2].max() + 1`.",
+        "`new = ids.clone()`, `new[:, 2] = (ids[:, 2] + columns) % (ids[:, 2].max() + 1)`, `return new`.",
+    ),
+)
+def roll(ids: Tensor, columns: int) -> Tensor:
+    """Position ids `[N, 3]` with every patch moved `columns` columns to the right, around the image's edge.
+
+    `ids` are those of all patches of an image, in any order, so the columns run from 0 to C - 1. A patch that would
+    leave the image on the right comes back at column 0. Frames and rows stay.
+    """
+    rolled = ids.clone()
+    rolled[:, 2] = (ids[:, 2] + columns) % (ids[:, 2].max() + 1)
+    return rolled
+
+
+@mistakes(
+    "rope.roll",
+    ("rows", "you move the rows; the column is the last of the three coordinates."),
+    ("left", "you move the patches to the left; add to the columns."),
+    ("no edge", "patches leave the image on the right; let them start again from column 0."),
+    ("off by one", "you take the remainder by the largest column, C - 1; there are C columns."),
+    ("order", "you move the rows of the table, so the tokens change places; change the numbers of their columns."),
+    ("clamp", "patches pile up in the last column; let them start again from column 0."),
+)
+def _roll_with(mistake, ids, columns):
+    axis, largest = (1 if mistake == "rows" else 2), ids[:, 2].max()
+    if mistake == "order":
+        return ids.roll(columns, dims=0)
+    rolled = ids.clone()
+    moved = ids[:, axis] + (-columns if mistake == "left" else columns)
+    count = ids[:, axis].max() + (0 if mistake == "off by one" else 1)
+    rolled[:, axis] = (
+        moved if mistake == "no edge" else moved.clamp(max=largest) if mistake == "clamp" else moved % count
+    )
+    return rolled
