@@ -37,7 +37,8 @@ out.images[0].resize((256, 256))
 # %% [markdown]
 # One call runs the whole pipeline. `out` also contains the intermediate results of every step.
 #
-# Before you go on, predict what you will see. The notebook measures each answer later and keeps your score. The
+# Before you go on, predict what you will see. Replace each `...` by your answer and run the cell; the notebook measures
+# it later and keeps your score. (Below each exercise, `fe.check` tests your code; the dots are its difficulty.) The
 # questions use two terms. The *transformer* is the network that is evaluated once per step; its output is called the
 # *velocity* (section 5). A *token* is one vector of the sequence that the transformer works on. The finished image
 # consists of 128 × 128 × 3 = 49,152 numbers.
@@ -77,7 +78,7 @@ print("ids :", tuple(t5_ids.shape), "for T5,", tuple(clip_ids.shape), "for CLIP"
 #
 # The two text encoders turn the ids into vectors. CLIP produces **one** vector for the whole prompt, the *pooled
 # vector*. It helps to set the scale and the offset of the values inside every *block* (a group of layers) of the
-# transformer, which is called *modulation* (notebook 05). T5 produces one vector **per token**. These vectors join the
+# transformer, which is called *modulation* (notebook 05b). T5 produces one vector **per token**. These vectors join the
 # image's tokens in the transformer's attention. FLUX.1 gets the same two inputs from CLIP-L (768 numbers) and T5-XXL
 # (4,096 numbers per token).
 
@@ -134,7 +135,8 @@ print("position ids of all text tokens:", txt_ids.unique(dim=0).int().tolist())
 #
 # The time t runs from **1 (noise) to 0 (image)**. The list of times is called the *schedule*. Its steps are not equally
 # long: the schedule is *shifted* towards the noise, where the layout of the image is decided. The amount of the shift
-# is called `mu`, and `mu = 0` means no shift. FLUX.1-dev shifts more for larger images (schnell does not shift). The
+# is called `mu`, and `mu = 0` means no shift. FLUX.1 was published in two variants, dev and schnell, which needs fewer
+# steps. FLUX.1-dev shifts more for larger images (schnell does not shift). The
 # miniature uses one `mu` for all its sizes, the value with which it draws best.
 
 # %%
@@ -207,7 +209,8 @@ if fe.passed("picture.predicted_x0"):
 # Pure noise tells the network nothing about the image, so many images are still possible, and the predicted x0 is
 # blurred and pale. A network that had reached the smallest possible training loss would predict the average of all images
 # that fit the prompt. Does this one? We drew 64 images for each of 16 prompts and compared their average with the x0
-# predicted from eight other noises, at guidance scale 1, where guidance does nothing:
+# predicted from eight other noises, at guidance scale 1, where guidance does nothing (in brackets a 95 % interval: how
+# far the share may be off with so many images; notebook 15b explains it):
 
 # %%
 stored = evidence.load("first_prediction")["1"]
@@ -315,7 +318,8 @@ larger_effect.against("text" if change["set T5's vectors to zero"] > change["swa
 
 # %% [markdown]
 # Shuffling the text tokens changes nothing: the transformer treats them as a set without order. Adding the same number
-# to all position ids changes nothing either: only differences between positions count. Notebooks 03 and 04 explain why.
+# to all position ids changes nothing either: only differences between positions count. Notebooks 03b and 04 explain
+# why.
 #
 # ## In five lines
 #
@@ -329,10 +333,11 @@ larger_effect.against("text" if change["set T5's vectors to zero"] > change["swa
 # **Questions people ask:** *Why are all text positions zero?* The usual explanation is that T5's vectors already
 # contain the order ([flux 71](https://github.com/black-forest-labs/flux/issues/71)). *Is CLIP's vector pooled?* Yes, at
 # the end-of-text token ([flux 64](https://github.com/black-forest-labs/flux/issues/64)). *Do these notebooks run on the
-# full model?* If you set `FLUXEDU_MODEL=dev` before you start Jupyter, they load it; notebooks 14 and 15 load the
-# miniatures by name and stay as they are. The findings in the text and the error bounds are those of the miniature: dev
-# computes in bfloat16, which has fewer than three decimal digits, so a line such as *the same to 1 in 1,000* may say
-# False. If an explorer would need more memory than its limit, it says so and tells you how to record less.
+# full model?* If you set `FLUXEDU_MODEL=dev` before you start Jupyter, they load it; notebooks 02b, 12, 12b, 14 to 15b
+# and a part of 10b load the miniatures by name and stay as they are. The findings in the text and the error bounds are
+# those of the miniature: dev computes in bfloat16, which has fewer than three decimal digits, so a line such as *the
+# same to 1 in 1,000* may say False. If an explorer would need more memory than its limit, it says so and tells you how
+# to record less.
 #
 # **Read:** `fluxedu/sampling/pipeline.py`, then `sampling.py` of black-forest-labs/flux, then *Scaling Rectified Flow
 # Transformers* (arXiv 2403.03206).

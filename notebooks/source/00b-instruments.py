@@ -31,7 +31,11 @@ reference = pipe(prompt, seed=4, progress=False)
 # and `fe.score` at the end of a notebook adds up your points.
 
 # %%
-blocks = fe.predict("How many double-stream blocks does the miniature have?", 2)  # answer
+blocks = fe.predict(
+    "How many double-stream blocks does the miniature have? In these, text and image have separate weights; six more "
+    "blocks are of another kind.",
+    2,
+)  # answer
 hold_text = fe.predict(
     "In all steps, the transformer gets the text tokens of the first step. Does the image 'stay' or 'change'?", "stay"
 )  # answer
@@ -40,7 +44,7 @@ hold_vec = fe.predict(
 )  # answer
 
 # %% [markdown]
-# ## Sites: every value has a name
+# ## Sites: names for values
 #
 # A *site* is a named point in the code through which a value passes. `fe.sites` lists the sites of a model, each with
 # the shape of its value and what it means. Names are built from the outside to the inside: `double.0.img_attn.q` are
@@ -221,7 +225,8 @@ if fe.passed("instruments.scale_tokens"):
 #
 # An intervention changes a value. `fe.swap(glob, new, pipe)` changes the code: it puts a module of yours into the place
 # of each module whose name fits, and copies the trained weights into it. Your parameters must therefore have the same
-# names and shapes. `new` is a function that gets the old module and builds the new one.
+# names and shapes. `new` is a function that gets the old module and builds the new one. It may also be a class, which
+# is built with the arguments of the module that it replaces, or a finished module; later notebooks use all three.
 
 # %% exercise="instruments.Linear"
 
@@ -258,7 +263,7 @@ attempt(fe.ablate("single.2.gate", heads=[0]))
 # %% [markdown]
 # ## In five lines
 #
-# 1. Every value in the model passes through a site with a name; a glob such as `double.*.out` names several.
+# 1. A site is a named point that a value passes through; a glob such as `double.*.out` names several.
 # 2. `fe.record` stores values as `Named` tensors; steps, times, tokens, heads and streams select a part, and `reduce=`
 #    stores something smaller.
 # 3. `fe.intervene` replaces a value by `change(value, ctx)`; `fe.ablate` sets a part of it to zero or to the mean.

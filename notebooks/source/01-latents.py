@@ -40,7 +40,8 @@ course.where(pipe, "encoder", "image")
 #
 # ## Predict
 #
-# For the second question we train a tiny autoencoder on images of one red circle. For the third we draw red stars of
+# For the second question we train a tiny autoencoder on images of one red circle; the *Kullback-Leibler term* is a part
+# of its loss that pulls the distribution of each latent towards $\mathcal{N}(0, 1)$. For the third we draw red stars of
 # five sizes, then encode and decode the images. The *judge*, a small program of this course that finds shapes and
 # colours in an image by geometry, without a network, recognises all five stars before that.
 
@@ -49,7 +50,7 @@ pair_ratio = fe.predict(
     "With one token per pixel at 128 x 128, how many times as many pairs are there as with 64 tokens?", 65536
 )  # answer
 strong_kl = fe.predict(
-    "With a strong Kullback-Leibler term, are the decoded images 'different' or 'alike'?", "alike"
+    "With a strong Kullback-Leibler term, do decoded samples of N(0, 1) look 'different' or 'alike'?", "alike"
 )  # answer
 smallest_star = fe.predict(
     "What is the radius of the smallest star that the judge still recognises, of 24, 16, 12, 8 and 6 pixels?", 12
@@ -269,9 +270,9 @@ for side, value in thumbnails.items():
     print(f"{side} x {side} thumbnail, {3 * side * side:5,} numbers: {value:.0f} dB")
 
 # %% [markdown]
-# At how many directions does the latent beat a thumbnail that needs as many numbers? The miniature's images are simple,
-# so the last directions are hardly used; photographs need more. Earlier
-# latent diffusion models had 4 channels, FLUX has 16.
+# At how many directions does the latent beat the 16 × 16 thumbnail, with as many numbers or fewer? The miniature's
+# images are simple, so the last directions are hardly used; photographs need more. Earlier latent diffusion models had
+# 4 channels, FLUX has 16.
 #
 # Which details does the autoencoder lose? A Fourier transform writes an image as a sum of stripe patterns of all
 # widths. We compare the image with its reconstruction at each width. (At the grey line, the error has half as much
@@ -386,15 +387,16 @@ for column, (r, pair) in enumerate(zip(radii, examples)):
         axes[row, column].imshow(image)
         axes[row, column].axis("off")
     axes[0, column].set_title(f"radius {r} px", fontsize=9)
+radii_lost = "radius " + " and ".join(str(r) for r in radii if r < smallest)
 fig.suptitle(
-    f"Top: original. Bottom: encoded and decoded. Below a radius of {smallest} pixels, stars lose their points"
+    f"Top: original. Bottom: encoded and decoded. At {radii_lost}, stars lose their points"
 )
 plt.show()
 
 # %% [markdown]
 # A star of radius 8 fits into a square of two by two cells, with all of its five points. However good the transformer
-# is, it cannot draw what the decoder cannot. The same holds for small faces and small letters in large models. It helps
-# to generate a larger image, in which the same object covers more cells.
+# is, it has never seen in training what this round trip loses. The same holds for small faces and small letters in
+# large models. It helps to generate a larger image, in which the same object covers more cells.
 #
 # **Ten round trips**, as happens when an image is edited, saved and edited again.
 
@@ -413,7 +415,7 @@ print(f"after one round trip {decibel[0]:.0f} dB, after ten {decibel[-1]:.0f} dB
 # 2. The encoder halves the grid three times; each cell has 16 numbers, and the latent preserves positions.
 # 3. The KL term keeps the latents of a VAE together; too much of it destroys the information in them.
 # 4. Scale and shift give the latent the mean and standard deviation of the noise that it is mixed with.
-# 5. Detail finer than a few pixels is lost in the autoencoder, whatever the transformer does.
+# 5. Detail finer than a few pixels is lost in the round trip, so the transformer has never seen it in training.
 #
 # **Questions people ask**: *Does encoding draw a random sample?* The official code takes the mean (`AutoEncoder` has
 # `sample_z=False`, `modules/autoencoder.py` line 283), diffusers samples (`retrieve_latents` in

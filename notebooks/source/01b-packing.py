@@ -150,10 +150,10 @@ widgets.latents(pipe, reference.images[0]).set(channel=14, cell=(5, 11))
 # %% [markdown]
 # ## Put your code into the trained model
 #
-# `fe.intervene` replaces the value at a site by that of a function. The first function replaces the tokens that enter
-# the transformer's first layer, `img_in`, by yours, and the last replaces the velocity's latent by the one that you
-# put together from the velocity's tokens. The other two only remember what they see. Both replacements act in every
-# step of the run, so one wrong number would spoil the image.
+# `fe.intervene` replaces the value at a site by that of a function. `my_tokens` replaces the output of the
+# transformer's first layer, at the site `img_in`, by what this layer makes of your tokens. `my_velocity` replaces the
+# velocity's latent by the one that you put together from the velocity's tokens. `remember` only stores what it sees.
+# Both replacements act in every step of the run, so one wrong number would spoil the image.
 
 # %%
 seen = {}

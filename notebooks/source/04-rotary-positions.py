@@ -268,7 +268,7 @@ runs = {"seed": list(range(8)) * 5, "decode": False, "progress": False}
 prompts = [text for text in five_prompts for _ in range(8)]
 trajectory = pipe(prompts, steps=4, **runs).trajectory
 state, times = trajectory.latents[2], trajectory.times[2:]  # [40, 16, 16, 16]; from t = 0.75
-unchanged = trajectory.velocities[2].flatten(1)  # [40, 4096]
+unchanged = trajectory.velocities[2].flatten(1).float()  # [40, 4096]
 changes = {}
 for name, change in breaks.items():
     with fe.intervene("*.attn.rope", change):

@@ -307,7 +307,7 @@ most_needed.against(min(options, key=lambda name: hidden[name]["everything right
 
 # %% [markdown]
 # Hiding a colour word changes nothing that the judge can see, and neither does hiding the relation. The likely reason:
-# T5 has already put this information into the vectors of the nouns (notebook 13 tests it for the colour). CLIP's
+# T5 has already put this information into the vectors of the nouns (notebook 13b tests it for the colour). CLIP's
 # vector alone does not supply it: with all words hidden, when the vector is still there, almost nothing is right, and
 # with the empty prompt's vector everything is drawn as well as before. Hiding the first noun costs its shape in a third
 # of the images and its colour in a tenth.

@@ -212,7 +212,7 @@ reversed_order.against(round(40 * parts["single blocks reversed"]["everything ri
 # **Questions people ask**: *Is there a report on FLUX.1?* (flux issue 68) No; the report on Kontext (arXiv 2506.15742)
 # has a section about the architecture, but without numbers. Counts like these come from the code and the files.
 # *Guidance embedding or CFG?* (flux issues 63, 159) dev has the guidance input, schnell has none, and classifier-free
-# guidance (CFG) evaluates the network twice: notebook 12.
+# guidance (CFG) evaluates the network twice: notebooks 12 and 12b.
 #
 # **Read**: `black-forest-labs/flux`, `model.py` and `modules/layers.py` (lines 129-253) · ours: `fluxedu/models/flux.py`
 # and `fluxedu/models/config.py`.

@@ -190,7 +190,7 @@ plt.show()
 rng = np.random.default_rng(3)
 scenes = [sample_scene(rng, size=(128, 128)) for _ in range(24)]
 captions = [caption(scene, rng)[0] for scene in scenes]
-base = fe.load("nano-base", device=device)  # the network before guidance was distilled into it (notebook 12)
+base = fe.load("nano-base", device=device)  # the network before guidance was distilled into it (notebook 12b)
 with torch.no_grad():
     pixels = torch.cat([to_tensor(render(scene)) for scene in scenes]).to(device)  # [24, 3, 128, 128]
     data = base.autoencoder.encode(pixels)  # [24, 16, 16, 16]

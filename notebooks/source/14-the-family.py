@@ -35,9 +35,9 @@ course.where(pipe, "in", "vec", "solver")
 
 # %% [markdown]
 # The variants differ only in the three highlighted parts: in the input tokens, in what is added to `vec` (the vector
-# that the modulation is computed from, notebook 05), and in how the sampler takes its steps. The blocks have the same
-# architecture in all of them. (This page loads the miniature's family by name, since its members belong together; the
-# official models are `fe.load("schnell")`, `fe.load("fill")` and so on.)
+# that the modulation is computed from, notebooks 05 and 05b), and in how the sampler takes its steps. The blocks have
+# the same architecture in all of them. (This page loads the miniature's family by name, since its members belong
+# together; the official models are `fe.load("schnell")`, `fe.load("fill")` and so on.)
 #
 # ## Predict
 

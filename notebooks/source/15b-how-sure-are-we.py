@@ -349,9 +349,10 @@ print("sd, {relations} relations: {asked} objects on the right side, {opposite} 
 #
 # **Left and right.** A missing object counts as wrong in the row *relations*, too. But where the U-Net draws both
 # objects, the opposite side is almost as frequent as the right one, as the last line above shows. Its text comes from
-# CLIP, which was trained to match captions with images (notebook 02); our T5 was trained to answer questions about a
-# caption (notebook 03). But the two models differ in the network, the text encoder and the path, so the comparison does
-# not show which of the three is the cause. A U-Net trained with T5 would help to find out (`training/baselines.py`).
+# CLIP, which was trained to match captions with images (notebook 02b); our T5 was trained to answer questions about a
+# caption (notebook 03b). But the two models differ in the network, the text encoder and the path, so the comparison
+# does not show which of the three is the cause. A U-Net trained with T5 would help to find out
+# (`training/baselines.py`).
 
 # %% [markdown]
 # ## You vote
