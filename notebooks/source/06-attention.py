@@ -174,9 +174,9 @@ print("of the numbers 0 ... 23, head 1 of k gets", k_row[1].tolist())
 # ## Put your code into the trained model
 #
 # `fe.swap` replaces modules by yours and copies the trained weights into them. Here it puts your `SelfAttention` into
-# both streams of every double block, and your `QKNorm` into every single block. Your `attend` computes the output of
-# all heads: `fe.intervene` passes it the rotated queries and keys and the values, and continues with its result. The
-# image must stay the same.
+# both streams of every double block, and your `QKNorm` into every single block. In the single blocks, your `attend`
+# computes the output of all heads: `fe.intervene` passes it the rotated queries and keys and the values, and continues
+# with its result. The image must stay the same.
 
 # %%
 inputs = {}

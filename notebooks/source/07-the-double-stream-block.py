@@ -168,13 +168,16 @@ for block_name in ("double.0", "double.1"):
             row = stored[block_name][third][stream]
             print(f"{block_name} {stream:5} {third:11} size {evidence.number(row['size'])}",
                   f"· attention adds {row['attention adds']['value']:.2f}, MLP {row['MLP adds']['value']:.2f}")  # fmt: skip
+for third in ("first third", "last third"):
+    after = (f"{stream} {evidence.number(stored['single.0'][third][stream]['size'])}" for stream in ("text", "image"))
+    print(f"after the double blocks, {third}: size of", ", ".join(after))
 
 # %% [markdown]
-# The difference holds for all parts of the run. Text tokens are 2.3 to 3.5 times as large as image tokens, and the MLP,
-# which processes each token separately, adds more to them than the attention. The image tokens start small, and the
-# attention of the first block adds to them about two to three times their size: this is where they first get
-# information from elsewhere. Size alone is no reason for two sets of weights, since every layer reads normalised
-# tokens; notebook 07b asks what is.
+# The difference holds for both parts of the run. Text tokens are 2.3 to 3.5 times as large as image tokens when they
+# enter a double block, and 3.7 to 8.3 times after the last one (the last two lines). The MLP, which processes each
+# token separately, adds more to them than the attention. The image tokens start small, and the attention of the first
+# block adds to them about two to three times their size: this is where they first get information from elsewhere. Size
+# alone is no reason for two sets of weights, since every layer reads normalised tokens; notebook 07b asks what is.
 #
 # The explorer shows these sizes for each token: choose which value shades words and patches, then move through blocks
 # and time (Tab, then the arrow keys; or use the mouse). In `double.1`, shade by *attention adds*: to which words does
@@ -198,8 +201,8 @@ for name in ("nothing", "another seed", "double: gate blends", "double: MLP in p
 blending.against(round(40 * parts["double: gate blends"]["everything right"]["value"]))
 
 # %% [markdown]
-# Neither mistake raises an error, but these weights were trained for $x + g f$ with the MLP second. You can produce the first mistake with your own code: change `leave`, run the swap cell again and
-# look at `out.images[0]`.
+# Neither mistake raises an error, but these weights were trained for $x + g f$ with the MLP second. You can produce the
+# first mistake with your own code: change `leave`, run the swap cell again and look at `out.images[0]`.
 #
 # ## In five lines
 #
@@ -207,7 +210,8 @@ blending.against(round(40 * parts["double: gate blends"]["everything right"]["va
 # 2. The streams share no weights, and they exchange information only in the attention.
 # 3. A residual step is x + gate · f(x): first the attention, then the MLP on the new x.
 # 4. In the miniature the text tokens are the larger ones, and the MLP adds more to them than the attention.
-# 5. To image tokens the attention adds more in the first block; in the second it adds more early in the run only.
+# 5. To image tokens the attention adds more in the first block; in the second it adds more early in the run, and late
+#    in the run about as much as the MLP.
 #
 # **Questions people ask**: *How do I get an attention map?* (attention-map-diffusers 11) Not with a forward hook, since
 # the softmax is inside the fused kernel. `fe.record("double.1.attn.map")` computes it exactly from q, k and the

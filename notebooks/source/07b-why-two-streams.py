@@ -235,12 +235,13 @@ plt.show()
 # %% [markdown]
 # ## Does a model need two streams?
 #
-# None of this shows that it does. The experiments show that the trained weights of one stream do not fit the other. These
-# weights were trained with two streams; a model that was trained with one set would probably suffer as much if its streams
-# were given different ones. To compare designs, one has to train both. So here are twins: tiny models of four double
-# blocks and nothing else, trained from nothing on the same scenes in the same order for 1,500 steps, with separate or with
-# shared weights, from two seeds each. A step costs the same computation in both. The loss is that of 512 scenes that
-# training never shows; the judge reads one picture for each of 128 new prompts and both seeds.
+# None of this shows that it does. The experiments show that the trained weights of one stream do not fit the other.
+# These weights were trained with two streams; a model that was trained with one set would probably suffer as much if
+# its streams were given different ones. To compare designs, one has to train both. So here are twins: tiny models of
+# four double blocks and nothing else, trained from nothing on the same scenes in the same order for 1,500 steps, with
+# separate or with shared weights, from two seeds each. A step costs the same computation in both. The loss is that of
+# 512 scenes that training never shows; the judge reads one picture for each of 128 new prompts and both seeds (256
+# pictures of one or two objects; `n` counts the objects).
 
 # %%
 twins = evidence.load("twins")

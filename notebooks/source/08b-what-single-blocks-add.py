@@ -140,13 +140,16 @@ for third in ("first third", "second third", "last third"):
         )
         ratios[measure] = [a / b for a, b in zip(image, text)]
     absolute, relative = ratios.values()
+    text, image = ([stored[name][third][stream]["size"]["value"] for name in single] for stream in ("text", "image"))
+    sizes_ratio = [a / b for a, b in zip(text, image)]
     print(f"{third}: image / text, absolute {min(absolute):.1f} to {max(absolute):.1f}, "
-          f"relative {min(relative):.1f} to {max(relative):.1f} (medians of 40 runs)")  # fmt: skip
+          f"relative {min(relative):.1f} to {max(relative):.1f} (medians of 40 runs);",
+          f"text / image, size on entering {min(sizes_ratio):.1f} to {max(sizes_ratio):.1f}")  # fmt: skip
 
 # %% [markdown]
 # In absolute terms a block adds about as much to text tokens as to image tokens, in every part of the run. The large
-# difference on the right is made by the denominator: text tokens enter these blocks 1.6 to 8 times as large, and
-# grow during the run. So do not conclude from the first figure that the text tokens hardly change.
+# difference on the right is made by the denominator: text tokens are 1.6 to 8.3 times as large when they enter these
+# blocks, and grow during the run. So do not conclude from the first figure that the text tokens hardly change.
 #
 # The explorer shows all blocks and steps. Move over the table with the mouse, or with Tab and the arrow keys. In which
 # blocks, and in which part of the image, do attention and MLP change the tokens in the same direction, and where in

@@ -38,7 +38,8 @@ course.where(pipe, "in", "vec", "double", "single", "final")
 #
 # ## Predict
 #
-# FLUX.1-dev has 4,096 image tokens at 1024 × 1024 and 16,384 at 2048 × 2048, and 512 text tokens in both.
+# FLUX.1-dev has 4,096 image tokens at 1024 × 1024 and 16,384 at 2048 × 2048, and 512 text tokens in both. The *judge*
+# is a program that reads shapes, colours and positions from a picture.
 
 # %%
 attention_share = fe.predict("What percentage of the operations is attention at 1024 × 1024?", 20)  # answer
@@ -180,10 +181,10 @@ plt.show()
 # %% [markdown]
 # ## Break it
 #
-# Mistakes in assembling raise no error, because all blocks have the same inputs and outputs. 40 prompts about two shapes,
-# each with its own seed; the judge, a program that reads shapes, colours and positions from a picture, counts the
-# pictures in which everything is right (share, with a 95 % interval), and how many of the claims are lost (two colours,
-# two shapes and a position per picture). The last line leaves out the pooled text, one of the three terms of `vec`.
+# Mistakes in assembling raise no error, because all blocks have the same inputs and outputs. 40 prompts about two
+# shapes, each with its own seed; the judge counts the pictures in which everything is right (share, with a 95 %
+# interval), and how many of the claims are lost (two colours, two shapes and a position per picture). The last line
+# leaves out the pooled text, one of the three terms of `vec`.
 
 # %%
 parts = evidence.load("parts")
@@ -195,7 +196,7 @@ for name in ("nothing", "another seed", "double blocks exchanged", "single block
 reversed_order.against(round(40 * parts["single blocks reversed"]["everything right"]["value"]))
 
 # %% [markdown]
-# No picture survives another order of the blocks, although each block could read the output of any other: a block's
+# With either of the two other orders of the blocks no picture is right, although each block could read the output of any other: a block's
 # weights were trained for the tokens that arrive at its place. Without the pooled text, few pictures are right. `vec`
 # sets the shifts, scales and gates of all blocks, and these were trained with three terms in the sum.
 #

@@ -34,7 +34,8 @@ course.where(pipe, "in", "vec", "double", "single", "final")
 # %% [markdown]
 # ## Predict
 #
-# The weights that compute shifts, scales and gates are called the *modulation* (notebook 05b).
+# The weights that compute shifts, scales and gates are called the *modulation* (notebook 05b). Whether a picture is
+# right is decided by the *judge*, a program that reads shapes, colours and positions from it.
 
 # %%
 larger_part = fe.predict(

@@ -8,7 +8,7 @@
 # Afterwards you can say which sign the velocity has and why, train a flow, and derive what a network that minimises the
 # loss exactly would compute, and why following it turns noise into data.
 #
-# 60 minutes · needs notebook 00
+# 60 minutes · needs notebook 00b
 
 # %%
 from collections.abc import Callable, Sequence
@@ -219,7 +219,7 @@ def with_sampler(renoise: Callable = same, change: Callable = same, **settings):
     def denoise(x, times, velocity, *_):
         return sample(change(velocity), x, times.tolist(), renoise)[-1], None
 
-    with patch.object(pipe, "denoise", denoise):
+    with patch.object(pipe, "denoise", denoise):  # replaces the method while the with block lasts
         return pipe(**settings, trajectory=False, progress=False)
 
 
@@ -265,7 +265,7 @@ if fe.passed("flow.sample"):
 # 2. Training draws images, noise and times; sampling follows the velocity from t = 1 to t = 0.
 # 3. The network learns the marginal velocity, the mean over all lines that pass through a point at the same time.
 # 4. The marginal velocity moves the whole density from noise to data, as the continuity equation shows.
-# 5. Training lines can pass through the same point at the same time, trajectories cannot; so trajectories are curved.
+# 5. Training lines can pass through one point at the same time. Trajectories cannot, so they bend where lines meet.
 #
 # **Questions people ask**: *Which sign does the velocity have?* (friendly-stable-audio-tools issue 9) With t = 1 as
 # noise it is `noise - x0`, and the sampler's step `t_next - t` is negative. In code whose time grows towards the image,

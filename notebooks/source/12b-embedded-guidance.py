@@ -46,8 +46,7 @@ def relative_distance(out, reference) -> float:
 passes = fe.predict("How many samples does the network process per step for one image with embedded guidance?", 1)  # answer
 lowest = fe.predict(
     "A student is given the scales 1, 2, 4 and 6, and its teacher is guided with scale 4. Which of its four losses is "
-    "the smallest: '1', '2', '4' or '6'?",
-    "4",
+    "the smallest: '1', '2', '4' or '6'?", "4"
 )  # answer
 beyond = fe.predict(
     "At scale 40, which kind of guidance changes the latent's size more: 'CFG' or 'embedded'?", "CFG"
@@ -186,7 +185,7 @@ for ax, (name, out) in zip(axes, outs.items()):
     ax.imshow(out.images[0])
     ax.set_title(name, fontsize=9)
     ax.axis("off")
-fig.suptitle("Seed 3: a scale of 40 destroys the image with CFG, less so with embedded guidance", fontsize=10)
+fig.suptitle("Seed 3: scale 40 destroys the image with CFG, and hardly changes it with embedded guidance", fontsize=10)
 plt.show()
 
 sizes = {name: float(out.latents.square().mean().sqrt()) for name, out in outs.items()}
@@ -204,7 +203,7 @@ beyond.against(max(growth, key=growth.get))
 #
 # 1. In FLUX.1-dev the guidance scale is an input: an embedding, one term of `vec`, and one pass per step.
 # 2. A student learns it from a teacher with CFG, for all scales of a range at once.
-# 3. schnell has no such input.
+# 3. schnell has no such input (notebook 05).
 # 4. The scale of embedded guidance means what the teacher's scale meant, within the range of the training.
 # 5. Embedded guidance and CFG together guide twice.
 #

@@ -9,7 +9,7 @@
 # Afterwards you can read a variant off its config, build the inputs of fill and redux, and say what
 # few-step distillation trains.
 #
-# 60 minutes · needs notebooks 04 and 11
+# 60 minutes · needs notebooks 01b, 04 and 11
 
 # %%
 import matplotlib.pyplot as plt
@@ -294,7 +294,8 @@ print("stored times:", *(f"{float(t):.2f}" for t in times))
 four_steps = {"times": times, "seed": seeds, "trajectory": False, "progress": False}
 if fe.passed("family.chords"):
     velocities = chords(states, times.to(device))  # [4, 8, 16, 16, 16]
-    chord = lambda v, ctx: velocities[ctx.step][[ctx.step_context.request.seed]]  # [1, 16, 16, 16], one image at a time
+    # the pipeline generates one image at a time; its seed, 0 to 7, is also its index in `velocities`
+    chord = lambda v, ctx: velocities[ctx.step][[ctx.step_context.request.seed]]  # [1, 16, 16, 16]
     with fe.intervene("sample.velocity", chord):
         mine = pipe(text, **four_steps)
     course.compare("four steps along your chords and the teacher's twenty", mine.latents, teacher.latents, within=1e-3)

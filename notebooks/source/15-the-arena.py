@@ -31,8 +31,8 @@ course.where(fe.load("nano"), "image")
 
 # %% [markdown]
 # This time only the last box is highlighted. An arena compares images; which model made them stays hidden until the
-# votes are counted. (The *contestants*, the models that are compared, are the miniature and its base model. They are
-# loaded by name, whatever model you use elsewhere.)
+# votes are counted. (The models that are compared are the miniature, with several numbers of steps, and its base model.
+# They are loaded by name, whatever model you use elsewhere.)
 #
 # ## Predict
 #
@@ -56,7 +56,8 @@ never_lost = fe.predict(
 # %% [markdown]
 # ## One ballot
 #
-# Four contestants: the miniature in 8, 4 and 2 steps, and its base model with classifier-free guidance in 8 steps.
+# Four models are compared: the miniature in 8, 4 and 2 steps, each of which counts as a model of its own, and its base
+# model with classifier-free guidance in 8 steps.
 # There are eight prompts; use a hundred for a result that you want to publish. One comparison is called a *ballot*: two
 # images of one prompt and one seed, on random sides and without names.
 
@@ -232,12 +233,12 @@ for step in range(1, 4):
 
 # %% [markdown]
 # Now the step for any number of models. Only differences of strengths matter, so one strength has to be fixed, that of
-# the last player.
+# the last model.
 
 # %% exercise="arena.newton"
 
 # %% [markdown]
-# Which player is the last? The library adds one more player with strength 0, against whom each model has won one game
+# Which model is the last? The library adds an imaginary one with strength 0, against which each model has won one vote
 # and lost one. This is a *prior*: without it, some strengths could become infinite, as you will see below. We start all
 # strengths at 0 and compare each step with the library's fit.
 
@@ -314,7 +315,7 @@ for start in (1.0, 2.0, 3.0, 4.0):
 #
 # **Questions people ask**: *Is 20 Elo a lot?* The model is preferred in 1 / (1 + 10^(-20/400)) = 53 % of pairs. *Why is
 # a tie half a win?* Because it does not change equal ratings; Davidson (1970) gives ties a parameter of their own.
-# *Which contestants may I enter?* Anything that generates images:
+# *Which models may I enter?* Anything that generates images:
 # `arena.Contestant("mine", lambda prompt, seed, height, width: ...)`.
 #
 # **Read**: R. A. Bradley and M. E. Terry, *Rank analysis of incomplete block designs*, Biometrika 1952 · A. E. Elo, *The

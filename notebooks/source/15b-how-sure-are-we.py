@@ -8,7 +8,7 @@
 # Afterwards you can say how sure a ranking is, plan the next vote, run an arena of your own, and name three questions
 # that its numbers do not answer.
 #
-# 60 minutes · needs notebook 15
+# 60 minutes · needs notebook 15, and diffusers (`pip install diffusers`)
 
 # %%
 import json
@@ -226,7 +226,7 @@ for axis in ("overall", "diversity"):
 #
 # Look at the intervals before you look at the ratings. Overlapping intervals do not show that two models are equal:
 # their strengths are correlated, so one would need the interval of the difference. But they do not show a ranking
-# either. And with six axes and six pairs you look at 36 differences: even if all contestants were equal,
+# either. And with six axes and six pairs you look at 36 differences: even if all models were equal,
 # 36 × 5 % = 1.8 of these differences would appear significant at the level of 95 %.
 #
 # Now an arena of your own: four prompts, so 24 votes of the judge on one axis.
@@ -372,7 +372,7 @@ arena.booth(my_arena, voter="me")
 #
 # There are three ways in which these numbers can mislead.
 #
-# **No axis covers everything.** A contestant is any function that generates images. This one takes the miniature's
+# **No axis covers everything.** For an arena, a model is any function that generates images. This one takes the miniature's
 # image (in 4 steps, for forty prompts) and adds spots; the judge ignores areas below 25 pixels.
 
 
@@ -457,7 +457,7 @@ in_order += [("A", "C", 1.0, 90), ("C", "A", 1.0, 10)]
 print(f"for models that can be ordered it is off by {100 * largest_misfit('ABC', in_order):.0f}")
 
 # %% [markdown]
-# The three ratings are equal and their intervals narrow, although in every pair one contestant wins nine times in ten.
+# The three ratings are equal and their intervals narrow, although in every pair one model wins nine times in ten.
 # The intervals do not show that the Bradley-Terry model is wrong here, because they are computed under the assumption
 # that it is right. The pairs do show it: compare the observed share of wins in each pair with the predicted one.
 #
@@ -470,7 +470,7 @@ print(f"for models that can be ordered it is off by {100 * largest_misfit('ABC',
 # 5. A rating is a single number per model; check the pairs before you believe that this is enough.
 #
 # **Questions people ask**: *Can I compare the ratings of two arenas?* No: the mean is fixed at 1000 in each, and each
-# has its own contestants, prompts and voters. *How many votes do I need?* Choose the width that you need, run a few
+# has its own models, prompts and voters. *How many votes do I need?* Choose the width that you need, run a few
 # votes, and scale: the width falls with the square root of their number.
 #
 # **Read**: D. B. Rubin, *The Bayesian bootstrap*, Annals of Statistics 1981 · Chatbot Arena, arXiv 2403.04132 · ours:

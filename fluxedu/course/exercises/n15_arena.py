@@ -250,16 +250,16 @@ def _by_inverse(strengths: Tensor, gradient: Tensor, information: Tensor) -> Ten
     against=_by_inverse,
     hints=(
         "All strengths could rise by the same number without any effect, so the whole matrix has no inverse. Leave the "
-        "last player out of the matrix and of the gradient.",
-        "`torch.linalg.solve(information[:-1, :-1], gradient[:-1])` is the step of all players but the last.",
+        "last model out of the matrix and of the gradient.",
+        "`torch.linalg.solve(information[:-1, :-1], gradient[:-1])` is the step of all models but the last.",
         "`step = torch.linalg.solve(information[:-1, :-1], gradient[:-1])`, then "
-        "`strengths + F.pad(step, (0, 1))`, which adds a 0 for the last player.",
+        "`strengths + F.pad(step, (0, 1))`, which adds a 0 for the last model.",
     ),
 )
 def newton(strengths: Tensor, gradient: Tensor, information: Tensor) -> Tensor:
     """One step of Newton's method: `strengths [M]`, `gradient [M]`, `information [M, M]` -> new strengths `[M]`.
 
-    The strength of the last player is 0 and stays 0. The step of the others is the inverse of their information matrix
+    The strength of the last model is 0 and stays 0. The step of the others is the inverse of their information matrix
     times their gradient.
     """
     step = torch.linalg.solve(information[:-1, :-1], gradient[:-1])  # [M - 1]
@@ -271,7 +271,7 @@ def newton(strengths: Tensor, gradient: Tensor, information: Tensor) -> Tensor:
     ("gradient", "you step along the gradient; Newton's step solves with the information matrix, `linalg.solve`."),
     ("diagonal", "you use only the diagonal of the information; the strengths depend on each other."),
     ("sign", "the sign is wrong, so the likelihood falls: the information is minus the Hessian."),
-    ("all", "the last player moves too; solve for the others only."),
+    ("all", "the last model moves too; solve for the others only."),
     ("times", "you multiply by the information; multiply by its inverse."),
     ("step only", "you return the step; add it to the strengths."),
 )
