@@ -38,8 +38,9 @@ out.images[0].resize((256, 256))
 # One call runs the whole pipeline. `out` also contains the intermediate results of every step.
 #
 # Before you go on, predict what you will see. Replace each `...` by your answer and run the cell; the notebook measures
-# it later and keeps your score. (Below each exercise, `fe.check` tests your code; the dots are its difficulty.) The
-# questions use two terms. The *transformer* is the network that is evaluated once per step; its output is called the
+# it later and keeps your score. (Below each exercise, `fe.check` tests your code; the dots are its difficulty. Cells
+# that begin with `if fe.passed(...)` wait for it: once it is right, run them and all cells below.) The questions use two
+# terms. The *transformer* is the network that is evaluated once per step; its output is called the
 # *velocity* (section 5). A *token* is one vector of the sequence that the transformer works on. The finished image
 # consists of 128 × 128 × 3 = 49,152 numbers.
 
@@ -49,7 +50,9 @@ shuffle_effect = fe.predict(
     "T5's token vectors are shuffled before the transformer gets them. Does its output change: 'yes' or 'no'?", "no"
 )  # answer
 larger_effect = fe.predict(
-    "What changes the output more: setting T5's vectors to zero ('text') or swapping rows and columns ('rows')?", "text"
+    "What changes the output more: setting T5's vectors to zero ('text') or exchanging row and "
+    "column in every patch's position ('rows')?",
+    "text"
 )  # answer
 
 # %%

@@ -34,7 +34,7 @@ reference = pipe(prompt, seed=4, progress=False)
 blocks = fe.predict(
     "How many double-stream blocks does the miniature have? In these, text and image have separate weights; six more "
     "blocks are of another kind.",
-    2,
+    2
 )  # answer
 hold_text = fe.predict(
     "In all steps, the transformer gets the text tokens of the first step. Does the image 'stay' or 'change'?", "stay"
@@ -58,7 +58,8 @@ for name in ("t5.states", "img_in", "double.0.img_attn.q", "single.3.gate", "sam
     print(f"  {name:20} [{', '.join(map(str, sites[name].shape))}]  {sites[name].meaning}")
 
 # %% [markdown]
-# In a *glob*, a `*` stands for any characters, so one glob can name the same site of all blocks.
+# In a *glob*, `*` stands for any characters, `?` for one character and `[qk]` for one of these letters, so one glob can
+# name the same site of all blocks. `fe.record`, `fe.intervene` and `fe.ablate` accept several globs.
 
 # %%
 from fluxedu.probe import matches

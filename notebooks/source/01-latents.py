@@ -36,7 +36,9 @@ images = to_tensor(np.stack([render(scene) for scene in test_scenes])).to(device
 course.where(pipe, "encoder", "image")
 
 # %% [markdown]
-# The encoder is needed only when a run starts from an image, the decoder once at the end of every run.
+# The filled boxes are this notebook's parts; the colour says of which kind they are: text purple, time and steps
+# orange, transformer blue, image green. The encoder is needed only when a run starts from an image, the decoder once at
+# the end of every run.
 #
 # ## Predict
 #
@@ -135,8 +137,9 @@ circles = F.avg_pool2d(to_tensor(np.stack(drawn)), 2).flatten(1)  # [512, 768]: 
 BETAS = (0.0, 0.003, 0.3)
 
 
+@torch.enable_grad()  # a later cell turns gradients off
 def train(beta: float, seed: int, steps: int = 500) -> tuple[nn.Module, nn.Module]:
-    """A VAE of six linear layers, trained with your loss for about a second: encoder and decoder."""
+    """A VAE of five linear layers, trained with your loss for about a second: encoder and decoder."""
     torch.manual_seed(seed)
     encoder = nn.Sequential(nn.Linear(768, 64), nn.SiLU(), nn.Linear(64, 4))
     decoder = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 768))
@@ -322,8 +325,9 @@ if fe.passed("latents.Downsample"):
 # %% [markdown]
 # ## Break it
 #
-# **Padding on the other side**, as `padding=1` does, and **no scaling**: the encoder's means go to the decoder without
-# scale and shift. Neither raises an error.
+# **Padding on the other side**: `padding=1` pads all four sides, but with stride 2 on an even grid the zeros below and
+# on the right are never read, so every window starts one pixel further up and left. **No scaling**: the encoder's means
+# go to the decoder without scale and shift. Neither raises an error.
 
 
 # %%
@@ -419,9 +423,10 @@ print(f"after one round trip {decibel[0]:.0f} dB, after ten {decibel[-1]:.0f} dB
 #
 # **Questions people ask**: *Does encoding draw a random sample?* The official code takes the mean (`AutoEncoder` has
 # `sample_z=False`, `modules/autoencoder.py` line 283), diffusers samples (`retrieve_latents` in
-# `pipeline_flux_img2img.py`, version 0.42.1); the noise is a few percent of the standard deviation, as you measured
-# above. *Why does memory run out at large sizes?* The number of tokens grows with the area, and the number of pairs
-# with its square: twice the side means 16 times the pairs.
+# `pipeline_flux_img2img.py`, version 0.42.1); in the miniature, the noise is a few percent of the standard
+# deviation, as you measured above. *Why does memory run out at large sizes?* Activations and the decoder grow with the area. The pairs of
+# tokens (16 times as many for twice the side) cost time, and memory only where the attention map is stored. The weights
+# alone are 24 GB.
 #
 # **Read**: Auto-Encoding Variational Bayes, arXiv 1312.6114 · Latent Diffusion, arXiv 2112.10752 · Scaling Rectified
 # Flow Transformers, arXiv 2403.03206 (why 16 channels) · `black-forest-labs/flux`, `modules/autoencoder.py` · ours:

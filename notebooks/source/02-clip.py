@@ -37,7 +37,7 @@ course.where(pipe, "clip", "vec")
 
 # %%
 earlier_changes = fe.predict(
-    "Another word ends the prompt. How many of the token vectors before it change in CLIP?", 0
+    "Another word ends the prompt. Which token vectors before it change in CLIP: 'none', 'some' or 'all'?", "none"
 )  # answer
 other_states = fe.predict(
     "All of CLIP's token states but one are replaced by noise. Is the image the same: 'yes' or 'no'?", "yes"
@@ -84,6 +84,10 @@ for row, free, masked in zip(scores, scores.softmax(dim=-1), (scores + mask).sof
 #
 # CLIP never generates text. The mask has another consequence here: only the last token can have information about the
 # whole prompt.
+#
+# Each key also has a *value*, and the output for a query is the sum of the values, weighted by its row of $P$. Several
+# *heads* do this side by side, each with a part of the channels of q, k and v. Before each layer, a LayerNorm subtracts
+# from every token the mean of its channels and divides by their standard deviation.
 
 # %% exercise="clip.CausalAttention"
 
@@ -141,7 +145,8 @@ fig.suptitle(f"“square” becomes “star”: in CLIP only this and later toke
 plt.show()
 pieces, change = changes["CLIP"]
 changed_position = pieces.index("square")
-earlier_changes.against(int((change[:changed_position] > 1e-5).sum()))
+changed = change[:changed_position] > 1e-5
+earlier_changes.against("all" if changed.all() else "some" if changed.any() else "none")
 print("number of T5's tokens that stay the same:", int((changes["T5"][1] < 1e-3).sum()))
 
 # %% [markdown]
@@ -281,7 +286,9 @@ drawn_prompt.against(next((name for name, scene in expected.items() if found_in_
 # %% [markdown]
 # These are four images. Is it a rule? We let the judge check the claims of both prompts, 200 each, in 40 images: each
 # has T5's tokens of one prompt about two shapes and CLIP's vector of another. Prompts share some claims by chance, so
-# the controls matter: the same images drawn with CLIP's vector of T5's own prompt.
+# the controls matter: the same images drawn with CLIP's vector of T5's own prompt. (In brackets, here and on later
+# pages, a 95 % interval: how far the share may be off with so few images. Claims about one image are not independent, so here
+# the true interval is wider.)
 
 # %%
 for whose, entry in evidence.load("pooled")["claims that hold"].items():
@@ -302,8 +309,8 @@ for whose, entry in evidence.load("pooled")["claims that hold"].items():
 #    patches can attend to.
 #
 # **Questions people ask**: *Is CLIP's output pooled?* (flux issue 64) Yes, at the first end token; the states of the
-# other tokens are not used. *Is a long prompt truncated?* CLIP has 77 token positions, and what does not fit is dropped
-# without a warning; T5 still gets it. *Can CLIP and T5 get different prompts?* Yes; you have just done so.
+# other tokens are not used. *Is a long prompt truncated?* CLIP has 77 token positions, and what does not fit is dropped,
+# in the official code without a warning (diffusers logs one); T5 still gets it. *Can CLIP and T5 get different prompts?* Yes; you have just done so.
 #
 # **Read**: CLIP, arXiv 2103.00020 · GELU, arXiv 1606.08415 · `transformers`, `modeling_clip.py`, which the official
 # code uses · ours: `fluxedu/models/clip.py`.

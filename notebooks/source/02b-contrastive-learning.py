@@ -48,7 +48,8 @@ course.where(pipe, "clip")
 first_loss = fe.predict("What is the loss of 64 pairs if all 64 x 64 scores are equal?", 4.16)  # answer
 matched = fe.predict("How many of 64 images does CLIP match to their own caption among 64? (Chance: 1.)", 60)  # answer
 noticed = fe.predict(
-    "Which of the four changes, in this order, does CLIP notice? Four times 'yes' or 'no'.", ["yes", "yes", "no", "no"]
+    "Does CLIP notice the four changes, in this order: 'yes' or 'no' for each, in the form “yes, no, no, yes”?",
+    ["yes", "yes", "no", "no"]
 )  # answer
 
 # %% [markdown]
@@ -214,8 +215,8 @@ if fe.passed("clip.contrast"):
 
 # %% [markdown]
 # People often say that CLIP's vector lives in a space shared with images. FLUX takes its vector one layer before that
-# space, and the transformer makes its own use of it through `vector_in`. Here are the scores of the first ten images
-# and captions:
+# space, and the transformer makes its own use of it through a layer of its own (`vector_in`, notebook 05). Here are the
+# scores of the first ten images and captions:
 
 # %%
 fig = plt.figure(figsize=(9.5, 4.4), layout="constrained")
@@ -296,9 +297,10 @@ noticed.against(["yes" if share[change] > 0.9 else "no" for change in predicted_
 #
 # Keep in mind what was measured: the *agreement of two towers*. It does not prove that the text vector lacks the other
 # details. To find out what the vector contains, fit a linear map to it (a *probe*, which you will write in notebook
-# 03b) that answers a question about the prompt, and test the map on other prompts. Here are four questions about 2,000 prompts such as “a red circle
-# left of a blue square”: half of them fit the probe, the other half test it. For comparison the same probes on T5's
-# vector of the first noun. The control has its answers shuffled, so its probe can only guess.
+# 03b) that answers a question about the prompt, and test the map on other prompts. Here are four questions about 2,000
+# prompts such as “a red circle left of a blue square”: half of them fit the probe, the other half test it. For
+# comparison the same probes on T5's vector of the first noun. The control has its answers shuffled, so its probe can
+# only guess (in brackets 95 % intervals).
 
 # %%
 probes = evidence.load("pooled")["probes"]
@@ -356,8 +358,8 @@ for name, vectors in broken.items():
 #
 # 1. CLIP's loss asks every image for its caption among N, and every caption for its image.
 # 2. Its gradient raises the scores of right pairs and lowers those of wrong pairs, the probable ones most.
-# 3. After the projection the miniature's vector finds 61 of 64 captions; the vector that FLUX takes, before the
-#    projection, finds 1.
+# 3. With the vector after the projection, 61 of 64 images find their caption; with the vector that FLUX takes, before
+#    the projection, 1 does.
 # 4. That task needs mostly colours and background, so exchanged colours or sides hardly change the match.
 # 5. The agreement of two towers is not all that a vector contains; a probe finds more.
 #

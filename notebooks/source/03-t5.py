@@ -1,14 +1,14 @@
 # %% [markdown]
 # # 03 · T5's layers
 #
-# **How does T5 turn a prompt into one vector per word?** T5, FLUX's second text encoder, gives the tokens that every
+# **How does T5 turn a prompt into one vector per token?** T5, FLUX's second text encoder, gives the tokens that every
 # patch can attend to. You will build its parts and its loop over blocks, run the miniature with nothing but your code
 # in T5, and see what small mistakes in these parts do to an image.
 #
 # Afterwards you can say how T5 differs from CLIP and from FLUX's own blocks, write its encoder from memory, and explain
 # what padding does without a mask.
 #
-# 60 minutes · needs notebook 00b, and 02 helps
+# 60 minutes · needs notebooks 00b and 02
 
 # %%
 import matplotlib.pyplot as plt
@@ -239,10 +239,11 @@ fig.suptitle("Two of the four mistakes ruin this image, the other two are hardly
 plt.show()
 
 # %% [markdown]
-# The last two mistakes are the most dangerous: nothing looks wrong, but every image is slightly different from what it
-# should be.
+# The last two mistakes are the most dangerous: in this image nothing looks wrong, but LayerNorm changes the vectors by
+# 14 %.
 #
-# **No padding.** The miniature's prompts are padded to 32 tokens, those of FLUX.1-dev to 512. What happens without it?
+# **No padding.** The miniature's prompts are padded to 32 tokens, those of FLUX.1-dev to 512. What if T5
+# encodes the prompt alone? (FLUX still gets the padding's vectors of the usual run.)
 
 # %%
 count = len(tokenizer.pieces(prompt))  # number of tokens that are not padding
@@ -254,8 +255,8 @@ states = padded.clone()
 states[:count] = unpadded
 with fe.intervene("sample.txt", lambda txt, ctx: states[None]):
     out = pipe(prompt, seed=4, progress=False)
-for name, result in (("with padding:   ", reference), ("without padding:", out)):
-    found = {f"{o.color} {o.form}" for o in detect(result.images[0]).objects}  # found by the judge
+for name, result in (("T5 with padding:   ", reference), ("T5 without padding:", out)):
+    found = {f"{o.color} {o.form}" for o in detect(result.images[0]).objects}  # the judge: finds shapes by geometry
     print(name, ", ".join(sorted(found)))
 
 # %% [markdown]

@@ -245,7 +245,7 @@ if fe.passed("t5.steer"):
 
 # %% [markdown]
 # Is it a rule? Here are 40 other prompts, each with its own seed and with other colours. One control moves the vector
-# as far in a random direction.
+# as far in a random direction. (In brackets 95 % intervals.)
 
 # %%
 for change, row in evidence.load("recolour").items():
@@ -254,7 +254,8 @@ for change, row in evidence.load("recolour").items():
         print(f"    {what:38}", evidence.percent(entry))
 
 # %% [markdown]
-# So the miniature takes a shape's colour from the vector of the shape's token: what the probe reads there is also used.
+# So the miniature takes a shape's colour from the vector of the shape's token. The fact that the probe reads there is
+# contained in a direction that is also used: the difference of means.
 #
 # ## Break it
 #
@@ -303,12 +304,12 @@ print(f"without the bias, the latents of both prompts differ by {same:.1%}")
 
 # %% [markdown]
 # (CLIP got the first prompt for all four images, so that only T5 makes a difference.) The bias is the only way in which
-# the order enters.
+# the order enters T5.
 #
 # ## In five lines
 #
 # 1. Order enters T5 through a bias on the scores, one number per bucket of distances and head.
-# 2. Without the bias T5 cannot see the order of the words, and neither can FLUX.
+# 2. Without the bias T5 cannot see the order of the words, and its tokens give FLUX no order.
 # 3. In the miniature the vector of a shape's token contains its colour after one block, and its side after three.
 # 4. A probe needs a control and captions that it was not fitted to; it shows what can be read, not what is used.
 # 5. Moving one token's vector along a difference of means recolours the shape: this fact is used.

@@ -44,14 +44,16 @@ course.where(pipe, "double", "single")
 # the velocity (the network's output) below 1 % counts as 'not', and below 10 % as 'a little'.
 
 # %%
-all_shifted = fe.predict(
-    "All position ids grow by 5. How much does the velocity change: 'not', 'a little' or 'much'?", "not"
+rows_shifted = fe.predict(
+    "All tokens, text too, move down by 5 rows. How much does the velocity change: 'not', 'a little' or 'much'?", "not"
 )  # answer
-image_shifted = fe.predict(
-    "Only the image's position ids grow by 5. How much does the velocity change: 'not', 'a little' or 'much'?", "much"
+doubled = fe.predict(
+    "All position ids are multiplied by 2. How much does the velocity change: 'not', 'a little' or 'much'?", "much"
 )  # answer
 rolled_image = fe.predict(
-    "Each patch gets the id from 3 columns further right. What is drawn: 'rolled image' or 'no image'?", "rolled image"
+    "Each patch gets the id from 3 columns further right, and the noise from there. What is drawn: 'rolled image' or "
+    "'no image'?",
+    "rolled image"
 )  # answer
 frame_numbers = fe.predict("How many of a head's 32 numbers are rotated according to the frame?", 4)  # answer
 
@@ -118,7 +120,7 @@ config = pipe.flux.config
 print("numbers of a head per axis:", dict(zip(("frame", "row", "column"), config.axes_dim)))
 frame_numbers.against(config.axes_dim[0])
 
-positions = image_ids(16, 16)  # [64, 3]
+positions = image_ids(16, 16)  # [64, 3]: 16 x 16 latent cells are 8 x 8 patches
 table = rope_table(positions, config.axes_dim)  # complex [1, 64, 16]
 x = torch.randn(1, config.num_heads, 64, config.head_dim)  # [1, 5, 64, 32]
 if fe.passed("rope.angles", "rope.rotate"):
@@ -164,7 +166,8 @@ widgets.positions(pipe)
 #
 # $$(q + p_m) \cdot (k + p_n) = q \cdot k + q \cdot p_n + p_m \cdot k + p_m \cdot p_n$$
 #
-# Only the last product depends on the difference alone; the two in the middle depend on the position of a single token.
+# Only the last product depends on the difference alone (here without the projections; with them not even this one does);
+# the two in the middle depend on the position of a single token.
 # We compute both kinds of score for one random query and key, three positions apart, at fifteen places.
 
 # %%
@@ -196,8 +199,9 @@ for side in (128, 256):
     print(f"{side} x {side}: {correct} of {len(requests)} images are entirely correct")
 
 # %% [markdown]
-# The angles extend to new positions, but the ability to draw does not: the network never learned what a score at such a
-# distance means. Rotary positions make other sizes *possible*; only training makes them good.
+# The angles extend to new positions, but the ability to draw does not. There are two likely reasons, which this
+# experiment does not separate: the network never learned what a score at such a distance means, and four times as many
+# image tokens share each softmax. Rotary positions make other sizes *possible*; only training makes them good.
 #
 # ## Put your code into the trained model
 #
@@ -250,14 +254,17 @@ if fe.passed("rope.roll"):
 # %% [markdown]
 # ## Break it
 #
-# We change the position ids in five ways. Decide for each, by the formula above, whether a difference of positions
-# changes. We measure how much the velocity changes in the middle of a run of four steps, for five prompts and eight
-# seeds each (n = 40), and print the median and the range.
+# We change the position ids in five ways (`change_positions` turns a function of the ids into an intervention on the
+# rotations). Decide for each, by the formula above, whether a difference of positions changes. We measure how much the
+# velocity changes in the middle of a run of four steps, for five prompts and eight seeds each (n = 40), and print the
+# median and the range. (`latents=` and `times=` start a run at that state; `stop_after=0` ends it after its first
+# step.)
 
 # %%
+down = torch.tensor([0.0, 5.0, 0.0])
 breaks = {
-    "all ids + 5": change_positions(lambda ids: ids + 5, text=lambda ids: ids + 5),
-    "image ids + 5": change_positions(lambda ids: ids + 5),
+    "all rows + 5": change_positions(lambda ids: ids + down, text=lambda ids: ids + down),
+    "all ids × 2": change_positions(lambda ids: 2 * ids),
     "no rows": change_positions(lambda ids: ids * torch.tensor([1.0, 0.0, 1.0])),
     "no columns": change_positions(lambda ids: ids * torch.tensor([1.0, 1.0, 0.0])),
     "mirrored": change_positions(lambda ids: torch.stack([ids[:, 0], ids[:, 1], ids[:, 2].max() - ids[:, 2]], dim=1)),
@@ -278,7 +285,7 @@ for name, change in breaks.items():
     print(f"{name:14} the velocity changes by {median:.0%} (from {low:.0%} to {high:.0%})")
 
 medians = [float(change.median()) for change in changes.values()]
-for guess, change in zip((all_shifted, image_shifted), medians):
+for guess, change in zip((rows_shifted, doubled), medians):
     guess.against("not" if change < 0.01 else "a little" if change < 0.1 else "much")
 
 outs = [reference]
@@ -291,14 +298,14 @@ for ax, out, name in zip(axes, outs, ["unchanged", *breaks]):
     ax.set_title(name, fontsize=9)
     ax.axis("off")
 fig.suptitle(
-    f"A shift of all ids changes nothing; the others change the velocity by {min(medians[1:]):.0%} or more (medians)",
+    f"A shift of all rows changes nothing; the others change the velocity by {min(medians[1:]):.0%} or more (medians)",
     fontsize=10,
 )
 plt.show()
 
 # %% [markdown]
-# A shift of **all** positions has no effect. A shift of the image alone changes its distance to the text. The images are
-# those of one seed. Can you explain the ones without rows and without columns?
+# A shift of **all** positions in the same direction has no effect. Multiplying all of them changes every difference.
+# The images are those of one seed. Can you explain the ones without rows and without columns?
 #
 # <details><summary>Answer</summary>Without rows, all patches of a column have the same position, so the image repeats
 # from top to bottom; without columns it repeats from left to right.</details>

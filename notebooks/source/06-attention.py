@@ -42,7 +42,7 @@ query_length = fe.predict(
     "QKNorm gives a query of 32 numbers the root mean square 1. What is the length of this vector?", 5.66
 )  # answer
 scaled_with_norm = fe.predict(
-    "All queries and keys are multiplied by 10. Is the attention 'unchanged', 'sharper' or 'flatter'?", "unchanged"
+    "Queries and keys are multiplied by 10 before QKNorm. Is attention 'unchanged', 'sharper' or 'flatter'?", "unchanged"
 )  # answer
 scaled_without_norm = fe.predict(
     "They are multiplied by 10, but not normalised afterwards: 'unchanged', 'sharper' or 'flatter'?", "sharper"
@@ -135,7 +135,8 @@ query_length.against(round(float((after / scale).norm(dim=-1).mean()), 2))
 
 # %% [markdown]
 # How close do the scores come to the bound? We record queries and keys of all blocks in 40 short runs (5 prompts, 8
-# seeds each).
+# seeds each). `double.1.img_attn.q` above is before QKNorm; `double.1.attn.q`, for text and image together, is after
+# QKNorm and rotation.
 
 # %%
 five = [
@@ -206,7 +207,8 @@ if fe.passed("attention.attend", "attention.stream", "attention.qknorm"):
 #
 # $$H_i = -\sum_j P_{ij} \log P_{ij}$$
 #
-# We take one state of each of the 40 runs and the mean over all blocks, heads and queries, first with QKNorm as it is,
+# (`reduce="entropy"` stores it in place of the map.) We take one state of each of the 40 runs and the mean over all
+# blocks, heads and queries, first with QKNorm as it is,
 # then with a version that multiplies by the learned scale but does not normalise.
 
 # %%
@@ -280,7 +282,8 @@ plt.show()
 # 4. So no score exceeds max|g_q| max|g_k| sqrt(d), whatever the length of queries and keys.
 # 5. `qkv` holds the numbers in the order 3 × H × d.
 #
-# **Questions people ask**: *Why RMSNorm and not LayerNorm?* It needs no mean and no shift; the bound holds either way.
+# **Questions people ask**: *Why RMSNorm and not LayerNorm?* It needs no mean and no shift; the bound holds for a LayerNorm
+# without a shift, too.
 # *Do text and image share the scales?* Not in double blocks, where each stream has its own QKNorm; a single block has
 # one for all tokens.
 #

@@ -70,7 +70,8 @@ most_needed = fe.predict(
 #
 # `fe.intervene` calls a function at every site that matches (a *site* is a named point inside the model) and continues
 # with its result. The first one only keeps the q, k, v and rotations that a double block has computed; the second one
-# replaces the output of the block's heads by yours. The image must stay the same. The control leaves out the rotation.
+# replaces the output of the block's heads by yours. (`q_norm` and `k_norm` are normalised, but not yet rotated.) The image
+# must stay the same. The control leaves out the rotation.
 
 # %%
 inputs = {}
@@ -152,7 +153,9 @@ print(f"the rows sum to {attn_map.sum(-1).min():.3f} to {attn_map.sum(-1).max():
 # %% [markdown]
 # ## See it
 #
-# The figure shows how much the patches attend to four words, block by block. Padding is left out.
+# The figure shows how much the patches attend to four words, block by block. Bright is much; each row has its own scale,
+# up to the word's largest weight in any block. `lenses.word_maps` is
+# a *lens*, a function that runs the model, records and measures one quantity.
 
 # %%
 words = ["red", "circle", "blue", "square"]
@@ -188,7 +191,7 @@ for block, weights in blocks.items():
         from_left = weight[:, columns].unflatten(0, (8, 8))[:, :4].sum((0, 1)) / weight[:, columns].sum(0)  # [4]
         shares += [*from_left[:2].tolist(), *(1 - from_left[2:]).tolist()]
     low, middle, high = torch.tensor(shares).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
-    print(f"{block}: {middle:.0%} from the half of the object (80 % of {len(shares)} words: {low:.0%} to {high:.0%})")
+    print(f"{block}: median {middle:.0%}; the middle 80 % of {len(shares)} words lie between {low:.0%} and {high:.0%}")
 
 # %% [markdown]
 # In double.1 to single.2, most of the attention to a word comes from the half of its object; in the other blocks little
@@ -277,15 +280,15 @@ if fe.passed("attention.hide"):
         ax.imshow(out.images[0])
         ax.set_title(name if name == "unchanged" else f"{name} hidden", fontsize=9)
         ax.axis("off")
-    fig.suptitle("Seed 4: with one of these words hidden, the scene is still drawn; with all words hidden it is not")
+    fig.suptitle("Seed 4: with one of these words hidden, two objects are still drawn; with all words hidden they are not")
     plt.show()
 
 # %% [markdown]
 # One image is an example, and the change of the latent includes the background, which this prompt leaves open. So here
 # are 40 scenes of two shapes, each with its own seed, and what the judge finds (a program that recognises shapes and
-# colours). Two controls are at the end: as many image tokens hidden as words, and CLIP's pooled
-# vector exchanged for that of the empty prompt. The vector takes no part in attention, so no mask can hide what it
-# knows.
+# colours; the bars are 95 % intervals). Two controls are at the end: as many image tokens hidden as words, and CLIP's
+# pooled vector exchanged for that of the empty prompt. The vector takes no part in attention, so no mask can hide what
+# it knows.
 
 # %%
 hidden = evidence.load("hiding")
@@ -297,14 +300,18 @@ for ax, measure in zip(axes, measures):
     ax.set(title=measure, ylim=(-0.03, 1.03))
     ax.tick_params(axis="x", labelrotation=90, labelsize=8)
 axes[0].set_ylabel("share of 40 images")
-fig.suptitle("Only hiding a noun, or all words, costs claims")
+all_right = {name: row["everything right"]["value"] for name, row in hidden.items()}
+fig.suptitle(
+    f"Everything is right in {all_right['nothing']:.0%} of the images, with the first noun hidden in "
+    f"{all_right['first noun']:.0%}, with the second in {all_right['second noun']:.0%}"
+)
 plt.show()
 print("hidden                ", " · ".join(printed))
 for name, row in hidden.items():
     print(f"{name:22}", " · ".join(f"{row[measure]['value']:4.0%}" for measure in printed),
           "· latent changes by", evidence.number(row["change of the latent"]))  # fmt: skip
 options = ("padding", "relation", "first noun")
-most_needed.against(min(options, key=lambda name: hidden[name]["everything right"]["value"]))
+most_needed.against(min(options, key=all_right.get))
 
 # %% [markdown]
 # Hiding a colour word changes nothing that the judge can see, and neither does hiding the relation. The likely reason:
@@ -313,8 +320,8 @@ most_needed.against(min(options, key=lambda name: hidden[name]["everything right
 # with the empty prompt's vector everything is drawn as well as before. Hiding the first noun costs its shape in a third
 # of the images and its colour in a tenth; the last column counts the images with nothing wrong.
 #
-# Seed 4 was an exception: there, hiding “left” changes the latent by half of its length; in the 40 scenes the median is
-# 3 %. Nor is this change a good measure. It is larger with some *image* tokens hidden than with any single word hidden,
+# The run with seed 4 was an exception, and its prompt leaves the background open: there, hiding “left” changes the latent
+# by half of its length; in the 40 scenes the median is 3 %. Nor is this change a good measure. It is larger with some *image* tokens hidden than with any single word hidden,
 # and yet nearly all of those images are right: what changes is the background and exact positions and sizes.
 #
 # Padding is not empty: T5's padding tokens attended to the prompt as well, and the
@@ -329,8 +336,9 @@ most_needed.against(min(options, key=lambda name: hidden[name]["everything right
 # 4. With the log-sum-exp any part of the map can be computed exactly and cheaply.
 # 5. Scores of minus infinity hide tokens. Hidden padding changes the picture, seldom what it shows.
 #
-# **Questions people ask**: *Why is there no padding mask?* (flux pull requests 507, 511 and 512 propose one.) The model
-# was trained without one; above you saw that hiding the padding changes the result. *How do I get attention maps
+# **Questions people ask**: *Why is there no padding mask?* The model was trained without one; above you saw that
+# hiding the padding from joint attention changes the result. (flux pull requests 507, 511 and 512 propose another mask,
+# inside the text encoders T5 and CLIP.) *How do I get attention maps
 # without `output_attentions`?* (EraseAnything issue 2) `fe.record("*.attn.map", tokens=["red"], reduce="head-mean")`
 # computes what it needs from the log-sum-exp, also in single-stream blocks, which some tools leave out
 # (attention-map-diffusers issues 15 and 21). *Must the image be square?* (attention-map-diffusers issues 23 and 26) Not

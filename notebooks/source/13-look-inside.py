@@ -39,7 +39,9 @@ course.where(pipe, "double", "single")
 # %% [markdown]
 # A *site* is a named point of the model at which a value can be recorded or replaced. An *attention map* is the table
 # of attention weights: one row per query, one column per key, and each row sums to 1. A *patch* is the area of one
-# image token, 16 × 16 pixels. The *judge* is a program that finds shapes and colours in an image by geometry.
+# image token, 16 × 16 pixels. A *lens* is a function of `fluxedu.instruments.lenses` that runs the model, records and
+# measures one quantity; `lenses.__all__` lists their names. The *judge* is a program that finds shapes and colours in an
+# image by geometry.
 #
 # ## Predict
 
