@@ -234,7 +234,8 @@ VARIANTS: dict[str, Variant] = {
     "dev": Variant(_DEV, Sampling(50, 3.5, 512, shift=True)),
     "krea": Variant(_DEV, Sampling(50, 4.5, 512, shift=True)),
     "fill": Variant(_DEV.with_(in_channels=384), Sampling(50, 30.0, 128, shift=True)),
-    "canny": Variant(_DEV.with_(in_channels=128), Sampling(50, 50.0, 512, shift=True)),
+    # canny and depth: the guidance scales of the official `cli_control.py`, lines 214-218 at commit 802fb47
+    "canny": Variant(_DEV.with_(in_channels=128), Sampling(50, 30.0, 512, shift=True)),
     "depth": Variant(_DEV.with_(in_channels=128), Sampling(50, 10.0, 512, shift=True)),
     "canny-lora": Variant(_DEV.with_(in_channels=128), Sampling(50, 30.0, 512, shift=True)),
     "depth-lora": Variant(_DEV.with_(in_channels=128), Sampling(50, 10.0, 512, shift=True)),

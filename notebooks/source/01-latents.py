@@ -382,7 +382,7 @@ for r in radii:
     examples.append((originals[0][36:92, 36:92], np.asarray(decoded[0])[36:92, 36:92]))
     all_recognised.append(after == len(centres))
     print(f"radius {r:2}: recognised as a star {before} times of 3 before, {after} times after")
-smallest = min(r for r, recognised in zip(radii, all_recognised) if recognised)
+smallest = min((r for r, recognised in zip(radii, all_recognised) if recognised), default=0)
 smallest_star.against(smallest)
 
 fig, axes = plt.subplots(2, 5, figsize=(8, 3.4), layout="constrained")

@@ -100,7 +100,8 @@ if fe.passed("modulation.adaln"):
 # **Two common mistakes.** Some descriptions of FLUX say that a single-stream block computes no modulation for its MLP.
 # There is no *second* modulation, but the one it has acts on both: `linear1` feeds attention and MLP, and one gate
 # multiplies the sum of what both add. Others say that the modulation is computed from the input tokens. It is computed
-# from `vec`, so two images with different noise have the same modulation, to the last bit:
+# from `vec`, so two images with different noise have the same modulation, to the last bit. (`rec.entries(site)` lists
+# pairs of `when` and a value, one for each image and step; `when.step` is the step.)
 
 # %%
 print("linear1 of a single block:", list(flux.single_blocks[0].linear1.weight.shape), "= [3 D for q k v + 4 D, D]")
@@ -199,7 +200,7 @@ course.compare("the modulation of step 8, computed alone and among 20", step_8.s
 
 # %%
 fig = fe.plots.modulation(fe.instruments.lenses.modulation(pipe, prompt))
-fig.suptitle("Shift, scale and gate (root mean square over channels) change with the time, differently in each block")
+fig.suptitle("Root mean square of shift, scale and gate: it changes with the time, differently in each block")
 fig
 
 # %% [markdown]

@@ -70,8 +70,8 @@ most_needed = fe.predict(
 #
 # `fe.intervene` calls a function at every site that matches (a *site* is a named point inside the model) and continues
 # with its result. The first one only keeps the q, k, v and rotations that a double block has computed; the second one
-# replaces the output of the block's heads by yours. (`q_norm` and `k_norm` are normalised, but not yet rotated.) The image
-# must stay the same. The control leaves out the rotation.
+# replaces the output of the block's heads by yours. (`q_norm` and `k_norm` are normalised, but not yet rotated.) The
+# image must stay the same. The control leaves out the rotation.
 
 # %%
 inputs = {}
@@ -153,9 +153,9 @@ print(f"the rows sum to {attn_map.sum(-1).min():.3f} to {attn_map.sum(-1).max():
 # %% [markdown]
 # ## See it
 #
-# The figure shows how much the patches attend to four words, block by block. Bright is much; each row has its own scale,
-# up to the word's largest weight in any block. `lenses.word_maps` is
-# a *lens*, a function that runs the model, records and measures one quantity.
+# The figure shows how much the patches attend to four words, block by block. Bright is much; each row has its own
+# scale, up to the word's largest weight in any block. `lenses.word_maps` is a *lens*, a function that runs the model,
+# records and measures one quantity.
 
 # %%
 words = ["red", "circle", "blue", "square"]
@@ -280,7 +280,7 @@ if fe.passed("attention.hide"):
         ax.imshow(out.images[0])
         ax.set_title(name if name == "unchanged" else f"{name} hidden", fontsize=9)
         ax.axis("off")
-    fig.suptitle("Seed 4: with one of these words hidden, two objects are still drawn; with all words hidden they are not")
+    fig.suptitle("Seed 4: with one of these words hidden, two objects are still drawn; with all words hidden, none")
     plt.show()
 
 # %% [markdown]
@@ -292,9 +292,8 @@ if fe.passed("attention.hide"):
 
 # %%
 hidden = evidence.load("hiding")
-measures = ("first colour right", "first shape right", "relation right")
-printed = (*measures, "everything right")
-fig, axes = plt.subplots(1, 3, figsize=(9.6, 3.3), layout="constrained", sharey=True)
+measures = ("first colour right", "first shape right", "relation right", "everything right")
+fig, axes = plt.subplots(1, 4, figsize=(11, 3.3), layout="constrained", sharey=True)
 for ax, measure in zip(axes, measures):
     evidence.plot(ax, {name: row[measure] for name, row in hidden.items()}, color="#0072B2")
     ax.set(title=measure, ylim=(-0.03, 1.03))
@@ -306,9 +305,9 @@ fig.suptitle(
     f"{all_right['first noun']:.0%}, with the second in {all_right['second noun']:.0%}"
 )
 plt.show()
-print("hidden                ", " · ".join(printed))
+print("hidden                ", " · ".join(measures))
 for name, row in hidden.items():
-    print(f"{name:22}", " · ".join(f"{row[measure]['value']:4.0%}" for measure in printed),
+    print(f"{name:22}", " · ".join(f"{row[measure]['value']:4.0%}" for measure in measures),
           "· latent changes by", evidence.number(row["change of the latent"]))  # fmt: skip
 options = ("padding", "relation", "first noun")
 most_needed.against(min(options, key=all_right.get))
@@ -320,9 +319,10 @@ most_needed.against(min(options, key=all_right.get))
 # with the empty prompt's vector everything is drawn as well as before. Hiding the first noun costs its shape in a third
 # of the images and its colour in a tenth; the last column counts the images with nothing wrong.
 #
-# The run with seed 4 was an exception, and its prompt leaves the background open: there, hiding “left” changes the latent
-# by half of its length; in the 40 scenes the median is 3 %. Nor is this change a good measure. It is larger with some *image* tokens hidden than with any single word hidden,
-# and yet nearly all of those images are right: what changes is the background and exact positions and sizes.
+# The run with seed 4 was an exception, and its prompt leaves the background open: there, hiding “left” changes the
+# latent by half of its length; in the 40 scenes the median is 3 %. Nor is this change a good measure. It is larger with
+# some *image* tokens hidden than with any single word hidden, and yet nearly all of those images are right: what changes
+# is the background and exact positions and sizes.
 #
 # Padding is not empty: T5's padding tokens attended to the prompt as well, and the
 # transformer was trained with them. When you draw maps of words, leave padding out, because a large share of attention

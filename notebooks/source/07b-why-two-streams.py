@@ -202,7 +202,8 @@ blind_patches.against("more than half" if share_right > 0.5 else "fewer than hal
 # The distance of the latents says less. An unrelated picture, right in everything, is at 1.2; a picture that is lost may
 # be nearer, or much farther away. The distance counts every patch alike, most of which are background.
 #
-# One picture of each kind, for the seed and prompt of the beginning:
+# One picture of each kind, for the seed and prompt of the beginning. (In `fe.ablate`, `streams="txt", queries="img"`
+# selects the weights that image queries give to text keys.)
 
 
 # %%
@@ -247,14 +248,15 @@ plt.show()
 twins = evidence.load("twins")
 for kind, row in twins.items():
     print(f"{kind:8} weights: {row['parameters']:,} parameters, loss", evidence.number(row["loss on unseen scenes"], 3))
+    print(f"{'':8} loss of each seed:", *(f"{loss:.3f}" for loss in row["loss of each seed"]))
     print(f"{'':8} colours right in", evidence.percent(row["colours right"]))
     print(f"{'':8} shapes right in", evidence.percent(row["shapes right"]))
 print("shared - separate, scene by scene:", evidence.number(twins["shared"]["loss, compared with separate weights"], 4))
 
 # %% [markdown]
 # Separate weights reach a lower loss in both seeds and draw more colours right, for the same computation and twice the
-# memory. Shapes are at the level of guessing in both: these models are too small and too young for them. And the
-# comparison does not tell whether the gain comes from two *streams* or from twice as many *weights*; for that one would
+# memory. Hardly any shape is right (12 % with separate weights; guessing among six would give 17 %, but many objects
+# have no readable shape): these models are too small and too young. And the comparison does not tell whether the gain comes from two *streams* or from twice as many *weights*; for that one would
 # train a model with one set of weights and as many parameters.
 #
 # ## In five lines
@@ -267,7 +269,8 @@ print("shared - separate, scene by scene:", evidence.number(twins["shared"]["los
 #    alike, the one with separate weights is better.
 #
 # **Questions people ask**: *Where does FLUX explain its design?* Hardly anywhere: it was released without a report
-# (flux issue 68), and the later report on Kontext (arXiv 2506.15742) describes the architecture without its reasons. The
+# (flux issue 68), and the later report on Kontext (arXiv 2506.15742) gives reasons for the single blocks, but not for
+# the two streams. The
 # design is MMDiT's, from *Scaling Rectified Flow Transformers* (arXiv 2403.03206), which compares it with one set of
 # weights for both. *Why are the streams called txt and img in the weights?* Those are the official names:
 # `double_blocks.0.txt_mlp.0.weight` belongs to the text.

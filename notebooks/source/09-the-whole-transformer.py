@@ -211,7 +211,8 @@ reversed_order.against(round(40 * parts["single blocks reversed"]["everything ri
 # 5. The linear layers grow with the number of tokens, attention with its square: a fifth of the operations at 1024 × 1024.
 #
 # **Questions people ask**: *Is there a report on FLUX.1?* (flux issue 68) No; the report on Kontext (arXiv 2506.15742)
-# has a section about the architecture, but without numbers. Counts like these come from the code and the files.
+# has a section about the architecture, but with few numbers: neither widths nor parameter counts. Counts like
+# these come from the code and the files.
 # *Guidance embedding or CFG?* (flux issues 63, 159) dev has the guidance input, schnell has none, and classifier-free
 # guidance (CFG) evaluates the network twice: notebooks 12 and 12b.
 #

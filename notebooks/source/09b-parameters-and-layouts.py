@@ -89,7 +89,7 @@ for name, network in flux.items():
 #
 # $$19 \cdot 36D^2 + 38 \cdot 15D^2 = 684D^2 + 570D^2 = 1254D^2 \approx 11.83 \cdot 10^9$$
 #
-# parameters in its blocks. The rest, 64 million, is in the biases and norms and in the layers before and after the
+# parameters in its blocks. The rest, 67 million, is in the biases and norms and in the layers before and after the
 # blocks.
 #
 # The variants differ in two places. **schnell** has no guidance input. **fill**, **canny** and **depth** have more

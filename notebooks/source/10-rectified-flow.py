@@ -270,7 +270,8 @@ if fe.passed("flow.sample"):
 # **Questions people ask**: *Which sign does the velocity have?* (friendly-stable-audio-tools issue 9) With t = 1 as
 # noise it is `noise - x0`, and the sampler's step `t_next - t` is negative. In code whose time grows towards the image,
 # both signs are reversed. *How was FLUX trained?* (flux issue 68 asks for a report) As a rectified flow, according to
-# its model cards; data, distribution of times and settings are not published. The official sampler shows the sign, the
+# its model cards; data, distribution of times and settings are not published for FLUX.1 text-to-image. (The report on
+# kontext, arXiv 2506.15742, gives its times: logit-normal, shifted with the resolution.) The official sampler shows the sign, the
 # schedule and the kind of prediction: `denoise` in `sampling.py`, line 351 at commit 802fb47, is
 # `img = img + (t_prev - t_curr) * pred`, as here.
 #

@@ -165,7 +165,7 @@ if fe.passed("guidance.fitted"):
 
 # %% [markdown]
 # A factor of 1 would change nothing. Here only the first step has other factors; afterwards they are within a few
-# percent of 1, so CFG-Zero* hardly differs from CFG in this model.
+# percent of 1, so CFG-Zero* changes little after the first step in this model.
 #
 # ## Break it
 #
@@ -195,9 +195,9 @@ growth = {"CFG": sizes["CFG, 40"] / sizes["CFG, 4"], "embedded": sizes["embedded
 beyond.against(max(growth, key=growth.get))
 
 # %% [markdown]
-# Nothing in the CFG formula limits the latent. Embedded guidance was trained up to 6 and changes less beyond. Two
-# moderate scales used together have the effect of a high one, because the second guides velocities that are guided
-# already.
+# Nothing in the CFG formula limits the latent. Embedded guidance was trained up to 6 and changes less beyond. In
+# this example two moderate scales used together have the effect of a high one: the second guides velocities that are
+# guided already.
 #
 # ## In five lines
 #
@@ -212,7 +212,7 @@ beyond.against(max(growth, key=growth.get))
 # `negative_prompt`, at two samples per step; keep the embedded scale low then, as the last image shows. *Can I pass
 # guidance to schnell?* It has no such input. diffusers' pipeline ignores the value; only a direct call of its
 # transformer with `guidance=` raises a TypeError. *Which scale should I use?* The official defaults are 2.5 to 3.5 for
-# dev, 30 for fill, 50 for canny and 10 for depth. Scales of different models cannot be compared.
+# dev, 30 for fill and canny, and 10 for depth. Scales of different models cannot be compared.
 #
 # **Read**: distillation of guided diffusion, arXiv 2210.03142 · CFG-Zero*, arXiv 2503.18886 ·
 # `black-forest-labs/flux`, `model.py` (`guidance_in`).

@@ -118,7 +118,8 @@ worst = right_without.index(min(right_without))
 vital_block.against("first" if worst == 0 else "last" if worst == len(rows) - 1 else "middle")
 
 # %% [markdown]
-# The first block matters most by both measures: without it no image is right. Next are `single.2` and `single.3`.
+# By the latent the first block matters most. By the judge it cannot be told from `single.2` and `single.3`: without it no
+# image is right, and without one of these hardly any.
 #
 # Ablation has a weakness. A network that was never trained with a missing block may fail for that reason alone. A large
 # change can mean “this block drew the circle” or just “the next block cannot process this input”.

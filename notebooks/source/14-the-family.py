@@ -343,8 +343,9 @@ plt.show()
 #
 # **Questions people ask**: *Does FLUX use embedded guidance or CFG?* (flux issues 63, 159) dev has the guidance scale
 # as an input and needs one evaluation per step; schnell uses neither; CFG with a negative prompt can be used in
-# addition with dev (notebook 12). *How were the variants trained?* (flux issue 68) This has not been published: the
-# weights show which inputs the variants have, not what they were trained on.
+# addition with dev (notebook 12). *How were the variants trained?* (flux issue 68) Published only in part: the
+# report on kontext says that its training began with a FLUX.1 checkpoint, with the rectified-flow loss, logit-normal
+# times and adversarial distillation (LADD). The training of fill, canny, depth and redux is not published.
 #
 # **Read**: FLUX.1 Kontext, arXiv 2506.15742 · `black-forest-labs/flux`, `sampling.py` (`prepare_fill`,
 # `prepare_control`, `prepare_kontext`, `prepare_redux`) · ours: `fluxedu/models/config.py`,

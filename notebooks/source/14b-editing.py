@@ -266,8 +266,8 @@ plt.show()
 # and keeps more of them: 33 dB against 27, with intervals far apart. This is what its training was for.
 #
 # And more rounds? By the formula they help if $hK < 1$. With three rounds the round-trip error is small for some scenes
-# and large for others (the interval of its median is wide), so for some of them the iteration does not converge with
-# these eight steps. A small round-trip error would not be enough, anyway: it says that you can return to the image, not
+# and large for others (the interval of its median is wide), so for some of them the iteration probably does not
+# converge with these eight steps. A small round-trip error would not be enough, anyway: it says that you can return to the image, not
 # that you have found good noise to edit from.
 #
 # ## Break it
