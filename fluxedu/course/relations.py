@@ -104,6 +104,7 @@ def of_values(case: tuple, names: Sequence[str]) -> Iterator[tuple[str, str, Cal
     def function(name: str, change: Callable[[Tensor], Tensor]):
         return simple(f"{name} is applied to the right values", change, f"{name} is missing")
 
+    yield simple("all values are 0", torch.zeros_like)
     yield simple("the values have the wrong sign", torch.neg)
     yield simple("the values are 1 minus the right ones", lambda x: 1 - x)
     yield simple("the values are 1 too large", lambda x: x + 1, "the values are 1 too small")

@@ -41,6 +41,7 @@ ATTEND = task_of(
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
+        (lambda *a: 0 * a[0], "all values are 0."),
         (lambda *a: -attend(*a), "the values have the wrong sign."),
         (lambda *a: 1 - attend(*a), "the values are 1 minus the right ones."),
         (lambda *a: 1000 * attend(*a), "the values are 1000 times the right ones."),
