@@ -46,7 +46,9 @@ course.where(pipe, "image")
 #
 # An *interval* around a rating says how uncertain it is. Votes are collected on six *axes*, which are different
 # questions about two images: which one is better overall, follows the prompt better, and so on. The *judge* is the
-# program that finds shapes and colours in an image by geometry; it can vote on each axis.
+# program that finds shapes and colours in an image by geometry; it can vote on each axis. A *U-Net*, the network of
+# Stable Diffusion, is made of convolutions that halve the resolution step by step and double it again, with skip
+# connections between the two halves (arXiv 1505.04597).
 
 # %%
 interval_width = fe.predict("With four times as many votes, how many times as wide is an interval?", 0.5)  # answer
@@ -76,8 +78,9 @@ noticed_spots = fe.predict(
 #
 # With few votes the distribution is not normal. We cannot ask other people, but we can change the existing votes at
 # random and fit again, many times: this is the *bootstrap*. The usual bootstrap draws votes with replacement, and fails
-# if all of ten votes are for one model: every draw is the same ten votes, so the interval has no width. Rubin's Bayesian bootstrap (1981) gives each vote, and each game of
-# the prior, a random weight from an exponential distribution, so that no vote is ever left out.
+# if all of ten votes are for one model: every draw is the same ten votes, so the interval has no width. Rubin's
+# Bayesian bootstrap (1981) gives each vote, also those of the prior, a random weight from an exponential distribution,
+# so that no vote is ever left out.
 
 # %% exercise="arena.interval"
 
@@ -99,10 +102,9 @@ print(
 )
 
 # %% [markdown]
-# The two intervals are from different random weights, so their ends may differ by some points.
-#
-# Does a 95 % interval contain the truth 95 times in 100? In simulations we know the truth: five strengths of our
-# choice, 150 simulated arenas with 60 votes each, and another 20 with 240.
+# (The ends may differ by some points, since the random weights differ.) Does a 95 % interval contain the truth 95 times
+# in 100? In simulations we know the truth: five strengths of our choice, 150 simulated arenas with 60 votes each, and
+# another 20 with 240.
 
 # %%
 truth = np.array([0.9, 0.4, 0.0, -0.4, -0.9])
@@ -131,16 +133,15 @@ print(f"95 % intervals contained the truth in {100 * np.mean(contains):.0f} % of
 interval_width.against(round(float(np.mean(widths[240]) / np.mean(widths[60])), 1))
 
 # %% [markdown]
-# The width is about inversely proportional to the square root of the number of votes: an interval of half the width
-# needs four times as many votes.
+# The width falls with the square root of the number of votes: half the width needs four times as many.
 #
 # ## Which pair should be compared next?
 #
-# So no vote should be wasted. Let $p$ be the
-# probability that i is preferred to j. A vote on i and j adds the information $w = p\,(1 - p)$ about $s_i - s_j$, which
-# is largest if the result is open, $p = ½$. It reduces the uncertainty most where there were few votes before.
-# Strengths are defined only up to a common constant, so we look at their covariance around their mean: the inverse of
-# the information, with the mean subtracted from its rows and from its columns,
+# So no vote should be wasted. Let $p$ be the probability that i is preferred to j. A vote on i and j adds the
+# information $w = p\,(1 - p)$ about $s_i - s_j$, which is largest if the result is open, $p = ½$. It reduces the
+# uncertainty most where there were few votes before. Strengths are defined only up to a common constant, so we look at
+# their covariance around their mean: the inverse of the information, with the mean subtracted from its rows and from
+# its columns,
 #
 # $$C = P\, I^{-1} P, \qquad P_{ij} = \delta_{ij} - \tfrac{1}{M}$$
 #
@@ -199,7 +200,7 @@ print(f"the most informative pairs gave the smaller variance in {smaller} of 40 
 
 # %% [markdown]
 # The advantage is modest, and in a single arena luck can hide it. The library's arenas choose pairs in this way, and
-# the sides at random, so that a preference for the left side does not favour any model.
+# the sides at random.
 #
 # ## The judge votes
 #
@@ -224,10 +225,9 @@ for axis in ("overall", "diversity"):
 # difference is real, there is a simple explanation: the axis does not ask whether the prompt was followed, and objects
 # in wrong positions are also in different positions. Ask what makes a model win on an axis before you quote its rating.
 #
-# Look at the intervals before you look at the ratings. Overlapping intervals do not show that two models are equal:
-# their strengths are correlated, so one would need the interval of the difference. But they do not show a ranking
-# either. And with six axes and six pairs you look at 36 differences: even if all models were equal,
-# 36 × 5 % = 1.8 of these differences would appear significant at the level of 95 %.
+# Overlapping intervals show neither a ranking nor that two models are equal: their strengths are correlated, so one
+# would need the interval of the difference. And with six axes and six pairs you look at 36 differences: even if all
+# models were equal, 36 × 5 % = 1.8 of them would appear significant at the level of 95 %.
 #
 # Now an arena of your own: four prompts, so 24 votes of the judge on one axis.
 
@@ -246,7 +246,7 @@ plots.elo(result.rows(), f"Overall, {votes_cast} votes: the intervals are hundre
 # the better results may come from the design or from the budget. Here are two models of equal cost: `sd`, a small
 # Stable Diffusion, and `twin`, a FLUX of the miniature's size. Both were trained from scratch, with the same scenes,
 # text encoders, autoencoder and optimiser, and for the same number of minutes on one core. There is one training run of
-# each, with the miniature's settings; only the weight of an auxiliary loss was tuned for the U-Net. So a small
+# each, with the miniature's settings (only the weight of an auxiliary loss was tuned for the U-Net), so a small
 # difference would mean little.
 #
 # | | sd | twin |
@@ -256,8 +256,7 @@ plots.elo(result.rows(), f"Overall, {votes_cast} votes: the intervals are hundre
 # | predicts | the noise, on the curved paths of DDPM | the velocity, on straight paths |
 # | sampling | DDIM, classifier-free guidance | Euler, classifier-free guidance |
 #
-# A *U-Net* reduces the resolution step by step and increases it again, with skip connections between the halves (arXiv
-# 1505.04597). *DDPM* (arXiv 2006.11239) mixes image $x_0$ and noise $\varepsilon$ with an $a_t$ that falls over a
+# *DDPM* (arXiv 2006.11239) mixes image $x_0$ and noise $\varepsilon$ with an $a_t$ that falls over a
 # thousand times, so its paths are curved; *DDIM* follows them back in few steps, without new noise (arXiv 2010.02502).
 # Rectified flow mixes them on a straight line:
 #
@@ -299,14 +298,14 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# The cost is the same, and in these two runs the twin is ahead in every row but diversity. More steps do not help the
-# U-Net: its fifty steps are no better than its eight. We can examine two of the rows.
+# At the same cost, the twin of these two runs is ahead in every row but diversity. We can examine two of the rows.
 #
 # **The background.** At the last of DDPM's times the state is not pure noise: $a_t$ is not 0. In training, the U-Net
 # always received a weak trace of the image, from which the colour of the background can be read. Sampling starts from
 # noise without a trace (arXiv 2305.08891; this is why Stable Diffusion 1 hardly ever generates a black image). Rectified
-# flow starts at t = 1, where the state is pure noise in training, too. So we give the U-Net what is missing: a trace of
-# a plain background, as strong as in training. As a control, we give it the trace of a wrong one. `python -m evidence backgrounds` did so for eighty prompts; we repeat four.
+# flow starts from pure noise in training, too. So we give the U-Net a trace of a plain background, as strong as in
+# training, and as a control that of a wrong one. `python -m evidence backgrounds` did so for eighty prompts; we repeat
+# four.
 
 # %%
 table = evidence.load("backgrounds")
@@ -343,16 +342,14 @@ sides = baselines["sd"]["sides"]
 print("sd, {relations} relations: {asked} objects on the right side, {opposite} on the opposite side".format(**sides))
 
 # %% [markdown]
-# The U-Net mostly draws the background of the trace, whatever the prompt says: in training the state always revealed
-# it. This suggests that the schedule is the cause. To prove it, one would have to train a U-Net whose last time is pure
-# noise, as the cited paper proposes.
+# The U-Net mostly draws the background of the trace, whatever the prompt says. This suggests that the schedule is the
+# cause. To prove it, one would have to train a U-Net whose last time is pure noise, as the cited paper proposes.
 #
 # **Left and right.** A missing object counts as wrong in the row *relations*, too. But where the U-Net draws both
-# objects, the opposite side is almost as frequent as the right one, as the last line above shows. Its text comes from
-# CLIP, which was trained to match captions with images (notebook 02b); our T5 was trained to answer questions about a
-# caption (notebook 03b). But the two models differ in the network, the text encoder and the path, so the comparison
-# does not show which of the three is the cause. A U-Net trained with T5 would help to find out
-# (`training/baselines.py`).
+# objects, the opposite side is almost as frequent as the right one, as the last line above shows. The cause may be the
+# network, the text encoder (CLIP was trained to match captions with images, notebook 02b, our T5 to answer questions
+# about a caption, notebook 03b) or the path: the models differ in all three. A U-Net trained with T5 would help to find
+# out (`training/baselines.py`).
 
 # %% [markdown]
 # ## You vote
@@ -365,8 +362,7 @@ arena.booth(my_arena, voter="me")
 
 # %% [markdown]
 # When you have voted, `my_arena.ratings("overall", "people").table()` counts the votes of people only. A whole class
-# votes in the browser with `fluxedu arena serve`; `fluxedu arena table --figures .` draws two figures like those above from
-# its votes.
+# votes in the browser with `fluxedu arena serve`, and `fluxedu arena table --figures .` draws its ratings.
 #
 # ## Break it
 #
@@ -405,14 +401,13 @@ noticed_spots.against("most" if sum(noticed) > len(noticed) / 2 else "few")
 print(f"on visual quality it prefers the one without spots in {sum(cleaner)} of {len(cleaner)} pairs")
 
 # %% [markdown]
-# You noticed the spots at once. (The judge notices some, where a shape is so poor after four steps that a spot changes
-# what it is taken for.) A rating is valid for one judge *and one question*. A model that is trained to win on
-# this question learns to exploit whatever the question ignores.
+# You noticed the spots at once. (The judge does where a shape is so poor after four steps that a spot changes what it
+# is taken for.) A rating is valid for one judge *and one question*. A model that is trained to win on this question
+# learns to exploit whatever it ignores.
 #
-# **Other prompts.** The bootstrap gives new weights to votes, never to prompts: its interval says what would happen if
-# other people voted on the same prompts. Suppose that ten people vote on the 24 pairs of your arena, and all agree with
-# the judge. The intervals shrink as if these were 240 independent votes. But what happens if we leave out one of the
-# four prompts?
+# **Other prompts.** The bootstrap gives new weights to votes, never to prompts. Suppose that ten people vote on the 24
+# pairs of your arena, and all agree with the judge. The intervals shrink as if these were 240 independent votes. But
+# what happens if we leave out one of the four prompts?
 
 # %%
 rows = [r for r in my_arena.votes.rows() if r["axis"] == "overall" and r["voter"] == "judge"]
@@ -433,7 +428,7 @@ print(f"with one prompt left out, {outside} of {len(without_one) * len(names)} r
 
 # %% [markdown]
 # Votes add information only if they are independent: a hundred prompts with one vote each tell more than one prompt
-# with a hundred votes. A rating belongs to the prompts that it was measured with.
+# with a hundred votes.
 #
 # **A cycle.** A strength is one number, so strengths cannot represent that A beats B, B beats C and C beats A.
 
@@ -457,9 +452,9 @@ in_order += [("A", "C", 1.0, 90), ("C", "A", 1.0, 10)]
 print(f"for models that can be ordered it is off by {100 * largest_misfit('ABC', in_order):.0f}")
 
 # %% [markdown]
-# The three ratings are equal and their intervals narrow, although in every pair one model wins nine times in ten.
-# The intervals do not show that the Bradley-Terry model is wrong here, because they are computed under the assumption
-# that it is right. The pairs do show it: compare the observed share of wins in each pair with the predicted one.
+# The three ratings are equal and their intervals narrow, although in every pair one model wins nine times in ten. The
+# intervals cannot show that the Bradley-Terry model is wrong here, because they assume that it is right. The pairs do
+# show it: compare the observed share of wins in each pair with the predicted one.
 #
 # ## In five lines
 #
