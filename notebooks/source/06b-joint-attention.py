@@ -128,14 +128,13 @@ if fe.passed("attention.map"):
 map_size.against(round(24 * 4608**2 * 2 / 1e9, 2))
 
 # %% [markdown]
-# The fused kernel behind `F.scaled_dot_product_attention` never stores this map, because it would be too large. Some
-# tools compute attention a second time in order to draw it. This is not necessary. A single number per query, the
-# **log-sum-exp** of its scores, is enough to compute any entry of the map:
+# The fused kernel behind `F.scaled_dot_product_attention` never stores this map, because it would be too large. A single
+# number per query, the **log-sum-exp** of its scores, is enough to compute any entry of it:
 #
 # $$\mathrm{lse}_i = \log \sum_{j} e^{q_i \cdot k_j / \sqrt d} \qquad P_{ij} = e^{q_i \cdot k_j / \sqrt d\, -\, \mathrm{lse}_i}$$
 #
-# The fused kernel needs this number anyway, and returns it beside its output: it is `lse` of the library's
-# `AttentionMap`, which the cell above has kept.
+# The fused kernel returns this number beside its output: it is `lse` of the library's `AttentionMap`, which the cell
+# above has kept.
 
 # %%
 # [1, 5, 96, 32] twice, [1, 5, 96, 96]; float32 in any model
@@ -172,12 +171,8 @@ fig
 # would be 50 %.
 
 # %%
-pairs = (
-    ("green star", "red cross"),
-    ("yellow ring", "blue circle"),
-    ("pink square", "red star"),
-    ("blue ring", "red circle"),
-)
+pairs = [("green star", "red cross"), ("yellow ring", "blue circle")]
+pairs += [("pink square", "red star"), ("blue ring", "red circle")]
 five = [prompt] + [f"a {left_object} left of a {right_object}" for left_object, right_object in pairs]
 prompts = [p for p in five for _ in range(8)]
 with fe.record("*.attn.map", steps=2) as rec:
@@ -215,8 +210,7 @@ plt.show()
 # Each map has its own brightness scale. The percentage is the head's attention to image tokens; the rest goes to text.
 #
 # Now explore it yourself. Left: how much the chosen patch attends to each other patch and, in the shades of the words,
-# to each word. Right: which patches attend to the chosen word. You can change block, time and head. The explorer
-# computes each row and column on demand from q, k and the log-sum-exp.
+# to each word. Right: which patches attend to the chosen word. You can change block, time and head.
 
 # %%
 widgets.attention(pipe, prompt, seed=4, progress=False)
@@ -256,13 +250,8 @@ plt.show()
 # Your function now acts in all blocks and steps of the trained model. The library's `fe.ablate` does the same.
 
 # %%
-hidden_tokens = {
-    "padding": list(range(9, 32)),
-    "“red”": [1],
-    "“circle”": [2],
-    "“left”": [3],
-    "all words": list(range(9)),
-}
+hidden_tokens = {"padding": list(range(9, 32)), "“red”": [1], "“circle”": [2], "“left”": [3]}
+hidden_tokens["all words"] = list(range(9))
 if fe.passed("attention.hide"):
     outs, changes = [reference], {}
     for name, tokens in hidden_tokens.items():
@@ -299,18 +288,14 @@ for ax, measure in zip(axes, measures):
     ax.set(title=measure, ylim=(-0.03, 1.03))
     ax.tick_params(axis="x", labelrotation=90, labelsize=8)
 axes[0].set_ylabel("share of 40 images")
-all_right = {name: row["everything right"]["value"] for name, row in hidden.items()}
-fig.suptitle(
-    f"Everything is right in {all_right['nothing']:.0%} of the images, with the first noun hidden in "
-    f"{all_right['first noun']:.0%}, with the second in {all_right['second noun']:.0%}"
-)
+fig.suptitle("With a noun hidden, little more than half of the images are right; with all words hidden, none")
 plt.show()
 print("hidden                ", " · ".join(measures))
 for name, row in hidden.items():
     print(f"{name:22}", " · ".join(f"{row[measure]['value']:4.0%}" for measure in measures),
           "· latent changes by", evidence.number(row["change of the latent"]))  # fmt: skip
 options = ("padding", "relation", "first noun")
-most_needed.against(min(options, key=all_right.get))
+most_needed.against(min(options, key=lambda name: hidden[name]["everything right"]["value"]))
 
 # %% [markdown]
 # Hiding a colour word changes nothing that the judge can see, and neither does hiding the relation. The likely reason:
@@ -324,9 +309,9 @@ most_needed.against(min(options, key=all_right.get))
 # some *image* tokens hidden than with any single word hidden, and yet nearly all of those images are right: what changes
 # is the background and exact positions and sizes.
 #
-# Padding is not empty: T5's padding tokens attended to the prompt as well, and the
-# transformer was trained with them. When you draw maps of words, leave padding out, because a large share of attention
-# to padding does not mean that padding describes the object (arXiv 2501.06751).
+# Padding is not empty: T5's padding tokens attended to the prompt as well, and the transformer was trained with them.
+# But leave padding out when you draw maps of words: a large share of attention to it does not mean that it describes
+# the object (arXiv 2501.06751).
 #
 # ## In five lines
 #

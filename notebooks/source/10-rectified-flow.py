@@ -37,9 +37,6 @@ course.where(pipe, "final", "solver")
 # ## Predict
 
 # %%
-direction = fe.predict(
-    "Halfway through a run, the velocity points towards what: 'the noise' or 'the image'?", "the noise"
-)  # answer
 straight_paths = fe.predict(
     "The training data are points on straight lines. Are the trajectories straight, too, 'yes' or 'no'?", "no"
 )  # answer
@@ -66,7 +63,6 @@ half = int((original.trajectory.times - 0.5).abs().argmin())
 v, latents = original.trajectory.velocities[half, 0], original.trajectory.latents[:, 0]
 similarity = torch.cosine_similarity(v.flatten(), (latents[0] - latents[-1]).flatten(), dim=0)
 print(f"cosine similarity of the velocity and the direction from the image to the noise: {similarity:.1f}")
-direction.against("the noise" if similarity > 0 else "the image")
 
 # %% [markdown]
 # The loss is the mean squared error of the predicted velocity, over random images, noise and times:
@@ -257,7 +253,7 @@ if fe.passed("flow.sample"):
     right_images.against("more" if count > 20 else "fewer")
 
 # %% [markdown]
-# It is easy to blame the training for such images. When samples look odd, check the sign and the time first.
+# When samples look odd, check the sign and the time before you blame the training.
 #
 # ## In five lines
 #

@@ -44,7 +44,6 @@ course.where(pipe, "final", "solver")
 # image is decided as soon as the *predicted x0*, the image that a velocity implies, is within 5 % of one of the six.
 
 # %%
-lowest_loss = fe.predict("How small can the training loss become: 'zero' or 'above zero'?", "above zero")  # answer
 caption_time = fe.predict("At which time, from 0 to 1, does a caption reduce the miniature's loss most?", 1.0)  # answer
 decision_step = fe.predict("At which of 20 steps is it decided which of the six images comes out?", 4)  # answer
 
@@ -75,12 +74,11 @@ path, _ = euler_path(field(flow), start, times)  # [41, 300, 2]
 if fe.passed("flow.best"):
     x0, noise = points[torch.randint(6, (2000,))], torch.randn(2000, 2)
     for t in (0.3, 0.6, 1.0):
-        state = (1 - t) * x0 + t * noise
-        exact = best(state, t, points)
-        error = 10 * round(10 * float((field(flow)(state, t) - exact).norm() / exact.norm()))
+        x_t = (1 - t) * x0 + t * noise
+        exact = best(x_t, t, points)
+        error = 10 * round(10 * float((field(flow)(x_t, t) - exact).norm() / exact.norm()))
         lowest = float((exact - (noise - x0)).square().mean())
         print(f"t = {t}: loss of the best velocity {lowest:.1f}; the network differs from it by about {error} %")
-    lowest_loss.against("above zero" if lowest > 0.01 else "zero")
 
 # %% [markdown]
 # Even the best velocity has a loss above zero, the variance of the velocities at a point. At t = 1 the state contains
@@ -214,14 +212,14 @@ curves = {"with caption": losses_with(captions), "empty caption": losses_with(["
 reduction = 1 - curves["with caption"] / curves["empty caption"]  # [24, 5]
 for t, column in zip(loss_times, reduction.T):
     low, median, high = (float(column.quantile(share)) for share in (0.1, 0.5, 0.9))
-    print(f"t = {t:.1f}: the caption reduces the loss by {median:.0%} (8 of 10 images: {low:.0%} to {high:.0%})")
+    print(f"t = {t:.1f}: the caption reduces the loss by {median:.0%} (median; 8 of 10 images: {low:.0%} to {high:.0%})")
 caption_time.against(loss_times[int(reduction.median(dim=0).values.argmax())])
 
 fig, ax = plt.subplots(figsize=(5.6, 3), layout="constrained")
 for (name, curve), style in zip(curves.items(), ("o-", "s-")):
     ax.plot(loss_times, curve.mean(0), style, label=name)
-ax.set(xlabel="time (1 is noise)", ylabel="loss (mean squared error)", ylim=0)
-ax.set_title(f"24 images: the caption reduces the loss most at t = 1, by {median:.0%} (median)")
+ax.set(xlabel="time (1 is noise)", ylabel="mean loss of 24 images", ylim=0)
+ax.set_title(f"24 images: the median reduction by the caption is largest at t = 1: {median:.0%}")
 ax.legend()
 plt.show()
 
@@ -291,11 +289,10 @@ if fe.passed("flow.steer"):
     plt.show()
 
 # %% [markdown]
-# The left half is that of the finished image, as it must be. (Distances are in standard deviations of its latent, over
-# eight seeds.)
+# (Distances are in standard deviations of the finished image's latent, over eight seeds.)
 #
-# Now measure how straight the miniature's trajectories are, and make a mistake: the predicted noise takes the place of
-# the velocity, as if you had loaded a model that predicts noise. The *judge*, a program that finds shapes and colours,
+# Now make a mistake, the predicted noise in place of the velocity, as if you had loaded a model that predicts noise,
+# and measure how straight the miniature's trajectories are. The *judge*, a program that finds shapes and colours,
 # counts for five prompts with eight seeds each how often both objects are there, and nothing else.
 
 # %%

@@ -85,8 +85,7 @@ lopsided = sum(chance_of[k] for k in range(101) if abs(k - 50) >= 10)
 chance_result.against(round(100 * lopsided))
 
 # %% [markdown]
-# So between equal models, a result of 60 to 40 or a clearer one occurs by chance one time in eighteen. One such result
-# is a hint, and no more.
+# So between equal models, a result of 60 to 40 or a clearer one occurs by chance one time in eighteen.
 #
 # Now all votes. Here the *judge* votes, the program that finds shapes and colours in an image by geometry: the image
 # that satisfies more claims of its prompt wins; if both satisfy equally many, the one that is drawn more cleanly wins;
@@ -143,8 +142,8 @@ if fe.passed("arena.elo"):
 # %% [markdown]
 # In chess this is wanted, because players improve. Models do not improve while they are compared.
 #
-# Our judge counts claims, and does not know what looks good. You do: vote yourself, without knowing which model made
-# which image. Choose a side for each numbered pair; the ratings are updated by Elo's rule as you go.
+# Our judge does not know what looks good. You do: vote yourself, without knowing which model made which image. Choose a
+# side for each numbered pair; the ratings are updated by Elo's rule as you go.
 
 # %%
 prompts = my_arena.questions("overall")
@@ -289,7 +288,7 @@ if fe.passed("arena.gradient", "arena.information", "arena.newton"):
 
 # %% [markdown]
 # Each step adds about 1, for ever: the likelihood grows with the strength and has no maximum, while the information
-# falls to 0. Ten votes without a defeat do not show that a model never loses.
+# falls to 0.
 #
 # A second way to break it is to start far from the maximum. The parabola is a good approximation only near the point
 # where it touches, and a step may overshoot. With 7 wins in 10 votes the maximum is at 0.85; we start further and
