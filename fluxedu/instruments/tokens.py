@@ -151,5 +151,5 @@ def _indices_of(word: str, spans: list[tuple[int, int]], prompt: str) -> list[in
         if end > start and any(start < last and end > first for first, last in occurrences):
             indices.append(i)
     if not indices:
-        raise WordNotInPrompt(f"the prompt does not contain {describe(word)}; it is {describe(prompt)}.")
+        raise WordNotInPrompt(f"the prompt does not contain {describe(word)}; it is {prompt!r}.")
     return indices

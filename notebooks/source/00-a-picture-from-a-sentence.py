@@ -39,8 +39,8 @@ out.images[0].resize((256, 256))
 #
 # Before you go on, predict what you will see. Replace each `...` by your answer and run the cell; the notebook measures
 # it later and keeps your score. (Below each exercise, `fe.check` tests your code; the dots are its difficulty. Cells
-# that begin with `if fe.passed(...)` wait for it: once it is right, run them and all cells below.) The questions use two
-# terms. The *transformer* is the network that is evaluated once per step; its output is called the
+# that begin with `if fe.passed(...)` wait for it: once it is right, run them and all cells below.) The questions use
+# two terms. The *transformer* is the network that is evaluated once per step; its output is called the
 # *velocity* (section 5). A *token* is one vector of the sequence that the transformer works on. The finished image
 # consists of 128 × 128 × 3 = 49,152 numbers.
 
@@ -213,7 +213,7 @@ if fe.passed("picture.predicted_x0"):
 # blurred and pale. A network that had reached the smallest possible training loss would predict the average of all images
 # that fit the prompt. Does this one? We drew 64 images for each of 16 prompts and compared their average with the x0
 # predicted from eight other noises, at guidance scale 1, where guidance does nothing (in brackets a 95 % interval: how
-# far the share may be off with so many images; notebook 15b explains it):
+# far the share may be off with so many images; notebook 15b explains it; it does not include the choice of the prompts):
 
 # %%
 stored = evidence.load("first_prediction")["1"]

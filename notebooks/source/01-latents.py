@@ -36,14 +36,13 @@ images = to_tensor(np.stack([render(scene) for scene in test_scenes])).to(device
 course.where(pipe, "encoder", "image")
 
 # %% [markdown]
-# The filled boxes are this notebook's parts; the colour says of which kind they are: text purple, time and steps
-# orange, transformer blue, image green. The encoder is needed only when a run starts from an image, the decoder once at
-# the end of every run.
+# The filled boxes are this notebook's parts; the colour shows their kind: text purple, time orange, transformer blue,
+# image green. The encoder is needed only when a run starts from an image, the decoder once at the end of every run.
 #
 # ## Predict
 #
-# For the second question we train a tiny autoencoder on images of one red circle; the *Kullback-Leibler term* is a part
-# of its loss that pulls the distribution of each latent towards $\mathcal{N}(0, 1)$. For the third we draw red stars of
+# For the second question we train a tiny autoencoder on images of one red circle; the *Kullback-Leibler term*
+# of its loss pulls the distribution of each latent towards $\mathcal{N}(0, 1)$. For the third we draw red stars of
 # five sizes, then encode and decode the images. The *judge*, a small program of this course that finds shapes and
 # colours in an image by geometry, without a network, recognises all five stars before that.
 
@@ -82,8 +81,7 @@ for side in (128, 1024):
 pair_ratio.against((128 * 128) ** 2 // 64**2)
 
 # %% [markdown]
-# The number of **tokens** is smaller than that of the pixels by a factor of 256, and the number of pairs that attention
-# has to compare by a factor of $256^2 = 65{,}536$, which answers the first question.
+# There are 256 times fewer tokens than pixels, and $256^2 = 65{,}536$ times fewer pairs.
 
 # %% [markdown]
 # ## Build it
@@ -303,12 +301,8 @@ ax.axhline(50, color="0.6", linewidth=1)
 ax.set_xticks([2, 3, 4, 6, 10, 16, 48], [2, 3, 4, 6, 10, 16, 48])
 ax.minorticks_off()
 ax.set(xlabel="width of the stripes: pixels from one to the next", ylabel="error, % of the power", ylim=(0, 100))
-ax.set_title(
-    f"The error is {error_share[0]:.0%} of the power for the widest stripes, {error_share[-1]:.0%} for the narrowest"
-)
+ax.set_title(f"Error: {error_share[0]:.0%} of the power for the widest stripes, {error_share[-1]:.0%} for the narrowest")
 plt.show()
-for pixels, value in zip(width[::3], error_share[::3]):
-    print(f"stripes of {float(pixels):4.1f} pixels: the error is {value:.0%} of the power")
 
 # %% [markdown]
 # ## Put your code into the trained model
@@ -362,7 +356,7 @@ plt.show()
 
 # %% [markdown]
 # The missing scale is the most dangerous mistake, because the result still looks like an image, only with too much
-# contrast. When a run starts from such a latent, it is easy to blame the model.
+# contrast.
 #
 # **A small star.** The judge looks for stars before and after the autoencoder.
 
@@ -392,9 +386,7 @@ for column, (r, pair) in enumerate(zip(radii, examples)):
         axes[row, column].axis("off")
     axes[0, column].set_title(f"radius {r} px", fontsize=9)
 radii_lost = "radius " + " and ".join(str(r) for r in radii if r < smallest)
-fig.suptitle(
-    f"Top: original. Bottom: encoded and decoded. At {radii_lost}, stars lose their points"
-)
+fig.suptitle(f"Top: original. Bottom: encoded and decoded. At {radii_lost}, stars lose their points")
 plt.show()
 
 # %% [markdown]

@@ -133,6 +133,7 @@ own = torch.arange(64, device=device)
 
 
 # %%
+@torch.enable_grad()  # a later cell turns gradients off
 def train(train_ids: Tensor, steps: int = 300) -> tuple[TinyTowers, list[float]]:
     torch.manual_seed(0)
     tiny = TinyTowers().double()

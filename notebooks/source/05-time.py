@@ -136,8 +136,9 @@ without_guidance.against(next(name for name, value in has_input.items() if not v
 
 # %% [markdown]
 # FLUX.1-schnell has no guidance input: its `vec` is time plus text. Note what is *not* part of `vec`: the image tokens
-# and T5's token vectors. CLIP's pooled vector does contain much of the prompt (notebook 02b reads colours and shapes
-# from it). But how much of `vec` is that? We compare the three parts over 40 prompts.
+# and T5's token vectors. CLIP's pooled vector does contain much of the prompt (notebook 02b reads colours from it
+# nearly always, the first shape half of the time). But how much of `vec` is that? We compare the three parts over 40
+# prompts.
 
 # %%
 colours, shapes = ("red", "green", "blue", "yellow", "orange"), ("circle", "square", "triangle", "star")

@@ -2,8 +2,8 @@
 # # 05b · Modulation
 #
 # **How do the time, the guidance scale and the text act on every block?** Each block computes three vectors from `vec`:
-# shift, scale and gate. This is called *modulation*, and it takes more than a quarter of FLUX.1-dev's parameters. You
-# will build it, put it into the trained model, and switch parts of it off.
+# shift, scale and gate. This is called *modulation*, and it takes a large share of FLUX.1-dev's parameters. You will
+# build it, put it into the trained model, and switch parts of it off.
 #
 # Afterwards you can write AdaLN (LayerNorm with a computed shift and scale) from memory, explain why the modulation can
 # be computed before sampling, and say what the image takes from the pooled text vector here.
@@ -136,7 +136,7 @@ if fe.passed("modulation.gates"):
             out = pipe(prompt, seed=4, progress=False)
         added = float((rec["single.2.out"].tensor - rec["single.2.x"].tensor).abs().max())
         change = float((out.latents - reference.latents).norm() / reference.latents.norm())
-        print(f"closed: {closed:9} single.2 changes a number by at most {added:3.0f}, the latent changes by {change:.0%}")
+        print(f"closed: {closed:9} single.2 changes a number by {added:3.0f} at most, the latent changes by {change:.0%}")
         ax.imshow(out.images[0])
         ax.set(title=f"closed: {closed}", xticks=[], yticks=[])
     plt.show()

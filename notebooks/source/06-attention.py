@@ -42,7 +42,8 @@ query_length = fe.predict(
     "QKNorm gives a query of 32 numbers the root mean square 1. What is the length of this vector?", 5.66
 )  # answer
 scaled_with_norm = fe.predict(
-    "Queries and keys are multiplied by 10 before QKNorm. Is attention 'unchanged', 'sharper' or 'flatter'?", "unchanged"
+    "Queries and keys are multiplied by 10 before QKNorm. Is attention 'unchanged', 'sharper' or 'flatter'?",
+    "unchanged"
 )  # answer
 scaled_without_norm = fe.predict(
     "They are multiplied by 10, but not normalised afterwards: 'unchanged', 'sharper' or 'flatter'?", "sharper"

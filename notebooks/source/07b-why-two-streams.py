@@ -41,7 +41,7 @@ course.where(pipe, "double")
 # %% [markdown]
 # ## Predict
 #
-# The *judge* is a program that reads shapes, colours and positions from a picture. To hold a stream *still* means that
+# The *judge* is a program that reads shapes, colours and positions from an image. To hold a stream *still* means that
 # its tokens leave each double block as they entered it; the other stream still attends to them.
 
 # %%
@@ -49,7 +49,7 @@ operations_ratio = fe.predict(
     "Two sets of weights instead of one: how many times as many operations does the block need?", 1
 )  # answer
 shared_weights = fe.predict(
-    "The text stream gets the image stream's weights. How many of 40 pictures does the judge find right?", 0
+    "The text stream gets the image stream's weights. Of 40 images, are 'none', 'some' or 'most' right?", "none"
 )  # answer
 blind_patches = fe.predict(
     "Patches cannot attend to text in double blocks: 'fewer than half' or 'more than half' right?", "more than half"
@@ -175,9 +175,9 @@ if fe.passed("streams.hold"):
 # ## Break it
 #
 # Now with numbers. 40 prompts about two shapes, each with its own seed, in 20 steps. The first column is the share of
-# pictures in which everything is right, with a 95 % interval. The second compares the share of right *claims* (two
-# colours, two shapes and a position per picture) with the same pictures of the unchanged model. The last is the distance
-# of the final latent, relative to its length; an unrelated picture, such as that of another seed, is at about 1.2.
+# images in which everything is right, with a 95 % interval. The second compares the share of right *claims* (two
+# colours, two shapes and a position per image) with the same images of the unchanged model. The last is the distance
+# of the final latent, relative to its length; an unrelated image, such as that of another seed, is at about 1.2.
 
 # %%
 parts = evidence.load("parts")
@@ -189,20 +189,21 @@ for name in names:
     print(f"{name:32} {evidence.percent(row['everything right']):28} claims {100 * claims['value']:+4.0f} points",
           f"({100 * claims['low']:+.0f} to {100 * claims['high']:+.0f})",
           f"latent {row['change of the latent']['value']:.1f}")  # fmt: skip
-shared_weights.against(round(40 * parts["double: text uses image weights"]["everything right"]["value"]))
+share_right = parts["double: text uses image weights"]["everything right"]["value"]
+shared_weights.against("none" if share_right == 0 else "most" if share_right > 0.5 else "some")
 share_right = parts["double: no attention to text"]["everything right"]["value"]
 blind_patches.against("more than half" if share_right > 0.5 else "fewer than half")
 
 # %% [markdown]
-# With the weights of the other stream hardly a picture is right, even if only the MLPs are exchanged. Neither stream can
+# With the weights of the other stream hardly an image is right, even if only the MLPs are exchanged. Neither stream can
 # be held still; holding the image stream costs more claims. What patches need less is to attend to the text *in these
-# blocks*: more than half of the pictures are right without it, since patches attend to the text in the single blocks as
+# blocks*: more than half of the images are right without it, since patches attend to the text in the single blocks as
 # well (notebook 08b).
 #
-# The distance of the latents says less. An unrelated picture, right in everything, is at 1.2; a picture that is lost may
+# The distance of the latents says less. An unrelated image, right in everything, is at 1.2; an image that is lost may
 # be nearer, or much farther away. The distance counts every patch alike, most of which are background.
 #
-# One picture of each kind, for the seed and prompt of the beginning. (In `fe.ablate`, `streams="txt", queries="img"`
+# One image of each kind, for the seed and prompt of the beginning. (In `fe.ablate`, `streams="txt", queries="img"`
 # selects the weights that image queries give to text keys.)
 
 
@@ -241,8 +242,8 @@ plt.show()
 # its streams were given different ones. To compare designs, one has to train both. So here are twins: tiny models of
 # four double blocks and nothing else, trained from nothing on the same scenes in the same order for 1,500 steps, with
 # separate or with shared weights, from two seeds each. A step costs the same computation in both. The loss is that of
-# 512 scenes that training never shows; the judge reads one picture for each of 128 new prompts and both seeds (256
-# pictures of one or two objects; `n` counts the objects).
+# 512 scenes that training never shows; the judge reads one image for each of 128 new prompts and both seeds (256
+# images of one or two objects; `n` counts the objects).
 
 # %%
 twins = evidence.load("twins")
@@ -251,20 +252,23 @@ for kind, row in twins.items():
     print(f"{'':8} loss of each seed:", *(f"{loss:.3f}" for loss in row["loss of each seed"]))
     print(f"{'':8} colours right in", evidence.percent(row["colours right"]))
     print(f"{'':8} shapes right in", evidence.percent(row["shapes right"]))
-print("shared - separate, scene by scene:", evidence.number(twins["shared"]["loss, compared with separate weights"], 4))
+print("loss, shared - separate, scene by scene:", evidence.number(twins["shared"]["loss, compared with separate weights"], 4))
 
 # %% [markdown]
-# Separate weights reach a lower loss in both seeds and draw more colours right, for the same computation and twice the
-# memory. Hardly any shape is right (12 % with separate weights; guessing among six would give 17 %, but many objects
-# have no readable shape): these models are too small and too young. And the comparison does not tell whether the gain comes from two *streams* or from twice as many *weights*; for that one would
-# train a model with one set of weights and as many parameters.
+# The intervals say how far other scenes may move these numbers, not other trainings, of which there are only two of each
+# kind; and the objects of one image are not independent, so those of colours and shapes are wider in truth. Separate
+# weights reach a lower loss in both seeds and draw more colours right, for the same computation and twice the memory.
+# Hardly any shape is right (12 % with separate weights; guessing among six would give 17 %, but many objects have no
+# readable shape): these models are too small and too young. And the comparison does not tell whether the gain comes from
+# two *streams* or from twice as many *weights*; for that one would train a model with one set of weights and as many
+# parameters.
 #
 # ## In five lines
 #
 # 1. Two sets of weights double the memory and do not change the amount of computation.
 # 2. With one set of weights, the block is the usual transformer block on the sequence of all tokens.
 # 3. Trained weights of one stream do not fit the other, not even those of the MLP alone.
-# 4. In the double blocks, neither stream can be held still; most pictures survive if patches cannot attend to text there.
+# 4. In the double blocks, neither stream can be held still; most images survive if patches cannot attend to text there.
 # 5. Taking something away from a trained model tells what it uses, not what a design needs. Of two tiny models trained
 #    alike, the one with separate weights is better.
 #

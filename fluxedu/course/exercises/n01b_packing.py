@@ -168,7 +168,8 @@ def _changes() -> list[tuple]:
 def share_near(before: Tensor, after: Tensor, row: int, column: int, margin: int) -> Tensor:
     """Which share of the squared change between two images `[B, 3, H, W]` lies near a latent cell: `[B]`.
 
-    "Near" means the 8 x 8 pixels of the cell in this row and column, and `margin` more pixels on each side.
+    "Near" means the 8 x 8 pixels of the cell in this row and column, and `margin` more pixels on each side. The
+    box lies inside the image.
     """
     change = (after - before).square().sum(1)  # [B, H, W]
     top, left = 8 * row - margin, 8 * column - margin

@@ -72,7 +72,8 @@ def _sequences() -> list[tuple]:
 class CausalAttention(nn.Module):
     """Self-attention in which a token attends only to itself and to earlier tokens: `[B, L, D] -> [B, L, D]`.
 
-    Scores are divided by the square root of a head's width. Later tokens must get a weight of exactly 0.
+    Scores are divided by the square root of a head's width. Later tokens must get a weight of exactly 0. The outputs of
+    the H heads are put side by side, `[B, L, D]`, and `out_proj` maps them to the result.
     """
 
     def __init__(self, dim: int, num_heads: int):
@@ -147,7 +148,8 @@ def _states() -> list[tuple]:
 def pooled(states: Tensor, ids: Tensor, end: int) -> Tensor:
     """One vector per prompt: `states [B, L, D]` at the **first** `end` token of `ids [B, L]`, as `[B, D]`.
 
-    CLIP pads with the same token, so a row may end with many of them; and prompts have different lengths.
+    The states are already normalised: do not apply the LayerNorm again. CLIP pads with the same token, so a row may end
+    with many of them; and prompts have different lengths.
     """
     first = (ids == end).int().argmax(dim=1)  # [B]
     return states[torch.arange(len(ids), device=ids.device), first]
@@ -165,4 +167,7 @@ wrong("clip.pooled", "you look for the largest id, which is the end token only i
 )
 wrong("clip.pooled", "you take the last word, the token before the end token; CLIP takes the state of the end token.")(
     lambda states, ids, end: states[torch.arange(len(ids)), (ids == end).int().argmax(dim=1) - 1]
+)
+wrong("clip.pooled", "you apply a LayerNorm; the states are already normalised.")(
+    lambda states, ids, end: F.layer_norm(pooled(states, ids, end), states.shape[-1:])
 )

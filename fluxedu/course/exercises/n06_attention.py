@@ -180,7 +180,8 @@ def _stream_cases() -> list[tuple]:
 class SelfAttention(nn.Module):
     """Compute one stream's q, k and v: `x [B, N, D]` -> three tensors `[B, H, N, d]`, q and k normalised.
 
-    `qkv` computes all three at once, `D -> 3 D`; `norm` is the QKNorm. `proj` is applied to the attention output,
+    `qkv` computes all three at once, `D -> 3 D`: all of q, then all of k, then all of v, and in each of them one head
+    after another. `norm` is the QKNorm. `proj` is applied to the attention output,
     by the block; you do not need it here.
     """
 

@@ -54,6 +54,8 @@ class SharedBlock(nn.Module):
     1. add gate1 times the attention of the tokens, normalised and modulated with shift1 and scale1
     2. add gate2 times the MLP of the new tokens, normalised and modulated with shift2 and scale2
     3. return the image tokens and the text tokens separately, in this order
+
+    `layer_norm(x)` and `modulate(x, shift, scale)` are imported above.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_hidden: int):
