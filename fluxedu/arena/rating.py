@@ -3,10 +3,10 @@
     rate(["nano", "nano@4"], [("nano", "nano@4", 1.0), ("nano@4", "nano", 0.5)]).table()
 
 The model: ``P(i is preferred to j) = sigmoid(s_i - s_j)`` with one strength ``s`` per model. A tie is half a win each.
-The prior is one more player with strength 0, the last row and column of the win table, against which every model has
-won one game and lost one. It keeps a model that never lost finite.
+The prior is an imaginary model with strength 0, the last row and column of the win table, against which every model has
+won one vote and lost one. It keeps a model that never lost finite.
 
-The intervals come from the Bayesian bootstrap (Rubin, 1981): every vote, and every game of the prior, is weighted by an
+The intervals come from the Bayesian bootstrap (Rubin, 1981): every vote, also those of the prior, is weighted by an
 exponential random number instead of being drawn 0, 1, 2, ... times. No vote ever vanishes, so the interval of a model
 that never lost is as wide as it should be, where the ordinary bootstrap would give a width of 0.
 
@@ -23,7 +23,7 @@ import numpy as np
 from fluxedu.errors import ArenaError, check_integer, check_number, checked, printable
 
 ELO = 400 / np.log(10)  # Elo points per unit of strength
-PRIOR = 1.0  # games won and lost against the player at 0; with fewer, intervals from few votes are too narrow
+PRIOR = 1.0  # votes won and lost against the model at 0; with fewer, intervals from few votes are too narrow
 MAX_STEP = 2.0  # units of strength; a full Newton step may overshoot if one side hardly ever wins
 TIE_TOLERANCE = 1e-9  # variance reductions that differ by less than this share of the largest count as equal
 
@@ -57,9 +57,9 @@ def win_matrix(rows: np.ndarray, m: int) -> np.ndarray:
 
 
 def add_prior(wins: np.ndarray, prior: float | np.ndarray = PRIOR) -> np.ndarray:
-    """Wins ``[..., M, M]`` with the player at 0 as the last row and column, ``[..., M+1, M+1]``.
+    """Wins ``[..., M, M]`` with the prior's model at 0 as the last row and column, ``[..., M+1, M+1]``.
 
-    ``prior``: the games that each model won and lost against it; ``[..., M, 2]`` if these differ.
+    ``prior``: the votes that each model won and lost against it; ``[..., M, 2]`` if these differ.
     """
     m = wins.shape[-1]
     table = np.zeros((*wins.shape[:-2], m + 1, m + 1))
@@ -72,7 +72,7 @@ def add_prior(wins: np.ndarray, prior: float | np.ndarray = PRIOR) -> np.ndarray
 
 
 def win_probabilities(strengths: np.ndarray) -> np.ndarray:
-    """``P(i is preferred to j)``, ``[..., M+1, M+1]``, from strengths ``[..., M]``; the last player is the one at 0."""
+    """``P(i is preferred to j)``, ``[..., M+1, M+1]``, from strengths ``[..., M]``; the last model is the prior's."""
     s = np.concatenate([strengths, np.zeros((*strengths.shape[:-1], 1))], -1)
     return 0.5 + 0.5 * np.tanh((s[..., :, None] - s[..., None, :]) / 2)  # the sigmoid, without overflow
 

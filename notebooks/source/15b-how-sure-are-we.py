@@ -55,7 +55,7 @@ interval_width = fe.predict("With four times as many votes, how many times as wi
 axes = "'overall', 'prompt', 'size', 'typography', 'diversity' or 'quality'"
 exchanged_axis = fe.predict(f"On which axis is nano in 4 steps rated above nano-base: {axes}?", "diversity")  # answer
 cycle_difference = fe.predict(
-    "A beats B, B beats C, and C beats A, in 9 of 10 votes each. How many Elo points from best to worst?", 0
+    "A beats B, B beats C, and C beats A, in 9 of 10 votes each. Are the three ratings 'equal' or 'different'?", "equal"
 )  # answer
 better_relations = fe.predict(
     "After equal training, which network more often draws an object on the correct side: the 'U-Net' or 'FLUX'?", "FLUX"
@@ -368,8 +368,8 @@ arena.booth(my_arena, voter="me")
 #
 # There are three ways in which these numbers can mislead.
 #
-# **No axis covers everything.** For an arena, a model is any function that generates images. This one takes the miniature's
-# image (in 4 steps, for forty prompts) and adds spots; the judge ignores areas below 25 pixels.
+# **No axis covers everything.** For an arena, a model is any function that generates images. This one takes the
+# miniature's image (in 4 steps, for forty prompts) and adds spots; the judge ignores areas below 25 pixels.
 
 
 # %%
@@ -435,7 +435,7 @@ print(f"with one prompt left out, {outside} of {len(without_one) * len(names)} r
 # %%
 cycle = [("A", "B", 1.0, 90), ("B", "A", 1.0, 10), ("B", "C", 1.0, 90), ("C", "B", 1.0, 10)]
 cycle += [("C", "A", 1.0, 90), ("A", "C", 1.0, 10)]
-cycle_difference.against(round(float(np.ptp(rate("ABC", cycle).elo))))
+cycle_difference.against("equal" if np.ptp(rate("ABC", cycle).elo) < 1 else "different")
 
 
 def largest_misfit(names, votes):

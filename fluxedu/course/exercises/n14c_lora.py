@@ -225,7 +225,7 @@ def _by_eigenvectors(update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @exercise(
     "lora.factors",
-    minutes=8,
+    minutes=10,
     difficulty=2,
     cases=_updates,
     call=_product_and_shapes,
