@@ -122,7 +122,7 @@ for name, selection in selections.items():
 #
 # `reduce=` takes a function that turns every recorded value into a smaller one before it is stored. Write one.
 # `fe.check`, below each exercise, tests your answer and explains common mistakes, and `fe.passed` lets the cells that
-# use your code wait until it is right.
+# use your code wait until it is right: then run them and all cells below.
 
 # %% exercise="instruments.lengths"
 

@@ -260,7 +260,8 @@ for change, row in evidence.load("recolour").items():
 # ## Break it
 #
 # Without the bias T5 has no information about order. Two prompts with the same words then get the same vectors, only in
-# another order; and since FLUX does not see the order of text tokens, both must give the same image.
+# another order; and since FLUX does not see the order of text tokens, both must give the same image if CLIP's vector is
+# the same.
 
 # %%
 A = prompt

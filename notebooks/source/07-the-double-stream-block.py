@@ -38,7 +38,7 @@ course.where(pipe, "double")
 # ## Predict
 #
 # We measure the size of a token by the root mean square of its numbers. The *gate* is the factor with which a block
-# multiplies what it adds to a token. The *judge* is a program that reads shapes, colours and positions from a picture.
+# multiplies what it adds to a token. The *judge* is a program that reads shapes, colours and positions from an image.
 
 # %%
 larger_tokens = fe.predict("After the double blocks, which tokens are larger: 'text' or 'image'?", "text")  # answer
@@ -46,7 +46,7 @@ larger_term = fe.predict(
     "What adds more to text tokens in the last double block: 'attention' or 'MLP'?", "MLP"
 )  # answer
 blending = fe.predict(
-    "The gates blend old and new, (1 - gate) x + gate f. How many of 40 pictures does the judge still find right?", 0
+    "The gates blend old and new, (1 - gate) x + gate f. Of 40 images, are 'none', 'some' or 'most' right?", "none"
 )  # answer
 
 # %% [markdown]
@@ -190,7 +190,7 @@ streams(pipe, prompt, seed=4, progress=False)
 # ## Break it
 #
 # Two mistakes that are easy to make in `leave`, with the trained weights: the gates blend old and new, or the MLP reads
-# the tokens from before the attention. 40 prompts, each with its own seed; the judge says how many pictures are right in
+# the tokens from before the attention. 40 prompts, each with its own seed; the judge says how many images are right in
 # everything that the prompt says (share, with a 95 % interval). The controls are the model as it is, and the same
 # prompts with other seeds.
 
@@ -198,7 +198,8 @@ streams(pipe, prompt, seed=4, progress=False)
 parts = evidence.load("parts")
 for name in ("nothing", "another seed", "double: gate blends", "double: MLP in parallel"):
     print(f"{name:24} right: {evidence.percent(parts[name]['everything right'])}")
-blending.against(round(40 * parts["double: gate blends"]["everything right"]["value"]))
+share = parts["double: gate blends"]["everything right"]["value"]
+blending.against("none" if share == 0 else "most" if share > 0.5 else "some")
 
 # %% [markdown]
 # Neither mistake raises an error, but these weights were trained for $x + g f$ with the MLP second. You can produce the

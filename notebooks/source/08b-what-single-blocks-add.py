@@ -39,8 +39,8 @@ course.where(pipe, "single")
 # %% [markdown]
 # ## Predict
 #
-# The *judge* is a program that reads shapes, colours and positions from a picture. A prompt about two shapes makes five
-# *claims* about the picture: two colours, two shapes and a position. *Removing* a block means that it adds nothing;
+# The *judge* is a program that reads shapes, colours and positions from an image. A prompt about two shapes makes five
+# *claims* about the image: two colours, two shapes and a position. *Removing* a block means that it adds nothing;
 # *holding* the text means that a block does not change the text tokens.
 
 # %%
@@ -162,7 +162,7 @@ contributions(pipe, prompt, seed=4, progress=False)
 # ## Which blocks add most to the image?
 #
 # Now measure it yourself, while the model runs. `fe.intervene` calls an object of yours at the site of every block's
-# contribution. It only looks, so the picture must stay the same.
+# contribution. It only looks, so the image must stay the same.
 
 # %% exercise="contributions.meter"
 
@@ -183,9 +183,10 @@ if fe.passed("contributions.meter"):
         print(f"{name} adds {size:.1f}")
 
 # %% [markdown]
-# And what does the picture need? The same blocks, removed one at a time: 40 prompts about two shapes, each with its own
-# seed, in 20 steps. The first number is the share of pictures in which everything is right; the second compares the
-# share of right claims with that of the same pictures with all blocks (both with 95 % intervals).
+# And what does the image need? You saw in notebook 05b that each closed block costs right images; here the claims say
+# how much. The same blocks, removed one at a time: 40 prompts about two shapes, each with its own seed, in 20 steps.
+# The first number is the share of images in which everything is right; the second compares the share of right claims
+# with that of the same images with all blocks (both with 95 % intervals).
 
 # %%
 blocks = evidence.load("blocks")
@@ -205,7 +206,7 @@ removed.against("the block that adds most" if largest == most_needed else "anoth
 # %% [markdown]
 # The last block adds more than twice as much as any other, but more is lost without `single.2`, whose contribution is
 # among the middle ones: 37 points of the claims (28 to 46), against 14 without the last block (9 to 21). A large contribution is not the same as an important one: what is added late, or in a
-# direction that the last layer does not read, changes little in the picture.
+# direction that the last layer does not read, changes little in the image.
 #
 # %% [markdown]
 # ## The MLP after the attention
@@ -271,13 +272,13 @@ for ax, out, name in zip(axes, outs, ["original", *changes]):
 plt.show()
 
 # %% [markdown]
-# The weights were trained for attention and MLP in parallel, and hardly a picture survives the usual order. This does not
+# The weights were trained for attention and MLP in parallel, and hardly an image survives the usual order. This does not
 # show that parallel is better: a network trained with the usual order would probably fail in the same way.
 #
-# Patches need the text in the single blocks: without it no picture is right, whereas more than half are right without it
+# Patches need the text in the single blocks: without it no image is right, whereas more than half are right without it
 # in the double blocks. (There are six single blocks and two double blocks, so these lines do not compare one block with
 # one block.) But the single blocks need not change it: with the text tokens held as they leave the double blocks, as many
-# pictures are right as before. In the last block the update has no effect at all, because the result is not used: after
+# images are right as before. In the last block the update has no effect at all, because the result is not used: after
 # it the text tokens are discarded. FLUX computes them nevertheless.
 #
 # ## In five lines
@@ -292,7 +293,7 @@ plt.show()
 # **Questions people ask**: *Why do attention-map tools leave out the single blocks?* (attention-map-diffusers issues 15
 # and 21) They need not: here `single.2.attn.map` is a site like any other, and the numbers above show that the text acts
 # on the image mostly there. *Can blocks be left out to save time?* In the miniature not without a loss: without any
-# one of its six single blocks, the share of right pictures falls from 92 % to 62 % or less.
+# one of its six single blocks, the share of right images falls from 92 % to 62 % or less.
 #
 # **Read**: *Scaling Vision Transformers to 22 Billion Parameters*, arXiv 2302.05442, section 2 (parallel layers) · ours:
 # `fluxedu/models/blocks.py`, `fluxedu/widgets/contributions.py`, `evidence/parts.py`.

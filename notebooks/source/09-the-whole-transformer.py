@@ -39,13 +39,13 @@ course.where(pipe, "in", "vec", "double", "single", "final")
 # ## Predict
 #
 # FLUX.1-dev has 4,096 image tokens at 1024 × 1024 and 16,384 at 2048 × 2048, and 512 text tokens in both. The *judge*
-# is a program that reads shapes, colours and positions from a picture.
+# is a program that reads shapes, colours and positions from an image.
 
 # %%
 attention_share = fe.predict("What percentage of the operations is attention at 1024 × 1024?", 20)  # answer
 cost_ratio = fe.predict("How many times as many operations does one evaluation need at 2048 × 2048?", 5.6)  # answer
 reversed_order = fe.predict(
-    "The six single blocks run in reverse order. How many of 40 pictures does the judge find right?", 0
+    "The six single blocks run in reverse order. Of 40 images, are 'none', 'some' or 'most' right?", "none"
 )  # answer
 
 # %% [markdown]
@@ -162,7 +162,7 @@ cost_ratio.against(sum(costs[2048]) / sum(costs[1024]))
 
 # %% [markdown]
 # The linear layers grow with the number of tokens, attention with its square; they are equal at $T = 6D = 18{,}432$
-# tokens, which is a picture of about 2140 × 2140 pixels. Four times as many pixels cost more than five times as much.
+# tokens, which is an image of about 2140 × 2140 pixels. Four times as many pixels cost more than five times as much.
 #
 # ## See it
 
@@ -182,8 +182,8 @@ plt.show()
 # ## Break it
 #
 # Mistakes in assembling raise no error, because all blocks have the same inputs and outputs. 40 prompts about two
-# shapes, each with its own seed; the judge counts the pictures in which everything is right (share, with a 95 %
-# interval), and how many of the claims are lost (two colours, two shapes and a position per picture). The last line
+# shapes, each with its own seed; the judge counts the images in which everything is right (share, with a 95 %
+# interval), and how many of the claims are lost (two colours, two shapes and a position per image). The last line
 # leaves out the pooled text, one of the three terms of `vec`.
 
 # %%
@@ -193,11 +193,12 @@ for name in ("nothing", "another seed", "double blocks exchanged", "single block
     claims = row["claims, compared with nothing changed"]
     print(f"{name:24} right: {evidence.percent(row['everything right']):28} claims {100 * claims['value']:+.0f} points",
           f"({100 * claims['low']:+.0f} to {100 * claims['high']:+.0f})")  # fmt: skip
-reversed_order.against(round(40 * parts["single blocks reversed"]["everything right"]["value"]))
+share = parts["single blocks reversed"]["everything right"]["value"]
+reversed_order.against("none" if share == 0 else "most" if share > 0.5 else "some")
 
 # %% [markdown]
-# With either of the two other orders of the blocks no picture is right, although each block could read the output of any other: a block's
-# weights were trained for the tokens that arrive at its place. Without the pooled text, few pictures are right. `vec`
+# With either of the two other orders of the blocks no image is right, although each block could read the output of
+# any other: a block's weights were trained for the tokens that arrive at its place. Without the pooled text, few images are right. `vec`
 # sets the shifts, scales and gates of all blocks, and these were trained with three terms in the sum.
 #
 # Notebook 09b counts the parameters of this network and of its variants.

@@ -43,7 +43,6 @@ def relative_distance(out, reference) -> float:
 # ## Predict
 
 # %%
-passes = fe.predict("How many samples does the network process per step for one image with embedded guidance?", 1)  # answer
 lowest = fe.predict(
     "A student is given the scales 1, 2, 4 and 6, and its teacher is guided with scale 4. Which of its four losses is "
     "the smallest: '1', '2', '4' or '6'?", "4"
@@ -78,7 +77,7 @@ print(f"scale 1 with its own term: the latent differs by {relative_distance(at_s
 batch_sizes = []
 with fe.intervene("img_in", lambda x, ctx: batch_sizes.append(len(x)) or x):
     nano(prompt, seed=3, steps=1, progress=False)
-passes.against(batch_sizes[0])
+print("samples that the network processes per step for one image:", batch_sizes[0])
 
 # %% [markdown]
 # ### How a network learns to do it in one pass

@@ -40,8 +40,8 @@ course.where(pipe, "double", "single")
 # A *site* is a named point of the model at which a value can be recorded or replaced. An *attention map* is the table
 # of attention weights: one row per query, one column per key, and each row sums to 1. A *patch* is the area of one
 # image token, 16 × 16 pixels. A *lens* is a function of `fluxedu.instruments.lenses` that runs the model, records and
-# measures one quantity; `lenses.__all__` lists their names. The *judge* is a program that finds shapes and colours in an
-# image by geometry.
+# measures one quantity; `lenses.__all__` lists their names. The *judge* is a program that finds shapes and colours in
+# an image by geometry.
 #
 # ## Predict
 
@@ -121,9 +121,14 @@ if fe.passed("inside.points", "inside.iou") and maps:
     ax.plot(100 * hits, "o-", color="#0072B2", label="brightest patch on the object")
     ax.plot(100 * overlap, "s-", color="#D55E00", label="overlap (IoU)")
     ax.axhline(100 * chance, color="0.5", ls="--", label="a random patch (for the brightest patch)")
-    ax.set_xticks(range(len(blocks)), blocks, fontsize=8)
+    ax.set_xticks(range(len(blocks)), blocks, fontsize=8, rotation=30)
     ax.set(ylabel="percent", ylim=(0, 105), xlabel="block")
-    ax.set_title(f"{len(maps)} nouns: their maps overlap their object best in {blocks[best]} (IoU {overlap[best]:.2f})")
+    three = overlap.topk(3).indices.sort().values.tolist()  # the three best blocks, in the order of the network
+    ax.set_title(
+        f"{len(maps)} nouns: best overlap in {', '.join(blocks[i] for i in three)} "
+        f"(IoU {overlap[three].min():.2f} to {overlap[three].max():.2f})",
+        fontsize=10,
+    )
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     plt.show()
     names = ["a middle one"] * len(blocks)
@@ -229,11 +234,11 @@ print("kinds of token:", {kind: kinds.count(kind) for kind in sorted(set(kinds))
 massive_token.against(max(kinds, key=kinds.count))
 
 # %% [markdown]
-# In all ten runs it is in the same channel, and in nine of them in a padding token, which means nothing: the tokens
-# that fill a prompt up to a fixed length. (That the ratio and the index of the channel are about equal is a
-# coincidence.) Is it needed? We set it to 0 at the input of the second single block, at every step. The control sets
-# another channel of the same token to 0. Five prompts with eight seeds each, in eight steps; the distance is that of
-# the final latent, divided by the latent's length.
+# In all ten runs it is in the same channel, and in nine of them in a padding token, which stands for no word of the
+# prompt: such tokens fill a prompt up to a fixed length. (That the ratio and the index of the channel are about equal is
+# a coincidence.) Is it needed? The ratio jumps after `single.0` (figure), so we set the value to 0 at the input of
+# `single.1`, at every step. The control sets another channel of the same token to 0. Five prompts with eight seeds each,
+# in eight steps; the distance is that of the final latent, divided by the latent's length.
 
 # %%
 massive = max(channels, key=channels.count)
@@ -264,8 +269,9 @@ for name, channel in (("the massive value", massive), ("control, the next channe
         print(f"images with both objects and nothing else: {right[0]} normally, {right[1]} without it")
 
 # %% [markdown]
-# The largest value in the network is hardly needed. In most images its removal changes almost nothing, and all objects
-# stay right. So the size of a value does not tell you what it is for; you have to change it and look at the effect.
+# The largest value is hardly needed: removing it there, just after it appears, changes almost nothing in most images, and
+# all objects stay right. So the size of a value does not tell you what it is for; you have to change it and look at the
+# effect.
 # Notebook 13b does this with blocks and tokens.
 #
 # ## In five lines

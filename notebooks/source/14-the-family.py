@@ -42,7 +42,6 @@ course.where(pipe, "in", "vec", "solver")
 # ## Predict
 
 # %%
-fill_inputs = fe.predict("How many numbers per image token does fill read (noise, masked image, mask)?", 384)  # answer
 inverted_mask = fe.predict(
     "nano-fill's mask is inverted, its masked image is right. What is outside the hole, 'kept' or 'repainted'?", "kept"
 )  # answer
@@ -73,7 +72,6 @@ for name, variant in VARIANTS.items():
     print(f"{row} {defaults.guidance:9g} {defaults.text_length:8}  {shift:>5}")
 with meta_init():
     print(f"redux head  {count_parameters(ReduxHead()):14,}")
-fill_inputs.against(VARIANTS["fill"].flux.in_channels)
 
 # %% [markdown]
 # Read the table line by line. **schnell** has no guidance input, 10,229,760 parameters fewer than dev, and takes four
@@ -116,6 +114,11 @@ with torch.no_grad():
     whole = fill.autoencoder.encode(to_tensor(photo).to(device))  # the same without the hole
 
 
+def found_in(image):
+    """The objects that the judge finds in an image."""
+    return ", ".join(f"{found.color} {found.form}" for found in detect(image).objects) or "nothing"
+
+
 class WithMyTokens(torch.nn.Linear):
     """The first layer of fill, whose tokens are built by `fill_tokens`."""
 
@@ -133,7 +136,7 @@ prompt, seeds = "a red circle left of a yellow star", list(range(8))
 settings = {"image": photo, "mask": hole, "steps": 8, "paste": False, "trajectory": False, "progress": False}
 theirs = fill(prompt, seed=seeds, **settings)
 if fe.passed("family.fill"):
-    inputs = {"your tokens": (masked, mask), "mask inverted": (masked, 1 - mask), "image without hole": (whole, mask)}
+    inputs = {"your tokens": (masked, mask), "mask inverted": (masked, 1 - mask), "no hole in the image": (whole, mask)}
     shown, outside = {"original": photo}, {}
     for name, (my_masked, my_mask) in inputs.items():
         with fe.swap("img_in", lambda old: WithMyTokens(old, my_masked, my_mask), fill):
@@ -144,7 +147,8 @@ if fe.passed("family.fill"):
             [masked_psnr(np.asarray(image), photo, where) for image in mine.images] for where in (hole == 0, hole > 0)
         )
         ends = [f"{min(values):.0f} to {max(values):.0f} dB" for values in (outside[name], inside)]
-        print(f"{name:18} PSNR outside the hole {ends[0]}, inside {ends[1]} (8 seeds)")
+        stars = sum("yellow star" in found_in(image) for image in mine.images)
+        print(f"{name:20} a yellow star in {stars} of 8 images; PSNR outside the hole {ends[0]}, inside {ends[1]}")
         shown[name] = mine.images[0]
     inverted_mask.against("kept" if np.median(outside["mask inverted"]) > 20 else "repainted")
     fig, axes = plt.subplots(1, 4, figsize=(7.4, 2.3), layout="constrained")
@@ -156,8 +160,9 @@ if fe.passed("family.fill"):
     plt.show()
 
 # %% [markdown]
-# For this photo, nano-fill repaints the hole in all three cases. The grey area of the masked image tells it where the
-# hole is, and so does the mask, and here one of the two is enough. (One photo does not show that it is always so.)
+# For this photo, nano-fill replaces the square in all three cases, and some images show a star, with the right mask and
+# with the inverted one. But if the image has no hole, no star appears, and in most images no object at all: here the
+# network needs the grey area of the masked image to draw one, and the mask alone is not enough. (This is one photo.)
 #
 # The network reads 384 numbers per token and predicts 64: masked image and mask are inputs, and never predicted.
 # **canny** and **depth** are simpler: they read a second latent, of the edges or of the depth map, 64 + 64 = 128
@@ -192,13 +197,6 @@ if fe.passed("family.fill"):
 
 # %%
 redux = fe.load("nano-redux", device=device)
-
-
-def found_in(image):
-    """The objects that the judge finds in an image."""
-    return ", ".join(f"{found.color} {found.form}" for found in detect(image).objects) or "nothing"
-
-
 settings = {"image_prompt": photo, "seed": 1, "steps": 8, "trajectory": False, "progress": False}
 theirs = redux("", **settings)
 if fe.passed("family.redux"):
@@ -216,8 +214,9 @@ if fe.passed("family.redux"):
     course.compare("the latent with shuffled tokens and in order", results["shuffled"].latents, theirs.latents, 1e-3)
     change = float((results["shuffled"].latents - theirs.latents).norm() / theirs.latents.norm())
     token_order.against("yes" if change > 1e-3 else "no")
-    print("the judge finds", found_in(theirs.images[0]), "· with zeros in place of the image's tokens:")
-    print(len(detect(results["no image"].images[0]).objects), "objects")
+    number = len(detect(results["no image"].images[0]).objects)
+    print("the judge finds", found_in(theirs.images[0]))
+    print(f"with zeros in place of the image's tokens, it finds {number} objects")
 
 # %% [markdown]
 # All of these tokens have the position id (0, 0, 0), so the network does not know their order: attention sums over
@@ -271,10 +270,10 @@ plt.show()
 # schnell needs only one to four steps because it was trained for them, by adversarial distillation (arXiv 2403.12015);
 # without that training the same network needs more. `nano-schnell` is the miniature after further training by a simpler
 # method, progressive distillation (arXiv 2202.00512). The miniature, the *teacher*, samples in 20 steps, and its states
-# $x_0, \dots, x_4$ at the five times $t_0 = 1 > t_1 > \dots > t_4 = 0$ are stored. The student learns the constant
+# $y_0, \dots, y_4$ at the five times $t_0 = 1 > t_1 > \dots > t_4 = 0$ are stored. The student learns the constant
 # velocity that leads from each of them to the next in a single Euler step (`schnell_loss` in `training/schnell.py`):
 #
-# $$L = \Bigl\| v_\theta(x_k, t_k) - \frac{x_{k+1} - x_k}{t_{k+1} - t_k} \Bigr\|^2$$
+# $$L = \Bigl\| v_\theta(y_k, t_k) - \frac{y_{k+1} - y_k}{t_{k+1} - t_k} \Bigr\|^2$$
 #
 # So it learns chords of the teacher's curved path (notebook 10), where the teacher has learned tangents.
 
@@ -311,8 +310,8 @@ schnell = fe.load("nano-schnell", device=device)
 exam = [q for q in questions(320) if q.size == (128, 128)][:40]
 in_four_steps = {}
 for name, model in {"nano": pipe, "nano-schnell": schnell}.items():
-    prompts, seeds = [q.prompt for q in exam], [q.seed for q in exam]
-    in_four_steps[name] = model(prompts, seed=seeds, steps=4, trajectory=False, progress=False).images
+    exam_prompts, exam_seeds = [q.prompt for q in exam], [q.seed for q in exam]
+    in_four_steps[name] = model(exam_prompts, seed=exam_seeds, steps=4, trajectory=False, progress=False).images
     right = sum(judge(image, q.claim).everything for image, q in zip(in_four_steps[name], exam))
     print(f"{name}, 4 steps: {right} of {len(exam)} images entirely right")
 fewer = count_parameters(pipe.flux) - count_parameters(schnell.flux)
@@ -344,8 +343,8 @@ plt.show()
 # **Questions people ask**: *Does FLUX use embedded guidance or CFG?* (flux issues 63, 159) dev has the guidance scale
 # as an input and needs one evaluation per step; schnell uses neither; CFG with a negative prompt can be used in
 # addition with dev (notebook 12). *How were the variants trained?* (flux issue 68) Published only in part: the
-# report on kontext says that its training began with a FLUX.1 checkpoint, with the rectified-flow loss, logit-normal
-# times and adversarial distillation (LADD). The training of fill, canny, depth and redux is not published.
+# report on kontext says that its training began with a FLUX.1 checkpoint, with the rectified-flow loss and
+# logit-normal times, followed by distillation (adversarial, LADD, for pro; of the guidance for dev). The training of fill, canny, depth and redux is not published.
 #
 # **Read**: FLUX.1 Kontext, arXiv 2506.15742 · `black-forest-labs/flux`, `sampling.py` (`prepare_fill`,
 # `prepare_control`, `prepare_kontext`, `prepare_redux`) · ours: `fluxedu/models/config.py`,

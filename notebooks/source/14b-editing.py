@@ -128,7 +128,7 @@ for strength in (0.25, 0.5, 0.75):
 # \quad\Longrightarrow\quad \| x^{(r)} - x \| \le (h K)^r\, h\, \| v(x, t) \|$$
 #
 # So each round makes the error smaller by the factor $hK$, provided that $hK < 1$: many short steps and a velocity that
-# changes slowly. A high guidance scale makes $K$ larger.
+# changes slowly. A high guidance scale probably makes $K$ larger.
 
 # %% exercise="family.invert"
 
@@ -169,9 +169,9 @@ if fe.passed("family.invert"):
 #
 # ## A model that reads the image
 #
-# FLUX.1 Kontext was trained to edit. It reads the *reference image* as additional tokens after those of the image to be
-# generated, the *target*. Their position ids (notebook 04) have 1 in the frame coordinate, which is 0 for all other
-# tokens. The network predicts a velocity for all tokens, and that of the reference is discarded:
+# FLUX.1 Kontext was trained to edit. You saw in notebook 14 that the tokens of its *reference image* come after those
+# of the image to be generated, the *target*, and have 1 in the frame coordinate; here you build them. The network
+# predicts a velocity for all tokens, and that of the reference is discarded:
 #
 # $$v_\theta\bigl([\,\underbrace{x_t}_{N \text{ tokens, frame } 0},\; \underbrace{r}_{M \text{ tokens, frame } 1}],\,
 # t\bigr) = [\,\underbrace{v}_{\text{kept}},\; \underbrace{\cdot}_{\text{discarded}}\,]$$
@@ -190,7 +190,7 @@ instruction, seeds = "make the circle green", list(range(8))
 with torch.no_grad():
     reference = pack(kontext.autoencoder.encode(to_tensor(photo).to(device)))  # [1, 64, 64]
 text = kontext.prompt_encoder([instruction] * 8)
-scale = torch.full((8,), kontext.defaults.guidance, device=device)
+scales = torch.full((8,), kontext.defaults.guidance, device=device)
 
 
 @torch.no_grad()
@@ -199,7 +199,7 @@ def edited_with(my_ids):
 
     def velocity(x, t):
         t = torch.full((8,), float(t), device=device)
-        network = lambda tokens, ids: kontext.flux(tokens, ids, text.txt, text_ids(32).to(ids), t, text.pooled, scale)
+        network = lambda tokens, ids: kontext.flux(tokens, ids, text.txt, text_ids(32).to(ids), t, text.pooled, scales)
         return edit_velocity(network, x, image_ids(16, 16).to(device), reference, my_ids)
 
     noise = torch.cat([draw_noise(seed, 16, 16, 16) for seed in seeds]).to(device)

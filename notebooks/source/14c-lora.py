@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 14c · LoRA
 #
-# **How can a file of a few megabytes change a model of twenty-four gigabytes?** By storing not new weights but an
+# **How can a file of a few hundredths of the size change a model of twenty-four gigabytes?** By storing not new weights but an
 # update of low rank. You will count, build, merge and fit such updates, and run them inside the miniature.
 #
 # Afterwards you can say how large a LoRA is, merge one or run it beside its layer, extract one from a trained model,
@@ -26,10 +26,11 @@ from fluxedu.nano.judge import detect
 
 device = course.begin()
 pipe = fe.load("nano-schnell", device=device)
-course.where(pipe, "in", "double", "single")
+course.where(pipe, "in", "vec", "double", "single", "final")
 
 # %% [markdown]
-# A LoRA can change any of the highlighted parts. We use nano-schnell (notebook 14), since four steps are enough for it.
+# A LoRA can change any linear layer, and the highlighted parts all have some. We use nano-schnell (notebook 14), since
+# four steps are enough for it.
 #
 # ## Predict
 

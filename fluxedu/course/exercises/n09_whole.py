@@ -43,8 +43,7 @@ def _inputs() -> list[tuple]:
         "Five steps: compute the conditioning vector `vec`, compute the rotations, project image and text tokens to "
         "the width D, run all blocks, run the last layer. Concatenate text and image before the single blocks.",
         "`timestep_embedding(timesteps).to(y)` turns a number into sines and cosines (it multiplies by 1000 and "
-        "returns float32, hence `.to(y)`), and `self.time_in` turns those into a vector. Guidance works the same way. "
-        "A block is called with `block.plan(vec)` and the rotations.",
+        "returns float32, hence `.to(y)`), and `self.time_in` turns those into a vector. Guidance works the same way.",
         "`x = torch.cat([txt, img], dim=1)`, then `x = block(x, block.plan(vec), rope, txt_len)` for every single "
         "block, and `self.final_layer(x[:, txt_len:], self.final_layer.plan(vec))`.",
     ),
@@ -56,6 +55,10 @@ class MyFlux(nn.Module):
     `timesteps [B]` from 1 (noise) to 0, the pooled text vector `y [B, vec_in_dim]`, and `guidance [B]` for variants
     that have this input. The modules have their official names. Where text and image are concatenated, the text comes
     first.
+
+    A double block is called as `block(img, txt, block.plan(vec), rope)` and returns both, a single block as
+    `block(x, block.plan(vec), rope, txt_len)`, and the last layer as `final_layer(x, final_layer.plan(vec))`. As in
+    notebook 05, `timestep_embedding(t).to(y)` embeds times and guidance scales.
     """
 
     def __init__(self, config: FluxConfig):
@@ -164,7 +167,7 @@ def _operations(config: FluxConfig, txt_len: int, img_len: int) -> int:
     ),
 )
 def flops(config: FluxConfig, txt_len: int, img_len: int) -> int:
-    """The operations of one evaluation of the network for one picture: multiplications and additions both count.
+    """The operations of one evaluation of the network for one image: multiplications and additions both count.
 
     `config` has hidden_size (D), mlp_hidden (M), depth, depth_single_blocks, in_channels, context_in_dim and
     out_channels. Count the matrix products only: the linear layers and, in every block, the attention's scores and
