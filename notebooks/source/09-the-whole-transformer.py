@@ -53,7 +53,7 @@ reversed_order = fe.predict(
 #
 # The transformer computes a *velocity* for every image token (noise minus image, notebook 10). Its inputs are image
 # tokens, text tokens from T5, and `vec`: the sum of the embeddings of the time, of the pooled text vector from CLIP
-# and, in some variants, of the guidance scale (how strongly the image should follow the prompt, notebook 12):
+# and, in some variants, of the guidance scale (how strongly the image should follow the prompt, notebook 12b):
 #
 # $$\text{vec} = E_{\text{time}}(t) + E_{\text{guidance}}(g) + E_{\text{text}}(y)$$
 #

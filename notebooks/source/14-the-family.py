@@ -342,7 +342,7 @@ plt.show()
 #
 # **Questions people ask**: *Does FLUX use embedded guidance or CFG?* (flux issues 63, 159) dev has the guidance scale
 # as an input and needs one evaluation per step; schnell uses neither; CFG with a negative prompt can be used in
-# addition with dev (notebook 12). *How were the variants trained?* (flux issue 68) Published only in part: the
+# addition with dev (notebook 12b). *How were the variants trained?* (flux issue 68) Published only in part: the
 # report on kontext says that its training began with a FLUX.1 checkpoint, with the rectified-flow loss and
 # logit-normal times, followed by distillation (adversarial, LADD, for pro; of the guidance for dev). The training of fill, canny, depth and redux is not published.
 #
