@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 14c · LoRA
 #
-# **How can a file of a few hundredths of the size change a model of twenty-four gigabytes?** By storing not new weights but an
-# update of low rank. You will count, build, merge and fit such updates, and run them inside the miniature.
+# **How can a file change a model of a hundred times its size?** By storing not new weights but an update of low rank. You
+# will count, build, merge and fit such updates, and run them inside the miniature.
 #
 # Afterwards you can say how large a LoRA is, merge one or run it beside its layer, extract one from a trained model,
 # and say how much of a change is lost at a low rank.

@@ -339,14 +339,14 @@ for row, (name, backgrounds) in zip(axes, {"no trace": None, "right trace": righ
 fig.suptitle("The U-Net takes the background from the trace in its noise, not from the prompt", fontsize=10)
 plt.show()
 sides = baselines["sd"]["sides"]
-print("sd, {relations} relations: {asked} objects on the right side, {opposite} on the opposite side".format(**sides))
+print("sd, {relations} relations: {asked} objects on the correct side, {opposite} on the opposite side".format(**sides))
 
 # %% [markdown]
 # The U-Net mostly draws the background of the trace, whatever the prompt says. This suggests that the schedule is the
 # cause. To prove it, one would have to train a U-Net whose last time is pure noise, as the cited paper proposes.
 #
 # **Left and right.** A missing object counts as wrong in the row *relations*, too. But where the U-Net draws both
-# objects, the opposite side is almost as frequent as the right one, as the last line above shows. The cause may be the
+# objects, the opposite side is almost as frequent as the correct one, as the last line above shows. The cause may be the
 # network, the text encoder (CLIP was trained to match captions with images, notebook 02b, our T5 to answer questions
 # about a caption, notebook 03b) or the path: the models differ in all three. A U-Net trained with T5 would help to find
 # out (`training/baselines.py`).
@@ -406,7 +406,7 @@ print(f"on visual quality it prefers the one without spots in {sum(cleaner)} of 
 # learns to exploit whatever it ignores.
 #
 # **Other prompts.** The bootstrap gives new weights to votes, never to prompts. Suppose that ten people vote on the 24
-# pairs of your arena, and all agree with the judge. The intervals shrink as if these were 240 independent votes. But
+# pairs of your arena, and all agree with the judge. These count as 240 independent votes. But
 # what happens if we leave out one of the four prompts?
 
 # %%
@@ -427,6 +427,9 @@ outside = sum(int(((elo < ten_votes.low) | (elo > ten_votes.high)).sum()) for el
 print(f"with one prompt left out, {outside} of {len(without_one) * len(names)} ratings are outside their interval")
 
 # %% [markdown]
+# (By the square root, 405 points would become 128. But the two best contestants lost no vote to the others, so votes
+# limit the distance from below only; its upper limit comes from the prior, however many votes there are.)
+#
 # Votes add information only if they are independent: a hundred prompts with one vote each tell more than one prompt
 # with a hundred votes.
 #

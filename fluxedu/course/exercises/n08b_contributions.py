@@ -65,9 +65,10 @@ class Meter:
     """Measure what each block adds to the image tokens. Write `__call__(value, ctx)` and `ranking()`.
 
     `fe.intervene` calls it at the site `single.0.contribution` and its like, with what the block adds to all tokens,
-    `value [B, L + N, D]`. Take the image tokens only, compute the size of each (the root mean square of its D numbers),
-    and store the mean over batch and tokens in `self.sizes`, one number per call, under the name of the block
-    ("single.0"). Return the value unchanged, so that the run goes on as if nobody watched.
+    `value [B, L + N, D]`. Take the image tokens only (`ctx.stream_slice("img")` is their slice), compute the size of
+    each (the root mean square of its D numbers), and store the mean over batch and tokens in `self.sizes`, one number
+    per call, under the name of the block ("single.0"). Return the value unchanged, so that the run goes on as if nobody
+    watched.
 
     `ranking` returns pairs (name, mean of the block's numbers over all calls), the largest first.
     """

@@ -257,8 +257,8 @@ def sample(velocity: Callable, x: Tensor, times: Sequence[float], renoise: Calla
     """From the noise `x [B, ...]` to the image: all states, `[N + 1, B, ...]`, the first being `x` itself.
 
     `times` are N + 1 decreasing numbers. In each step, the velocity `v = velocity(x, t)` implies a predicted image and
-    a predicted noise. The next state is their mixture for the time `t_next`, but with `renoise(noise)` in place of the
-    predicted noise.
+    a predicted noise, called `noise` here. The next state is their mixture for the time `t_next`, but with
+    `renoise(noise)` in place of `noise`.
     """
     states = [x]
     for t, t_next in zip(times[:-1], times[1:], strict=True):

@@ -133,7 +133,8 @@ def _batches() -> list[tuple]:
 def fitted(negative: Tensor, prompted: Tensor, scale: float) -> Tensor:
     """CFG-Zero*: multiply `negative` by the factor that brings it nearest to `prompted`, then guide from there.
 
-    Fit one factor for each sample of the batch `[B, N, D]`, by least squares.
+    Return `f * negative + scale * (prompted - f * negative)`. Fit one factor f for each sample of the batch
+    `[B, N, D]`, by least squares.
     """
     dot = (prompted * negative).flatten(1).sum(1)  # [B]
     factor = dot / negative.flatten(1).square().sum(1)  # [B]

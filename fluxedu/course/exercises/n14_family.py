@@ -155,7 +155,7 @@ def _step_by_step(states: Tensor, times: Tensor) -> Tensor:
     cases=_paths,
     against=_step_by_step,
     hints=(
-        "An Euler step is x_next = x + (t_next - t) v. Here x and x_next are known; solve for v.",
+        "An Euler step is y_next = y + (t_next - t) v. Here y and y_next are known; solve for v.",
         "`states[1:] - states[:-1]` are all differences, `times[1:] - times[:-1]` the lengths of the steps (they are "
         "negative). The lengths need four more axes, `.view(-1, 1, 1, 1, 1)`.",
         "`return (states[1:] - states[:-1]) / (times[1:] - times[:-1]).view(-1, 1, 1, 1, 1)`.",
