@@ -2,8 +2,8 @@
 # # 08b · What single blocks add
 #
 # **What does a single block contribute, and what is lost without it?** You will count what merging the streams saves,
-# write an instrument that measures what each block adds to the image while the model runs, and rebuild the block so that
-# the MLP runs after the attention.
+# write an instrument that measures what each block adds to the image while the model runs, and rebuild the block so
+# that the MLP runs after the attention.
 #
 # Afterwards you can tell a statement about sizes from a statement about quotients, and say which parts of the single
 # blocks the miniature needs, with numbers from 40 prompts.
@@ -60,9 +60,9 @@ text_held = fe.predict(
 # %% [markdown]
 # ## What merging saves
 #
-# With an MLP of $4D$ hidden units, and without biases and the norms' scales, a stream of a double block has the matrices
-# for q, k, v ($3D^2$), the attention's projection ($D^2$), the MLP ($8D^2$) and six modulation vectors ($6D^2$). A single
-# block has `linear1` ($7D^2$), `linear2` ($5D^2$) and three modulation vectors ($3D^2$):
+# With an MLP of $4D$ hidden units, and without biases and the norms' scales, a stream of a double block has the
+# matrices for q, k, v ($3D^2$), the attention's projection ($D^2$), the MLP ($8D^2$) and six modulation vectors
+# ($6D^2$). A single block has `linear1` ($7D^2$), `linear2` ($5D^2$) and three modulation vectors ($3D^2$):
 #
 # $$\text{double: } 2 \cdot (3 + 1 + 8 + 6)\, D^2 = 36\, D^2 \qquad \text{single: } (7 + 5 + 3)\, D^2 = 15\, D^2 \qquad
 # \frac{36}{15} = 2.4$$
@@ -81,8 +81,8 @@ print(f"FLUX.1's blocks: {(19 * double + 38 * single) / 1e9:.1f} B; if all 57 we
 # %% [markdown]
 # ## See it
 #
-# Since `linear2` can be split (notebook 08), we know exactly what attention and MLP each add to a token. The *size* of a
-# token with the numbers $x_1, \dots, x_D$ is its root mean square,
+# Since `linear2` can be split (notebook 08), we know exactly what attention and MLP each add to a token. The *size* of
+# a token with the numbers $x_1, \dots, x_D$ is its root mean square,
 #
 # $$\mathrm{rms}(x) = \sqrt{\tfrac{1}{D} \textstyle\sum_i x_i^2}$$
 #
@@ -205,8 +205,9 @@ removed.against("the block that adds most" if largest == most_needed else "anoth
 
 # %% [markdown]
 # The last block adds more than twice as much as any other, but more is lost without `single.2`, whose contribution is
-# among the middle ones: 37 points of the claims (28 to 46), against 14 without the last block (9 to 21). A large contribution is not the same as an important one: what is added late, or in a
-# direction that the last layer does not read, changes little in the image.
+# among the middle ones: 37 points of the claims (28 to 46), against 14 without the last block (9 to 21). A large
+# contribution is not the same as an important one: what is added late, or in a direction that the last layer does not
+# read, changes little in the image.
 #
 # %% [markdown]
 # ## The MLP after the attention
@@ -272,14 +273,14 @@ for ax, out, name in zip(axes, outs, ["original", *changes]):
 plt.show()
 
 # %% [markdown]
-# The weights were trained for attention and MLP in parallel, and hardly an image survives the usual order. This does not
-# show that parallel is better: a network trained with the usual order would probably fail in the same way.
+# The weights were trained for attention and MLP in parallel, and hardly an image survives the usual order. This does
+# not show that parallel is better: a network trained with the usual order would probably fail in the same way.
 #
 # Patches need the text in the single blocks: without it no image is right, whereas more than half are right without it
 # in the double blocks. (There are six single blocks and two double blocks, so these lines do not compare one block with
-# one block.) But the single blocks need not change it: with the text tokens held as they leave the double blocks, as many
-# images are right as before. In the last block the update has no effect at all, because the result is not used: after
-# it the text tokens are discarded. FLUX computes them nevertheless.
+# one block.) But the single blocks need not change it: with the text tokens held as they leave the double blocks, as
+# many images are right as before. In the last block the update has no effect at all, because the result is not used:
+# after it the text tokens are discarded. FLUX computes them nevertheless.
 #
 # ## In five lines
 #
@@ -291,12 +292,12 @@ plt.show()
 # 5. The last block's update of the text is not used.
 #
 # **Questions people ask**: *Why do attention-map tools leave out the single blocks?* (attention-map-diffusers issues 15
-# and 21) They need not: here `single.2.attn.map` is a site like any other, and the numbers above show that the text acts
-# on the image mostly there. *Can blocks be left out to save time?* In the miniature not without a loss: without any
-# one of its six single blocks, the share of right images falls from 92 % to 62 % or less.
+# and 21) They need not: here `single.2.attn.map` is a site like any other, and the numbers above show that the text
+# acts on the image mostly there. *Can blocks be left out to save time?* In the miniature not without a loss: without
+# any one of its six single blocks, the share of right images falls from 92 % to 62 % or less.
 #
-# **Read**: *Scaling Vision Transformers to 22 Billion Parameters*, arXiv 2302.05442, section 2 (parallel layers) · ours:
-# `fluxedu/models/blocks.py`, `fluxedu/widgets/contributions.py`, `evidence/parts.py`.
+# **Read**: *Scaling Vision Transformers to 22 Billion Parameters*, arXiv 2302.05442, section 2 (parallel layers) ·
+# ours: `fluxedu/models/blocks.py`, `fluxedu/widgets/contributions.py`, `evidence/parts.py`.
 
 # %%
 fe.score()

@@ -57,8 +57,8 @@ reversed_order = fe.predict(
 #
 # $$\text{vec} = E_{\text{time}}(t) + E_{\text{guidance}}(g) + E_{\text{text}}(y)$$
 #
-# With $D_1, \dots$ for the double blocks, $S_1, \dots$ for the single blocks and $[\cdot, \cdot]$ for concatenation, the
-# velocity is
+# With $D_1, \dots$ for the double blocks, $S_1, \dots$ for the single blocks and $[\cdot, \cdot]$ for concatenation,
+# the velocity is
 #
 # $$v = \mathrm{last}\big(\text{image part of}\; S_{38} \circ \dots \circ S_1\big([\,\text{txt}, \text{img}\,]\big)\big),
 # \qquad (\text{img}, \text{txt}) = D_{19} \circ \dots \circ D_1(W_{\text{img}}\, x, \; W_{\text{txt}}\, c)$$
@@ -124,8 +124,8 @@ if fe.passed("whole.flux"):
 #
 # A weight that is applied to a token costs one multiplication and one addition. Each of the $T$ tokens meets $12D^2$
 # weights per block, in a double block (two streams with $18D^2$ each, less $6D^2$ for the modulation, and a token goes
-# through one of them) and in a single block ($15D^2$ less $3D^2$) alike. Attention computes $T \times T$ scores from $D$
-# numbers, and as many again for the weighted sum of the values. With the 57 blocks of FLUX.1,
+# through one of them) and in a single block ($15D^2$ less $3D^2$) alike. Attention computes $T \times T$ scores from
+# $D$ numbers, and as many again for the weighted sum of the values. With the 57 blocks of FLUX.1,
 #
 # $$\text{operations} \approx \underbrace{57 \cdot 2T \cdot 12D^2}_{\text{linear layers}} + \underbrace{57 \cdot
 # 4T^2 D}_{\text{attention}} \qquad \text{equal at} \quad T = 6D$$
@@ -135,8 +135,8 @@ if fe.passed("whole.flux"):
 # %% exercise="whole.flops"
 
 # %% [markdown]
-# Compare with what PyTorch counts while the miniature runs. (The fused attention of a CPU is not counted, so the counter
-# gets the attention that stores its scores.) Then the numbers of FLUX.1-dev:
+# Compare with what PyTorch counts while the miniature runs. (The fused attention of a CPU is not counted, so the
+# counter gets the attention that stores its scores.) Then the numbers of FLUX.1-dev:
 
 # %%
 with torch.no_grad():
@@ -198,8 +198,8 @@ reversed_order.against("none" if share == 0 else "most" if share > 0.5 else "som
 
 # %% [markdown]
 # With either of the two other orders of the blocks no image is right, although each block could read the output of
-# any other: a block's weights were trained for the tokens that arrive at its place. Without the pooled text, few images are right. `vec`
-# sets the shifts, scales and gates of all blocks, and these were trained with three terms in the sum.
+# any other: a block's weights were trained for the tokens that arrive at its place. Without the pooled text, few images
+# are right. `vec` sets the shifts, scales and gates of all blocks, and these were trained with three terms in the sum.
 #
 # Notebook 09b counts the parameters of this network and of its variants.
 #
@@ -209,7 +209,8 @@ reversed_order.against("none" if share == 0 else "most" if share > 0.5 else "som
 # 2. `vec` is a sum of embeddings: time, pooled text and, in dev, the guidance scale.
 # 3. Text comes first wherever text and image are concatenated; the last layer reads the image tokens only.
 # 4. Per token and block, 12 D² weights are applied, in double blocks and in single blocks alike.
-# 5. The linear layers grow with the number of tokens, attention with its square: a fifth of the operations at 1024 × 1024.
+# 5. The linear layers grow with the number of tokens, attention with its square: a fifth of the operations at 1024 ×
+#    1024.
 #
 # **Questions people ask**: *Is there a report on FLUX.1?* (flux issue 68) No; the report on Kontext (arXiv 2506.15742)
 # has a section about the architecture, but with few numbers: neither widths nor parameter counts. Counts like
@@ -217,8 +218,8 @@ reversed_order.against("none" if share == 0 else "most" if share > 0.5 else "som
 # *Guidance embedding or CFG?* (flux issues 63, 159) dev has the guidance input, schnell has none, and classifier-free
 # guidance (CFG) evaluates the network twice: notebooks 12 and 12b.
 #
-# **Read**: `black-forest-labs/flux`, `model.py` and `modules/layers.py` (lines 129-253) · ours: `fluxedu/models/flux.py`
-# and `fluxedu/models/config.py`.
+# **Read**: `black-forest-labs/flux`, `model.py` and `modules/layers.py` (lines 129-253) · ours:
+# `fluxedu/models/flux.py` and `fluxedu/models/config.py`.
 
 # %%
 fe.score()

@@ -128,8 +128,8 @@ fe.plots.treemap(areas, title="FLUX.1-dev: the modulation (mod) is 27 % of the 1
 #
 # $$\frac{19 \cdot 12 + 38 \cdot 3}{1254} = \frac{342}{1254} = 27.3\,\%$$
 #
-# The modulation layers read *one* vector per step, whereas all other layers read thousands of tokens. So they have 27 % of
-# the weights and need almost none of the computation. Their outputs depend only on time, guidance scale and pooled
+# The modulation layers read *one* vector per step, whereas all other layers read thousands of tokens. So they have 27 %
+# of the weights and need almost none of the computation. Their outputs depend only on time, guidance scale and pooled
 # text, so they can be computed before the run, and the layers need not stay on the GPU: `Flux.plan` computes them.
 #
 # The explorer shows this figure for every variant, and for the miniature. Point at a part to see its tensors, and at a
@@ -235,9 +235,10 @@ for name in ("nothing", "another seed", *files):
 # %% [markdown]
 # diffusers really does store the scale of the last layer before its shift: `AdaLayerNormContinuous.forward`
 # (`models/normalization.py` line 349 of version 0.42.1) splits into `scale, shift`, the official `LastLayer`
-# (`modules/layers.py` line 250 of commit 802fb47) into `shift, scale`. A converter that only renames tensors produces the third of these
-# files. It is therefore not enough to test that a converted file loads: one must compare the outputs of the two networks,
-# with random values in all tensors. Mistakes that can be detected at loading are reported with the name of the tensor:
+# (`modules/layers.py` line 250 of commit 802fb47) into `shift, scale`. A converter that only renames tensors produces
+# the third of these files. It is therefore not enough to test that a converted file loads: one must compare the outputs
+# of the two networks, with random values in all tensors. Mistakes that can be detected at loading are reported with the
+# name of the tensor:
 
 # %%
 file = dict(official)
@@ -258,8 +259,8 @@ except fe.checkpoints.CheckpointError as error:
 # 5. The two layouts order rows differently, and a file with the wrong order loads without an error.
 #
 # **Questions people ask**: *Why do I run out of memory?* (flux issues 7, 185) The transformer alone is 23.8 GB of
-# bfloat16 weights; T5-XXL adds 4.8 B parameters. *How do I get from diffusers back to the official names?* (diffusers issue 11165) As above, or for files
-# with `fluxedu convert IN OUT --to bfl`.
+# bfloat16 weights; T5-XXL adds 4.8 B parameters. *How do I get from diffusers back to the official names?* (diffusers
+# issue 11165) As above, or for files with `fluxedu convert IN OUT --to bfl`.
 #
 # **Read**: `black-forest-labs/flux`, `util.py` · ours: `fluxedu/models/config.py` and, for the layouts,
 # `fluxedu/checkpoints/layouts.py`.

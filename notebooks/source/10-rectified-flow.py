@@ -199,9 +199,9 @@ plt.show()
 # %% [markdown]
 # ## Put your code into the trained model
 #
-# The pipeline calls its method `denoise` with the noise, the times and a function `velocity(x, t)`, the transformer with
-# its text. We let your sampler do this work; the state is a latent now. With the predicted noise, your sampler should
-# draw the same image as the library's.
+# The pipeline calls its method `denoise` with the noise, the times and a function `velocity(x, t)`, the transformer
+# with its text. We let your sampler do this work; the state is a latent now. With the predicted noise, your sampler
+# should draw the same image as the library's.
 
 
 # %%
@@ -253,6 +253,7 @@ if fe.passed("flow.sample"):
     right_images.against("more" if count > 20 else "fewer")
 
 # %% [markdown]
+# Fresh noise is not a mistake, but it discards what the state knew of its own noise, so it needs many more steps (try 60).
 # When samples look odd, check the sign and the time before you blame the training.
 #
 # ## In five lines
@@ -267,8 +268,8 @@ if fe.passed("flow.sample"):
 # noise it is `noise - x0`, and the sampler's step `t_next - t` is negative. In code whose time grows towards the image,
 # both signs are reversed. *How was FLUX trained?* (flux issue 68 asks for a report) As a rectified flow, according to
 # its model cards; data, distribution of times and settings are not published for FLUX.1 text-to-image. (The report on
-# kontext, arXiv 2506.15742, gives its times: logit-normal, shifted with the resolution.) The official sampler shows the sign, the
-# schedule and the kind of prediction: `denoise` in `sampling.py`, line 351 at commit 802fb47, is
+# kontext, arXiv 2506.15742, gives its times: logit-normal, shifted with the resolution.) The official sampler shows the
+# sign, the schedule and the kind of prediction: `denoise` in `sampling.py`, line 351 at commit 802fb47, is
 # `img = img + (t_prev - t_curr) * pred`, as here.
 #
 # **Read**: Flow Straight and Fast, arXiv 2209.03003 · Scaling Rectified Flow Transformers, arXiv 2403.03206 ·

@@ -51,8 +51,8 @@ decision_step = fe.predict("At which of 20 steps is it decided which of the six 
 # ## Build it
 #
 # The data are $K$ points $c_k$, all equally likely. Given $x_0 = c_k$, the state is normally distributed around
-# $(1 - t)\, c_k$ with standard deviation $t$, and the velocity through $x$ is $(x - c_k) / t$. So Bayes' rule gives each
-# point a weight, and the marginal velocity is a sum:
+# $(1 - t)\, c_k$ with standard deviation $t$, and the velocity through $x$ is $(x - c_k) / t$. So Bayes' rule gives
+# each point a weight, and the marginal velocity is a sum:
 #
 # $$p_k(x) = \frac{\exp\bigl( -\| x - (1 - t)\, c_k \|^2 / 2 t^2 \bigr)}
 # {\sum_j \exp\bigl( -\| x - (1 - t)\, c_j \|^2 / 2 t^2 \bigr)}, \qquad
@@ -225,8 +225,8 @@ plt.show()
 
 # %% [markdown]
 # Up to t = 0.4 the state itself shows the image, and the caption reduces the loss by 6 to 12 % only. Each image has one
-# noise, used at all five times, and 24 images do not settle the order of 0.7 and 0.9. Near t = 0 the loss rises again: the velocity depends on the noise, of which the state contains hardly
-# anything.
+# noise, used at all five times, and 24 images do not settle the order of 0.7 and 0.9. Near t = 0 the loss rises again:
+# the velocity depends on the noise, of which the state contains hardly anything.
 #
 # The explorer shows runs of two prompts from the same noise, projected to a plane through their final images:
 
@@ -244,8 +244,9 @@ widgets.velocity(pipe, [prompt, "a green star above a yellow ring"], seeds=5, st
 # %% exercise="flow.steer"
 
 # %% [markdown]
-# `fe.intervene` replaces the value at a *site*, a named point of the model. We let your function replace the velocity at
-# every step, such that the left half of the predicted x0 is that of a finished image. What happens to the right half?
+# `fe.intervene` replaces the value at a *site*, a named point of the model. We let your function replace the velocity
+# at every step, such that the left half of the predicted x0 is that of a finished image. What happens to the right
+# half?
 
 
 # %%
@@ -344,9 +345,9 @@ if fe.passed("flow.best"):
     plt.show()
 
 # %% [markdown]
-# Some seeds gave the same image. (The stripes of some shapes are lost in the autoencoder, not in the flow.) The image is
-# decided early: at the fourth of twenty steps (t = 0.94), the predicted x0 is within 5 % of one of the six in at least
-# half of the runs.
+# Some seeds gave the same image. (The stripes of some shapes are lost in the autoencoder, not in the flow.) The image
+# is decided early: at the fourth of twenty steps (t = 0.94), the predicted x0 is within 5 % of one of the six in at
+# least half of the runs.
 #
 # So a network that minimised the loss exactly would have memorised its training set. Everything that we like about a
 # flow model, such as a combination that was never in the data, exists because the network does *not* reach that

@@ -47,9 +47,9 @@ def relative_distance(out, reference) -> float:
 #
 # ## Predict
 #
-# The last two questions are about 100 prompts, each with its own seed. The *judge*, a program that recognises shapes and
-# colours, says whether everything that the prompt says is right. You will write two solvers below, the midpoint method
-# and Heun's method, which need two evaluations per step; Euler's method needs one.
+# The last two questions are about 100 prompts, each with its own seed. The *judge*, a program that recognises shapes
+# and colours, says whether everything that the prompt says is right. You will write two solvers below, the midpoint
+# method and Heun's method, which need two evaluations per step; Euler's method needs one.
 
 # %%
 one_step = fe.predict("In a run of a single step, does the shift change the image, 'yes' or 'no'?", "no")  # answer
@@ -64,9 +64,9 @@ not_shifted = fe.predict(
 # %% [markdown]
 # ## Build it
 #
-# We begin with the times. In an image of many tokens the layout can be seen through a lot of noise, because neighbouring
-# tokens can be averaged. So FLUX.1-dev takes more of its steps near the noise, and the larger the image, the more of
-# them. It shifts the times:
+# We begin with the times. In an image of many tokens the layout can be seen through a lot of noise, because
+# neighbouring tokens can be averaged. So FLUX.1-dev takes more of its steps near the noise, and the larger the image,
+# the more of them. It shifts the times:
 #
 # $$t' = \frac{e^{\mu}}{e^{\mu} + 1/t - 1} \qquad \Longleftrightarrow \qquad
 # \frac{t'}{1 - t'} = e^{\mu}\, \frac{t}{1 - t}$$
@@ -145,8 +145,8 @@ for name, solver in fe.sampling.SOLVERS.items():
 #
 # ## See it
 #
-# We compare three solvers at the same NFE, with two seeds. The reference is none of the three: the classical Runge-Kutta
-# method, of order 4, with 96 NFE.
+# We compare three solvers at the same NFE, with two seeds. The reference is none of the three: the classical
+# Runge-Kutta method, of order 4, with 96 NFE.
 
 # %%
 fe.sampling.SOLVERS["runge-kutta"] = RUNGE_KUTTA
@@ -169,9 +169,9 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# Do not read this as a ranking: there are only two seeds, and a distance between latents mostly measures the background.
-# Whether the image shows what the prompt says is a different question. For 100 held-out prompts, each with its own seed,
-# with the miniature's shift of the times and with evenly spaced times:
+# Do not read this as a ranking: there are only two seeds, and a distance between latents mostly measures the
+# background. Whether the image shows what the prompt says is a different question. For 100 held-out prompts, each with
+# its own seed, with the miniature's shift of the times and with evenly spaced times:
 
 # %%
 stored = evidence.load("solvers")
@@ -198,8 +198,9 @@ not_shifted.against(round(eight["euler"] / (100 * even["value"]), 1))
 
 # %% [markdown]
 # With few evaluations, the simplest solver draws the most images right: at the same NFE it takes twice as many steps,
-# and order is about small steps only. At 8 NFE the shift more than doubles the share for Euler and for Heun, but not for
-# midpoint, and with the shift the solvers differ by a factor of ten. At 32 NFE the three shifted ones are at 91 or 92 %.
+# and order is about small steps only. At 8 NFE the shift more than doubles the share for Euler and for Heun, but not
+# for midpoint, and with the shift the solvers differ by a factor of ten. At 32 NFE the three shifted ones are at 91 or
+# 92 %.
 #
 # The explorer has one row per solver and one column per NFE; the menu above the table changes the schedule. (Use Tab,
 # then the arrow keys.) Watch the background, about which the prompt says nothing, and the objects separately.

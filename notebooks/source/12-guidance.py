@@ -55,21 +55,21 @@ best_scale = fe.predict(
 #
 # $$v = v_{\text{negative}} + s\, (v_{\text{prompt}} - v_{\text{negative}})$$
 #
-# For $s$ from 0 to 1 this is a mean of the two; for $s > 1$ it is an *extrapolation*, beyond both of them. Why should that
-# help? For $x_t = (1 - t)\, x_0 + t\, \varepsilon$ with Gaussian noise $\varepsilon$, the mean of the noise given the state
-# is $x + (1 - t)\, v$, and the *score*, the gradient of the log density of the noisy images, is minus this mean divided
-# by $t$:
+# For $s$ from 0 to 1 this is a mean of the two; for $s > 1$ it is an *extrapolation*, beyond both of them. Why should
+# that help? For $x_t = (1 - t)\, x_0 + t\, \varepsilon$ with Gaussian noise $\varepsilon$, the mean of the noise given
+# the state is $x + (1 - t)\, v$, and the *score*, the gradient of the log density of the noisy images, is minus this
+# mean divided by $t$:
 #
 # $$\nabla_x \log p_t(x) = -\frac{x + (1 - t)\, v(x, t)}{t}$$
 #
-# It is affine in $v$, and the weights $1 - s$ and $s$ of the two velocities sum to 1, so the extrapolated velocity has the
-# extrapolated score. By Bayes' rule
+# It is affine in $v$, and the weights $1 - s$ and $s$ of the two velocities sum to 1, so the extrapolated velocity has
+# the extrapolated score. By Bayes' rule
 #
 # $$\nabla_x \log p_t(x) + s\, \nabla_x \log \frac{p_t(x \mid \text{prompt})}{p_t(x)} = \nabla_x \log \left( p_t(x)\,
 # p_t(\text{prompt} \mid x)^s \right)$$
 #
-# since $p_t(\text{prompt})$ does not depend on $x$: guidance counts the evidence for the prompt $s$ times. (This holds at
-# each time separately, so the final images are not exact samples of the density on the right at $t = 0$.)
+# since $p_t(\text{prompt})$ does not depend on $x$: guidance counts the evidence for the prompt $s$ times. (This holds
+# at each time separately, so the final images are not exact samples of the density on the right at $t = 0$.)
 
 # %% exercise="guidance.guide"
 
@@ -184,8 +184,8 @@ for name, row in limited_interval.items():
 # %% [markdown]
 # The rows do not guide equally often: "always" guides all eight evaluations, "0.9 to 0.3" five, "0.3 to 0" only one. At
 # scale 3 the interval changes nothing that 64 images could show, though three evaluations are not guided. At scale 15
-# guidance that is always on ruins nearly every image; in both other rows a few more are right. This may only reflect how
-# many evaluations are guided too much, so it says nothing about these times; a control would guide five others.
+# guidance that is always on ruins nearly every image; in both other rows a few more are right. This may only reflect
+# how many evaluations are guided too much, so it says nothing about these times; a control would guide five others.
 
 # %% [markdown]
 # ## Put your code into the trained model

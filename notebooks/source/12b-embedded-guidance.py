@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 12b · Embedded guidance
 #
-# **How can one pass do the work of two?** Classifier-free guidance evaluates the network twice per step. FLUX.1-dev does
-# it once: the guidance scale is an input of the network, which has learned to predict the guided velocity.
+# **How can one pass do the work of two?** Classifier-free guidance evaluates the network twice per step. FLUX.1-dev
+# does it once: the guidance scale is an input of the network, which has learned to predict the guided velocity.
 #
 # Afterwards you can say where the scale enters FLUX and how a network learns to use it, and recognise in an image that
 # guidance was too strong.
@@ -134,8 +134,8 @@ if fe.passed("guidance.distil"):
 #
 # CFG-Zero* is a variant of CFG, which the library does not have. Early in a run the negative velocity may be longer or
 # shorter than the velocity with the prompt, which adds a part to their difference that has nothing to do with the
-# prompt. So CFG-Zero* multiplies the negative velocity by a factor $f$ first, fitted by least squares. (It also sets the
-# velocity of the first steps to zero, which we leave out.)
+# prompt. So CFG-Zero* multiplies the negative velocity by a factor $f$ first, fitted by least squares. (It also sets
+# the velocity of the first steps to zero, which we leave out.)
 #
 # $$f = \arg\min_f \| v_{\text{prompt}} - f\, v_{\text{negative}} \|^2$$
 

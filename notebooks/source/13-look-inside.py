@@ -251,8 +251,8 @@ massive_tokens.against("most text tokens" if in_text > 0.5 else "most image toke
 # fixed length), the end token, articles and words such as “left” and “of”, but not in colours and nouns. (We measure
 # before the last block, because text tokens are discarded after it.) Is the channel needed? The ratio jumps after
 # `single.0` (figure), so we set it to 0 in all text tokens at the input of `single.1`, at every step. The control does
-# this to the next channel. Five prompts with eight seeds each, in eight steps; the distance is that of the final latent,
-# divided by the latent's length.
+# this to the next channel. Five prompts with eight seeds each, in eight steps; the distance is that of the final
+# latent, divided by the latent's length.
 
 
 # %%
@@ -282,8 +282,8 @@ for name, channel in (("the massive channel", massive), ("control, the next chan
 # %% [markdown]
 # The channel is needed: without it the latent changes several times as much as in the control. (One copy is redundant:
 # set to 0 in a single token, it changes the latent by less than 1 % in most images.) But nearly all images still show
-# both objects, so the change lies in what the judge does not check, such as the background. The size of a value does not
-# tell you what it is for; you have to change it and look at the effect, by more than one measure.
+# both objects, so the change lies in what the judge does not check, such as the background. The size of a value does
+# not tell you what it is for; you have to change it and look at the effect, by more than one measure.
 # Notebook 13b does this with blocks and tokens.
 #
 # ## In five lines
@@ -301,8 +301,8 @@ for name, channel in (("the massive channel", massive), ("control, the next chan
 # work with `torch.compile`?* (pytorch issue 117758) A module hook that is added later is silently ignored. A site is
 # not, because recording switches compiled code off while it lasts.
 #
-# **Read**: Massive activations, arXiv 2510.11538 · `black-forest-labs/flux`, `modules/layers.py` (the values that can be
-# recorded) · ours: `fluxedu/instruments/`, begin with `recorder.py`.
+# **Read**: Massive activations, arXiv 2510.11538 · `black-forest-labs/flux`, `modules/layers.py` (the values that can
+# be recorded) · ours: `fluxedu/instruments/`, begin with `recorder.py`.
 
 # %%
 fe.score()

@@ -34,8 +34,8 @@ blocks, txt_len = blocks_of(pipe), pipe.prompt_encoder.t5_tokenizer.length
 course.where(pipe, "double", "single")
 
 # %% [markdown]
-# A *site* is a named point of the model at which a value can be replaced. The *judge* is a program that finds shapes and
-# colours in an image by geometry. *Padding* means the tokens that fill a prompt up to a fixed length.
+# A *site* is a named point of the model at which a value can be replaced. The *judge* is a program that finds shapes
+# and colours in an image by geometry. *Padding* means the tokens that fill a prompt up to a fixed length.
 #
 # ## Predict
 #
@@ -147,8 +147,8 @@ vital_block.against("first" if worst == 0 else "last" if worst == len(rows) - 1 
 # ## Put your code into the trained model
 #
 # We take eight pairs of prompts, which differ in the colour of the first shape. In all of them the colour word is the
-# text token 1, the noun is 2, and the second noun is 7. For each pair, `draw` runs the target prompt with your `change` at
-# one site, and returns 1 if the first shape has the source's colour, and 0 if not. Control: the second noun.
+# text token 1, the noun is 2, and the second noun is 7. For each pair, `draw` runs the target prompt with your `change`
+# at one site, and returns 1 if the first shape has the source's colour, and 0 if not. Control: the second noun.
 
 # %%
 pairs = [  # source and target colour of the first shape; first shape; the rest of the prompt
@@ -241,8 +241,8 @@ if fe.passed("inside.transplant", "inside.patch_grid"):
 
 # %% [markdown]
 # So the token of the *noun* is sufficient, and the token of the colour word hardly ever is. T5 mixes the words of a
-# prompt, and its token for *circle* contains the information that the circle is red. This is one reason why changing the
-# token of one word, or hiding one word from attention, often has less effect than people expect.
+# prompt, and its token for *circle* contains the information that the circle is red. This is one reason why changing
+# the token of one word, or hiding one word from attention, often has less effect than people expect.
 #
 # Now replace *all* text tokens, or all image tokens, as they enter each block:
 
@@ -262,10 +262,10 @@ last_block.against("red" if list(stored["blocks"].values())[-1]["text"]["value"]
 
 # %% [markdown]
 # Replacing all text tokens works less and less often: in nearly all images at the first block, in half of them at
-# `single.2`, in none at `single.3`. Replacing all image tokens works in at most one of 40 pairs up to `single.2`, and in
-# nearly all from `single.3` on. So at the input of `single.2`, in half of the pairs neither stream alone is sufficient:
-# the image tokens already contain part of the colour. (Late image tokens must work, since the output is computed from
-# them. Each step of the sampler starts again with the original text tokens.)
+# `single.2`, in none at `single.3`. Replacing all image tokens works in at most one of 40 pairs up to `single.2`, and
+# in nearly all from `single.3` on. So at the input of `single.2`, in half of the pairs neither stream alone is
+# sufficient: the image tokens already contain part of the colour. (Late image tokens must work, since the output is
+# computed from them. Each step of the sampler starts again with the original text tokens.)
 #
 # Tokens that are *sufficient* need not be the only ones, and a whole stream contains more than the colour. This is the
 # miniature, with prompts of one form, in eight steps (the stored results) or six (yours).

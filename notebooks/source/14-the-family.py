@@ -344,7 +344,8 @@ plt.show()
 # as an input and needs one evaluation per step; schnell uses neither; CFG with a negative prompt can be used in
 # addition with dev (notebook 12b). *How were the variants trained?* (flux issue 68) Published only in part: the
 # report on kontext says that its training began with a FLUX.1 checkpoint, with the rectified-flow loss and
-# logit-normal times, followed by distillation (adversarial, LADD, for pro; of the guidance for dev). The training of fill, canny, depth and redux is not published.
+# logit-normal times, followed by distillation (adversarial, LADD, for pro; of the guidance for dev). The training of
+# fill, canny, depth and redux is not published.
 #
 # **Read**: FLUX.1 Kontext, arXiv 2506.15742 · `black-forest-labs/flux`, `sampling.py` (`prepare_fill`,
 # `prepare_control`, `prepare_kontext`, `prepare_redux`) · ours: `fluxedu/models/config.py`,

@@ -274,8 +274,8 @@ plt.show()
 #
 # And more rounds? By the formula they help if $hK < 1$. With three rounds the round-trip error is small for some scenes
 # and large for others (the interval of its median is wide), so for some of them the iteration probably does not
-# converge with these eight steps. A small round-trip error would not be enough, anyway: it says that you can return to the image, not
-# that you have found good noise to edit from.
+# converge with these eight steps. A small round-trip error would not be enough, anyway: it says that you can return to
+# the image, not that you have found good noise to edit from.
 #
 # ## Break it
 #

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 14c · LoRA
 #
-# **How can a file change a model of a hundred times its size?** By storing not new weights but an update of low rank. You
-# will count, build, merge and fit such updates, and run them inside the miniature.
+# **How can a file change a model of a hundred times its size?** By storing not new weights but an update of low rank.
+# You will count, build, merge and fit such updates, and run them inside the miniature.
 #
 # Afterwards you can say how large a LoRA is, merge one or run it beside its layer, extract one from a trained model,
 # and say how much of a change is lost at a low rank.
@@ -44,7 +44,8 @@ rank_64 = fe.predict(
 # %% [markdown]
 # ## An update of low rank
 #
-# To the weight $W$ of a linear layer, a LoRA (*low-rank adaptation*) of *rank* $r$ adds the product of two thin matrices
+# To the weight $W$ of a linear layer, a LoRA (*low-rank adaptation*) of *rank* $r$ adds the product of two thin
+# matrices
 # $A$ ($r$ rows) and $B$ ($r$ columns), multiplied by a constant $\alpha / r$, where $\alpha$ is stored in the file, and
 # by a scale $s$ that you choose:
 #
@@ -175,9 +176,9 @@ if fe.passed("lora.merge", "lora.layer", "lora.factors"):
     print(f"unmerged, the largest change of a weight is {float((pipe.flux.txt_in.weight - weight).abs().max()):g}")
 
 # %% [markdown]
-# The prompts say red, and no image was used for training, yet at rank 8 most red objects are drawn in green. The largest
-# singular value alone, rank 1, does not do it. The control shows that prompts without red still work: compare its count
-# with that of the model without the LoRA.
+# The prompts say red, and no image was used for training, yet at rank 8 most red objects are drawn in green. The
+# largest singular value alone, rank 1, does not do it. The control shows that prompts without red still work: compare
+# its count with that of the model without the LoRA.
 #
 # ## A LoRA that was trained
 #
@@ -268,10 +269,10 @@ if fe.passed("lora.layer", "lora.factors"):
 # 4. A small change of one layer can be computed by least squares, without training.
 # 5. How much rank a change needs depends on the change: measure it.
 #
-# **Questions people ask**: *Does a LoRA need more memory?* (flux issues 7, 185) A merged LoRA needs none while sampling.
-# Ours keeps the original weights so that unmerging is exact, which needs as much memory as the layers that it changed.
-# *Can I merge two LoRAs?* Yes, updates are added, but they were not trained together. *Can I convert a model back from
-# diffusers?* (diffusers issue 11165) Yes, `fluxedu convert` converts in both directions, for every variant.
+# **Questions people ask**: *Does a LoRA need more memory?* (flux issues 7, 185) A merged LoRA needs none while
+# sampling. Ours keeps the original weights so that unmerging is exact, which needs as much memory as the layers that it
+# changed. *Can I merge two LoRAs?* Yes, updates are added, but they were not trained together. *Can I convert a model
+# back from diffusers?* (diffusers issue 11165) Yes, `fluxedu convert` converts in both directions, for every variant.
 #
 # **Read**: LoRA, arXiv 2106.09685 · ours: `fluxedu/checkpoints/lora.py`, `evidence/kontext.py`.
 

@@ -265,8 +265,8 @@ if fe.passed("arena.elo", "arena.gradient", "arena.information", "arena.newton")
 
 # %% [markdown]
 # Near the maximum, each step doubles the number of correct digits. The differences are larger than those by Elo's rule:
-# with k = 32, a rating moves by at most 32 points per vote, and each model has only 24 votes. The ranking rests on eight
-# prompts; how far to trust such numbers is the subject of notebook 15b.
+# with k = 32, a rating moves by at most 32 points per vote, and each model has only 24 votes. The ranking rests on
+# eight prompts; how far to trust such numbers is the subject of notebook 15b.
 #
 # ## Break it
 #
@@ -317,8 +317,8 @@ for start in (1.0, 2.0, 3.0, 4.0):
 # *Which models may I enter?* Anything that generates images:
 # `arena.Contestant("mine", lambda prompt, seed, height, width: ...)`.
 #
-# **Read**: R. A. Bradley and M. E. Terry, *Rank analysis of incomplete block designs*, Biometrika 1952 · A. E. Elo, *The
-# Rating of Chessplayers*, 1978 · ours: `fluxedu/arena/rating.py`.
+# **Read**: R. A. Bradley and M. E. Terry, *Rank analysis of incomplete block designs*, Biometrika 1952 · A. E. Elo,
+# *The Rating of Chessplayers*, 1978 · ours: `fluxedu/arena/rating.py`.
 
 # %%
 fe.score()

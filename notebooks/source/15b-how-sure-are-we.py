@@ -302,10 +302,10 @@ plt.show()
 #
 # **The background.** At the last of DDPM's times the state is not pure noise: $a_t$ is not 0. In training, the U-Net
 # always received a weak trace of the image, from which the colour of the background can be read. Sampling starts from
-# noise without a trace (arXiv 2305.08891; this is why Stable Diffusion 1 hardly ever generates a black image). Rectified
-# flow starts from pure noise in training, too. So we give the U-Net a trace of a plain background, as strong as in
-# training, and as a control that of a wrong one. `python -m evidence backgrounds` did so for eighty prompts; we repeat
-# four.
+# noise without a trace (arXiv 2305.08891; this is why Stable Diffusion 1 hardly ever generates a black image).
+# Rectified flow starts from pure noise in training, too. So we give the U-Net a trace of a plain background, as strong
+# as in training, and as a control that of a wrong one. `python -m evidence backgrounds` did so for eighty prompts; we
+# repeat four.
 
 # %%
 table = evidence.load("backgrounds")
@@ -346,10 +346,10 @@ print("sd, {relations} relations: {asked} objects on the correct side, {opposite
 # cause. To prove it, one would have to train a U-Net whose last time is pure noise, as the cited paper proposes.
 #
 # **Left and right.** A missing object counts as wrong in the row *relations*, too. But where the U-Net draws both
-# objects, the opposite side is almost as frequent as the correct one, as the last line above shows. The cause may be the
-# network, the text encoder (CLIP was trained to match captions with images, notebook 02b, our T5 to answer questions
-# about a caption, notebook 03b) or the path: the models differ in all three. A U-Net trained with T5 would help to find
-# out (`training/baselines.py`).
+# objects, the opposite side is almost as frequent as the correct one, as the last line above shows. The cause may be
+# the network, the text encoder (CLIP was trained to match captions with images, notebook 02b, our T5 to answer
+# questions about a caption, notebook 03b) or the path: the models differ in all three. A U-Net trained with T5 would
+# help to find out (`training/baselines.py`).
 
 # %% [markdown]
 # ## You vote
