@@ -2,9 +2,9 @@
 # # 03b · Relative positions and probes
 #
 # **What do T5's token vectors contain?** FLUX gives all text tokens the same position, so it cannot see their order.
-# That the circle is red and stands on the left must therefore be contained *in the vector* of the token *circle*. You
-# will write the one part that tells T5 about order, read facts from the vectors with a linear map, and then write a
-# fact into a vector and see it drawn.
+# That the circle is red and stands on the left must therefore be contained *in the vectors*; we look for it in that of
+# the token *circle*. You will write the part that tells T5 about order, read facts from the vectors with a linear
+# map, and write a fact into a vector.
 #
 # Afterwards you can compute a relative position bias, test with a probe and a control whether a vector contains a fact,
 # and say why reading a fact is not yet a proof that the model uses it.
@@ -78,7 +78,7 @@ print("weights with the bias:   ", [round(w, 2) for w in (products + bias).softm
 
 # %% [markdown]
 # Now the buckets. In each direction, let $n$ be half the number of that direction's buckets. Distances below $n$ have a
-# bucket each; beyond, up to the largest distance $m$, the bucket grows with the logarithm of the distance $r$:
+# bucket each. For longer distances, up to $m$, the bucket number grows with the logarithm of the distance $r$:
 #
 # $$\mathrm{bucket}(r) = n + \left\lfloor n\, \frac{\log(r / n)}{\log(m / n)} \right\rfloor \qquad (n \le r < m)$$
 
@@ -244,8 +244,8 @@ if fe.passed("t5.steer"):
         print(f"{text:36} steered:", ", ".join(sorted(f"{o.color} {o.form}" for o in detect(image).objects)))
 
 # %% [markdown]
-# Is it a rule? Here are 40 other prompts, each with its own seed and with other colours. One control moves the vector
-# as far in a random direction. (In brackets 95 % intervals.)
+# Is it a rule? Here are 40 other prompts, each with its own seed and with other colours. One control adds a random
+# vector of the same length. (In brackets 95 % intervals.)
 
 # %%
 for change, row in evidence.load("recolour").items():
@@ -316,8 +316,8 @@ print(f"without the bias, the latents of both prompts differ by {same:.1%}")
 # 5. Moving one token's vector along a difference of means recolours the shape: this fact is used.
 #
 # **Questions people ask**: *Why are all of FLUX's text ids zero?* (flux issue 71) The usual explanation is that T5's
-# vectors contain the order already, as you have seen. *Why not move along the
-# probe's weights?* They separate the classes, but need not lie on the line from one class to the other (arXiv
+# vectors contain the order already. *Why not move along the
+# probe's weights?* They separate the classes, but do not have to lie on the line from one class to the other (arXiv
 # 2306.03341 compares both directions in a language model).
 #
 # **Read**: T5, arXiv 1910.10683, section 2.1 · relative positions, arXiv 1803.02155 · probes and their controls, arXiv

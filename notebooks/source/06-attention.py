@@ -108,8 +108,8 @@ for d in (8, 32, 128):
 # %% [markdown]
 # ## QKNorm
 #
-# Training can still make queries and keys longer. In large models this has been observed (arXiv 2302.05442), until the
-# softmax selects a single token and its gradient vanishes. FLUX normalises every query and key before they are
+# Training can still make queries and keys longer. In large models this happened (arXiv 2302.05442). Then the softmax
+# selects one token, and its gradient vanishes. FLUX normalises every query and key before they are
 # multiplied: $\hat q = q / \mathrm{rms}(q)$, so that the length of $q$ has no effect (apart from $\varepsilon =
 # 10^{-6}$ under the root). Then each channel is multiplied by a learned number, $g_q$ for queries and $g_k$ for keys. A
 # vector of d numbers whose root mean square is 1 has the length $\sqrt d$. So a score can never exceed a bound, however
@@ -209,8 +209,8 @@ if fe.passed("attention.attend", "attention.stream", "attention.qknorm"):
 # $$H_i = -\sum_j P_{ij} \log P_{ij}$$
 #
 # (`reduce="entropy"` stores it in place of the map.) We take one state of each of the 40 runs and the mean over all
-# blocks, heads and queries, first with QKNorm as it is,
-# then with a version that multiplies by the learned scale but does not normalise.
+# blocks, heads and queries, first with QKNorm as it is, then with a version that multiplies by the learned scale but
+# does not normalise (medians and, in brackets, ranges of the 40).
 
 # %%
 from fluxedu.sampling.latents import image_ids, pack, text_ids
