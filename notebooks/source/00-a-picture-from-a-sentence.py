@@ -4,7 +4,7 @@
 # **What happens between a prompt and an image?** Black Forest Labs released FLUX.1 in August 2024, with code and
 # weights but without a paper. In this notebook you run the whole pipeline once, then go through its stages one by one
 # and look at the tensor that each stage passes on. At the end you will have written the sampling loop yourself and
-# produced the same image, to within one grey level of 255.
+# produced the same image: no pixel value differs by more than 1 (of 255).
 #
 # 40 minutes · everything runs on a laptop's CPU · the model is the *miniature* that ships with fluxedu: the same code
 # as the 12-billion-parameter FLUX.1 with smaller numbers in its config, trained on images of coloured shapes.
@@ -39,8 +39,8 @@ out.images[0].resize((256, 256))
 #
 # Before you go on, predict what you will see. Replace each `...` by your answer and run the cell; the notebook measures
 # it later and keeps your score. (Below each exercise, `fe.check` tests your code; the dots are its difficulty. Cells
-# that begin with `if fe.passed(...)` wait for it: once it is right, run them and all cells below.) The questions use
-# two terms. The *transformer* is the network that is evaluated once per step; its output is called the
+# that begin with `if fe.passed(...)` wait for it: once it is right, run them and all cells below.) T5 and CLIP are the
+# two text encoders. The *transformer* is the network that is evaluated once per step; its output is called the
 # *velocity* (section 5). A *token* is one vector of the sequence that the transformer works on. The finished image
 # consists of 128 × 128 × 3 = 49,152 numbers.
 
@@ -138,8 +138,8 @@ print("position ids of all text tokens:", txt_ids.unique(dim=0).int().tolist())
 #
 # The time t runs from **1 (noise) to 0 (image)**. The list of times is called the *schedule*. Its steps are not equally
 # long: the schedule is *shifted* towards the noise, where the layout of the image is decided. The amount of the shift
-# is called `mu`, and `mu = 0` means no shift. FLUX.1 was published in two variants, dev and schnell, which needs fewer
-# steps. FLUX.1-dev shifts more for larger images (schnell does not shift). The
+# is called `mu`, and `mu = 0` means no shift. (*dev* and *schnell*, which needs fewer steps, are two published
+# variants of FLUX.1.) FLUX.1-dev shifts more for larger images (schnell does not shift). The
 # miniature uses one `mu` for all its sizes, the value with which it draws best.
 
 # %%
@@ -150,7 +150,7 @@ print("FLUX.1's mu for 256 tokens:", round(shift_amount(256), 3), "· for 4096 t
 print(
     "the miniature's mu for any size:",
     pipe.defaults.shift_ends[0],
-    "(the logarithm of 3: the shift multiplies the odds t / (1 - t) by three)",
+    "(the logarithm of 3: the shift multiplies the ratio t / (1 - t) by three)",
 )
 fig, ax = plt.subplots(figsize=(5.6, 3))
 ax.plot(schedule(20, 64, shift=False), "o-", ms=3, color="0.6", label="no shift")
@@ -211,17 +211,18 @@ if fe.passed("picture.predicted_x0"):
 # %% [markdown]
 # Pure noise tells the network nothing about the image, so many images are still possible, and the predicted x0 is
 # blurred and pale. A network that had reached the smallest possible training loss would predict the average of all images
-# that fit the prompt. Does this one? We drew 64 images for each of 16 prompts and compared their average with the x0
-# predicted from eight other noises, at guidance scale 1, where guidance does nothing (in brackets a 95 % interval: how
-# far the share may be off with so many images; notebook 15b explains it; it does not include the choice of the prompts):
+# that fit the prompt. Does this one? For each of 16 prompts we average 64 images. Then we predict x0 from eight other
+# noises and compare it with the average, all at guidance scale 1, where guidance does nothing. (In brackets a 95 %
+# interval: how far the share may be off with so many images; notebook 15b explains it. It does not include the choice
+# of the prompts.)
 
 # %%
 stored = evidence.load("first_prediction")["1"]
 print("nearest to its own prompt's average:", evidence.percent(stored["the own average is the nearest"]), "(chance: 6 %)")
-print("distance from it, in lengths of that average:", evidence.number(stored["distance from the prompt's own average"], 1))
+print("distance from this average, divided by the norm of the average:", evidence.number(stored["distance from the prompt's own average"], 1))
 
 # %% [markdown]
-# It knows something of the prompt, but it is far from the average.
+# The predicted x0 contains some information about the prompt, but it is far from the average.
 #
 # So we take a small step against the velocity and evaluate the network again, twenty times.
 #
@@ -257,7 +258,8 @@ if fe.passed("picture.euler", "picture.predicted_x0"):
 # %% [markdown]
 # ## 7 · From tokens to pixels
 #
-# Unpack the last tokens, decode the latent, round to 8 bits. Is your image the one that the pipeline produced?
+# Unpack the last tokens, decode the latent, round to 8 bits. Is your image the one that the pipeline produced? (In
+# brackets: the largest difference that rounding explains.)
 
 # %%
 from fluxedu.sampling.images import to_images
@@ -268,7 +270,7 @@ if fe.passed("picture.euler"):
         my_image = to_images(pipe.autoencoder.decode(last))[0]
     course.compare("your last latent and the pipeline's", last, out.latents, within=1e-3)
     difference = np.abs(np.asarray(my_image, int) - np.asarray(out.images[0], int)).max()
-    print("largest difference from the pipeline's image, in grey levels of 255: at most", max(1, difference))
+    print("largest difference of a pixel value (0 to 255) from the pipeline's image: at most", max(1, difference))
 
 # %% [markdown]
 # ## 8 · Look inside
