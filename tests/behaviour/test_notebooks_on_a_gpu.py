@@ -37,7 +37,7 @@ def on_the_gpu(notebook: NotebookNode) -> tuple[list[str], Counter]:
 def test_it_runs_on_a_gpu(path):
     failed, answers = on_the_gpu(nbformat.read(path, 4))
     assert not failed, "\n".join(failed)
-    blocks = ("DoubleStreamBlock", "ResnetBlock")  # of the transformer and of the autoencoder
+    blocks = ("DoubleStreamBlock", "ResnetBlock", "CLIPLayer")  # of the transformer, the autoencoder and CLIP
     on, off = (sum(answers[name, device] for name in blocks) for device in ("cuda", "cpu"))
     assert on > 10 * off, f"the networks' blocks answered {on} times on the GPU and {off} times on the CPU"
 
