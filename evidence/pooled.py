@@ -52,10 +52,10 @@ def run(samples: int = 40) -> dict:
         print(name, {k: round(v["value"], 2) for k, v in probes[name].items()}, flush=True)
 
     names = (
-        "T5's prompt",
-        "CLIP's prompt",
-        "T5's prompt, with its own pooled vector",
-        "CLIP's prompt, without its vector",
+        "claims of A (T5's prompt)",
+        "claims of B (CLIP's prompt)",
+        "claims of A when CLIP gets A, too",
+        "claims of B when CLIP gets A, too (chance)",
     )
     follows = {name: [] for name in names}  # the last two are controls
     for seed, scene in enumerate(scenes[:samples]):
@@ -64,11 +64,11 @@ def run(samples: int = 40) -> dict:
         options = {"seed": seed, "trajectory": False, "progress": False}
         with fe.intervene("sample.pooled", lambda pooled, ctx, vector=vector: vector.to(pooled)):
             image = pipe(scene.prompt, **options).images[0]
-        follows["T5's prompt"] += holds(scene, image)
-        follows["CLIP's prompt"] += holds(other, image)
+        follows["claims of A (T5's prompt)"] += holds(scene, image)
+        follows["claims of B (CLIP's prompt)"] += holds(other, image)
         plain = pipe(scene.prompt, **options).images[0]
-        follows["T5's prompt, with its own pooled vector"] += holds(scene, plain)
-        follows["CLIP's prompt, without its vector"] += holds(other, plain)
+        follows["claims of A when CLIP gets A, too"] += holds(scene, plain)
+        follows["claims of B when CLIP gets A, too (chance)"] += holds(other, plain)
     return {"probes": probes, "claims that hold": {name: share(results) for name, results in follows.items()}}
 
 

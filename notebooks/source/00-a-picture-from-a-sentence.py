@@ -167,8 +167,9 @@ _ = ax.legend(frameon=False)
 # %% [markdown]
 # ## 5 · One evaluation of the network
 #
-# The inputs are the noisy tokens, the text and the time. With $x_0$ for the image and $x_1$ for the noise, a state at time
-# $t$ is a mixture of both, and the output is a **velocity**: for each token, the direction from the image to the noise.
+# The inputs are the noisy tokens, the text and the time. With $x_0$ for the image and $x_1$ for the noise, a state at
+# time $t$ is a mixture of both, and the output is a **velocity**: for each token, the direction from the image to the
+# noise.
 #
 # $$x_t = (1 - t)\, x_0 + t\, x_1 \qquad v = x_1 - x_0$$
 #
@@ -210,16 +211,17 @@ if fe.passed("picture.predicted_x0"):
 
 # %% [markdown]
 # Pure noise tells the network nothing about the image, so many images are still possible, and the predicted x0 is
-# blurred and pale. A network that had reached the smallest possible training loss would predict the average of all images
-# that fit the prompt. Does this one? For each of 16 prompts we average 64 images. Then we predict x0 from eight other
-# noises and compare it with the average, all at guidance scale 1, where guidance does nothing. (In brackets a 95 %
-# interval: how far the share may be off with so many images; notebook 15b explains it. It does not include the choice
+# blurred and pale. A network that had reached the smallest possible training loss would predict the average of all
+# images that fit the prompt. Does this one? For each of 16 prompts we average 64 images. Then we predict x0 from eight
+# other noises and compare it with the average, all at guidance scale 1, where guidance does nothing. (In brackets a
+# 95 % interval: how far the share may be off with so many images; notebook 15b explains it. It leaves out the choice
 # of the prompts.)
 
 # %%
 stored = evidence.load("first_prediction")["1"]
-print("nearest to its own prompt's average:", evidence.percent(stored["the own average is the nearest"]), "(chance: 6 %)")
-print("distance from this average, divided by the norm of the average:", evidence.number(stored["distance from the prompt's own average"], 1))
+nearest, distance = stored["the own average is the nearest"], stored["distance from the prompt's own average"]
+print("nearest to its own prompt's average:", evidence.percent(nearest), "(chance: 6 %)")
+print("distance from this average, divided by the norm of the average:", evidence.number(distance, 1))
 
 # %% [markdown]
 # The predicted x0 contains some information about the prompt, but it is far from the average.

@@ -49,7 +49,8 @@ hold_vec = fe.predict(
 # A *site* is a named point in the code through which a value passes. `fe.sites` lists the sites of a model, each with
 # the shape of its value and what it means. Names are built from the outside to the inside: `double.0.img_attn.q` are
 # the queries `q` in the attention of the image stream `img_attn` of the double-stream block number 0. In shapes, B is
-# the number of images, L that of text tokens, N of image tokens, and T = L + N.
+# the number of images, L that of text tokens, N of image tokens, and T = L + N. (The *residual stream* and *QKNorm* are
+# explained in notebooks 03 and 06.)
 
 # %%
 sites = {site.name: site for site in fe.sites(pipe)}
@@ -81,8 +82,8 @@ print(rec.keys())
 course.compare("the latent of a recorded run and of the reference", out.latents, reference.latents)
 
 # %% [markdown]
-# (`course.compare` prints the relative difference of two tensors, and whether rounding explains it.) `rec[name]` is a
-# `Named`: a tensor whose axes have names. A site that passes one value per step has an axis `step`.
+# (`course.compare` prints the relative difference of two tensors, and the largest one that rounding explains.)
+# `rec[name]` is a `Named`: a tensor whose axes have names. A site that passes one value per step has an axis `step`.
 
 # %%
 print(rec["double.1.img_out"])
@@ -100,8 +101,8 @@ print("mean of tokens :", tiny.mean("token").tensor.tolist(), "with the axes", t
 # %% [markdown]
 # ## Select
 #
-# A selection records less, which saves memory and work afterwards. `steps` are numbers of steps, `times` a range of
-# times, `tokens` indices or words of the prompt, `heads` numbers of attention heads, `streams` is `"txt"` or `"img"`.
+# A selection records less, which saves memory and work afterwards. `steps` are step indices, `times` a range of
+# times, `tokens` indices or words of the prompt, `heads` head indices, `streams` is `"txt"` or `"img"`.
 # Which axes change below?
 
 # %%
@@ -192,7 +193,7 @@ if fe.passed("instruments.scale_tokens"):
         print(f"'red' times {factor}: the latent changes by {difference(changed):.0%}")
 
 # %% [markdown]
-# A function can remember. This one shows which values are the same in every step.
+# A function can store a value for later steps. The next one shows which values are the same in every step.
 
 # %% exercise="instruments.hold"
 
@@ -206,7 +207,7 @@ if fe.passed("instruments.hold"):
 
 # %% [markdown]
 # T5's vectors do not depend on the time, so nothing changes when the first ones are held. `vec` contains the time: with
-# the first `vec`, the network takes every state for pure noise.
+# the first `vec`, the network treats every state as pure noise.
 #
 # ## Ablate
 #

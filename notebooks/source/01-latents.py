@@ -7,7 +7,7 @@
 #
 # Afterwards you can say how many tokens an image needs, train a variational autoencoder and say what the
 # Kullback-Leibler term does to its latents, explain the two numbers 0.3611 and 0.1159, and predict which details
-# survive.
+# are lost.
 #
 # 60 minutes · needs notebooks 00 and 00b
 
@@ -51,7 +51,7 @@ pair_ratio = fe.predict(
     "With one token per pixel at 128 x 128, how many times as many pairs are there as with 64 tokens?", 65536
 )  # answer
 strong_kl = fe.predict(
-    "With a strong Kullback-Leibler term, do decoded samples of N(0, 1) look 'different' or 'alike'?", "alike"
+    "A strong loss term pulls all latents towards N(0, 1). Do its decoded samples look 'different' or 'alike'?", "alike"
 )  # answer
 smallest_star = fe.predict(
     "What is the radius of the smallest star that the judge still recognises, of 24, 16, 12, 8 and 6 pixels?", 12
@@ -86,9 +86,9 @@ pair_ratio.against((128 * 128) ** 2 // 64**2)
 # %% [markdown]
 # ## Build it
 #
-# We begin with the factor 8. The encoder is a pyramid that halves the grid three times. `fe.record` stores the values
-# that pass through named points of the model, called *sites* (notebook 00b). These are the channels, rows and columns
-# at each level:
+# The grid of cells is 8 times smaller than the image per side: the encoder halves the grid three times. `fe.record`
+# stores the values that pass through named points of the model, called *sites* (notebook 00b). These are the channels,
+# rows and columns at each level:
 
 # %%
 with fe.record("ae.encoder.down.*.out", "ae.encoder.moments", "ae.latent") as rec, torch.no_grad():
@@ -154,7 +154,7 @@ def train(beta: float, seed: int, steps: int = 500) -> tuple[nn.Module, nn.Modul
 if fe.passed("latents.vae_loss"):
     trained = {(beta, seed): train(beta, seed) for beta in BETAS for seed in range(3)}
     noise = torch.randn(500, 2, generator=torch.Generator().manual_seed(1))
-    print("the range of three seeds; variety: of 500 decoded samples of N(0, 1), relative to that of the real images")
+    print("Ranges are over three seeds. Variety: standard deviation of 500 decoded samples / that of the real images")
     for beta in BETAS:
         of_beta = [trained[beta, seed] for seed in range(3)]
         gaussians = [encoder(circles).chunk(2, dim=1) for encoder, _ in of_beta]
@@ -186,14 +186,14 @@ if fe.passed("latents.vae_loss"):
 
 # %% [markdown]
 # Without the KL term, $\sigma$ becomes 0, and the latents lie wherever the encoder has put them: many samples of
-# $\mathcal{N}(0, 1)$ lie where there is no image, and what they are decoded into is no circle. With the weak term, the latents fill about the same
-# region as $\mathcal{N}(0, 1)$, and neighbouring latents show neighbouring positions. With the strong term, the encoder
-# outputs $\mu = 0$ and $\sigma = 1$ for every image, and the decoder can only show their average. This is called
-# *posterior collapse*.
+# $\mathcal{N}(0, 1)$ lie where there is no image, and what they are decoded into is no circle. With the weak term, the
+# latents fill about the same region as $\mathcal{N}(0, 1)$, and neighbouring latents show neighbouring positions. With
+# the strong term, the encoder outputs $\mu = 0$ and $\sigma = 1$ for every image, and the decoder can only show their
+# average. This is called *posterior collapse*.
 #
 # The miniature was trained with $\beta = 10^{-4}$ (`training/autoencoder.py`), too weak to turn the latents into
-# $\mathcal{N}(0, 1)$. The *flow*, the transformer that turns noise into latents, does that. What remains useful is the
-# noise: the decoder tolerates small errors in the latent, so small errors of the flow stay small in the image.
+# $\mathcal{N}(0, 1)$. So a second model, the *flow* (the transformer), learns to turn noise into such latents. The
+# noise in the VAE's training is still useful: it makes the decoder tolerate small errors of the flow.
 #
 # Encoding an image for the flow needs the means only, and two numbers.
 
@@ -240,8 +240,8 @@ if fe.passed("latents.standardise"):
 #
 # $$\text{PSNR} = 10\, \log_{10} \frac{255^2}{\text{MSE}} = 20\, \log_{10} \frac{255}{\sqrt{\text{MSE}}}$$
 #
-# so 20 dB is an error of a tenth of the range from black to white, and 40 dB a hundredth. All values are means over
-# sixteen images.
+# so 20 dB is an error of a tenth of the range from black to white, and 40 dB one of a hundredth of it. All values are
+# means over sixteen images.
 
 # %%
 _ = torch.set_grad_enabled(False)  # nothing is trained from here on
@@ -415,10 +415,10 @@ print(f"after one round trip {decibel[0]:.0f} dB, after ten {decibel[-1]:.0f} dB
 #
 # **Questions people ask**: *Does encoding draw a random sample?* The official code takes the mean (`AutoEncoder` has
 # `sample_z=False`, `modules/autoencoder.py` line 283), diffusers samples (`retrieve_latents` in
-# `pipeline_flux_img2img.py`, version 0.42.1); in the miniature, the noise is a few percent of the standard
-# deviation, as you measured above. *Why does memory run out at large sizes?* Activations and the decoder grow with the area. The pairs of
-# tokens (16 times as many for twice the side) cost time, and memory only where the attention map is stored. The weights
-# alone are 24 GB.
+# `pipeline_flux_img2img.py`, version 0.42.1); in the miniature, the noise is a few percent of the standard deviation,
+# as you measured above. *Why does memory run out at large sizes?* Activations and the decoder grow with the area. The
+# pairs of tokens (16 times as many for twice the side) cost time, and memory only where the attention map is stored.
+# The weights alone are 24 GB.
 #
 # **Read**: Auto-Encoding Variational Bayes, arXiv 1312.6114 · Latent Diffusion, arXiv 2112.10752 · Scaling Rectified
 # Flow Transformers, arXiv 2403.03206 (why 16 channels) · `black-forest-labs/flux`, `modules/autoencoder.py` · ours:

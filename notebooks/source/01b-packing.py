@@ -84,7 +84,7 @@ print("its tokens:", *library.pack(small)[0].int().tolist(), sep="\n  ")
 if fe.passed("latents.pack", "latents.unpack"):
     print("tokens:", list(pack(latent).shape))
     course.compare("your tokens and the library's", pack(latent), library.pack(latent))
-    course.compare("the latent, packed and unpacked, and the latent", unpack(pack(latent), 16, 16), latent)
+    course.compare("the latent after pack and unpack, and the original latent", unpack(pack(latent), 16, 16), latent)
 
 # %% [markdown]
 # Packing only reorders numbers; no value changes. Afterwards the transformer has a quarter as many tokens, each four
@@ -152,8 +152,8 @@ widgets.latents(pipe, reference.images[0]).set(channel=14, cell=(5, 11))
 #
 # `fe.intervene` replaces the value at a site by that of a function. `my_tokens` replaces the output of the
 # transformer's first layer, at the site `img_in`, by what this layer makes of your tokens. `my_velocity` replaces the
-# velocity's latent by the one that you put together from the velocity's tokens. `remember` only stores what it sees.
-# Both replacements act in every step of the run, so one wrong number would spoil the image.
+# velocity in the shape of a latent by the one that you put together from the velocity's tokens. `remember` only stores
+# what it sees. Both replacements act in every step of the run, so one wrong number would change the image.
 
 # %%
 seen = {}
@@ -206,7 +206,8 @@ if fe.passed("latents.token_at"):
 #
 # **Another order inside the token.** Each token contains the right 64 numbers, but in another order: now the channel
 # changes fastest. A wrong `view` or `transpose` easily produces this order by accident. The judge counts, for five
-# prompts and eight seeds, the images that show the two objects of the prompt and nothing else.
+# prompts and eight seeds, the images that show the two objects of the prompt and nothing else. (“At least”, because
+# rounding on another machine can change one image.)
 
 
 # %%
@@ -252,8 +253,8 @@ fig.suptitle(f"Top: the right order, {before} of 40 images right. Bottom: channe
 plt.show()
 
 # %% [markdown]
-# The wrong order raises no error, because every shape is right. When a port of the model draws only texture, compare
-# its tokens with known ones first.
+# The wrong order raises no error, because every shape is right. If another implementation draws only patterns, first
+# compare its tokens with correct ones.
 #
 # ## In five lines
 #

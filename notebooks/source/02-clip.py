@@ -6,7 +6,7 @@
 # the trained model, and measure what the image takes from it.
 #
 # Afterwards you can say which token the vector is taken from and why, explain a causal mask with numbers, and say what
-# the prompt that CLIP encodes and the prompt that T5 encodes each contribute to an image.
+# CLIP's prompt and what T5's prompt contribute to an image.
 #
 # 60 minutes · needs notebook 00b
 
@@ -52,8 +52,8 @@ drawn_prompt = fe.predict(
 # CLIP's text encoder is a small transformer. Each layer has attention and an MLP (two linear layers with an activation
 # function in between), and both outputs are added to their input. It differs from other transformers in two details.
 # The first is an activation function that is cheap to compute. The GELU weights a number $x$ by the probability
-# $\Phi(x)$ that a standard normal number is smaller; a logistic function $\sigma$ with the factor 1.702 is never more
-# than 0.01 away from this probability:
+# $\Phi(x)$ that a standard normal number is smaller than $x$; a logistic function $\sigma$ with the factor 1.702 is
+# never more than 0.01 away from this probability:
 #
 # $$\mathrm{GELU}(x) = x\, \Phi(x) \approx x\, \sigma(1.702\, x), \qquad \sigma(z) = \frac{1}{1 + e^{-z}}$$
 
@@ -284,15 +284,15 @@ expected = {"T5": ("white", ("red", "circle")), "CLIP": ("black", ("blue", "squa
 drawn_prompt.against(next((name for name, scene in expected.items() if found_in_image == scene), "neither"))
 
 # %% [markdown]
-# These are four images. Is it a rule? We let the judge check the claims of both prompts, 200 each, in 40 images: each
-# has T5's tokens of one prompt about two shapes and CLIP's vector of another. Prompts share some claims by chance, so
-# the controls matter: the same images drawn with CLIP's vector of T5's own prompt. (In brackets, here and on later
-# pages, a 95 % interval: how far the share may be off with so few images. Claims about one image are not independent, so here
-# the true interval is wider.)
+# These are four images. Is it a rule? We draw 40 images of two shapes. T5 gets prompt A, CLIP gets prompt B. For each
+# image the *judge*, a program of this course that finds shapes and colours, checks 5 *claims* (single statements, such
+# as the colour of one shape) of A and 5 of B. Control: both encoders get A. Some claims of B are then true by chance.
+# (In brackets, here and on later pages, a 95 % interval: how far the share may be off with so few images. Claims about
+# one image are not independent, so here the true interval is wider.)
 
 # %%
 for whose, entry in evidence.load("pooled")["claims that hold"].items():
-    print(f"claims of {whose:41} that hold: {evidence.percent(entry)}")
+    print(f"{whose:44} true: {evidence.percent(entry)}")
 
 # %% [markdown]
 # In the miniature the pooled vector does not decide what is drawn, or where: that comes from T5's tokens.
@@ -309,8 +309,9 @@ for whose, entry in evidence.load("pooled")["claims that hold"].items():
 #    patches can attend to.
 #
 # **Questions people ask**: *Is CLIP's output pooled?* (flux issue 64) Yes, at the first end token; the states of the
-# other tokens are not used. *Is a long prompt truncated?* CLIP has 77 token positions, and what does not fit is dropped,
-# in the official code without a warning (diffusers logs one); T5 still gets it. *Can CLIP and T5 get different prompts?* Yes; you have just done so.
+# other tokens are not used. *Is a long prompt truncated?* CLIP has 77 token positions, and what does not fit is
+# dropped, in the official code without a warning (diffusers logs one); T5 still gets it. *Can CLIP and T5 get different
+# prompts?* Yes; you have just done so.
 #
 # **Read**: CLIP, arXiv 2103.00020 · GELU, arXiv 1606.08415 · `transformers`, `modeling_clip.py`, which the official
 # code uses · ours: `fluxedu/models/clip.py`.

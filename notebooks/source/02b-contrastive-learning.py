@@ -90,7 +90,7 @@ print(f"mean of -log over the {len(right_pairs)} right pairs: {float(-right_pair
 # $$\frac{\partial \mathcal{L}}{\partial s_{ij}} = \frac{1}{2N} \bigl( P_{ij} + Q_{ij} - 2\, \delta_{ij} \bigr)$$
 #
 # where $\delta_{ij}$ is 1 on the diagonal and 0 elsewhere. Gradient descent therefore raises the score of every right
-# pair, and lowers that of a wrong pair the more, the more probable the wrong pair is.
+# pair and lowers those of wrong pairs. The more probable a wrong pair is, the more its score is lowered.
 
 # %%
 equal_scores = torch.zeros(64, 64)
@@ -178,8 +178,8 @@ if fe.passed("clip.contrast", "clip.train_step"):
 # ## See it
 #
 # The miniature's CLIP was trained with the same loss, for longer: 800 batches of 64 pairs, images of 128 x 128 pixels,
-# a convolutional image tower, and the text tower of notebook 02. Between CLIP's vector and the scores stands one more
-# matrix, the *projection* into the space that text and images share. FLUX leaves the projection out.
+# a convolutional image tower, and the text tower of notebook 02. There is one more matrix between CLIP's vector and
+# the scores, the *projection* into the space that text and images share. FLUX leaves the projection out.
 
 # %%
 towers = CLIPModel().eval().requires_grad_(False)
@@ -299,8 +299,8 @@ noticed.against(["yes" if share[change] > 0.9 else "no" for change in predicted_
 # Keep in mind what was measured: the *agreement of two towers*. It does not prove that the text vector lacks the other
 # details. To find out what the vector contains, fit a linear map to it (a *probe*, which you will write in notebook
 # 03b) that answers a question about the prompt, and test the map on other prompts. Here are four questions about 2,000
-# prompts such as “a red circle left of a blue square”: half of them fit the probe, the other half test it. For
-# comparison the same probes on T5's vector of the first noun. The control has its answers shuffled, so its probe can
+# prompts such as “a red circle left of a blue square”. We fit the probe on one half and test it on the other. For
+# comparison we do the same with T5's vector of the first noun. The control has its answers shuffled, so its probe can
 # only guess (in brackets 95 % intervals).
 
 # %%

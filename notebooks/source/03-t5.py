@@ -52,7 +52,7 @@ print("target:", *word_tokenizer.convert_ids_to_tokens(target))
 # ## Predict
 #
 # The last question is about *padding*, the tokens that fill a prompt up to a fixed length. T5 gets no mask in FLUX, so
-# every word also attends to the padding.
+# every token also attends to the padding. RMSNorm is T5's normalisation; the exact GELU has no tanh approximation.
 
 # %%
 times_larger = fe.predict(
@@ -62,7 +62,7 @@ unnoticed = fe.predict(
     "Which change is harder to notice: 'LayerNorm' instead of RMSNorm or 'erf', the exact GELU?", "erf"
 )  # answer
 padding_effect = fe.predict(
-    "Without padding, the words' vectors change 'not', 'a little' or 'a lot' (10 % or more)?", "a lot"
+    "Without padding, the vectors of the prompt's tokens change 'not', 'a little' or 'a lot' (10 % or more)?", "a lot"
 )  # answer
 
 # %% [markdown]
@@ -110,7 +110,7 @@ print("LayerNorm:", [round(value, 2) for value in F.layer_norm(x, (4,)).tolist()
 #
 # $$P_{ij} = \mathrm{softmax}_j\big( q_i \cdot k_j + b_{ij} \big)$$
 #
-# Elsewhere the division is there because the product of two random vectors has the standard deviation √d, and large
+# Other transformers divide by √d because the product of two random vectors has the standard deviation √d, and large
 # scores give most of the weight to one key. T5 initialises its queries with smaller weights instead.
 
 # %%
@@ -118,7 +118,7 @@ q, k = torch.randn(2, 1000, 64, generator=torch.Generator().manual_seed(0))  # 1
 scores = q @ k.T
 for name, table in (("not divided", scores), ("divided by √d", scores / 64**0.5)):
     first = float(table.softmax(dim=-1).amax(dim=-1).mean())
-    print(f"{name:13}  standard deviation {float(table.std()):.0f}, mean weight of a query's first choice {first:.0%}")
+    print(f"{name:13}  standard deviation {float(table.std()):.0f}, mean of each query's largest weight {first:.0%}")
 
 # %% exercise="t5.attend"
 
@@ -261,8 +261,8 @@ for name, result in (("T5 with padding:   ", reference), ("T5 without padding:",
 
 # %% [markdown]
 # The vectors change by a quarter, because each of the prompt's tokens also attended to the padding tokens, which are
-# more numerous. Still, the same objects are drawn in this image. But the model has never been trained without padding, so adding a
-# mask afterwards is not a free improvement.
+# more numerous. Still, the same objects are drawn in this image. But the model has never been trained without padding,
+# so adding a mask afterwards may also make images worse.
 #
 # ## In five lines
 #

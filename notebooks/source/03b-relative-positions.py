@@ -47,7 +47,7 @@ course.where(pipe, "t5", "in")
 
 # %%
 colour_before = fe.predict(
-    "Before any block, how often does the probe get the colour right: 12 (chance), 50 or 100 percent?", 12
+    "Before any block, which is nearest to the percentage of right colours: 12 (chance), 50 or 100?", 12
 )  # answer
 first_fact = fe.predict(
     "Which does a shape's vector contain after fewer blocks: 'colour' or 'side'?", "colour"
@@ -209,9 +209,9 @@ if fe.passed("t5.probe"):
 
 # %% [markdown]
 # Before any block the token *circle* has the same vector in every caption, so its colour can only be guessed. (The side
-# can be guessed better: most objects are not left of anything, so “no” is usually right, for the control too.) The colour is in
-# the neighbouring token, and one block is enough to copy it. The side needs more blocks: the model has to find that
-# there is a *left of*, and then which object it belongs to.
+# can be guessed better: most objects are not left of anything, so “no” is usually right, for the control too.) The
+# colour is in the neighbouring token, and one block is enough to copy it. The side needs more blocks: the model has to
+# find that there is a *left of*, and then which object it belongs to.
 #
 # The miniature's T5 was trained with this in mind: it also had to name the colour, size and sides of every object (see
 # `training/t5.py`). FLUX.1's T5-XXL was trained only to fill in missing words.

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 04 · Rotary positions
 #
-# **How does a token know where it is?** Attention compares every token with every other and has no notion of order.
+# **How does a token know where it is?** Attention compares every token with every other and does not use the order.
 # FLUX encodes positions by *rotating* queries and keys (the vectors that attention compares). This is called RoPE,
 # rotary position embedding. You will write it in a few lines, put it into the trained model, and then break it in five
 # ways.
@@ -88,7 +88,7 @@ frame_numbers = fe.predict("How many of a head's 32 numbers are rotated accordin
 # $$\bigl(R(m\omega)\, q\bigr)^T R(n\omega)\, k = q^T R(m\omega)^T R(n\omega)\, k
 # = q^T R\bigl((n - m)\,\omega\bigr)\, k$$
 #
-# The positions themselves have dropped out; only their difference is left. Try it with one pair of frequency 1:
+# The positions themselves cancel; only their difference is left. Try it with one pair of frequency 1:
 
 
 # %%
@@ -166,9 +166,9 @@ widgets.positions(pipe)
 #
 # $$(q + p_m) \cdot (k + p_n) = q \cdot k + q \cdot p_n + p_m \cdot k + p_m \cdot p_n$$
 #
-# Only the last product depends on the difference alone (here without the projections; with them not even this one does);
-# the two in the middle depend on the position of a single token.
-# We compute both kinds of score for one random query and key, three positions apart, at fifteen places.
+# Only the last product depends on the difference alone (here without the projections; with them not even this one
+# does); the two in the middle depend on the position of a single token. We compute both kinds of score for one random
+# query and key, three positions apart, for fifteen positions of the query.
 
 # %%
 dim = config.axes_dim[2]
@@ -199,9 +199,9 @@ for side in (128, 256):
     print(f"{side} x {side}: {correct} of {len(requests)} images are entirely correct")
 
 # %% [markdown]
-# The angles extend to new positions, but the ability to draw does not. New distances are not the only
-# reason: with all ids halved, in the range of the training, none of the images at 256 × 256 is correct, either (of 12).
-# Four times as many image tokens share each softmax. Rotary positions make other sizes *possible*; only training makes them good.
+# The angles extend to new positions, but the ability to draw does not. New distances are not the only reason: with all
+# ids halved, in the range of the training, none of the images at 256 × 256 is correct, either (of 12). Four times as
+# many image tokens share each softmax. Rotary positions make other sizes *possible*; only training makes them good.
 #
 # ## Put your code into the trained model
 #
@@ -224,9 +224,9 @@ if fe.passed("rope.ids", "rope.angles"):
     course.compare("the final latent with your rotations and without", out.latents, reference.latents, within=1e-3)
 
 # %% [markdown]
-# Since only the ids carry positions, the order of the tokens itself means nothing. Let $f$ be the network, $x$ the image
-# tokens, $p$ their ids, and $\Pi$ any permutation. Attention is a sum over all keys, in whatever order, and everything
-# else treats each token by itself, so
+# Since only the ids carry positions, the order of the tokens itself means nothing. Let $f$ be the network, $x$ the
+# image tokens, $p$ their ids, and $\Pi$ any permutation. Attention is a sum over all keys, in whatever order, and
+# everything else treats each token by itself, so
 #
 # $$f(\Pi x, \Pi p) = \Pi\, f(x, p)$$
 #

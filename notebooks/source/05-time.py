@@ -59,8 +59,8 @@ constant_time = fe.predict(
 #
 # $$\omega_i = 1000 \cdot 10\,000^{-i/128}, \qquad i = 0, \dots, 127$$
 #
-# One wave gives two numbers, and they have a useful property: for a time that is later by $\delta$, they are turned by
-# the angle $\omega\delta$, whatever the time is.
+# One wave gives two numbers, and they have a useful property: for a time that is larger by $\delta$, they are rotated
+# by the angle $\omega\delta$, for every $t$.
 #
 # $$\begin{pmatrix} \cos\omega(t+\delta) \\ \sin\omega(t+\delta) \end{pmatrix} = \begin{pmatrix} \cos\omega\delta &
 # -\sin\omega\delta \\ \sin\omega\delta & \cos\omega\delta \end{pmatrix} \begin{pmatrix} \cos\omega t \\ \sin\omega t
@@ -173,8 +173,8 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# The text's term is long, but two prompts of this kind differ by only 3.5 in the median (at most 12), little next to the
-# time's 55. How far the image follows CLIP's vector is measured in notebook 05b.
+# The text's term is long, but two prompts of this kind differ by only 3.5 in the median (at most 12), little next to
+# the time's 55. How far the image follows CLIP's vector is measured in notebook 05b.
 #
 # ## Put your code into the trained model
 #
@@ -259,9 +259,9 @@ stored = evidence.load("wrong_time")
 fig, ax = plt.subplots(figsize=(7.5, 4), layout="constrained")
 evidence.plot(ax, {name: row["everything right"] for name, row in stored.items()}, color="#0072B2")
 ax.set(
-    ylabel="share of 40 images",
+    ylabel="share of 40 images with everything right",
     ylim=(-0.03, 1.03),
-    title="With errors of 0.1 most images are right, with a constant time hardly any",
+    title="With errors of 0.1 most images are right, with a constant time almost none",
 )
 ax.tick_params(axis="x", labelrotation=90)
 plt.show()
@@ -272,10 +272,10 @@ share = stored["always 0.5"]["everything right"]["value"]
 constant_time.against("most" if share > 0.75 else "few" if share < 0.25 else "some")
 
 # %% [markdown]
-# An error of up to 0.1 makes no difference that 40 judged images could show. The images are others nevertheless: with a
-# time that is 0.05 too low, the latent changes almost as much as with another seed; with one that is too high, much
-# less. An error of 0.3 costs more than half of the right images, and a constant time nearly all. So the network does
-# not find out by itself how noisy its input is; it relies on the time that it receives.
+# With an error up to 0.1, about as many images are right. But they are different images: with a time that is 0.05 too
+# low, the latent changes almost as much as with another seed; with a time that is too high, it changes much less. With
+# an error of 0.3 fewer than half of the images are right; with a constant time, at most 10 %. So the network does not
+# find out by itself how noisy its input is; it relies on the time that it receives.
 #
 # ## In five lines
 #
@@ -283,8 +283,8 @@ constant_time.against("most" if share > 0.75 else "few" if share < 0.25 else "so
 # 2. The dot product of two embeddings depends only on the difference of their times.
 # 3. `vec` = time + guidance + pooled text, each through an MLP of its own; schnell has no guidance.
 # 4. `vec` knows neither the image tokens nor T5's vectors; of the prompt it contains CLIP's pooled vector.
-# 5. The network relies on the time that it receives: an error of 0.1 costs no right images that 40 could show, a
-#    constant time costs nearly all.
+# 5. The network relies on the time that it receives: with an error of 0.1 about as many images are right, with a
+#    constant time almost none.
 #
 # **Questions people ask**: *Is the guidance input the same as classifier-free guidance?* (flux issues 63, 159) No: it
 # is a term of `vec`, learned by distillation, and needs one evaluation of the network per step. Notebooks 12 and 12b

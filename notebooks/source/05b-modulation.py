@@ -67,7 +67,7 @@ least_needed = fe.predict("Which block is needed least: 'double.0', 'single.2' o
 # $$x' = x + \gamma \odot f\big((1 + s) \odot \mathrm{LN}(x) + b\big) \qquad
 # \mathrm{LN}(x) = \frac{x - \mathrm{mean}(x)}{\sqrt{\mathrm{var}(x) + 10^{-6}}}$$
 #
-# The 1 in $1 + s$ means that a linear layer that computes 0 leaves the LayerNorm as it is. This is *adaptive*
+# If the modulation layer outputs $s = 0$ and $b = 0$, the result is the plain LayerNorm. This is *adaptive*
 # LayerNorm, AdaLN: an ordinary LayerNorm learns one scale and one shift per channel, the same for all inputs. The one
 # in FLUX has no weights; its scale and shift are computed for every prompt and time. FLUX's version, with a gate,
 # has the form of DiT's AdaLN-Zero (arXiv 2212.09748).
@@ -142,16 +142,17 @@ if fe.passed("modulation.gates"):
     plt.show()
 
 # %% [markdown]
-# Which blocks can the model spare? The *judge*, a program of this course that recognises shapes and colours, has looked
-# at 40 scenes of two shapes, with the gates of one block closed (shares with 95 % intervals). The control is another
-# seed with all blocks open.
+# Without which block does the model still work? The *judge*, a program of this course that recognises shapes and
+# colours, has looked at 40 scenes of two shapes, with the gates of one block closed (shares with 95 % intervals). The
+# control is another seed with all blocks open.
 
 # %%
 removed = evidence.load("blocks")["removed"]
 fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
 evidence.plot(ax, {name: row["everything right"] for name, row in removed.items()}, color="#0072B2")
 ax.set(
-    ylabel="share of 40 images", ylim=(-0.03, 1.03), title="Every closed block costs right images, single.4 the fewest"
+    ylabel="share of 40 images\nwith everything right", ylim=(-0.03, 1.03),
+    title="With any block closed, fewer images are right; with single.4 closed, most still are",
 )
 ax.tick_params(axis="x", labelrotation=90)
 plt.show()
@@ -191,7 +192,8 @@ with torch.no_grad():
 course.compare("the modulation of step 8, computed alone and among 20", step_8.single[3], plan.single[3][8])
 
 # %% [markdown]
-# Once the modulation of all steps is computed, these layers can leave the GPU; flux issues 7 and 185 ask for memory.
+# Once the modulation of all steps is computed, these layers can be moved off the GPU. This helps users without enough
+# memory (flux issues 7 and 185).
 #
 # ## See it
 #
@@ -296,18 +298,18 @@ for ax, t5, clip in zip(axes, (prompt, other), (other, prompt)):
 plt.show()
 
 # %% [markdown]
-# The same with 40 pairs of scenes: how many of the claims of each prompt hold in the image (two colours, two shapes, a
-# relation)? The controls, whose T5 and CLIP got the same prompt, show how many claims hold by chance. Claims about
+# The same with 40 pairs of scenes. T5 gets prompt A, CLIP gets prompt B. The judge checks 5 claims of each prompt: two
+# colours, two shapes, a relation. Control: both encoders get A; some claims of B are then true by chance. Claims about
 # one image are not independent, so the true intervals are wider than those in brackets.
 
 # %%
 for whose, entry in evidence.load("pooled")["claims that hold"].items():
-    print(f"{whose:40} {evidence.percent(entry)}")
+    print(f"{whose:44} true: {evidence.percent(entry)}")
 
 # %% [markdown]
-# In the miniature, what is drawn follows T5's prompt: CLIP's prompt holds no more often than by chance. What the pooled
-# vector does in the large model has been studied in arXiv 2602.09268. Try a prompt that leaves something open: give T5
-# `a red circle`, and CLIP the same with “… on a white background”.
+# In the miniature, what is drawn follows T5's prompt: CLIP's claims are true about as often as by chance. What the
+# pooled vector does in the large model has been studied in arXiv 2602.09268. Try a prompt that leaves something open:
+# give T5 `a red circle`, and CLIP the same with “… on a white background”.
 #
 # ## In five lines
 #

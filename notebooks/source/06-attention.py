@@ -208,9 +208,9 @@ if fe.passed("attention.attend", "attention.stream", "attention.qknorm"):
 #
 # $$H_i = -\sum_j P_{ij} \log P_{ij}$$
 #
-# (`reduce="entropy"` stores it in place of the map.) We take one state of each of the 40 runs and the mean over all
-# blocks, heads and queries, first with QKNorm as it is, then with a version that multiplies by the learned scale but
-# does not normalise (medians and, in brackets, ranges of the 40).
+# (`reduce="entropy"` stores it in place of the map.) We take one state of each of the 40 runs. For each state we
+# compute the mean over all blocks, heads and queries: first with QKNorm as it is, then with a version that multiplies
+# by the learned scale but does not normalise (medians and, in brackets, ranges of the 40).
 
 # %%
 from fluxedu.sampling.latents import image_ids, pack, text_ids
@@ -283,10 +283,9 @@ plt.show()
 # 4. So no score exceeds max|g_q| max|g_k| sqrt(d), whatever the length of queries and keys.
 # 5. `qkv` holds the numbers in the order 3 × H × d.
 #
-# **Questions people ask**: *Why RMSNorm and not LayerNorm?* It needs no mean and no shift; the bound holds for a LayerNorm
-# without a shift, too.
-# *Do text and image share the scales?* Not in double blocks, where each stream has its own QKNorm; a single block has
-# one for all tokens.
+# **Questions people ask**: *Why RMSNorm and not LayerNorm?* It needs no mean and no shift; the bound holds for a
+# LayerNorm without a shift, too. *Do text and image share the scales?* Not in double blocks, where each stream has its
+# own QKNorm; a single block has one for all tokens.
 #
 # **Read**: Attention Is All You Need, arXiv 1706.03762 · QKNorm at scale, arXiv 2302.05442 ·
 # `black-forest-labs/flux`, `modules/layers.py` (`QKNorm`, `SelfAttention`) · ours: `fluxedu/models/attention.py`.

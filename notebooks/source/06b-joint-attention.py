@@ -4,8 +4,8 @@
 # **Which tokens attend to which?** Text and image tokens have separate weights in FLUX's double blocks, but one common
 # attention. You will join the two streams inside the trained model, compute exact attention maps, and hide tokens.
 #
-# Afterwards you can compute any part of an attention map, although the kernel never stores one, and say what you
-# can and cannot conclude about padding.
+# Afterwards you can compute any part of an attention map, although PyTorch's fused attention never stores one, and say
+# what you can and cannot conclude about padding.
 #
 # 60 minutes · needs notebook 06
 
@@ -50,7 +50,7 @@ padding_effect = fe.predict(
     "No token may attend to padding. How much does the final latent change: 'not', 'a little' or 'much'?", "much"
 )  # answer
 most_needed = fe.predict(
-    "Hiding which part costs most right images: 'padding', 'relation' (“left of”) or 'first noun'?", "first noun"
+    "Which hidden part makes most images wrong: 'padding', 'relation' (“left of”) or 'first noun'?", "first noun"
 )  # answer
 
 # %% [markdown]
@@ -128,8 +128,8 @@ if fe.passed("attention.map"):
 map_size.against(round(24 * 4608**2 * 2 / 1e9, 2))
 
 # %% [markdown]
-# The fused kernel behind `F.scaled_dot_product_attention` never stores this map, because it would be too large. A single
-# number per query, the **log-sum-exp** of its scores, is enough to compute any entry of it:
+# The fused kernel behind `F.scaled_dot_product_attention` never stores this map, because it would be too large. A
+# single number per query, the **log-sum-exp** of its scores, is enough to compute any entry of it:
 #
 # $$\mathrm{lse}_i = \log \sum_{j} e^{q_i \cdot k_j / \sqrt d} \qquad P_{ij} = e^{q_i \cdot k_j / \sqrt d\, -\, \mathrm{lse}_i}$$
 #
@@ -167,8 +167,8 @@ fig
 # No one told the network where a circle is; it was trained only to predict velocities. Do patches attend to the words
 # that describe what they show? We take 40 short runs (5 prompts of this form, 8 seeds each), in which the first object
 # is on the left and the second on the right. For each of their colours and nouns we ask how much of the patches'
-# attention to the word comes from the half of the image that holds its object. Without a relation between the two it
-# would be 50 %.
+# attention to the word comes from the half of the image that holds its object. If attention did not depend on the
+# object, it would be 50 %.
 
 # %%
 pairs = [("green star", "red cross"), ("yellow ring", "blue circle")]
@@ -287,7 +287,7 @@ for ax, measure in zip(axes, measures):
     evidence.plot(ax, {name: row[measure] for name, row in hidden.items()}, color="#0072B2")
     ax.set(title=measure, ylim=(-0.03, 1.03))
     ax.tick_params(axis="x", labelrotation=90, labelsize=8)
-axes[0].set_ylabel("share of 40 images")
+axes[0].set_ylabel("share of 40 images\nwith this claim right")
 fig.suptitle("With a noun hidden, little more than half of the images are right; with all words hidden, none")
 plt.show()
 measures = ("second colour right", *measures)
@@ -300,17 +300,17 @@ options = ("padding", "relation", "first noun")
 most_needed.against(min(options, key=lambda name: hidden[name]["everything right"]["value"]))
 
 # %% [markdown]
-# Hiding a colour word costs nothing that the judge can see (98 % of the second colours are right with their word hidden
-# and without), and neither does hiding the relation. The likely reason:
-# T5 has already put this information into the vectors of the nouns (notebook 13b tests it for the colour). CLIP's
-# vector alone does not supply it: with all words hidden, when the vector is still there, almost nothing is right, and
-# with the empty prompt's vector everything is drawn as well as before. Hiding the first noun costs its shape in a third
-# of the images and its colour in a tenth; the last column counts the images with nothing wrong.
+# With a colour word hidden, as many colours are right (98 % of the second colours with their word hidden and without);
+# with the relation hidden, nearly as many relations. The likely reason: T5 has already put this information into the
+# vectors of the nouns (notebook 13b tests it for the colour). With all words hidden but CLIP's vector kept, almost
+# nothing is right. With CLIP's vector replaced and the words visible, the images are as good as before. With the first
+# noun hidden, its shape is wrong in a third of the images and its colour in a tenth. “Everything right” counts the
+# images with nothing wrong.
 #
 # The run with seed 4 was an exception, and its prompt leaves the background open: there, hiding “left” changes the
 # latent by half of its length; in the 40 scenes the median is 3 %. Nor is this change a good measure. It is larger with
-# some *image* tokens hidden than with any single word hidden, and yet nearly all of those images are right: what changes
-# is the background and exact positions and sizes.
+# some *image* tokens hidden than with any single word hidden, and yet nearly all of those images are right: what
+# changes is the background and exact positions and sizes.
 #
 # Padding is not empty: T5's padding tokens attended to the prompt as well, and the transformer was trained with them.
 # But leave padding out when you draw maps of words: a large share of attention to it does not mean that it describes
@@ -322,7 +322,7 @@ most_needed.against(min(options, key=lambda name: hidden[name]["everything right
 # 2. q and k are rotated by their positions, v is not.
 # 3. A row of the map belongs to a query and sums to 1; a column says who attends to a token.
 # 4. With the log-sum-exp any part of the map can be computed exactly and cheaply.
-# 5. Scores of minus infinity hide tokens. Hidden padding changes the picture, seldom what it shows.
+# 5. Scores of minus infinity hide tokens. Hiding padding changes the latent, but usually the same objects are drawn.
 #
 # **Questions people ask**: *Why is there no padding mask?* The model was trained without one; above you saw that
 # hiding the padding from joint attention changes the result. (flux pull requests 507, 511 and 512 propose another mask,

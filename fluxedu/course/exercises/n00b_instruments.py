@@ -88,7 +88,7 @@ def _changed(answer: Callable, tokens: list[int], factor: float, value: Tensor):
     cases=_tokens,
     call=_changed,
     hints=(
-        "Define a function `change(value, ctx)` inside `scale_tokens` and return it. It need not use `ctx`.",
+        "Define a function `change(value, ctx)` inside `scale_tokens` and return it. It does not have to use `ctx`.",
         "The tokens are the second axis: `value[:, tokens]` selects them.",
         "`value` is a copy, so `change` may write to it: `value[:, tokens] = factor * value[:, tokens]`, then "
         "`return value`.",
@@ -162,7 +162,7 @@ def _two_runs(answer: Callable, values: Tensor):
 def hold() -> Callable:
     """A function for `fe.intervene`: at every step of a run it returns the value of the first step, number 0.
 
-    Return a function `change(value, ctx)`; `ctx.step` is the number of the step. Each call of `hold` begins anew.
+    Return a function `change(value, ctx)`; `ctx.step` is the number of the step. Each call of `hold` starts again.
     """
     first = {}
 

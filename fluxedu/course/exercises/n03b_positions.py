@@ -41,7 +41,7 @@ def _library_buckets(length: int, num_buckets: int, max_distance: int) -> Tensor
     ),
 )
 def buckets(length: int, num_buckets: int, max_distance: int) -> Tensor:
-    """The row of the bias table for each query and key: integers `[length, length]`, one row per query.
+    """For each query and key, the bucket number (an index into the bias table): `[length, length]`, one row per query.
 
     Half of the `num_buckets` buckets are for keys at or before the query (numbers from 0), half for keys after it
     (numbers from `num_buckets // 2`). In each half, the first half of the buckets hold one distance each: 0, 1, 2, ...

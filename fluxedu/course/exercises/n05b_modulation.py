@@ -49,8 +49,9 @@ def _row_and_parts(answer, vec: Tensor, arguments: tuple, weights: dict[str, Ten
 class Modulation(nn.Module):
     """The layer that computes one (shift, scale, gate) from `vec`, or two if `double`.
 
-    `forward`: `vec [..., D]` -> a row `[..., 3 D]` or `[..., 6 D]`, `lin(silu(vec))`. `split`: a row `[B, 3 D]` or
-    `[B, 6 D]` -> a list of `ShiftScaleGate(shift, scale, gate)`, each `[B, 1, D]`: the attention's, then the MLP's.
+    `forward`: `vec [..., D]` -> one vector `[..., 3 D]` or `[..., 6 D]`, `lin(silu(vec))`. `split`: this vector,
+    `[B, 3 D]` or `[B, 6 D]` -> a list of `ShiftScaleGate(shift, scale, gate)`, each `[B, 1, D]`: the
+    attention's, then the MLP's.
     """
 
     def __init__(self, dim: int, double: bool):
