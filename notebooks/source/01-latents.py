@@ -51,7 +51,7 @@ pair_ratio = fe.predict(
     "With one token per pixel at 128 x 128, how many times as many pairs are there as with 64 tokens?", 65536
 )  # answer
 strong_kl = fe.predict(
-    "A strong loss term pulls all latents towards N(0, 1). Do its decoded samples look 'different' or 'alike'?", "alike"
+    "If a strong loss term pulls latents to N(0, 1), do decoded samples of N(0, 1) look 'different' or 'alike'?", "alike"
 )  # answer
 smallest_star = fe.predict(
     "What is the radius of the smallest star that the judge still recognises, of 24, 16, 12, 8 and 6 pixels?", 12
@@ -262,7 +262,7 @@ ax.plot(counts, quality, "o-", color="#0072B2", label="latent, 256 numbers per d
 for (side, value), style in zip(thumbnails.items(), (":", "--")):
     ax.axhline(value, color="#D55E00", linestyle=style, label=f"{side} x {side} thumbnail, {3 * side * side:,} numbers")
 ax.set(xlabel="number of directions kept, of 16", ylabel="PSNR in dB")
-ax.set_title(f"Keeping only six of 16 directions costs {quality[-1] - quality[4]:.1f} dB")
+ax.set_title(f"With only six of 16 directions the PSNR is {quality[-1] - quality[4]:.1f} dB lower")
 ax.legend()
 plt.show()
 for count, value in zip(counts, quality):
