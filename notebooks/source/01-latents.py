@@ -51,7 +51,7 @@ pair_ratio = fe.predict(
     "With one token per pixel at 128 x 128, how many times as many pairs are there as with 64 tokens?", 65536
 )  # answer
 strong_kl = fe.predict(
-    "If a strong loss term pulls latents to N(0, 1), do decoded samples of N(0, 1) look 'different' or 'alike'?", "alike"
+    "If a strong loss pulls latents to N(0, 1), do decoded samples of N(0, 1) look 'different' or 'alike'?", "alike"
 )  # answer
 smallest_star = fe.predict(
     "What is the radius of the smallest star that the judge still recognises, of 24, 16, 12, 8 and 6 pixels?", 12
