@@ -109,7 +109,8 @@ plt.show()
 for block, row in rows.items():
     claims = row["claims, compared with all blocks"]  # two colours, two shapes and a position per image
     print(f"without {block}: everything right in {evidence.percent(row['everything right'])}, claims",
-          f"{100 * claims['value']:+.0f} points ({100 * claims['low']:+.0f} to {100 * claims['high']:+.0f})")  # fmt: skip
+          f"{100 * claims['value']:+.0f} points",
+          f"({100 * claims['low']:+.0f} to {100 * claims['high']:+.0f})")  # fmt: skip
 right_without = [row["everything right"]["value"] for row in rows.values()]
 worst = right_without.index(min(right_without))
 vital_block.against("first" if worst == 0 else "last" if worst == len(rows) - 1 else "middle")
