@@ -99,8 +99,8 @@ def _code_cell(cell: dict) -> CodeCell:
     return CodeCell(source, name if isinstance(name, str) else "")
 
 
-def exercises_of(path: Path, cells: Sequence[CodeCell]) -> tuple[list[Exercise], list[CodeCell]]:
-    """The exercises to mark in a student's notebook, and the code of the course's notebook that it is a copy of.
+def exercises_of(path: Path, cells: Sequence[CodeCell]) -> list[Exercise]:
+    """The exercises to mark in a student's notebook, which may be a copy of one of the course's.
 
     The copy is recognised by the exercises in it, and by its name, which may have an addition such as `` (1)``. All
     exercises of the original are marked, also those that the student has deleted, then others that the copy contains.
@@ -118,7 +118,7 @@ def exercises_of(path: Path, cells: Sequence[CodeCell]) -> tuple[list[Exercise],
         for cell in read_cells(file)
     ]
     names = dict.fromkeys([*(cell.exercise for cell in original if cell.exercise), *written])
-    return [known[name] for name in names], original
+    return [known[name] for name in names]
 
 
 def grade_notebook(
@@ -134,10 +134,10 @@ def grade_notebook(
     path = Path(path)
     student = student or students([path])[0][1]
     cells = read_cells(path)
-    tasks, original = exercises_of(path, cells)
+    tasks = exercises_of(path, cells)
     if not tasks:
         raise CourseError(f"{printable(str(path))} has no exercise of this course.")
-    suspicious = bool(mentions_of_solutions(cells) - mentions_of_solutions(original))
+    suspicious = mentions_solutions(cells)
     marks = []
 
     def mark(task: Exercise, passed: bool, message: str, flagged: bool = False) -> None:
@@ -181,9 +181,9 @@ def _judged(task: Exercise, kernel: Kernel) -> tuple[bool, str, bool]:
     return (False, OF_PACKAGE, True) if verdict and of_package else (verdict.passed, verdict.message, False)
 
 
-def mentions_of_solutions(cells: Iterable[CodeCell]) -> set[str]:
-    """The lines of code that name fluxedu's solutions."""
-    return {line for cell in cells for line in cell.source.splitlines() if SOLUTIONS.search(line)}
+def mentions_solutions(cells: Iterable[CodeCell]) -> bool:
+    """Whether the code names fluxedu's solutions, which no notebook of the course does."""
+    return any(SOLUTIONS.search(cell.source) for cell in cells)
 
 
 # ---------------------------------------------------------------- a class
@@ -200,7 +200,7 @@ def marks_of(path: Path, student: str, timeout: float, notebook_timeout: float, 
     try:
         return grade_notebook(path, timeout, notebook_timeout, memory, student)
     except CourseError as error:
-        tasks = exercises_of(path, [])[0] if os.path.exists(path) else []
+        tasks = exercises_of(path, []) if os.path.exists(path) else []
         return [Mark(student, path.name, name, False, str(error)) for name in [task.name for task in tasks] or [""]]
 
 
