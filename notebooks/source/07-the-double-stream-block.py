@@ -46,7 +46,8 @@ larger_term = fe.predict(
     "What adds more to text tokens in the last double block: 'attention' or 'MLP'?", "MLP"
 )  # answer
 blending = fe.predict(
-    "The gates blend old and new, (1 - gate) x + gate f. Of 40 images, are 'none', 'some' or 'most' right?", "none"
+    "The gates form a weighted mean of old and new, (1 - gate) x + gate f. Of 40 images, are 'none', 'some' or 'most' "
+    "right?", "none"
 )  # answer
 
 # %% [markdown]
@@ -67,8 +68,8 @@ blending = fe.predict(
 # %% exercise="double.enter"
 
 # %% exercise="double.leave"
-# The gate multiplies what is added to the stream. Some descriptions say that it blends old and new, but the old value
-# of the stream is always kept in full.
+# The gate multiplies what is added to the stream. Some descriptions say that it forms a weighted mean of old and new,
+# but the old value of the stream is always kept in full.
 
 # %% [markdown]
 # The joint attention, which you wrote in notebook 06b, is the only place where text and image exchange information. It
@@ -189,10 +190,10 @@ streams(pipe, prompt, seed=4, progress=False)
 # %% [markdown]
 # ## Break it
 #
-# Two mistakes that are easy to make in `leave`, with the trained weights: the gates blend old and new, or the MLP reads
-# the tokens from before the attention. 40 prompts, each with its own seed; the judge says how many images are right in
-# everything that the prompt says (share, with a 95 % interval). The controls are the model as it is, and the same
-# prompts with other seeds.
+# Two mistakes that are easy to make in `leave`, with the trained weights: the gates form a weighted mean of old and
+# new, or the MLP reads the tokens from before the attention. 40 prompts, each with its own seed; the judge says how
+# many images are right in everything that the prompt says (share, with a 95 % interval). The controls are the model as
+# it is, and the same prompts with other seeds.
 
 # %%
 parts = evidence.load("parts")

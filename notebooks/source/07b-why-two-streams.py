@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 07b · Why two streams?
 #
-# **What do two sets of weights cost, and what are they good for?** You will count both, write the block that has one set
-# of weights for text and image, hold one of the two streams still in the trained model, and see which differences
-# survive over 40 prompts.
+# **What do two sets of weights cost, and what are they good for?** You will count both, write the block that has one
+# set of weights for text and image, hold one of the two streams still in the trained model, and see which differences
+# remain over 40 prompts.
 #
 # Afterwards you can say what separate weights cost in memory and in computation, and why taking weights away from a
 # trained model does not tell whether a model needs them.
@@ -52,7 +52,8 @@ shared_weights = fe.predict(
     "The text stream gets the image stream's weights. Of 40 images, are 'none', 'some' or 'most' right?", "none"
 )  # answer
 blind_patches = fe.predict(
-    "Patches cannot attend to text in double blocks: 'fewer than half' or 'more than half' right?", "more than half"
+    "Patches cannot attend to text in the double blocks. Are 'fewer than half' or 'more than half' of the images "
+    "right?", "more than half"
 )  # answer
 
 # %% [markdown]
@@ -186,8 +187,8 @@ names.remove("double: MLP in parallel")
 for name in names:
     row = parts[name]
     claims = row["claims, compared with nothing changed"]
-    print(f"{name:32} {evidence.percent(row['everything right']):28} claims {100 * claims['value']:+4.0f} points",
-          f"({100 * claims['low']:+.0f} to {100 * claims['high']:+.0f})",
+    print(f"{name:32} {evidence.percent(row['everything right']):24} claims {100 * claims['value']:+4.0f}",
+          f"percentage points ({100 * claims['low']:+.0f} to {100 * claims['high']:+.0f})",
           f"latent {row['change of the latent']['value']:.1f}")  # fmt: skip
 share_right = parts["double: text uses image weights"]["everything right"]["value"]
 shared_weights.against("none" if share_right == 0 else "most" if share_right > 0.5 else "some")
@@ -195,13 +196,13 @@ share_right = parts["double: no attention to text"]["everything right"]["value"]
 blind_patches.against("more than half" if share_right > 0.5 else "fewer than half")
 
 # %% [markdown]
-# With the weights of the other stream hardly an image is right, even if only the MLPs are exchanged. Neither stream can
-# be held still; holding the image stream costs more claims. What patches need less is to attend to the text *in these
-# blocks*: more than half of the images are right without it, since patches attend to the text in the single blocks as
-# well (notebook 08b).
+# With the weights of the other stream almost no image is right, even if only the MLPs are exchanged. Neither stream can
+# be held still; fewer claims are right if the image stream is held than if the text stream is. It matters less if
+# patches cannot attend to the text *in these blocks*: more than half of the images are right without it, since patches
+# attend to the text in the single blocks as well (notebook 08b).
 #
-# The distance of the latents says less. An unrelated image, right in everything, is at 1.2; an image that is lost may
-# be nearer, or much farther away. The distance counts every patch alike, most of which are background.
+# The distance of the latents says less. An unrelated image, right in everything, is at 1.2; a wrong image can have a
+# smaller or a much larger distance. The distance counts every patch alike, most of which are background.
 #
 # One image of each kind, for the seed and prompt of the beginning. (In `fe.ablate`, `streams="txt", queries="img"`
 # selects the weights that image queries give to text keys.)
@@ -237,13 +238,13 @@ plt.show()
 # %% [markdown]
 # ## Does a model need two streams?
 #
-# None of this shows that it does. The experiments show that the trained weights of one stream do not fit the other.
-# These weights were trained with two streams; a model that was trained with one set would probably suffer as much if
-# its streams were given different ones. To compare designs, one has to train both. So here are twins: tiny models of
-# four double blocks and nothing else, trained from nothing on the same scenes in the same order for 1,500 steps, with
-# separate or with shared weights, from two seeds each. A step costs the same computation in both. The loss is that of
-# 512 scenes that training never shows; the judge reads one image for each of 128 new prompts and both seeds (256
-# images of one or two objects; `n` counts the objects).
+# These experiments do not show that a model needs two streams. They show that the trained weights of one stream do not
+# fit the other. These weights were trained with two streams; a model that was trained with one set would probably
+# suffer as much if its streams were given different ones. To compare designs, one has to train both. So here are two
+# tiny models of four double blocks and nothing else, trained from random weights on the same scenes in the same order
+# for 1,500 steps, with separate or with shared weights, from two seeds each. A step costs the same computation in both.
+# The loss is that of 512 scenes that training never shows; the judge reads one image for each of 128 new prompts and
+# both seeds (256 images of one or two objects; `n` counts the objects).
 
 # %%
 twins = evidence.load("twins")
@@ -255,20 +256,21 @@ for kind, row in twins.items():
 print("loss, shared - separate, scene by scene:", evidence.number(twins["shared"]["loss, compared with separate weights"], 4))
 
 # %% [markdown]
-# The intervals say how far other scenes may move these numbers, not other trainings, of which there are only two of each
-# kind; and the objects of one image are not independent, so those of colours and shapes are wider in truth. Separate
-# weights reach a lower loss in both seeds and draw more colours right, for the same computation and twice the memory.
-# Hardly any shape is right (12 % with separate weights; guessing among six would give 17 %, but many objects have no
-# readable shape): these models are too small and too young. And the comparison does not tell whether the gain comes from
-# two *streams* or from twice as many *weights*; for that one would train a model with one set of weights and as many
-# parameters.
+# The intervals say how far other scenes may move these numbers, not other trainings, of which there are only two of
+# each kind; and the objects of one image are not independent, so those of colours and shapes are wider in truth.
+# Separate weights reach a lower loss in both seeds and draw more colours right, for the same computation and twice the
+# memory. Few shapes are right (12 % with separate weights; guessing among six would give 17 %, but many objects have no
+# readable shape): these models are too small and trained too little. And the comparison does not tell whether the gain
+# comes from two *streams* or from twice as many *weights*; for that one would train a model with one set of weights and
+# as many parameters.
 #
 # ## In five lines
 #
 # 1. Two sets of weights double the memory and do not change the amount of computation.
 # 2. With one set of weights, the block is the usual transformer block on the sequence of all tokens.
 # 3. Trained weights of one stream do not fit the other, not even those of the MLP alone.
-# 4. In the double blocks, neither stream can be held still; most images survive if patches cannot attend to text there.
+# 4. In the double blocks, neither stream can be held still; most images stay right if patches cannot attend to text
+#    there.
 # 5. Taking something away from a trained model tells what it uses, not what a design needs. Of two tiny models trained
 #    alike, the one with separate weights is better.
 #

@@ -6,8 +6,8 @@
 # notebook you will show that the block's two wide matrices are the usual six in a different arrangement, write the
 # block, and put it into the trained model.
 #
-# Afterwards you can split the two wide matrices and put them together again, write the block, and say what becomes of
-# the attention when two parts of a matrix are exchanged.
+# Afterwards you can split the two wide matrices and put them together again, write the block, and say how the attention
+# changes when two parts of a matrix are exchanged.
 #
 # 60 minutes · needs notebooks 06b and 07
 
@@ -156,7 +156,7 @@ with torch.no_grad():
     per_stream = len(pipe.flux.double_blocks[0].img_mod.lin.bias) // dim
     per_block = len(block.modulation.lin.bias) // dim
     print("modulation vectors:", per_stream, "per stream of a double block,", per_block, "per single block")
-    for name, y in {"modulated": modulated, "only normalised": normed}.items():
+    for name, y in {"modulated": modulated, "normalised but not modulated": normed}.items():
         computed = F.gelu(block.linear1(y)[..., 3 * dim :], approximate="tanh")
         off_by = float((computed - hidden).norm() / hidden.norm())
         print(
@@ -177,7 +177,7 @@ if fe.passed("single.block"):
 # %% [markdown]
 # ## Break it
 #
-# `fuse` trusts the order of its arguments. Exchange queries and keys: all shapes fit, and nothing complains. What does
+# `fuse` trusts the order of its arguments. Exchange queries and keys: all shapes fit, and no error is raised. What does
 # the attention compute then? Its scores are products of queries and keys, and products do not depend on the order:
 #
 # $$S'_{ij} = \frac{k_i \cdot q_j}{\sqrt d} = \frac{q_j \cdot k_i}{\sqrt d} = S_{ji}$$
@@ -220,7 +220,7 @@ exchanged.against("none" if share == 0 else "most" if share > 0.5 else "some")
 # 2. linear1 computes q, k, v and the MLP's hidden layer: four layers that read the same tokens.
 # 3. linear2 applies both output projections and adds the results.
 # 4. Attention and MLP read the same tokens and share one shift, one scale and one gate.
-# 5. Exchanging queries and keys transposes the table of scores; no shape tells.
+# 5. Exchanging queries and keys transposes the table of scores; the shapes do not show this mistake.
 #
 # **Questions people ask**: *Why is it `linear1` in one file and `proj_mlp` in another?* (diffusers issue 10450) The
 # official layout keeps the four layers in one matrix, diffusers stores them separately. Notebook 09b converts one into

@@ -5,8 +5,8 @@
 # write an instrument that measures what each block adds to the image while the model runs, and rebuild the block so
 # that the MLP runs after the attention.
 #
-# Afterwards you can tell a statement about sizes from a statement about quotients, and say which parts of the single
-# blocks the miniature needs, with numbers from 40 prompts.
+# Afterwards you can distinguish a statement about sizes from a statement about quotients, and say which parts of the
+# single blocks the miniature needs, with numbers from 40 prompts.
 #
 # 60 minutes · needs notebooks 00b and 08
 
@@ -51,10 +51,11 @@ removed = fe.predict(
     "Without which block are most claims lost: 'the block that adds most' or 'another block'?", "another block"
 )  # answer
 serial_effect = fe.predict(
-    "The MLP runs after the attention: 'fewer than half' or 'more than half' of 40 right?", "fewer than half"
+    "The MLP runs after the attention. Are 'fewer than half' or 'more than half' of 40 images right?", "fewer than half"
 )  # answer
 text_held = fe.predict(
-    "The single blocks do not change the text: 'fewer than half' or 'more than half' of 40 right?", "more than half"
+    "The single blocks do not change the text. Are 'fewer than half' or 'more than half' of 40 images right?",
+    "more than half"
 )  # answer
 
 # %% [markdown]
@@ -148,8 +149,8 @@ for third in ("first third", "second third", "last third"):
 
 # %% [markdown]
 # In absolute terms a block adds about as much to text tokens as to image tokens, in every part of the run. The large
-# difference on the right is made by the denominator: text tokens are 1.6 to 8.3 times as large when they enter these
-# blocks, and grow during the run. So do not conclude from the first figure that the text tokens hardly change.
+# difference on the right comes from the denominator: text tokens are 1.6 to 8.3 times as large when they enter these
+# blocks, and grow during the run. So do not conclude from the first figure that the text tokens change little.
 #
 # The explorer shows all blocks and steps. Move over the table with the mouse, or with Tab and the arrow keys. In which
 # blocks, and in which part of the image, do attention and MLP change the tokens in the same direction, and where in
@@ -183,18 +184,18 @@ if fe.passed("contributions.meter"):
         print(f"{name} adds {size:.1f}")
 
 # %% [markdown]
-# And what does the image need? You saw in notebook 05b that each closed block costs right images; here the claims say
-# how much. The same blocks, removed one at a time: 40 prompts about two shapes, each with its own seed, in 20 steps.
-# The first number is the share of images in which everything is right; the second compares the share of right claims
-# with that of the same images with all blocks (both with 95 % intervals).
+# And what does the image need? You saw in notebook 05b that fewer images are right without any of the blocks; here the
+# claims say how much is lost. The same blocks, removed one at a time: 40 prompts about two shapes, each with its own
+# seed, in 20 steps. The first number is the share of images in which everything is right; the second compares the share
+# of right claims with that of the same images with all blocks (both with 95 % intervals).
 
 # %%
 blocks = evidence.load("blocks")
 for name, row in blocks["removed"].items():
     if name in ("nothing", "another seed") or name.startswith("single"):
         claims = row["claims, compared with all blocks"]
-        print(f"{name:12} right: {evidence.percent(row['everything right']):28} claims {100 * claims['value']:+.0f} points",
-              f"({100 * claims['low']:+.0f} to {100 * claims['high']:+.0f})")  # fmt: skip
+        print(f"{name:12} right: {evidence.percent(row['everything right']):28} claims {100 * claims['value']:+.0f}",
+              f"percentage points ({100 * claims['low']:+.0f} to {100 * claims['high']:+.0f})")  # fmt: skip
 single = [name for name in blocks["removed"] if name.startswith("single")]
 lost = {name: -blocks["removed"][name]["claims, compared with all blocks"]["value"] for name in single}
 thirds = {name: blocks["sizes"][name].values() for name in single}
@@ -205,15 +206,15 @@ removed.against("the block that adds most" if largest == most_needed else "anoth
 
 # %% [markdown]
 # The last block adds more than twice as much as any other, but more is lost without `single.2`, whose contribution is
-# among the middle ones: 37 points of the claims (28 to 46), against 14 without the last block (9 to 21). A large
-# contribution is not the same as an important one: what is added late, or in a direction that the last layer does not
-# read, changes little in the image.
+# among the middle ones: 37 percentage points of the claims (28 to 46), against 14 without the last block (9 to 21). A
+# large contribution is not the same as an important one: what is added late, or in a direction that the last layer does
+# not read, changes little in the image.
 #
 # %% [markdown]
 # ## The MLP after the attention
 #
 # In a double block the MLP reads what the attention has added, in a single block it does not. Does it matter? With the
-# two shares of `linear2`, $W_a$ for the attention output $a$ and $W_h$ for the hidden layer, a single block computes
+# two parts of `linear2`, $W_a$ for the attention output $a$ and $W_h$ for the hidden layer, a single block computes
 # (left), and the usual order would be (right)
 #
 # $$x + g \odot \left(W_a\, a(x) + W_h\, h(x)\right) \qquad\qquad x' + g \odot W_h\, h(x') \quad\text{with}\quad
@@ -273,14 +274,14 @@ for ax, out, name in zip(axes, outs, ["original", *changes]):
 plt.show()
 
 # %% [markdown]
-# The weights were trained for attention and MLP in parallel, and hardly an image survives the usual order. This does
-# not show that parallel is better: a network trained with the usual order would probably fail in the same way.
+# The weights were trained for attention and MLP in parallel, and almost no image is right with the usual order. This
+# does not show that parallel is better: a network trained with the usual order would probably fail in the same way.
 #
 # Patches need the text in the single blocks: without it no image is right, whereas more than half are right without it
 # in the double blocks. (There are six single blocks and two double blocks, so these lines do not compare one block with
-# one block.) But the single blocks need not change it: with the text tokens held as they leave the double blocks, as
-# many images are right as before. In the last block the update has no effect at all, because the result is not used:
-# after it the text tokens are discarded. FLUX computes them nevertheless.
+# one block.) But the single blocks do not have to change the text: if the text tokens keep the values from the double
+# blocks, as many images are right as before. In the last block the update has no effect at all, because the result is
+# not used: after it the text tokens are discarded. FLUX computes them nevertheless.
 #
 # ## In five lines
 #
@@ -288,13 +289,13 @@ plt.show()
 # 2. In absolute terms, single blocks add about as much to text tokens as to image tokens; relative to the tokens' size,
 #    they add less to the text, because text tokens are larger.
 # 3. A large contribution is not the same as an important one.
-# 4. In the miniature, patches must attend to the text in the single blocks, but these need not change the text.
+# 4. In the miniature, patches must attend to the text in the single blocks, but these do not have to change the text.
 # 5. The last block's update of the text is not used.
 #
 # **Questions people ask**: *Why do attention-map tools leave out the single blocks?* (attention-map-diffusers issues 15
-# and 21) They need not: here `single.2.attn.map` is a site like any other, and the numbers above show that the text
-# acts on the image mostly there. *Can blocks be left out to save time?* In the miniature not without a loss: without
-# any one of its six single blocks, the share of right images falls from 92 % to 62 % or less.
+# and 21) They do not have to: here `single.2.attn.map` is a site like any other, and the numbers above show that the
+# text acts on the image mostly there. *Can blocks be left out to save time?* In the miniature not without a loss:
+# without any one of its six single blocks, the share of right images falls from 92 % to 62 % or less.
 #
 # **Read**: *Scaling Vision Transformers to 22 Billion Parameters*, arXiv 2302.05442, section 2 (parallel layers) ·
 # ours: `fluxedu/models/blocks.py`, `fluxedu/widgets/contributions.py`, `evidence/parts.py`.

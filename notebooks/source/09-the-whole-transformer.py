@@ -122,10 +122,10 @@ if fe.passed("whole.flux"):
 # %% [markdown]
 # ## What one evaluation costs
 #
-# A weight that is applied to a token costs one multiplication and one addition. Each of the $T$ tokens meets $12D^2$
-# weights per block, in a double block (two streams with $18D^2$ each, less $6D^2$ for the modulation, and a token goes
-# through one of them) and in a single block ($15D^2$ less $3D^2$) alike. Attention computes $T \times T$ scores from
-# $D$ numbers, and as many again for the weighted sum of the values. With the 57 blocks of FLUX.1,
+# A weight that is applied to a token costs one multiplication and one addition. In every block, each of the $T$ tokens
+# uses $12D^2$ weights: in a double block $18D^2 - 6D^2$ (the modulation) in its own stream, in a single block $15D^2 -
+# 3D^2$. The attention's scores need $2T^2D$ operations, the weighted sum of the values another $2T^2D$. With the 57
+# blocks of FLUX.1,
 #
 # $$\text{operations} \approx \underbrace{57 \cdot 2T \cdot 12D^2}_{\text{linear layers}} + \underbrace{57 \cdot
 # 4T^2 D}_{\text{attention}} \qquad \text{equal at} \quad T = 6D$$
@@ -135,8 +135,8 @@ if fe.passed("whole.flux"):
 # %% exercise="whole.flops"
 
 # %% [markdown]
-# Compare with what PyTorch counts while the miniature runs. (The fused attention of a CPU is not counted, so the
-# counter gets the attention that stores its scores.) Then the numbers of FLUX.1-dev:
+# Compare with what PyTorch counts while the miniature runs. (The fused attention of a CPU is not counted, so we use the
+# attention that is not fused.) Then the numbers of FLUX.1-dev:
 
 # %%
 with torch.no_grad():
@@ -191,8 +191,8 @@ parts = evidence.load("parts")
 for name in ("nothing", "another seed", "double blocks exchanged", "single blocks reversed", "no pooled text"):
     row = parts[name]
     claims = row["claims, compared with nothing changed"]
-    print(f"{name:24} right: {evidence.percent(row['everything right']):28} claims {100 * claims['value']:+.0f} points",
-          f"({100 * claims['low']:+.0f} to {100 * claims['high']:+.0f})")  # fmt: skip
+    print(f"{name:24} right: {evidence.percent(row['everything right']):28} claims {100 * claims['value']:+.0f}",
+          f"percentage points ({100 * claims['low']:+.0f} to {100 * claims['high']:+.0f})")  # fmt: skip
 share = parts["single blocks reversed"]["everything right"]["value"]
 reversed_order.against("none" if share == 0 else "most" if share > 0.5 else "some")
 

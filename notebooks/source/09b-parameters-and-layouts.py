@@ -130,7 +130,8 @@ fe.plots.treemap(areas, title="FLUX.1-dev: the modulation (mod) is 27 % of the 1
 #
 # The modulation layers read *one* vector per step, whereas all other layers read thousands of tokens. So they have 27 %
 # of the weights and need almost none of the computation. Their outputs depend only on time, guidance scale and pooled
-# text, so they can be computed before the run, and the layers need not stay on the GPU: `Flux.plan` computes them.
+# text, so they can be computed before the run, and the layers do not have to stay on the GPU: `Flux.plan` computes
+# them.
 #
 # The explorer shows this figure for every variant, and for the miniature. Point at a part to see its tensors, and at a
 # tensor to see its name in the official layout and in diffusers' (or use Tab and the arrow keys). Which is the first
@@ -153,8 +154,8 @@ parameters({"miniature": config})
 # %% exercise="whole.unfused"
 
 # %% [markdown]
-# The package converts the rest too, in both directions, and rejects tensors that do not fit. Your tensors must be among
-# its:
+# The package converts the rest too, in both directions, and rejects tensors that do not fit. Your tensors must equal
+# the package's:
 
 # %%
 official = pipe.flux.state_dict()
@@ -180,7 +181,8 @@ if fe.passed("whole.renamed", "whole.unfused"):
 # ## Break it
 #
 # Mistakes in a conversion rarely raise an error. Queries and keys have the same shape, and so have shift and scale, so
-# a file in which they are exchanged loads silently. Here are four such files.
+# a file in which they are exchanged loads without an error. In each of these four weight files, two parts of a matrix
+# are exchanged.
 
 # %%
 dim = config.hidden_size
@@ -219,18 +221,18 @@ fig.suptitle("Four files with exchanged rows load without an error (seed 4)", fo
 plt.show()
 
 # %% [markdown]
-# You saw in notebook 08 that no image is right with the first two; here are all four, with 40 prompts about two shapes,
-# each with its own seed. The *judge*, a program that reads shapes, colours and positions from an image by geometry,
-# says in what share of the images everything is right (with a 95 % interval), and how many of the claims are lost (two
-# colours, two shapes and a position per image).
+# You saw in notebook 08 that no image is right with the first two files; here are all four, with 40 prompts about two
+# shapes, each with its own seed. The *judge*, a program that reads shapes, colours and positions from an image by
+# geometry, says in what share of the images everything is right (with a 95 % interval), and how many of the claims are
+# lost (two colours, two shapes and a position per image).
 
 # %%
 parts = evidence.load("parts")
 for name in ("nothing", "another seed", *files):
     row = parts[name]
     claims = row["claims, compared with nothing changed"]
-    print(f"{name:20} right: {evidence.percent(row['everything right']):28} claims {100 * claims['value']:+.0f} points",
-          f"({100 * claims['low']:+.0f} to {100 * claims['high']:+.0f})")  # fmt: skip
+    print(f"{name:20} right: {evidence.percent(row['everything right']):28} claims {100 * claims['value']:+.0f}",
+          f"percentage points ({100 * claims['low']:+.0f} to {100 * claims['high']:+.0f})")  # fmt: skip
 
 # %% [markdown]
 # diffusers really does store the scale of the last layer before its shift: `AdaLayerNormContinuous.forward`
@@ -254,8 +256,8 @@ except fe.checkpoints.CheckpointError as error:
 # 1. The number of parameters follows from the config alone: 36 D² per double block and 15 D² per single block.
 # 2. dev has 11,901,408,320 parameters; variants differ in their input channels and in the guidance input.
 # 3. The 19 double blocks hold more weights than the 38 single blocks.
-# 4. 27 % of all weights compute the modulation. They need much memory and hardly any computation; the
-#    modulation of all steps can be computed before the run.
+# 4. 27 % of all weights compute the modulation. They need much memory and almost no computation; the modulation of all
+#    steps can be computed before the run.
 # 5. The two layouts order rows differently, and a file with the wrong order loads without an error.
 #
 # **Questions people ask**: *Why do I run out of memory?* (flux issues 7, 185) The transformer alone is 23.8 GB of

@@ -75,7 +75,7 @@ print(f"cosine similarity of the velocity and the direction from the image to th
 
 # %% [markdown]
 # The sampler of notebook 00 takes steps of Euler's method, $x_{t'} = x_t + (t' - t)\, v$. Here is another way to write
-# the same step. A velocity implies both ends of its line: the *predicted x0* and the *predicted noise*. Mix them anew,
+# the same step. A velocity implies both ends of its line: the *predicted x0* and the *predicted noise*. Mix them again,
 # for the time $t'$:
 #
 # $$\hat{x}_0 = x_t - t\, v, \qquad \hat{\varepsilon} = x_t + (1 - t)\, v, \qquad
@@ -128,7 +128,7 @@ if fe.passed("flow.between", "flow.loss", "flow.fit", "flow.sample"):
     straight_paths.against("yes" if length.median() < 1.02 else "no")
 
 # %% [markdown]
-# ### What the loss is smallest for
+# ### Which velocity has the smallest loss?
 #
 # Two training lines can pass through the same point *at the same time* with different velocities: for every point,
 # time and image $x_0$ there is a noise $\varepsilon$ that fits. The network has one output for that point and time.
@@ -148,15 +148,15 @@ if fe.passed("flow.between", "flow.loss", "flow.fit", "flow.sample"):
 #
 # ### Why following the mean works
 #
-# No single line follows $v^*$. Why do samples that follow it become data, all the same?
+# No single line follows $v^*$. Why do samples that follow it still become data?
 #
 # 1. *The continuity equation.* A density $p_t$ that is moved by a velocity $v$ obeys
 #    $\partial_t\, p_t = -\nabla \cdot ( p_t\, v )$: what flows out of a region is missing in it afterwards. The density
 #    at one time and the velocities determine it at all times.
 # 2. *One image.* The states on all lines to $x_0$ are normally distributed around $(1 - t)\, x_0$ with standard
-#    deviation $t$, the *conditional* density $p_t(x \mid x_0)$. Through each point runs one line, with
-#    $\varepsilon = (x - (1 - t)\, x_0) / t$, so its velocity is $u(x, t \mid x_0) = (x - x_0) / t$, and
-#    $p_t(x \mid x_0)$ obeys the equation with $u$.
+#    deviation $t$, the *conditional* density $p_t(x \mid x_0)$. One line passes through each point, with $\varepsilon =
+#    (x - (1 - t)\, x_0) / t$, so its velocity is $u(x, t \mid x_0) = (x - x_0) / t$, and $p_t(x \mid x_0)$ obeys the
+#    equation with $u$.
 # 3. *All images.* Averaging both sides of the equation over $x_0$ gives
 #    $\partial_t\, p_t(x) = -\nabla \cdot \int u(x, t \mid x_0)\, p_t(x \mid x_0)\, p(x_0)\, dx_0$ for the *marginal*
 #    density $p_t(x) = \int p_t(x \mid x_0)\, p(x_0)\, dx_0$.
@@ -179,8 +179,8 @@ if fe.passed("flow.between", "flow.loss", "flow.fit", "flow.sample"):
 # \exp\Bigl( -\frac{(\log \frac{t}{1 - t} - m)^2}{2 s^2} \Bigr)$$
 #
 # This does not change what the best network computes, since $v^*(x, t)$ minimises the error at each time separately. It
-# changes how often each time is practised. The miniature was trained with $m = 0.9$ and $s = 1.2$ (`LOGIT_NORMAL` in
-# `training/flow.py`), towards the noise.
+# changes how often the network is trained at each time. The miniature was trained with $m = 0.9$ and $s = 1.2$
+# (`LOGIT_NORMAL` in `training/flow.py`), towards the noise.
 
 # %%
 t = torch.linspace(0.001, 0.999, 999)
@@ -192,7 +192,7 @@ for (m, s), colour in (((0.0, 1.0), "#0072b2"), ((0.9, 1.2), "#d55e00")):
     noisy = torch.sigmoid(m + s * torch.randn(100_000)) > 0.7
     print(f"m = {m:g}, s = {s:g}: {noisy.float().mean():.0%} of the times are above 0.7 (uniform: 30%)")
 ax.set(xlabel="time (1 is noise)", ylabel="density", ylim=0)
-ax.set_title("The miniature practises times near the noise most")
+ax.set_title("The miniature is trained more often at times near the noise")
 ax.legend(fontsize=8)
 plt.show()
 
@@ -226,10 +226,11 @@ if fe.passed("flow.sample"):
 # %% [markdown]
 # ## Break it
 #
-# Now fresh noise in each step instead of the predicted noise, which is a known method (a stochastic sampler), and two
-# mistakes: the velocity with the wrong sign, and the time 1 - t given to the network. The *judge*, a program that finds
-# shapes and colours in an image by geometry, counts how often exactly the two objects of the prompt are there: five
-# prompts with eight seeds each, in eight steps.
+# We test three changes: fresh noise in each step instead of the predicted noise, which is a known method (a stochastic
+# sampler), and two mistakes, the velocity with the wrong sign and the time 1 - t given to the network. The *judge*, a
+# program that finds shapes and colours in an image by geometry, counts how often exactly the two objects of the prompt
+# are there: five prompts with eight seeds each, in eight steps. Counts are given as ranges, because rounding on another
+# machine can change one image.
 
 # %%
 if fe.passed("flow.sample"):

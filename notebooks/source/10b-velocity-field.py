@@ -6,7 +6,7 @@
 # own velocity field, and generate with the perfect velocity for six images.
 #
 # Afterwards you can compute the marginal velocity of a finite data set, explain why trajectories are curved and what
-# reflow does, steer a run through its predicted x0, and say why a perfect fit memorises.
+# reflow does, steer a run through its predicted x0, and say why a network with the smallest loss only repeats its data.
 #
 # 60 minutes · needs notebook 10
 
@@ -160,7 +160,8 @@ new_lines = torch.stack([(1 - t) * ends[:150] + t * noises[:150] for t in times]
 print(f"lines of reflow: of {number:,} pairs {count(new_lines)}")
 if fe.passed("flow.detour"):
     for name, some in (("random pairs", path), ("reflow pairs", straight_path)):
-        print(f"trained on {name}: the median trajectory is {detour(some).median():.1f} times as long as straight")
+        length = f"{detour(some).median():.1f} times as long as the straight line between its ends"
+        print(f"trained on {name}: the median trajectory is {length}")
 
 step_counts, distances = [1, 2, 4, 8, 16], {}
 fig, ax = plt.subplots(figsize=(5.6, 3.2), layout="constrained")
@@ -226,7 +227,7 @@ plt.show()
 # %% [markdown]
 # Up to t = 0.4 the state itself shows the image, and the caption reduces the loss by 6 to 12 % only. Each image has one
 # noise, used at all five times, and 24 images do not settle the order of 0.7 and 0.9. Near t = 0 the loss rises again:
-# the velocity depends on the noise, of which the state contains hardly anything.
+# the velocity depends on the noise, of which the state contains almost nothing.
 #
 # The explorer shows runs of two prompts from the same noise, projected to a plane through their final images:
 
@@ -294,7 +295,8 @@ if fe.passed("flow.steer"):
 #
 # Now make a mistake, the predicted noise in place of the velocity, as if you had loaded a model that predicts noise,
 # and measure how straight the miniature's trajectories are. The *judge*, a program that finds shapes and colours,
-# counts for five prompts with eight seeds each how often both objects are there, and nothing else.
+# counts for five prompts with eight seeds each how often both objects are there, and nothing else. Counts are given as
+# ranges, because rounding on another machine can change one image.
 
 # %%
 runs = {
@@ -306,16 +308,16 @@ for name, out in runs.items():
     print(f"{name:17} {right} images show both objects and nothing else")
 if fe.passed("flow.detour"):
     low, median, high = (float(detour(runs["the velocity"].trajectory.latents).quantile(q)) for q in (0, 0.5, 1))
-    print(f"the 40 trajectories are {median:.2f} times as long as straight ({low:.2f} to {high:.2f})")
+    print(f"the 40 trajectories are {median:.2f} times as long as the straight line ({low:.2f} to {high:.2f})")
 
 # %% [markdown]
-# The miniature's trajectories are much straighter than those in the plane. (A path of eight steps cuts its corners, so
-# these lengths are a little too small.)
+# The miniature's trajectories are much straighter than those in the plane. (A path of eight steps is a little shorter
+# than the true curve.)
 #
 # ## Break it
 #
 # What is wrong with a perfect network? Your `best` is not limited to the plane: its points can be latents. Give it the
-# first six of the images above, 4,096 numbers each, and let the pipeline follow *its* velocity instead of the
+# first six of the images above, 4,096 numbers each, and let the pipeline follow the velocity of `best` instead of the
 # transformer's.
 
 # %%

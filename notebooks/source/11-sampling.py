@@ -3,7 +3,7 @@
 #
 # **How few steps are enough?** The network predicts a velocity, and the sampler follows it from noise to image. Each
 # evaluation is a pass through the whole transformer, so the cost of an image is its number of function evaluations, or
-# *NFE*. This notebook is about getting the most out of few.
+# *NFE*. This notebook is about good images with few evaluations.
 #
 # Afterwards you can write FLUX's schedule and three solvers, put them into the trained pipeline, and recognise three
 # mistakes that raise no error.
@@ -35,6 +35,7 @@ original = pipe(prompt, seed=4, progress=False)
 course.where(pipe, "solver")
 
 
+# %%
 def relative_distance(out, reference) -> float:
     """The distance of a run's final latent from that of a reference run, divided by the length of the latter."""
     return float((out.latents - reference.latents).norm() / reference.latents.norm())
@@ -65,8 +66,8 @@ not_shifted = fe.predict(
 # ## Build it
 #
 # We begin with the times. In an image of many tokens the layout can be seen through a lot of noise, because
-# neighbouring tokens can be averaged. So FLUX.1-dev takes more of its steps near the noise, and the larger the image,
-# the more of them. It shifts the times:
+# neighbouring tokens can be averaged. So FLUX.1-dev takes more of its steps near the noise. For larger images it takes
+# even more steps there. It shifts the times:
 #
 # $$t' = \frac{e^{\mu}}{e^{\mu} + 1/t - 1} \qquad \Longleftrightarrow \qquad
 # \frac{t'}{1 - t'} = e^{\mu}\, \frac{t}{1 - t}$$
@@ -78,8 +79,8 @@ if fe.passed("sampling.mu"):
     large_mu.against(mu(8160))
 
 # %% exercise="sampling.schedule"
-# As the second formula says, the odds t : (1 - t) are multiplied by e to the mu. schnell uses evenly spaced times, that
-# is, mu = 0.
+# As the second formula says, the *odds*, the ratio t / (1 - t), are multiplied by e to the mu. schnell uses evenly
+# spaced times, that is, mu = 0.
 
 # %%
 shifts = {
@@ -198,9 +199,9 @@ not_shifted.against(round(eight["euler"] / (100 * even["value"]), 1))
 
 # %% [markdown]
 # With few evaluations, the simplest solver draws the most images right: at the same NFE it takes twice as many steps,
-# and order is about small steps only. At 8 NFE the shift more than doubles the share for Euler and for Heun, but not
-# for midpoint, and with the shift the solvers differ by a factor of ten. At 32 NFE the three shifted ones are at 91 or
-# 92 %.
+# and order describes the error only for small steps. At 8 NFE the shift more than doubles the share for Euler and for
+# Heun, but not for midpoint, and with the shift the solvers differ by a factor of ten. At 32 NFE the three shifted ones
+# are at 91 or 92 %.
 #
 # The explorer has one row per solver and one column per NFE; the menu above the table changes the schedule. (Use Tab,
 # then the arrow keys.) Watch the background, about which the prompt says nothing, and the objects separately.
@@ -276,7 +277,7 @@ for ax, (name, out) in zip(axes, outs.items()):
     ax.imshow(out.images[0])
     ax.set_title(name, fontsize=9)
     ax.axis("off")
-fig.suptitle("Seed 4: only the wrong sign is obvious at a glance", fontsize=11)
+fig.suptitle("Seed 4: only the wrong sign is easy to see", fontsize=11)
 plt.show()
 
 for name in ("original, 8 steps", "shifted twice"):
@@ -286,7 +287,7 @@ print(f"with the wrong sign the latent ends {growth:.1f} times as long as the no
 
 # %% [markdown]
 # With the shift applied twice, the last step alone covers more than half of the time from 1 to 0. The image is
-# plausible, so nobody suspects a bug, and a missing shift (the last panel) is just as inconspicuous. Without the last
+# plausible, so nobody suspects a bug, and a missing shift (the last panel) is just as hard to see. Without the last
 # step, some noise remains in the image.
 #
 # **One step.** Its times are 1 and 0, and the shift changes neither:

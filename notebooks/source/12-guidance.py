@@ -55,10 +55,10 @@ best_scale = fe.predict(
 #
 # $$v = v_{\text{negative}} + s\, (v_{\text{prompt}} - v_{\text{negative}})$$
 #
-# For $s$ from 0 to 1 this is a mean of the two; for $s > 1$ it is an *extrapolation*, beyond both of them. Why should
-# that help? For $x_t = (1 - t)\, x_0 + t\, \varepsilon$ with Gaussian noise $\varepsilon$, the mean of the noise given
-# the state is $x + (1 - t)\, v$, and the *score*, the gradient of the log density of the noisy images, is minus this
-# mean divided by $t$:
+# For $s$ from 0 to 1 this is a weighted mean of the two; for $s > 1$ it is an *extrapolation*, beyond both of them. Why
+# should that help? For $x_t = (1 - t)\, x_0 + t\, \varepsilon$ with Gaussian noise $\varepsilon$, the mean of the noise
+# given the state is $x + (1 - t)\, v$, and the *score*, the gradient of the log density of the noisy images, is minus
+# this mean divided by $t$:
 #
 # $$\nabla_x \log p_t(x) = -\frac{x + (1 - t)\, v(x, t)}{t}$$
 #
@@ -161,12 +161,12 @@ print("diversity at scale 1:", evidence.number(rows["1"]["diversity"]))
 print("diversity at scale 6:", evidence.number(rows["6"]["diversity"]))
 
 # %% [markdown]
-# Without guidance 70 % of the images are right with CFG, 67 % with embedded guidance (in the figure). All
-# scales have the same prompts and seeds, so we count the images that are gained and lost, instead of asking whether two
-# intervals overlap. From scale 1 to 3 far more are gained than lost. From 3 to 8 `nano-base` gains about as many as it
-# loses, so 200 images do not tell which of these scales is best for it; `nano` gains a few more up to 8. Guidance is
-# often said to cost diversity; only separate intervals are stored for that, so this page does not decide it. With few
-# steps high scales do worse than here: try 8 steps and scale 6 above.
+# Without guidance 70 % of the images are right with CFG, 67 % with embedded guidance (in the figure). All scales have
+# the same prompts and seeds, so we count the images that are gained and lost, instead of asking whether two intervals
+# overlap. From scale 1 to 3 far more are gained than lost. From 3 to 8 `nano-base` gains about as many as it loses, so
+# 200 images do not tell which of these scales is best for it; `nano` gains a few more up to 8. Guidance is often said
+# to reduce diversity; only separate intervals are stored for that, so this page does not decide it. With few steps high
+# scales do worse than here: try 8 steps and scale 6 above.
 
 # %% [markdown]
 # ## A limited interval
@@ -183,9 +183,9 @@ for name, row in limited_interval.items():
 
 # %% [markdown]
 # The rows do not guide equally often: "always" guides all eight evaluations, "0.9 to 0.3" five, "0.3 to 0" only one. At
-# scale 3 the interval changes nothing that 64 images could show, though three evaluations are not guided. At scale 15
-# guidance that is always on ruins nearly every image; in both other rows a few more are right. This may only reflect
-# how many evaluations are guided too much, so it says nothing about these times; a control would guide five others.
+# scale 3 the 64 images show no clear difference, though three evaluations are not guided. At scale 15 guidance that is
+# always on ruins nearly every image; in both other rows a few more are right. This may only reflect how many
+# evaluations are guided too much, so it says nothing about these times; a control would guide five others.
 
 # %% [markdown]
 # ## Put your code into the trained model

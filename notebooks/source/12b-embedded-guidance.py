@@ -31,6 +31,7 @@ prompt = "a red circle left of a blue square"
 course.where(nano, "vec")
 
 
+# %%
 def relative_distance(out, reference) -> float:
     """The distance of a run's final latent from that of a reference run, divided by the length of the latter."""
     return float((out.latents - reference.latents).norm() / reference.latents.norm())
@@ -44,8 +45,8 @@ def relative_distance(out, reference) -> float:
 
 # %%
 lowest = fe.predict(
-    "A student is given the scales 1, 2, 4 and 6, and its teacher is guided with scale 4. Which of its four losses is "
-    "the smallest: '1', '2', '4' or '6'?", "4"
+    "A network (the student) learns from one with CFG (the teacher) at scale 4. At which of the student's own scales "
+    "is the loss smallest: '1', '2', '4' or '6'?", "4"
 )  # answer
 beyond = fe.predict(
     "At scale 40, which kind of guidance changes the latent's size more: 'CFG' or 'embedded'?", "CFG"
@@ -184,7 +185,7 @@ for ax, (name, out) in zip(axes, outs.items()):
     ax.imshow(out.images[0])
     ax.set_title(name, fontsize=9)
     ax.axis("off")
-fig.suptitle("Seed 3: scale 40 destroys the image with CFG, and hardly changes it with embedded guidance", fontsize=10)
+fig.suptitle("Seed 3: scale 40 destroys the image with CFG, and changes it little with embedded guidance", fontsize=10)
 plt.show()
 
 sizes = {name: float(out.latents.square().mean().sqrt()) for name, out in outs.items()}
@@ -194,9 +195,9 @@ growth = {"CFG": sizes["CFG, 40"] / sizes["CFG, 4"], "embedded": sizes["embedded
 beyond.against(max(growth, key=growth.get))
 
 # %% [markdown]
-# Nothing in the CFG formula limits the latent. Embedded guidance was trained up to 6 and changes less beyond. In
-# this example two moderate scales used together have the effect of a high one: the second guides velocities that are
-# guided already.
+# Nothing in the CFG formula limits the latent. Embedded guidance was trained up to 6 and changes less beyond. In this
+# example two moderate scales used together have the effect of a high one: CFG is applied to velocities that already
+# contain guidance (one seed).
 #
 # ## In five lines
 #

@@ -49,7 +49,7 @@ course.where(pipe, "double", "single")
 best_block = fe.predict(
     "A noun's map fits its object best in which block: 'the first', 'a middle one' or 'the last'?", "a middle one"
 )  # answer
-largest_value = fe.predict("How many times the median is the largest value at the input of the last block?", 120)  # answer
+largest_value = fe.predict("How large is (largest value / median) at the input of the last block?", 120)  # answer
 massive_tokens = fe.predict(
     "This channel is large in: 'one token', 'most text tokens' or 'most image tokens'?", "most text tokens"
 )  # answer
@@ -252,7 +252,8 @@ massive_tokens.against("most text tokens" if in_text > 0.5 else "most image toke
 # before the last block, because text tokens are discarded after it.) Is the channel needed? The ratio jumps after
 # `single.0` (figure), so we set it to 0 in all text tokens at the input of `single.1`, at every step. The control does
 # this to the next channel. Five prompts with eight seeds each, in eight steps; the distance is that of the final
-# latent, divided by the latent's length.
+# latent, divided by the latent's length. Counts are given as ranges, because rounding on another machine can change one
+# image.
 
 
 # %%

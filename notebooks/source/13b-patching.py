@@ -109,15 +109,15 @@ plt.show()
 for block, row in rows.items():
     claims = row["claims, compared with all blocks"]  # two colours, two shapes and a position per image
     print(f"without {block}: everything right in {evidence.percent(row['everything right'])}, claims",
-          f"{100 * claims['value']:+.0f} points",
+          f"{100 * claims['value']:+.0f} percentage points",
           f"({100 * claims['low']:+.0f} to {100 * claims['high']:+.0f})")  # fmt: skip
 right_without = [row["everything right"]["value"] for row in rows.values()]
 worst = right_without.index(min(right_without))
 vital_block.against("first" if worst == 0 else "last" if worst == len(rows) - 1 else "middle")
 
 # %% [markdown]
-# The first block matters most: without it 62 points of the claims are lost, without `single.2`, the next, 37, and these
-# intervals are far apart. The shares of images with everything right, 0 % and 5 %, cannot be told apart.
+# The first block matters most: without it 62 percentage points of the claims are lost, without `single.2`, the next,
+# 37, and these intervals are far apart. The shares of images with everything right, 0 % and 5 %, cannot be told apart.
 #
 # Ablation has a weakness. A network that was never trained with a missing block may fail for that reason alone. A large
 # change can mean “this block drew the circle” or just “the next block cannot process this input”.
@@ -215,7 +215,7 @@ if fe.passed("inside.transplant", "inside.patch_grid"):
 # %% [markdown]
 # You saw in notebook 03b that T5 puts a shape's colour into the vector of its noun; here FLUX takes it from there. Two
 # controls: how often the *second* shape takes the colour, in your experiments, and the stored results for 40 pairs of
-# prompts, drawn at random, each with its own seed, with tokens replaced as T5 hands them over.
+# prompts, drawn at random, each with its own seed, with tokens replaced at T5's output.
 
 # %%
 stored = evidence.load("patching")
@@ -241,7 +241,7 @@ if fe.passed("inside.transplant", "inside.patch_grid"):
     plt.show()
 
 # %% [markdown]
-# So the token of the *noun* is sufficient, and the token of the colour word hardly ever is. T5 mixes the words of a
+# So the token of the *noun* is sufficient, and the token of the colour word almost never is. T5 mixes the words of a
 # prompt, and its token for *circle* contains the information that the circle is red. This is one reason why changing
 # the token of one word, or hiding one word from attention, often has less effect than people expect.
 #
@@ -265,11 +265,11 @@ last_block.against("red" if list(stored["blocks"].values())[-1]["text"]["value"]
 # Replacing all text tokens works less and less often: in nearly all images at the first block, in half of them at
 # `single.2`, in none at `single.3`. Replacing all image tokens works in at most one of 40 pairs up to `single.2`, and
 # in nearly all from `single.3` on. So at the input of `single.2`, in half of the pairs neither stream alone is
-# sufficient: the image tokens already contain part of the colour. (Late image tokens must work, since the output is
-# computed from them. Each step of the sampler starts again with the original text tokens.)
+# sufficient: the image tokens already contain part of the colour. (For late blocks, replacing image tokens must work,
+# since the output is computed from them. Each step of the sampler starts again with the original text tokens.)
 #
-# Tokens that are *sufficient* need not be the only ones, and a whole stream contains more than the colour. This is the
-# miniature, with prompts of one form, in eight steps (the stored results) or six (yours).
+# Tokens that are *sufficient* do not have to be the only ones, and a whole stream contains more than the colour. This
+# is the miniature, with prompts of one form, in eight steps (the stored results) or six (yours).
 #
 # Is the recovered fraction of the latent a good measure, too?
 
@@ -283,8 +283,8 @@ if fe.passed("inside.transplant", "inside.patch_grid", "inside.recovered"):
               f"and the colour in {share:.0%} of the images")  # fmt: skip
 
 # %% [markdown]
-# The two measures need not agree. The fraction is computed from the whole latent, and most of that is background, about
-# which the prompts say nothing.
+# The two measures do not have to agree. The fraction is computed from the whole latent, and most of that is background,
+# about which the prompts say nothing.
 #
 # ### The explorer
 #
@@ -323,7 +323,7 @@ for name, row in hidden.items():
 # The noun matters: without it the first shape is right in about two of three images. The colour word does not, as the
 # patching above suggests. Without padding the latent changes by almost as much as without the noun, and yet the shapes
 # and colours stay right. Hiding every sixth image token changes the latent more than hiding any single part of the
-# prompt, and costs no claim.
+# prompt, and yet no claim becomes wrong.
 #
 # ## In five lines
 #

@@ -6,8 +6,8 @@
 # numbers of steps. You will build what each variant adds and run your code inside trained variants: we have trained the
 # whole family in miniature.
 #
-# Afterwards you can read a variant off its config, build the inputs of fill and redux, and say what
-# few-step distillation trains.
+# Afterwards you can recognise a variant from its config, build the inputs of fill and redux, and say what few-step
+# distillation trains.
 #
 # 60 minutes · needs notebooks 01b, 04 and 11
 
@@ -34,10 +34,10 @@ pipe = fe.load("nano", device=device)
 course.where(pipe, "in", "vec", "solver")
 
 # %% [markdown]
-# The variants differ only in the three highlighted parts: in the input tokens, in what is added to `vec` (the vector
-# that the modulation is computed from, notebooks 05 and 05b), and in how the sampler takes its steps. The blocks have
-# the same architecture in all of them. (This page loads the miniature's family by name, since its members belong
-# together; the official models are `fe.load("schnell")`, `fe.load("fill")` and so on.)
+# The architectures of the variants differ only in the three highlighted parts: in the input tokens, in what is added to
+# `vec` (the vector that the modulation is computed from, notebooks 05 and 05b), and in how the sampler takes its steps.
+# The blocks have the same architecture in all of them. (This page loads the miniature's family by name, since its
+# members belong together; the official models are `fe.load("schnell")`, `fe.load("fill")` and so on.)
 #
 # ## Predict
 
@@ -228,10 +228,10 @@ if fe.passed("family.redux"):
 #
 # ## All variants at work
 #
-# One image, five variants. canny and depth are published as LoRAs (notebook 14c), like the official ones. Their control
-# images here are drawn from the scene; `fluxedu.sampling.images.edges(photo)` finds the edges of any image. This is one
-# image and one seed per variant, to show what goes in and what comes out; how often each does what it should, measured
-# on 110 to 500 scenes, is in `fluxedu/nano/weights/README.md`.
+# One image, five variants. The miniature's canny and depth are LoRAs (notebook 14c); official LoRA versions exist too.
+# Their control images here are drawn from the scene; `fluxedu.sampling.images.edges(photo)` finds the edges of any
+# image. This is one image and one seed per variant, to show what goes in and what comes out; how often each does what
+# it should, measured on 110 to 500 scenes, is in `fluxedu/nano/weights/README.md`.
 
 # %%
 examples = {  # variant: (the input image to show, the prompt, the pipeline's arguments)
@@ -275,7 +275,7 @@ plt.show()
 #
 # $$L = \Bigl\| v_\theta(y_k, t_k) - \frac{y_{k+1} - y_k}{t_{k+1} - t_k} \Bigr\|^2$$
 #
-# So it learns chords of the teacher's curved path (notebook 10), where the teacher has learned tangents.
+# So the student learns chords of the teacher's curved path (notebook 10); the teacher has learned tangents.
 
 # %% exercise="family.chords"
 
@@ -323,7 +323,7 @@ for row, (name, images) in zip(axes, in_four_steps.items()):
         ax.set(xticks=[], yticks=[])
     row[0].set_ylabel(name, fontsize=9)
 fig.suptitle(
-    "Four steps: hardly an image is right without training for them (above), most with it (below)", fontsize=10
+    "Four steps: almost no image is right without training for them (above), most with it (below)", fontsize=10
 )
 plt.show()
 

@@ -264,13 +264,13 @@ ax.set_title("Forty scenes: image-to-image (orange), inversion (blue), kontext (
 plt.show()
 
 # %% [markdown]
-# Read the table row by row. With image-to-image there is one dial: more strength edits more images and keeps less of
-# each. Inversion with guidance 1 and one round keeps about as much as strength 0.25, the gentlest setting, although its
-# run starts at t = 1. It edits 60 % of the images where strength 0.25 edits 45 %, but the two intervals overlap, so
-# forty scenes do not show that it is better. With the guidance scale 6, inversion edits about half as many images and
-# keeps less of them; that these intervals overlap does not matter, because the scenes are the same: 12 were edited only
-# with scale 1, and one only with scale 6. kontext edits about as many images as strength 0.5 (the intervals overlap),
-# and keeps more of them: 33 dB against 27, with intervals far apart. This is what its training was for.
+# Read the table row by row. With image-to-image there is one setting: more strength edits more images and keeps less of
+# each. Inversion with guidance 1 and one round keeps about as much as strength 0.25, the weakest, although its run
+# starts at t = 1. It edits 60 % of the images where strength 0.25 edits 45 %, but the two intervals overlap, so forty
+# scenes do not show that it is better. With the guidance scale 6, inversion edits about half as many images and keeps
+# less of them; that these intervals overlap does not matter, because the scenes are the same: 12 were edited only with
+# scale 1, and one only with scale 6. kontext edits about as many images as strength 0.5 (the intervals overlap), and
+# keeps more of them: 33 dB against 27, with intervals far apart. It was trained for this.
 #
 # And more rounds? By the formula they help if $hK < 1$. With three rounds the round-trip error is small for some scenes
 # and large for others (the interval of its median is wide), so for some of them the iteration probably does not

@@ -36,9 +36,9 @@ course.where(pipe, "in", "vec", "double", "single", "final")
 
 # %%
 lora_share = fe.predict("How large is canny's LoRA of rank 128, in percent of the model's parameters?", 5.2)  # answer
-rank_one = fe.predict("A LoRA of which rank turns red into green: of 'rank 1' or only of 'rank 8'?", "rank 8")  # answer
+rank_one = fe.predict("Does 'rank 1' suffice to turn red into green, or is 'rank 8' needed?", "rank 8")  # answer
 rank_64 = fe.predict(
-    "Of nano-kontext's change only rank 64 of 160 is kept. Does it edit 'as many' images or 'fewer'?", "fewer"
+    "nano-kontext's change is approximated with rank 64 of 160. Does it edit 'as many' images or 'fewer'?", "fewer"
 )  # answer
 
 # %% [markdown]
@@ -85,7 +85,7 @@ if fe.passed("lora.count"):
 # ## Beside the layer
 #
 # A LoRA does not have to be merged. Since $(W + BA)\, x = W x + B\,(A x)$, the layer can stay as it is, and the update
-# is added to its output. This costs some time in every step, but several LoRAs can be exchanged quickly, and weights
+# is added to its output. This takes some time in every step, but several LoRAs can be exchanged quickly, and weights
 # that are quantised stay untouched.
 
 # %% exercise="lora.layer"
@@ -201,7 +201,7 @@ in_file, in_model = (sum(t.numel() for t in some.values()) for some in (tensors,
 print(f"{in_file:,} numbers in the file change {in_model:,} weights")
 
 # %% [markdown]
-# ## How much fits into a low rank?
+# ## How much of a change is kept at a low rank?
 #
 # nano-kontext was trained without a LoRA: all its weights changed. So we can compute the change of each linear layer,
 # cut it down to rank $r$ with the method of your `factors`, and add it to the miniature. `python -m evidence kontext`
@@ -264,7 +264,8 @@ if fe.passed("lora.layer", "lora.factors"):
 # ## In five lines
 #
 # 1. A LoRA adds BA to a weight, with r (d_in + d_out) numbers instead of d_in d_out.
-# 2. Once merged it costs nothing, and it can be unmerged exactly; beside the layer it leaves the weights untouched.
+# 2. Once merged it needs no extra time, and it can be unmerged exactly; beside the layer it leaves the weights
+#    untouched.
 # 3. The best approximation of rank r keeps the r largest singular values.
 # 4. A small change of one layer can be computed by least squares, without training.
 # 5. How much rank a change needs depends on the change: measure it.

@@ -85,7 +85,7 @@ lopsided = sum(chance_of[k] for k in range(101) if abs(k - 50) >= 10)
 chance_result.against(round(100 * lopsided))
 
 # %% [markdown]
-# So between equal models, a result of 60 to 40 or a clearer one occurs by chance one time in eighteen.
+# So if two models are equal, one of them gets 60 or more of 100 votes in 1 of 18 trials, by chance.
 #
 # Now all votes. Here the *judge* votes, the program that finds shapes and colours in an image by geometry: the image
 # that satisfies more claims of its prompt wins; if both satisfy equally many, the one that is drawn more cleanly wins;
@@ -96,8 +96,9 @@ votes_cast = arena.judge_votes(my_arena, 1000, axes=["overall"])
 votes = my_arena.outcomes("overall", "judge")  # (model on the left, on the right, score of the left one, number)
 print(f"{votes_cast} votes: 6 pairs of models x 8 prompts")
 wins = win_matrix(arena.rating.tally(names, votes), len(names))  # [4, 4]: how often the row's model was preferred
+print(f"{'preferred to':13}", *(f"{name:>11}" for name in names))
 for name, row in zip(names, wins):
-    print(f"{name:11} preferred to the others:", *(f"{number:4g}" for number in row))
+    print(f"{name:13}", *(f"{number:11g}" for number in row))
 
 # %% [markdown]
 # ## Elo's rule
@@ -143,7 +144,7 @@ if fe.passed("arena.elo"):
 # In chess this is wanted, because players improve. Models do not improve while they are compared.
 #
 # Our judge does not know what looks good. You do: vote yourself, without knowing which model made which image. Choose a
-# side for each numbered pair; the ratings are updated by Elo's rule as you go.
+# side for each numbered pair; the ratings are updated by Elo's rule after each vote.
 
 # %%
 prompts = my_arena.questions("overall")
@@ -209,7 +210,7 @@ if fe.passed("arena.likelihood"):
 # I_{ij} = -\frac{\partial g_i}{\partial s_j} = -n_{ij}\, p_{ij} (1 - p_{ij})$$
 #
 # The matrix $I$ is called the *information*. It is a matrix because a vote on i and j is about both. It has no negative
-# eigenvalue, so the log-likelihood is concave: there is no second maximum in which a search could get stuck.
+# eigenvalue, so the log-likelihood is concave: there is no second maximum at which a search could stop.
 
 # %% exercise="arena.information"
 
@@ -249,7 +250,7 @@ if fe.passed("arena.elo", "arena.gradient", "arena.information", "arena.newton")
     for step in range(1, 6):
         strengths = newton(strengths, gradient(strengths, table), information(strengths, table))
         error = float((strengths[:4] - best).abs().max())
-        print(f"step {step}: error below", f"1e{math.ceil(math.log10(error))}" if error > 1e-9 else "1e-9")
+        print(f"step {step}: error", f"{error:.1g}" if error > 1e-9 else "below 1e-9")
     points = 1000 + ELO * (strengths[:4] - strengths[:4].mean()).numpy()
     fig, ax = plt.subplots(figsize=(6.6, 2.6), layout="constrained")
     ax.hlines(names, lowest, highest, color="#56B4E9", lw=8, label="Elo's rule, 200 orders")
@@ -306,7 +307,8 @@ for start in (1.0, 2.0, 3.0, 4.0):
 #
 # ## In five lines
 #
-# 1. A vote compares two images of one prompt blindly. Between equal models, 1 result in 18 is 60 to 40 or clearer.
+# 1. A vote compares two images of one prompt blindly. Between equal models, in 1 of 18 trials one gets 60 or more of
+#    100 votes.
 # 2. Elo's rule changes ratings vote by vote, so the result depends on the order of the votes.
 # 3. Bradley-Terry strengths make all votes most probable, in whatever order they were cast.
 # 4. The gradient is wins minus expected wins; the information is the curvature; Newton's step is I⁻¹g.

@@ -133,15 +133,15 @@ print(f"95 % intervals contained the truth in {100 * np.mean(contains):.0f} % of
 interval_width.against(round(float(np.mean(widths[240]) / np.mean(widths[60])), 1))
 
 # %% [markdown]
-# The width falls with the square root of the number of votes: half the width needs four times as many.
+# The width falls with the square root of the number of votes: an interval of half the width needs four times as many.
 #
 # ## Which pair should be compared next?
 #
-# So no vote should be wasted. Let $p$ be the probability that i is preferred to j. A vote on i and j adds the
-# information $w = p\,(1 - p)$ about $s_i - s_j$, which is largest if the result is open, $p = ½$. It reduces the
-# uncertainty most where there were few votes before. Strengths are defined only up to a common constant, so we look at
-# their covariance around their mean: the inverse of the information, with the mean subtracted from its rows and from
-# its columns,
+# Votes are expensive, so choose the pair that tells most. Let $p$ be the probability that i is preferred to j. A vote
+# on i and j adds the information $w = p\,(1 - p)$ about $s_i - s_j$, which is largest if the result is open, $p = ½$.
+# It reduces the uncertainty most where there were few votes before. Strengths are defined only up to a common constant,
+# so we look at their covariance around their mean: the inverse of the information, with the mean subtracted from its
+# rows and from its columns,
 #
 # $$C = P\, I^{-1} P, \qquad P_{ij} = \delta_{ij} - \tfrac{1}{M}$$
 #
@@ -242,7 +242,7 @@ plots.elo(result.rows(), f"Overall, {votes_cast} votes: the intervals are hundre
 # %% [markdown]
 # ## A comparison with Stable Diffusion
 #
-# The announcement of FLUX.1 compares it with other models. What each of them cost to train has not been published, so
+# The announcement of FLUX.1 compares it with other models. The cost of training each of them has not been published, so
 # the better results may come from the design or from the budget. Here are two models of equal cost: `sd`, a small
 # Stable Diffusion, and `twin`, a FLUX of the miniature's size. Both were trained from scratch, with the same scenes,
 # text encoders, autoencoder and optimiser, and for the same number of minutes on one core. There is one training run of
@@ -301,11 +301,11 @@ plt.show()
 # At the same cost, the twin of these two runs is ahead in every row but diversity. We can examine two of the rows.
 #
 # **The background.** At the last of DDPM's times the state is not pure noise: $a_t$ is not 0. In training, the U-Net
-# always received a weak trace of the image, from which the colour of the background can be read. Sampling starts from
-# noise without a trace (arXiv 2305.08891; this is why Stable Diffusion 1 hardly ever generates a black image).
-# Rectified flow starts from pure noise in training, too. So we give the U-Net a trace of a plain background, as strong
-# as in training, and as a control that of a wrong one. `python -m evidence backgrounds` did so for eighty prompts; we
-# repeat four.
+# always received a weak copy (a *trace*) of the image, from which the colour of the background can be read. Sampling
+# starts from noise without a trace (arXiv 2305.08891; this is why Stable Diffusion 1 almost never generates a black
+# image). Rectified flow starts from pure noise in training, too. So we give the U-Net a trace of a plain background, as
+# strong as in training, and as a control that of a wrong one. `python -m evidence backgrounds` did so for eighty
+# prompts; we repeat four.
 
 # %%
 table = evidence.load("backgrounds")
@@ -393,7 +393,7 @@ for ax, image in zip(axes, pairs[0]):
     ax.imshow(image)
     ax.axis("off")
 fig.suptitle(
-    f"On prompt following, the judge calls a tie in {len(noticed) - sum(noticed)} of {len(noticed)} such pairs",
+    f"On prompt following, the judge votes 'tie' in {len(noticed) - sum(noticed)} of {len(noticed)} such pairs",
     fontsize=10,
 )
 plt.show()
@@ -401,9 +401,9 @@ noticed_spots.against("most" if sum(noticed) > len(noticed) / 2 else "few")
 print(f"on visual quality it prefers the one without spots in {sum(cleaner)} of {len(cleaner)} pairs")
 
 # %% [markdown]
-# You noticed the spots at once. (The judge does where a shape is so poor after four steps that a spot changes what it
-# is taken for.) A rating is valid for one judge *and one question*. A model that is trained to win on this question
-# learns to exploit whatever it ignores.
+# You noticed the spots at once. (The judge does where a shape is so poor after four steps that a spot changes which
+# shape the judge finds.) A rating is valid for one judge *and one question*. A model that is trained to win on this
+# question may win by changing things that the question does not ask about.
 #
 # **Other prompts.** The bootstrap gives new weights to votes, never to prompts. Suppose that ten people vote on the 24
 # pairs of your arena, and all agree with the judge. These count as 240 independent votes. But
@@ -461,7 +461,7 @@ print(f"for models that can be ordered it is off by {100 * largest_misfit('ABC',
 #
 # ## In five lines
 #
-# 1. Half the interval needs four times as many votes, so compare the most informative pair next.
+# 1. An interval of half the width needs four times as many votes, so compare the most informative pair next.
 # 2. The bootstrap gives intervals without the assumption that strengths are normally distributed.
 # 3. Intervals cover the uncertainty from the votes, but not from the choice of prompts or of the judge.
 # 4. At equal cost, one FLUX was far ahead of one U-Net; three differences between them could be the reason.

@@ -43,7 +43,7 @@ def _enter_cases() -> list[tuple]:
     ),
 )
 def enter(x: Tensor, mod: tuple[Tensor, ...], attn: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """From one stream to its q, k and v: `x [B, N, D]` -> three tensors `[B, H, N, d]`.
+    """Compute q, k and v of one stream: `x [B, N, D]` -> three tensors `[B, H, N, d]`.
 
     `mod` is (shift1, scale1, gate1, shift2, scale2, gate2), each `[B, 1, D]`: the first three are for the attention.
     Normalise every token (LayerNorm without weights, eps 1e-6), modulate it, `(1 + scale) * normed + shift`, and pass
@@ -180,8 +180,8 @@ class Block(nn.Module):
     """The whole block, from your two functions: `forward(img, txt, mods, rope)` returns the new `(img, txt)`.
 
     `img [B, N, D]`, `txt [B, L, D]`, `mods` a dict with both streams' modulation, `rope` the rotations of
-    [text, image]. The joint attention is there: it is that of notebook 06b. The modules have the official names, so
-    that the trained weights fit.
+    [text, image]. The joint attention is already written: it is that of notebook 06b. The modules have the official
+    names, so that the trained weights fit.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_hidden: int):

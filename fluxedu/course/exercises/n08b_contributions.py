@@ -64,11 +64,11 @@ def _measured(answer, events, txt_len):
 class Meter:
     """Measure what each block adds to the image tokens. Write `__call__(value, ctx)` and `ranking()`.
 
-    `fe.intervene` calls it at the site `single.0.contribution` and its like, with what the block adds to all tokens,
-    `value [B, L + N, D]`. Take the image tokens only (`ctx.stream_slice("img")` is their slice), compute the size of
-    each (the root mean square of its D numbers), and store the mean over batch and tokens in `self.sizes`, one number
-    per call, under the name of the block ("single.0"). Return the value unchanged, so that the run goes on as if nobody
-    watched.
+    `fe.intervene` calls it at the site `single.0.contribution`, and at the same site of every other single block, with
+    what the block adds to all tokens, `value [B, L + N, D]`. Take the image tokens only (`ctx.stream_slice("img")` is
+    their slice), compute the size of each (the root mean square of its D numbers), and store the mean over batch and
+    tokens in `self.sizes`, one number per call, under the name of the block ("single.0"). Return the value, so that the
+    run goes on unchanged.
 
     `ranking` returns pairs (name, mean of the block's numbers over all calls), the largest first.
     """
@@ -150,11 +150,11 @@ def _run_serial(answer, state, x, vec, rope):
     call=_run_serial,
     hints=(
         "Two residual steps with the same shift, scale and gate: x plus what the attention adds, then the new x plus "
-        "what the MLP adds. Normalise and modulate x anew for the second.",
-        "`W = self.linear2.weight`: `F.linear(attn_out, W[:, :dim], self.linear2.bias)` is the attention's share, and "
-        "`F.linear(hidden, W[:, dim:])` the MLP's. The hidden layer is `self.linear1(y)[..., 3 * dim :]`.",
+        "what the MLP adds. Normalise and modulate x again for the second.",
+        "`W = self.linear2.weight`: `F.linear(attn_out, W[:, :dim], self.linear2.bias)` is the part for attention, "
+        "and `F.linear(hidden, W[:, dim:])` the MLP's. The hidden layer is `self.linear1(y)[..., 3 * dim :]`.",
         "`y = modulate(layer_norm(x), shift, scale)`, `x = x + gate * F.linear(self.attention(y, rope), W[:, :dim], "
-        "self.linear2.bias)`; then y anew from this x, `hidden = F.gelu(self.linear1(y)[..., 3 * dim :], "
+        "self.linear2.bias)`; then y again from this x, `hidden = F.gelu(self.linear1(y)[..., 3 * dim :], "
         "approximate='tanh')`, and return `x + gate * F.linear(hidden, W[:, dim:])`.",
     ),
 )
@@ -164,9 +164,9 @@ class MLPAfterAttention(SingleStreamBlock):
     The weights are those of a single block. `linear2` is split: its first D columns are for the attention output, the
     others for the MLP's hidden layer (notebook 08), and its bias is added once, with the attention.
 
-    1. `y = modulate(layer_norm(x), shift, scale)`, and `x = x + gate * (the attention's share of linear2)`
-    2. `y` anew, from the new x; `hidden` is the GELU (tanh approximation) of the last outputs of `linear1`
-    3. return `x + gate * (the MLP's share of linear2)`
+    1. `y = modulate(layer_norm(x), shift, scale)`, and `x = x + gate * (the part of linear2 for attention)`
+    2. `y` again, from the new x; `hidden` is the GELU (tanh approximation) of the last outputs of `linear1`
+    3. return `x + gate * (the part of linear2 for the MLP)`
     """
 
     def attention(self, y: Tensor, rope: Tensor) -> Tensor:  # [B, L + N, D] -> [B, L + N, D]

@@ -224,7 +224,7 @@ def _double_converted(block: dict[str, Tensor]) -> dict[str, Tensor]:
     ),
 )
 def renamed(block: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one double block under diffusers' names, without the fused `qkv`, which are not in `block`.
+    """The tensors of one double block under diffusers' names. `block` does not contain the `qkv` tensors.
 
     Each has `.weight` and `.bias` in both layouts, except the norms: `.scale` in the official one, `.weight` in
     diffusers'.

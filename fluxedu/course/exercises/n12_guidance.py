@@ -28,7 +28,7 @@ def _velocities() -> list[tuple]:
     ),
 )
 def guide(negative: Tensor, prompted: Tensor, scale: float) -> Tensor:
-    """The guided velocity: on the line from `negative` through `prompted`, `scale` times as far as `prompted`.
+    """The guided velocity: start at `negative` and go towards `prompted`, `scale` times the distance between them.
 
     Both are `[B, N, D]`: the network's velocities without and with the prompt.
     """

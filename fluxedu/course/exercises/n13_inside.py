@@ -105,7 +105,7 @@ def _by_sets(weights: Tensor, coverage: Tensor) -> Tensor:
     ),
 )
 def iou(weights: Tensor, coverage: Tensor) -> Tensor:
-    """Intersection over union of each word's map and its object: `[W, rows, columns]` twice -> `[W]` in [0, 1].
+    """Intersection over union of each word's map and its object: two tensors `[W, rows, columns]` -> `[W]` in [0, 1].
 
     Compare two sets of patches: the bright ones, with at least half of the peak of their own map, and those of which
     the object covers more than 0.15.
@@ -179,7 +179,7 @@ def spread(value: Value) -> Named:
     """A reduction `[batch, head, query, key]` -> `[batch, head, query]`: to how many tokens does each query attend?
 
     Return the exponential of the entropy of each row (in nats): 1 for a query that attends to one token only, n for
-    one that attends to n tokens equally. The map is passed in lazily: `to_named(value)` computes it as a `Named`, which
+    one that attends to n tokens equally. The map is not computed yet: `to_named(value)` computes it as a `Named`, which
     is a tensor with named axes, and `to_named(value).tensor` is that tensor.
     """
     p = to_named(value)  # [batch, head, query, key], every row sums to 1

@@ -87,7 +87,7 @@ def _by_least_squares(z: Tensor, target: Tensor, source: Tensor) -> Tensor:
     ),
 )
 def recovered(z: Tensor, target: Tensor, source: Tensor) -> Tensor:
-    """How far is each latent on the way from the target's to the source's? Three times `[B, ...]` -> `[B]`.
+    """How far is each latent on the way from the target's to the source's? Three tensors `[B, ...]` -> `[B]`.
 
     The projection onto the straight line through both: 0 at the target's latent and 1 at the source's.
     """

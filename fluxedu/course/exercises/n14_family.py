@@ -45,8 +45,8 @@ def fill_tokens(noise: Tensor, masked: Tensor, mask: Tensor) -> Tensor:
     """The input tokens of FLUX.1 Fill: `noise`, `masked [B, 16, h, w]`, `mask [B, 1, 8h, 8w]` -> `[B, h/2 * w/2, 384]`.
 
     `masked` is the latent of the image without the region to be painted; the mask is 1 in that region. Each token
-    holds 64 numbers of noise, then 64 of the masked image, then its 256 mask pixels, ordered first by the pixel (row,
-    column) within its latent cell, then by the cell (row, column) within the patch, as `pack` does it.
+    holds 64 numbers of noise, then 64 of the masked image, then its 256 mask pixels. The pixel's index
+    (row, column) inside its latent cell changes slowest; then the cell's row and column in the patch, as in `pack`.
     """
     b, _, h, w = noise.shape
     cells = mask.reshape(b, h, 8, w, 8)  # [B, h, 8, w, 8]
