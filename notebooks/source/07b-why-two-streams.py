@@ -105,8 +105,8 @@ print(f"a double block of FLUX.1 has {sum(p.numel() for p in official.parameters
 #
 # ## One set of weights
 #
-# Look at the alternative. A function $f$ that is applied to each token separately (a linear layer, a norm, the MLP) does
-# not notice how the tokens are grouped:
+# Look at the alternative. A function $f$ that is applied to each token separately (a linear layer, a norm, the MLP)
+# does not notice how the tokens are grouped:
 #
 # $$\begin{pmatrix} f(x_{\text{txt}}) \\ f(x_{\text{img}}) \end{pmatrix} = f\!\left(\begin{pmatrix} x_{\text{txt}} \\
 # x_{\text{img}} \end{pmatrix}\right)$$
@@ -117,8 +117,8 @@ print(f"a double block of FLUX.1 has {sum(p.numel() for p in official.parameters
 # %% exercise="streams.shared"
 
 # %% [markdown]
-# With the weights of the image stream your block must equal the library's block in which both streams use them. Then run
-# it inside the trained model: both double blocks are replaced.
+# With the weights of the image stream your block must equal the library's block in which both streams use them. Then
+# run it inside the trained model: both double blocks are replaced.
 
 
 # %%

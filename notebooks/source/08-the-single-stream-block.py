@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 08 · The single-stream block
 #
-# **How do two wide matrices replace six?** After its double-stream blocks (notebook 07), FLUX concatenates text and image
-# tokens into one sequence and processes both with one set of weights; attention and MLP run in parallel. In this
+# **How do two wide matrices replace six?** After its double-stream blocks (notebook 07), FLUX concatenates text and
+# image tokens into one sequence and processes both with one set of weights; attention and MLP run in parallel. In this
 # notebook you will show that the block's two wide matrices are the usual six in a different arrangement, write the
 # block, and put it into the trained model.
 #
@@ -182,9 +182,8 @@ if fe.passed("single.block"):
 #
 # $$S'_{ij} = \frac{k_i \cdot q_j}{\sqrt d} = \frac{q_j \cdot k_i}{\sqrt d} = S_{ji}$$
 #
-# (apart from the norms, whose scales are different for q and k). The table of scores is transposed: each token now attends
-# to the tokens whose queries match its key. Try it with your functions in the trained model, with eight
-# seeds:
+# (apart from the norms, whose scales are different for q and k). The table of scores is transposed: each token now
+# attends to the tokens whose queries match its key. Try it with your functions in the trained model, with eight seeds:
 
 # %%
 if fe.passed("single.fuse", "single.block"):

@@ -172,7 +172,7 @@ print("diversity at scale 6:", evidence.number(rows["6"]["diversity"]))
 # ## A limited interval
 #
 # Guidance is not equally useful at all times. Kynkäänniemi et al. (arXiv 2404.07724) found it harmful at high noise
-# levels, hardly needed at low ones, and useful in between. So we switch it off at both ends of the run.
+# levels, of little use at low ones, and useful in between. So we switch it off at both ends of the run.
 
 # %% exercise="guidance.within"
 
