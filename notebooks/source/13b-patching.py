@@ -323,7 +323,7 @@ for name, row in hidden.items():
 # The noun matters: without it the first shape is right in about two of three images. The colour word does not, as the
 # patching above suggests. Without padding the latent changes by almost as much as without the noun, and yet the shapes
 # and colours stay right. Hiding every sixth image token changes the latent more than hiding any single part of the
-# prompt, and yet no claim becomes wrong.
+# prompt, and yet not fewer claims are right.
 #
 # ## In five lines
 #
