@@ -184,7 +184,7 @@ if fe.passed("contributions.meter"):
         print(f"{name} adds {size:.1f}")
 
 # %% [markdown]
-# And what does the image need? You saw in notebook 05b that fewer images are right if any one block is removed; here the
+# And what does the image need? You saw in notebook 05b that fewer images are right if one block is removed; here the
 # claims say how much is lost. The same blocks, removed one at a time: 40 prompts about two shapes, each with its own
 # seed, in 20 steps. The first number is the share of images in which everything is right; the second compares the share
 # of right claims with that of the same images with all blocks (both with 95 % intervals).
