@@ -6,7 +6,7 @@
 # and look at the tensor that each stage passes on. At the end you will have written the sampling loop yourself and
 # produced the same image: no pixel value differs by more than 1 (of 255).
 #
-# 40 minutes · everything runs on a laptop's CPU · the model is the *miniature* that ships with fluxedu: the same code
+# 45 minutes · everything runs on a laptop's CPU · the model is the *miniature* that ships with fluxedu: the same code
 # as the 12-billion-parameter FLUX.1 with smaller numbers in its config, trained on images of coloured shapes.
 #
 # ```
