@@ -199,7 +199,7 @@ for side in (128, 256):
     print(f"{side} x {side}: {correct} of {len(requests)} images are entirely correct")
 
 # %% [markdown]
-# The angles extend to new positions, but the ability to draw does not. New distances are not the only reason: with all
+# The angles extend to new positions, but the ability to draw does not. New distances may not be the only reason: with all
 # ids halved, in the range of the training, none of the images at 256 × 256 is correct, either (of 12). Four times as
 # many image tokens share each softmax. Rotary positions make other sizes *possible*; only training makes them good.
 #

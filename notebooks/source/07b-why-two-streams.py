@@ -253,7 +253,8 @@ for kind, row in twins.items():
     print(f"{'':8} loss of each seed:", *(f"{loss:.3f}" for loss in row["loss of each seed"]))
     print(f"{'':8} colours right in", evidence.percent(row["colours right"]))
     print(f"{'':8} shapes right in", evidence.percent(row["shapes right"]))
-print("loss, shared - separate, scene by scene:", evidence.number(twins["shared"]["loss, compared with separate weights"], 4))
+difference = twins["shared"]["loss, compared with separate weights"]
+print("loss, shared - separate, scene by scene:", evidence.number(difference, 4))
 
 # %% [markdown]
 # The intervals say how far other scenes may move these numbers, not other trainings, of which there are only two of

@@ -213,7 +213,7 @@ curves = {"with caption": losses_with(captions), "empty caption": losses_with(["
 reduction = 1 - curves["with caption"] / curves["empty caption"]  # [24, 5]
 for t, column in zip(loss_times, reduction.T):
     low, median, high = (float(column.quantile(share)) for share in (0.1, 0.5, 0.9))
-    print(f"t = {t:.1f}: the caption reduces the loss by {median:.0%} (median; 8 of 10 images: {low:.0%} to {high:.0%})")
+    print(f"t = {t:.1f}: the caption reduces the loss by {median:.0%} (median; 8 of 10: {low:.0%} to {high:.0%})")
 caption_time.against(loss_times[int(reduction.median(dim=0).values.argmax())])
 
 fig, ax = plt.subplots(figsize=(5.6, 3), layout="constrained")
