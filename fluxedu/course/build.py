@@ -25,7 +25,7 @@ from fluxedu.files import atomic_path
 
 EDITIONS = {"student": Path("."), "solved": Path("solved")}
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-ANSWER = r",\s+(\"[^\"]*\"|\[[^\]]*\]|[^,()\[\]\"]+?)\s*\)  # answer$"
+ANSWER = r",\s+(\"[^\"]*\"|\[[^\]]*\]|[^,()\[\]\"]+?),?\s*\)  # answer$"
 NUMBERED = "[0-9][0-9]*-*"  # "13-ablation", "13b-patching"
 
 

@@ -52,7 +52,7 @@ shuffle_effect = fe.predict(
 larger_effect = fe.predict(
     "What changes the output more: setting T5's vectors to zero ('text') or exchanging row and "
     "column in every patch's position ('rows')?",
-    "text"
+    "text",
 )  # answer
 
 # %%

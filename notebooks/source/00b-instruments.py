@@ -34,7 +34,7 @@ reference = pipe(prompt, seed=4, progress=False)
 blocks = fe.predict(
     "How many double-stream blocks does the miniature have? In these, text and image have separate weights; six more "
     "blocks are of another kind.",
-    2
+    2,
 )  # answer
 hold_text = fe.predict(
     "In all steps, the transformer gets the text tokens of the first step. Does the image 'stay' or 'change'?", "stay"

@@ -301,7 +301,9 @@ ax.axhline(50, color="0.6", linewidth=1)
 ax.set_xticks([2, 3, 4, 6, 10, 16, 48], [2, 3, 4, 6, 10, 16, 48])
 ax.minorticks_off()
 ax.set(xlabel="width of the stripes: pixels from one to the next", ylabel="error, % of the power", ylim=(0, 100))
-ax.set_title(f"Error: {error_share[0]:.0%} of the power for the widest stripes, {error_share[-1]:.0%} for the narrowest")
+ax.set_title(
+    f"Error: {error_share[0]:.0%} of the power for the widest stripes, {error_share[-1]:.0%} for the narrowest"
+)
 plt.show()
 
 # %% [markdown]

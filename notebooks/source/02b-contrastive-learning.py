@@ -49,7 +49,7 @@ first_loss = fe.predict("What is the loss of 64 pairs if all 64 x 64 scores are 
 matched = fe.predict("How many of 64 images does CLIP match to their own caption among 64? (Chance: 1.)", 60)  # answer
 noticed = fe.predict(
     "Does CLIP notice the four changes, in this order: 'yes' or 'no' for each, in the form “yes, no, no, yes”?",
-    ["yes", "yes", "no", "no"]
+    ["yes", "yes", "no", "no"],
 )  # answer
 
 # %% [markdown]

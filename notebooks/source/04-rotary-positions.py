@@ -53,7 +53,7 @@ doubled = fe.predict(
 rolled_image = fe.predict(
     "Each patch gets the id from 3 columns further right, and the noise from there. What is drawn: 'rolled image' or "
     "'no image'?",
-    "rolled image"
+    "rolled image",
 )  # answer
 frame_numbers = fe.predict("How many of a head's 32 numbers are rotated according to the frame?", 4)  # answer
 

@@ -136,7 +136,9 @@ if fe.passed("modulation.gates"):
             out = pipe(prompt, seed=4, progress=False)
         added = float((rec["single.2.out"].tensor - rec["single.2.x"].tensor).abs().max())
         change = float((out.latents - reference.latents).norm() / reference.latents.norm())
-        print(f"closed: {closed:9} single.2 changes a number by {added:3.0f} at most, the latent changes by {change:.0%}")
+        print(
+            f"closed: {closed:9} single.2 changes a number by {added:3.0f} at most, the latent changes by {change:.0%}"
+        )
         ax.imshow(out.images[0])
         ax.set(title=f"closed: {closed}", xticks=[], yticks=[])
     plt.show()
@@ -151,7 +153,8 @@ removed = evidence.load("blocks")["removed"]
 fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
 evidence.plot(ax, {name: row["everything right"] for name, row in removed.items()}, color="#0072B2")
 ax.set(
-    ylabel="share of 40 images\nwith everything right", ylim=(-0.03, 1.03),
+    ylabel="share of 40 images\nwith everything right",
+    ylim=(-0.03, 1.03),
     title="With any block closed, fewer images are right; with single.4 closed, most still are",
 )
 ax.tick_params(axis="x", labelrotation=90)

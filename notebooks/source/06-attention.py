@@ -43,7 +43,7 @@ query_length = fe.predict(
 )  # answer
 scaled_with_norm = fe.predict(
     "Queries and keys are multiplied by 10 before QKNorm. Is attention 'unchanged', 'sharper' or 'flatter'?",
-    "unchanged"
+    "unchanged",
 )  # answer
 scaled_without_norm = fe.predict(
     "They are multiplied by 10, but not normalised afterwards: 'unchanged', 'sharper' or 'flatter'?", "sharper"

@@ -47,7 +47,8 @@ larger_term = fe.predict(
 )  # answer
 blending = fe.predict(
     "The gates form a weighted mean of old and new, (1 - gate) x + gate f. Of 40 images, are 'none', 'some' or 'most' "
-    "right?", "none"
+    "right?",
+    "none",
 )  # answer
 
 # %% [markdown]

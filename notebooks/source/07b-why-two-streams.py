@@ -53,7 +53,8 @@ shared_weights = fe.predict(
 )  # answer
 blind_patches = fe.predict(
     "Patches cannot attend to text in the double blocks. Are 'fewer than half' or 'more than half' of the images "
-    "right?", "more than half"
+    "right?",
+    "more than half",
 )  # answer
 
 # %% [markdown]

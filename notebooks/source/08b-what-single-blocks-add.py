@@ -55,7 +55,7 @@ serial_effect = fe.predict(
 )  # answer
 text_held = fe.predict(
     "The single blocks do not change the text. Are 'fewer than half' or 'more than half' of 40 images right?",
-    "more than half"
+    "more than half",
 )  # answer
 
 # %% [markdown]

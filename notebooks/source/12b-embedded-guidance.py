@@ -46,7 +46,8 @@ def relative_distance(out, reference) -> float:
 # %%
 lowest = fe.predict(
     "A network (the student) learns from one with CFG (the teacher) at scale 4. At which of the student's own scales "
-    "is the loss smallest: '1', '2', '4' or '6'?", "4"
+    "is the loss smallest: '1', '2', '4' or '6'?",
+    "4",
 )  # answer
 beyond = fe.predict(
     "At scale 40, which kind of guidance changes the latent's size more: 'CFG' or 'embedded'?", "CFG"

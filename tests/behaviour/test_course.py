@@ -87,6 +87,20 @@ def test_there_are_enough():
     assert sum(text.rstrip().endswith("fe.score()") for text in texts) == 31
 
 
+@pytest.mark.parametrize("source", sources(ROOT / "notebooks"), ids=lambda path: path.stem)
+def test_a_notebook_takes_the_minutes_that_it_states(source):
+    """Prose at 150 words a minute, code that is read at 10 lines, exercises and a third of them for being stuck."""
+    words = lines = 0
+    for cell in edition(source, "student").cells:
+        if cell.cell_type == "markdown" and not cell.source.startswith("<details>"):
+            words += len(re.sub(r"\$\$.*?\$\$", "", cell.source, flags=re.DOTALL).split())
+        elif cell.cell_type == "code" and "fluxedu" not in cell.metadata:
+            lines += sum(bool(line.strip()) for line in cell.source.splitlines())
+    minutes = words / 150 + lines / 10 + sum(t.minutes for t in TASKS if t.notebook == notebook_number(source)) * 4 / 3
+    stated = int(re.search(r"^# (\d+) minutes", source.read_text("utf-8"), re.MULTILINE)[1])
+    assert minutes - 1 <= stated <= 60 and stated < minutes + 6
+
+
 # ---------------------------------------------------------------- the check itself
 
 

@@ -1,4 +1,4 @@
-"""One explorer of every notebook that has one, in JupyterLab in a real browser, on the student's edition as it stands."""
+"""One explorer of every notebook that has one, in JupyterLab in a real browser, on the student's edition."""
 
 from pathlib import Path
 
