@@ -35,7 +35,7 @@ class Prediction:
     def __str__(self) -> str:
         """What was stored, or what is to be written, and how it will be scored."""
         if self.options:
-            rule = f"one of {', '.join(self.options)}"
+            rule = f"{'for each, ' * ('for each' in self.question)}one of {', '.join(self.options)}"
         else:
             rule = f"a number; within {WITHIN:.0%} is right, within a factor of two is half right"
         if self.answer is ...:

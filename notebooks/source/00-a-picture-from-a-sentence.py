@@ -51,7 +51,7 @@ shuffle_effect = fe.predict(
 )  # answer
 larger_effect = fe.predict(
     "What changes the output more: setting T5's vectors to zero ('text') or exchanging row and "
-    "column in every patch's position ('rows')?",
+    "column in the position of every image token ('rows')?",
     "text",
 )  # answer
 
@@ -340,11 +340,11 @@ larger_effect.against("text" if change["set T5's vectors to zero"] > change["swa
 # **Questions people ask:** *Why are all text positions zero?* The usual explanation is that T5's vectors already
 # contain the order ([flux 71](https://github.com/black-forest-labs/flux/issues/71)). *Is CLIP's vector pooled?* Yes, at
 # the end-of-text token ([flux 64](https://github.com/black-forest-labs/flux/issues/64)). *Do these notebooks run on the
-# full model?* If you set `FLUXEDU_MODEL=dev` before you start Jupyter, they load it; notebooks 02b, 12, 12b, 14 to 15b
-# and a part of 10b load the miniatures by name and stay as they are. The findings in the text and the error bounds are
-# those of the miniature: dev computes in bfloat16, which has fewer than three decimal digits, so a line such as *the
-# same to 1 in 1,000* may say False. If an explorer would need more memory than its limit, it says so and tells you how
-# to record less.
+# full model?* If you set `FLUXEDU_MODEL=dev` before you start Jupyter, they load it; notebooks 12, 12b, 14 to 15b, most
+# of 02b and a part of 10b load the miniatures by name and stay as they are. The findings in the text and the error
+# bounds are those of the miniature: dev computes in bfloat16, which has fewer than three decimal digits, so a line such
+# as *the same to 1 in 1,000* may say False. If an explorer would need more memory than its limit, it says so and tells
+# you how to record less.
 #
 # **Read:** `fluxedu/sampling/pipeline.py`, then `sampling.py` of black-forest-labs/flux, then *Scaling Rectified Flow
 # Transformers* (arXiv 2403.03206).

@@ -84,6 +84,7 @@ course.compare("the latent of a recorded run and of the reference", out.latents,
 # %% [markdown]
 # (`course.compare` prints the relative difference of two tensors, and the largest one that rounding explains.)
 # `rec[name]` is a `Named`: a tensor whose axes have names. A site that passes one value per step has an axis `step`.
+# `.at(step=1)` takes index 1 of this axis, that is, the second *recorded* step.
 
 # %%
 print(rec["double.1.img_out"])
@@ -138,7 +139,7 @@ if fe.passed("instruments.lengths"):
     print(rec[rec.keys()[-1]])
 
     names, txt_len = rec.keys(), rec.txt_len  # text tokens come first
-    table = torch.stack([rec[name].at(step=0).tensor.float() for name in names])  # [blocks, tokens]
+    table = torch.stack([rec[name].at(step=0).tensor.float() for name in names])  # [blocks, tokens]; index 0 is step 10
     fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
     for label, part in {"text tokens": table[:, :txt_len], "image tokens": table[:, txt_len:]}.items():
         ax.plot(part.median(1).values, "o-", label=label)

@@ -393,8 +393,8 @@ plt.show()
 
 # %% [markdown]
 # A star of radius 8 fits into a square of two by two cells, with all of its five points. However good the transformer
-# is, it has never seen in training what this round trip loses. The same holds for small faces and small letters in
-# large models. It helps to generate a larger image, in which the same object covers more cells.
+# is, the latents that it learns from decode to images without these details. The same holds for small faces and small
+# letters in large models. It helps to generate a larger image, in which the same object covers more cells.
 #
 # **Ten round trips**, as happens when an image is edited, saved and edited again.
 
@@ -413,7 +413,8 @@ print(f"after one round trip {decibel[0]:.0f} dB, after ten {decibel[-1]:.0f} dB
 # 2. The encoder halves the grid three times; each cell has 16 numbers, and the latent preserves positions.
 # 3. The KL term keeps the latents of a VAE together; too much of it destroys the information in them.
 # 4. Scale and shift give the latent the mean and standard deviation of the noise that it is mixed with.
-# 5. Detail finer than a few pixels is lost in the round trip, so the transformer has never seen it in training.
+# 5. Detail finer than a few pixels is lost in the round trip: the latents from which the transformer learns decode to
+#    images without it.
 #
 # **Questions people ask**: *Does encoding draw a random sample?* The official code takes the mean (`AutoEncoder` has
 # `sample_z=False`, `modules/autoencoder.py` line 283), diffusers samples (`retrieve_latents` in

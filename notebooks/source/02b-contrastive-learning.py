@@ -36,7 +36,8 @@ course.where(pipe, "clip")
 
 # %% [markdown]
 # CLIP has two encoders ("towers"), one for images and one for text. FLUX uses only the text tower. The miniature's
-# image tower ships with fluxedu, so this page always uses the miniature's two towers, whichever model you have loaded.
+# image tower ships with fluxedu, so all measurements of this page use the miniature's two towers, whichever model you
+# have loaded (only the explorer at the end uses the CLIP of the loaded model).
 #
 # ## Predict
 #
@@ -48,7 +49,7 @@ course.where(pipe, "clip")
 first_loss = fe.predict("What is the loss of 64 pairs if all 64 x 64 scores are equal?", 4.16)  # answer
 matched = fe.predict("How many of 64 images does CLIP match to their own caption among 64? (Chance: 1.)", 60)  # answer
 noticed = fe.predict(
-    "Does CLIP notice the four changes, in this order: 'yes' or 'no' for each, in the form “yes, no, no, yes”?",
+    "Does CLIP notice the four changes, in this order: 'yes' or 'no' for each, as one text like “yes, no, no, yes”?",
     ["yes", "yes", "no", "no"],
 )  # answer
 

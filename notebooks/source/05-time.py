@@ -173,7 +173,7 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# The text's term is long, but two prompts of this kind differ by only 3.5 in the median (at most 12), little next to
+# The text's term is long, but two prompts of this kind differ by only 3.5 in the median (12.4 at most), little next to
 # the time's 55. How far the image follows CLIP's vector is measured in notebook 05b.
 #
 # ## Put your code into the trained model

@@ -254,8 +254,9 @@ if fe.passed("flow.sample"):
     right_images.against("more" if count > 20 else "fewer")
 
 # %% [markdown]
-# Fresh noise is not a mistake, but it discards what the state knew of its own noise, so it needs many more steps (with
-# 60, many more images are right). When samples look odd, check the sign and the time before you blame the training.
+# Fresh noise is not a mistake, but it discards what the state knew of its own noise, so it needs many more steps: set
+# `steps=60` in the cell above and compare. When samples look odd, check the sign and the time before you blame the
+# training.
 #
 # ## In five lines
 #

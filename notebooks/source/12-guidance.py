@@ -26,7 +26,7 @@ from fluxedu.widgets.guidance import guidance, sweep
 
 device = course.begin()
 base = fe.load("nano-base", device=device)  # as it was trained, without a guidance input
-pipe = fe.load(device=device)  # with embedded guidance, like FLUX.1-dev: notebook 12b
+pipe = fe.load("nano", device=device)  # with embedded guidance, like FLUX.1-dev: notebook 12b
 prompt = "a red circle left of a blue square"
 course.where(base, "solver")
 

@@ -49,9 +49,13 @@ course.where(pipe, "double", "single")
 best_block = fe.predict(
     "A noun's map fits its object best in which block: 'the first', 'a middle one' or 'the last'?", "a middle one"
 )  # answer
-largest_value = fe.predict("How large is (largest value / median) at the input of the last block?", 120)  # answer
+largest_value = fe.predict(
+    "How many times as large as the median is the largest number of all tokens at the input of the last block?", 120
+)  # answer
 massive_tokens = fe.predict(
-    "This channel is large in: 'one token', 'most text tokens' or 'most image tokens'?", "most text tokens"
+    "The largest numbers are all in one channel. In which tokens is it large: 'one token', 'most text tokens' or 'most "
+    "image tokens'?",
+    "most text tokens",
 )  # answer
 
 # %% [markdown]
@@ -248,12 +252,12 @@ massive_tokens.against("most text tokens" if in_text > 0.5 else "most image toke
 
 # %% [markdown]
 # It is the same channel in all ten runs, and it is large in most text tokens: in padding (which fills a prompt up to a
-# fixed length), the end token, articles and words such as “left” and “of”, but not in colours and nouns. (We measure
-# before the last block, because text tokens are discarded after it.) Is the channel needed? The ratio jumps after
-# `single.0` (figure), so we set it to 0 in all text tokens at the input of `single.1`, at every step. The control does
-# this to the next channel. Five prompts with eight seeds each, in eight steps; the distance is that of the final
-# latent, divided by the latent's length. Counts are given as ranges, because rounding on another machine can change one
-# image.
+# fixed length), the end token, articles and words such as “left” and “of”, but not in colours and nouns (printed for
+# the first prompt; the others are alike). We measure before the last block, because text tokens are discarded after it.
+# Is the channel needed? The ratio jumps after `single.0` (figure), so we set it to 0 in all text tokens at the input of
+# `single.1`, at every step. The control does this to the next channel. Five prompts with eight seeds each, in eight
+# steps; the distance is that of the final latent, divided by the latent's length. Counts are given as ranges, because
+# rounding on another machine can change one image.
 
 
 # %%
@@ -281,10 +285,9 @@ for name, channel in (("the massive channel", massive), ("control, the next chan
     print(f"images with both objects and nothing else: {right[0]} normally, {right[1]} without it")
 
 # %% [markdown]
-# The channel is needed: without it the latent changes several times as much as in the control. (One copy is redundant:
-# set to 0 in a single token, it changes the latent by less than 1 % in most images.) But nearly all images still show
-# both objects, so the change lies in what the judge does not check, such as the background. The size of a value does
-# not tell you what it is for; you have to change it and look at the effect, by more than one measure.
+# The channel is needed: without it the latent changes several times as much as in the control. But nearly all images
+# still show both objects, so the change lies in what the judge does not check, such as the background. The size of a
+# value does not tell you what it is for; you have to change it and look at the effect, by more than one measure.
 # Notebook 13b does this with blocks and tokens.
 #
 # ## In five lines
@@ -293,7 +296,8 @@ for name, channel in (("the massive channel", massive), ("control, the next chan
 # 2. An attention map is a claim about positions, so compare it with the object's position: pointing and IoU, per block.
 # 3. A reduction makes a recording small while it is made; the exponential of the entropy counts tokens.
 # 4. The last layer, applied after each block, shows how the predicted image becomes clearer.
-# 5. Massive activations: here one channel, the same in all ten runs, is large in nearly all text tokens.
+# 5. Massive activations: here one channel, the same in all ten runs, is large in most text tokens, but not in
+#    colours and nouns.
 #
 # **Questions people ask**: *How do I get attention maps without `output_attentions`?* (EraseAnything issue 2) Use
 # `fe.record("*.attn.map", ...)`: maps are computed exactly, and only where you ask for them, from queries, keys and the

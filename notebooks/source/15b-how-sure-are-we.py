@@ -139,9 +139,10 @@ interval_width.against(round(float(np.mean(widths[240]) / np.mean(widths[60])), 
 #
 # Votes are expensive, so choose the pair that tells most. Let $p$ be the probability that i is preferred to j. A vote
 # on i and j adds the information $w = p\,(1 - p)$ about $s_i - s_j$, which is largest if the result is open, $p = ½$.
-# It reduces the uncertainty most where there were few votes before. Strengths are defined only up to a common constant,
-# so we look at their covariance around their mean: the inverse of the information, with the mean subtracted from its
-# rows and from its columns,
+# It reduces the uncertainty most where the difference of the two strengths is least certain, which depends on all
+# votes, not only on those of this pair. Strengths are defined only up to a common constant, so we look at their
+# covariance around their mean: the inverse of the information, with the mean subtracted from its rows and from its
+# columns,
 #
 # $$C = P\, I^{-1} P, \qquad P_{ij} = \delta_{ij} - \tfrac{1}{M}$$
 #
@@ -182,7 +183,7 @@ if fe.passed("arena.gain"):
         ax.imshow(np.where(np.eye(5), np.nan, values), cmap="cividis")
         ax.set_title(title, fontsize=9)
         ax.set(xticks=range(5), yticks=range(5), xticklabels="ABCDE", yticklabels="ABCDE")
-    fig.suptitle("One more vote gains most where votes are few and the result is open (yellow: most)", fontsize=10)
+    fig.suptitle("One more vote gains most for A and B: few votes and an open result (yellow: most)", fontsize=10)
     plt.show()
 
 
@@ -245,9 +246,9 @@ plots.elo(result.rows(), f"Overall, {votes_cast} votes: the intervals are hundre
 # The announcement of FLUX.1 compares it with other models. The cost of training each of them has not been published, so
 # the better results may come from the design or from the budget. Here are two models of equal cost: `sd`, a small
 # Stable Diffusion, and `twin`, a FLUX of the miniature's size. Both were trained from scratch, with the same scenes,
-# text encoders, autoencoder and optimiser, and for the same number of minutes on one core. There is one training run of
-# each, with the miniature's settings (only the weight of an auxiliary loss was tuned for the U-Net), so a small
-# difference would mean little.
+# text encoders, autoencoder and optimiser, and for about the same time on one core (95 and 93 minutes). There is one
+# training run of each, with the miniature's settings (only the weight of an auxiliary loss was tuned for the U-Net), so
+# a small difference would mean little.
 #
 # | | sd | twin |
 # |---|---|---|
@@ -339,13 +340,14 @@ for row, (name, backgrounds) in zip(axes, {"no trace": None, "right trace": righ
 fig.suptitle("The U-Net takes the background from the trace in its noise, not from the prompt", fontsize=10)
 plt.show()
 sides = baselines["sd"]["sides"]
-print("sd, {relations} relations: {asked} objects on the correct side, {opposite} on the opposite side".format(**sides))
+print("sd, first 200 prompts, {relations} relations (above and below included):".format(**sides), end=" ")
+print("{asked} as in the prompt, {opposite} the other way round, the rest neither".format(**sides))
 
 # %% [markdown]
 # The U-Net mostly draws the background of the trace, whatever the prompt says. This suggests that the schedule is the
 # cause. To prove it, one would have to train a U-Net whose last time is pure noise, as the cited paper proposes.
 #
-# **Left and right.** A missing object counts as wrong in the row *relations*, too. But where the U-Net draws both
+# **Which side?** A missing object counts as wrong in the row *relations*, too. But where the U-Net draws both
 # objects, the opposite side is almost as frequent as the correct one, as the last line above shows. The cause may be
 # the network, the text encoder (CLIP was trained to match captions with images, notebook 02b, our T5 to answer
 # questions about a caption, notebook 03b) or the path: the models differ in all three. A U-Net trained with T5 would
