@@ -94,7 +94,7 @@ blending = fe.predict(
 # %%
 config = pipe.flux.config
 block = pipe.flux.double_blocks[1]
-with fe.record("double.1.img", "double.1.txt", "double.1.attn.rope", "vec", steps=10) as rec:
+with fe.record("double.1.img", "double.1.txt", "double.1.attn.rope", "vec", steps=10) as rec:  # index 0 is step 10
     pipe(prompt, seed=4, progress=False)
 img, txt, vec = (rec[name].at(step=0).tensor[None].to(device) for name in ("double.1.img", "double.1.txt", "vec"))
 rope = rec["double.1.attn.rope"].at(step=0).tensor[None, None].to(device)
@@ -192,9 +192,9 @@ streams(pipe, prompt, seed=4, progress=False)
 # ## Break it
 #
 # Two mistakes that are easy to make in `leave`, with the trained weights: the gates form a weighted mean of old and
-# new, or the MLP reads the tokens from before the attention. 40 prompts, each with its own seed; the judge says how
-# many images are right in everything that the prompt says (share, with a 95 % interval). The controls are the model as
-# it is, and the same prompts with other seeds.
+# new (“gate blends” below), or the MLP reads the tokens from before the attention (“MLP in parallel”). 40 prompts, each
+# with its own seed; the judge says how many images are right in everything that the prompt says (share, with a 95 %
+# interval). The controls are the model as it is, and the same prompts with other seeds.
 
 # %%
 parts = evidence.load("parts")

@@ -73,7 +73,7 @@ blind_patches = fe.predict(
 
 # %%
 block = pipe.flux.double_blocks[1]
-with fe.record("double.1.img", "double.1.txt", "double.1.attn.rope", "vec", steps=10) as rec:
+with fe.record("double.1.img", "double.1.txt", "double.1.attn.rope", "vec", steps=10) as rec:  # index 0 is step 10
     pipe(prompt, seed=4, progress=False)
 img, txt, vec = (rec[name].at(step=0).tensor[None].to(device) for name in ("double.1.img", "double.1.txt", "vec"))
 rope = rec["double.1.attn.rope"].at(step=0).tensor[None, None].to(device)

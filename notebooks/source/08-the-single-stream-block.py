@@ -131,7 +131,7 @@ with torch.no_grad():
 
 # %%
 names = ("single.2.x", "single.2.attn.rope", "single.2.norm", "single.2.modulated", "single.2.mlp_hidden", "vec")
-with fe.record(*names, steps=10) as rec:
+with fe.record(*names, steps=10) as rec:  # index 0 is step 10
     pipe(prompt, seed=4, progress=False)
 x, rope, normed, modulated, hidden, vec = (rec[name].at(step=0).tensor.to(device)[None] for name in names)
 rope = rope[None]  # [1, 1, L + N, d / 2]: the same for every head
