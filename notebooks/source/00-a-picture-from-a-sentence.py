@@ -213,9 +213,9 @@ if fe.passed("picture.predicted_x0"):
 # Pure noise tells the network nothing about the image, so many images are still possible, and the predicted x0 is
 # blurred and pale. A network that had reached the smallest possible training loss would predict the average of all
 # images that fit the prompt. Does this one? For each of 16 prompts we average 64 images. Then we predict x0 from eight
-# other noises and compare it with the average, all at guidance scale 1, where guidance does nothing. (In brackets a
-# 95 % interval: how far the share may be off with so many images; notebook 15b explains it. It leaves out the choice
-# of the prompts.)
+# other noises and compare it with the average, all at guidance scale 1, where guidance does nothing. (In brackets: a
+# 95 % interval. It says how far the number may be from the true one with this number of images; notebook 15b explains
+# it. It leaves out the choice of the prompts.)
 
 # %%
 stored = evidence.load("first_prediction")["1"]

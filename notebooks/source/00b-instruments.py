@@ -274,9 +274,9 @@ attempt(fe.ablate("single.2.gate", heads=[0]))
 # 5. All of them act inside a `with` block and leave nothing behind.
 #
 # **Questions people ask**: *How do I find the name of a value?* `fluxedu sites attn` on the command line lists the
-# sites whose names contain a word; the explorer `widgets.architecture(pipe, prompt)` shows them in the diagram. *Does
-# this work with PyTorch's hooks?* Hooks see the inputs and outputs of modules only; sites also name values in between,
-# such as queries after the rotation. *What does it cost?* An unwatched site costs one `is None` check.
+# sites whose names contain a word; the explorer `widgets.architecture(pipe, prompt)` shows them in the diagram. *Why
+# not PyTorch's hooks?* Hooks see only the inputs and outputs of modules; sites also name values in between, such as
+# queries after the rotation. *What does it cost?* An unwatched site costs one `is None` check.
 #
 # **Read**: `fluxedu/probe.py`, then `fluxedu/instruments/recorder.py` and `interventions.py`.
 

@@ -421,7 +421,7 @@ print(f"after one round trip {decibel[0]:.0f} dB, after ten {decibel[-1]:.0f} dB
 # `pipeline_flux_img2img.py`, version 0.42.1); in the miniature, the noise is a few percent of the standard deviation,
 # as you measured above. *Why does memory run out at large sizes?* Activations and the decoder grow with the area. The
 # pairs of tokens (16 times as many for twice the side) cost time, and memory only where the attention map is stored.
-# The weights alone are 24 GB.
+# The weights of FLUX.1's transformer alone are 24 GB in bfloat16.
 #
 # **Read**: Auto-Encoding Variational Bayes, arXiv 1312.6114 · Latent Diffusion, arXiv 2112.10752 · Scaling Rectified
 # Flow Transformers, arXiv 2403.03206 (why 16 channels) · `black-forest-labs/flux`, `modules/autoencoder.py` · ours:

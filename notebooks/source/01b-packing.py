@@ -122,8 +122,8 @@ plt.show()
 # %% [markdown]
 # Because the channels preserve positions, the transformer can work with rows and columns, and an image can be edited in
 # its latent. How far does the influence of one cell reach? We change all 16 numbers of one cell, in each of sixteen
-# images, decode, and measure which share of the squared change lies near the cell. With $d$ for the change of a pixel,
-# summed over its colours, and a box of pixels around the cell,
+# images, decode, and measure which share of the squared change lies near the cell. With $d(y, x)^2$ for the squared
+# change of a pixel, summed over its three colours, and a box of pixels around the cell,
 #
 # $$\text{share} = \sum_{(y, x)\, \in\, \text{box}} d(y, x)^2 \Bigm/ \sum_{(y, x)} d(y, x)^2$$
 
@@ -151,9 +151,10 @@ widgets.latents(pipe, reference.images[0]).set(channel=14, cell=(5, 11))
 # ## Put your code into the trained model
 #
 # `fe.intervene` replaces the value at a site by that of a function. `my_tokens` replaces the output of the
-# transformer's first layer, at the site `img_in`, by what this layer makes of your tokens. `my_velocity` replaces the
-# velocity in the shape of a latent by the one that you put together from the velocity's tokens. `remember` only stores
-# what it sees. Both replacements act in every step of the run, so one wrong number would change the image.
+# transformer's first layer, at the site `img_in`, by what this layer makes of your tokens. `my_velocity` unpacks the
+# velocity's tokens with your `unpack`; the result, which has the shape of a latent, replaces the pipeline's velocity.
+# `remember` only stores what it sees. Both replacements act in every step of the run, so one wrong number would change
+# the image.
 
 # %%
 seen = {}

@@ -166,9 +166,10 @@ widgets.positions(pipe)
 #
 # $$(q + p_m) \cdot (k + p_n) = q \cdot k + q \cdot p_n + p_m \cdot k + p_m \cdot p_n$$
 #
-# Only the last product depends on the difference alone (here without the projections; with them not even this one
-# does); the two in the middle depend on the position of a single token. We compute both kinds of score for one random
-# query and key, three positions apart, for fifteen positions of the query.
+# Only the last product depends on the difference alone (here without the learned matrices that make q and k from a
+# token; with these matrices, not even the last product does); the two in the middle depend on the position of a single
+# token. We compute both kinds of score for one random query and key, three positions apart, for fifteen positions of
+# the query.
 
 # %%
 dim = config.axes_dim[2]
@@ -305,7 +306,8 @@ fig.suptitle(
 plt.show()
 
 # %% [markdown]
-# A shift of **all** positions in the same direction has no effect. Multiplying all of them changes every difference.
+# A shift of **all** positions in the same direction has no effect. Multiplying all of them changes every difference
+# that is not 0.
 # The images are those of one seed. Can you explain the ones without rows and without columns?
 #
 # <details><summary>Answer</summary>Without rows, all patches of a column have the same position, so the image repeats

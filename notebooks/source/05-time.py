@@ -173,15 +173,15 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# The text's term is long, but two prompts of this kind differ by only 3.5 in the median (12.4 at most), little next to
-# the time's 55. How far the image follows CLIP's vector is measured in notebook 05b.
+# The text's term is long, but two prompts of this kind differ by only 3.5 in the median (12.4 at most; measured, not
+# shown here), little next to the time's 55. How far the image follows CLIP's vector is measured in notebook 05b.
 #
 # ## Put your code into the trained model
 #
 # `fe.swap` replaces modules by yours and copies the trained weights into them. Here these are the three embedders. Then
 # your `build_vec` supplies `vec` in every step: `fe.intervene` sets the model's own three terms to zero and replaces
-# the value at the site `vec` by yours (a *site* is a named point inside the model). The control is the same run with
-# nothing in their place.
+# the value at the site `vec` by yours (a *site* is a named point inside the model). The control is the same run
+# without your `vec`: there `vec` is 0.
 
 
 # %%
@@ -274,8 +274,8 @@ constant_time.against("most" if share > 0.75 else "few" if share < 0.25 else "so
 # %% [markdown]
 # With an error up to 0.1, about as many images are right. But they are different images: with a time that is 0.05 too
 # low, the latent changes almost as much as with another seed; with a time that is too high, it changes much less. With
-# an error of 0.3 fewer than half of the images are right; with a constant time, at most 10 %. So the network does not
-# find out by itself how noisy its input is; it relies on the time that it receives.
+# an error of 0.3 far fewer images are right (20 % and 40 %, against 92 %); with a constant time, at most 10 %. So the
+# network does not find out by itself how noisy its input is; it relies on the time that it receives.
 #
 # ## In five lines
 #

@@ -136,9 +136,7 @@ if fe.passed("modulation.gates"):
             out = pipe(prompt, seed=4, progress=False)
         added = float((rec["single.2.out"].tensor - rec["single.2.x"].tensor).abs().max())
         change = float((out.latents - reference.latents).norm() / reference.latents.norm())
-        print(
-            f"closed: {closed:9} single.2 changes a number by {added:3.0f} at most, the latent changes by {change:.0%}"
-        )
+        print(f"closed: {closed:9} largest change of a number by single.2: {added:3.0f}; latent: {change:.0%} changed")
         ax.imshow(out.images[0])
         ax.set(title=f"closed: {closed}", xticks=[], yticks=[])
     plt.show()
@@ -155,7 +153,7 @@ evidence.plot(ax, {name: row["everything right"] for name, row in removed.items(
 ax.set(
     ylabel="share of 40 images\nwith everything right",
     ylim=(-0.03, 1.03),
-    title="With any block closed, fewer images are right; with single.4 closed, most still are",
+    title="With any block closed, fewer images are right; fewest are lost with single.4 closed",
 )
 ax.tick_params(axis="x", labelrotation=90)
 plt.show()
@@ -323,8 +321,8 @@ for whose, entry in evidence.load("pooled")["claims that hold"].items():
 #    first step.
 # 5. The layers that compute it have 27 % of FLUX.1-dev's parameters.
 #
-# **Questions people ask**: *Is this idea new?* No: conditional normalisation is also in GLIDE (arXiv 2112.10741) and
-# StyleGAN-T (arXiv 2301.09515).
+# **Questions people ask**: *Is this idea new?* No: conditional normalisation is also in AdaIN (arXiv 1703.06868)
+# and GLIDE (arXiv 2112.10741).
 #
 # **Read**: DiT, arXiv 2212.09748 (AdaLN-Zero) · `black-forest-labs/flux`, `modules/layers.py` (`Modulation`,
 # `LastLayer`) · ours: `fluxedu/models/modulation.py`. Take care when you convert weights: the last layer's modulation

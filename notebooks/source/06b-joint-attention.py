@@ -164,8 +164,10 @@ fig.suptitle("How much each patch attends to four words (seed 4)")
 fig
 
 # %% [markdown]
-# No one told the network where a circle is; it was trained only to predict velocities. Do patches attend to the words
-# that describe what they show? We take 40 short runs (5 prompts of this form, 8 seeds each), in which the first object
+# Attention was never told which word belongs to which patch. (But in the first part of its training the network had a
+# second task: a linear head, removed later, had to name the colour and form of the object in each patch from the image
+# tokens after `single.2`; see `training/flow.py`. How FLUX.1 was trained is not published.) Do patches attend to the
+# words that describe what they show? We take 40 short runs (5 prompts of this form, 8 seeds each), in which the first object
 # is on the left and the second on the right. For each of their colours and nouns we ask how much of the patches'
 # attention to the word comes from the half of the image that holds its object. If attention did not depend on the
 # object, it would be 50 %.
@@ -190,7 +192,7 @@ for block, weights in blocks.items():
 
 # %% [markdown]
 # In double.1 to single.2, most of the attention to a word comes from the half of its object; in the other blocks little
-# more than half of it. Do the heads of a block agree?
+# more than half of it. (That this ends after `single.2` may come from the second task.) Do the heads of a block agree?
 
 # %%
 gallery = lenses.head_gallery(pipe, prompt, (5, 5), at_step=8, seed=4, progress=False)
@@ -277,7 +279,8 @@ if fe.passed("attention.hide"):
 # are 40 scenes of two shapes, each with its own seed, and what the judge finds (a program that recognises shapes and
 # colours; the bars are 95 % intervals). Two controls are at the end: every sixth image token hidden (11, a few more
 # than the prompt has text tokens), and CLIP's pooled vector exchanged for that of the empty prompt. The vector takes no
-# part in attention, so no mask can hide what it knows.
+# part in attention, so no mask can hide what it knows. (A *claim* is one statement of the prompt, such as the colour of
+# one shape. The column *claims* is the share of right claims minus the share with nothing hidden.)
 
 # %%
 hidden = evidence.load("hiding")
@@ -294,7 +297,7 @@ measures = ("second colour right", *measures)
 print("hidden                ", " · ".join(measures), "· claims, compared with nothing hidden")
 for name, row in hidden.items():
     print(f"{name:22}", " · ".join(f"{row[measure]['value']:4.0%}" for measure in measures),
-          f"· claims {100 * row['claims, compared with nothing hidden']['value']:+4.1f} points",
+          f"· claims {100 * row['claims, compared with nothing hidden']['value']:+4.1f} percentage points",
           "· latent changes by", evidence.number(row["change of the latent"]))  # fmt: skip
 options = ("padding", "relation", "first noun")
 most_needed.against(min(options, key=lambda name: hidden[name]["everything right"]["value"]))

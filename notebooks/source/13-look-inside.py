@@ -147,7 +147,9 @@ if fe.passed("inside.points", "inside.iou") and maps:
 
 # %% [markdown]
 # A map that points at the object does not show that the network *uses* this attention. And blocks differ: the average
-# map over all blocks, which many tools show, mixes maps that point at the object with maps that do not.
+# map over all blocks, which many tools show, mixes maps that point at the object with maps that do not. That the good
+# blocks end with `single.2` may come from our training: in its first part, a linear head (removed later) had to name
+# each patch's object from the image tokens after `single.2` (`training/flow.py`). In FLUX.1 other blocks may be best.
 #
 # ## Put your code into the trained model
 #
@@ -252,8 +254,8 @@ massive_tokens.against("most text tokens" if in_text > 0.5 else "most image toke
 
 # %% [markdown]
 # It is the same channel in all ten runs, and it is large in most text tokens: in padding (which fills a prompt up to a
-# fixed length), the end token, articles and words such as “left” and “of”, but not in colours and nouns (printed for
-# the first prompt; the others are alike). We measure before the last block, because text tokens are discarded after it.
+# fixed length), in the end token and in about half of the words (in the first prompt an article, “left” and “of”, but
+# not colours and nouns). We measure before the last block, because text tokens are discarded after it.
 # Is the channel needed? The ratio jumps after `single.0` (figure), so we set it to 0 in all text tokens at the input of
 # `single.1`, at every step. The control does this to the next channel. Five prompts with eight seeds each, in eight
 # steps; the distance is that of the final latent, divided by the latent's length. Counts are given as ranges, because
@@ -275,7 +277,7 @@ def without(channel: int):
 normal = pipe(**FORTY, steps=8, progress=False)
 
 # %%
-for name, channel in (("the massive channel", massive), ("control, the next channel", massive + 1)):
+for name, channel in (("the massive channel", massive), ("the next channel (control)", massive + 1)):
     with without(channel):
         out = pipe(**FORTY, steps=8, progress=False)
     change = (out.latents - normal.latents).flatten(1).norm(dim=1) / normal.latents.flatten(1).norm(dim=1)
@@ -285,7 +287,7 @@ for name, channel in (("the massive channel", massive), ("control, the next chan
     print(f"images with both objects and nothing else: {right[0]} normally, {right[1]} without it")
 
 # %% [markdown]
-# The channel is needed: without it the latent changes several times as much as in the control. But nearly all images
+# The channel has an effect: without it the latent changes several times as much as in the control. But nearly all images
 # still show both objects, so the change lies in what the judge does not check, such as the background. The size of a
 # value does not tell you what it is for; you have to change it and look at the effect, by more than one measure.
 # Notebook 13b does this with blocks and tokens.
@@ -296,8 +298,7 @@ for name, channel in (("the massive channel", massive), ("control, the next chan
 # 2. An attention map is a claim about positions, so compare it with the object's position: pointing and IoU, per block.
 # 3. A reduction makes a recording small while it is made; the exponential of the entropy counts tokens.
 # 4. The last layer, applied after each block, shows how the predicted image becomes clearer.
-# 5. Massive activations: here one channel, the same in all ten runs, is large in most text tokens, but not in
-#    colours and nouns.
+# 5. Massive activations: here one channel, the same in all ten runs, is large in most text tokens.
 #
 # **Questions people ask**: *How do I get attention maps without `output_attentions`?* (EraseAnything issue 2) Use
 # `fe.record("*.attn.map", ...)`: maps are computed exactly, and only where you ask for them, from queries, keys and the

@@ -62,13 +62,13 @@ def count_parameters(network):
     return sum(p.numel() for p in network.parameters())
 
 
-print("variant      parameters      in  guidance input  steps  guidance  txt_len  shift")
+print("variant          parameters  numbers/token  guidance input  steps  guidance  txt_len  shift")
 for name, variant in VARIANTS.items():
     with meta_init():
         size = count_parameters(Flux(variant.flux))
     defaults = variant.sampling
     guidance_input, shift = ("yes" if flag else "no" for flag in (variant.flux.guidance_embed, defaults.shift))
-    row = f"{name:11} {size:14,} {variant.flux.in_channels:6} {guidance_input:>15} {defaults.steps:6}"
+    row = f"{name:11} {size:14,} {variant.flux.in_channels:14} {guidance_input:>15} {defaults.steps:6}"
     print(f"{row} {defaults.guidance:9g} {defaults.text_length:8}  {shift:>5}")
 with meta_init():
     print(f"redux head  {count_parameters(ReduxHead()):14,}")
@@ -273,7 +273,8 @@ plt.show()
 #
 # schnell needs only one to four steps because it was trained for them, by adversarial distillation (arXiv 2403.12015);
 # without that training the same network needs more. `nano-schnell` is the miniature after further training by a simpler
-# method, progressive distillation (arXiv 2202.00512). The miniature, the *teacher*, samples in 20 steps, and its states
+# method: one round of distillation along the teacher's trajectories (progressive distillation, arXiv 2202.00512,
+# instead halves the number of steps again and again). The miniature, the *teacher*, samples in 20 steps, and its states
 # $y_0, \dots, y_4$ at the five times $t_0 = 1 > t_1 > \dots > t_4 = 0$ are stored. The student learns the constant
 # velocity that leads from each of them to the next in a single Euler step (`schnell_loss` in `training/schnell.py`):
 #

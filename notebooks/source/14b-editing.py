@@ -84,7 +84,7 @@ def report(name, image):
     """Print how much of the photo an image keeps, and what the judge finds in it."""
     found = ", ".join(f"{found.color} {found.form}" for found in detect(image).objects) or "nothing"
     psnr = masked_psnr(np.asarray(image), photo, outside_circle)
-    print(f"{name:24} outside the circle {psnr:.0f} dB; the judge finds: {found}")
+    print(f"{name + ':':26} PSNR outside the circle {psnr:.0f} dB; the judge finds: {found}")
 
 
 def to_image(tokens):
@@ -128,7 +128,8 @@ for strength in (0.25, 0.5, 0.75):
 # \quad\Longrightarrow\quad \| x^{(r)} - x \| \le (h K)^r\, h\, \| v(x, t) \|$$
 #
 # So each round makes the error smaller by the factor $hK$, provided that $hK < 1$: many short steps and a velocity that
-# changes slowly. A high guidance scale makes $K$ larger near the noise, as we measure below.
+# changes slowly. A high guidance scale makes $K$ larger near the noise, as we measure below: one small change of
+# the input gives a lower bound of $K$, and we do this for eight states.
 
 # %% exercise="family.invert"
 
@@ -168,7 +169,7 @@ small = 0.01 * pack(draw_noise(8, 16, 16, 16).to(device))
 for guidance_scale in (1.0, 6.0):
     velocity = velocity_for(source, guidance_scale)
     K = [float((velocity(x + small, 0.9) - velocity(x, 0.9)).norm() / small.norm()) for x in noisy]
-    print(f"guidance scale {guidance_scale:g}, t = 0.9: K is at least {min(K):.1f} to {max(K):.1f} (8 states)")
+    print(f"guidance scale {guidance_scale:g}, t = 0.9: lower bounds of K from 8 states: {min(K):.1f} to {max(K):.1f}")
 
 # %% [markdown]
 # Nothing was trained for this. The *round trip* inverts the image and samples it again with the old prompt. One photo
@@ -288,7 +289,7 @@ if fe.passed("family.reference", "family.velocity"):
         with torch.no_grad():
             images = to_images(kontext.autoencoder.decode(edited_with(ids)))
         kept = [masked_psnr(np.asarray(image), photo, outside_circle) for image in images]
-        print(f"reference in {name}: outside the circle {min(kept):.0f} to {max(kept):.0f} dB for eight seeds")
+        print(f"reference in {name}: PSNR outside the circle {min(kept):.0f} to {max(kept):.0f} dB for eight seeds")
 
 # %% [markdown]
 # In this photo, eight seeds keep less with the reference in frame 0 than in frame 1, where nano-kontext saw it in

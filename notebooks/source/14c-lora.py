@@ -29,8 +29,8 @@ pipe = fe.load("nano-schnell", device=device)
 course.where(pipe, "in", "vec", "double", "single", "final")
 
 # %% [markdown]
-# A LoRA can change any linear layer, and the highlighted parts all have some. We use nano-schnell (notebook 14), since
-# four steps are enough for it.
+# A LoRA can change any linear layer; every highlighted part contains linear layers. We use nano-schnell (notebook 14),
+# since four steps are enough for it.
 #
 # ## Predict
 

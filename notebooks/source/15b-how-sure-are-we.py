@@ -403,9 +403,10 @@ noticed_spots.against("most" if sum(noticed) > len(noticed) / 2 else "few")
 print(f"on visual quality it prefers the one without spots in {sum(cleaner)} of {len(cleaner)} pairs")
 
 # %% [markdown]
-# You noticed the spots at once. (The judge does where a shape is so poor after four steps that a spot changes which
-# shape the judge finds.) A rating is valid for one judge *and one question*. A model that is trained to win on this
-# question may win by changing things that the question does not ask about.
+# You noticed the spots at once. (The judge notices them only in a few pairs, where a shape is so poor after four
+# steps that, with spots on it, the judge finds another shape or none.) A rating is valid for one judge *and one
+# question*. A model that is trained to win on this question may win by changing things that the question does not ask
+# about.
 #
 # **Other prompts.** The bootstrap gives new weights to votes, never to prompts. Suppose that ten people vote on the 24
 # pairs of your arena, and all agree with the judge. These count as 240 independent votes. But

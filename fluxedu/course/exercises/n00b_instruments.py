@@ -162,7 +162,8 @@ def _two_runs(answer: Callable, values: Tensor):
 def hold() -> Callable:
     """A function for `fe.intervene`: at every step of a run it returns the value of the first step, number 0.
 
-    Return a function `change(value, ctx)`; `ctx.step` is the number of the step. Each call of `hold` starts again.
+    Return a function `change(value, ctx)`; `ctx.step` is the number of the step. Each call of `hold()`
+    returns a new function, with a store of its own.
     """
     first = {}
 

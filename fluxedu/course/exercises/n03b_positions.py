@@ -121,7 +121,9 @@ def _by_least_squares(train_x: Tensor, train_y: Tensor, test_x: Tensor, classes:
     ),
 )
 def probe(train_x: Tensor, train_y: Tensor, test_x: Tensor, classes: int, ridge: float) -> Tensor:
-    """Fit a linear probe to `train_x [N, D]` and their classes `train_y [N]`; its scores of `test_x`: `[M, classes]`.
+    """Fit a linear probe to `train_x [N, D]` and their classes `train_y [N]`.
+
+    Return its scores for `test_x [M, D]`, as `[M, classes]`.
 
     Append a 1 to every vector. The targets are 1 for the right class and 0 for the others. `ridge` is the formula's
     lambda; it applies to all weights, those of the appended 1 included.
@@ -180,7 +182,8 @@ def _vectors_to_steer() -> list[tuple]:
     ),
 )
 def steer(txt: Tensor, token: int, from_vectors: Tensor, to_vectors: Tensor) -> Tensor:
-    """Move the vector of one token: `txt [B, L, D]` with a direction added to its vectors number `token`.
+    """Move the vector of one token: return `txt [B, L, D]` with a direction added to the vector at index
+    `token`, in every row of the batch.
 
     The direction is the mean of `to_vectors [N, D]` minus the mean of `from_vectors [N, D]`. All other tokens stay.
     """
