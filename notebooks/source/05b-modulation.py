@@ -136,7 +136,7 @@ if fe.passed("modulation.gates"):
             out = pipe(prompt, seed=4, progress=False)
         added = float((rec["single.2.out"].tensor - rec["single.2.x"].tensor).abs().max())
         change = float((out.latents - reference.latents).norm() / reference.latents.norm())
-        print(f"closed: {closed:9} largest change of a number by single.2: {added:3.0f}; the latent changes by {change:.0%}")
+        print(f"closed: {closed:9} single.2 changes numbers by up to {added:3.0f}; the latent changes by {change:.0%}")
         ax.imshow(out.images[0])
         ax.set(title=f"closed: {closed}", xticks=[], yticks=[])
     plt.show()
