@@ -1,4 +1,7 @@
-"""schnell: a student that reaches in four steps where its teacher, the miniature, gets in twenty (arXiv 2202.00512).
+"""schnell: a student that reaches in four steps where its teacher, the miniature, gets in twenty.
+
+This is one round of distillation along the teacher's trajectories; progressive distillation (arXiv 2202.00512) halves
+the number of steps again and again.
 
 The teacher's 20 times, 3u / (1 + 2u) for u = 1, 0.95, ..., 0, include the student's four: it reaches 1, 0.75, 0.5 and
 0.25 after 0, 10, 15 and 18 steps. So each trajectory of the teacher is computed once and stored at those times, and the

@@ -213,9 +213,10 @@ if fe.passed("picture.predicted_x0"):
 # Pure noise tells the network nothing about the image, so many images are still possible, and the predicted x0 is
 # blurred and pale. A network that had reached the smallest possible training loss would predict the average of all
 # images that fit the prompt. Does this one? For each of 16 prompts we average 64 images. Then we predict x0 from eight
-# other noises and compare it with the average, all at guidance scale 1, where guidance does nothing. (In brackets: a
-# 95 % interval. It says how far the number may be from the true one with this number of images; notebook 15b explains
-# it. It leaves out the choice of the prompts.)
+# other noises and compare it with the average, all at guidance scale 1, where guidance does nothing. This takes too
+# long for a notebook, so here and on later pages `evidence.load` reads the stored results of such an experiment; its
+# code is in the folder `evidence/` of the repository. (In brackets: a 95 % interval. It says how far the number may be
+# from the true one with this number of images; notebook 15b explains it. It leaves out the choice of the prompts.)
 
 # %%
 stored = evidence.load("first_prediction")["1"]
@@ -342,9 +343,9 @@ larger_effect.against("text" if change["set T5's vectors to zero"] > change["swa
 # the end-of-text token ([flux 64](https://github.com/black-forest-labs/flux/issues/64)). *Do these notebooks run on the
 # full model?* If you set `FLUXEDU_MODEL=dev` before you start Jupyter, they load it; notebooks 12, 12b, 14 to 15b, most
 # of 02b and a part of 10b load the miniatures by name and stay as they are. The findings in the text and the error
-# bounds are those of the miniature: dev computes in bfloat16, which has fewer than three decimal digits, so a line such
-# as *the same to 1 in 1,000* may say False. If an explorer would need more memory than its limit, it says so and tells
-# you how to record less.
+# bounds are those of the miniature: dev computes in bfloat16, which has fewer than three decimal digits, so a
+# comparison may say *more than rounding*. If an explorer would need more memory than its limit, it says so and tells you
+# how to record less.
 #
 # **Read:** `fluxedu/sampling/pipeline.py`, then `sampling.py` of black-forest-labs/flux, then *Scaling Rectified Flow
 # Transformers* (arXiv 2403.03206).

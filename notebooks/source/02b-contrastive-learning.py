@@ -31,7 +31,6 @@ device = course.begin()
 pipe = fe.load(device=device)
 nano_encoder = fe.load("nano", device=device).prompt_encoder
 clip, tokenizer = nano_encoder.clip, nano_encoder.clip_tokenizer
-rng = np.random.default_rng(2)
 course.where(pipe, "clip")
 
 # %% [markdown]
@@ -120,9 +119,11 @@ def draw_pairs(number: int, **kind) -> tuple[Tensor, list[str]]:
     return to_tensor(np.stack([render(scene) for scene in scenes])), [caption(scene, rng)[0] for scene in scenes]
 
 
+rng = np.random.default_rng(2)  # the same scenes each time this cell runs
 images, captions = draw_pairs(64, held_out=True)  # combinations that no training image has
 images, ids = images.to(device), tokenizer(captions).to(device)
 train_images, train_captions = draw_pairs(1024)
+after_pairs = rng.bit_generator.state
 train_images, train_ids = F.avg_pool2d(train_images, 8), tokenizer(train_captions)
 own = torch.arange(64, device=device)
 
@@ -262,6 +263,7 @@ def changed_caption(scene, change: str, k: int) -> str:
     return f"a {colors[0]} {forms[0]} {side} a {colors[1]} {forms[1]} on a {background} background"
 
 
+rng.bit_generator.state = after_pairs  # the same scenes each time this cell runs
 two_objects = []
 while len(two_objects) < 120:
     scene = sample_scene(rng, size=(128, 128), count=2, held_out=True)
@@ -360,8 +362,8 @@ for name, vectors in broken.items():
 #
 # 1. CLIP's loss asks every image for its caption among N, and every caption for its image.
 # 2. Its gradient raises the scores of right pairs and lowers those of wrong pairs, the probable ones most.
-# 3. With the vector after the projection, 61 of 64 images find their caption; with the vector that FLUX takes, before
-#    the projection, 1 does.
+# 3. Of these 64 images, 61 find their caption with the vector after the projection; with the vector that FLUX takes,
+#    before the projection, 1 does.
 # 4. That task needs mostly colours and background, so exchanged colours or sides hardly change the match.
 # 5. The agreement of two towers is not all that a vector contains; a probe finds more.
 #
@@ -369,8 +371,8 @@ for name, vectors in broken.items():
 # batches of 32,768 pairs; ours on 51,200 pairs of scenes. *Why such large batches?* The more captions in a batch, the
 # more similar the most similar wrong one, and the finer the details that the loss requires.
 #
-# **Read**: CLIP, arXiv 2103.00020 · the loss's origin, InfoNCE, arXiv 1807.03748 · Winoground, arXiv 2204.03162 ·
-# ours: `training/clip.py` and `fluxedu/nano/networks.py`.
+# **Read**: CLIP, arXiv 2103.00020 · the loss under its usual name, InfoNCE, arXiv 1807.03748 · Winoground,
+# arXiv 2204.03162 · ours: `training/clip.py` and `fluxedu/nano/networks.py`.
 
 # %%
 fe.score()

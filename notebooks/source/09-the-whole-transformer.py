@@ -213,7 +213,7 @@ reversed_order.against("none" if share == 0 else "most" if share > 0.5 else "som
 #    1024.
 #
 # **Questions people ask**: *Is there a report on FLUX.1?* (flux issue 68) No; the report on Kontext (arXiv 2506.15742)
-# has a section about the architecture, but with few numbers: neither widths nor parameter counts. Counts like
+# has a section about the architecture, but with few numbers: no widths, and of the parameters only “12B”. Counts like
 # these come from the code and the files.
 # *Guidance embedding or CFG?* (flux issues 63, 159) dev has the guidance input, schnell has none, and classifier-free
 # guidance (CFG) evaluates the network twice: notebooks 12 and 12b.

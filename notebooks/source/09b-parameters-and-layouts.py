@@ -128,10 +128,10 @@ fe.plots.treemap(areas, title="FLUX.1-dev: the modulation (mod) is 27 % of the 1
 #
 # $$\frac{19 \cdot 12 + 38 \cdot 3}{1254} = \frac{342}{1254} = 27.3\,\%$$
 #
-# The modulation layers read *one* vector per step, whereas all other layers read thousands of tokens. So they have 27 %
-# of the weights and need almost none of the computation. Their outputs depend only on time, guidance scale and pooled
-# text, so they can be computed before the run, and the layers do not have to stay on the GPU: `Flux.plan` computes
-# them.
+# The modulation layers read *one* vector per step, whereas nearly all other layers read thousands of tokens. So they
+# have 27 % of the weights and need almost none of the computation. Their outputs depend only on time, guidance scale
+# and pooled text, so they can be computed before the run, and the layers do not have to stay on the GPU: `Flux.plan`
+# computes them.
 #
 # The explorer shows this figure for every variant, and for the miniature. Point at a part to see its tensors, and at a
 # tensor to see its name in the official layout and in diffusers' (or use Tab and the arrow keys). Which is the first

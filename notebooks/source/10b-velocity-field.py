@@ -182,8 +182,9 @@ plt.show()
 #
 # ### The miniature's own velocity field
 #
-# The miniature was trained with the same loss, so we can measure it: for 24 images like those of its training data,
-# each with its caption and with an empty caption. (This section uses the miniature, whatever model you have loaded.)
+# The miniature was trained with the same loss (and at first a second one, notebook 06b), so we can measure it: for 24
+# images like those of its training data, each with its caption and with an empty caption. (This section uses the
+# miniature, whatever model you have loaded.)
 
 # %%
 rng = np.random.default_rng(3)

@@ -56,7 +56,7 @@ beyond = fe.predict(
 # %% [markdown]
 # ## Where the scale enters
 #
-# The miniature learned to predict in one pass, for any guidance scale from 1 to 6, the velocity that CFG computes in
+# The miniature learned to predict in one pass, for any guidance scale from 1 to 6.5, the velocity that CFG computes in
 # two. FLUX.1-dev is guidance-distilled too, according to its model card. The scale $s$ is embedded like the time, as
 # sines and cosines followed by two linear layers with a SiLU between them, and the result is one term of `vec`:
 #
@@ -196,7 +196,7 @@ growth = {"CFG": sizes["CFG, 40"] / sizes["CFG, 4"], "embedded": sizes["embedded
 beyond.against(max(growth, key=growth.get))
 
 # %% [markdown]
-# Nothing in the CFG formula limits the latent. Embedded guidance was trained up to 6 and changes less beyond. In this
+# Nothing in the CFG formula limits the latent. Embedded guidance was trained up to 6.5 and changes less beyond. In this
 # example two moderate scales used together have the effect of a high one: CFG is applied to velocities that already
 # contain guidance (one seed).
 #

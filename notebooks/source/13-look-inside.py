@@ -50,7 +50,8 @@ best_block = fe.predict(
     "A noun's map fits its object best in which block: 'the first', 'a middle one' or 'the last'?", "a middle one"
 )  # answer
 largest_value = fe.predict(
-    "How many times as large as the median is the largest number of all tokens at the input of the last block?", 120
+    "At the input of the last block, how many times as large as the median is the largest value (both without signs)?",
+    120,
 )  # answer
 massive_tokens = fe.predict(
     "The largest numbers are all in one channel. In which tokens is it large: 'one token', 'most text tokens' or 'most "
@@ -148,8 +149,8 @@ if fe.passed("inside.points", "inside.iou") and maps:
 # %% [markdown]
 # A map that points at the object does not show that the network *uses* this attention. And blocks differ: the average
 # map over all blocks, which many tools show, mixes maps that point at the object with maps that do not. That the good
-# blocks end with `single.2` may come from our training: in its first part, a linear head (removed later) had to name
-# each patch's object from the image tokens after `single.2` (`training/flow.py`). In FLUX.1 other blocks may be best.
+# blocks end with `single.2` may come from our training: at first a linear head, removed later, had to name each patch's
+# object from the image tokens after `single.2` (`training/flow.py`). In FLUX.1 other blocks may be best.
 #
 # ## Put your code into the trained model
 #
@@ -256,6 +257,7 @@ massive_tokens.against("most text tokens" if in_text > 0.5 else "most image toke
 # It is the same channel in all ten runs, and it is large in most text tokens: in padding (which fills a prompt up to a
 # fixed length), in the end token and in about half of the words (in the first prompt an article, “left” and “of”, but
 # not colours and nouns). We measure before the last block, because text tokens are discarded after it.
+#
 # Is the channel needed? The ratio jumps after `single.0` (figure), so we set it to 0 in all text tokens at the input of
 # `single.1`, at every step. The control does this to the next channel. Five prompts with eight seeds each, in eight
 # steps; the distance is that of the final latent, divided by the latent's length. Counts are given as ranges, because
@@ -287,10 +289,9 @@ for name, channel in (("the massive channel", massive), ("the next channel (cont
     print(f"images with both objects and nothing else: {right[0]} normally, {right[1]} without it")
 
 # %% [markdown]
-# The channel has an effect: without it the latent changes several times as much as in the control. But nearly all images
-# still show both objects, so the change lies in what the judge does not check, such as the background. The size of a
-# value does not tell you what it is for; you have to change it and look at the effect, by more than one measure.
-# Notebook 13b does this with blocks and tokens.
+# The channel has an effect: without it the latent changes several times as much as in the control. But nearly all
+# images still show both objects, so the change lies in what the judge does not check. The size of a value does not tell
+# you what it is for; you have to change it and look at the effect, by more than one measure, as notebook 13b does.
 #
 # ## In five lines
 #

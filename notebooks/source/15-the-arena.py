@@ -103,7 +103,7 @@ for name, row in zip(names, wins):
 # %% [markdown]
 # ## Elo's rule
 #
-# The announcement of FLUX.1 opens with Elo ratings. In Elo's rule, each vote changes two ratings, according to how
+# The announcement of FLUX.1 shows Elo ratings. In Elo's rule, each vote changes two ratings, according to how
 # surprising its result is. With ratings $a$ and $b$ and a score $s$ of 1, 0 or ½ (a tie) for a,
 #
 # $$p_a = \frac{1}{1 + 10^{(b - a)/400}}, \qquad a' = a + k\,(s - p_a), \qquad b' = b - k\,(s - p_a)$$
