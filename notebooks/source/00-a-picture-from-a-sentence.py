@@ -344,8 +344,8 @@ larger_effect.against("text" if change["set T5's vectors to zero"] > change["swa
 # full model?* If you set `FLUXEDU_MODEL=dev` before you start Jupyter, they load it; notebooks 12, 12b, 14 to 15b, most
 # of 02b and a part of 10b load the miniatures by name and stay as they are. The findings in the text and the error
 # bounds are those of the miniature: dev computes in bfloat16, which has fewer than three decimal digits, so a
-# comparison may say *more than rounding*. If an explorer would need more memory than its limit, it says so and tells you
-# how to record less.
+# comparison may say *more than rounding*. If an explorer would need more memory than its limit, it says so and tells
+# you how to record less.
 #
 # **Read:** `fluxedu/sampling/pipeline.py`, then `sampling.py` of black-forest-labs/flux, then *Scaling Rectified Flow
 # Transformers* (arXiv 2403.03206).

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 00b · Instruments
 #
-# **How do you look inside a running model, and how do you change what it computes?** All later notebooks do this with
+# **How do you look inside a running model, and how do you change what it computes?** Most later notebooks do this with
 # four tools: `fe.record`, `fe.intervene`, `fe.ablate` and `fe.swap`. Here you meet them one at a time.
 #
 # Afterwards you can name a value inside the model, record a part of it, replace it during a run, and put a module of

@@ -40,7 +40,9 @@ earlier_changes = fe.predict(
     "Another word ends the prompt. Which token vectors before it change in CLIP: 'none', 'some' or 'all'?", "none"
 )  # answer
 other_states = fe.predict(
-    "All of CLIP's token states but one are replaced by noise. Is the image the same: 'yes' or 'no'?", "yes"
+    "All of CLIP's token states but that of the first end token are replaced by noise. Is the image the same: 'yes' "
+    "or 'no'?",
+    "yes",
 )  # answer
 drawn_prompt = fe.predict(
     "T5 and CLIP get different prompts. Whose prompt is drawn: 'T5', 'CLIP' or 'neither'?", "T5"

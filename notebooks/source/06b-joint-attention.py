@@ -334,7 +334,7 @@ most_needed.against(min(options, key=lambda name: hidden[name]["everything right
 # computes what it needs from the log-sum-exp, also in single-stream blocks, which some tools leave out
 # (attention-map-diffusers issues 15 and 21). *Must the image be square?* (attention-map-diffusers issues 23 and 26) Not
 # here. *Is the map exact in bfloat16, too?* Convert q and k to float32 before you multiply them: then the map is exact
-# to 4 in 10 million, otherwise it is off by as much as 0.12.
+# to 4 in 10 million, otherwise it is off by as much as 0.12 (measured outside this page).
 #
 # **Read**: text and image in one softmax, arXiv 2506.07986 · `black-forest-labs/flux`, `math.py` (`attention`) · ours:
 # `fluxedu/models/attention.py` and `fluxedu/attention_map.py`.

@@ -257,8 +257,9 @@ plots.elo(result.rows(), f"Overall, {votes_cast} votes: the intervals are hundre
 # | predicts | the noise, on the curved paths of DDPM | the velocity, on straight paths |
 # | sampling | DDIM, classifier-free guidance | Euler, classifier-free guidance |
 #
-# *DDPM* (arXiv 2006.11239) mixes image $x_0$ and noise $\varepsilon$ with an $a_t$ that falls over a
-# thousand times, so its paths are curved; *DDIM* follows them back in few steps, without new noise (arXiv 2010.02502).
+# *DDPM* (arXiv 2006.11239) mixes image $x_0$ and noise $\varepsilon$ with an $a_t$ that falls from almost 1 to
+# almost 0 in a thousand steps of time, so its paths are curved; *DDIM* follows them back in few steps, without new
+# noise (arXiv 2010.02502).
 # Rectified flow mixes them on a straight line:
 #
 # $$x_t = \sqrt{a_t}\; x_0 + \sqrt{1 - a_t}\; \varepsilon \quad \text{(DDPM)}, \qquad
