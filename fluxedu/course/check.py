@@ -304,9 +304,18 @@ def _known_mistake(task: Exercise, cases: Sequence[tuple], actual: Sequence[Sequ
             same = [_values(task, known.answer, case) for case in cases]
         except Exception:  # noqa: BLE001 - some wrong answers raise in some cases
             continue
-        if all(relative_error(a, b) <= tolerance for a, b in zip(actual, same, strict=True)):
+        if all(_same_values(a, b, tolerance) for a, b in zip(actual, same, strict=True)):
             return known.message
     return None
+
+
+def _same_values(a: Sequence[Tensor], b: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether two results have NaN in the same places and are equal elsewhere."""
+    nans = [[x.isnan() for x in tensors] for tensors in (a, b)]
+    if len(a) != len(b) or not all(map(torch.equal, *nans)):
+        return False
+    without = [[x.masked_fill(nan, 0) for x, nan in zip(*pair, strict=True)] for pair in zip((a, b), nans, strict=True)]
+    return relative_error(*without) <= tolerance
 
 
 def _wrong_values(actual: Sequence[Sequence[Tensor]], errors: list[float], tolerance: float) -> str:

@@ -169,7 +169,7 @@ def share_near(before: Tensor, after: Tensor, row: int, column: int, margin: int
     """Which share of the squared change between two images `[B, 3, H, W]` lies near a latent cell: `[B]`.
 
     "Near" means the 8 x 8 pixels of the cell in this row and column, and `margin` more pixels on each side. The
-    box lies inside the image.
+    box lies inside the image. Square the changes first, then add up the colours.
     """
     change = (after - before).square().sum(1)  # [B, H, W]
     top, left = 8 * row - margin, 8 * column - margin

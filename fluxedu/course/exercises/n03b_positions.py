@@ -186,6 +186,7 @@ def steer(txt: Tensor, token: int, from_vectors: Tensor, to_vectors: Tensor) -> 
     `token`, in every row of the batch.
 
     The direction is the mean of `to_vectors [N, D]` minus the mean of `from_vectors [N, D]`. All other tokens stay.
+    Do not change `txt` itself.
     """
     steered = txt.clone()
     steered[:, token] += to_vectors.mean(dim=0) - from_vectors.mean(dim=0)

@@ -159,6 +159,7 @@ def _returned(answer, stream, events):
     difficulty=1,
     cases=_hold_cases,
     call=_returned,
+    gradient=False,  # the stored value may be detached
     hints=(
         "The object is called twice for each block: first with what enters, then with what leaves. It has to remember "
         "the first until the second.",

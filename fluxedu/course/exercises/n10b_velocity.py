@@ -8,11 +8,13 @@ from fluxedu.course.exercise import exercise, mistakes, wrong
 
 def _data_sets() -> list[tuple]:
     g = torch.Generator().manual_seed(11)
-    return [
+    cases = [
         (torch.randn(5, 2, generator=g), 0.6, torch.randn(3, 2, generator=g)),
         (torch.randn(2, 4, generator=g) * 1.5, 0.9, torch.randn(4, 4, generator=g)),
         (torch.randn(3, 2, generator=g), 0.35, 0.5 * torch.randn(4, 2, generator=g)),
     ]
+    points, noise = torch.randn(3, 4096, generator=g), torch.randn(2, 4096, generator=g)  # of the size of a latent
+    return [*cases, (0.95 * points[:2] + 0.05 * noise, 0.05, points)]
 
 
 def _by_bayes(x: Tensor, t: float, points: Tensor) -> Tensor:
@@ -44,7 +46,8 @@ def best(x: Tensor, t: float, points: Tensor) -> Tensor:
     """The velocity with the smallest expected loss when the data are just `points [K, D]`, equally likely.
 
     `x [N, D]` are states at one time `t` in (0, 1]. Return `[N, D]`: for each state, the mean of `noise - point` over
-    all pairs (point, noise) that could have produced it.
+    all pairs (point, noise) that could have produced it. D can be 4,096, and then the exponentials themselves are 0 in
+    floating point; a softmax avoids this.
     """
     dist2 = torch.cdist(x, (1 - t) * points).square()  # [N, K], squared distances
     p = (-dist2 / (2 * t**2)).softmax(dim=-1)  # [N, K], the probability of each point given the state
@@ -73,6 +76,16 @@ wrong("flow.best", "you give all points the same weight; a state is more likely 
 def _not_squared(x, t, points):
     dist2 = torch.cdist(x, (1 - t) * points).square()
     return (x - (-dist2 / (2 * t)).softmax(-1) @ points) / t
+
+
+@wrong(
+    "flow.best",
+    "all exponentials become 0 when a point has thousands of numbers, and 0 / 0 is NaN; use `softmax`, which subtracts "
+    "the largest exponent first.",
+)
+def _underflow(x, t, points):
+    weights = (-torch.cdist(x, (1 - t) * points).square() / (2 * t**2)).exp()
+    return (x - weights / weights.sum(-1, keepdim=True) @ points) / t
 
 
 def _trajectories() -> list[tuple]:

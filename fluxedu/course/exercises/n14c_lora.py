@@ -146,6 +146,7 @@ def _merged_layer(layer: nn.Linear, a: Tensor, b: Tensor, scale: float) -> nn.Li
     cases=_layers,
     call=_run_layer,
     against=_merged_layer,
+    gradient=False,  # A and B may become new parameters, as in most LoRA code
     hints=(
         "The layer computes its own output as before. The update is added to this output, and never becomes a large "
         "matrix: first A, which makes a vector of only `rank` numbers, then B.",
