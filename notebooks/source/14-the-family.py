@@ -163,8 +163,8 @@ if fe.passed("family.fill"):
     plt.show()
 
 # %% [markdown]
-# For this photo, nano-fill replaces the square in all three cases, and some images show a star, with the right mask and
-# with the inverted one. But if the image has no hole, no star appears, and in most images nothing replaces the square:
+# For this photo, nano-fill removes the square in all three cases, and some images show a star, with the right mask and
+# with the inverted one. But if the image has no hole, no star appears, and in most images nothing takes its place:
 # here the network needs the grey area of the masked image to draw a star, and the mask alone is not enough. (One photo
 # only.)
 #
