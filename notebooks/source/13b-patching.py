@@ -127,8 +127,8 @@ vital_block.against("first" if worst == 0 else "last" if worst == len(rows) - 1 
 # A more precise method: run both prompts. Then run the second prompt (the *target* run) again, but at one site replace
 # some tokens by those of the first prompt's run (the *source* run). If the circle turns red, these tokens are
 # *sufficient* to make it red. Each new value is one that the network computes for a real prompt, so it is less unusual
-# than a zero; its combination with the other tokens is still new. With $x^T$ and $x^S$ for the values at the site in the
-# target and the source run, and $P$ for the tokens that are patched,
+# than a zero; its combination with the other tokens is still new. With $x^T$ and $x^S$ for the values at the site in
+# the target and the source run, and $P$ for the tokens that are patched,
 #
 # $$x_i = x^S_i \;\text{ for } i \in P, \qquad x_i = x^T_i \;\text{ for all other tokens.}$$
 
