@@ -164,9 +164,9 @@ if fe.passed("family.fill"):
 
 # %% [markdown]
 # For this photo, nano-fill removes the square in all three cases, and some images show a star, with the right mask and
-# with the inverted one. But if the image has no hole, no star appears, and in most images the square's place stays empty:
-# here the network needs the grey area of the masked image to draw a star, and the mask alone is not enough. (One photo
-# only.)
+# with the inverted one. But if the image has no hole, no star appears, and in most images the square's place stays
+# empty: here the network needs the grey area of the masked image to draw a star, and the mask alone is not enough.
+# (One photo only.)
 #
 # The network reads 384 numbers per token and predicts 64: masked image and mask are inputs, and never predicted.
 # **canny** and **depth** are simpler: they read a second latent, of the edges or of the depth map, 64 + 64 = 128
