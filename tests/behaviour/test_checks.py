@@ -192,6 +192,39 @@ def test_a_gradient_must_flow_to_inputs_and_parameters():
     assert "a parameter of shape [6]" in gradients(task, task.solution, task.cases()[0])
 
 
+class ParameterLoRA(nn.Module):
+    def __init__(self, old, A, B, scale):
+        super().__init__()
+        self.old, self.A, self.B, self.scale = old, nn.Parameter(A), nn.Parameter(B), scale
+
+    def forward(self, x):
+        return self.old(x) + self.scale * (x @ self.A.T @ self.B.T)
+
+
+class LinearLoRA(nn.Module):
+    def __init__(self, old, A, B, scale):
+        super().__init__()
+        self.old, self.scale = old.requires_grad_(False), scale
+        self.down, self.up = (nn.Linear(*weight.shape[::-1], bias=False) for weight in (A, B))
+        self.down.weight.data, self.up.weight.data = A, B
+
+    def forward(self, x):
+        return self.old(x) + self.scale * self.up(self.down(x))
+
+
+@pytest.mark.parametrize("layer", [ParameterLoRA, LinearLoRA])
+def test_a_lora_layer_may_store_its_matrices_as_parameters(layer):
+    assert assess(TASKS["lora.layer"], layer)
+
+
+def test_a_known_mistake_is_named_when_it_returns_nan():
+    def best(x, t, points):
+        weights = torch.exp(-(x[:, None] - (1 - t) * points).square().sum(-1) / (2 * t * t))
+        return (x - weights / weights.sum(-1, keepdim=True) @ points) / t
+
+    assert "use `softmax`" in assess(TASKS["flow.best"], best).message
+
+
 def test_an_answer_may_use_autograd():
     def slope(x):
         """The derivative of the sum of the cubes."""
