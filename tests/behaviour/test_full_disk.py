@@ -95,7 +95,7 @@ def test_a_sweep_resumes_when_there_is_room_again(tmp_path):
 
 
 def test_a_command_reports_it_in_one_line(tmp_path, pipe, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda *_, **__: pipe)
+    monkeypatch.setattr(cli.pictures, "load", lambda *_, **__: pipe)
     with room_for(500):
         result = CliRunner().invoke(cli.app, ["sample", "a red circle", "-o", str(tmp_path / "out.png")])
     assert result.exit_code == 2 and result.output == "fluxedu: [Errno 27] File too large\n"

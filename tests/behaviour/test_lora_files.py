@@ -361,5 +361,5 @@ def test_the_command_line_takes_several(mixed, tmp_path):
     from PIL import Image, ImageChops
 
     assert ImageChops.difference(Image.open(tmp_path / "out.png"), image).getbbox() is None
-    result = CliRunner().invoke(app, [*arguments, "--lora-scale", "3"])
+    result = CliRunner().invoke(app, [*arguments, "--overwrite", "--lora-scale", "3"])
     assert result.exit_code and "one for each of the 2 LoRAs" in result.output

@@ -96,7 +96,7 @@ def test_the_command_line(tmp_path):
     wrong = CliRunner().invoke(app, ["trace", "a red circle", "--html", str(tmp_path / "no" / "out.html")])
     assert wrong.exit_code == 2
     assert "there is no folder" in wrong.output
-    empty = CliRunner().invoke(app, ["trace", "", "--steps", "1", "--html", str(out)])
+    empty = CliRunner().invoke(app, ["trace", "", "--steps", "1", "--html", str(out), "--overwrite"])
     assert empty.exit_code == 0, empty.output
 
 
