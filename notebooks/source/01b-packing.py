@@ -41,9 +41,8 @@ course.where(pipe, "noise", "in", "image")
 # ## Predict
 #
 # In the second question, the *judge*, a small program of this course that finds shapes and colours in an image, looks
-# at 40 images of five prompts: 'ruined' means that it finds both objects of the prompt in none of them, and 'a bit
-# worse' that it finds them in fewer images than before. In the third, all 16 numbers of one cell of a latent are
-# changed.
+# at 40 images of five prompts: 'ruined' means that none of them shows the two objects of the prompt and nothing else,
+# and 'a bit worse' that fewer of them do than before. In the third, all 16 numbers of one cell of a latent are changed.
 
 # %%
 last_token = fe.predict(

@@ -35,8 +35,8 @@ course.where(pipe, "clip")
 
 # %% [markdown]
 # CLIP has two encoders ("towers"), one for images and one for text. FLUX uses only the text tower. The miniature's
-# image tower ships with fluxedu, so all measurements of this page use the miniature's two towers, whichever model you
-# have loaded (only the explorer at the end uses the CLIP of the loaded model).
+# image tower ships with fluxedu, so this page measures the miniature's CLIP, whichever model you have loaded (only the
+# explorer uses the CLIP of the loaded model).
 #
 # ## Predict
 #

@@ -80,10 +80,10 @@ times_larger.against(counts["T5-XXL's encoder"] / counts["CLIP-L's text encoder"
 # %% [markdown]
 # T5 is a transformer like CLIP's, with five main differences: every token attends to every other; positions enter as a
 # bias that is added to the attention scores (notebook 03b); the normalisation is RMSNorm; the MLP has a gate; and the
-# scores are not divided by √d, where d is the width of a head. (Its linear layers have no biases either, and its
-# activation is the tanh GELU.) We begin with the normalisation. RMSNorm divides a token by its root mean square and
-# multiplies by a learned weight $g$ per channel. Unlike LayerNorm it subtracts no mean and adds nothing. Take a vector
-# of four numbers:
+# scores are not divided by √d, where d is the width of a head. (Two smaller ones: its linear layers have no biases, and
+# its activation is the GELU in its tanh approximation.) We begin with the normalisation. RMSNorm divides a token by its
+# root mean square and multiplies by a learned weight $g$ per channel. Unlike LayerNorm it subtracts no mean and adds
+# nothing. Take a vector of four numbers:
 
 # %%
 x = torch.tensor([3.0, 1.0, -1.0, 5.0])

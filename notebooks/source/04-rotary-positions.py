@@ -307,8 +307,7 @@ plt.show()
 
 # %% [markdown]
 # A shift of **all** positions in the same direction has no effect. Multiplying all of them changes every difference
-# that is not 0.
-# The images are those of one seed. Can you explain the ones without rows and without columns?
+# that is not 0. The images are those of one seed. Can you explain the ones without rows and without columns?
 #
 # <details><summary>Answer</summary>Without rows, all patches of a column have the same position, so the image repeats
 # from top to bottom; without columns it repeats from left to right.</details>

@@ -164,13 +164,13 @@ fig.suptitle("How much each patch attends to four words (seed 4)")
 fig
 
 # %% [markdown]
-# Attention was never told which word belongs to which patch. (But in the first part of its training the network had a
-# second task: a linear head, removed later, had to name the colour and form of the object in each patch from the image
-# tokens after `single.2`; see `training/flow.py`. How FLUX.1 was trained is not published.) Do patches attend to the
-# words that describe what they show? We take 40 short runs (5 prompts of this form, 8 seeds each), in which the first
-# object is on the left and the second on the right. For each of their colours and nouns we ask how much of the patches'
-# attention to the word comes from the half of the image that holds its object. If attention did not depend on the
-# object, it would be 50 %.
+# Attention was never told which word belongs to which patch. (But for about the first four fifths of its training the
+# network had a second task: a linear head, removed later, had to name the colour and form of the object in each patch
+# from the image tokens after `single.2`; see `training/flow.py`. How FLUX.1 was trained is not published.) Do patches
+# attend to the words that describe what they show? We take 40 short runs (5 prompts of this form, 8 seeds each), in
+# which the first object is on the left and the second on the right. For each of their colours and nouns we ask how much
+# of the patches' attention to the word comes from the half of the image that holds its object. If attention did not
+# depend on the object, it would be 50 %.
 
 # %%
 pairs = [("green star", "red cross"), ("yellow ring", "blue circle")]

@@ -263,8 +263,8 @@ print("loss, shared - separate, scene by scene:", evidence.number(difference, 4)
 # Separate weights reach a lower loss in both seeds and draw more colours right, for the same computation and 1.9 times
 # as many parameters. Few shapes are right (12 % with separate weights; guessing among six would give 17 %, but many
 # objects have no readable shape): these models are too small and trained too little. And the comparison does not tell
-# whether the gain comes from two *streams* or from twice as many *weights*; for that one would train a model with one
-# set of weights and as many parameters.
+# whether the gain comes from two *streams* or from more *weights*; for that one would train a model with one set of
+# weights and as many parameters.
 #
 # ## In five lines
 #
