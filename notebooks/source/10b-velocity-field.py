@@ -182,8 +182,8 @@ plt.show()
 #
 # ### The miniature's own velocity field
 #
-# The miniature was trained with the same loss (and at first a second one, notebook 06b), so we can measure it: for 24
-# images like those of its training data, each with its caption and with an empty caption. (This section uses the
+# The miniature was trained with the same loss (and at first with a second one too, notebook 06b). We measure this loss
+# for 24 images like those of its training data, each with its caption and with an empty caption. (This section uses the
 # miniature, whatever model you have loaded.)
 
 # %%

@@ -200,8 +200,8 @@ not_shifted.against(round(eight["euler"] / (100 * even["value"]), 1))
 # %% [markdown]
 # With few evaluations, the simplest solver draws the most images right: at the same NFE it takes twice as many steps,
 # and order describes the error only for small steps. At 8 NFE the shift more than doubles the share for Euler and for
-# Heun, but not for midpoint, and with the shift the best solver (80 %) draws 13 times as many images
-# right as the worst (6 %). At 32 NFE the three shifted ones are at 91 or 92 %.
+# Heun, but not for midpoint, and with the shift the best solver (80 %) draws 13 times as many images right as the worst
+# (6 %). At 32 NFE the three shifted ones are at 91 or 92 %.
 #
 # The explorer has one row per solver and one column per NFE; the menu above the table changes the schedule. (Use Tab,
 # then the arrow keys.) Watch the background, about which the prompt says nothing, and the objects separately.

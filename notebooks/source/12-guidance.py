@@ -33,7 +33,8 @@ course.where(base, "solver")
 # %% [markdown]
 # There are two kinds of guidance. *Classifier-free guidance* (CFG) is part of the sampler: it evaluates the network
 # twice per step, with the prompt and without. *Embedded guidance* is an input of the network, and notebook 12b is about
-# it. Here we use CFG with `nano-base`; the second model is only there for a comparison.
+# it. Here we use CFG with `nano-base`; the second model is only there for a comparison. (Both are loaded by name,
+# whatever model you use elsewhere.)
 #
 # ## Predict
 
@@ -242,7 +243,7 @@ for name, out in outs.items():
 # 2. It needs two samples per step, and a network that was also trained with empty prompts.
 # 3. In terms of densities, it counts the evidence for the prompt as often as the scale says, at each time separately.
 # 4. A scale is chosen by a measurement: with 200 images, scales from 3 to 8 cannot be told apart for `nano-base`.
-# 5. Guidance can be limited to a part of the run; at scale 3 no loss is visible in 64 images.
+# 5. Guidance can be limited to the middle of the run; at scale 3 this shows no loss in 64 images.
 #
 # **Questions people ask**: *Can I have a negative prompt?* Yes: `negative_prompt`, with `true_cfg_scale` for a model
 # that also has embedded guidance. *Which scale should I use?* Scales of different models cannot be compared; measure,

@@ -272,10 +272,9 @@ last_block.against("red" if list(stored["blocks"].values())[-1]["text"]["value"]
 # since the output is computed from them. Each step of the sampler starts again with the original text tokens.)
 #
 # Tokens that are *sufficient* do not have to be the only ones, and a whole stream contains more than the colour. This
-# is the miniature, with prompts of one form, in eight steps (the stored results) or six (yours).
-# And its training asked for this at first: in its first part a linear head, removed later, had to name the colour and
-# form of the object in each patch from the image tokens after `single.2` (`training/flow.py`), so the colour had to be
-# there. Where it passes in FLUX.1 is another question.
+# is the miniature, with prompts of one form, in eight steps (the stored results) or six (yours). And in the first part
+# of its training a linear head, removed later, had to name the colour and form of the object in each patch from the
+# image tokens after `single.2` (`training/flow.py`), so the colour had to be there. In FLUX.1 it may pass elsewhere.
 #
 # Is the recovered fraction of the latent a good measure, too?
 
@@ -335,8 +334,8 @@ for name, row in hidden.items():
 #
 # 1. Ablation shows what this trained network cannot do without, patching which values are sufficient.
 # 2. In 40 pairs of prompts, the colour passes from text to image tokens in `single.0` to `single.2`: at the input of
-#    `single.3`, only image tokens can be replaced to change it. (The miniature's training
-#    asked for this at first.)
+#    `single.3`, only image tokens can be replaced to change it. (In the first part of the miniature's training, the
+#    colour had to be in the image tokens there.)
 # 3. T5 mixes words: its token for *circle* is sufficient to make the circle red, and the token for *red* is not.
 # 4. A control belongs to every experiment: another token, the other object, another seed.
 # 5. A distance between latents mostly measures the background. Ask the judge about what you claim, over many seeds.

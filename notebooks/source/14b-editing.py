@@ -128,8 +128,8 @@ for strength in (0.25, 0.5, 0.75):
 # \quad\Longrightarrow\quad \| x^{(r)} - x \| \le (h K)^r\, h\, \| v(x, t) \|$$
 #
 # So each round makes the error smaller by the factor $hK$, provided that $hK < 1$: many short steps and a velocity that
-# changes slowly. A high guidance scale makes $K$ larger near the noise, as we measure below: one small change of
-# the input gives a lower bound of $K$, and we do this for eight states.
+# changes slowly. With a high guidance scale $K$ is probably larger near the noise: below, one small change of the input
+# gives a lower bound of $K$, for each of eight states.
 
 # %% exercise="family.invert"
 

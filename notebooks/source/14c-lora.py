@@ -259,7 +259,7 @@ if fe.passed("lora.layer", "lora.factors"):
 
 # %% [markdown]
 # The update was fitted for scale 1. At half of it, the judge finds neither a red nor a green star in most images, and
-# at three times fewer green ones than at scale 1. A negative scale leaves the star red.
+# at scale 3 it finds fewer green ones than at scale 1. A negative scale leaves the star red.
 #
 # ## In five lines
 #

@@ -259,8 +259,7 @@ plots.elo(result.rows(), f"Overall, {votes_cast} votes: the intervals are hundre
 #
 # *DDPM* (arXiv 2006.11239) mixes image $x_0$ and noise $\varepsilon$ with an $a_t$ that falls from almost 1 to
 # almost 0 in a thousand steps of time, so its paths are curved; *DDIM* follows them back in few steps, without new
-# noise (arXiv 2010.02502).
-# Rectified flow mixes them on a straight line:
+# noise (arXiv 2010.02502). Rectified flow mixes them on a straight line:
 #
 # $$x_t = \sqrt{a_t}\; x_0 + \sqrt{1 - a_t}\; \varepsilon \quad \text{(DDPM)}, \qquad
 # x_t = (1 - t)\, x_0 + t\, \varepsilon \quad \text{(rectified flow)}$$
