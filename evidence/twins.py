@@ -4,7 +4,7 @@ Tiny flow transformers of four double-stream blocks and nothing else, trained fr
 two objects at 96 x 96 pixels), in the same order, for the same number of steps:
 
     separate   each stream has its own weights, as in FLUX
-    shared     both streams use one set, so the blocks have half as many parameters
+    shared     both streams use one set, so the blocks have half the parameters (the whole network 1/1.9)
 
 Both need the same computation per step. Each is trained from several seeds.
 They are compared by the training loss on 512 scenes that training never shows, at the same times and noises, and by the
