@@ -185,9 +185,9 @@ for name, row in limited_interval.items():
 # %% [markdown]
 # The rows do not guide equally often: "always" guides all eight evaluations, "0.9 to 0.3" five, "0.3 to 0" only one. At
 # scale 3 the first two rows show no clear difference in 64 images, though in the second three evaluations are not
-# guided. At scale 15 guidance that is always on ruins nearly every image; in both other rows a few more are right. This
-# may only reflect how many evaluations are guided too much, so it says nothing about these times. As a control, one
-# would guide five other evaluations of the same run.
+# guided; in the third fewer images are right. At scale 15 guidance that is always on ruins nearly every image; in both
+# other rows a few more are right. All this may only reflect how many evaluations are guided, so it says nothing about
+# these times. As a control, one would guide five other evaluations of the same run.
 
 # %% [markdown]
 # ## Put your code into the trained model
