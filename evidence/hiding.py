@@ -1,7 +1,7 @@
 """Notebooks 06b and 13b: what is drawn differently if no token may attend to a word, or to the padding?
 
-40 scenes, each with its own seed. Controls: nothing hidden; every sixth image token hidden (11 of 64, where a prompt has 8 or 9 tokens); CLIP's
-pooled vector exchanged for the empty prompt's, which no mask reaches.
+40 scenes, each with its own seed. Controls: nothing hidden; every sixth image token hidden (11 of 64, where a prompt
+has 8 or 9 tokens); CLIP's pooled vector exchanged for the empty prompt's, which no mask reaches.
 """
 
 from __future__ import annotations
