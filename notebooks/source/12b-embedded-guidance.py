@@ -159,7 +159,7 @@ if fe.passed("guidance.fitted"):
     with patch("fluxedu.sampling.velocity_field.guide", lambda n, p, s: pairs.append((n, p)) or fitted(n, p, s)):
         for words in prompts:
             base([words] * 8, seed=list(range(8)), steps=4, guidance=3.0, batch=8, progress=False)
-    factors = torch.stack([(n * p).sum((1, 2)) / n.square().sum((1, 2)) for n, p in pairs]).view(5, 4, 8)
+    factors = torch.stack([(n * p).sum((1, 2)) / n.square().sum((1, 2)) for n, p in pairs]).cpu().view(5, 4, 8)
     for step in range(4):
         low, middle, high = factors[:, step].quantile(torch.tensor([0.1, 0.5, 0.9]))
         print(f"step {step + 1}: fitted factor {middle:.2f}, for 80 % of the images from {low:.2f} to {high:.2f}")
