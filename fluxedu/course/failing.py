@@ -64,7 +64,7 @@ def _number(value: Any, digits: int = 6) -> str:
 
 def inputs_of(case: tuple, names: Sequence[str]) -> str:
     """The shapes of the tensors in a case, and its numbers: " (inputs: x [2, 3], scale 0.5)"."""
-    told = []
+    shown = []
     for value, name in zip(case, [*names, *[""] * len(case)], strict=False):
         if isinstance(value, Tensor):
             numbers = value.tolist() if value.ndim == 1 and len(value) < 5 else value.shape
@@ -77,5 +77,5 @@ def inputs_of(case: tuple, names: Sequence[str]) -> str:
         else:
             continue
         text = f"[{', '.join(map(_number, numbers))}]" if isinstance(numbers, (tuple, list)) else _number(numbers)
-        told.append(f"{name} {text}".strip())
-    return f" (inputs: {', '.join(told)})" if told else ""
+        shown.append(f"{name} {text}".strip())
+    return f" (inputs: {', '.join(shown)})" if shown else ""

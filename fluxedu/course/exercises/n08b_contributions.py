@@ -1,5 +1,6 @@
 """Notebook 08b: what single blocks add."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -7,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluxedu.course.exercise import exercise, mistakes
-from fluxedu.course.exercises import build_module, randomise
-from fluxedu.course.exercises.n07_double import CONFIG, rotations
+from fluxedu.course.exercises import build_module
+from fluxedu.course.exercises.n07_double import CONFIG
+from fluxedu.course.exercises.n08_single import block_inputs
 from fluxedu.models.attention import rotate, split_heads
 from fluxedu.models.blocks import SingleStreamBlock
 from fluxedu.models.modulation import layer_norm, modulate
@@ -126,17 +128,6 @@ class _MistakenMeter(Meter):
         return pairs[::-1] if self.mistake == "smallest first" else pairs
 
 
-def _serial_cases() -> list[tuple]:
-    cases = []
-    for seed, batch, txt_len, size in ((182, 2, 32, (16, 16)), (183, 1, 5, (2, 6))):  # the first as in the miniature
-        g = torch.Generator().manual_seed(seed)
-        state = randomise(SingleStreamBlock(CONFIG), g).state_dict()
-        rope = rotations(txt_len, *size)
-        x = 3 * torch.randn(batch, rope.shape[-2], 24, generator=g)
-        cases.append((state, x, torch.randn(batch, 24, generator=g), rope))
-    return cases
-
-
 def _run_serial(answer, state, x, vec, rope):
     block = build_module(answer, (CONFIG,), state)
     return block(x, block.plan(vec), rope)
@@ -146,7 +137,7 @@ def _run_serial(answer, state, x, vec, rope):
     "contributions.serial",
     minutes=12,
     difficulty=2,
-    cases=_serial_cases,
+    cases=partial(block_inputs, 182),
     call=_run_serial,
     hints=(
         "Two residual steps with the same shift, scale and gate: x plus what the attention adds, then the new x plus "
