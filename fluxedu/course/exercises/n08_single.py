@@ -151,7 +151,7 @@ def _split_with(mistake, linear2, dim):
 
 
 def block_inputs(seed: int = 82) -> list[tuple]:
-    """A small block's weights, tokens, vec and rotations: two cases, the first with the miniature's number of tokens."""
+    """A small block's weights, tokens, vec and rotations: two cases, the first of the miniature's size."""
     cases = []
     for i, (batch, txt_len, size) in enumerate(((2, 32, (16, 16)), (1, 5, (2, 6)))):
         g = torch.Generator().manual_seed(seed + i)
