@@ -1,0 +1,64 @@
+// Writes the front end's bundles, which are committed: nobody needs node to use fluxedu.
+//
+//   npm ci && node build.mjs            write all bundles
+//   node build.mjs explorer map         write those whose path contains one of these words
+//   node build.mjs --check              compare with the committed ones; exit code 1 for a difference
+//
+// A bundle whose source does not exist is left out.
+import { build } from "esbuild";
+import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { dirname, join, relative } from "node:path";
+import { fileURLToPath } from "node:url";
+import { gunzipSync, gzipSync } from "node:zlib";
+
+const web = dirname(fileURLToPath(import.meta.url));
+const WIDGETS = "../fluxedu/widgets/static", PLAY = "../fluxedu/play/static";
+
+// source -> bundle: modules and style sheets are bundled and minified, pages copied, the WASM binary compressed
+const BUNDLES = [
+  ["src/explorer.js", `${WIDGETS}/explorer.js`],
+  ["src/explorer.css", `${WIDGETS}/explorer.css`],
+  ["src/page/index.js", `${PLAY}/page.js`],
+  ["src/page/page.css", `${PLAY}/page.css`],
+  ["src/page/index.html", `${PLAY}/index.html`],
+  ["src/engine/index.js", `${PLAY}/engine.js`], // for a page that has no bundle of its own
+  ["src/engine/worker.js", `${PLAY}/worker.js`],
+  ["src/engine/sw.js", `${PLAY}/sw.js`],
+  ["node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.wasm", `${PLAY}/ort.wasm.gz`],
+];
+
+async function contents(source) {
+  const path = join(web, source);
+  if (source.endsWith(".wasm")) return gzipSync(readFileSync(path), { level: 9 });
+  if (source.endsWith(".html")) return readFileSync(path);
+  const result = await build({
+    entryPoints: [path], bundle: true, write: false, minify: true, format: "esm", target: "es2022", charset: "utf8",
+    legalComments: "eof", logLevel: "warning", absWorkingDir: web, loader: { ".svg": "dataurl", ".woff2": "dataurl" },
+  });
+  return Buffer.from(result.outputFiles[0].contents);
+}
+
+// compressed bytes depend on node's version of zlib, so what they hold is compared
+const held = (path, bytes) => (path.endsWith(".gz") ? gunzipSync(bytes) : bytes);
+
+const words = process.argv.slice(2).filter((word) => !word.startsWith("--"));
+const isCheck = process.argv.includes("--check");
+const differing = [];
+for (const [source, bundle] of BUNDLES) {
+  if (!existsSync(join(web, source))) continue;
+  if (words.length && !words.some((word) => bundle.includes(word))) continue;
+  const made = await contents(source), path = join(web, bundle);
+  const isSame = existsSync(path) && held(path, readFileSync(path)).equals(held(path, made));
+  if (isSame) continue;
+  const name = relative(join(web, ".."), path);
+  if (isCheck) differing.push(name);
+  else {
+    mkdirSync(dirname(path), { recursive: true });
+    writeFileSync(path, made);
+    console.log(`${name}  ${(made.length / 1000).toFixed(0)} kB`);
+  }
+}
+if (differing.length) {
+  console.error(`differs from its source: ${differing.join(", ")}; run node web/build.mjs`);
+  process.exit(1);
+}
