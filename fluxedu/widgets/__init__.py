@@ -12,10 +12,10 @@ no kernel, and load nothing from the network.
 from importlib import import_module
 from pkgutil import iter_modules
 
-from fluxedu.widgets.explorer import EXPLORERS, Explorer, Registration, View
+from fluxedu.widgets.explorer import EXPLORERS, Explorer, Registration, Try, View
 
 _MODULES = sorted({module.name for module in iter_modules(__path__)} - {"explorer", "panels", "reruns"})
-__all__ = ["Explorer", "View", "explorers", *_MODULES]
+__all__ = ["Explorer", "Try", "View", "explorers", *_MODULES]
 
 
 def explorers() -> dict[str, Registration]:

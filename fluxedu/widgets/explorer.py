@@ -191,6 +191,19 @@ def number_list(name: str, value: Any, low: float) -> list:
 # ---------------------------------------------------------------- the widget
 
 
+class Try:
+    """A suggestion, shown as a button "Try: ...": ``Try("What changes without head 2?", head=2, block="double.0")``.
+
+    label: what the button says, best as a question · moves: what the button sets, as :meth:`Explorer.set` takes it.
+    """
+
+    def __init__(self, label: str, **moves):
+        self.label, self.moves = label, moves
+
+    def __repr__(self) -> str:
+        return f"Try({', '.join([repr(self.label), *(f'{name}={value!r}' for name, value in self.moves.items())])})"
+
+
 @dataclass
 class View:
     """What one state shows: ``panels`` side by side, a sentence below them, and the shade of each option of a
@@ -206,7 +219,11 @@ class Explorer(anywidget.AnyWidget):
     """At the end of a cell, an explorer shows itself; ``explorer.set(step=3)`` moves it, and ``explorer.figure()`` is
     its current view as a matplotlib figure.
 
-    pointers: initial positions of the panels' pointers · widths: of the panels in that figure, in inches.
+    title: the question that the explorer answers · pointers: initial positions of the panels' pointers · widths: of the
+    panels in that figure, in inches · instruction: one line on what to do first · tries: two or three suggestions, each
+    a button · play: name of the control, usually time, that the play button runs through.
+
+    Raises InstrumentError if a try or ``play`` names a control or an option that there is not.
     """
 
     _esm = (STATIC / "explorer.js").read_text(encoding="utf-8")
@@ -215,6 +232,10 @@ class Explorer(anywidget.AnyWidget):
     controls = traitlets.List().tag(sync=True)
     state = traitlets.Dict().tag(sync=True)
     view = traitlets.Dict().tag(sync=True)
+    instruction = traitlets.Unicode().tag(sync=True)
+    tries = traitlets.List().tag(sync=True)  # {"label": ..., "moves": what it changes in the state}
+    play = traitlets.Unicode().tag(sync=True)  # name of a control, or empty
+    first = traitlets.Dict().tag(sync=True)  # the state that the reset button goes back to
     still = traitlets.Unicode().tag(sync=True)  # CSS class of the static figure, which the live one hides
 
     def __init__(
@@ -224,13 +245,30 @@ class Explorer(anywidget.AnyWidget):
         draw: Callable[..., View],
         pointers: Mapping[str, int | tuple[int, int]] | None = None,
         widths: Sequence[float] | None = None,
+        *,
+        instruction: str = "",
+        tries: Sequence[Try] = (),
+        play: str | None = None,
     ):
         self.draw, self.control, self.widths = draw, {c.name: c for c in controls}, widths
         self.pointers, self.extents = dict(pointers or {}), {}
-        state = {c.name: c.start for c in controls} | self.pointers | {"moves": 0}
-        still = f"fluxedu-{uuid4().hex[:12]}"
-        super().__init__(title=title, controls=[c.message() for c in controls], state=state, still=still)
-        self._set_view(self.current_view())  # an error in the first view is raised here
+        if play is not None and play not in self.control:
+            raise InstrumentError(f"play must be the name of a control ({', '.join(self.control)}), not {play!r}.")
+        first = {c.name: c.start for c in controls} | self.pointers
+        view = self._message(self._view_of(first))  # an error in the first view is raised here
+        buttons = [{"label": t.label, "moves": self._state_of(t.moves)} for t in tries]
+        # the first view is part of the widget's first message: a slow page would lose one that is sent later
+        super().__init__(
+            title=title,
+            instruction=instruction,
+            controls=[c.message() for c in controls],
+            tries=buttons,
+            play=play or "",
+            first=first,
+            state=first | {"moves": 0},
+            view=view | {"moves": 0},
+            still=f"fluxedu-{uuid4().hex[:12]}",
+        )
         self.observe(self._redraw, "state")
 
     @property
@@ -239,14 +277,21 @@ class Explorer(anywidget.AnyWidget):
         mine = ((name, v) for name, v in self.state.items() if name in self.control or name in self.pointers)
         return {name: tuple(map(int, v)) if isinstance(v, (list, tuple)) else int(v) for name, v in mine}
 
-    def set(self, **moves) -> Explorer:
-        """Move controls (to a label, value or index) and pointers; raises InstrumentError if there is no such move."""
+    def _state_of(self, moves: Mapping[str, Any]) -> dict[str, int | tuple[int, ...]]:
+        """Moves as they change the state: labels and values as indices."""
+        state = {}
         for name, value in moves.items():
-            if name in self.control:
-                moves[name] = self.control[name].index(value)
-            elif name not in self.pointers:
+            if name not in self.control and name not in self.pointers:
                 names = ", ".join([*self.control, *self.pointers])
                 raise InstrumentError(f"this explorer has {names}, but no {name!r}.")
+            state[name] = self.control[name].index(value) if name in self.control else value
+            if name in self.extents:
+                _check_pointer(name, value, self.extents[name])
+        return state
+
+    def set(self, **moves) -> Explorer:
+        """Move controls (to a label, value or index) and pointers; raises InstrumentError if there is no such move."""
+        moves = self._state_of(moves)
         self._view_of(self.values | moves)  # raises before anything moves
         self.state = self.state | moves
         return self
@@ -259,16 +304,16 @@ class Explorer(anywidget.AnyWidget):
             _check_pointer(name, values[name], extent)
         return self.draw(**values)
 
-    def _set_view(self, view: View) -> None:
+    def _message(self, view: View) -> dict[str, Any]:
+        """A view as the browser receives it."""
         self.extents = {p.pointer: p.extent for p in view.panels if p.pointer and p.extent is not None}
         shades = {name: rounded(np.clip(row, 0, 1)) for name, row in view.shades.items()}
-        panels = [panel.message() for panel in view.panels]
-        self.view = {"moves": self.state.get("moves", 0), "text": view.text, "panels": panels, "shades": shades}
+        return {"text": view.text, "panels": [panel.message() for panel in view.panels], "shades": shades}
 
     def _redraw(self, _=None) -> None:
         """Answer a move. An error is answered too, as text: the page waits for an answer before its next move."""
         try:
-            self._set_view(self.current_view())
+            self.view = self._message(self.current_view()) | {"moves": self.state.get("moves", 0)}
         except Exception as error:  # shown on the page, since nobody reads the kernel's log
             known = isinstance(error, InstrumentError)
             text = str(error) if known else f"This cannot be shown: {type(error).__name__}, {error}."

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import comm
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,7 @@ from fluxedu.sampling.solvers import schedule
 from fluxedu.widgets import explorer as explorer_module
 from fluxedu.widgets import panels
 from fluxedu.widgets.architecture import as_table, diagram
-from fluxedu.widgets.explorer import Chips, Explorer, Slider, View
+from fluxedu.widgets.explorer import Chips, Explorer, Slider, Try, View
 from fluxedu.widgets.grid import shifted
 from fluxedu.widgets.latents import edited
 from fluxedu.widgets.panels import Lines, Pixels, Points
@@ -432,6 +433,41 @@ def test_moves_by_hand_are_checked(small, moves, message):
 def test_moves_by_hand(small):
     assert small.set(step="second", word=-1).view["text"] == "1 2 (0, 0)"
     assert repr(small) == "<Explorer: Small>"  # no address, so that outputs can be compared
+
+
+def test_suggestions_are_checked_when_the_explorer_is_made():
+    controls = [Slider("step", "step", ["first", "second"]), Chips("word", "word", ["a", "b", "c"], 1)]
+    options = {"instruction": "Point at a cell.", "play": "step"}
+    made = Explorer("Q?", controls, drawing, {"cell": (0, 0)}, tries=[Try("b?", step="second", cell=(1, 2))], **options)
+    assert made.tries == [{"label": "b?", "moves": {"step": 1, "cell": (1, 2)}}]
+    assert made.first == {"step": 0, "word": 1, "cell": (0, 0)} and made.play == "step"
+    for wrong, says in [
+        ({"tries": [Try("x", speed=1)]}, "this explorer has step, word, cell, but no 'speed'."),
+        ({"tries": [Try("x", step="third")]}, "step must be one of 2 options (first, second), not 'third'."),
+        ({"tries": [Try("x", cell=(10, 0))]}, "cell must be an index into 10 x 10, counted from 0, not (10, 0)."),
+        ({"play": "speed"}, "play must be the name of a control (step, word), not 'speed'."),
+    ]:
+        with pytest.raises(InstrumentError, match=re.escape(says)):
+            Explorer("Q?", controls, drawing, {"cell": (0, 0)}, **wrong)
+
+
+def test_the_first_view_is_in_the_first_message():
+    """A page on a slow machine would lose a view that comes in a second message."""
+    sent = []
+
+    class Comm(comm.base_comm.BaseComm):
+        def publish_msg(self, kind, data=None, metadata=None, buffers=None, **keys):
+            sent.append((kind, data, buffers))
+
+    made, kept = None, comm.create_comm
+    comm.create_comm = Comm
+    try:
+        made = Explorer("Q?", [Slider("step", "step", ["first", "second"])], lambda step: drawing(step, 0, (0, 0)))
+    finally:
+        comm.create_comm = kept
+    assert made.view["text"] == "0 0 (0, 0)"
+    assert {kind for kind, _, _ in sent} == {"comm_open"}  # of the layout and of the explorer
+    assert sent[-1][1]["state"]["view"]["text"] == "0 0 (0, 0)" and sent[-1][2] == [bytes([0] * 48)]
 
 
 def test_every_explorer_has_a_static_figure(pipe, attention, small):
