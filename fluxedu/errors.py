@@ -90,6 +90,10 @@ class SweepError(FluxeduError):
     """A sweep that cannot be run as it is described."""
 
 
+class PromptWarning(UserWarning):
+    """A prompt that the miniature cannot draw, because it was not trained on prompts like it."""
+
+
 def printable(text: str) -> str:
     """``text`` with escapes such as ``\\x1b`` for control characters, which a terminal would obey."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -10,6 +10,7 @@ load("path/to/FLUX.1-dev")  a folder as on the hub: transformer, vae, two text e
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ from fluxedu.models import VARIANTS, Flux, FluxConfig, Sampling
 from fluxedu.models.meta_init import meta_init
 from fluxedu.models.redux import Redux, ReduxHead
 from fluxedu.nano.networks import VisionEncoder
+from fluxedu.nano.vocabulary import prompt_problem
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.prompts import PromptEncoder, Tokenizer
 from fluxedu.sampling.request import checked_dtype
@@ -132,7 +134,8 @@ def load(
         files, head = find(name, transformer, variant, revision), None
         sampling = _sampling_of(files.scheduler, transformer)
         size = 1024 if sampling is None else 128
-    if sampling is None:
+    is_miniature = sampling is not None
+    if not is_miniature:
         tensors = read(files.parts["transformer"], "transformer")
         like = _like(config_of(tensors), like, files)
         sampling = VARIANTS[like].sampling
@@ -164,6 +167,9 @@ def load(
         pipe = FluxPipeline(prompts, flux, vae, sampling, size)
     except RequestError as error:
         raise CheckpointError(f"{describe(str(name))} cannot be loaded: {error}") from None
+    if is_miniature:
+        edits = FAMILY["nano-kontext"].transformer in (transformer, shipped.transformer if shipped else None)
+        pipe.prompt_problem = partial(prompt_problem, instruction=edits)
     if head is not None:
         with meta_init():
             vision_encoder = VisionEncoder(clip.config)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -11,6 +13,8 @@ from itertools import chain, count
 from pathlib import Path
 
 import typer
+
+from fluxedu.errors import PromptWarning
 
 
 def fail(error: Exception | str) -> typer.Exit:
@@ -21,13 +25,24 @@ def fail(error: Exception | str) -> typer.Exit:
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Print errors that the user can correct as one sentence, without a traceback."""
+    """Print errors that the user can correct as one sentence, without a traceback, and warnings of prompts too."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", PromptWarning)
+            warnings.showwarning = _show_warning
+            yield
     except ModuleNotFoundError as error:
         raise fail(f"this needs {error.name}: pip install {error.name}.") from None
     except (ValueError, OSError, FloatingPointError) as error:
         raise fail(error) from None
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """Print a warning of a prompt as one yellow sentence; others as Python does."""
+    if issubclass(category, PromptWarning):
+        typer.secho(f"fluxedu: {message}", fg="yellow", err=True)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), file=file or sys.stderr, end="")
 
 
 @contextmanager

@@ -7,7 +7,8 @@ schedule -> tokenizers -> CLIP pooled vector + T5 embeddings -> noise
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, pairwise
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fluxedu.errors import GradientError, RequestError, check_device, check_integer, checked, describe
+from fluxedu.errors import GradientError, PromptWarning, RequestError, check_device, check_integer, checked, describe
 from fluxedu.memory.placement import Networks, memory_advice
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.config import Sampling
@@ -80,7 +81,8 @@ class FluxPipeline(Sited):
     Attributes: ``prompt_encoder``, ``flux``, ``autoencoder`` · ``defaults`` and ``size``, the variant's sampling
     settings and image side in pixels · ``redux``, a :class:`fluxedu.models.redux.Redux` or None, which encodes an
     image as tokens that are appended to T5's · ``lora``, the :class:`fluxedu.checkpoints.Merged` of ``load(lora=...)``,
-    or None. Raises RequestError for networks of different models, whose widths do not fit each other.
+    or None · ``prompt_problem``, a function of a prompt that says why the model cannot draw it, or returns None; only
+    the miniature has one. Raises RequestError for networks of different models, whose widths do not fit each other.
     """
 
     site_path = "sample"
@@ -94,6 +96,7 @@ class FluxPipeline(Sited):
         self.defaults, self.size = defaults, size
         self.redux = None
         self.lora = None
+        self.prompt_problem: Callable[[str], str | None] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -198,7 +201,8 @@ class FluxPipeline(Sited):
         decode: whether latents are decoded to images.
         stop_after: index of the last step to run, or the site after which to stop; no image is decoded.
 
-        Raises RequestError for invalid arguments; OutOfMemory when memory runs out.
+        Raises RequestError for invalid arguments; OutOfMemory when memory runs out. The miniature warns of prompts that
+        it cannot draw (:class:`fluxedu.errors.PromptWarning`).
         """
         refuse_unknown(unknown)
         for name, flag in {"paste": paste, "trajectory": trajectory, "progress": progress, "decode": decode}.items():
@@ -240,6 +244,8 @@ class FluxPipeline(Sited):
             paste=paste,
             **pictures,
         )
+        if encoded is None and (problem := self._problem_of([request.prompt for request in requests])):
+            warnings.warn(problem, PromptWarning, stacklevel=2)
         if times is None:
             times = self.times(requests[0])
         elif shift is not None or requests[0].steps != len(times) - 1:
@@ -370,6 +376,14 @@ class FluxPipeline(Sited):
                     image = paste_outside(image, requests[part], self._downscale)
                 images += to_images(image.detach())
         return images
+
+    def _problem_of(self, prompts: list[str]) -> str | None:
+        """Why the model cannot draw the first of these prompts that it cannot draw, and how many more there are."""
+        if self.prompt_problem is None:
+            return None
+        problems = [problem for prompt in dict.fromkeys(prompts) if (problem := self.prompt_problem(prompt))]
+        more = f" (and {len(problems) - 1} more of the prompts cannot be drawn)" if len(problems) > 1 else ""
+        return f"{problems[0]}{more}." if problems else None
 
     def _placeholder_prompts(self, encoded: Conditioning) -> list[str]:
         """An empty prompt for each encoded one; raises RequestError for shapes that the transformer cannot read."""
