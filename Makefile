@@ -73,7 +73,7 @@ check: $(STAMP) ## style, format, and which way imports point
 	$(BIN)/lint-imports
 
 bench: $(STAMP) ## measure speed and memory, into bench.json; how fast explorers answer, into figures.json
-	$(BIN)/fluxedu bench --json bench.json
+	$(BIN)/fluxedu bench --out bench.json
 	FLUXEDU_LATENCY=1 FLUXEDU_FIGURES=figures.json $(BIN)/python -m pytest -q -s tests/browser/test_latency.py \
 		tests/behaviour/test_word_maps_on_the_miniature.py
 

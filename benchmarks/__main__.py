@@ -1,4 +1,4 @@
-"""``python -m benchmarks --json bench.json`` is ``fluxedu bench --json bench.json``."""
+"""``python -m benchmarks --out bench.json`` is ``fluxedu bench --out bench.json``."""
 
 import sys
 

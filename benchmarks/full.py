@@ -1,4 +1,4 @@
-"""The large model on a GPU, one step at a time: ``python -m benchmarks.full --device cuda --json h100.json``.
+"""The large model on a GPU, one step at a time: ``python -m benchmarks.full --device cuda --out h100.json``.
 
 A step of 1024 x 1024 beside its roofline (its arithmetic at the speed of the card's fastest matrix product) and beside
 diffusers, both eager and both compiled; other sizes and batches; the cost of maps of every block; how soon the
@@ -196,10 +196,10 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 10,
     small: Annotated[bool, typer.Option("--small", help="Small widths and sizes.")] = False,
     folder: Annotated[Path | None, typer.Option(help="A checkpoint, for the cold start.")] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the figures to this JSON file.")] = None,
 ) -> None:
     """Measure a step of the large model, as ratios in one run."""
-    check_writable(as_json)
+    check_writable(out)
     with report_errors():
         on, kind = check_device(device), checked_dtype(dtype)
         config = FluxConfig.variant(variant)
@@ -223,7 +223,7 @@ def main(
         steps = 2 if small else 4 if variant == "schnell" else 50
         figures["cold start"] = cold_start(folder, device, dtype, 16 * middle, steps)
     typer.echo(json.dumps(figures, indent=2))
-    write_result(as_json, figures)
+    write_result(out, figures)
 
 
 if __name__ == "__main__":

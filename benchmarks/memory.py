@@ -71,10 +71,10 @@ def main(
     size: Annotated[int, typer.Option(help="Height and width of the image in pixels.")] = 1024,
     quantise: Annotated[str | None, typer.Option(help="int8, fp8 or nf4.")] = None,
     only: Annotated[float | None, typer.Option(help="A single card of this many GB, measured in this process.")] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the figures to this JSON file.")] = None,
 ) -> None:
     """The table of cards: measured on a GPU if a checkpoint is given, otherwise predicted."""
-    check_writable(as_json)
+    check_writable(out)
     with report_errors():
         on = check_device(device if folder else "cpu")
         if only is not None and folder is not None:
@@ -88,7 +88,7 @@ def main(
     command = " ".join(["python -m benchmarks.memory", *sys.argv[1:]])
     figures = {"command": command, "gpu": gpu_name(on), "measured": folder is not None, "size": size, "rows": rows}
     typer.echo(json.dumps(figures, indent=2))
-    write_result(as_json, figures)
+    write_result(out, figures)
 
 
 if __name__ == "__main__":

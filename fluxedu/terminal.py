@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
@@ -29,7 +29,7 @@ def report_errors() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", PromptWarning)
-            warnings.showwarning = _show_warning
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
             yield
     except ModuleNotFoundError as error:
         raise fail(f"this needs {error.name}: pip install {error.name}.") from None
@@ -37,12 +37,12 @@ def report_errors() -> Iterator[None]:
         raise fail(error) from None
 
 
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    """Print a warning of a prompt as one yellow sentence; others as Python does."""
+def _show_warning(usual: Callable, message: Warning, category: type, *where) -> None:
+    """Print a warning of a prompt as one yellow sentence, and others in the usual way."""
     if issubclass(category, PromptWarning):
         typer.secho(f"fluxedu: {message}", fg="yellow", err=True)
     else:
-        print(warnings.formatwarning(message, category, filename, lineno, line), file=file or sys.stderr, end="")
+        usual(message, category, *where)
 
 
 @contextmanager
@@ -84,11 +84,17 @@ def check_writable(path: Path | None, overwrite: bool = True) -> None:
             files.check_writable(path)
 
 
-def write_result(path: Path | None, result: dict | str) -> None:
-    """Write a text, or values as JSON, to a file if there is one, and print its name."""
+def print_json(result: dict | list) -> None:
+    """Print values as one JSON document, which is all that ``--json`` prints on the standard output."""
+    typer.echo(json.dumps(result, indent=2))
+
+
+def write_result(path: Path | None, result: dict | str, quiet: bool = False) -> None:
+    """Write a text, or values as JSON, to a file if there is one, and print its name unless ``quiet``."""
     if path is not None:
         from fluxedu.files import write_text
 
         with report_errors():
             write_text(path, result if isinstance(result, str) else json.dumps(result, indent=2) + "\n")
-        typer.echo(f"wrote {path}")
+        if not quiet:
+            typer.echo(f"wrote {path}")

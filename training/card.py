@@ -250,7 +250,7 @@ def family_section(entries: dict[str, dict]) -> list[str]:
 
 
 def arena_section(axes: dict[str, dict]) -> list[str]:
-    """Ratings as ``fluxedu arena table --json`` writes them."""
+    """Ratings as ``fluxedu arena table --out`` writes them."""
     first = next(iter(axes.values()))
     votes = sum(row["votes"] for ratings in axes.values() for row in ratings.values()) // 2
     lines = [

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fluxedu.checkpoints import extract, lora_in_channels, merge, read, save_file, save_folder
-from fluxedu.loading import FAMILY, LORA_FILE, LORAS, SHIPPED, ShippedModel, build_redux, load, widened
+from fluxedu.loading import build_redux, load, widened
 from fluxedu.models.flux import Flux
+from fluxedu.nano.shipped import FAMILY, LORA_FILE, LORAS, SHIPPED, ShippedModel
 from fluxedu.sampling.conditions import reference_ids
 from fluxedu.sampling.pipeline import FluxPipeline
 from training import VARIANTS

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fluxedu.errors import ArenaError, printable
-from fluxedu.terminal import report_errors, write_result
+from fluxedu.terminal import print_json, report_errors, write_result
 
 app = typer.Typer(
     help="Compare models by votes on pairs of images; ratings with intervals.",
@@ -108,7 +108,8 @@ def table(
     votes: File = Path("votes.sqlite"),
     who: Who = "all",
     axis: Axes = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Also write the ratings to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the ratings to this JSON file.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Also save overall.png and axes.png in this folder.")] = None,
 ) -> None:
     """Print the ratings of all models in a file of votes."""
@@ -120,12 +121,15 @@ def table(
         outcomes = {name: found for name in axes if (found := file.outcomes(name, who))}
         models = sorted({model for found in outcomes.values() for vote in found for model in vote[:2]})
         ratings = {name: rate(models, found) for name, found in outcomes.items()}
-        for name, result in ratings.items():
-            typer.echo(f"{name}\n{result.table()}\n")
-        if not ratings:
-            typer.echo("no votes yet")
         rows = {name: result.rows() for name, result in ratings.items()}
-        write_result(as_json, rows)
+        if as_json:
+            print_json(rows)
+        else:
+            for name, result in ratings.items():
+                typer.echo(f"{name}\n{result.table()}\n")
+            if not ratings:
+                typer.echo("no votes yet")
+        write_result(out, rows, quiet=as_json)
         if figures is not None and rows:
             from fluxedu.plots import elo, elo_axes
 
@@ -133,13 +137,20 @@ def table(
             first = "overall" if "overall" in rows else next(iter(rows))
             elo(rows[first], AXES[first].title).savefig(figures / "overall.png", dpi=150)
             elo_axes({AXES[name].title: row for name, row in rows.items()}).savefig(figures / "axes.png", dpi=150)
-            typer.echo(f"wrote {figures / 'overall.png'} and {figures / 'axes.png'}")
+            if not as_json:
+                typer.echo(f"wrote {figures / 'overall.png'} and {figures / 'axes.png'}")
 
 
 @app.command(epilog="Example: fluxedu arena voters --votes votes.sqlite")
-def voters(votes: File = Path("votes.sqlite")) -> None:
+def voters(
+    votes: File = Path("votes.sqlite"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+) -> None:
     """List the voters with their numbers of votes, most votes first."""
     with report_errors():
+        if as_json:
+            print_json(_open_votes(votes).voters())
+            return
         typer.echo(f"{'voter':<40}  votes  first vote        last vote")
         for v in _open_votes(votes).voters():
             when = [min(max(v[key] or 0, 0), 4e9) for key in ("first", "last")]  # a damaged file may hold any time

@@ -3,42 +3,91 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fluxedu.cli.options import Guidance, Json, Like, Model, Revision, Variant, load
-from fluxedu.terminal import check_writable, fail, report_errors, write_result
+from fluxedu.cli.options import Guidance, Json, Like, Model, Out, Revision, Variant, load
+from fluxedu.terminal import check_writable, fail, print_json, report_errors, write_result
 
 app = typer.Typer()
 
 
 @app.command(epilog="Example: fluxedu info dev")
 def info(
-    variant: Annotated[str, typer.Argument(help="A variant such as dev; default: all of them.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    model: Annotated[
+        str, typer.Argument(help="A variant such as dev, a miniature such as nano, a file or a folder; default: all.")
+    ] = "",
+    as_json: Json = False,
 ) -> None:
-    """Show the configuration and the number of parameters of every variant of FLUX.1."""
-    from fluxedu.models import VARIANTS, Flux, FluxConfig
-    from fluxedu.models.meta_init import meta_init
+    """Show the configuration and the number of parameters of every variant and miniature, or of a file."""
+    from fluxedu.models.config import VARIANTS
+    from fluxedu.nano.shipped import SHIPPED_MODELS
 
-    rows = {}
+    known = {**dict.fromkeys(VARIANTS, variant_info), **dict.fromkeys(SHIPPED_MODELS, miniature_info)}
     with report_errors():
-        for name in [variant] if variant else VARIANTS:
-            config = FluxConfig.variant(name)
-            with meta_init():
-                flux = Flux(config)
-            count = sum(p.numel() for p in flux.parameters())
-            rows[name] = {"parameters": count, "tensors": len(flux.state_dict()), **config.to_dict()}
+        if not model:
+            rows = {name: describe(name) for name, describe in known.items()}
+        elif model in known:
+            rows = {model: known[model](model)}
+        elif Path(model).exists():
+            rows = file_info(Path(model))
+        else:
+            raise fail(f"there is no model or file {model!r}; there are {', '.join(known)}.")
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        print_json(rows)
         return
     for name, row in rows.items():
-        typer.echo(f"{name:<11} {row['parameters']:>14,} parameters  {row['tensors']} tensors  {row['in_channels']} in")
-        if variant:
+        channels = f"  {row['in_channels']} in" if "in_channels" in row else ""
+        typer.echo(f"{name:<13} {row['parameters']:>14,} parameters  {row['tensors']} tensors{channels}")
+        if model:
             for key, value in list(row.items())[2:]:
-                typer.echo(f"  {key:<20} {value}")
+                typer.echo(f"  {key:<30} {value}")
+
+
+def variant_info(name: str) -> dict:
+    """The counts and the configuration of a variant's transformer."""
+    from fluxedu.models.config import FluxConfig
+
+    return _transformer_info(FluxConfig.variant(name))
+
+
+def miniature_info(name: str) -> dict:
+    """The same for a model that ships; with its sampling settings, and the file of its LoRA or Redux head."""
+    from fluxedu.checkpoints.configs import from_diffusers_config
+    from fluxedu.nano.shipped import SHIPPED_MODELS, WEIGHTS
+
+    shipped = SHIPPED_MODELS[name]
+    config = from_diffusers_config(json.loads((WEIGHTS / shipped.transformer / "config.json").read_text()))
+    steps, guidance = shipped.sampling.steps, shipped.sampling.guidance
+    more = {"with": str(shipped.folder(WEIGHTS))} if shipped.lora or shipped.head else {}
+    return _transformer_info(config) | {"steps": steps, "guidance": guidance} | more
+
+
+def _transformer_info(config) -> dict:
+    from fluxedu.models.counting import count_parameters, flux_shapes
+
+    return {"parameters": count_parameters(config), "tensors": len(flux_shapes(config)), **config.to_dict()}
+
+
+def file_info(path: Path) -> dict[str, dict]:
+    """The counts, the dtypes and the configuration of every network in a file or a folder."""
+    from fluxedu.checkpoints import config_of, read
+    from fluxedu.checkpoints.contents import stored_networks
+    from fluxedu.checkpoints.headers import read_entries
+
+    names = read_entries(path)[0]
+    rows = {}
+    for part in stored_networks(names, path.name) or [None]:
+        tensors = read(path, part)
+        entries = tensors.entries.values()
+        dtypes = sorted({str(entry.dtype).removeprefix("torch.") for entry in entries})
+        about = {"parameters": sum(math.prod(entry.shape) for entry in entries), "tensors": len(entries)}
+        config = {} if part is None else config_of(tensors).to_dict()
+        rows[part or "tensors"] = about | {"dtypes": ", ".join(dtypes)} | config
+    return rows
 
 
 @app.command(epilog="Example: fluxedu sites attn.map --model dev")
@@ -48,7 +97,7 @@ def sites(
     like: Like = None,
     variant: Variant = None,
     revision: Revision = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List the sites, the values that can be recorded or changed: name, shape, meaning, source line."""
     from dataclasses import asdict
@@ -62,7 +111,7 @@ def sites(
     if not found:
         raise fail(f"no site has {containing!r} in its name; fluxedu sites lists all of them.")
     if as_json:
-        typer.echo(json.dumps([asdict(s) for s in found], indent=2))
+        print_json([asdict(s) for s in found])
         return
     for site in found:
         typer.echo(str(site))
@@ -70,7 +119,7 @@ def sites(
     typer.echo("\n".join(f"{letter}  {meaning}" for letter, meaning in LEGEND.items() if letter in used))
 
 
-@app.command(epilog="Example: fluxedu judge --model nano --prompts 500 --json judge.json")
+@app.command(epilog="Example: fluxedu judge --model nano --prompts 500 --out judge.json")
 def judge(
     model: Model = "nano",
     like: Like = None,
@@ -80,18 +129,23 @@ def judge(
     steps: Annotated[int, typer.Option(min=1, help="Number of steps.")] = 20,
     guidance: Guidance = None,
     for_shapes: Annotated[int, typer.Option(min=0, help="Prompts per aspect ratio, if more than --prompts.")] = 0,
-    as_json: Json = None,
+    as_json: Json = False,
+    out: Out = None,
 ) -> None:
     """Generate images of held-out prompts, score them with the scene judge, and print the table."""
+    from fluxedu.sampling.limits import check_settings
+
+    check_writable(out)
+    with report_errors():  # before PyTorch is imported, which takes seconds
+        check_settings(steps=steps, guidance=guidance)
     from fluxedu.arena.stable_diffusion import open_model
     from fluxedu.nano.exam import evaluate, format_table
 
-    check_writable(as_json)
     with report_errors():
         opened = open_model(model, like=like, variant=variant, revision=revision)
         scores = evaluate(opened, model, prompts, steps, guidance, for_shapes)
-    typer.echo(format_table(scores))
-    write_result(as_json, scores)
+    print_json(scores) if as_json else typer.echo(format_table(scores))
+    write_result(out, scores, quiet=as_json)
 
 
 @app.command(epilog="Example: fluxedu convert flux1-dev.safetensors transformer/ --to diffusers")

@@ -9,7 +9,9 @@ import typer
 
 from fluxedu.terminal import report_errors
 
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the results to this JSON file.")]
+#: every command that prints figures has both; errors stay one sentence on the standard error, with exit status 2
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Also write the results to this JSON file.")]
 Model = Annotated[
     str,
     typer.Option(

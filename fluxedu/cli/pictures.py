@@ -61,8 +61,7 @@ def sample(
 
     from fluxedu import __version__
     from fluxedu.files import atomic_path
-    from fluxedu.sampling.images import edges as detect_edges
-    from fluxedu.sampling.images import open_picture
+    from fluxedu.sampling.limits import check_settings
 
     output, to_terminal = output or free_name(Path("out.png")), str(output) == "-"
     file_format = "PNG" if to_terminal else Image.registered_extensions().get(output.suffix.lower())
@@ -71,6 +70,12 @@ def sample(
     check_writable(None if to_terminal else output, overwrite)
     if edges and control is None:
         raise fail("--edges needs --control, the picture whose edges are computed.")
+    with report_errors():  # before PyTorch is imported, which takes seconds
+        check_settings(seed=seed, steps=steps, guidance=guidance, true_cfg_scale=cfg, strength=strength)
+        check_settings(height=height, width=width)
+    from fluxedu.sampling.images import edges as detect_edges
+    from fluxedu.sampling.images import open_picture
+
     scale = lora_scale if lora_scale and len(lora_scale) > 1 else (lora_scale or [1.0])[0]
     pipe = load(
         model, like=like, variant=variant, revision=revision, device=device, dtype=dtype, memory=memory,
@@ -120,10 +125,14 @@ def trace(
 ) -> None:
     """Generate an image and write an HTML page of the run: every stage of the model, with its recorded values."""
     from fluxedu.files import write_text
-    from fluxedu.trace import page, stages
+    from fluxedu.sampling.limits import check_settings
 
     html = html or free_name(Path("trace.html"))
     check_writable(html, overwrite)
+    with report_errors():  # before PyTorch is imported, which takes seconds
+        check_settings(seed=seed, steps=steps, guidance=guidance, height=height, width=width)
+    from fluxedu.trace import page, stages
+
     pipe = load(model, like=like, variant=variant, revision=revision)
     with report_errors():
         out, found = stages(pipe, prompt, seed=seed, steps=steps, guidance=guidance, height=height, width=width)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fluxedu.cli.options import Json
-from fluxedu.terminal import check_writable, fail, report_errors, report_interrupts, write_result
+from fluxedu.cli.options import Json, Out
+from fluxedu.terminal import check_writable, fail, print_json, report_errors, report_interrupts, write_result
 
 app = typer.Typer()
 
@@ -74,15 +74,16 @@ def sweep(
     typer.echo(f"wrote {folder} ({len(described):,} cells)")
 
 
-@app.command(epilog="Example: fluxedu bench --json bench.json")
+@app.command(epilog="Example: fluxedu bench --out bench.json")
 def bench(
-    as_json: Json = None,
+    as_json: Json = False,
+    out: Out = None,
     quick: Annotated[bool, typer.Option(help="Run fewer rounds.")] = False,
 ) -> None:
     """Compare speed and memory with diffusers, in a checkout; all results are ratios measured in one run."""
     benchmarks = from_checkout("benchmarks")
-    check_writable(as_json)
+    check_writable(out)
     with report_errors():
         ratios = benchmarks.run(rounds=5 if quick else 15)
-    typer.echo(benchmarks.table(ratios))
-    write_result(as_json, ratios)
+    print_json(ratios) if as_json else typer.echo(benchmarks.table(ratios))
+    write_result(out, ratios, quiet=as_json)

@@ -37,6 +37,7 @@ _MODULES = (
     "images",
     "inversion",
     "latents",
+    "limits",
     "pipeline",
     "prompts",
     "request",

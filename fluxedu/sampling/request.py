@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fluxedu.errors import RequestError, check_choice, check_integer, check_number, describe
 from fluxedu.sampling.latents import latent_size
-from fluxedu.sampling.solvers import MAX_STEPS, SOLVERS, active
+from fluxedu.sampling.limits import check_setting
+from fluxedu.sampling.solvers import SOLVERS, active
 
-MAX_SIDE = 4096  # pixels
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 #: arguments of diffusers' FluxPipeline -> what they are here
@@ -173,17 +173,17 @@ def make_requests(
     seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * count
     if not seeds:
         raise RequestError("seed must be a whole number or a list of them, not an empty list.")
-    seeds = [check_integer("seed", one, 0, 2**63 - 1, "any number will do, such as 0") for one in seeds]
+    seeds = [check_setting("seed", one) for one in seeds]
 
     check_choice("solver", solver, SOLVERS)
-    guidance = check_number("guidance", guidance, 0, 100, "3.5 is usual")
+    guidance = check_setting("guidance", guidance)
     if true_cfg_scale is None:
         true_cfg_scale = 1.0 if guidance_embed or guidance == 0 else guidance
-    true_cfg_scale = check_number("true_cfg_scale", true_cfg_scale, 0, 100, "1 is off, 3 to 5 is usual")
+    true_cfg_scale = check_setting("true_cfg_scale", true_cfg_scale)
     if negative_prompt is not None and true_cfg_scale == 1.0:
         raise RequestError("negative_prompt needs classifier-free guidance; set true_cfg_scale above 1.")
     common = {
-        "steps": check_integer("steps", steps, 1, MAX_STEPS, "20 is a good start"),
+        "steps": check_setting("steps", steps),
         "guidance": guidance,
         "true_cfg_scale": true_cfg_scale,
         "guidance_interval": _interval(guidance_interval),
@@ -191,9 +191,7 @@ def make_requests(
         "solver": solver,
         "paste": bool(paste),
         "shift": shift if shift is None else check_number("shift", shift, 0.01, 100, "1 is no shift, dev's is near 3"),
-        "strength": check_number(
-            "strength", strength, 0.001, 1, "1 keeps nothing of the image, small values keep much"
-        ),
+        "strength": check_setting("strength", strength),
     }
 
     per_image = {"prompt": prompts, "negative_prompt": negatives, "seed": seeds}
@@ -213,8 +211,7 @@ def make_requests(
 
 def _latent_shape(height, width, downscale: int, rounding: str) -> tuple[int, int]:
     """Pixels to rows and columns of the latent."""
-    height = check_integer("height", height, 16, MAX_SIDE, "it is in pixels")
-    width = check_integer("width", width, 16, MAX_SIDE, "it is in pixels")
+    height, width = check_setting("height", height), check_setting("width", width)
     try:
         shape = latent_size(height, width, downscale, rounding)
     except ValueError as error:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fluxedu.errors import RequestError, check_integer, check_number, checked, describe
+from fluxedu.sampling.limits import MAX_STEPS
 
-MAX_STEPS = 1000
 VelocityFunction = Callable[[Tensor, float], Tensor]
 Step = Callable[[Tensor, float, float, VelocityFunction], tuple[Tensor, Tensor]]
 

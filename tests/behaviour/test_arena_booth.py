@@ -140,7 +140,7 @@ def test_the_judge_votes_and_the_ratings_are_printed_drawn_and_exported(tmp_path
     result = run(app, ["arena", "run", "nano@1", "nano@2", "--count", "3", "--axis", "prompt", "--axis", "quality"])
     assert result.exit_code == 0, result.output
     assert "3 votes given" in result.output and "nano@2" in result.output
-    result = run(app, ["arena", "table", "--who", "judge", "--json", "t.json", "--figures", "figures"])
+    result = run(app, ["arena", "table", "--who", "judge", "--out", "t.json", "--figures", "figures"])
     assert result.exit_code == 0, result.output
     table = json.loads((tmp_path / "t.json").read_text())
     assert set(table) == {"prompt", "quality"} and sum(r["votes"] for r in table["prompt"].values()) == 4

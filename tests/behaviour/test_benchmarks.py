@@ -60,7 +60,7 @@ def test_a_step_is_measured_beside_diffusers_and_the_roofline(checkpoint, tmp_pa
     pytest.importorskip("diffusers")
     found = run_module(
         "full", "--device", "cpu", "--dtype", "float32", "--small", "--rounds", 1,
-        "--folder", checkpoint, "--json", tmp_path / "f.json", TORCH_COMPILE_DISABLE="1",
+        "--folder", checkpoint, "--out", tmp_path / "f.json", TORCH_COMPILE_DISABLE="1",
     )  # fmt: skip
     assert found == json.loads((tmp_path / "f.json").read_text())
     assert found["gpu"] is None and found["command"].startswith("python -m benchmarks.full --device cpu")

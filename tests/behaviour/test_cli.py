@@ -13,10 +13,16 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import fluxedu as fe
+from fluxedu.arena.votes import Votes
 from fluxedu.cli import app
-from fluxedu.models import VARIANTS
+from fluxedu.models import VARIANTS, Flux
+from fluxedu.models.counting import count_parameters, flux_shapes
+from fluxedu.models.meta_init import meta_init
+from fluxedu.nano.shipped import SHIPPED_MODELS, WEIGHTS
 
 run = CliRunner().invoke
 
@@ -40,11 +46,53 @@ def test_the_help_of_every_command_has_an_example(command):
     assert f"Example: fluxedu {command}" in " ".join(result.output.split())
 
 
-def test_info_counts_every_variant():
+def test_info_counts_every_variant_and_every_miniature():
     rows = json.loads(run(app, ["info", "--json"]).output)
-    assert set(rows) == set(VARIANTS)
+    assert set(rows) == {*VARIANTS, *SHIPPED_MODELS}
     assert rows["schnell"]["parameters"] == 11_891_178_560 and rows["schnell"]["tensors"] == 776
     assert "11,901,408,320 parameters" in run(app, ["info", "dev"]).output
+    assert "4,435,904 parameters" in run(app, ["info", "nano"]).output
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "nano", "nano-schnell", "nano-fill"])
+def test_counting_needs_no_network(name):
+    """The names and shapes that are computed from a configuration are those of the network."""
+    config = VARIANTS[name].flux if name in VARIANTS else fe.load(name).flux.config
+    with meta_init():
+        state = Flux(config).state_dict()
+    assert flux_shapes(config) == {key: tuple(value.shape) for key, value in state.items()}
+    assert count_parameters(config) == sum(value.numel() for value in state.values())
+
+
+@pytest.mark.parametrize(
+    ("path", "part", "parameters", "field"),
+    [
+        ("transformer", "transformer", 4_435_904, "guidance_embed"),
+        ("vae/diffusion_pytorch_model.safetensors", "vae", 1_049_603, "z_channels"),
+        ("lora_hollow/pytorch_lora_weights.safetensors", "tensors", 512_000, "dtypes"),
+    ],
+)
+def test_info_describes_a_file(path, part, parameters, field):
+    rows = json.loads(run(app, ["info", str(WEIGHTS / path), "--json"]).output)
+    assert rows[part]["parameters"] == parameters and field in rows[part]
+    state = load_file(WEIGHTS / path) if path.endswith("tensors") else None
+    assert state is None or sum(value.numel() for value in state.values()) == parameters
+
+
+def test_json_is_one_document_on_the_standard_output(tmp_path, monkeypatch):
+    """Whatever the command; errors stay a sentence on the standard error. (judge is tested below.)"""
+    monkeypatch.chdir(tmp_path)
+    votes = Votes(tmp_path / "votes.sqlite")
+    ballot = votes.issue("overall", "nano", "nano@4", "a red circle", 0, (128, 128), "judge")
+    votes.vote(ballot.id, "left", "judge")
+    votes.close()
+    commands = [["info"], ["info", "nano"], ["sites", "attn.map"], ["arena", "table", "--figures", "figures"]]
+    for command in [*commands, ["arena", "table", "--out", "t.json"], ["arena", "voters"]]:
+        result = run(app, [*command, "--json"])
+        assert result.exit_code == 0 and json.loads(result.stdout), command
+    assert json.loads((tmp_path / "t.json").read_text()).keys() == {"overall"}
+    failed = run(app, ["info", "nowhere", "--json"])
+    assert failed.exit_code == 2 and failed.stdout == "" and failed.stderr.startswith("fluxedu: there is no model")
 
 
 def test_sample_writes_the_image_and_nothing_else(tmp_path):
@@ -110,10 +158,10 @@ def test_version_and_short_help():
         (["judge", "--guidance", "200"], "guidance must be a number from 0 to 100"),
         (["judge", "--model", "sd", "--like", "dev"], "like= does not apply to sd"),
         (["judge", "--steps", "2000"], "steps must be a whole number from 1"),
-        (["judge", "--json", "."], ". is a folder"),
-        (["bench", "--json", "no/folder.json"], "there is no folder no"),
+        (["judge", "--out", "."], ". is a folder"),
+        (["bench", "--out", "no/folder.json"], "there is no folder no"),
         (["sample", "x", "--negative", "blue"], "true_cfg_scale"),
-        (["info", "flux-9"], "no FLUX.1 variant called 'flux-9'"),
+        (["info", "flux-9"], "there is no model or file 'flux-9'; there are schnell, dev"),
         (["train"], "give --all"),
         (["train", "--stage", "bake"], "give --all"),
         (["train", "--stage", ""], "give --all"),
@@ -155,9 +203,10 @@ def test_an_image_does_not_replace_a_folder(tmp_path):
 
 def test_judge_prints_the_table_and_writes_it(tmp_path):
     path = tmp_path / "judge.json"
-    result = run(app, ["judge", "--prompts", "7", "--steps", "2", "--json", str(path)])
+    result = run(app, ["judge", "--prompts", "7", "--steps", "2", "--json", "--out", str(path)])
     assert result.exit_code == 0, result.output
-    figures = json.loads(path.read_text())
+    figures = json.loads(result.stdout)
+    assert figures == json.loads(path.read_text())
     assert figures["prompts"] == 7 and figures["rows"]["everything"]["n"] == 7
     assert "everything" in result.output and "ground" not in figures["rows"]
 
@@ -177,14 +226,14 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 PLACES = {"in a file": "file/out.png", "too long": "x" * 250 + ".png", "a link into a file": "link.png"}
 
 
-@pytest.mark.parametrize("option", ["-o", "--json", "--html", "--csv"])
+@pytest.mark.parametrize("option", ["-o", "--out", "--html", "--csv"])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_place_that_cannot_be_written_to_is_found_before_the_work(option, place, tmp_path, monkeypatch):
     for work in ("cli.pictures.load", "arena.stable_diffusion.open_model", "course.grade.grade_notebook"):
         monkeypatch.setattr(f"fluxedu.{work}", lambda *_, **__: pytest.fail("the work was done first"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link.png").symlink_to("file/out.png")
-    command = {"-o": ["sample", "x"], "--json": ["judge"], "--html": ["trace", "x"], "--csv": ["grade", "x.ipynb"]}
+    command = {"-o": ["sample", "x"], "--out": ["judge"], "--html": ["trace", "x"], "--csv": ["grade", "x.ipynb"]}
     message = error_of(*command[option], option, tmp_path / PLACES[place])
     assert ("there is no folder" if place == "in a file" else "cannot be written: ") in message
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link.png"]

@@ -65,7 +65,7 @@ COMMANDS = {
         ["a red circle"],
         ["--html", "--model", "--like", "--revision", "--seed", "--steps", "--height", "--width"],
     ),
-    "info": (["dev", "schnell", ""], ["--json"]),
+    "info": (["dev", "schnell", "nano", "in.safetensors", ""], ["--json"]),
     "sites": (["attn.map"], ["--model", "--like", "--variant", "--revision", "--json"]),
     "train": ([], ["--stage", "--out", "--ship-to"]),
     "train one": ([], ["--variant", "--out", "--no-resume", "--all"]),
@@ -81,10 +81,11 @@ COMMANDS = {
             "--guidance",
             "--for-shapes",
             "--json",
+            "--out",
         ],
     ),
     "convert": (["in.safetensors", "."], ["--to", "--part", "--shard-gb", "--overwrite"]),
-    "bench": ([], ["--json", "--quick"]),
+    "bench": ([], ["--json", "--out", "--quick"]),
     "lab": ([], ["--port", "--folder"]),
     "grade": (["in.ipynb", "."], ["--csv", "--table", "--timeout", "--notebook-timeout", "--memory"]),
     "sweep": (["sweep.yaml", "in.safetensors", "."], ["--out", "--workers", "--scheduler"]),
@@ -93,8 +94,8 @@ COMMANDS = {
         ["nano", "nano@4"],
         ["--votes", "--port", "--axis", "--prompts", "--pictures", "--seed", "--allow-host", "--no-code"],
     ),
-    "arena table": ([], ["--votes", "--axis", "--who", "--json", "--figures"]),
-    "arena voters": ([], ["--votes"]),
+    "arena table": ([], ["--votes", "--axis", "--who", "--json", "--out", "--figures"]),
+    "arena voters": ([], ["--votes", "--json"]),
     "arena drop": (["judge"], ["--votes", "--undo"]),
     "arena export": (["a.csv"], ["--votes"]),
 }
@@ -104,11 +105,10 @@ VALUES = {
     "--model": ["nano", "nowhere", "nano-schnell", "nano-fill", "nano-canny", "nano-kontext", "nano-redux"],
     "--output": ["a.png", "a.jpg", "a.psd"],
     "--html": ["a.html"],
-    "--json": ["a.json"],
     "--to": ["bfl", "diffusers"],
     "--part": ["transformer", "vae"],
     "--like": ["dev", "schnell"],
-    "--out": ["out", "sweep.yaml"],
+    "--out": ["out", "a.json", "sweep.yaml"],
     "--workers": ["1", "0"],
     "--csv": ["a.csv"],
     "--table": ["b.csv"],
@@ -128,7 +128,7 @@ VALUES = {
     "--figures": ["drawn"],
     "--scheduler": ["tcp://127.0.0.1:1"],
 }
-ALONE = ("--overwrite", "--edges", "--no-resume", "--all", "--quick", "--no-code", "--undo")
+ALONE = ("--json", "--overwrite", "--edges", "--no-resume", "--all", "--quick", "--no-code", "--undo")
 DAMAGED = {"in.png": 0.2, "in.sqlite": 0.3}  # how often
 
 

@@ -1,0 +1,61 @@
+"""The names and shapes of a transformer's tensors, from its configuration alone. Without PyTorch.
+
+A test compares them with those of :class:`fluxedu.models.flux.Flux`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from fluxedu.models.config import FluxConfig
+
+Shape = tuple[int, ...]
+TIME_CHANNELS = 256  # of the embedding of a time or a guidance scale
+
+
+def flux_shapes(config: FluxConfig) -> dict[str, Shape]:
+    """``{"img_in.weight": (3072, 64), ...}``, one entry per tensor."""
+    return dict(_tensors(config))
+
+
+def count_parameters(config: FluxConfig) -> int:
+    return sum(map(math.prod, flux_shapes(config).values()))
+
+
+def _tensors(c: FluxConfig) -> Iterator[tuple[str, Shape]]:
+    d, m = c.hidden_size, c.mlp_hidden
+    yield from _linear("img_in", c.in_channels, d)
+    yield from _linear("txt_in", c.context_in_dim, d)
+    embedders = {"time_in": TIME_CHANNELS, "vector_in": c.vec_in_dim}
+    for name, width in embedders.items() | ({("guidance_in", TIME_CHANNELS)} if c.guidance_embed else set()):
+        yield from _linear(f"{name}.in_layer", width, d)
+        yield from _linear(f"{name}.out_layer", d, d)
+    for i in range(c.depth):
+        for stream in ("img", "txt"):
+            block = f"double_blocks.{i}.{stream}"
+            yield from _linear(f"{block}_mod.lin", d, 6 * d)
+            yield from _linear(f"{block}_attn.qkv", d, 3 * d, c.qkv_bias)
+            yield from _norms(f"{block}_attn.norm", c.head_dim)
+            yield from _linear(f"{block}_attn.proj", d, d)
+            yield from _linear(f"{block}_mlp.0", d, m)
+            yield from _linear(f"{block}_mlp.2", m, d)
+    for i in range(c.depth_single_blocks):
+        block = f"single_blocks.{i}"
+        yield from _linear(f"{block}.modulation.lin", d, 3 * d)
+        yield from _linear(f"{block}.linear1", d, 3 * d + m)
+        yield from _norms(f"{block}.norm", c.head_dim)
+        yield from _linear(f"{block}.linear2", d + m, d)
+    yield from _linear("final_layer.adaLN_modulation.1", d, 2 * d)
+    yield from _linear("final_layer.linear", d, c.out_channels)
+
+
+def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (outputs, inputs)
+    if bias:
+        yield f"{name}.bias", (outputs,)
+
+
+def _norms(name: str, width: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.query_norm.scale", (width,)
+    yield f"{name}.key_norm.scale", (width,)
