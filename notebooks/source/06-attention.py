@@ -144,7 +144,7 @@ five = [
     prompt,
     "a green star",
     "a yellow ring above a pink cross",
-    "a white triangle on a black background",
+    "a pink triangle on a black background",
     "an orange square",
 ]
 prompts = [p for p in five for _ in range(8)]

@@ -151,7 +151,7 @@ prompts = (
     prompt,
     "a green star above a yellow triangle",
     "a blue circle",
-    "a yellow square right of a black star",
+    "a yellow square right of a red star",
     "a purple triangle below a green circle",
 )
 if fe.passed("guidance.fitted"):
@@ -165,8 +165,8 @@ if fe.passed("guidance.fitted"):
         print(f"step {step + 1}: fitted factor {middle:.2f}, for 80 % of the images from {low:.2f} to {high:.2f}")
 
 # %% [markdown]
-# A factor of 1 would change nothing. Here only the first step has other factors; afterwards they are within a few
-# percent of 1, so CFG-Zero* changes little after the first step in this model.
+# A factor of 1 would change nothing. Here all factors are within a few percent of 1, so CFG-Zero* changes little in
+# this model.
 #
 # ## Break it
 #
