@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from fluxedu.arena.cli import app as arena
-from fluxedu.cli import course, models, pictures, runs
+from fluxedu.cli import course, models, pictures, play, runs
 
 app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
-for commands in (pictures, models, runs, course):
+for commands in (pictures, play, models, runs, course):
     app.add_typer(commands.app)
 app.add_typer(arena, name="arena")
 

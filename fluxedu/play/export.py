@@ -1,9 +1,9 @@
 """Write the page's graphs and their description: ``python -m fluxedu.play.export``, for developers.
 
 The graphs (``graphs/*.onnx``) hold operations only. The numbers stay in the safetensors files that Python loads too:
-``graphs/manifest.json`` says which bytes of which files, in which order, are the weights of each graph. The page expands
-them from bfloat16 to float32. Run this after a change of the networks, or of the values that pass their sites; needs
-``pip install onnx onnxscript``.
+``graphs/manifest.json`` says which bytes of which files, in which order, are the weights of each graph. The page
+expands them from bfloat16 to float32. Run this after a change of the networks, or of the values that pass their sites;
+it needs ``pip install onnx onnxscript``.
 """
 
 from __future__ import annotations
