@@ -1,8 +1,8 @@
 """Configurations: diffusers' ``config.json``, and what the shapes of the tensors reveal.
 
 Neither layout stores everything. An official (BFL) file has no configuration at all: most of it follows from the
-shapes, but not how RoPE divides a head between the axes (``axes_dim``). diffusers' ``config.json`` has no field for
-another theta, another MLP ratio, or a qkv without bias.
+shapes, but not how RoPE divides a head between the axes (``axes_dim``). For FLUX.1, diffusers' ``config.json`` has no
+field for another theta, another MLP ratio, or a qkv without bias; for FLUX.2 it has one for each number.
 """
 
 from __future__ import annotations
@@ -14,8 +14,17 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fluxedu.errors import CheckpointError, ConfigError, check_integer, checked, describe, first_of
-from fluxedu.models import VARIANTS, AutoEncoderConfig, CLIPTextConfig, FluxConfig, T5Config
-from fluxedu.models.config import LARGEST, Config
+from fluxedu.models import (
+    FLUX2_VARIANTS,
+    VARIANTS,
+    AutoEncoderConfig,
+    CLIPTextConfig,
+    Flux2AutoEncoderConfig,
+    Flux2Config,
+    FluxConfig,
+    T5Config,
+)
+from fluxedu.models.config import LARGEST, Config, PyramidConfig, TransformerConfig
 
 Shape = tuple[int, ...]
 
@@ -31,6 +40,18 @@ _FLUX_FIELDS = {
     "axes_dim": ("axes_dims_rope", (16, 56, 56)),
     "guidance_embed": ("guidance_embeds", False),
 }
+_FLUX2_FIELDS = {
+    "in_channels": ("in_channels", 128),
+    "out_channels": ("out_channels", None),
+    "context_in_dim": ("joint_attention_dim", 15360),
+    "mlp_ratio": ("mlp_ratio", 3.0),
+    "num_heads": ("num_attention_heads", 48),
+    "depth": ("num_layers", 8),
+    "depth_single_blocks": ("num_single_layers", 48),
+    "axes_dim": ("axes_dims_rope", (32, 32, 32, 32)),
+    "theta": ("rope_theta", 2000),
+    "guidance_embed": ("guidance_embeds", True),
+}
 _AUTOENCODER_FIELDS = {
     "in_channels": ("in_channels", 3),
     "out_ch": ("out_channels", 3),
@@ -40,22 +61,40 @@ _AUTOENCODER_FIELDS = {
     "scale_factor": ("scaling_factor", 0.18215),
     "shift_factor": ("shift_factor", 0.0),
 }
-#: settings that have only one value in FLUX.1
+_FLUX2_AUTOENCODER_FIELDS = {
+    "in_channels": ("in_channels", 3),
+    "out_ch": ("out_channels", 3),
+    "num_res_blocks": ("layers_per_block", 2),
+    "z_channels": ("latent_channels", 32),
+    "norm_groups": ("norm_num_groups", 32),
+}
+#: settings that have only one value in FLUX.1 and in FLUX.2
 _FLUX_FIXED = {"patch_size": 1}
+_FLUX2_FIXED = {"patch_size": 1, "timestep_guidance_channels": 256, "eps": 1e-6}
 _AUTOENCODER_FIXED = {
     "act_fn": "silu",
     "use_quant_conv": False,
     "use_post_quant_conv": False,
     "mid_block_add_attention": True,
 }
+_FLUX2_AUTOENCODER_FIXED = {
+    "act_fn": "silu",
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+    "batch_norm_eps": 1e-4,
+    "patch_size": [2, 2],
+}
 _TEXT_FIXED = {CLIPTextConfig: {"hidden_act": "quick_gelu"}, T5Config: {"feed_forward_proj": "gated-gelu"}}
 #: settings that are read separately, or have no effect
 _IGNORED = {"attention_head_dim", "block_out_channels", "sample_size", "force_upcast"}
-_IGNORED |= {"down_block_types", "up_block_types"}
+_IGNORED |= {"down_block_types", "up_block_types", "batch_norm_momentum"}
 #: the class that diffusers or transformers builds from each configuration, and what we call it in messages
 _CLASSES = {
     FluxConfig: ("FluxTransformer2DModel", "a flow transformer"),
+    Flux2Config: ("Flux2Transformer2DModel", "a flow transformer of FLUX.2"),
     AutoEncoderConfig: ("AutoencoderKL", "an autoencoder"),
+    Flux2AutoEncoderConfig: ("AutoencoderKLFlux2", "an autoencoder of FLUX.2"),
     CLIPTextConfig: ("CLIPTextModel", "a CLIP text encoder"),
     T5Config: ("T5EncoderModel", "a T5 encoder"),
 }
@@ -83,19 +122,23 @@ def to_diffusers_config(config: Config) -> dict:
             raise CheckpointError(f"diffusers' layout has three axes and cannot store axes_dim {config.axes_dim}.")
         fields = {theirs: values[ours] for ours, (theirs, _) in _FLUX_FIELDS.items()}
         return {"_class_name": class_name, **_FLUX_FIXED, "attention_head_dim": config.head_dim, **fields}
-    if isinstance(config, AutoEncoderConfig):
+    if isinstance(config, Flux2Config):
+        fields = {theirs: values[ours] for ours, (theirs, _) in _FLUX2_FIELDS.items()}
+        return {"_class_name": class_name, **_FLUX2_FIXED, "attention_head_dim": config.head_dim, **fields}
+    if isinstance(config, PyramidConfig):
         if config.ch_mult[0] != 1:
             raise CheckpointError(
                 f"diffusers' layout takes ch as the width of the first level and cannot store ch_mult {config.ch_mult}."
             )
-        levels = len(config.ch_mult)
+        levels, is_flux2 = len(config.ch_mult), isinstance(config, Flux2AutoEncoderConfig)
+        names = _FLUX2_AUTOENCODER_FIELDS if is_flux2 else _AUTOENCODER_FIELDS
         return {
             "_class_name": class_name,
-            **_AUTOENCODER_FIXED,
+            **(_FLUX2_AUTOENCODER_FIXED if is_flux2 else _AUTOENCODER_FIXED),
             "block_out_channels": [config.ch * mult for mult in config.ch_mult],
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
-            **{theirs: values[ours] for ours, (theirs, _) in _AUTOENCODER_FIELDS.items()},
+            **{theirs: values[ours] for ours, (theirs, _) in names.items()},
         }
     model_type = "clip_text_model" if isinstance(config, CLIPTextConfig) else "t5"
     return {"architectures": [class_name], "model_type": model_type, **_TEXT_FIXED[type(config)], **values}
@@ -106,7 +149,7 @@ def from_diffusers_config(values: dict, kind: type[Config] | None = None) -> Con
     """Our configuration for the values of a ``config.json``.
 
     ``kind`` is the expected class of configuration, if it is known. Raises CheckpointError for another network, and
-    for a setting that FLUX.1 does not have.
+    for a setting that FLUX does not have.
     """
     if not isinstance(values, dict):
         raise CheckpointError(f"config.json must hold names and values, not {describe(values)}.")
@@ -122,28 +165,36 @@ def from_diffusers_config(values: dict, kind: type[Config] | None = None) -> Con
         raise CheckpointError(f"config.json is for {describe(class_name)}, but should be for {' or '.join(expected)}.")
     kind = expected[class_name]
     try:
-        if kind is FluxConfig:
-            return _flux_from_diffusers(values)
-        if kind is AutoEncoderConfig:
-            return _autoencoder_from_diffusers(values)
+        if issubclass(kind, TransformerConfig):
+            return _flux_from_diffusers(values, kind)
+        if issubclass(kind, PyramidConfig):
+            return _autoencoder_from_diffusers(values, kind)
         return _text_from_transformers(kind, values)
     except ConfigError as error:
         raise CheckpointError(f"config.json describes no valid network: {error}") from None
 
 
-def _flux_from_diffusers(values: dict) -> FluxConfig:
-    fields = _our_fields(values, _FLUX_FIELDS, _FLUX_FIXED)
+def _flux_from_diffusers(values: dict, kind: type[TransformerConfig]) -> TransformerConfig:
+    if kind is FluxConfig:
+        fields = _our_fields(values, _FLUX_FIELDS, _FLUX_FIXED)
+    else:
+        fields = _our_fields(values, _FLUX2_FIELDS, _FLUX2_FIXED, "FLUX.2")
     fields["out_channels"] = fields["out_channels"] or fields["in_channels"]
     head_dim = values.get("attention_head_dim", 128)
     for name, value in (("num_attention_heads", fields["num_heads"]), ("attention_head_dim", head_dim)):
         check_integer(f"config.json's {name}", value, 1, LARGEST, error=CheckpointError)
-    return FluxConfig(**fields, hidden_size=fields["num_heads"] * head_dim)
+    return kind(**fields, hidden_size=fields["num_heads"] * head_dim)
 
 
-def _autoencoder_from_diffusers(values: dict) -> AutoEncoderConfig:
+def _autoencoder_from_diffusers(values: dict, kind: type[PyramidConfig]) -> PyramidConfig:
     values = {"use_quant_conv": True, "use_post_quant_conv": True, **values}  # diffusers' defaults
-    fields = _our_fields(values, _AUTOENCODER_FIELDS, _AUTOENCODER_FIXED)
-    widths = values.get("block_out_channels", [64])
+    if kind is AutoEncoderConfig:
+        fields = _our_fields(values, _AUTOENCODER_FIELDS, _AUTOENCODER_FIXED)
+        fields["shift_factor"] = fields["shift_factor"] or 0.0
+        widths = values.get("block_out_channels", [64])
+    else:
+        fields = _our_fields(values, _FLUX2_AUTOENCODER_FIELDS, _FLUX2_AUTOENCODER_FIXED, "FLUX.2")
+        widths = values.get("block_out_channels", [128, 256, 512, 512])
     if not isinstance(widths, list) or not widths:
         raise CheckpointError(f"config.json has block_out_channels {describe(widths)}, not a list of whole numbers.")
     for width in widths:
@@ -152,8 +203,7 @@ def _autoencoder_from_diffusers(values: dict) -> AutoEncoderConfig:
         raise CheckpointError(
             f"config.json has block_out_channels {describe(widths)}, which are not multiples of the first."
         )
-    fields["shift_factor"] = fields["shift_factor"] or 0.0
-    return AutoEncoderConfig(**fields, ch=widths[0], ch_mult=tuple(width // widths[0] for width in widths))
+    return kind(**fields, ch=widths[0], ch_mult=tuple(width // widths[0] for width in widths))
 
 
 def _text_from_transformers(kind: type[Config], values: dict) -> Config:
@@ -169,13 +219,13 @@ def _text_from_transformers(kind: type[Config], values: dict) -> Config:
     return config
 
 
-def _our_fields(values: dict, names: dict[str, tuple], fixed: dict) -> dict:
+def _our_fields(values: dict, names: dict[str, tuple], fixed: dict, family: str = "FLUX.1") -> dict:
     """Our fields, read from diffusers' ``values``; CheckpointError for an unknown or unsupported setting."""
     known = {theirs for theirs, _ in names.values()} | _IGNORED
     for name, value in values.items():
         if name in fixed:
             if not isinstance(value, type(fixed[name])) or value != fixed[name]:
-                raise CheckpointError(f"config.json has {name} {describe(value)}, but FLUX.1's is {fixed[name]!r}.")
+                raise CheckpointError(f"config.json has {name} {describe(value)}, but {family}'s is {fixed[name]!r}.")
         elif name not in known and not name.startswith("_") and value is not None:
             raise CheckpointError(f"config.json has an unknown setting {describe(name)} ({describe(value)}).")
     fields = {ours: values.get(theirs, default) for ours, (theirs, default) in names.items()}
@@ -184,8 +234,21 @@ def _our_fields(values: dict, names: dict[str, tuple], fixed: dict) -> dict:
 
 # ---------------------------------------------------------------- shapes
 
-#: names by which a network and its layout are recognised; any one of them is enough
+#: names by which a network and its layout are recognised; any one of them is enough. FLUX.2's networks have many names
+#: in common with FLUX.1's, so they are looked for first
 MARKS: dict[tuple[type[Config], str], tuple[str, ...]] = {
+    (Flux2Config, "bfl"): (
+        "double_stream_modulation_img.lin.weight",
+        "double_stream_modulation_txt.lin.weight",
+        "single_stream_modulation.lin.weight",
+    ),
+    (Flux2Config, "diffusers"): (
+        "double_stream_modulation_img.linear.weight",
+        "double_stream_modulation_txt.linear.weight",
+        "single_stream_modulation.linear.weight",
+    ),
+    (Flux2AutoEncoderConfig, "bfl"): ("encoder.quant_conv.weight", "decoder.post_quant_conv.weight"),
+    (Flux2AutoEncoderConfig, "diffusers"): ("bn.running_mean", "bn.running_var"),
     (FluxConfig, "bfl"): ("img_in.weight", "final_layer.linear.weight", "txt_in.weight"),
     (FluxConfig, "diffusers"): ("x_embedder.weight", "norm_out.linear.weight", "context_embedder.weight"),
     (AutoEncoderConfig, "bfl"): ("encoder.mid.block_1.norm1.weight", "decoder.mid.block_1.norm1.weight"),
@@ -225,7 +288,7 @@ def infer_config(tensors: Mapping[str, Tensor], like: Config | None = None) -> C
     shapes, label = shapes_of(tensors), label_of(tensors)
     recognised = recognise(shapes)
     if recognised is None:
-        raise CheckpointError(f"{label} is no network of FLUX.1: {first_of(shapes)} is none of its names.")
+        raise CheckpointError(f"{label} is no network of FLUX.1 or FLUX.2: {first_of(shapes)} is none of its names.")
     kind = recognised[0]
     try:
         fields = fields_from_shapes(kind, shapes)
@@ -248,6 +311,7 @@ def fields_from_shapes(kind: type[Config], shapes: dict[str, Shape]) -> dict:
     Raises KeyError, with the reason, if tensors are missing or have impossible shapes.
     """
     readers = {FluxConfig: _flux_fields, AutoEncoderConfig: _autoencoder_fields}
+    readers |= {Flux2Config: _flux2_fields, Flux2AutoEncoderConfig: _autoencoder_fields}
     readers |= {CLIPTextConfig: _clip_fields, T5Config: _t5_fields}
     lookup = _Shapes(shapes)
     try:
@@ -298,19 +362,42 @@ def _flux_fields(shape: _Shapes) -> dict:
     mlp_out = shape("double_blocks.0.img_mlp.2.weight", "transformer_blocks.0.ff.net.2.weight")
     attn_and_mlp_out = shape("single_blocks.0.linear2.weight", "single_transformer_blocks.0.proj_out.weight")
     if mlp_out or attn_and_mlp_out:
-        mlp_hidden = mlp_out[1] if mlp_out else attn_and_mlp_out[1] - dim
-        ratio = mlp_hidden / dim  # the next larger number where rounding makes int(dim * ratio) one too small
-        fields["mlp_ratio"] = ratio if int(dim * ratio) == mlp_hidden else math.nextafter(ratio, math.inf)
-        (head_dim,) = shape(
-            "double_blocks.0.img_attn.norm.query_norm.scale",
-            "single_blocks.0.norm.query_norm.scale",
-            "transformer_blocks.0.attn.norm_q.weight",
-            "single_transformer_blocks.0.attn.norm_q.weight",
-        )
-        if dim % head_dim:
-            raise KeyError(shape.last_fault())
-        fields["num_heads"] = dim // head_dim
+        fields |= _mlp_and_heads(shape, dim, mlp_out[1] if mlp_out else attn_and_mlp_out[1] - dim)
     return fields
+
+
+def _flux2_fields(shape: _Shapes) -> dict:
+    dim, in_channels = shape("img_in.weight", "x_embedder.weight")
+    fields = {
+        "in_channels": in_channels,
+        "out_channels": shape("final_layer.linear.weight", "proj_out.weight")[0],
+        "context_in_dim": shape("txt_in.weight", "context_embedder.weight")[1],
+        "hidden_size": dim,
+        "depth": shape.count("double_blocks", "transformer_blocks"),
+        "depth_single_blocks": shape.count("single_blocks", "single_transformer_blocks"),
+        "guidance_embed": any("guidance_in." in name or "guidance_embedder." in name for name in shape.shapes),
+    }
+    if fields["depth"]:
+        mlp_hidden = shape("double_blocks.0.img_mlp.2.weight", "transformer_blocks.0.ff.linear_out.weight")[1]
+    elif fields["depth_single_blocks"]:
+        mlp_hidden = shape("single_blocks.0.linear2.weight", "single_transformer_blocks.0.attn.to_out.weight")[1] - dim
+    else:
+        return fields
+    return fields | _mlp_and_heads(shape, dim, mlp_hidden)
+
+
+def _mlp_and_heads(shape: _Shapes, dim: int, mlp_hidden: int) -> dict:
+    ratio = mlp_hidden / dim  # the next larger number where rounding makes int(dim * ratio) one too small
+    ratio = ratio if int(dim * ratio) == mlp_hidden else math.nextafter(ratio, math.inf)
+    (head_dim,) = shape(
+        "double_blocks.0.img_attn.norm.query_norm.scale",
+        "single_blocks.0.norm.query_norm.scale",
+        "transformer_blocks.0.attn.norm_q.weight",
+        "single_transformer_blocks.0.attn.norm_q.weight",
+    )
+    if dim % head_dim:
+        raise KeyError(shape.last_fault())
+    return {"mlp_ratio": ratio, "num_heads": dim // head_dim}
 
 
 def _autoencoder_fields(shape: _Shapes) -> dict:
@@ -363,9 +450,12 @@ def kind_name(kind: type[Config]) -> str:
 
 def network_name(config: Config) -> str:
     """``FLUX.1 dev``, ``a FLUX network of 2 + 3 blocks, 64 wide``, or the kind of another network."""
-    if not isinstance(config, FluxConfig):
+    if not isinstance(config, TransformerConfig):
         return kind_name(type(config))
-    variants = [name for name, variant in VARIANTS.items() if variant.flux == config]
+    family, variants = "FLUX.2", [name for name, flux in FLUX2_VARIANTS.items() if flux == config]
+    if isinstance(config, FluxConfig):
+        family, variants = "FLUX.1", [name for name, variant in VARIANTS.items() if variant.flux == config]
     if variants:
-        return "FLUX.1 " + (variants[0] if len(variants) == 1 else f"{variants[0]} (or {', '.join(variants[1:])})")
-    return f"a FLUX network of {config.depth} + {config.depth_single_blocks} blocks, {config.hidden_size} wide"
+        return f"{family} " + (variants[0] if len(variants) == 1 else f"{variants[0]} (or {', '.join(variants[1:])})")
+    family = "FLUX" if isinstance(config, FluxConfig) else family
+    return f"a {family} network of {config.depth} + {config.depth_single_blocks} blocks, {config.hidden_size} wide"

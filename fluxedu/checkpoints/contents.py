@@ -1,6 +1,6 @@
 """What a file contains, by the names of its tensors: which networks, under which prefixes, and which scales.
 
-People share FLUX.1 in many forms: the networks in one file or in several, with a prefix before every name, encoders
+People share FLUX in many forms: the networks in one file or in several, with a prefix before every name, encoders
 with parts that FLUX does not use, weights in 8 bits with a scale. Nothing here depends on the name of a file. A tensor
 without a place in its network stays in the list, and the strict check of names refuses it.
 """
@@ -18,14 +18,21 @@ from torch import Tensor
 
 from fluxedu.checkpoints.configs import MARKS, Shape, kind_name, label_of
 from fluxedu.errors import CheckpointError, check_choice, first_of
-from fluxedu.models import AutoEncoderConfig, CLIPTextConfig, FluxConfig, T5Config
+from fluxedu.models import (
+    AutoEncoderConfig,
+    CLIPTextConfig,
+    Flux2AutoEncoderConfig,
+    Flux2Config,
+    FluxConfig,
+    T5Config,
+)
 
-#: a pipeline's networks, under the names of their folders on the hub
+#: a pipeline's networks, under the names of their folders on the hub, each in FLUX.1 and, where it is ours, in FLUX.2
 PARTS = {
-    "transformer": FluxConfig,
-    "vae": AutoEncoderConfig,
-    "text_encoder": CLIPTextConfig,
-    "text_encoder_2": T5Config,
+    "transformer": (FluxConfig, Flux2Config),
+    "vae": (AutoEncoderConfig, Flux2AutoEncoderConfig),
+    "text_encoder": (CLIPTextConfig,),
+    "text_encoder_2": (T5Config,),
 }
 #: modules that torch.compile, DistributedDataParallel, FSDP and activation checkpointing put around others
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -34,6 +41,8 @@ _UNUSED = {"logit_scale", "logit_bias", "text_projection", "visual_projection", 
 _UNUSED |= {"lm_head", "spiece_model"}
 #: marks of a scaled fp8 file, and the scales of activations: we compute with dequantised weights
 _UNUSED |= {"scaled_fp8", "comfy_quant", "input_scale", "scale_input", "output_scale", "scale_output"}
+#: whole numbers that are no weights: how many batches the statistics of a batch norm come from
+_COUNTERS = ("num_batches_tracked",)
 #: a scaled weight's value is ``weight * scale``: X.weight with X.scale_weight, or with X.weight_scale
 _SCALES = (".scale_weight", ".weight_scale")
 #: the scale of the official layout's norms, as some programs call it
@@ -49,7 +58,6 @@ _REFUSED = {
     r"\.weight\._(data|scale)$": _QUANTISED.format("optimum-quanto"),
     r"\.(qweight|wscales)$": _QUANTISED.format("SVDQuant, GPTQ or AWQ"),
     r"(^|\.)distilled_guidance_layer\.": "is Chroma, which has no modulation layers and is not a FLUX.1 network",
-    r"(^|\.)double_stream_modulation_img\.": "is FLUX.2, another architecture than FLUX.1",
     r"(^|\.)controlnet_": "is a ControlNet, not the whole network that it is attached to",
 }
 
@@ -112,7 +120,7 @@ def _with_usual_names(names: dict[str, str]) -> StoredNetwork:
 
 def _prefix(part: str, names: Iterable[str], label: str) -> str | None:
     """What stands before the names of this part; None if it is not there."""
-    marks = [mark for (kind, _), marks in MARKS.items() if kind is PARTS[part] for mark in marks]
+    marks = [mark for (kind, _), marks in MARKS.items() if kind in PARTS[part] for mark in marks]
     marks += ["embeddings.token_embedding.weight"] if part == "text_encoder" else []
     counts = Counter(
         name.removesuffix(mark).removesuffix("text_model.")
@@ -123,7 +131,7 @@ def _prefix(part: str, names: Iterable[str], label: str) -> str | None:
     (best, count), *others = counts.most_common(2) or [(None, 0)]
     if others and others[0][1] == count:
         raise CheckpointError(
-            f"{label} holds {kind_name(PARTS[part])} twice, under {best!r} and {others[0][0]!r}; save one of them."
+            f"{label} holds {kind_name(PARTS[part][0])} twice, under {best!r} and {others[0][0]!r}; save one of them."
         )
     return best
 
@@ -137,8 +145,8 @@ def the_network(names: Iterable[str], label: str, part: str | None = None) -> St
         return next(iter(networks.values()), None)
     check_choice("part", part, PARTS, error=CheckpointError)
     if networks and part not in networks:
-        found = " and ".join(kind_name(PARTS[other]) for other in networks)
-        raise CheckpointError(f"{label} is {found}, but {kind_name(PARTS[part])} is needed.")
+        found = " and ".join(kind_name(PARTS[other][0]) for other in networks)
+        raise CheckpointError(f"{label} is {found}, but {kind_name(PARTS[part][0])} is needed.")
     return networks.get(part)
 
 
@@ -163,7 +171,7 @@ def check_stored(
     nor one for each row.
     """
     for stored in network.names.values():
-        if not dtypes[stored].is_floating_point:
+        if not dtypes[stored].is_floating_point and not stored.endswith(_COUNTERS):
             raise CheckpointError(
                 f"{label} has {stored!r} in {dtypes[stored]}; weights must be floating-point numbers."
             )

@@ -3,7 +3,7 @@
 Almost everything is renaming. The exceptions:
 
 - BFL stacks the rows of queries, keys and values in one matrix (in single blocks also the first layer of the MLP);
-  diffusers has a matrix for each;
+  diffusers has a matrix for each, except in the single blocks of FLUX.2;
 - the last layer's modulation is (shift, scale) in BFL's layout and (scale, shift) in diffusers';
 - the autoencoder's attention consists of 1x1 convolutions in BFL's layout and of linear layers in diffusers', which
   also numbers the decoder's levels from the lowest resolution up.
@@ -50,15 +50,20 @@ from fluxedu.models import (
     CLIPTextConfig,
     CLIPTextEncoder,
     Flux,
+    Flux2,
+    Flux2AutoEncoder,
+    Flux2AutoEncoderConfig,
+    Flux2Config,
     FluxConfig,
     T5Config,
     T5Encoder,
 )
-from fluxedu.models.config import Config
+from fluxedu.models.config import Config, TransformerConfig
 from fluxedu.models.meta_init import meta_init
 
 LAYOUTS = ("bfl", "diffusers")
 MODELS = {FluxConfig: Flux, AutoEncoderConfig: AutoEncoder, CLIPTextConfig: CLIPTextEncoder, T5Config: T5Encoder}
+MODELS |= {Flux2Config: Flux2, Flux2AutoEncoderConfig: Flux2AutoEncoder}
 
 
 # ---------------------------------------------------------------- the table of names
@@ -101,13 +106,36 @@ _FLUX_RENAMED = {
     "single_blocks.#.linear2": "single_transformer_blocks.#.proj_out",
     "final_layer.linear": "proj_out",
 }
-_FLUX_STACKED = {
+_DOUBLE_STACKED = {
     "double_blocks.#.img_attn.qkv": [f"transformer_blocks.#.attn.to_{x}" for x in "qkv"],
     "double_blocks.#.txt_attn.qkv": [f"transformer_blocks.#.attn.add_{x}_proj" for x in "qkv"],
+}
+_FLUX_STACKED = {
+    **_DOUBLE_STACKED,
     "single_blocks.#.linear1": [
         *(f"single_transformer_blocks.#.attn.to_{x}" for x in "qkv"),
         "single_transformer_blocks.#.proj_mlp",
     ],
+}
+
+
+#: FLUX.2: the names that are not FLUX.1's
+_FLUX2_RENAMED = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    "double_blocks.#.img_mlp.0": "transformer_blocks.#.ff.linear_in",
+    "double_blocks.#.img_mlp.2": "transformer_blocks.#.ff.linear_out",
+    "double_blocks.#.txt_mlp.0": "transformer_blocks.#.ff_context.linear_in",
+    "double_blocks.#.txt_mlp.2": "transformer_blocks.#.ff_context.linear_out",
+    "single_blocks.#.linear1": "single_transformer_blocks.#.attn.to_qkv_mlp_proj",
+    "single_blocks.#.linear2": "single_transformer_blocks.#.attn.to_out",
 }
 
 
@@ -137,14 +165,26 @@ def _autoencoder_rules() -> Iterator[Rule]:
     yield from (Rule(ours, (theirs,)) for ours, theirs in renamed.items())
 
 
+_LAST_LAYER = Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swaps_halves=True)
+
 #: the rules of the networks whose two layouts differ; the text encoders have the same names in both
 RULES = {
     FluxConfig: (
         *(Rule(ours, (theirs,)) for ours, theirs in _FLUX_RENAMED.items()),
         *(Rule(ours, tuple(theirs)) for ours, theirs in _FLUX_STACKED.items()),
-        Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), swaps_halves=True),
+        _LAST_LAYER,
+    ),
+    Flux2Config: (
+        *(Rule(ours, (theirs,)) for ours, theirs in (_FLUX_RENAMED | _FLUX2_RENAMED).items()),
+        *(Rule(ours, tuple(theirs)) for ours, theirs in _DOUBLE_STACKED.items()),
+        _LAST_LAYER,
     ),
     AutoEncoderConfig: tuple(_autoencoder_rules()),
+    Flux2AutoEncoderConfig: (
+        *_autoencoder_rules(),
+        Rule("encoder.quant_conv", ("quant_conv",)),
+        Rule("decoder.post_quant_conv", ("post_quant_conv",)),
+    ),
 }
 
 
@@ -174,6 +214,10 @@ def _join(config: Config) -> tuple[list[tuple[Piece, Piece]], dict[str, Shape]]:
     pairs, theirs = [], {}
     for name, shape in shapes(config).items():
         rule, targets = _rule_for(name, config)
+        if not shape:  # a single number, the counter of a batch norm
+            theirs[targets[0]] = shape
+            pairs.append((Piece(name, 0, 1), Piece(targets[0], 0, 1)))
+            continue
         heights = [shape[0]]  # the rows of each target
         if len(targets) > 1:  # q, k, v, and in single blocks the MLP
             dim = config.hidden_size
@@ -216,7 +260,7 @@ def _rule_for(name: str, config: Config) -> tuple[Rule, list[str]]:
 def recipes(config: Config, source: str, to: str) -> dict[str, list[Piece]]:
     """Each tensor of the layout ``to`` -> the pieces of tensors of the layout ``source`` that it concatenates."""
     if source == to:
-        return {name: [Piece(name, 0, shape[0])] for name, shape in shapes(config, to).items()}
+        return {name: [Piece(name, 0, shape[0] if shape else 1)] for name, shape in shapes(config, to).items()}
     found: dict[str, list[tuple[int, Piece]]] = {}
     for ours, theirs in _join(config)[0]:
         target, piece = (theirs, ours) if to == "diffusers" else (ours, theirs)
@@ -232,7 +276,7 @@ class ConvertedTensors(Mapping):
 
     def __getitem__(self, name: str) -> Tensor:
         """A view of the source where the tensor is one piece of it, a copy where it is several."""
-        parts = [self.source[piece.name][piece.start : piece.stop] for piece in self.recipes[name]]
+        parts = [torch.atleast_1d(self.source[p.name])[p.start : p.stop] for p in self.recipes[name]]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(self.shapes[name])
 
     def __iter__(self) -> Iterator[str]:
@@ -297,9 +341,10 @@ def convert_lazily(tensors: Mapping[str, Tensor], to: str, config: Config | None
 def _config_for_names(tensors: Mapping[str, Tensor], found: dict[str, Shape]) -> Config:
     """A configuration with these names and shapes; for a flow transformer, ``axes_dim`` makes no difference to them."""
     recognised = recognise(found)
-    if recognised and recognised[0] is FluxConfig:
+    if recognised and issubclass(recognised[0], TransformerConfig):
+        kind = recognised[0]
         try:
-            return _with_fields(FluxConfig(), fields_from_shapes(FluxConfig, found))
+            return _with_fields(kind(), fields_from_shapes(kind, found))
         except (KeyError, ConfigError):
             pass
     return infer_config(tensors)
@@ -307,7 +352,7 @@ def _config_for_names(tensors: Mapping[str, Tensor], found: dict[str, Shape]) ->
 
 def _with_fields(config: Config, fields: dict) -> Config:
     """``config`` with other fields, and an ``axes_dim`` that adds up to a head."""
-    if not isinstance(config, FluxConfig):
+    if not isinstance(config, TransformerConfig):
         return config.with_(**fields)
     head_dim = fields["hidden_size"] // fields.get("num_heads", config.num_heads)
     axes_dim = config.axes_dim if sum(config.axes_dim) == head_dim else (2, 2, head_dim - 4)
@@ -319,7 +364,7 @@ def _with_fields(config: Config, fields: dict) -> Config:
 
 def part_of(config: Config | None) -> str | None:
     """The name of the network that ``config`` describes, as in ``PARTS``; None for anything else."""
-    return next((part for part, kind in PARTS.items() if kind is type(config)), None)
+    return next((part for part, kinds in PARTS.items() if type(config) in kinds), None)
 
 
 def check_network(found: dict[str, Shape], config: Config, layout: str, label: str) -> None:

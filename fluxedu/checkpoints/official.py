@@ -16,13 +16,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxedu.checkpoints.configs import fields_from_shapes, kind_name
+from fluxedu.checkpoints.configs import fields_from_shapes, kind_name, recognise
 from fluxedu.checkpoints.contents import PARTS, stored_networks
 from fluxedu.checkpoints.headers import gguf_error, read_entries, variant_of_file, weights_in
 from fluxedu.checkpoints.reading import open_model, read
 from fluxedu.errors import CheckpointError, describe
 from fluxedu.files import check_path, read_json_file
-from fluxedu.models import FluxConfig
+from fluxedu.models import Flux2Config, FluxConfig
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ def find(
     parts: dict[str, Path] = {}
     if path.is_file():
         folders, parts = [path.parent], dict.fromkeys(_parts_of(path), path)
+        if "transformer" in parts and _is_flux2(path):
+            raise _flux2_error(path)
         if "transformer" not in parts:
             raise CheckpointError(
                 f"{path.name} holds no transformer of FLUX.1; pass a folder, or a transformer's file."
@@ -113,6 +115,8 @@ def find(
             missing += search.missing
             faults += search.faults
         else:
+            if part == "transformer" and _is_flux2(found):
+                raise _flux2_error(found)
             parts[part] = found
             if part == "transformer" and found.is_file():  # which may hold the other parts too
                 parts |= dict.fromkeys(_parts_of(found), found)
@@ -170,7 +174,21 @@ def _is_of_the_family(folder: Path) -> bool:
             return re.match(r"Flux(?!2)", read_json_file(index)["_class_name"]) is not None
         except (ValueError, LookupError, TypeError):
             return False
-    return _Search("transformer", "transformer", None, None, {}).look_in(folder, own=False) is not None
+    found = _Search("transformer", "transformer", None, None, {}).look_in(folder, own=False)
+    return found is not None and not _is_flux2(found)
+
+
+def _is_flux2(transformer: Path) -> bool:
+    """Whether this file or folder holds a transformer of FLUX.2."""
+    recognised = recognise(read(transformer, "transformer").shapes)
+    return recognised is not None and recognised[0] is Flux2Config
+
+
+def _flux2_error(transformer: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{transformer.name} is FLUX.2, of which only the networks can be loaded, one by one: "
+        "fe.checkpoints.load_model(path) for the transformer and for the autoencoder."
+    )
 
 
 def _variant_of(name: str) -> str | None:
@@ -250,7 +268,7 @@ class _Search:
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
             raise CheckpointError(
-                f"{folder} holds {kind_name(PARTS[self.part])} in several files, {names}; "
+                f"{folder} holds {kind_name(PARTS[self.part][0])} in several files, {names}; "
                 f"{'pass the path of one' if self.part == 'transformer' else 'leave one of them there'}."
             )
         if not found:

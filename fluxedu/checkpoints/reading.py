@@ -272,12 +272,13 @@ def stream(
     dtypes, streamed, buffers = dtypes_of(tensors), {}, {}
     for name, shape in shapes_of(tensors).items():
         device = torch.device(device_of(name) or "cpu")
+        to_dtype = dtype if dtypes[name].is_floating_point else None  # a batch norm's counter stays a whole number
         pieces, source = _pieces(tensors, name)
-        is_mapped = device.type == "cpu" and dtype in (None, dtypes[name]) and len(pieces) == 1
+        is_mapped = device.type == "cpu" and to_dtype in (None, dtypes[name]) and len(pieces) == 1
         if is_mapped or not isinstance(source, TensorFile) or math.prod(shape) == 0 or not shape:
-            streamed[name] = tensors[name].to(device=device_of(name), dtype=dtype)
+            streamed[name] = tensors[name].to(device=device_of(name), dtype=to_dtype)
             continue
-        streamed[name] = torch.empty(shape, dtype=dtype or dtypes[name], device=device)
+        streamed[name] = torch.empty(shape, dtype=to_dtype or dtypes[name], device=device)
         row = 0
         for chunk in row_chunks(tensors, name, buffers.setdefault(device, free_buffers(CHUNK, device))):
             rows = streamed[name][row : row + len(chunk)]

@@ -1,11 +1,11 @@
-"""The autoencoder: 8x8 pixels become one latent cell of 16 channels, and back.
+"""The autoencoder: 8x8 pixels become one latent cell of 16 channels (FLUX.2: 32), and back.
 
     image [B, 3, H, W] in [-1, 1]  --encode-->  latent [B, 16, H/8, W/8]  --decode-->  image
 
 A pyramid of residual blocks: three downsamplings in the encoder, three upsamplings in the decoder, and one
 self-attention at the lowest resolution, where every cell attends to every other. Names of modules and tensors are those
 of the official ``ae.safetensors``, so the official file loads without renaming.
-Source: black-forest-labs/flux, modules/autoencoder.py.
+Source: black-forest-labs/flux, modules/autoencoder.py; black-forest-labs/flux2, autoencoder.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxedu.attention_map import AttentionMap
-from fluxedu.models.config import AutoEncoderConfig
+from fluxedu.models.config import AutoEncoderConfig, Flux2AutoEncoderConfig, PyramidConfig
 from fluxedu.probe import Probed, name_sites
 
 
@@ -133,9 +133,12 @@ class Middle(nn.Module):
 
 
 class Encoder(Probed):
-    """Image -> the mean and log-variance of its latent, stacked: ``[B, 2z, H/8, W/8]``."""
+    """Image -> the mean and log-variance of its latent, stacked: ``[B, 2z, H/8, W/8]``.
 
-    def __init__(self, config: AutoEncoderConfig):
+    FLUX.2's has one more 1x1 convolution at the end, ``quant_conv``, which its owner sets.
+    """
+
+    def __init__(self, config: PyramidConfig):
         super().__init__()
         widths = [config.ch * mult for mult in config.ch_mult]
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
@@ -155,13 +158,18 @@ class Encoder(Probed):
             h = level(h)
         h = self.probe("mid", self.mid(h))  # [B, C, h, w] the lowest resolution, after its attention
         moments = self.conv_out(F.silu(self.norm_out(h)))
+        if hasattr(self, "quant_conv"):
+            moments = self.quant_conv(moments)
         return self.probe("moments", moments)  # [B, C, h, w] mean and log-variance of the raw latent, stacked
 
 
 class Decoder(Probed):
-    """Latent -> image. ``up[0]`` is the highest resolution, as in the official file; it runs last."""
+    """Latent -> image. ``up[0]`` is the highest resolution, as in the official file; it runs last.
 
-    def __init__(self, config: AutoEncoderConfig):
+    FLUX.2's has one more 1x1 convolution at the beginning, ``post_quant_conv``, which its owner sets.
+    """
+
+    def __init__(self, config: PyramidConfig):
         super().__init__()
         widths = [config.ch * mult for mult in config.ch_mult]
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
@@ -176,6 +184,8 @@ class Decoder(Probed):
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        if hasattr(self, "post_quant_conv"):
+            z = self.post_quant_conv(z)
         h = self.probe("mid", self.mid(self.conv_in(z)))  # [B, C, h, w] the lowest resolution, after its attention
         for level in reversed(self.up):
             h = level(h)
@@ -202,16 +212,21 @@ class AutoEncoder(Probed):
         mean, logvar = self.encoder(image).chunk(2, dim=1)
         return mean, logvar
 
+    def sample(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The raw latent of ``image``: its mean, or with a ``generator`` a sample, as :meth:`encode` describes."""
+        z, logvar = self.moments(image)
+        if generator is not None:
+            noise = torch.randn(z.shape, generator=generator, device=generator.device, dtype=torch.float32)
+            z = z + torch.exp(0.5 * logvar) * noise.to(z)
+        return z
+
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """``image [B, 3, H, W]`` in [-1, 1] -> latent ``[B, z, H/8, W/8]``.
 
         Without ``generator`` the latent is the mean; with one it is a sample,
         ``mean + exp(logvar / 2) * noise``, the noise drawn on the generator's device.
         """
-        z, logvar = self.moments(image)
-        if generator is not None:
-            noise = torch.randn(z.shape, generator=generator, device=generator.device, dtype=torch.float32)
-            z = z + torch.exp(0.5 * logvar) * noise.to(z)
+        z = self.sample(image, generator)
         latent = self.config.scale_factor * (z - self.config.shift_factor)
         return self.probe("latent", latent)  # [B, C, h, w] the image as the flow sees it, of variance about 1
 
@@ -222,3 +237,42 @@ class AutoEncoder(Probed):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.decode(self.encode(image))
+
+
+class Flux2AutoEncoder(AutoEncoder):
+    """The variational autoencoder of FLUX.2; ``Flux2AutoEncoder()`` has the official size (84.0 M).
+
+    It is FLUX.1's with 32 channels, a 1x1 convolution more on each side of the latent, and another scaling: in place of
+    one shift and one scale, each of the 4 x 32 channels of a patch has its own mean and variance, those of the training
+    images, in ``bn``. As in FLUX.1, a latent here is ``[B, z, H/8, W/8]``, not packed; H, W are multiples of 16 pixels.
+    """
+
+    def __init__(self, config: Flux2AutoEncoderConfig | None = None):
+        Probed.__init__(self)  # in place of FLUX.1's layers
+        self.config = config or Flux2AutoEncoderConfig()
+        z = self.config.z_channels
+        self.encoder = Encoder(self.config)
+        self.encoder.quant_conv = nn.Conv2d(2 * z, 2 * z, 1)
+        self.decoder = Decoder(self.config)
+        self.decoder.post_quant_conv = nn.Conv2d(z, z, 1)
+        self.bn = nn.BatchNorm2d(4 * z, eps=1e-4, affine=False)  # only its statistics are used, they are never updated
+        name_sites(self, "ae")
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Raw latent -> latent of mean 0 and variance 1 in every channel of a patch of 2 x 2 cells."""
+        patches = F.pixel_unshuffle(z, 2)  # [B, 4 z, h/2, w/2], channels in the order (channel, row, column)
+        patches = F.batch_norm(patches, self.bn.running_mean, self.bn.running_var, eps=self.bn.eps)
+        return F.pixel_shuffle(patches, 2)
+
+    def denormalise(self, latent: Tensor) -> Tensor:
+        """The inverse of :meth:`normalise`."""
+        mean, std = self.bn.running_mean, torch.sqrt(self.bn.running_var + self.bn.eps)
+        patches = F.pixel_unshuffle(latent, 2) * std[:, None, None] + mean[:, None, None]
+        return F.pixel_shuffle(patches, 2)
+
+    def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        latent = self.normalise(self.sample(image, generator))
+        return self.probe("latent", latent)  # [B, C, h, w] the image as the flow sees it, of variance about 1
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return self.decoder(self.denormalise(latent))

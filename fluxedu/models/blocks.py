@@ -26,7 +26,7 @@ class MLP(Probed, nn.Sequential):
         super().__init__(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
 
     def forward(self, x: Tensor) -> Tensor:  # [B, S, D] -> [B, S, D]
-        hidden = self.probe("hidden", self[1](self[0](x)))  # [B, S, M] inside the MLP, after the GELU
+        hidden = self.probe("hidden", self[1](self[0](x)))  # [B, S, M] inside the MLP, after the activation function
         return self[2](hidden)
 
 
@@ -158,8 +158,8 @@ class SingleStreamBlock(Probed):
         h = self.probe("modulated", h)  # [B, T, D] shifted and scaled: the input of attention and MLP
         h = self.linear1(h)
         qkv, hidden = h.split(self.widths, dim=-1)  # [B, T, 3 D], [B, T, M]
-        hidden = F.gelu(hidden, approximate="tanh")
-        hidden = self.probe("mlp_hidden", hidden)  # [B, T, M] inside the MLP, after the GELU
+        hidden = self.activation(hidden)  # GELU
+        hidden = self.probe("mlp_hidden", hidden)  # [B, T, M] inside the MLP, after the activation function
 
         # attention
         q, k, v = split_heads(qkv, 3, self.num_heads)  # [B, H, T, d] each
@@ -178,6 +178,10 @@ class SingleStreamBlock(Probed):
         out, change = self.probe_shares(out, attn, hidden, mod.gate)
         x = gated(x, mod.gate, out, self, "contribution", change)  # [B, T, D] gate * added
         return self.probe("out", x)  # [B, T, D] the tokens as they leave the block
+
+    def activation(self, hidden: Tensor) -> Tensor:
+        """The MLP's activation function: GELU, in its tanh approximation."""
+        return F.gelu(hidden, approximate="tanh")
 
     def probe_shares(self, out: Tensor, attn: Tensor, hidden: Tensor, gate: Tensor) -> tuple[Tensor, Tensor | float]:
         """The shares of attention and MLP in ``out = linear2([attn, hidden])``, for instruments; no share has the bias.
@@ -199,10 +203,10 @@ class SingleStreamBlock(Probed):
 class LastLayer(Probed):
     """A last modulation (shift and scale, no gate), then each token is mapped to the velocity of its patch."""
 
-    def __init__(self, dim: int, out_channels: int):
+    def __init__(self, dim: int, out_channels: int, bias: bool = True):
         super().__init__()
-        self.linear = nn.Linear(dim, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.linear = nn.Linear(dim, out_channels, bias=bias)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim, bias=bias))
 
     def plan(self, vec: Tensor) -> Tensor:  # [..., D] -> [..., 2 D]
         return self.adaLN_modulation(vec)

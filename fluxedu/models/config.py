@@ -75,28 +75,12 @@ def _positive(config: Config, *names: str, least: int = 1) -> None:
 
 
 @dataclass(frozen=True)
-class FluxConfig(Config):
-    """The flow transformer. Defaults are FLUX.1-dev's; ``FluxConfig.variant(name)`` gives the others."""
-
-    in_channels: int = 64  # numbers per image token going in: 16 latent channels x 2 x 2 cells
-    out_channels: int = 64  # and coming out: the velocity of those cells
-    vec_in_dim: int = 768  # CLIP's pooled vector
-    context_in_dim: int = 4096  # T5's token vectors
-    hidden_size: int = 3072
-    mlp_ratio: float = 4.0
-    num_heads: int = 24
-    depth: int = 19  # double-stream blocks
-    depth_single_blocks: int = 38
-    axes_dim: tuple[int, ...] = (16, 56, 56)  # RoPE: how head_dim is shared by (frame, row, column)
-    theta: int = 10_000
-    qkv_bias: bool = True
-    guidance_embed: bool = True
+class TransformerConfig(Config):
+    """What the flow transformers of FLUX.1 and FLUX.2 have in common; the fields are those of the subclasses."""
 
     def __post_init__(self):
         super().__post_init__()
-        _positive(
-            self, "in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads", "theta"
-        )
+        _positive(self, "in_channels", "out_channels", "context_in_dim", "hidden_size", "num_heads", "theta")
         if self.mlp_hidden < 1:
             raise ConfigError(f"mlp_ratio must make an MLP at least 1 wide, which {self.mlp_ratio} does not.")
         if self.depth < 0 or self.depth_single_blocks < 0:
@@ -123,6 +107,29 @@ class FluxConfig(Config):
     def mlp_hidden(self) -> int:
         return int(self.hidden_size * self.mlp_ratio)
 
+
+@dataclass(frozen=True)
+class FluxConfig(TransformerConfig):
+    """The flow transformer of FLUX.1. Defaults are FLUX.1-dev's; ``FluxConfig.variant(name)`` gives the others."""
+
+    in_channels: int = 64  # numbers per image token going in: 16 latent channels x 2 x 2 cells
+    out_channels: int = 64  # and coming out: the velocity of those cells
+    vec_in_dim: int = 768  # CLIP's pooled vector
+    context_in_dim: int = 4096  # T5's token vectors
+    hidden_size: int = 3072
+    mlp_ratio: float = 4.0
+    num_heads: int = 24
+    depth: int = 19  # double-stream blocks
+    depth_single_blocks: int = 38
+    axes_dim: tuple[int, ...] = (16, 56, 56)  # RoPE: how head_dim is shared by (frame, row, column)
+    theta: int = 10_000
+    qkv_bias: bool = True
+    guidance_embed: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        _positive(self, "vec_in_dim")
+
     @classmethod
     def variant(cls, name: str) -> FluxConfig:
         """A published variant by name: one of :data:`VARIANTS`."""
@@ -132,8 +139,51 @@ class FluxConfig(Config):
 
 
 @dataclass(frozen=True)
-class AutoEncoderConfig(Config):
-    """The autoencoder; defaults are the official size. ``ch`` must be a multiple of ``norm_groups``.
+class Flux2Config(TransformerConfig):
+    """The flow transformer of FLUX.2. Defaults are FLUX.2-dev's; ``Flux2Config.variant(name)`` gives the others."""
+
+    in_channels: int = 128  # numbers per image token going in: 32 latent channels x 2 x 2 cells
+    out_channels: int = 128
+    context_in_dim: int = 15360  # three hidden states of the language model, 5120 wide each
+    hidden_size: int = 6144
+    mlp_ratio: float = 3.0  # of the MLP after its gate; its first layer is twice as wide
+    num_heads: int = 48
+    depth: int = 8  # double-stream blocks
+    depth_single_blocks: int = 48
+    axes_dim: tuple[int, ...] = (32, 32, 32, 32)  # RoPE: (image, row, column, index of a text token)
+    theta: int = 2_000
+    guidance_embed: bool = True
+
+    @classmethod
+    def variant(cls, name: str) -> Flux2Config:
+        """A published variant by name: one of :data:`FLUX2_VARIANTS`."""
+        if not isinstance(name, str) or name not in FLUX2_VARIANTS:
+            names = ", ".join(FLUX2_VARIANTS)
+            raise ConfigError(f"there is no FLUX.2 variant called {describe(name)}; there are {names}.")
+        return FLUX2_VARIANTS[name]
+
+
+@dataclass(frozen=True)
+class PyramidConfig(Config):
+    """What the autoencoders of FLUX.1 and FLUX.2 have in common; the fields are those of the subclasses."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.norm_groups < 1 or self.ch < 1 or self.ch % self.norm_groups:
+            raise ConfigError(f"ch must be a multiple of norm_groups = {self.norm_groups}, not {self.ch}.")
+        if not 1 <= len(self.ch_mult) <= 12 or min(self.ch_mult) < 1:
+            raise ConfigError(f"ch_mult needs 1 to 12 levels, each at least 1, not {describe(self.ch_mult)}.")
+        _positive(self, "in_channels", "out_ch", "num_res_blocks", "z_channels")
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent cell along one side."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+@dataclass(frozen=True)
+class AutoEncoderConfig(PyramidConfig):
+    """FLUX.1's autoencoder; defaults are the official size. ``ch`` must be a multiple of ``norm_groups``.
 
     The official code fixes 32 groups, 4 channels each; a narrow network needs fewer groups, since a
     group of one channel forgets how bright its channel was.
@@ -149,18 +199,18 @@ class AutoEncoderConfig(Config):
     scale_factor: float = 0.3611
     shift_factor: float = 0.1159
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.norm_groups < 1 or self.ch < 1 or self.ch % self.norm_groups:
-            raise ConfigError(f"ch must be a multiple of norm_groups = {self.norm_groups}, not {self.ch}.")
-        if not 1 <= len(self.ch_mult) <= 12 or min(self.ch_mult) < 1:
-            raise ConfigError(f"ch_mult needs 1 to 12 levels, each at least 1, not {describe(self.ch_mult)}.")
-        _positive(self, "in_channels", "out_ch", "num_res_blocks", "z_channels")
 
-    @property
-    def downscale(self) -> int:
-        """Pixels per latent cell along one side."""
-        return 2 ** (len(self.ch_mult) - 1)
+@dataclass(frozen=True)
+class Flux2AutoEncoderConfig(PyramidConfig):
+    """FLUX.2's autoencoder; defaults are the official size. Latents are normalised by statistics in the weights."""
+
+    in_channels: int = 3
+    out_ch: int = 3
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 32
+    norm_groups: int = 32
 
 
 @dataclass(frozen=True)
@@ -240,4 +290,13 @@ VARIANTS: dict[str, Variant] = {
     "canny-lora": Variant(_DEV.with_(in_channels=128), Sampling(50, 30.0, 512, shift=True)),
     "depth-lora": Variant(_DEV.with_(in_channels=128), Sampling(50, 10.0, 512, shift=True)),
     "kontext": Variant(_DEV, Sampling(30, 2.5, 512, shift=True)),
+}
+
+_KLEIN_4B = Flux2Config(
+    context_in_dim=7680, hidden_size=3072, num_heads=24, depth=5, depth_single_blocks=20, guidance_embed=False
+)
+FLUX2_VARIANTS: dict[str, Flux2Config] = {
+    "dev": Flux2Config(),
+    "klein-4b": _KLEIN_4B,
+    "klein-9b": _KLEIN_4B.with_(context_in_dim=12288, hidden_size=4096, num_heads=32, depth=8, depth_single_blocks=24),
 }

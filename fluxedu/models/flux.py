@@ -169,7 +169,7 @@ class Flux(Probed):
         self._check_shapes(img, txt, rope)
         plan = self._probe_vec(plan)
         img = self.probe("img_in", self.img_in(img))  # [B, N, D] noisy patches, projected to the transformer's width
-        txt = self.probe("txt_in", self.txt_in(txt))  # [B, L, D] T5's embeddings, projected to the transformer's width
+        txt = self.probe("txt_in", self.txt_in(txt))  # [B, L, D] text embeddings, projected to the transformer's width
         for block, mods in zip(self.double_blocks, plan.double, strict=True):
             img, txt = block(img, txt, mods, rope)
 
@@ -185,9 +185,10 @@ class Flux(Probed):
         """Pass ``vec`` and its terms through their sites; if one was changed, compute the modulation anew."""
         terms = dict(plan.terms)
         terms["time"] = self.probe("vec.time", terms["time"])  # [B, D] the time's term of vec
-        if self.config.guidance_embed:
+        if "guidance" in terms:
             terms["guidance"] = self.probe("vec.guidance", terms["guidance"])  # [B, D] the guidance scale's term
-        terms["text"] = self.probe("vec.text", terms["text"])  # [B, D] the pooled CLIP text's term of vec
+        if "text" in terms:
+            terms["text"] = self.probe("vec.text", terms["text"])  # [B, D] the pooled CLIP text's term of vec
         changed = any(terms[name] is not plan.terms[name] for name in terms)
         vec = sum(terms.values()) if changed else plan.vec
         vec = self.probe("vec", vec)  # [B, D] sum of the time, guidance and text embeddings; sets all modulation

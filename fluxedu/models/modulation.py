@@ -43,10 +43,10 @@ def timestep_embedding(
 class MLPEmbedder(nn.Module):
     """Two layers from any vector to the hidden width: ``out(silu(in(x)))``."""
 
-    def __init__(self, in_dim: int, hidden_dim: int):
+    def __init__(self, in_dim: int, hidden_dim: int, bias: bool = True):
         super().__init__()
-        self.in_layer = nn.Linear(in_dim, hidden_dim)
-        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+        self.in_layer = nn.Linear(in_dim, hidden_dim, bias=bias)
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in_dim] -> [..., hidden]
         return self.out_layer(F.silu(self.in_layer(x)))
@@ -60,20 +60,12 @@ class ShiftScaleGate(NamedTuple):
     gate: Tensor
 
 
-class Modulation(Probed):
-    """The linear layer that maps ``vec`` to one or two (shift, scale, gate) triples.
+class SplitModulation(Probed):
+    """Splits a row of modulation into one or two (shift, scale, gate) triples, at the sites of a block; no weights."""
 
-    It is called in two parts, because the first depends only on the time, the guidance scale and the pooled text, and
-    can be computed ahead of the sampling loop: ``row = mod(vec)``, then ``mod.split(row)``.
-    """
-
-    def __init__(self, dim: int, double: bool):
+    def __init__(self, double: bool):
         super().__init__()
         self.is_double = double
-        self.lin = nn.Linear(dim, 6 * dim if double else 3 * dim)
-
-    def forward(self, vec: Tensor) -> Tensor:  # [..., D] -> [..., 3 D] or [..., 6 D]
-        return self.lin(F.silu(vec))
 
     def split(self, row: Tensor) -> list[ShiftScaleGate]:
         """``row [B, 6 D]`` -> the attention's and the MLP's modulation; ``[B, 3 D]`` -> one, for a single block."""
@@ -92,6 +84,21 @@ class Modulation(Probed):
         scale2 = self.probe("scale2", scale2)  # [B, 1, D] the normalised tokens are multiplied by 1 + scale
         gate2 = self.probe("gate2", gate2)  # [B, 1, D] the factor of the MLP's contribution
         return [ShiftScaleGate(shift1, scale1, gate1), ShiftScaleGate(shift2, scale2, gate2)]
+
+
+class Modulation(SplitModulation):
+    """The linear layer that maps ``vec`` to one or two (shift, scale, gate) triples.
+
+    It is called in two parts, because the first depends only on the time, the guidance scale and the pooled text, and
+    can be computed ahead of the sampling loop: ``row = mod(vec)``, then ``mod.split(row)``.
+    """
+
+    def __init__(self, dim: int, double: bool):
+        super().__init__(double)
+        self.lin = nn.Linear(dim, 6 * dim if double else 3 * dim)
+
+    def forward(self, vec: Tensor) -> Tensor:  # [..., D] -> [..., 3 D] or [..., 6 D]
+        return self.lin(F.silu(vec))
 
 
 def layer_norm(x: Tensor) -> Tensor:

@@ -144,7 +144,12 @@ def test_another_network_or_layout():
     theirs = convert(flux.state_dict(), to="diffusers")
     says("the state dict is in diffusers's layout, but bfl's is needed; convert it first.", load_into, flux, theirs)
     says("there is no layout called 'kohya'; there are bfl and diffusers.", convert, theirs, to="kohya")
-    says("the state dict is no network of FLUX.1: 'a' is none of its names.", convert, {"a": torch.ones(1)}, to="bfl")
+    says(
+        "the state dict is no network of FLUX.1 or FLUX.2: 'a' is none of its names.",
+        convert,
+        {"a": torch.ones(1)},
+        to="bfl",
+    )
     part = {"img_in.weight": torch.ones(4, 4)}
     incomplete = "the state dict is too incomplete to infer its configuration ({}); pass config."
     says(incomplete.format("'final_layer.linear.weight' is missing"), convert, part, to="bfl")

@@ -20,6 +20,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWit
 from transformers import T5Config as TheirT5Config
 from typer.testing import CliRunner
 
+import fluxedu as fe
 from fluxedu.checkpoints import convert, convert_file, load_into, load_model, read, reading
 from fluxedu.checkpoints import save_file as our_save_file
 from fluxedu.cli import app
@@ -379,7 +380,6 @@ TINY = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_
 TINY |= {"in_channels": 8, "joint_attention_dim": 14, "axes_dims_rope": (4, 6, 6)}
 OTHERS = {
     "Chroma": lambda: ChromaTransformer2DModel(**TINY, approximator_hidden_dim=8, approximator_layers=1),
-    "FLUX.2": lambda: Flux2Transformer2DModel(**{**TINY, "axes_dims_rope": (4, 4, 4, 4)}),
     "a ControlNet": lambda: FluxControlNetModel(**TINY, pooled_projection_dim=10),
 }
 
@@ -391,6 +391,17 @@ def test_other_architectures_are_refused_by_name(tmp_path, name):
     state = {"model.diffusion_model." + n: t.clone() for n, t in OTHERS[name]().state_dict().items()}
     save_file(state, tmp_path / "f.safetensors")
     says(re.compile(f"f.safetensors is {re.escape(name)}, .*"), load_model, tmp_path / "f.safetensors")
+
+
+def test_flux2_is_no_pipeline_of_flux1(tmp_path):
+    """Its transformer can be read; a pipeline of it is refused by name, before other files are asked for."""
+    theirs = Flux2Transformer2DModel(**{**TINY, "axes_dims_rope": (4, 4, 4, 4)})
+    theirs.save_pretrained(tmp_path / "transformer")
+    says(re.compile(r"transformer is FLUX\.2, .*"), fe.load, tmp_path)
+    state = {"model.diffusion_model." + name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    save_file(state, tmp_path / "f.safetensors")
+    says(re.compile(r"f\.safetensors is FLUX\.2, .*"), fe.load, tmp_path / "f.safetensors")
+    assert len(read(tmp_path / "transformer")) == len(state)
 
 
 @pytest.mark.parametrize("suffix", ["gguf", "safetensors"])
