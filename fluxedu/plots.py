@@ -11,9 +11,12 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import ceil
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor, nn
@@ -43,6 +46,7 @@ DIVERGING = "RdBu_r"  # colour map of values around 0: blue below, red above
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 #: kind of a part of the model -> its colour in the architecture diagram
 PART_COLOURS = {"text": "#9333ea", "time": "#d97706", "flow": "#2563eb", "image": "#059669"}
+FONT = 9.5  # points of ticks and legends: 11 px and more where a notebook shows a figure in its own size
 TIME_LABEL = "time t (1 = pure noise, 0 = image)"
 
 
@@ -88,14 +92,33 @@ def _time_ticks(ax: Axes, times: Sequence[float]) -> None:
 # ---------------------------------------------------------------- figures
 
 
-def _draw_overlay(ax: Axes, image, weights: np.ndarray, vmax: float | None = None) -> None:
-    """A map of weights over the image in grey; the larger a weight, the more opaque its cell."""
-    grey = to_pixels(image).mean(-1)
-    extent = (0, grey.shape[1], grey.shape[0], 0)
-    ax.imshow(grey, cmap="gray", vmin=-0.3, vmax=1.3, extent=extent)
+BACKGROUND = 0.3  # brightness that an image keeps below a map of weights
+
+
+def blend(image: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Weights over a darkened image: both 8-bit RGB ``[H, W, 3]``; ``share [H, W]``: each weight over the largest.
+
+    The larger a weight, the more opaque its colour, and the brighter the sum: a small one leaves the image visible.
+    """
+    share = np.clip(share, 0, 1).astype(np.float32)
+    alpha = (0.9 * share**0.7)[..., None]
+    colours = matplotlib.colormaps[SEQUENTIAL](np.arange(256))[:, :3].astype(np.float32) * 255
+    return (image * (BACKGROUND * (1 - alpha)) + colours[(share * 255).astype(int)] * alpha).astype(np.uint8)
+
+
+def overlay_ramp(count: int, background: np.ndarray) -> np.ndarray:
+    """The colours of :func:`blend` for shares from 0 to 1 over one colour ``[3]``, as ``[count, 3]``: for a key."""
+    return blend(np.broadcast_to(background, (1, count, 3)), np.linspace(0, 1, count)[None])[0]
+
+
+def _draw_overlay(ax: Axes, image, weights: np.ndarray, vmax: float | None = None) -> ScalarMappable:
+    """A map of weights over the darkened image; returns what a colour bar of it needs."""
+    picture = to_pixels(image) * 255
     vmax = vmax or max(weights.max(), 1e-12)
-    alpha = np.clip(weights / vmax, 0, 1) ** 0.7 * 0.9
-    ax.imshow(weights, cmap=SEQUENTIAL, vmin=0, vmax=vmax, alpha=alpha, extent=extent, interpolation="nearest")
+    rows = np.arange(picture.shape[0]) * weights.shape[0] // picture.shape[0]
+    columns = np.arange(picture.shape[1]) * weights.shape[1] // picture.shape[1]
+    ax.imshow(blend(picture, (weights / vmax)[rows][:, columns]), interpolation="nearest")
+    return ScalarMappable(Normalize(0, vmax), ListedColormap(overlay_ramp(256, picture.reshape(-1, 3).mean(0)) / 255))
 
 
 @checked(InstrumentError)
@@ -105,12 +128,11 @@ def overlay(image, weights, title: str = "Attention of each patch") -> Figure:
     weights = to_array(weights)
     if weights.ndim != 2:
         raise InstrumentError(f"weights must be one map [rows, columns], not of shape {list(weights.shape)}.")
-    _draw_overlay(hide_axes(ax), image, weights)
-    ax.set_title(title, fontsize=10)
-    bar = fig.colorbar(ax.images[-1], ax=ax, shrink=0.8)
-    bar.solids.set_alpha(1)
-    bar.set_label("share of a patch's attention", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    colours = _draw_overlay(hide_axes(ax), image, weights)
+    ax.set_title(title, fontsize=11)
+    bar = fig.colorbar(colours, ax=ax, shrink=0.8)
+    bar.set_label("share of a patch's attention", fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT)
     return fig
 
 

@@ -38,7 +38,7 @@ from fluxedu.errors import InstrumentError, checked, describe
 from fluxedu.figure import Figure
 from fluxedu.plots import hide_axes
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.widgets.panels import Panel, rounded
+from fluxedu.widgets.panels import FONT, Panel, rounded
 from fluxedu.widgets.reruns import close_former
 
 STATIC = Path(__file__).parent / "static"
@@ -221,7 +221,8 @@ class Explorer(anywidget.AnyWidget):
 
     title: the question that the explorer answers · pointers: initial positions of the panels' pointers · widths: of the
     panels in that figure, in inches · instruction: one line on what to do first · tries: two or three suggestions, each
-    a button · play: name of the control, usually time, that the play button runs through.
+    a button · play: name of the control, usually time, that the play button runs through, or of a pointer
+    (row, column), of which it runs through the columns · data: what panels need that never changes, sent once.
 
     Raises InstrumentError if a try or ``play`` names a control or an option that there is not.
     """
@@ -235,6 +236,7 @@ class Explorer(anywidget.AnyWidget):
     instruction = traitlets.Unicode().tag(sync=True)
     tries = traitlets.List().tag(sync=True)  # {"label": ..., "moves": what it changes in the state}
     play = traitlets.Unicode().tag(sync=True)  # name of a control, or empty
+    data = traitlets.Dict().tag(sync=True)
     first = traitlets.Dict().tag(sync=True)  # the state that the reset button goes back to
     still = traitlets.Unicode().tag(sync=True)  # CSS class of the static figure, which the live one hides
 
@@ -249,14 +251,18 @@ class Explorer(anywidget.AnyWidget):
         instruction: str = "",
         tries: Sequence[Try] = (),
         play: str | None = None,
+        data: Mapping[str, Any] | None = None,
     ):
         self.draw, self.control, self.widths = draw, {c.name: c for c in controls}, widths
         self.pointers, self.extents = dict(pointers or {}), {}
-        if play is not None and play not in self.control:
-            raise InstrumentError(f"play must be the name of a control ({', '.join(self.control)}), not {play!r}.")
+        pairs = [name for name, position in self.pointers.items() if isinstance(position, (tuple, list))]
+        if play is not None and play not in [*self.control, *pairs]:
+            names = ", ".join([*self.control, *pairs])
+            raise InstrumentError(f"play must be the name of a control or of a pair ({names}), not {play!r}.")
         first = {c.name: c.start for c in controls} | self.pointers
         view = self._message(self._view_of(first))  # an error in the first view is raised here
         buttons = [{"label": t.label, "moves": self._state_of(t.moves)} for t in tries]
+        name = uuid4().hex
         # the first view is part of the widget's first message: a slow page would lose one that is sent later
         super().__init__(
             title=title,
@@ -264,10 +270,12 @@ class Explorer(anywidget.AnyWidget):
             controls=[c.message() for c in controls],
             tries=buttons,
             play=play or "",
+            data=dict(data or {}),
             first=first,
             state=first | {"moves": 0},
             view=view | {"moves": 0},
-            still=f"fluxedu-{uuid4().hex[:12]}",
+            still=f"fluxedu-{name}",
+            model_id=name,  # the page finds the model by it
         )
         self.observe(self._redraw, "state")
 
@@ -324,18 +332,26 @@ class Explorer(anywidget.AnyWidget):
         view = self.current_view()
         widths = list(self.widths or [3.0] * len(view.panels))
         chips = [name for name in view.shades if name in self.control]
-        heights = [0.3 + 0.25 * len(_wrap_chips(self.control[name].labels)) for name in chips]
-        fig = Figure(figsize=(sum(widths) + 0.4, max(3.0, min(widths)) + 0.6 + sum(heights)), layout="constrained")
-        parts = fig.subfigures(1 + len(chips), 1, height_ratios=[*heights, 3.4], squeeze=False)[:, 0]
-        for part, name in zip(parts, chips, strict=False):
-            _draw_chips(part.subplots(), self.control[name], view.shades[name], self.values[name])
-        axes = parts[-1].subplots(1, len(view.panels), squeeze=False, width_ratios=widths)[0]
-        for panel, ax, width in zip(view.panels, axes, widths, strict=True):
-            panel.paint(ax)
-            ax.set_title(fill(panel.title, int(width * 13)), fontsize=9)
+        rows = _panel_rows(widths)
+        width = max(sum(widths[i] for i in row) for row in rows) + 0.3
+        letters = int(width * 13)  # that fit in a line
         chosen = [f"{c.label}: {c.labels[self.values[n]]}" for n, c in self.control.items() if n not in chips]
-        fig.suptitle(fill("   ·   ".join([self.title, *chosen]), int(sum(widths) * 14)), fontsize=9)
-        fig.supxlabel(fill(view.text, int(sum(widths) * 15)), fontsize=8)
+        head = "\n".join([fill(self.title, letters - 10), *filter(None, [fill("   ·   ".join(chosen), letters)])])
+        text = fill(view.text, letters)
+        heights = [0.3 + 0.28 * len(_wrap_chips(self.control[name].labels, int(width * 10))) for name in chips]
+        heights += [min(3.4, max(2.6, min(widths[i] for i in row))) + 0.9 for row in rows]
+        lines = 0.2 * (head.count("\n") + text.count("\n") + 2)
+        fig = Figure(figsize=(width, sum(heights) + lines), layout="constrained")
+        parts = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for part, name in zip(parts, chips, strict=False):
+            _draw_chips(part.subplots(), self.control[name], view.shades[name], self.values[name], int(width * 10))
+        for part, row in zip(parts[len(chips) :], rows, strict=True):
+            axes = part.subplots(1, len(row), squeeze=False, width_ratios=[widths[i] for i in row])[0]
+            for i, ax in zip(row, axes, strict=True):
+                view.panels[i].paint(ax)
+                ax.set_title(fill(view.panels[i].title, int(widths[i] * 11)), fontsize=FONT)
+        fig.suptitle(head, fontsize=FONT + 1)
+        fig.supxlabel(text, fontsize=FONT)
         return fig
 
     def _ipython_display_(self) -> None:
@@ -352,7 +368,8 @@ class Explorer(anywidget.AnyWidget):
         image = base64.b64encode(png.getvalue()).decode()
         alt = escape(f"{self.title} {self.view['text']}", quote=True)
         still = f'<img class="fluxedu-still {self.still}" alt="{alt}" src="data:image/png;base64,{image}">'
-        display({"text/html": still, "text/plain": f"{self!r}, as a static figure"}, raw=True)
+        scrolled = f'<div style="overflow-x:auto">{still}</div>'  # on a telephone its text keeps its size
+        display({"text/html": scrolled, "text/plain": f"{self!r}, as a static figure"}, raw=True)
         display(self._repr_mimebundle_()[0] | {"text/plain": repr(self)}, raw=True)
 
     def close(self) -> None:
@@ -376,7 +393,17 @@ def _check_pointer(name: str, position: int | tuple[int, ...], extent: int | tup
         raise InstrumentError(f"{name} must be an index into {size}, counted from 0, not {position!r}.")
 
 
-def _wrap_chips(labels: Sequence[str], max_letters: int = 90) -> list[list[int]]:
+def _panel_rows(widths: Sequence[float], most: float = 8.6) -> list[list[int]]:
+    """Indices of panels, broken into rows at most ``most`` inches wide: wider ones would be shrunk by a page."""
+    rows: list[list[int]] = [[]]
+    for i, width in enumerate(widths):
+        if rows[-1] and sum(widths[j] for j in rows[-1]) + width > most:
+            rows.append([])
+        rows[-1].append(i)
+    return rows
+
+
+def _wrap_chips(labels: Sequence[str], max_letters: int) -> list[list[int]]:
     """Indices of the labels, broken into lines of about ``max_letters``."""
     lines, length = [[]], 0
     for i, label in enumerate(labels):
@@ -388,17 +415,17 @@ def _wrap_chips(labels: Sequence[str], max_letters: int = 90) -> list[list[int]]
     return lines
 
 
-def _draw_chips(ax: Axes, control: Control, shades: Sequence[float], chosen: int) -> None:
-    """A chips control as lines of shaded words."""
-    lines = _wrap_chips(control.labels)
+def _draw_chips(ax: Axes, control: Control, shades: Sequence[float], chosen: int, letters: int) -> None:
+    """A chips control as lines of shaded words, ``letters`` long."""
+    lines = _wrap_chips(control.labels, letters)
     hide_axes(ax).set(xlim=(0, 1), ylim=(len(lines), 0))
-    ax.set_title(control.label, fontsize=8, loc="left")
-    widest = max(sum(len(control.labels[i]) + 1.5 for i in line) for line in lines)
+    ax.set_title(control.label, fontsize=FONT, loc="left")
+    widest = max(letters, *(sum(len(control.labels[i]) + 1.5 for i in line) for line in lines))
     for row, line in enumerate(lines):
         x = 0.0
         for i in line:
             width = (len(control.labels[i]) + 1.5) / widest
             shade = to_rgba(CHIP_COLOUR, float(np.clip(shades[i], 0, 1)))
             box = {"facecolor": shade, "edgecolor": "black" if i == chosen else "0.8", "boxstyle": "round,pad=0.2"}
-            ax.text(x + width / 2, row + 0.5, control.labels[i], ha="center", va="center", fontsize=7, bbox=box)
+            ax.text(x + width / 2, row + 0.5, control.labels[i], ha="center", va="center", fontsize=FONT, bbox=box)
             x += width

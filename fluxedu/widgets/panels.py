@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from textwrap import fill
 from typing import Any, ClassVar
 
 import matplotlib
@@ -18,9 +19,34 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
-from fluxedu.plots import COLOURS, DIVERGING, SEQUENTIAL, hide_axes, to_array, to_pixels
+from fluxedu.errors import InstrumentError, check_choice
+from fluxedu.plots import COLOURS, DIVERGING, SEQUENTIAL, blend, hide_axes, overlay_ramp, to_array, to_pixels
 
 RGB = np.ndarray  # uint8 [height, width, 3]
+
+
+class HeatMap(np.ndarray):
+    """An 8-bit image of a table of numbers that remembers the numbers, so that a page can show them at the pointer.
+
+    ``values``: the table, [rows, columns] · ``note``: what is special about its colour scale · ``key_colours``: its
+    colours from the lowest to the largest, if they belong to no colour map. All survive :func:`upscale` and
+    :func:`resize_table`.
+    """
+
+    values: np.ndarray | None = None
+    note: str = ""
+    key_colours: Sequence[str] = ()
+
+    def __array_finalize__(self, other: Any) -> None:
+        for name in ("values", "note", "key_colours"):
+            setattr(self, name, getattr(other, name, getattr(HeatMap, name)))
+
+
+def _heat_map(image: RGB, values: np.ndarray, note: str = "", key_colours: Sequence[str] = ()) -> HeatMap:
+    made = image.view(HeatMap)
+    made.values, made.note, made.key_colours = values, note, key_colours
+    return made
+
 
 # ---------------------------------------------------------------- numbers as colours: a look-up takes less than 1 ms
 
@@ -31,18 +57,34 @@ def colour_table(name: str) -> np.ndarray:
     return (matplotlib.colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
-def sequential(values, vmax: float | None = None, name: str = SEQUENTIAL) -> RGB:
-    """``[h, w]`` numbers from 0 to ``vmax`` (by default the largest) as colours, one pixel per number."""
+#: how :func:`sequential` spreads its colours over the numbers -> what the key says about it
+SCALES = {
+    "linear": "",
+    "log": "logarithmic colour scale over a factor of 1000",
+    "row": "each row has its own colour scale, up to its largest value",
+}
+
+
+def sequential(values, vmax: float | None = None, name: str = SEQUENTIAL, scale: str = "linear") -> RGB:
+    """``[h, w]`` numbers from 0 to ``vmax`` (by default the largest) as colours, one pixel per number.
+
+    scale: "linear"; "log", from a thousandth of ``vmax`` up; or "row", where each row has its own ``vmax``, for tables
+    in which one row would leave the others dark. Raises InstrumentError for another one.
+    """
+    check_choice("scale", scale, SCALES, error=InstrumentError)
     x = to_array(values)
-    vmax = float(x.max()) if vmax is None else vmax
-    return colour_table(name)[(np.clip(x / max(vmax, 1e-12), 0, 1) * 255).astype(np.uint8)]
+    top = (float(x.max()) if x.size else 0.0) if vmax is None else vmax
+    share = x / np.maximum(x.max(-1, keepdims=True) if scale == "row" else top, 1e-12)
+    if scale == "log":
+        share = 1 + np.log10(np.clip(share, 1e-3, 1)) / 3
+    return _heat_map(colour_table(name)[(np.clip(share, 0, 1) * 255).astype(np.uint8)], x, SCALES[scale])
 
 
 def diverging(values, vmax: float | None = None) -> RGB:
     """``[h, w]`` numbers from ``-vmax`` (blue) over 0 (white) to ``vmax`` (red), one pixel per number."""
     x = to_array(values)
     vmax = float(np.abs(x).max()) if vmax is None else vmax
-    return sequential(x / max(vmax, 1e-12) + 1, 2.0, DIVERGING)
+    return _heat_map(np.asarray(sequential(x / max(vmax, 1e-12) + 1, 2.0, DIVERGING)), x)
 
 
 def to_rgb(image) -> RGB:
@@ -73,31 +115,20 @@ def contact_sheet(images: Sequence[Sequence[RGB]]) -> RGB:
     return np.concatenate([np.concatenate(row, axis=1) for row in small], axis=0)
 
 
-#: matrix that takes a colour to three tenths of itself plus two tenths of its grey
-_FADE = (0.3 * np.eye(3) + 0.2 / 3).astype(np.float32)
-
-
-def _blend(share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For ``share`` in [0, 1]: the transparency of its colour, and its colour times its opacity."""
-    alpha = (share**0.7 * 0.9).astype(np.float32)[..., None]
-    return 1 - alpha, sequential(share, 1.0) * alpha
-
-
 def overlay(image: RGB, weights, vmax: float | None = None) -> RGB:
-    """Weights ``[rows, columns]`` over a faded image; the larger a weight, the more opaque its cell."""
+    """Weights ``[rows, columns]`` over a darkened image; the larger a weight, the brighter and more opaque its cell."""
     w = to_array(weights)
-    share = np.clip(w / max(float(w.max()) if vmax is None else vmax, 1e-12), 0, 1)
+    share = w / max(float(w.max()) if vmax is None else vmax, 1e-12)
     height, width = image.shape[:2]
     rows, columns = np.arange(height) * w.shape[0] // height, np.arange(width) * w.shape[1] // width
-    faded = image @ _FADE + np.float32(0.5 * 220)
-    transparency, colour = (x.astype(np.float32)[rows][:, columns] for x in _blend(share))
-    return (faded * transparency + colour).astype(np.uint8)
+    picture = np.asarray(image)
+    return _heat_map(blend(picture, share[rows][:, columns]), w, key_colours=overlay_colours(picture))
 
 
-def overlay_colours() -> list[str]:
-    """Nine colours for the key of :func:`overlay`, as they look on a light background."""
-    transparency, colour = _blend(np.linspace(0, 1, 9))
-    return ["#" + bytes(row).hex() for row in (210 * transparency + colour).astype(np.uint8)]
+def overlay_colours(image: RGB | None = None) -> list[str]:
+    """Nine colours for the key of :func:`overlay`, as they look over the mean colour of ``image``, or over grey."""
+    mean = np.full(3, 127.5) if image is None else np.asarray(image).reshape(-1, 3).mean(0)
+    return ["#" + bytes(row).hex() for row in overlay_ramp(9, mean)]
 
 
 def rounded(values) -> list[float]:
@@ -106,6 +137,9 @@ def rounded(values) -> list[float]:
 
 
 # ---------------------------------------------------------------- panels
+
+FONT = 10.5  # points in a static figure: 11.7 px at its 80 dots per inch
+MAX_LABELS = 10  # along one side of a panel in a static figure
 
 
 @dataclass
@@ -130,11 +164,17 @@ class Panel:
         raise NotImplementedError
 
 
+#: of a larger table, every second, third, ... row and column is sent to the page
+MAX_SIDE = 192
+
+
 @dataclass
 class Pixels(Panel):
     """An 8-bit image. ``cells``: rows and columns of cells that can be pointed at · ``mark``: the marked cell ·
     ``key``: labels of the two ends of the colour scale · ``colours``: the name of its colour map, or its colours ·
-    ``rows``, ``columns``: labels of the rows and columns of cells.
+    ``rows``, ``columns``: labels of the rows and columns of cells · ``values``: the numbers behind the colours, shown
+    at the pointer; an image from :func:`sequential`, :func:`diverging` or :func:`overlay` brings its own · ``unit``:
+    what they measure · ``axes``: what one row and one column is · ``note``: a remark below the colour scale.
     """
 
     image: RGB
@@ -144,7 +184,17 @@ class Pixels(Panel):
     colours: str | Sequence[str] = SEQUENTIAL
     rows: Sequence[str] = ()
     columns: Sequence[str] = ()
+    values: np.ndarray | None = None
+    unit: str = ""
+    axes: tuple[str, str] = ("row", "column")
+    note: str = ""
     kind = "pixels"
+
+    def __post_init__(self):
+        if self.values is None:
+            self.values = getattr(self.image, "values", None)
+        self.note = self.note or getattr(self.image, "note", "")
+        self.colours = getattr(self.image, "key_colours", ()) or self.colours
 
     @property
     def extent(self) -> tuple[int, int]:
@@ -158,6 +208,10 @@ class Pixels(Panel):
         ]
 
     def message(self) -> dict[str, Any]:
+        """As of every panel. Pixels are RGB bytes; values are 32-bit floats, and null if there are none."""
+        values = None if self.values is None else to_array(self.values)
+        if values is not None:
+            values = values[:: -(-values.shape[0] // MAX_SIDE), :: -(-values.shape[1] // MAX_SIDE)]
         message = super().message() | {
             "height": self.image.shape[0],
             "width": self.image.shape[1],
@@ -165,28 +219,40 @@ class Pixels(Panel):
             "colours": self._key_colours() if self.key else [],
             "rows": list(map(str, self.rows)),
             "columns": list(map(str, self.columns)),
+            "values": None if values is None else np.ascontiguousarray(values, "<f4").tobytes(),
+            "table": None if values is None else list(values.shape),
         }
         del message["image"]
         return message
 
     def paint(self, ax: Axes) -> None:
         height, width = self.image.shape[:2]
-        hide_axes(ax).imshow(self.image, interpolation="nearest")
+        smooth = "nearest" if self.values is not None else "antialiased"
+        hide_axes(ax).imshow(np.asarray(self.image), interpolation=smooth)
         for names, side, axis in ((self.rows, height, ax.yaxis), (self.columns, width, ax.xaxis)):
             if names:
-                axis.set_ticks([(i + 0.5) * side / len(names) - 0.5 for i in range(len(names))], names, fontsize=6)
+                every = -(-len(names) // MAX_LABELS)
+                places = [(i + 0.5) * side / len(names) - 0.5 for i in range(0, len(names), every)]
+                axis.set_ticks(places, list(names)[::every], fontsize=FONT)
+        long_names = max((len(str(name)) for name in self.columns), default=0) * len(self.columns) > 26
         ax.tick_params(length=0, top=False, labeltop=bool(self.columns), labelbottom=False)
+        ax.tick_params(axis="x", labelrotation=90 if long_names else 0)
         if self.mark is not None:
             h, w = height / self.cells[0], width / self.cells[1]
             corner = (self.mark[1] * w - 0.5, self.mark[0] * h - 0.5)
             ax.add_patch(Rectangle(corner, w, h, fill=False, edgecolor="black", linewidth=3.0))
             ax.add_patch(Rectangle(corner, w, h, fill=False, edgecolor="white", linewidth=1.2))
         if self.key is not None:
-            strip = ax.inset_axes((0.15, -0.09, 0.7, 0.04))
+            strip = ax.inset_axes((0.1, -0.09, 0.8, 0.05))
             colours = LinearSegmentedColormap.from_list("key", self._key_colours())
             strip.imshow(np.arange(256)[None], cmap=colours, aspect="auto")
             strip.set(yticks=[], xticks=[0, 255], xticklabels=self.key)
-            strip.tick_params(labelsize=7, length=0)
+            for label, side in zip(strip.get_xticklabels(), ("left", "right"), strict=True):
+                label.set_horizontalalignment(side)
+            strip.tick_params(labelsize=FONT, length=0)
+            remark = fill(", ".join(filter(None, [self.unit, self.note])), 32)
+            strip.set_xlabel(remark, fontsize=FONT, labelpad=1)
+            ax.set_xlabel("\n" * (3 + remark.count("\n")), fontsize=FONT)  # room for the strip
 
 
 def difference_panel(before: RGB, after: RGB) -> Pixels:
@@ -197,35 +263,54 @@ def difference_panel(before: RGB, after: RGB) -> Pixels:
 
 
 def _label_axes(ax: Axes, x_label: str, y_label: str) -> None:
-    ax.set_xlabel(x_label, fontsize=8)
-    ax.set_ylabel(y_label, fontsize=8)
-    ax.tick_params(labelsize=7)
-    ax.legend(fontsize=7)
+    ax.set_xlabel(x_label, fontsize=FONT)
+    ax.set_ylabel(y_label, fontsize=FONT)
+    ax.tick_params(labelsize=FONT)
+    ax.legend(fontsize=FONT, frameon=False, handlelength=1.2, labelspacing=0.2)
 
 
 @dataclass
 class Lines(Panel):
-    """Curves. ``series``: name -> values, one per number in ``x`` · ``mark``: the x of the current state."""
+    """Curves. ``series``: name -> values, one per number in ``x`` · ``mark``: the x of the current state ·
+    ``x_names``: a name for each number in ``x`` · ``units``: series -> what it measures, where that differs between
+    series; a page then has one chart for each unit, and ``y_label`` for the rest · ``log``: a logarithmic scale.
+    """
 
     x: Sequence[float]
     series: Mapping[str, Sequence[float]]
     x_label: str = ""
     y_label: str = ""
     mark: float | None = None
+    x_names: Sequence[str] = ()
+    units: Mapping[str, str] = field(default_factory=dict)
+    log: bool = False
     kind = "lines"
 
     def message(self) -> dict[str, Any]:
-        series = [{"name": name, "y": rounded(y)} for name, y in self.series.items()]
-        return super().message() | {"x": rounded(self.x), "series": series, "colours": COLOURS}
+        series = [
+            {"name": name, "y": rounded(y), "unit": self.units.get(name, self.y_label)}
+            for name, y in self.series.items()
+        ]
+        message = super().message() | {"x": rounded(self.x), "series": series, "colours": COLOURS}
+        message["x_names"] = list(map(str, self.x_names))
+        del message["units"]
+        return message
 
     def paint(self, ax: Axes) -> None:
         for (name, y), colour in zip(self.series.items(), COLOURS, strict=False):
-            ax.plot(self.x, y, label=name, color=colour)
+            unit = f" ({self.units[name]})" if name in self.units else ""
+            ax.plot(self.x, y, label=f"{name}{unit}", color=colour)
         if self.mark is not None:
             ax.axvline(self.mark, color="0.5", linewidth=1)
         if self.x[0] != self.x[-1]:
             ax.set_xlim(self.x[0], self.x[-1])  # in the order of x: time runs from 1 to 0
-        ax.set_ylim(bottom=min(0.0, *(min(y) for y in self.series.values())))
+        if self.log:
+            ax.set_yscale("log")
+        else:
+            ax.set_ylim(bottom=min(0.0, *(min(y) for y in self.series.values())))
+        if self.x_names:
+            every = -(-len(self.x_names) // MAX_LABELS)
+            ax.set_xticks(list(self.x)[::every], list(self.x_names)[::every], rotation=90)
         _label_axes(ax, self.x_label, self.y_label)
 
 
@@ -233,26 +318,32 @@ class Lines(Panel):
 class Points(Panel):
     """Points ``xy [N, 2]`` with ``arrows [N, 2]``, coloured by ``group``, an index into the names ``groups``.
 
-    ``limits``: the axes run from minus these to these numbers, the same in all views, so that only the points move.
+    ``limits``: where the axes begin and end, ``((x0, x1), (y0, y1))``, or ``(a, b)`` for -a to a and -b to b; the same
+    in all views, so that only the points move · ``unit``: what both axes measure.
     """
 
     xy: np.ndarray
     arrows: np.ndarray
     group: Sequence[int]
     groups: Sequence[str]
-    limits: tuple[float, float]
+    limits: tuple[float, float] | tuple[tuple[float, float], tuple[float, float]]
     x_label: str = ""
     y_label: str = ""
     mark: int | None = None
+    unit: str = ""
     kind = "points"
 
     @property
     def extent(self) -> int:
         return len(self.group)
 
+    def _limits(self) -> list[list[float]]:
+        return [rounded(ends) if np.ndim(ends) else rounded([-ends, ends]) for ends in self.limits]
+
     def message(self) -> dict[str, Any]:
         points = {"xy": rounded(self.xy), "arrows": rounded(self.arrows), "group": list(map(int, self.group))}
-        return super().message() | points | {"groups": list(self.groups), "colours": COLOURS}
+        more = {"groups": list(self.groups), "colours": COLOURS, "limits": self._limits()}
+        return super().message() | points | more
 
     def paint(self, ax: Axes) -> None:
         for g, (name, colour) in enumerate(zip(self.groups, COLOURS, strict=False)):
@@ -263,7 +354,8 @@ class Points(Panel):
             ax.quiver(x, y, u, v, color=colour, alpha=0.6, **style)
         if self.mark is not None:
             ax.plot(*self.xy[self.mark], "o", markersize=11, fillstyle="none", color="black")
-        ax.set(xlim=(-self.limits[0], self.limits[0]), ylim=(-self.limits[1], self.limits[1]))
+        xlim, ylim = self._limits()
+        ax.set(xlim=xlim, ylim=ylim)
         _label_axes(ax, self.x_label, self.y_label)
 
 
@@ -295,4 +387,5 @@ class Boxes(Panel):
             edge = {"edgecolor": "black", "linewidth": 2} if i == self.mark else {"edgecolor": colour, "linewidth": 1}
             style = {"boxstyle": "round,pad=0,rounding_size=3", "facecolor": f"{colour}33"}
             ax.add_patch(FancyBboxPatch((x, y), w, h, **style, **edge))
-            ax.text(x + w / 2, y + h / 2, label, ha="center", va="center", fontsize=6)
+            if len(label) * 6.2 <= w and h >= 11:  # in units of the drawing, about as a page shows it
+                ax.text(x + w / 2, y + h / 2, label, ha="center", va="center", fontsize=FONT)

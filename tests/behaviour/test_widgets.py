@@ -114,10 +114,45 @@ def test_an_overlay_leaves_the_image_where_weights_are_zero():
     weights = np.zeros((2, 2))
     weights[1, 0] = 1
     laid = panels.overlay(image, weights)
-    assert len({tuple(p) for p in laid[:4].reshape(-1, 3)}) == 1  # the upper half is all alike: pale grey
-    assert tuple(laid[0, 0]) == (160, 160, 160)  # half of 100 and half of 220
+    assert len({tuple(p) for p in laid[:4].reshape(-1, 3)}) == 1  # the upper half is all alike: the image, darkened
+    assert tuple(laid[0, 0]) == (30, 30, 30)  # 30 % of 100
     assert (laid[4:, :4].astype(int) - laid[0, 0]).min(-1).max() != 0
     assert (laid[4:, 4:] == laid[0, 0]).all()
+
+
+def test_the_key_of_an_overlay_has_the_colours_of_the_overlay(pipe):
+    """A cell's weight, read off the key by its nearest colour, is right to 5 % of the scale on average."""
+    picture = panels.to_rgb(pipe(PROMPT, steps=4, progress=False).images[0])
+    shares = np.linspace(0, 1, 64).reshape(8, 8)
+    laid = panels.overlay(picture, shares, 1.0)
+    cells = laid.reshape(8, laid.shape[0] // 8, 8, -1, 3).mean((1, 3))
+    key = np.array(
+        [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in Pixels("t", laid, key=("0", "1")).message()["colours"]],
+        float,
+    )
+    fine = np.array([np.interp(np.linspace(0, 8, 161), range(9), channel) for channel in key.T]).T
+    read = np.linalg.norm(cells[:, :, None] - fine, axis=-1).argmin(-1) / 160
+    assert np.abs(read - shares).max() < 0.15 and np.abs(read - shares).mean() < 0.05
+
+
+def test_a_table_keeps_its_numbers_for_the_pointer():
+    x = np.array([[0.0, 1.0], [2.0, 100.0]])
+    shown = Pixels("t", panels.upscale(panels.sequential(x), 64), unit="share").message()
+    assert np.frombuffer(shown["values"], "<f4").reshape(shown["table"]).tolist() == x.tolist()
+    assert Pixels("t", np.zeros((4, 4, 3), np.uint8)).message()["values"] is None
+    large = Pixels("t", panels.diverging(np.zeros((1000, 3)))).message()
+    assert large["table"][0] <= panels.MAX_SIDE and large["table"][1] == 3
+
+
+def test_one_large_row_does_not_flatten_the_others():
+    x = np.array([[1.0, 2.0], [100.0, 200.0]])
+    light = {scale: panels.sequential(x, scale=scale).astype(int).sum(-1) for scale in panels.SCALES}
+    assert light["linear"][0].max() < 0.1 * light["linear"].max()
+    assert light["log"][0].min() > 0.2 * light["log"].max()
+    assert (light["row"][0] == light["row"][1]).all()
+    assert "own colour scale" in Pixels("t", panels.sequential(x, scale="row")).message()["note"]
+    with pytest.raises(InstrumentError, match="scale must be one of linear, log, row"):
+        panels.sequential(x, scale="square")
 
 
 # ---------------------------------------------------------------- each explorer against another way
@@ -445,7 +480,7 @@ def test_suggestions_are_checked_when_the_explorer_is_made():
         ({"tries": [Try("x", speed=1)]}, "this explorer has step, word, cell, but no 'speed'."),
         ({"tries": [Try("x", step="third")]}, "step must be one of 2 options (first, second), not 'third'."),
         ({"tries": [Try("x", cell=(10, 0))]}, "cell must be an index into 10 x 10, counted from 0, not (10, 0)."),
-        ({"play": "speed"}, "play must be the name of a control (step, word), not 'speed'."),
+        ({"play": "speed"}, "play must be the name of a control or of a pair (step, word, cell), not 'speed'."),
     ]:
         with pytest.raises(InstrumentError, match=re.escape(says)):
             Explorer("Q?", controls, drawing, {"cell": (0, 0)}, **wrong)
@@ -495,7 +530,7 @@ def test_panels_are_few_bytes_and_plain(attention):
     for shown in attention.view["panels"]:
         assert len(shown["data"]) == shown["width"] * shown["height"] * 3 <= 256 * 256 * 3
     lines = Lines("l", [1.0, 0.0], {"a": [1 / 3, 2.0]}, mark=0.5).message()
-    assert lines["series"] == [{"name": "a", "y": [0.3333, 2.0]}]
+    assert lines["series"] == [{"name": "a", "y": [0.3333, 2.0], "unit": ""}]
     points = Points("p", np.array([[1.0, 2.0]]), np.zeros((1, 2)), [0], ["g"], (1.0, 1.0)).message()
     assert points["xy"] == [1.0, 2.0]
 

@@ -81,7 +81,7 @@ def test_every_control_and_panel_responds_to_the_keyboard(run, name):
     tab = run(BEGIN, MADE[name], name=name)
     tab.locator(".fluxedu").wait_for()
     views = [content(tab)]
-    movable = "input, select, canvas[tabindex='0'], .drawing[tabindex='0'], g[tabindex='0']"
+    movable = "input, select, [data-pointer]:not([data-pointer='']), g[tabindex='0']"
     parts = tab.locator(".fluxedu").locator(movable)
     for i in reversed(range(parts.count())):
         views.append(moved(tab, parts.nth(i)))
@@ -92,7 +92,7 @@ def test_every_control_and_panel_responds_to_the_keyboard(run, name):
 def test_quick_keys_all_count(run):
     """A key that is held down repeats every 30 ms, faster than a kernel may answer."""
     tab = run(BEGIN, MADE["latents"], name="quick")
-    canvas = tab.locator(".fluxedu canvas[tabindex='0']")
+    canvas = tab.locator(".fluxedu canvas[data-pointer='cell']")
     canvas.wait_for()
     canvas.focus()
     for key in ["ArrowLeft"] * 8:
@@ -112,7 +112,7 @@ def test_quick_keys_all_count(run):
 
 def test_a_click_pins_the_pointer(run):
     tab = run(BEGIN, MADE["latents"], name="hold")
-    canvas = tab.locator(".fluxedu canvas[tabindex='0']")
+    canvas = tab.locator(".fluxedu canvas[data-pointer='cell']")
     canvas.wait_for()
     box = canvas.bounding_box()
     to = lambda x, y: tab.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])  # noqa: E731

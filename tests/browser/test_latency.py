@@ -14,15 +14,15 @@ MOVES = 50
 #: how it is made, what is moved
 MOVED = {
     "architecture": ("widgets.architecture(pipe, prompt, progress=False)", "g[tabindex='0']"),
-    "attention": ("widgets.attention(pipe, prompt, progress=False)", "canvas[tabindex='0']"),
-    "grid": ("widgets.grid(pipe, prompt, progress=False)", "canvas[tabindex='0']"),
-    "heads": ("widgets.heads(pipe, prompt, steps=2)", "canvas[tabindex='0']"),
-    "latents": ("widgets.latents(pipe, prompt, progress=False)", "canvas[tabindex='0']"),
-    "modulation": ("widgets.modulation(pipe, prompt)", "canvas[tabindex='0']"),
+    "attention": ("widgets.attention(pipe, prompt, progress=False)", "canvas:not([data-pointer=''])"),
+    "grid": ("widgets.grid(pipe, prompt, progress=False)", "canvas:not([data-pointer=''])"),
+    "heads": ("widgets.heads(pipe, prompt, steps=2)", "canvas:not([data-pointer=''])"),
+    "latents": ("widgets.latents(pipe, prompt, progress=False)", "canvas:not([data-pointer=''])"),
+    "modulation": ("widgets.modulation(pipe, prompt)", "canvas:not([data-pointer=''])"),
     "trajectory": ("widgets.trajectory(pipe, prompt, progress=False)", "input"),
     "velocity": (
         "widgets.velocity(pipe, [prompt, 'a letter K'], seeds=5, steps=6, progress=False)",
-        ".drawing[tabindex='0']",
+        ".drawing:not([data-pointer=''])",
     ),
 }
 
