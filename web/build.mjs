@@ -6,6 +6,7 @@
 //
 // A bundle whose source does not exist is left out.
 import { build } from "esbuild";
+import { formulas } from "./formulas.mjs";
 import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { dirname, join, relative } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -16,9 +17,12 @@ const WIDGETS = "../fluxedu/widgets/static", PLAY = "../fluxedu/play/static";
 
 // source -> bundle: modules and style sheets are bundled and minified, pages copied, the WASM binary compressed
 const BUNDLES = [
+  ["../fluxedu/instruments/boxes.json", "../fluxedu/instruments/formulas.json"], // the formulas of the map as MathML
+  ["src/map_page.js", "../fluxedu/map.js"], // the map for one file without a server: fluxedu trace, documentation
+  ["src/map.css", "../fluxedu/map.css"],
   ["src/explorer.js", `${WIDGETS}/explorer.js`],
   ["src/explorer.css", `${WIDGETS}/explorer.css`],
-  ["src/page/index.js", `${PLAY}/page.js`],
+  ["src/page/main.js", `${PLAY}/page.js`],
   ["src/page/page.css", `${PLAY}/page.css`],
   ["src/page/index.html", `${PLAY}/index.html`],
   ["src/engine/index.js", `${PLAY}/engine.js`], // for a page that has no bundle of its own
@@ -30,6 +34,7 @@ const BUNDLES = [
 async function contents(source) {
   const path = join(web, source);
   if (source.endsWith(".wasm")) return gzipSync(readFileSync(path), { level: 9 });
+  if (source.endsWith("boxes.json")) return Buffer.from(formulas(path));
   if (source.endsWith(".html")) return readFileSync(path);
   const result = await build({
     entryPoints: [path], bundle: true, write: false, minify: true, format: "esm", target: "es2022", charset: "utf8",
