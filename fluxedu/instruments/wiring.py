@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import json
 import linecache
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from importlib import import_module
-from inspect import getsourcelines
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +83,13 @@ def _line(source: str) -> str:
 
 @cache
 def _place(name: str) -> str:
-    """``module:Class.method`` of fluxedu as ``file:line``."""
+    """``models.flux:Flux.plan`` as ``models/flux.py:127``, where it is defined."""
     module, _, inside = name.partition(":")
-    target = import_module(f"fluxedu.{module}")
+    file = f"{module.replace('.', '/')}.py"
+    lines, at = linecache.getlines(str(HERE.parent / file)), 0
     for part in inside.split("."):
-        target = getattr(target, part)
-    lines, first = getsourcelines(target)
-    first += next(i for i, line in enumerate(lines) if line.lstrip().startswith(("def ", "class ")))
-    return f"{module.replace('.', '/')}.py:{first}"
+        at = next(i for i in range(at, len(lines)) if re.match(rf"\s*(class|def) {part}\b", lines[i]))
+    return f"{file}:{at + 1}"
 
 
 class _Maker:
@@ -191,6 +189,7 @@ class _Maker:
             kind = "text" if s == "txt" else "image"
             for layer in ("attn", "mlp"):
                 pluses.append(make(f"plus.{layer}", kind, f"{s}.plus.{layer}", at=f"{b}_{layer}_contribution"))
+            flow += [[b, "{b}.x"], [f"{b}_out", "{b}.out"]]
         joint = [["{b}.attn.rope", "{b}.attn.q"], ["{b}.attn.rope", "{b}.attn.k"], ["{b}.attn.q", "{b}.attn.scores"]]
         joint += [["{b}.attn.k", "{b}.attn.scores"], ["{b}.attn.scores", "{b}.attn.map"], ["{b}.attn.map", "{b}.heads"]]
         beside = lambda *row: [_space(0.7), *row, _space(0.7)]  # noqa: E731 - room for the arrows of the values

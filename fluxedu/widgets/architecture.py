@@ -1,12 +1,15 @@
-"""The diagram of the model: every part, the sites of each, and the values that passed through them during a run."""
+"""The map of the model, whose boxes open, with the values that passed through them during a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from textwrap import fill
 from typing import Any
 
-import numpy as np
 import torch
+from matplotlib.axes import Axes
 
 from fluxedu.errors import InstrumentError
 from fluxedu.instruments import recorder
@@ -16,23 +19,26 @@ from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import MapView, Value, to_named
-from fluxedu.plots import PART_COLOURS
+from fluxedu.instruments.wiring import boxes, wiring
+from fluxedu.plots import DIVERGING, PART_COLOURS, SEQUENTIAL, hide_axes
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.solvers import from_strength
 from fluxedu.sampling.step_context import Steps
-from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Explorer, View, check_request, explorer, time_slider
-from fluxedu.widgets.panels import Boxes, Pixels, diverging, resize_table, sequential
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Explorer, Try, View, check_request, explorer, time_slider
+from fluxedu.widgets.panels import Boxes, Panel, Pixels, diverging, sequential, to_rgb
 
 ROWS, COLUMNS, TILES = 256, 640, 16  # the largest table kept of one value
-GREY = "#888888"  # sites that the run did not pass through
+NO_VALUE = "This run has no value here."
 
-# ---------------------------------------------------------------- the diagram
+# ---------------------------------------------------------------- the diagram of the static figure
 
 Box = tuple[str, float, float, float, float, str]  # label, x, y, width, height, colour
 Arrow = tuple[float, ...]  # x, y, x, y, ...: a line through these points with its head at the last one
 
 BOX_WIDTH, BOX_HEIGHT, GAP, WIDTH, MARGIN = 104.0, 24.0, 22.0, 476.0, 14.0
 BLOCKS_PER_ROW = 19
+SHORT = {"t5": "T5", "clip": "CLIP", "encoder": "Encoder", "in": "Image and text input", "vec": "Modulation"}
+SHORT |= {"final": "Last layer", "image": "Decoder"}
 
 
 def diagram(model_parts: Sequence[Part]) -> tuple[list[Box], list[Arrow], tuple[float, float]]:
@@ -45,7 +51,7 @@ def diagram(model_parts: Sequence[Part]) -> tuple[list[Box], list[Arrow], tuple[
     boxes = []
     for part in model_parts:
         x, y, w = rects[part.name]
-        short = part.title.removeprefix("Autoencoder: ").replace("-stream block", "").replace(" text encoder", "")
+        short = SHORT.get(part.name) or part.title.replace("-stream block", "")
         label = short if w > 40 else part.name.split(".")[1]
         boxes.append((label, x + 1, y, w, BOX_HEIGHT, PART_COLOURS[part.kind]))
     blocks = [part.name for part in model_parts if "." in part.name]
@@ -133,61 +139,72 @@ def at_time(value: Named, time: float) -> Named | None:
     return value.at(step=steps[0]) if steps else None
 
 
-def architecture_view(
-    model_parts: Sequence[Part],
-    sites_of: Mapping[str, Sequence[Site]],
-    tables: Mapping[str, Named],
-    summaries: Mapping[str, Named],
-    time: float,
-    part: int,
-    site: int,
-) -> View:
-    """The diagram, the sites of one part, and the value of one site at ``time``.
-
-    ``sites_of``: part -> its sites · ``tables``, ``summaries``: site -> :func:`as_table` and the four numbers of
-    ``reduce="summary"``, with an axis ``step``, labelled by time, if there are several.
+@dataclass
+class MapPanel(Panel):
+    """The map of the model, with the value of one box. ``ids``: of all boxes, of which ``mark`` is the chosen one ·
+    ``step``: index of the time · ``value``: what the box shows, or None · ``text``: a sentence about it · ``parts``: of
+    the model, for the static figure.
     """
-    chosen_part = model_parts[part]
-    here = sites_of[chosen_part.name]
-    chosen = here[min(site, len(here) - 1)]
-    boxes, arrows, size = diagram(model_parts)
-    site_boxes = []
-    for i, s in enumerate(here):
-        colour = PART_COLOURS[chosen_part.kind] if s.name in tables else GREY
-        label = s.name.removeprefix(f"{chosen_part.name}.")
-        site_boxes.append((label, 2 + i % 3 * 150, 4 + i // 3 * 22, 146, 18, colour))
-    height = 8 + 22 * -(-len(here) // 3)
-    title = f"{chosen_part.title}: {len(here)} sites"
-    panels = [
-        Boxes("The model: choose a part", boxes, arrows, size, part, pointer="part"),
-        Boxes(title, site_boxes, [], (454, height), here.index(chosen), pointer="site"),
-        _value_panel(chosen, tables.get(chosen.name), time),
-    ]
-    return View(panels, f"{chosen_part.text} · {_describe_site(chosen, summaries.get(chosen.name), time)}")
+
+    ids: Sequence[str]
+    mark: int
+    step: int
+    value: Pixels | None
+    text: str
+    parts: Sequence[Part]
+    kind = "map"
+
+    @property
+    def extent(self) -> int:
+        return len(self.ids)
+
+    def message(self) -> dict[str, Any]:
+        """As of every panel; the ids and the wiring do not change, so they are part of the explorer's ``data``."""
+        message = {"kind": self.kind, "title": self.title, "pointer": self.pointer, "mark": self.mark}
+        return message | {
+            "step": self.step,
+            "text": self.text,
+            "value": None if self.value is None else self.value.message(),
+        }
+
+    def paint(self, ax: Axes) -> None:
+        hide_axes(ax)
+        boxes, arrows, size = diagram(self.parts)
+        chosen = [i for i, part in enumerate(self.parts) if part.has(self.ids[self.mark])]
+        Boxes("", boxes, arrows, size, chosen[0] if chosen else -1).paint(ax.inset_axes((0.0, 0.0, 0.54, 0.98)))
+        if self.value is not None:
+            side = ax.inset_axes((0.62, 0.12, 0.36, 0.76))
+            self.value.paint(side)
+            side.set_title(fill(self.value.title, 40), fontsize=9)
 
 
-def _value_panel(site: Site, table: Named | None, time: float) -> Pixels:
+def value_panel(site: Site, table: Named | None, time: float) -> Pixels | None:
+    """The value of a site at ``time``; None if the run has none there."""
     x = None if table is None else at_time(table, time)
     if x is None:
-        when = "in this run" if table is None else "at this time"
-        return Pixels(f"{site.name}: no value of the prompted pass {when}", np.full((64, 128, 3), 235, np.uint8))
+        return None
     vmax = float(table.tensor.abs().max())  # one scale for all times
     title = f"{site.name}: rows are {x.axes[0]}, columns are {x.axes[1]}"
-    if float(table.tensor.min()) >= 0:
-        return Pixels(title, resize_table(sequential(x.tensor, vmax), 256, 640), key=("0", f"{vmax:.3g}"))
-    image = resize_table(diverging(x.tensor, vmax), 256, 640)
-    return Pixels(title, image, key=(f"{-vmax:.3g}", f"{vmax:.3g}"), colours="RdBu_r")
+    is_positive = float(table.tensor.min()) >= 0
+    image = sequential(x.tensor, vmax) if is_positive else diverging(x.tensor, vmax)
+    values = image.values
+    if "row" not in site.axes:  # a vector is drawn as a strip; what has rows and columns of cells keeps its shape
+        image = image.repeat(max(1, image.shape[1] // (8 * image.shape[0])), 0)
+    key = ("0" if is_positive else f"{-vmax:.3g}", f"{vmax:.3g}")
+    return Pixels(title, image, key=key, colours=SEQUENTIAL if is_positive else DIVERGING, values=values)
 
 
 def _describe_site(site: Site, summary: Named | None, time: float) -> str:
     text = f"{site.name} [{', '.join(map(str, site.shape))}]: {site.meaning} ({site.source})."
     numbers = None if summary is None else at_time(summary, time)
-    if numbers is None:
-        return text
+    return f"{text} {_describe_numbers(site.name, numbers)}" if numbers is not None else f"{text} {NO_VALUE}"
+
+
+def _describe_numbers(name: str, numbers: Named) -> str:
     mean, std, low, high = numbers.tensor.tolist()
-    if site.name.endswith(".map"):  # the summary of a map is of its sums over queries
-        return f"{text} Here a token receives {low:.3g} to {high:.3g} times an equal share of attention."
-    return f"{text} Here: mean {mean:.3g}, standard deviation {std:.3g}, from {low:.3g} to {high:.3g}."
+    if name.endswith(".map"):  # the summary of a map is of its sums over queries
+        return f"Here a token receives {low:.3g} to {high:.3g} times an equal share of attention."
+    return f"Here: mean {mean:.3g}, standard deviation {std:.3g}, from {low:.3g} to {high:.3g}."
 
 
 # ---------------------------------------------------------------- the explorer
@@ -212,30 +229,86 @@ def _steps_within_budget(pipe: FluxPipeline) -> int:
     return max(1, min(6, affordable // max(len(tables) - outside, 1)))
 
 
+class Architecture(Explorer):
+    """The explorer of the map; in :meth:`set`, a box is named by its site: ``set(box="single.0.attn.map")``."""
+
+    def _state_of(self, moves: Mapping[str, Any]) -> dict[str, int | tuple[int, ...]]:
+        if isinstance(name := moves.get("box"), str):
+            ids = self.data["ids"]
+            if name not in ids:
+                near = get_close_matches(name, ids, 3, 0.4)
+                advice = f" Similar names: {', '.join(near)}." if near else ""
+                raise InstrumentError(f"box must be the name of a site or of a box of the map, not {name!r}.{advice}")
+            moves = {**moves, "box": ids.index(name)}
+        return super()._state_of(moves)
+
+
 @explorer(example=lambda pipe: architecture(pipe, EXAMPLE_PROMPT, steps=3, progress=False))
 def architecture(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None, **request) -> Explorer:
-    """Every site of the model on its diagram, with the values that passed through it while ``prompt`` was drawn.
+    """The map of the model: every box opens down to its formulas, with the values computed while drawing ``prompt``.
 
     at_steps: steps to record; by default six, or as many as the recorder's budget allows (one for FLUX.1-dev at
     1024 x 1024) · ``request``: as for the pipeline. With classifier-free guidance, the prompted pass is shown. Colours
-    have one scale over all recorded steps.
+    have one scale over all recorded steps. ``explorer.set(box="single.0.attn.map")`` chooses a box.
     """
     if at_steps is None:
         at_steps = _some_steps(pipe, check_request(request), _steps_within_budget(pipe))
     with record(*EVERYTHING, steps=at_steps, reduce="summary", passes="prompted") as summary_recorder:
-        _, table_recorder = run_recorded(pipe, prompt, *EVERYTHING, options=request, steps=at_steps, reduce=as_table)
+        out, table_recorder = run_recorded(pipe, prompt, *EVERYTHING, options=request, steps=at_steps, reduce=as_table)
     tables = {name: table_recorder[name] for name in table_recorder}
     summaries = {name: summary_recorder[name] for name in summary_recorder}
     if "sample.x" not in tables:
         raise InstrumentError("the run has no such step, so there is nothing to show.")
-    model_parts, every = parts(pipe), sites(pipe)
-    sites_of = {part.name: [s for s in every if part.has(s.name)] for part in model_parts}
+    model, every = wiring(pipe), {site.name: site for site in sites(pipe)}
+    found, model_parts = list(boxes(model)), parts(pipe)
+    ids = [box["id"] for box in found]
+    shown = [box["site"] or box.get("shows") for box in found]
     times = tables["sample.x"].coords["step"]
+    picture = to_rgb(out.images[0])
 
-    def draw(step: int, part: int, site: int) -> View:
-        return architecture_view(model_parts, sites_of, tables, summaries, times[step], part, site)
+    def value(name: str | None, time: float) -> Pixels | None:
+        if name in ("sample.image", "ae.decoder.image"):
+            return Pixels("The image", picture)
+        return None if name is None else value_panel(every[name], tables.get(name), time)
 
-    part = [part.name for part in model_parts].index("single.0")
-    site = [s.name for s in sites_of["single.0"]].index("single.0.attn.map")
-    title, pointers = "What does each part of the model compute?", {"part": part, "site": site}
-    return Explorer(title, [time_slider(times, len(times) // 2)], draw, pointers, widths=[4.6, 4.4, 3.2])
+    def draw(step: int, box: int) -> View:
+        site, time = every.get(shown[box]), times[step]
+        text = found[box]["text"]
+        if site is not None:
+            text = _describe_site(site, summaries.get(site.name), time)
+        chosen = value(shown[box], time)
+        panel = MapPanel("", ids, box, step, chosen, text, model_parts, pointer="box")
+        return View([panel], text)
+
+    pictures = {box["id"]: box["site"] or box["shows"] for box in found if box.get("picture")}
+    data = {
+        "wiring": model,
+        "ids": ids,
+        "pictures": {name: _messages([value(name, t) for t in times]) for name in pictures.values()},
+        "numbers": {name: _sentences(name, summary, times) for name, summary in summaries.items()},
+    }
+    return Architecture(
+        "What does each part of the model compute?",
+        [time_slider(times, len(times) // 2)],
+        draw,
+        {"box": ids.index("sample.image")},
+        widths=[9.6],
+        instruction="Click a box to open it and to see its value. Drag or use the arrow keys to look around.",
+        tries=[
+            Try("Where do text and image meet?", box=ids.index("double.0")),
+            Try("What does one attention map look like?", box=ids.index("single.0.attn.map")),
+            Try("What does the modulation do?", box=ids.index("double.0.img_mod")),
+        ],
+        play="step",
+        data=data,
+    )
+
+
+def _messages(panels: Sequence[Pixels | None]) -> list[dict[str, Any] | None]:
+    return [None if panel is None else panel.message() for panel in panels]
+
+
+def _sentences(name: str, summary: Named, times: Sequence[float]) -> list[str]:
+    """What hovering over a box says, per time."""
+    found = [at_time(summary, time) for time in times]
+    return ["" if numbers is None else _describe_numbers(name, numbers).removeprefix("Here: ") for numbers in found]

@@ -167,7 +167,7 @@ function narrow(wiring, width) {
   ];
   const [solver, latent] = [R("solver"), R("sample.x")], edge = width - 5;
   over.push({ d: `M${solver.x + solver.w} ${centre(solver)[1]}H${edge - 6}Q${edge} ${centre(solver)[1]} ${edge} ${centre(solver)[1] - 6}V${centre(latent)[1] + 6}Q${edge} ${centre(latent)[1]} ${edge - 6} ${centre(latent)[1]}H${latent.x + latent.w + 1}`, kind: "image", dashed: true, ends: ["solver", "sample.x"] });
-  return { width, height: y + 2 * (74 + gap) - gap + 6, rects, under, over, labels };
+  return { width, height: y + 2 * (74 + gap) - gap + 6, rects, under, over, labels, stacked: true };
 }
 
 /** The wiring inside a box, from top to bottom; residual streams run down the sides. */
@@ -267,6 +267,7 @@ const sameSide = (t, r, width, sides) => sides < 2 || t.x + t.w / 2 < width / 2 
 /** Paints what `values` returned into `host`: pixels (RGB bytes, ImageData or a canvas), lines, or text. */
 export function paintValue(host, value) {
   if (!value) return host.replaceChildren();
+  if (value.kind === "element") return host.replaceChildren(value.el);
   if (value.kind === "text") return host.replaceChildren(html("p", { className: "map-words", textContent: value.text }));
   if (value.kind === "lines") return host.replaceChildren(curves(value));
   const canvas = toCanvas(value), figure = html("div", { className: "map-pixels" }, canvas);
@@ -331,9 +332,9 @@ function curves({ x, series, mark, colours = LINE_COLOURS, x_label = "", title }
 /**
  * Draws the map into `element`.
  *
- * wiring: see fluxedu/instruments/wiring.py · values(site, step): a promise of what paintValue takes, or null · times: of
+ * wiring: see fluxedu/instruments/wiring.py · values(site, step, isChosen): a promise of what paintValue takes, or null · times: of
  * the steps; shows a time slider · onSelect(box), onStep(step), onOpen(id or null) · link(source): a URL for
- * "models/blocks.py:78", or null · hint: the line shown before anything is chosen.
+ * "models/blocks.py:78", or null · hoverText(site, step): a sentence · hint: the line shown before anything is chosen.
  */
 export function createMap(element, options) {
   const { wiring, values = null, times = null, onSelect, onStep, onOpen, link = () => null } = options;
@@ -414,11 +415,11 @@ export function createMap(element, options) {
     const defs = svg("defs");
     for (const kind of ["text", "time", "flow", "image"]) {
       const id = `${prefix}-${view === top ? "a" : "b"}-${kind}`;
-      defs.append(svg("marker", { id, viewBox: "0 0 8 8", markerWidth: 7, markerHeight: 7, refX: 7, refY: 4, orient: "auto", markerUnits: "userSpaceOnUse" }, svg("path", { d: "M0 0.5L8 4L0 7.5Z", class: `tip ${kind}` })));
+      defs.append(svg("marker", { id, viewBox: "0 0 8 8", markerWidth: 7, markerHeight: 7, refX: 7, refY: 4, orient: "auto", markerUnits: "userSpaceOnUse" }, svg("path", { d: "M0 0.5L8 4L0 7.5Z", class: `tip k-${kind}` })));
     }
     const head = (kind) => `url(#${prefix}-${view === top ? "a" : "b"}-${kind})`;
-    const bands = layout.under.map(({ d, kind, w, head: ends, thin }) => svg("path", { d, class: `band ${kind}${ends || thin ? " line" : ""}`, "stroke-width": w, ...(ends ? { "marker-end": head(kind) } : {}) }));
-    view.arrows = layout.over.map((arrow) => ({ ...arrow, el: svg("path", { d: arrow.d, class: `arrow ${arrow.kind}${arrow.dashed ? " dashed" : ""}`, "marker-end": head(arrow.kind) }) }));
+    const bands = layout.under.map(({ d, kind, w, head: ends, thin }) => svg("path", { d, class: `band k-${kind}${ends || thin ? " line" : ""}`, "stroke-width": w, ...(ends ? { "marker-end": head(kind) } : {}) }));
+    view.arrows = layout.over.map((arrow) => ({ ...arrow, el: svg("path", { d: arrow.d, class: `arrow k-${arrow.kind}${arrow.dashed ? " dashed" : ""}`, "marker-end": head(arrow.kind) }) }));
     const labels = layout.labels.map(({ text, x, y, strong }) => words(text, x, y, strong ? "label strong" : "label"));
     const ordered = [...layout.rects.entries()].sort(([, a], [, b]) => (b.frame ? 1 : 0) - (a.frame ? 1 : 0));
     const frames = ordered.filter(([, r]) => r.frame).map(([id, r]) => shape(view, id, r));
@@ -445,7 +446,7 @@ export function createMap(element, options) {
   }
 
   function shape(view, id, r) {
-    const { box } = r, classes = `box ${box.kind}${r.tile ? " tile" : ""}${r.frame ? " frame" : ""}${r.plus ? " plus" : ""}`;
+    const { box } = r, classes = `box k-${box.kind}${r.tile ? " tile" : ""}${r.frame ? " frame" : ""}${r.plus ? " plus" : ""}`;
     const name = box.title + (box.inside ? ", opens" : "");
     const g = svg("g", { class: classes, role: "button", "aria-label": name, "data-id": id });
     if (box.inside) g.setAttribute("aria-expanded", "false");
@@ -550,16 +551,16 @@ export function createMap(element, options) {
     wedge();
   }
 
-  const innerWidth = () => Math.floor(Math.min(width >= 820 ? width - 356 : width, 900));
+  const innerWidth = () => Math.floor(Math.min(width >= 820 ? width - 372 : width, 900));
 
   /** Two lines that lead from the open box in the overview to its wiring. */
   function wedge() {
     top.sheet.querySelector(".wedge")?.remove();
     const shown = openId && pathTo(openId).findLast((id) => top.layout?.rects.has(id));
-    if (!shown || !top.layout) return;
+    if (!shown || !top.layout || top.layout.stacked) return;
     const r = top.layout.rects.get(shown), { height } = top.layout, end = innerWidth();
     const d = `M${r.x} ${r.y + r.h}L0 ${height}H${end}L${r.x + r.w} ${r.y + r.h}Z`;
-    top.sheet.insertBefore(svg("path", { d, class: `wedge ${r.box.kind}`, "aria-hidden": "true" }), top.sheet.firstChild);
+    top.sheet.insertBefore(svg("path", { d, class: `wedge k-${r.box.kind}`, "aria-hidden": "true" }), top.sheet.firstChild);
   }
 
   function showCrumbs() {
@@ -618,7 +619,7 @@ export function createMap(element, options) {
     const value = html("div", { className: "map-value" });
     const shut = html("button", { type: "button", className: "map-shut", textContent: "×", title: "Close", onclick: () => (selected = null, marks(), showPanel()) });
     shut.setAttribute("aria-label", "Close the description");
-    panel.className = `map-panel ${box.kind}`;
+    panel.className = `map-panel k-${box.kind}`;
     panel.replaceChildren(shut, html("h3", { textContent: box.title }), html("p", { textContent: box.text }), formula, value, facts);
     showValue(box, value);
   }
@@ -626,7 +627,7 @@ export function createMap(element, options) {
   async function showValue(box, host) {
     const site = siteOf(box), ticket = ++asked;
     if (!site || !values) return;
-    const value = await values(site, step);
+    const value = await values(site, step, true);
     if (ticket === asked && host.isConnected) paintValue(host, value ?? { kind: "text", text: "This run has no value here." });
   }
 
@@ -635,12 +636,13 @@ export function createMap(element, options) {
     hovered = id;
     tip.hidden = true;
     if (!id || e.pointerType === "touch") return;
-    const site = siteOf(box), value = site && values && !options.slowValues ? await values(site, step) : null;
+    const site = siteOf(box), value = site && values ? await values(site, step) : null;
     if (hovered !== id) return;
     const host = html("div", { className: "map-tip-value" });
     if (value && value.kind === "pixels") paintValue(host, { ...value, title: null, key: null, text: null });
     tip.replaceChildren(html("strong", { textContent: box.title }), html("span", { textContent: shapeText(box) }), host);
-    if (value?.text) tip.append(html("span", { textContent: value.text }));
+    const more = value?.text || (site && options.hoverText?.(site, step));
+    if (more) tip.append(html("span", { textContent: more }));
     tip.hidden = false;
     const r = g.getBoundingClientRect(), home = root.getBoundingClientRect();
     const x = clamp(r.left - home.left + r.width / 2 - tip.offsetWidth / 2, 0, Math.max(0, home.width - tip.offsetWidth));
@@ -791,5 +793,7 @@ export function createMap(element, options) {
 
   const ids = wiring.boxes.flatMap((box) => (["double", "single"].includes(box.id) ? blocksOf(box).map((b) => b.id) : [box.id]));
   const destroy = () => (watcher.disconnect(), clearInterval(playing), root.remove());
-  return { setStep, refresh, open, close, select, highlight, pulse, destroy, ids, root };
+  /** Selects a box and opens what it is in, so that it can be seen. */
+  const show = (id) => (top.groups.has(id) && !boxes.get(id).box.inside ? ((openId = null), showDetail(), select(id)) : open(id));
+  return { setStep, refresh, open, close, select, show, selected: () => selected, step: () => step, highlight, pulse, destroy, ids, root };
 }

@@ -2,6 +2,7 @@
 // { el, paint(panel, pointer) }. A panel with a pointer is also a control: pointing at it moves the state.
 import { ticks } from "d3-array";
 import { arrow, attributes, clamp, format, html, svg, textWidth, words } from "./dom.js";
+import { map } from "./map_panel.js";
 
 const TALLEST = 440; // px
 const LINE = 14; // px from one line of small text to the next
@@ -516,4 +517,4 @@ function boxes(first, { move, id, tip }) {
   return { el, paint };
 }
 
-export const PANELS = { pixels, lines, points, boxes };
+export const PANELS = { pixels, lines, points, boxes, map };

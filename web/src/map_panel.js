@@ -1,0 +1,57 @@
+// The map of the model as the panel of an explorer: the kernel computes the value of the chosen box.
+import { html } from "./dom.js";
+import { createMap } from "./map.js";
+import { PANELS } from "./panels.js";
+
+/** `context`: as of every panel. data: { wiring, ids, pictures: site -> a message per step, numbers: site -> a sentence per step }. */
+export function map(first, context) {
+  const { data, move } = context, el = html("div", { className: "map" });
+  let now = first, shown = null, isMoved = false, painter = null;
+  const waiting = []; // who waits for the value of the chosen box
+
+  /** The value as one of the explorer's own panels, with its values at the pointer. */
+  const painted = ({ value, text }) => {
+    if (!value) return { kind: "text", text: "This run has no value here." };
+    painter?.destroy?.();
+    painter = PANELS[value.kind](value, context);
+    painter.paint(value, null);
+    requestAnimationFrame(() => painter.paint(value, null)); // once its width is known
+    return { kind: "element", el: html("div", {}, html("p", { className: "map-axes", textContent: value.title }), painter.el) };
+  };
+  const values = (site, step, isChosen) => {
+    if (!isChosen) {
+      const picture = data.pictures[site]?.[step] ?? null;
+      return Promise.resolve(picture && { ...picture, text: null });
+    }
+    return new Promise((resolve) => {
+      waiting.push(resolve);
+      answer();
+    });
+  };
+  /** Gives the value to those who wait for it, if the kernel has sent that of the box chosen now. */
+  const answer = () => {
+    if (shown && waiting.length && data.ids[now.mark] === shown.selected() && now.step === shown.step()) {
+      const value = painted(now);
+      for (const resolve of waiting.splice(0)) resolve(value);
+    }
+  };
+
+  shown = createMap(el, {
+    wiring: data.wiring, values, step: first.step, hint: "",
+    hoverText: (site, step) => data.numbers[site]?.[step] ?? "",
+    onSelect: (box) => {
+      const index = data.ids.indexOf(box.id);
+      if (index >= 0 && index !== now.mark) isMoved = true, move({ [now.pointer]: index });
+    },
+  });
+  const paint = (next, pointer) => {
+    const isNew = next.mark !== now.mark || next === first;
+    now = next;
+    shown.setStep(next.step);
+    const id = data.ids[pointer ?? next.mark];
+    if (isNew && !isMoved && id !== shown.selected()) shown.show(id);
+    isMoved = false;
+    answer();
+  };
+  return { el, paint, destroy: shown.destroy };
+}
