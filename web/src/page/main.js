@@ -1,0 +1,257 @@
+// The page: opens the engine, draws, and gives every part of the page the values of the chosen step.
+import { Engine } from "../engine/index.js";
+import { createMap } from "../map.js";
+import { createAttention } from "./attention.js";
+import { createChange } from "./change.js";
+import { createFilm } from "./film.js";
+import { createGlossary } from "./glossary.js";
+import { preview } from "./paint.js";
+import { createPrompt, randomPrompt } from "./prompt.js";
+import { createQuestions } from "./questions.js";
+import { DEFAULTS, createStore, parse } from "./store.js";
+import { createTour } from "./tour.js";
+import { valueFor } from "./values.js";
+import WIRING from "../wiring.json";
+
+const $ = (selector) => document.querySelector(selector);
+const REQUEST = ["prompt", "negative", "seed", "steps", "guidance", "shape"];
+const RUNS = 8; // that are kept
+const isSite = location.pathname.includes("/play/"); // beside the documentation, or served alone
+const say = (text) => { $("#said").textContent = text; };
+
+const store = createStore(parse(location.hash));
+createGlossary();
+const tour = createTour(store);
+createQuestions((step) => tour.open(step));
+let engine, film, prompt, attention, change, map, run = null, abort = null;
+const runs = new Map(); // request as JSON -> run
+
+for (const link of document.querySelectorAll("[data-docs]")) link.hidden = !isSite;
+$("#docs-hint").hidden = isSite;
+
+// ---- light and dark
+$("#theme").addEventListener("click", () => {
+  const root = document.documentElement;
+  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = dark ? "light" : "dark";
+  try { localStorage.setItem("fluxedu-theme", root.dataset.theme); } catch { /* private windows forget it */ }
+});
+$("#share").addEventListener("click", async () => {
+  const address = store.address();
+  try { await navigator.clipboard.writeText(address); say("The link to this view is copied."); toast("Link copied"); }
+  catch { toast("Copy the address of this page: it contains this view."); }
+});
+function toast(text) {
+  const note = Object.assign(document.createElement("div"), { className: "toast", textContent: text });
+  document.body.append(note);
+  setTimeout(() => note.remove(), 2500);
+}
+
+// ---- loading
+const progress = $("#progress");
+const onProgress = ({ loaded, total, what }) => {
+  progress.value = total ? loaded / total : 0;
+  const mb = (bytes) => (bytes / 1e6).toFixed(1);
+  $("#what").textContent = `${what ?? "weights"}: ${mb(loaded)} of ${mb(total)} MB; later visits work offline`;
+};
+still();
+open().catch((error) => {
+  $("#loading").innerHTML = "<p><strong>The model could not be loaded.</strong><br></p>";
+  $("#loading p").append(error.message);
+  console.error(error);
+});
+
+function still() {
+  const image = new Image();
+  image.onload = () => { if (!run) $("#main").getContext("2d").drawImage(image, 0, 0, 128, 128); };
+  image.src = "still.png";
+}
+
+async function open() {
+  engine = await Engine.open({ base: new URL("./", location.href).href, onProgress });
+  const { info } = engine;
+  buildForm(info);
+  film = createFilm({ store, decode: (latents, shape) => engine.decode(latents, shape) });
+  attention = createAttention({ store, info, onBlock: (block) => map.highlight([block]) });
+  change = createChange({ store, info, getRun: () => run, draw: (request) => busy(() => obtain(request)) });
+  map = createMap($("#map-view"), { wiring: WIRING, step: 0, values: valueOf, onSelect: chosen });
+  store.on(changed);
+  document.documentElement.dataset.ready = Math.round(performance.now()); // interactive: for measurements
+  $("#loading").remove();
+  $("#go").disabled = false;
+  await draw();
+  tour.show();
+  await engine.keepOffline().catch(() => false); // not in a private window
+}
+
+// ---- the form
+function buildForm(info) {
+  const form = $("#form"), shape = $("#shape");
+  for (const [height, width] of info.shapes) shape.append(new Option(`${width} × ${height}`, `${height}x${width}`));
+  prompt = createPrompt({
+    vocabulary: info.vocabulary, colours: info.colours, tokenize: (text) => engine.tokenize(text), onPrompt: submit,
+  });
+  if (matchMedia("(max-width: 700px)").matches) $("#vocabulary").open = false;
+  fillForm();
+  form.addEventListener("submit", (event) => { event.preventDefault(); submit(); });
+  for (const name of ["seed", "steps", "guidance", "shape"]) $(`#${name}`).addEventListener("change", submit);
+  $("#dice").addEventListener("click", () => { $("#seed").value = Math.floor(Math.random() * 10000); submit(); });
+  $("#surprise").addEventListener("click", () => {
+    prompt.set(randomPrompt(info.vocabulary));
+    $("#seed").value = Math.floor(Math.random() * 10000);
+    submit();
+  });
+  const million = info.parameters ? `${(info.parameters / 1e6).toFixed(1)} million` : "4.4 million";
+  $("#facts").textContent = `The model on this page: ${million} parameters in the transformer, ${info.blocks.length} blocks of `
+    + `${info.heads} heads, pictures of ${info.shapes.map(([h, w]) => `${w} × ${h}`).join(", ")} pixels. FLUX.1: 11.9 billion `
+    + "parameters, 57 blocks of 24 heads. The results on this page are those of the miniature; what holds for it need not hold for FLUX.1.";
+}
+
+function fillForm() {
+  const { state } = store;
+  prompt.set(state.prompt);
+  for (const name of ["negative", "seed", "steps", "guidance", "shape"]) $(`#${name}`).value = state[name];
+  $("#few").hidden = state.steps >= 8;
+}
+
+function submit() {
+  const number = (name) => {
+    const { min, max, value } = $(`#${name}`), found = value === "" ? DEFAULTS[name] : Number(value);
+    return Math.min(Number(max), Math.max(Number(min), name === "guidance" ? found : Math.round(found)));
+  };
+  store.set({
+    prompt: prompt.value, negative: $("#negative").value.trim(), seed: number("seed"), steps: number("steps"),
+    guidance: number("guidance"), shape: $("#shape").value || DEFAULTS.shape, step: null, change: null,
+  });
+}
+
+// ---- drawing
+function requestOf(state) {
+  const [height, width] = state.shape.split("x").map(Number);
+  const known = engine.info.shapes.some(([h, w]) => h === height && w === width);
+  return {
+    prompt: state.prompt, ...(state.negative && { negative: state.negative, trueCfg: state.guidance, guidance: 1 }),
+    ...(!state.negative && { guidance: state.guidance }), seed: state.seed, steps: state.steps,
+    height: known ? height : 128, width: known ? width : 128, changes: [],
+  };
+}
+
+/** Something that the engine computes at once, before it decodes the film's other pictures. */
+async function busy(task) {
+  film.pause();
+  try { return await task(); } finally { film.resume(); }
+}
+
+/** The run of a request, from memory or from the engine. */
+async function obtain(request, onStep, signal) {
+  const name = JSON.stringify(request);
+  let found = runs.get(name);
+  if (!found) {
+    found = await engine.run(request, { onStep, signal });
+    found.request = request;
+    found.steps = request.steps;
+    found.tokens ??= (await engine.tokenize(request.prompt)).t5.pieces;
+    runs.set(name, found);
+    if (runs.size > RUNS) runs.delete(runs.keys().next().value);
+  }
+  return found;
+}
+
+async function draw() {
+  abort?.abort();
+  const { signal } = (abort = new AbortController()), { state } = store, request = requestOf(state);
+  const started = performance.now();
+  document.body.classList.add("drawing");
+  const { channels, downscale } = engine.info.latent;
+  const shape = [channels, request.height / downscale, request.width / downscale];
+  const onStep = ({ step, t, latents, x0 }) => {
+    if (!signal.aborted) film.drawing({ latents, x0, shape, t, step: step + 1, request });
+  };
+  const stopPulse = pulse();
+  try {
+    const found = await busy(() => obtain(request, onStep, signal));
+    if (signal.aborted) return;
+    run = found;
+    document.body.classList.remove("drawing");
+    film.pause();
+    film.set(run);
+    $("#took").textContent = `${((performance.now() - started) / 1000).toFixed(1)} s`;
+    document.documentElement.dataset.drawn = Math.round(performance.now());
+    say(`Drawn: ${request.prompt}`);
+    await look(0).finally(film.resume);
+    change.refresh();
+  } catch (error) {
+    if (error.name !== "AbortError") { toast(`The picture could not be drawn: ${error.message}`); console.error(error); }
+  } finally {
+    stopPulse();
+    if (!signal.aborted) document.body.classList.remove("drawing");
+  }
+}
+
+/** A light runs through the map: once through the text encoders, then again and again through the blocks. */
+function pulse() {
+  const { ids } = map, loop = [ids.indexOf("img_in"), ids.indexOf("solver")];
+  let place = 0;
+  const timer = setInterval(() => {
+    map.pulse(ids[place]);
+    place = place === loop[1] ? loop[0] : place + 1;
+  }, 60);
+  return () => { clearInterval(timer); map.pulse(null); };
+}
+
+// ---- the values inside the model, of one step at a time
+const inside = new WeakMap(); // run -> Map step -> promise of values
+
+function valuesAt(of, step) {
+  if (!inside.has(of)) inside.set(of, new Map());
+  const known = inside.get(of);
+  if (!known.has(step)) {
+    known.set(step, busy(() => engine.inside(of, step)));
+    if (known.size > 6) known.delete(known.keys().next().value);
+  }
+  return known.get(step);
+}
+
+const evaluation = () => Math.min(film.index, run.steps - 1); // the values at the end are those of the last step
+
+let waiting = 0, mapped = null;
+function look(delay = 150) {
+  clearTimeout(waiting);
+  return new Promise((resolve) => {
+    waiting = setTimeout(async () => {
+      const of = run, step = evaluation(), values = await valuesAt(of, step);
+      if (run !== of || evaluation() !== step) return resolve();
+      attention.set(of, values, step);
+      map.setStep(step);
+      if (mapped !== of) map.refresh();
+      mapped = of;
+      for (const output of document.querySelectorAll(".stepper output")) output.textContent = `step ${step + 1} of ${of.steps}`;
+      resolve();
+    }, delay);
+  });
+}
+
+/** What the map shows of a site at a step. */
+async function valueOf(site, step) {
+  if (!run) return null;
+  const of = run;
+  if (site === "sample.image" || site === "ae.decoder.image") return { kind: "pixels", image: of.image, title: "the picture" };
+  if (site === "sample.noise") return { kind: "pixels", image: preview(of.latents[0], of.shape), title: "the noise, quickly decoded" };
+  const value = (await valuesAt(of, Math.min(step, of.steps - 1))).get(site);
+  return value ? valueFor(site, value) : null;
+}
+
+/** A box of the map was chosen: if it belongs to a block, its attention is shown. */
+function chosen({ id }) {
+  const block = engine.info.blocks.find((name) => id === name || id.startsWith(`${name}.`));
+  if (block) store.set({ block });
+}
+
+function changed(state, names) {
+  if (REQUEST.some((name) => names.has(name))) { fillForm(); draw(); }
+  else if (names.has("step")) { film.paint(); look(film.isPlaying ? 600 : 150); }
+}
+for (const button of document.querySelectorAll(".stepper button")) {
+  button.addEventListener("click", () => run && store.set({ step: Math.min(run.steps - 1, Math.max(0, evaluation() + Number(button.value))) }));
+}
+addEventListener("hashchange", () => store.set(parse(location.hash)));

@@ -1,0 +1,59 @@
+// What the map shows of the value at a site: a picture, a table of colours, or a curve.
+import { magma, preview } from "./paint.js";
+
+const BLUE = [33, 102, 172], WHITE = [247, 247, 247], RED = [178, 24, 43]; // blue below 0, red above
+const mix = (a, b, part) => a.map((value, c) => value + part * (b[c] - value));
+const hex = (rgb) => `rgb(${rgb.map(Math.round)})`;
+const number = (x) => String(Number(x.toPrecision(2)));
+
+/** A table [rows x columns] with its colour scale; scores and tokens around 0, shares of attention from 0 up. */
+function table(data, rows, columns, fromZero, title) {
+  let most = 1e-12;
+  for (const value of data) most = Math.max(most, Math.abs(value));
+  const rgb = new Uint8Array(3 * rows * columns);
+  data.forEach((value, i) => {
+    const colour = fromZero ? magma(value / most)
+      : value < 0 ? mix(WHITE, BLUE, -value / most) : mix(WHITE, RED, value / most);
+    rgb.set(colour, 3 * i);
+  });
+  const colours = fromZero ? [0, 0.25, 0.5, 0.75, 1].map((share) => hex(magma(share))) : [BLUE, WHITE, RED].map(hex);
+  return { kind: "pixels", width: columns, height: rows, data: rgb, title, colours,
+    key: [fromZero ? "0" : `−${number(most)}`, number(most)] };
+}
+
+/** [heads, rows, columns] -> the mean of the heads. */
+function meanOfHeads(data, heads, size) {
+  const mean = new Float32Array(size);
+  for (let h = 0; h < heads; h++) for (let i = 0; i < size; i++) mean[i] += data[h * size + i] / heads;
+  return mean;
+}
+
+export function valueFor(site, { dims, data }) {
+  if (dims.length === 3 && site.startsWith("sample.")) {
+    if (site === "sample.velocity") {
+      const mean = meanOfHeads(data, dims[0], dims[1] * dims[2]);
+      return table(mean, dims[1], dims[2], false, "mean of the 16 channels of each cell");
+    }
+    return { kind: "pixels", image: preview(data, dims), title: "as a picture, quickly decoded" };
+  }
+  const last = site.split(".").at(-1);
+  if (dims.length === 3 && (last === "map" || last === "scores")) {
+    const [heads, rows, columns] = dims, what = last === "map" ? "attention" : "scores";
+    return table(meanOfHeads(data, heads, rows * columns), rows, columns, last === "map",
+      `${what}, mean of ${heads} heads: one row per query, one column per key; words first, then patches`);
+  }
+  if (dims.length === 3) { // heads side by side
+    const [heads, rows, size] = dims, beside = new Float32Array(heads * rows * size);
+    for (let h = 0; h < heads; h++) {
+      for (let r = 0; r < rows; r++) {
+        beside.set(data.subarray((h * rows + r) * size, (h * rows + r + 1) * size), (r * heads + h) * size);
+      }
+    }
+    return table(beside, rows, heads * size, false, `one row per token; ${heads} heads of ${size} numbers side by side`);
+  }
+  const [rows, columns] = dims.length === 2 ? dims : [1, dims[0]];
+  if (rows === 1) {
+    return { kind: "lines", x: [...data.keys()], series: [{ name: `${columns} numbers`, y: [...data] }], x_label: "channel", title: site };
+  }
+  return table(data, rows, columns, false, `one row per token, ${columns} numbers each`);
+}
