@@ -24,6 +24,7 @@ def lab(
     import signal
     import subprocess
     import sys
+    from tempfile import TemporaryDirectory
 
     check_extra("lab", "jupyterlab")
     from fluxedu.course.build import copy_notebooks
@@ -33,7 +34,35 @@ def lab(
     typer.echo(f"{folder}: {len(copied)} notebooks copied, {len(existing)} left as they are")
     root = ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # the usual user of a container
     signal.signal(signal.SIGINT, lambda *_: None)  # Jupyter gets Ctrl-C itself, and asks; this process waits for it
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", f"--port={port}", *root, str(folder)]))
+    with TemporaryDirectory(prefix="fluxedu-lab-") as settings:
+        options = [f"--port={port}", *root, *lab_options(Path(settings))]
+        status = subprocess.call([sys.executable, "-m", "jupyterlab", *options, str(folder)])
+    raise typer.Exit(status)
+
+
+def lab_options(settings: Path) -> list[str]:
+    """JupyterLab's options: it opens START.ipynb, and it asks no server for news or updates.
+
+    ``settings`` is a folder for JupyterLab's defaults; a user's own settings still come first.
+    """
+    import json
+    import shutil
+    import sys
+
+    shared = Path(sys.prefix) / "share" / "jupyter" / "lab" / "settings"  # of this installation, such as by a hub
+    if shared.is_dir():
+        shutil.copytree(shared, settings, dirs_exist_ok=True)
+    file = settings / "overrides.json"
+    overrides = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    quiet = {"fetchNews": "false", "checkForUpdates": False}
+    overrides["@jupyterlab/apputils-extension:notification"] = quiet
+    file.write_text(json.dumps(overrides), "utf-8")
+    return [
+        f"--LabApp.app_settings_dir={settings}",
+        "--LabApp.default_url=/lab/tree/START.ipynb",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.news_url=",
+    ]
 
 
 @app.command(epilog="Example: fluxedu grade class/*/04*.ipynb --csv marks.csv")

@@ -6,6 +6,8 @@
 A source is in jupytext's percent format. A cell ``# %% exercise="rope.rotate"`` stands for a whole exercise: its task,
 the starter code or the solution, the check and the hints. An exercise that no cell names stands where its own ``after``
 says. A line that ends in ``# answer`` contains a prediction, which the student's edition replaces by ``...``.
+
+START.ipynb, which ``fluxedu lab`` opens first, is not a part of the course: it has no number and no solved edition.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from fluxedu.files import atomic_path
 EDITIONS = {"student": Path("."), "solved": Path("solved")}
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 ANSWER = r",\s+(\"[^\"]*\"|\[[^\]]*\]|[^,()\[\]\"]+?),?\s*\)  # answer$"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 NUMBERED = "[0-9][0-9]*-*"  # "13-ablation", "13b-patching"
+START = "START"
 
 
 # ---------------------------------------------------------------- from source to notebook
@@ -39,7 +43,7 @@ def sources(folder: Path) -> list[Path]:
 
 def notebook_number(path: Path) -> str:
     """The number of a notebook or its source: ``"13b"`` for ``13b-patching.py``."""
-    return path.name.partition("-")[0]
+    return path.stem.partition("-")[0]
 
 
 def edition(source: Path, which: str) -> NotebookNode:
@@ -145,11 +149,14 @@ def _remove_images(data: dict) -> None:
 
 def build(folder: Path, numbers: list[str]) -> None:
     """Build and run both editions of the notebooks with these numbers, or of all notebooks."""
-    chosen = [source for source in sources(folder) if not numbers or notebook_number(source) in numbers]
+    available = [folder / "source" / f"{START}.py", *sources(folder)]
+    chosen = [source for source in available if not numbers or notebook_number(source) in numbers]
     if not chosen:
         raise CourseError(f"{folder}/source has no notebook {', '.join(numbers) or 'at all'}.")
     for source in chosen:
         for which, place in EDITIONS.items():
+            if source.stem == START and which == "solved":
+                continue
             (folder / place).mkdir(exist_ok=True)
             target = folder / place / f"{source.stem}.ipynb"
             nbformat.write(execute(edition(source, which), folder), target)
@@ -169,7 +176,8 @@ def notebooks_folder() -> Path:
 
 
 def copy_notebooks(folder: Path) -> tuple[list[str], list[str]]:
-    """Copy the notebooks, without outputs, to ``folder``. Returns the names (copied, left as they are).
+    """Copy the notebooks to ``folder``, those of the course without outputs. Returns the names (copied, left as they
+    are).
 
     A notebook that exists in ``folder`` is never replaced, and a copy is either complete or not there. Outputs are
     removed because students should make their predictions before they see the measured values. Raises CourseError if
@@ -178,7 +186,8 @@ def copy_notebooks(folder: Path) -> tuple[list[str], list[str]]:
     copied, existing = [], []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for notebook in sorted(notebooks_folder().glob(f"{NUMBERED}.ipynb")):
+        notebooks = notebooks_folder()
+        for notebook in [notebooks / f"{START}.ipynb", *sorted(notebooks.glob(f"{NUMBERED}.ipynb"))]:
             target = folder / notebook.name
             is_new = not target.exists() and _write_copy(notebook, target)
             (copied if is_new else existing).append(notebook.name)
@@ -188,11 +197,16 @@ def copy_notebooks(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _write_copy(notebook: Path, target: Path) -> bool:
-    """Write a copy without outputs. False if another process has written the target first."""
+    """Write a copy without outputs. False if another process has written the target first.
+
+    START keeps its static figures, which show what its cells will do; widgets need a kernel.
+    """
     content = json.loads(notebook.read_text("utf-8"))
     for cell in content["cells"]:
         if cell["cell_type"] == "code":
-            cell["outputs"], cell["execution_count"] = [], None
+            figures = [out for out in cell["outputs"] if WIDGET not in out.get("data", {})]
+            cell["outputs"] = figures if notebook.stem == START else []
+            cell["execution_count"] = None
     try:
         with atomic_path(target) as part:
             part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -295,12 +295,39 @@ def test_a_students_notebook_gives_nothing_away(source):
     assert code.count("fe.predict(") == code.count(", ...)")
 
 
+# ---------------------------------------------------------------- START.ipynb
+
+
+def test_start_is_built_from_its_source_and_has_run():
+    kept = nbformat.read(ROOT / "notebooks" / "START.ipynb", 4)
+    made = edition(ROOT / "notebooks" / "source" / "START.py", "student")
+    assert [(c.cell_type, c.source, c.id) for c in kept.cells] == [(c.cell_type, c.source, c.id) for c in made.cells]
+    cells = [c for c in kept.cells if c.cell_type == "code"]
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
+    assert not [o for c in cells for o in c.outputs if o.output_type == "error" or o.get("name") == "stderr"]
+
+
+def titles_and_minutes() -> dict[str, tuple[str, int]]:
+    """Name of a notebook -> its title, such as ``00 · An image from a sentence``, and its minutes."""
+    texts = {s.stem: s.read_text("utf-8") for s in sources(ROOT / "notebooks")}
+    pattern = r"# # (.+)\n(?s:.*?)^# (\d+) minutes"
+    return {name: (m[1], int(m[2])) for name, text in texts.items() if (m := re.search(pattern, text, re.MULTILINE))}
+
+
+def test_start_lists_every_notebook_with_its_minutes():
+    text = (ROOT / "notebooks" / "source" / "START.py").read_text("utf-8")
+    rows = re.findall(r"^# \| \[(.+)\]\((.+)\.ipynb\) \| (\d+) \|$", text, re.MULTILINE)
+    assert {name: (title, int(minutes)) for title, name, minutes in rows} == titles_and_minutes()
+    assert len(rows) == 31 and "Thirty-one notebooks, thirty hours" in text
+    assert round(sum(minutes for _, minutes in titles_and_minutes().values()) / 60) == 30
+
+
 # ---------------------------------------------------------------- copies to work in, and grading
 
 
 def test_a_copy_never_replaces_work(tmp_path):
     new, kept = copy_notebooks(tmp_path / "mine")
-    assert len(new) == len(sources(ROOT / "notebooks")) and not kept
+    assert len(new) == len(sources(ROOT / "notebooks")) + 1 and "START.ipynb" in new and not kept
     (tmp_path / "mine" / new[0]).write_text("my work")
     (tmp_path / "mine" / new[1]).unlink()
     assert copy_notebooks(tmp_path / "mine")[0] == [new[1]]
@@ -365,7 +392,11 @@ def test_the_predictions_of_the_solved_edition_are_right(path):
 def test_a_copy_has_no_outputs(tmp_path):
     for name in copy_notebooks(tmp_path / "mine")[0]:
         copy = nbformat.read(tmp_path / "mine" / name, 4)
-        assert copy.cells and not any(cell.get("outputs") for cell in copy.cells)
+        outputs = [out for cell in copy.cells for out in cell.get("outputs", [])]
+        if name == "START.ipynb":  # keeps its static figure, since nothing on it is to be predicted
+            assert outputs and not any("widget-view" in kind for out in outputs for kind in out.data)
+        else:
+            assert copy.cells and not outputs
 
 
 def test_a_table_of_the_class():
