@@ -18,6 +18,8 @@ from fluxedu.instruments.lenses.run import (
     blocks_of,
     check_one_image,
     check_one_prompt,
+    enough_steps,
+    few_steps_note,
     patch_grid,
     recorded_blocks,
     run_recorded,
@@ -27,7 +29,17 @@ from fluxedu.probe import Sited
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.solvers import get_solver
 from fluxedu.sampling.step_context import StepContext, Steps, current_context
-from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Chips, Choice, Explorer, View, check_request, explorer, time_slider
+from fluxedu.widgets.explorer import (
+    EXAMPLE_PROMPT,
+    Chips,
+    Choice,
+    Explorer,
+    Try,
+    View,
+    check_request,
+    explorer,
+    time_slider,
+)
 from fluxedu.widgets.panels import Pixels, downscale, overlay, overlay_colours, to_rgb, upscale
 
 SIDE = 256  # approximate minimum size of a displayed image, in pixels
@@ -85,19 +97,20 @@ def attention_view(
     to_patches, to_words = row[image].reshape(rows, columns), row[: len(pieces)]
     strongest = int(to_words.argmax())
     peak = np.unravel_index(column.argmax(), column.shape)
+    shown = [piece.replace("▁", "") for piece in pieces]  # T5 marks the beginning of a word with ▁
     text = (
         f"The patch in row {patch[0]}, column {patch[1]} gives {row[image].sum():.0%} of its attention to the "
-        f"image, {to_words.sum():.0%} to the prompt (most to “{pieces[strongest]}”, {to_words[strongest]:.1%}) and "
-        f"{row[len(pieces) : run.txt_len].sum():.0%} to the padding. The patch that attends most to “{pieces[word]}” "
+        f"image, {to_words.sum():.0%} to the prompt (most to “{shown[strongest]}”, {to_words[strongest]:.1%}) and "
+        f"{row[len(pieces) : run.txt_len].sum():.0%} to the padding. The patch that attends most to “{shown[word]}” "
         f"is in row {int(peak[0])}, column {int(peak[1])} ({column.max():.1%} of its attention)."
     )
     base, colours = run.shown_image, overlay_colours()
     row_key, column_key = ("0", f"{to_patches.max():.1%}"), ("0", f"{column.max():.1%}")
     panels = [
-        Pixels("Attention of the chosen patch (white frame) to every patch", overlay(base, to_patches), run.grid, patch,
-               row_key, colours, pointer="patch"),
-        Pixels(f"Attention of every patch to “{pieces[word]}”", overlay(base, column), run.grid, key=column_key,
-               colours=colours),
+        Pixels("Attention of the framed patch to every patch", overlay(base, to_patches), run.grid, patch, row_key,
+               colours, unit="share of the framed patch's attention", pointer="patch"),
+        Pixels(f"Attention of every patch to “{shown[word]}”", overlay(base, column), run.grid, key=column_key,
+               colours=colours, unit="share of each patch's attention"),
     ]  # fmt: skip
     return View(panels, text, {"word": to_words / max(float(to_words.max()), 1e-12)})
 
@@ -144,39 +157,41 @@ class QueryKeyRecorder(record):
             )
 
 
-@explorer(example=lambda pipe: attention(pipe, EXAMPLE_PROMPT, steps=3, progress=False))
+@explorer(example=lambda pipe: attention(pipe, EXAMPLE_PROMPT, steps=enough_steps(pipe), progress=False))
 def attention(
     pipe: FluxPipeline, prompt: str, *, blocks: str | None = None, at_steps: Steps = None, **request
 ) -> Explorer:
     """Point at a patch or a word of a run of ``prompt`` to see what attends to what, in any block, step and head.
 
-    blocks: a glob such as ``"double.*"`` · at_steps: steps to record · ``request``: as for the pipeline. Queries and
-    keys are recorded, ``2 x T x D`` numbers per block and step. By default all of them are, or as many as the
-    recorder's budget allows: fewer steps, evenly spaced, and if one step of all blocks is too much, fewer blocks (37 of
-    the 57 of FLUX.1-dev at 1024 x 1024). Blocks or steps that you name are recorded completely; BudgetError is raised
-    if they do not fit. Words are shaded by the attention they receive from the patch.
+    This takes one run. blocks: a glob such as ``"double.*"`` · at_steps: steps to record · ``request``: as for the
+    pipeline. Queries and keys are recorded, ``2 x T x D`` numbers per block and step. By default all of them are, or as
+    many as the recorder's budget allows: fewer steps, evenly spaced, and if one step of all blocks is too much, fewer
+    blocks (37 of the 57 of FLUX.1-dev at 1024 x 1024). Blocks or steps that you name are recorded completely;
+    BudgetError is raised if they do not fit. Words are shaded by the attention they receive from the patch.
     """
     check_request(request)
     if blocks is None and at_steps is None:
         with QueryKeyRecorder() as rec:
             out = pipe(check_one_prompt(prompt), **request)
         check_one_image(out)
-        note = rec.note
+        note = rec.note + few_steps_note(pipe, request)
     else:
         globs = [f"{blocks or '*'}.attn.q", f"{blocks or '*'}.attn.k"]
         out, rec = run_recorded(pipe, prompt, *globs, options=request, steps=at_steps)
-        note = ""
+        note = few_steps_note(pipe, request)
     names = recorded_blocks(rec, pipe, "attn.q")
     q = {name: rec[f"{name}.attn.q"].tensor for name in names}
     k = {name: rec[f"{name}.attn.k"].tensor for name in names}
     run = RunAttention(out.images[0], q, k, rec.txt_len, patch_grid(out.latents.shape))
     times, pieces = rec[f"{names[0]}.attn.q"].coords["step"], pipe.prompt_encoder.t5_tokenizer.pieces(prompt)
     heads = range(q[names[0]].shape[1])
+    longest = max(range(len(pieces)), key=lambda i: len(pieces[i]))
+    last = max(len(pieces) - 2, 0)  # before the token that ends the prompt
     controls = [
         Choice("block", "block", names, len(names) // 2),
         time_slider(times, len(times) // 2),
         Choice("head", "head", ["mean of all heads", *(f"head {i}" for i in heads)], values=[None, *heads]),
-        Chips("word", "word", pieces, min(1, len(pieces) - 1)),
+        Chips("word", "word", pieces, longest),
     ]
 
     def draw(block: int, step: int, head: int, word: int, patch: tuple[int, int]) -> View:
@@ -184,4 +199,17 @@ def attention(
         return replace(view, text=view.text + note)
 
     pointers = {"patch": (run.grid[0] // 2, run.grid[1] // 4)}
-    return Explorer("Which tokens attend to which?", controls, draw, pointers)
+    return Explorer(
+        "Which words and patches does a patch attend to?",
+        controls,
+        draw,
+        pointers,
+        instruction="Point at a patch on the left to see what it attends to; click a word to see, on the right, which "
+        "patches attend to it.",
+        tries=[
+            Try("What does the patch in the corner attend to?", patch=(0, 0)),
+            Try(f"Which patches attend to “{pieces[last].replace('▁', '')}”?", word=last),
+            Try("Is it the same at the first step, in pure noise?", step=0),
+        ],
+        play="step",
+    )

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 
 from fluxedu.errors import InstrumentError, check_integer
-from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, Slider, View, explorer
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, Slider, Try, View, explorer
 from fluxedu.widgets.panels import RGB, Lines, Pixels, to_rgb
 
 VOTES = ("no vote yet", "left", "right", "tie")
@@ -60,7 +60,7 @@ def blind_view(
     panels = [
         Pixels(f"Pair {shown + 1}, left", images[left][prompt]),
         Pixels(f"Pair {shown + 1}, right", images[right][prompt]),
-        Lines(title, range(len(pairs) + 1), series, "pair", "Elo above 1000", shown),
+        Lines(title, range(len(pairs) + 1), series, "number of pairs", "Elo points above 1000", shown),
     ]
     answer = f" Left is {left}, right is {right}." if votes[shown] in SCORES else ""
     order = ", ".join(f"{names[i]} {table[-1, i]:.0f}" for i in np.argsort(-table[-1], kind="stable"))
@@ -69,7 +69,7 @@ def blind_view(
 
 
 def _example(pipe) -> Explorer:
-    images = {steps: pipe(EXAMPLE_PROMPT, steps=steps, progress=False).images for steps in (1, 3)}
+    images = {steps: pipe(EXAMPLE_PROMPT, steps=steps, progress=False).images for steps in (4, 12)}
     return blind({f"{steps} steps": image for steps, image in images.items()}, [EXAMPLE_PROMPT], pairs=1)
 
 
@@ -78,7 +78,7 @@ def blind(images: Mapping[str, Sequence], prompts: Sequence[str], *, pairs: int 
     """Vote for the better image of each pair; the models are named after your vote.
 
     images: model -> its images, one per prompt (PIL, or tensors ``[3, H, W]`` in [-1, 1]) · pairs: number of votes.
-    Ratings are Elo ratings, updated pair by pair.
+    Ratings are Elo ratings, updated pair by pair. No image is drawn here.
     """
     if len(images) < 2 or any(len(row) != len(prompts) for row in images.values()):
         raise InstrumentError("images needs two models or more, each with one image per prompt.")
@@ -92,4 +92,14 @@ def blind(images: Mapping[str, Sequence], prompts: Sequence[str], *, pairs: int 
     numbers = [str(i + 1) for i in range(len(compared))]
     controls = [Slider("show", "show", ["the next pair to vote on", *(f"pair {n}" for n in numbers)])]
     controls += [Choice(f"pair_{n}", f"vote on pair {n}", VOTES) for n in numbers]
-    return Explorer("Which image is better?", controls, draw, widths=[2.8, 2.8, 3.4])
+    return Explorer(
+        "Which image is better?",
+        controls,
+        draw,
+        widths=[2.8, 2.8, 3.4],
+        instruction="Vote on the pair that is shown, with its menu; then the models are named and the next pair comes.",
+        tries=[
+            Try("Vote for the left image of pair 1: whose is it?", pair_1="left", show=1),
+            Try("Call pair 1 a tie: do the ratings move?", pair_1="tie", show=1),
+        ],
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxedu.instruments.lenses.run import blocks_of, run_recorded
+from fluxedu.instruments.lenses.run import blocks_of, enough_steps, few_steps_note, run_recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.recording import StepKey
@@ -15,7 +17,7 @@ from fluxedu.models.attention import merge_heads
 from fluxedu.models.blocks import SingleStreamBlock
 from fluxedu.plots import TIME_LABEL
 from fluxedu.sampling.pipeline import FluxPipeline, Output
-from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, View, check_request, explorer
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, Try, View, check_request, explorer
 from fluxedu.widgets.panels import RGB, Lines, Pixels, overlay, overlay_colours, resize_table, sequential, to_rgb
 
 SOURCES = ("attention", "MLP", "sum")
@@ -134,15 +136,17 @@ def contributions_view(
     patches = added.tensor[block, chosen, step, txt_len:].view(grid)
     panels = [
         Pixels(
-            f"Size of what {source} adds to {stream} tokens (rows: blocks; columns: steps, noise on the left)",
+            f"Size of what {source} adds to {stream} tokens, by block and time",
             resize_table(sequential(table, vmax, "viridis"), 240, 260), tuple(table.shape), cell,
-            ("0", f"{vmax:.0%} of the token or more"), "viridis", blocks, pointer="cell",
+            ("0", f"{vmax:.0%} or more"), "viridis", blocks, [f"t={t:.2f}" for t in times],
+            unit="size added / size of the token", axes=("block", "time"), pointer="cell",
         ),
         Lines(f"{blocks[block]} over time, {stream} tokens", times, series, TIME_LABEL, "size added / size of token",
               times[step]),
         Pixels(
             f"Size of what {source} of {blocks[block]} adds to each patch, t = {times[step]:.2f}",
             overlay(image, patches), key=("0", f"{patches.max():.2f}"), colours=overlay_colours(),
+            unit="root mean square over channels",
         ),
     ]  # fmt: skip
     attention, mlp, both = shares[block, :, step].tolist()
@@ -156,20 +160,32 @@ def contributions_view(
     )
 
 
-@explorer(example=lambda pipe: contributions(pipe, EXAMPLE_PROMPT, steps=3, progress=False))
+@explorer(example=lambda pipe: contributions(pipe, EXAMPLE_PROMPT, steps=enough_steps(pipe), progress=False))
 def contributions(pipe: FluxPipeline, prompt: str, **request) -> Explorer:
     """What attention and the MLP of every block add to image and text tokens while ``prompt`` is drawn.
 
-    In single-stream blocks one matrix makes both; :func:`split_contribution` reads them apart.
+    This takes one run. In single-stream blocks one matrix makes both; :func:`split_contribution` reads them apart.
     """
     sizes, added, out = measure_contributions(pipe, prompt, **request)
     txt_len, grid = pipe.prompt_encoder.t5_tokenizer.length, tuple(n // 2 for n in out.latents.shape[-2:])
-    image, first_single = to_rgb(out.images[0]), pipe.flux.config.depth
+    image, note = to_rgb(out.images[0]), few_steps_note(pipe, request)
 
     def draw(source: int, stream: int, cell: tuple[int, int]) -> View:
-        return contributions_view(sizes, added, txt_len, grid, image, SOURCES[source], STREAMS[stream], cell)
+        view = contributions_view(sizes, added, txt_len, grid, image, SOURCES[source], STREAMS[stream], cell)
+        return replace(view, text=view.text + note)
 
     controls = [Choice("source", "added by", SOURCES), Choice("stream", "to the tokens of the", STREAMS)]
-    pointers = {"cell": (first_single, len(sizes.coords["step"]) // 2)}
-    title = "How much do attention and the MLP add in each block?"
-    return Explorer(title, controls, draw, pointers, widths=[3.4, 3.4, 2.8])
+    blocks, steps = len(sizes.coords["block"]), len(sizes.coords["step"])
+    return Explorer(
+        "How much do attention and the MLP add in each block?",
+        controls,
+        draw,
+        {"cell": (pipe.flux.config.depth, steps // 2)},  # the first single-stream block
+        widths=[3.4, 3.4, 2.8],
+        instruction="Point at a block and a time in the table to see what that block adds, over time and in the image.",
+        tries=[
+            Try("Does the MLP add in the same blocks?", source="MLP"),
+            Try("Which blocks change the text tokens?", stream="text"),
+            Try("Where does the last block add at the end?", cell=(blocks - 1, steps - 1)),
+        ],
+    )

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fluxedu.errors import InstrumentError
-from fluxedu.instruments.lenses.run import check_one_prompt
+from fluxedu.instruments.lenses.run import check_one_prompt, enough_steps
 from fluxedu.nano.judge import Verdict, diversity, judge
 from fluxedu.nano.scenes import Claim
 from fluxedu.progress import progress_bar
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.widgets.explorer import Choice, Explorer, View, explorer
+from fluxedu.widgets.explorer import Choice, Explorer, Try, View, explorer
 from fluxedu.widgets.panels import RGB, Lines, Pixels, contact_sheet, to_rgb
 
 
@@ -45,7 +45,10 @@ def sweep(
     seeds: Sequence[int] = range(5),
     **request,
 ) -> GuidanceSweep:
-    """Draw ``prompt``, which makes ``claim``, at every guidance scale and seed; ``request``: as for the pipeline."""
+    """Draw ``prompt``, which makes ``claim``, at every guidance scale and seed; ``request``: as for the pipeline.
+
+    This takes ``scales x seeds`` runs, several at once.
+    """
     scales, seeds = list(scales), list(seeds)
     if not scales or not seeds:
         raise InstrumentError("give at least one guidance scale and one seed.")
@@ -72,10 +75,12 @@ def guidance_view(run: GuidanceSweep, cell: tuple[int, int]) -> View:
         "root mean square of the latent": run.latent_rms,
     }
     panels = [
-        Pixels("Rows: guidance scale; columns: seed", contact_sheet(run.images), (len(run.scales), len(run.seeds)),
-               cell, rows=[f"{s:g}" for s in run.scales], columns=[str(s) for s in run.seeds], pointer="cell"),
+        Pixels("Images by guidance scale (rows) and seed (columns)", contact_sheet(run.images),
+               (len(run.scales), len(run.seeds)), cell, rows=[f"{s:g}" for s in run.scales],
+               columns=[str(s) for s in run.seeds], axes=("guidance scale", "seed"), pointer="cell"),
         Pixels(f"Guidance scale {scale:g}, seed {run.seeds[column]}", run.images[row][column]),
-        Lines("Effect of the guidance scale", run.scales, series, "guidance scale", "", scale),
+        Lines("Effect of the guidance scale", run.scales, series, "guidance scale", "share or root mean square", scale,
+              units=dict(zip(series, ("share", "0 to 1", "root mean square"), strict=True))),
     ]  # fmt: skip
     return View(
         panels,
@@ -87,12 +92,14 @@ def guidance_view(run: GuidanceSweep, cell: tuple[int, int]) -> View:
 
 def _example(pipe: FluxPipeline) -> Explorer:
     claim = Claim((("red", "circle", None),), (), None)
-    return guidance({"example": sweep(pipe, "a red circle", claim, scales=[1.0, 6.0], seeds=[0, 1], steps=2)})
+    return guidance(
+        {"example": sweep(pipe, "a red circle", claim, scales=[1.0, 6.0], seeds=[0, 1], steps=enough_steps(pipe))}
+    )
 
 
 @explorer(example=_example)
 def guidance(runs: Mapping[str, GuidanceSweep]) -> Explorer:
-    """Compare sweeps of equal shape by name, such as one for each kind of guidance; see :func:`sweep`."""
+    """Compare sweeps of equal shape by name, such as one for each kind of guidance; :func:`sweep` draws them."""
     if not runs:
         raise InstrumentError("give at least one sweep.")
     names, sweeps = list(runs), list(runs.values())
@@ -102,5 +109,18 @@ def guidance(runs: Mapping[str, GuidanceSweep]) -> Explorer:
     def draw(kind: int, cell: tuple[int, int]) -> View:
         return guidance_view(sweeps[kind], cell)
 
-    controls, pointers = [Choice("kind", "kind of guidance", names)], {"cell": (len(sweeps[0].scales) // 2, 0)}
-    return Explorer("What does the guidance scale change?", controls, draw, pointers, widths=[3.6, 2.6, 3.4])
+    scales, seeds = sweeps[0].scales, len(sweeps[0].seeds)
+    first = {"cell": (len(scales) // 2, seeds // 2)}
+    return Explorer(
+        "What does the guidance scale change?",
+        [Choice("kind", "kind of guidance", names)],
+        draw,
+        first,
+        widths=[3.6, 2.6, 3.4],
+        instruction="Point at an image: does it show what the prompt asks for, and how different are its neighbours?",
+        tries=[
+            Try(f"What changes at guidance scale {scales[0]:g}?", cell=(0, 0)),
+            Try(f"Is a scale of {scales[-1]:g} too much?", cell=(len(scales) - 1, 0)),
+            *[Try(f"Is it the same for {name}?", kind=name) for name in names[1:2]],
+        ],
+    )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from fluxedu.errors import InstrumentError
+from fluxedu.instruments.lenses.run import enough_steps, few_steps_note
 from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.sampling.images import Picture, to_tensor
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, Slider, View, check_request, explorer
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, Slider, Try, View, check_request, explorer
 from fluxedu.widgets.panels import Pixels, diverging, sequential, to_rgb, upscale
 
 AMOUNTS = tuple(x / 2 for x in range(-8, 9))
@@ -45,22 +48,29 @@ def latents_view(
     panels = [
         Pixels(
             f"Channel {channel} of the latent after the edit", upscale(diverging(new[channel], vmax), 256),
-            tuple(new[channel].shape), mark, (f"{-vmax:.1f}", f"{vmax:.1f}"), "RdBu_r", pointer="cell",
+            tuple(new[channel].shape), mark, (f"{-vmax:.1f}", f"{vmax:.1f}"), "RdBu_r",
+            unit="value of the latent", pointer="cell",
         ),
         Pixels("Decoded before the edit", to_rgb(before)),
         Pixels("Decoded after the edit", to_rgb(after)),
-        Pixels("Change of each pixel", sequential(difference, 0.5), key=("0", "half the range or more")),
+        Pixels("Change of each pixel", sequential(difference, 0.5), key=("0", "0.5 or more"),
+               unit="largest change of a colour, as a share of its range"),
     ]  # fmt: skip
     where = (f"cell {cell}", f"the 3 x 3 cells around {cell}", "every cell")[area]
     return View(panels, f"{amount:+g} in channel {channel}, {where}: {visible:.0%} of the pixels change visibly.")
 
 
-@explorer(example=lambda pipe: latents(pipe, EXAMPLE_PROMPT, steps=3, progress=False))
+@explorer(example=lambda pipe: latents(pipe, EXAMPLE_PROMPT, steps=enough_steps(pipe), progress=False))
 @torch.no_grad()
 def latents(pipe: FluxPipeline, image: Picture | str, *, seed: int = 0, **request) -> Explorer:
-    """Edit the latent of an image (PIL, a tensor in [-1, 1], or a prompt to draw first) and see it decoded."""
+    """Edit the latent of an image (PIL, a tensor in [-1, 1], or a prompt to draw first) and see it decoded.
+
+    This takes one run for a prompt, one encoding for an image, and one decoding for each move.
+    """
+    note = ""
     if isinstance(image, str):
         latent = pipe(image, **check_request(request | {"seed": seed})).latents[0]
+        note = few_steps_note(pipe, request)
     else:
         x = to_tensor(image)
         if min(x.shape[-2:]) < 16:
@@ -68,14 +78,26 @@ def latents(pipe: FluxPipeline, image: Picture | str, *, seed: int = 0, **reques
         latent = pipe.autoencoder.encode(x.to(pipe.device, pipe.dtype))[0]
     before = pipe.autoencoder.decode(latent[None])[0].float().cpu()
     channels, rows, columns = latent.shape
-    most_varied = int(latent.flatten(1).std(1).argmax())
+    spread = latent.flatten(1).std(1)
     controls = [
-        Slider("channel", "channel", [str(i) for i in range(channels)], most_varied),
+        Slider("channel", "channel", [str(i) for i in range(channels)], int(spread.argmax())),
         Slider("amount", "add", [f"{a:+g}" for a in AMOUNTS], len(AMOUNTS) - 1, AMOUNTS),
         Choice("area", "to", AREAS, 1),
     ]
 
     def draw(channel: int, amount: int, area: int, cell: tuple[int, int]) -> View:
-        return latents_view(pipe.autoencoder, latent, before, channel, cell, area, AMOUNTS[amount])
+        view = latents_view(pipe.autoencoder, latent, before, channel, cell, area, AMOUNTS[amount])
+        return replace(view, text=view.text + note)
 
-    return Explorer("What do the numbers of a latent mean?", controls, draw, {"cell": (rows // 2, columns // 2)})
+    return Explorer(
+        "What do the numbers of a latent mean?",
+        controls,
+        draw,
+        {"cell": (rows // 2, columns // 2)},
+        instruction="Point at a cell on the left: the amount is added there, and the decoder draws the changed latent.",
+        tries=[
+            Try("How far does the change of a single cell reach?", area="one cell"),
+            Try("What does this channel mean for the whole image?", area="the whole channel"),
+            Try("Does the channel that varies least matter as much?", channel=int(spread.argmin())),
+        ],
+    )

@@ -12,7 +12,7 @@ from fluxedu.instruments.lenses.layers import KINDS, modulation_channels
 from fluxedu.instruments.named import Named
 from fluxedu.plots import TIME_LABEL
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, Slider, View, explorer, prompt_list
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, Slider, Try, View, explorer, prompt_list
 from fluxedu.widgets.panels import Lines, Pixels, diverging, resize_table, sequential
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 10.0)
@@ -30,19 +30,20 @@ def modulation_view(table: Named, kind: str, cell: tuple[int, int]) -> View:
     size = sizes[..., KINDS.index(kind)].T  # [layer, time]
     values = table.tensor[:, layer, KINDS.index(kind)].T  # [channel, time]
     values_sorted = values[values.mean(1).argsort()]  # puts similar channels next to each other
-    vmax = float(values.abs().max())
+    vmax, columns = float(values.abs().max()), [f"t={t:.2f}" for t in times]
     series = {name: sizes[:, layer, i].tolist() for i, name in enumerate(KINDS)}
     panels = [
         Pixels(
-            f"Size of {kind} (rows: layers; columns: times, noise on the left)",
+            f"Size of the {kind}, by layer and time",
             resize_table(sequential(size, name="viridis"), 260, 260), tuple(size.shape), cell,
-            ("0", f"{size.max():.2f}, root mean square"), "viridis", layers, pointer="cell",
+            ("0", f"{size.max():.2f}"), "viridis", layers, columns, unit="root mean square over channels",
+            axes=("layer", "time"), pointer="cell",
         ),
-        Lines(f"{layers[layer]} over time", times, series, TIME_LABEL, "root mean square", times[time]),
+        Lines(f"{layers[layer]} over time", times, series, TIME_LABEL, "root mean square over channels", times[time]),
         Pixels(
-            f"{kind} of {layers[layer]} (rows: channels, sorted by mean; columns: times)",
+            f"The {kind} of {layers[layer]}, by channel (sorted by mean) and time",
             resize_table(diverging(values_sorted, vmax), 256, 260), key=(f"{-vmax:.1f}", f"{vmax:.1f}"),
-            colours="RdBu_r",
+            colours="RdBu_r", columns=columns, unit=f"{kind}", axes=("channel, sorted", "time"),
         ),
     ]  # fmt: skip
     low, high = values[:, time].min(), values[:, time].max()
@@ -50,11 +51,11 @@ def modulation_view(table: Named, kind: str, cell: tuple[int, int]) -> View:
     return View(panels, text + f"over channels it runs from {low:.2f} to {high:.2f}.")
 
 
-@explorer(example=lambda pipe: modulation(pipe, [EXAMPLE_PROMPT, "a letter K"], times=3))
+@explorer(example=lambda pipe: modulation(pipe, [EXAMPLE_PROMPT, "a green star"], times=3))
 def modulation(pipe: FluxPipeline, prompts: str | Sequence[str], *, times: int = 21) -> Explorer:
     """Shift, scale and gate of every layer for each of ``prompts`` and, if the model takes it, any guidance scale.
 
-    They depend on time, guidance and the pooled text only, so no image is drawn: each move computes them for all
+    They depend on time, guidance and the pooled text only, so this takes no run: each move computes them for all
     ``times``.
     """
     prompts = prompt_list(prompts)
@@ -74,5 +75,17 @@ def modulation(pipe: FluxPipeline, prompts: str | Sequence[str], *, times: int =
     def draw(kind: int, prompt: int, cell: tuple[int, int], guidance: int | None = None) -> View:
         return modulation_view(table(prompt, guidance), KINDS[kind], cell)
 
-    title = "How do time, guidance and the prompt control each layer?"
-    return Explorer(title, controls, draw, {"cell": (0, 0)}, widths=[3.4, 3.4, 3.4])
+    tries = [Try("How large are the gates of each layer?", kind="gate")]
+    if len(prompts) > 1:
+        tries.append(Try("Does the other prompt change the modulation?", prompt=1))
+    if pipe.flux.config.guidance_embed:
+        tries.append(Try("Which layers react to strong guidance?", guidance=GUIDANCE_SCALES[-1]))
+    return Explorer(
+        "How do time, guidance and the prompt control each layer?",
+        controls,
+        draw,
+        {"cell": (0, 0)},
+        widths=[3.4, 3.4, 3.4],
+        instruction="Point at a layer and a time in the left table; the other panels show that layer over time.",
+        tries=tries,
+    )

@@ -11,7 +11,7 @@ from math import prod
 from fluxedu.checkpoints.layouts import recipes, shapes
 from fluxedu.models.config import VARIANTS, FluxConfig
 from fluxedu.plots import COLOURS, treemap_rectangles
-from fluxedu.widgets.explorer import Choice, Explorer, View, explorer
+from fluxedu.widgets.explorer import Choice, Explorer, Try, View, explorer
 from fluxedu.widgets.panels import Boxes
 
 SIZE = (454.0, 250.0)
@@ -101,7 +101,7 @@ def parameters_view(config: FluxConfig, variant: str, part: int, tensor: int) ->
     for i, group in enumerate(members):
         label = f"{group.name.split('#.')[-1]}  [{', '.join(map(str, group.shape))}]  × {group.count}"
         rows.append((label, 2, 2 + i * height, 320, height - 2, colour(name)))
-    title = "Area: number of parameters. Blue: for the image, orange: for the text, pink: for both, green: modulation"
+    title = "Area: number of parameters (blue: image, orange: text, pink: both, green: modulation)"
     panels = [
         Boxes(title, rectangles(sizes), [], SIZE, list(by_part).index(name), pointer="part"),
         Boxes(f"{name}: {sizes[name] / 1e6:,.0f} million parameters, {sizes[name] / total:.1%}", rows, [],
@@ -120,7 +120,8 @@ def parameters_view(config: FluxConfig, variant: str, part: int, tensor: int) ->
 def parameters(own: Mapping[str, FluxConfig] | None = None) -> Explorer:
     """The parameters of every published variant, and of your ``own`` configurations (name -> config).
 
-    Point at a part to see its tensors, and at a tensor to see its names in both layouts. No weights are needed.
+    Point at a part to see its tensors, and at a tensor to see its names in both layouts. No weights and no run are
+    needed.
     """
     configs = {name: variant.flux for name, variant in VARIANTS.items()} | dict(own or {})
     for config in configs.values():
@@ -130,5 +131,18 @@ def parameters(own: Mapping[str, FluxConfig] | None = None) -> Explorer:
         name = list(configs)[variant]
         return parameters_view(configs[name], name, part, tensor)
 
-    control = Choice("variant", "variant", list(configs), list(configs).index("dev"))
-    return Explorer("Where are the parameters?", [control], draw, {"part": 0, "tensor": 0}, widths=[5.4, 4.0])
+    parts = list(network_parts(tensor_groups(configs["dev"])))
+    modulation = next(i for i, part in enumerate(parts) if colour(part) == COLOURS[2])
+    return Explorer(
+        "Where are the parameters of a FLUX model?",
+        [Choice("variant", "variant", list(configs), list(configs).index("dev"))],
+        draw,
+        {"part": 0, "tensor": 0},
+        widths=[5.4, 4.0],
+        instruction="Point at a part to list its tensors, and at a tensor to see its name in diffusers.",
+        tries=[
+            Try("How many parameters only set shifts, scales and gates?", part=modulation),
+            Try("What is in the small parts?", part=len(parts) - 1),
+            Try("Which of the small parts does schnell lack?", variant="schnell", part=len(parts) - 1),
+        ],
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fluxedu.errors import InstrumentError, check_integer
-from fluxedu.widgets.explorer import Choice, Explorer, View, explorer, time_slider
+from fluxedu.widgets.explorer import Choice, Explorer, Try, View, explorer, time_slider
 from fluxedu.widgets.panels import Points
 
 
@@ -63,7 +63,8 @@ def particles(
 ) -> Explorer:
     """The same ``count`` samples of noise carried by each of ``fields``, name -> ``velocity(x [P, 2], t) -> [P, 2]``.
 
-    A particle has the colour of the point of ``data [K, 2]`` that it ends nearest to; there may be six points.
+    A particle has the colour of the point of ``data [K, 2]`` that it ends nearest to; there may be six points. This
+    takes ``steps`` evaluations of each field, and no run of a model.
     """
     for name, value in (("count", count), ("steps", steps)):
         check_integer(name, value, 1, 1000, error=InstrumentError)
@@ -86,5 +87,17 @@ def particles(
         return particles_view(xy, v, times, group, groups, step, particle)
 
     controls = [Choice("field", "velocity field", list(fields)), time_slider(times, steps // 2)]
-    title = "How does a flow carry noise to data?"
-    return Explorer(title, controls, draw, {"particle": 0}, widths=[3.6, 3.6])
+    return Explorer(
+        "How does a flow carry noise to data?",
+        controls,
+        draw,
+        {"particle": 0},
+        widths=[3.6, 3.6],
+        instruction="Press play: the particles move from noise (t = 1) to the data (t = 0). Point at one to follow it.",
+        tries=[
+            Try("Where does the flow lead each particle at first?", step=0),
+            Try("Where have they all arrived?", step=-1),
+            *[Try(f"Does “{name}” carry them in the same way?", field=name) for name in list(fields)[1:2]],
+        ],
+        play="step",
+    )

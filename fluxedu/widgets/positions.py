@@ -11,7 +11,7 @@ from fluxedu.instruments.recorder import record
 from fluxedu.models.attention import rope_table, rotate
 from fluxedu.sampling.latents import image_ids
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, View, explorer
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, Try, View, explorer
 from fluxedu.widgets.panels import Lines, Pixels, diverging, upscale
 
 VECTORS = ("all ones, so that only the position matters", "mean query and key of a head of the model")
@@ -38,11 +38,11 @@ def positions_view(table: Tensor, side: int, query: tuple[int, int], key: tuple[
     query_scores, key_scores = table[q_index].reshape(side, side), table[:, k_index].reshape(side, side)
     panels = [
         Pixels("Query (frame): its score with a key at each patch", upscale(diverging(query_scores, vmax), 256),
-               (side, side), query, ends, "RdBu_r", pointer="query"),
+               (side, side), query, ends, "RdBu_r", unit="score before softmax", pointer="query"),
         Pixels("Key (frame): its score with a query at each patch", upscale(diverging(key_scores, vmax), 256),
-               (side, side), key, ends, "RdBu_r", pointer="key"),
+               (side, side), key, ends, "RdBu_r", unit="score before softmax", pointer="key"),
         Lines("Score for each offset", [i - middle for i in range(side)], series, "offset from query to key (patches)",
-              "score", max(-middle, min(offset[1], side - 1 - middle))),
+              "score before softmax", max(-middle, min(offset[1], side - 1 - middle))),
     ]  # fmt: skip
     return View(
         panels,
@@ -56,7 +56,7 @@ def positions(pipe: FluxPipeline, *, side: int = 16, block: str = "single.1", he
     """Move a query and a key over a grid of ``side x side`` patches and see their attention score.
 
     Their vectors are all ones, so that only the position matters, or the mean query and key, before RoPE, of a head of
-    the model.
+    the model. This takes one run.
     """
     check_integer("side", side, 2, 64, error=InstrumentError)
     check_choice("block", block, blocks_of(pipe), error=InstrumentError)
@@ -74,4 +74,16 @@ def positions(pipe: FluxPipeline, *, side: int = 16, block: str = "single.1", he
 
     controls, pointers = [Choice("vectors", "vectors", VECTORS)], {"query": (side // 2,) * 2}
     pointers["key"] = (side // 2, min(side // 2 + 3, side - 1))
-    return Explorer("How does RoPE change an attention score?", controls, draw, pointers)
+    offset = pointers["key"][1] - pointers["query"][1]
+    return Explorer(
+        "How does RoPE make an attention score depend on the distance?",
+        controls,
+        draw,
+        pointers,
+        instruction="Point at a patch in the first image to move the query, in the second to move the key.",
+        tries=[
+            Try("Move both to the corner, at the same offset: does the score change?", query=(0, 0), key=(0, offset)),
+            Try("Move the key far away: what is left of the score?", key=(0, 0)),
+            Try("At which offset does a head of the model score highest?", vectors=1),
+        ],
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fluxedu.errors import InstrumentError, describe
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.widgets.explorer import Choice, Explorer, View, explorer
+from fluxedu.widgets.explorer import Choice, Explorer, Try, View, explorer
 from fluxedu.widgets.panels import Lines, Pixels, diverging, upscale
 
 PROMPTS = (
@@ -54,19 +54,20 @@ def similarity_view(
         Pixels(
             "Cosine of every two prompts, in the order of the lists", upscale(diverging(table, 1.0), 256),
             cells=tuple(table.shape), mark=(first, second), key=("-1", "1"), colours="RdBu_r",
+            unit="cosine similarity", axes=("prompt", "prompt"),
             rows=range(1, len(prompts) + 1), columns=range(1, len(prompts) + 1),
         ),
         Lines("The two vectors, number by number", range(len(order)), series, "channel, sorted by the first vector",
               "value"),
     ]  # fmt: skip
     cosine = float(F.cosine_similarity(a, b, dim=0))
-    return View(panels, f"“{prompts[first]}” and “{new_prompt or prompts[second]}”: cosine {cosine:.2f}.")
+    return View(panels, f"“{prompts[first]}” and “{new_prompt or prompts[second]}”: cosine {cosine:.3f}.")
 
 
 @explorer(example=lambda pipe: similarity(pipe))
 def similarity(pipe: FluxPipeline, prompts: Sequence[str] = PROMPTS, words: Sequence[str | None] = WORDS) -> Explorer:
     """Compare the pooled CLIP vectors of two of several ``prompts``; one word of the second may be replaced by one of
-    ``words``, in which None stands for no change.
+    ``words``, in which None stands for no change. This takes no run: each move encodes one prompt.
 
     Raises InstrumentError for fewer than two prompts.
     """
@@ -96,4 +97,22 @@ def similarity(pipe: FluxPipeline, prompts: Sequence[str] = PROMPTS, words: Sequ
         prompt = replace_word(prompts[second], index, words[word])
         return similarity_view(vectors, prompts, first, second, pooled([prompt])[0], prompt)
 
-    return Explorer("How similar are two prompts to CLIP?", controls, draw, widths=[3.0, 4.4])
+    new = next((word for word in words if word is not None and word not in prompts[1].split()), None)
+    tries = [
+        Try("Does CLIP notice when the colours are exchanged?", second=2),
+        Try("Is the same scene the same to CLIP, told from the other side?", second=3),
+    ]
+    if prompts is not PROMPTS:
+        tries = [Try("How similar is a prompt to itself?", second=0)]
+    if new is not None:
+        tries.append(
+            Try(f"How far does one word, “{new}”, move the second vector?", word=new, index=min(1, longest - 1))
+        )
+    return Explorer(
+        "How similar are two prompts to CLIP?",
+        controls,
+        draw,
+        widths=[3.0, 4.4],
+        instruction="Choose two prompts, then replace a word of the second: how far does its vector move?",
+        tries=tries,
+    )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 
 import torch
 
 from fluxedu.errors import InstrumentError, check_choice
-from fluxedu.instruments.lenses.run import blocks_of
+from fluxedu.instruments.lenses.run import blocks_of, enough_steps, few_steps_note
 from fluxedu.instruments.named import Named
 from fluxedu.plots import TIME_LABEL
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.contributions import measure_contributions, rms_over_tokens
-from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Chips, Choice, Explorer, Slider, View, explorer, time_slider
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Chips, Choice, Explorer, Slider, Try, View, explorer, time_slider
 from fluxedu.widgets.panels import RGB, Lines, Pixels, overlay, overlay_colours, to_rgb
 
 QUANTITIES = ("size of the token", "size added by attention", "size added by the MLP")
@@ -48,11 +48,12 @@ def streams_view(
     values = sizes.tensor[block, step] if quantity == 0 else added.tensor[block, quantity - 1, step]  # [token]
     words, patches = values[: len(pieces)], values[txt_len:].view(grid)
     panels = [
-        Lines(f"Size of tokens entering each block, t = {t:.2f}", range(len(blocks)), over_depth,
-              f"block, from {blocks[0]} to {blocks[-1]}", "root mean square", block),
-        Lines(f"Size of what {name} adds, over time", times, over_time, TIME_LABEL, "root mean square", t),
+        Lines(f"Size of the tokens that enter each block, t = {t:.2f}", range(len(blocks)), over_depth, "block",
+              "root mean square over channels", block, x_names=blocks),
+        Lines(f"Size of what {name} adds, over time", times, over_time, TIME_LABEL, "root mean square over channels",
+              t),
         Pixels(f"Image tokens: {QUANTITIES[quantity]}", overlay(image, patches), key=("0", f"{patches.max():.2f}"),
-               colours=overlay_colours()),
+               colours=overlay_colours(), unit="root mean square over channels"),
     ]  # fmt: skip
     text = (
         f"{name} at t = {t:.2f}: the size of a text token is {over_depth['text'][block]:.1f}, of an image token "
@@ -63,23 +64,40 @@ def streams_view(
     return View(panels, text, {"word": (words / words.max().clamp(min=1e-12)).tolist()})
 
 
-@explorer(example=lambda pipe: streams(pipe, EXAMPLE_PROMPT, steps=3, progress=False))
+@explorer(example=lambda pipe: streams(pipe, EXAMPLE_PROMPT, steps=enough_steps(pipe), progress=False))
 def streams(pipe: FluxPipeline, prompt: str, *, block: str = "double.1", **request) -> Explorer:
     """Text and image tokens in every block and step while ``prompt`` is drawn; ``block`` is the first one shown.
 
-    In single-stream blocks both are one sequence, of which the first tokens are text. ``request``: as for the pipeline.
+    In single-stream blocks both are one sequence, of which the first tokens are text. This takes one run. ``request``:
+    as for the pipeline.
     """
     check_choice("block", block, blocks_of(pipe), error=InstrumentError)
     sizes, added, out = measure_contributions(pipe, prompt, **request)
     tokenizer = pipe.prompt_encoder.t5_tokenizer
     grid, image = tuple(n // 2 for n in out.latents.shape[-2:]), to_rgb(out.images[0])
     pieces, times, blocks = tokenizer.pieces(prompt), sizes.coords["step"], sizes.coords["block"]
-    draw = partial(streams_view, sizes, added, pieces, tokenizer.length, grid, image)
+    note = few_steps_note(pipe, request)
+
+    def draw(**state: int) -> View:
+        view = streams_view(sizes, added, pieces, tokenizer.length, grid, image, **state)
+        return replace(view, text=view.text + note)
+
     controls = [
         Choice("quantity", "shade tokens by", QUANTITIES),
         Slider("block", "block", blocks, blocks.index(block)),
         time_slider(times, len(times) // 2),
         Chips("word", "text tokens", pieces, min(1, len(pieces) - 1)),
     ]
-    title = "How large are text and image tokens, and what is added to them?"
-    return Explorer(title, controls, draw, widths=[3.4, 3.4, 2.8])
+    return Explorer(
+        "How large are text and image tokens, and what is added to them?",
+        controls,
+        draw,
+        widths=[3.4, 3.4, 2.8],
+        instruction="Press play to go through the blocks; click a word to read its size below.",
+        tries=[
+            Try("Which words and patches does attention change most?", quantity="size added by attention"),
+            Try("How large are the tokens in the last block?", block=-1),
+            Try("Is it the same at the first step, in pure noise?", step=0),
+        ],
+        play="block",
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fluxedu.instruments.recorder import record
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Chips, Explorer, Slider, View, explorer
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Chips, Explorer, Slider, Try, View, explorer
 from fluxedu.widgets.panels import Lines, Pixels, diverging, upscale
 
 
@@ -41,10 +41,10 @@ def tokens_view(
         Pixels(
             f"Cosine of every two tokens, {names[layer]}", upscale(diverging(table, 1.0), 256),
             cells=tuple(table.shape), mark=(first, second), key=("-1", "1"), colours="RdBu_r",
-            rows=pieces, columns=range(len(pieces)),
+            rows=pieces, columns=range(len(pieces)), unit="cosine similarity", axes=("token", "token"),
         ),
         Lines(f"{pieces[first]} and {pieces[second]}, layer by layer", range(len(states)), {"cosine": pair.tolist()},
-              f"layer, from 0 ({names[0]}) to {len(states) - 1} ({names[-1]})", "cosine", layer),
+              "layer", "cosine similarity", layer, x_names=names),
     ]  # fmt: skip
     others = [i for i in range(len(pieces)) if i != first]
     nearest = max(others, key=lambda i: float(table[first, i]))
@@ -61,7 +61,8 @@ def tokens_view(
 def tokens(pipe: FluxPipeline, prompt: str) -> Explorer:
     """Choose two tokens of ``prompt`` and a layer; each row of tokens is shaded by similarity to the other's choice.
 
-    The first padding token is shown as well, since FLUX reads padding like any other token.
+    The first padding token is shown as well, since FLUX reads padding like any other token. This takes no run, only
+    one pass of T5.
     """
     states, names = layer_states(pipe, prompt)
     pieces = pipe.prompt_encoder.t5_tokenizer.pieces(prompt)
@@ -73,4 +74,18 @@ def tokens(pipe: FluxPipeline, prompt: str) -> Explorer:
         Chips("second", "second token", pieces, min(2, len(pieces) - 1)),
     ]
     draw = partial(tokens_view, states[:, : len(pieces)], pieces, names)
-    return Explorer("How similar are two tokens to T5?", controls, draw, widths=[3.4, 3.8])
+    tries = [Try("How similar are they before T5 has read the prompt?", layer=0)]
+    twice = next((i for i, piece in enumerate(pieces) if piece in pieces[:i]), None)
+    if twice is not None:
+        word, former = pieces[twice].replace("▁", ""), pieces.index(pieces[twice])
+        tries.append(Try(f"“{word}” occurs twice: are its two vectors equal?", first=former, second=twice))
+    tries.append(Try(f"How similar is {pieces[-1]} to the words?", second=len(pieces) - 1))
+    return Explorer(
+        "How similar are two tokens to T5?",
+        controls,
+        draw,
+        widths=[3.4, 3.8],
+        instruction="Choose two tokens, then press play: their similarity changes from layer to layer.",
+        tries=tries,
+        play="layer",
+    )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 
 import torch
 
 from fluxedu.instruments.lenses.flow import curvature
-from fluxedu.instruments.lenses.run import check_one_prompt
+from fluxedu.instruments.lenses.run import check_one_prompt, enough_steps, few_steps_note
 from fluxedu.plots import TIME_LABEL
 from fluxedu.sampling.pipeline import FluxPipeline, Trajectory
-from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Explorer, View, check_request, explorer, time_slider
+from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Explorer, Try, View, check_request, explorer, time_slider
 from fluxedu.widgets.panels import RGB, Lines, Pixels, sequential, to_rgb, upscale
 
 
@@ -22,7 +22,12 @@ def trajectory_view(path: Trajectory, states: Sequence[RGB], predictions: Sequen
     panels = [
         Pixels(f"State before step {step + 1} of {len(times)}, t = {times[step]:.2f}, decoded", states[step]),
         Pixels("Predicted x0 = x - t v, decoded", predictions[step]),
-        Pixels("Size of the velocity in each cell", upscale(sequential(speed), 256), key=("0", f"{speed.max():.1f}")),
+        Pixels(
+            "Size of the velocity in each cell",
+            upscale(sequential(speed), 256),
+            key=("0", f"{speed.max():.1f}"),
+            unit="root mean square over channels",
+        ),
     ]
     if len(times) > 2:
         angles = curvature(path)
@@ -36,13 +41,32 @@ def trajectory_view(path: Trajectory, states: Sequence[RGB], predictions: Sequen
     return View(panels, f"{text}t = {float(path.times[step + 1]):.2f}.")
 
 
-@explorer(example=lambda pipe: trajectory(pipe, EXAMPLE_PROMPT, steps=4, progress=False))
+@explorer(example=lambda pipe: trajectory(pipe, EXAMPLE_PROMPT, steps=enough_steps(pipe), progress=False))
 @torch.no_grad()
 def trajectory(pipe: FluxPipeline, prompt: str, **request) -> Explorer:
-    """Move through the steps of a run of ``prompt``; ``request``: as for the pipeline."""
+    """Move through the steps of a run of ``prompt``; ``request``: as for the pipeline.
+
+    This takes one run, and decodes the state and the predicted x0 of every step.
+    """
     path = pipe(check_one_prompt(prompt), **check_request(request, "trajectory")).trajectory
     states = [to_rgb(pipe.autoencoder.decode(x[:1])[0]) for x in path.latents[:-1]]
     predictions = [to_rgb(pipe.autoencoder.decode(x[:1])[0]) for x in path.x0]
     times = path.times[:-1].tolist()
-    draw = partial(trajectory_view, path, states, predictions)
-    return Explorer("How does an image emerge from noise?", [time_slider(times, len(times) // 3)], draw)
+    note = few_steps_note(pipe, request)
+
+    def draw(step: int) -> View:
+        view = trajectory_view(path, states, predictions, step)
+        return replace(view, text=view.text + note)
+
+    return Explorer(
+        "How does an image emerge from noise?",
+        [time_slider(times, len(times) // 3)],
+        draw,
+        instruction="Press play, and compare the state with the image that the model predicts from it (x0).",
+        tries=[
+            Try("What does the model predict from pure noise?", step=0),
+            Try("After half of the steps, what is already decided?", step=len(times) // 2),
+            Try("What does the last step still change?", step=-1),
+        ],
+        play="step",
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -11,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluxedu.errors import InstrumentError, check_integer
+from fluxedu.instruments.lenses.run import enough_steps, few_steps_note
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.explorer import (
     EXAMPLE_PROMPT,
     Explorer,
+    Try,
     View,
     check_request,
     explorer,
@@ -70,19 +73,23 @@ def velocity_view(
                "second direction", particle, pointer="particle"),
         Pixels(f"Predicted x0 of seed {seed}, “{prompts[group[particle]]}”", prediction(step, particle)),
     ]  # fmt: skip
-    text = "Arrows show a fifth of the remaining path, against the velocity (noise minus image), if it stays constant."
+    text = "An arrow is a fifth of the way that remains if the velocity stays as it is."
     return View(panels, f"t = {t:.2f}.{distance} {text if t > 0 else 'Every run has reached its image.'}")
 
 
-@explorer(example=lambda pipe: velocity(pipe, [EXAMPLE_PROMPT, "a letter K"], seeds=3, steps=4, progress=False))
+@explorer(
+    example=lambda pipe: velocity(
+        pipe, [EXAMPLE_PROMPT, "a green star"], seeds=2, steps=enough_steps(pipe), progress=False
+    )
+)
 @torch.no_grad()
 def velocity(
     pipe: FluxPipeline, prompts: str | Sequence[str], *, seeds: int = 10, steps: int = 10, **request
 ) -> Explorer:
     """Runs of ``prompts`` from the same ``seeds`` samples of noise, as points on a plane through their images.
 
-    Every point and arrow belongs to a real run and is projected; none is interpolated. ``request``: as for the
-    pipeline.
+    Every point and arrow belongs to a real run and is projected; none is interpolated. This takes ``prompts x seeds``
+    runs, several at once. ``request``: as for the pipeline.
     """
     prompts = prompt_list(prompts)
     check_integer("seeds", seeds, 1, 1000, error=InstrumentError)
@@ -105,7 +112,21 @@ def velocity(
         return to_rgb(pipe.autoencoder.decode(x0[None])[0])
 
     def draw(step: int, particle: int) -> View:
-        return velocity_view(xy, arrows, group, prompts, times, step, particle, prediction)
+        view = velocity_view(xy, arrows, group, prompts, times, step, particle, prediction)
+        return replace(view, text=view.text + note)
 
-    title, control = "Where does the velocity lead each run?", time_slider(times, len(times) // 2)
-    return Explorer(title, [control], draw, {"particle": 0}, widths=[4.6, 3.0])
+    note, other = few_steps_note(pipe, request), len(group) - seeds  # the first run of the last prompt
+    return Explorer(
+        "Where does the velocity lead each run?",
+        [time_slider(times, len(times) // 2)],
+        draw,
+        {"particle": 0},
+        widths=[4.6, 3.0],
+        instruction="Press play: each point is a run. Point at one to see the image that the model predicts for it.",
+        tries=[
+            Try("Do the prompts pull apart at the first step?", step=0),
+            Try("What becomes of the same noise under the last prompt?", particle=other),
+            Try("Where have all runs arrived?", step=-1),
+        ],
+        play="step",
+    )

@@ -10,7 +10,7 @@ from fluxedu.nano.judge import Detection, Detections
 from fluxedu.widgets.bench import CHANGES, bench, bench_view, describe_objects
 
 PROMPT, OTHER = "a red circle left of a blue square", "a green circle left of a blue square"
-OPTIONS = {"seed": 4, "steps": 2, "progress": False}
+OPTIONS = {"seed": 4, "steps": 2, "batch": 1, "progress": False}  # equal to the last bit only one by one
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def after(explorer, block, change):
 
 
 def pixels(out):
-    return np.asarray(out.images[0])
+    return np.asarray(out.images[0], int)
 
 
 def test_removals_and_positions_match_the_instruments(pipe, explorer):
@@ -41,7 +41,9 @@ def test_removals_and_positions_match_the_instruments(pipe, explorer):
         for change, instrument in by_hand.items():
             with instrument(block):
                 expected = pixels(pipe(PROMPT, **OPTIONS))
-            assert np.array_equal(after(explorer, block, change), expected), (block, change)
+            # with a table of positions for each image, a product may round the other way: a level of 255
+            limit = 1 if "position" in change else 0
+            assert np.abs(after(explorer, block, change).astype(int) - expected).max() <= limit, (block, change)
 
 
 def test_text_and_image_tokens_together_give_the_other_run_and_alone_do_not(pipe, explorer):

@@ -156,6 +156,29 @@ def check_one_image(out: Output) -> None:
         raise InstrumentError("a lens draws its images one by one; pass a list of prompts or of seeds.")
 
 
+# ---------------------------------------------------------------- numbers of steps
+
+#: with fewer, images of undistilled models are often wrong: of 24 images of the miniature the judge finds the right
+#: objects in 24 after 10 steps, 22 after 8, 15 after 6, 5 after 4 and none after 2
+ENOUGH_STEPS = 8
+
+
+def enough_steps(pipe: FluxPipeline) -> int:
+    """A number of steps for experiments of many runs: 8, or the model's own number if that is smaller."""
+    return min(ENOUGH_STEPS, pipe.defaults.steps)
+
+
+def few_steps_note(pipe: FluxPipeline, request: Mapping, unit: str = "step") -> str:
+    """A sentence if ``request`` asks for fewer steps than the model needs, else an empty string."""
+    steps = request.get("steps") or pipe.defaults.steps
+    if request.get("times") is not None:
+        steps = len(request["times"]) - 1
+    if steps >= enough_steps(pipe):
+        return ""
+    number = f"1 {unit}" if steps == 1 else f"{steps} {unit}s"
+    return f" This run has {number}; with fewer than {enough_steps(pipe)}, this model's images are often wrong."
+
+
 # ---------------------------------------------------------------- blocks and patches
 
 
