@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import update_wrapper
+from functools import update_wrapper, wraps
 from html import escape
+from inspect import signature
 from numbers import Integral
 from pathlib import Path
 from textwrap import fill
@@ -36,6 +38,7 @@ from PIL import Image
 
 from fluxedu.errors import InstrumentError, checked, describe
 from fluxedu.figure import Figure
+from fluxedu.nano.shipped import SHIPPED
 from fluxedu.plots import hide_axes
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.panels import FONT, Panel, rounded
@@ -73,7 +76,7 @@ def explorer(example: Callable[[FluxPipeline], Explorer]) -> Callable:
     """
 
     def register(function: Callable[..., Explorer]) -> Callable[..., Explorer]:
-        function = checked(InstrumentError)(function)
+        function = _with_call(checked(InstrumentError)(function))
         EXPLORERS[function.__name__] = Registration(function, example)
         if function.__module__ == f"{__package__}.{function.__name__}":
             module = sys.modules[function.__module__]
@@ -82,6 +85,35 @@ def explorer(example: Callable[[FluxPipeline], Explorer]) -> Callable:
         return function
 
     return register
+
+
+def _with_call(function: Callable[..., Explorer]) -> Callable[..., Explorer]:
+    """``function``, whose explorers remember the call, with which a web page makes the same explorer without Python.
+
+    Only calls are remembered that a page can repeat: with the miniature, and arguments that JSON can express.
+    """
+    parameters = signature(function)
+
+    @wraps(function)
+    def call(*args, **kwargs) -> Explorer:
+        made = function(*args, **kwargs)
+        arguments = parameters.bind(*args, **kwargs).arguments
+        arguments |= arguments.pop("request", {})
+        pipe = arguments.pop("pipe", None)
+        if pipe is None or not _is_miniature(pipe):
+            return made
+        try:
+            made.call = {"name": function.__name__, "args": json.loads(json.dumps(arguments))}
+        except (TypeError, ValueError):
+            made.call = None
+        return made
+
+    return call
+
+
+def _is_miniature(pipe: FluxPipeline) -> bool:
+    """Whether this is the model that the web page runs, as it ships."""
+    return pipe.defaults == SHIPPED["nano"].sampling and pipe.lora is None and pipe.redux is None
 
 
 # ---------------------------------------------------------------- controls
@@ -239,6 +271,7 @@ class Explorer(anywidget.AnyWidget):
     data = traitlets.Dict().tag(sync=True)
     first = traitlets.Dict().tag(sync=True)  # the state that the reset button goes back to
     still = traitlets.Unicode().tag(sync=True)  # CSS class of the static figure, which the live one hides
+    call: dict[str, Any] | None = None  # name and arguments of the call that made it, if a web page can repeat it
 
     def __init__(
         self,
@@ -367,10 +400,17 @@ class Explorer(anywidget.AnyWidget):
         small.save(png, "PNG")
         image = base64.b64encode(png.getvalue()).decode()
         alt = escape(f"{self.title} {self.view['text']}", quote=True)
-        still = f'<img class="fluxedu-still {self.still}" alt="{alt}" src="data:image/png;base64,{image}">'
+        call = f' data-fluxedu="{escape(self._repeatable(), quote=True)}"' if self.call else ""
+        still = f'<img class="fluxedu-still {self.still}" alt="{alt}"{call} src="data:image/png;base64,{image}">'
         scrolled = f'<div style="overflow-x:auto">{still}</div>'  # on a telephone its text keeps its size
         display({"text/html": scrolled, "text/plain": f"{self!r}, as a static figure"}, raw=True)
         display(self._repr_mimebundle_()[0] | {"text/plain": repr(self)}, raw=True)
+
+    def _repeatable(self) -> str:
+        """What the site needs to show this explorer live, as JSON: its call, its texts and its state."""
+        names = ("title", "instruction", "controls", "tries", "play", "first")
+        message = {name: getattr(self, name) for name in names}
+        return json.dumps(self.call | message | {"state": self.values}, separators=(",", ":"), ensure_ascii=False)
 
     def close(self) -> None:
         """Disconnect from the page, and free what the explorer holds."""
