@@ -13,7 +13,7 @@ from sizes import TINY
 from fluxedu import probe
 from fluxedu.models import AutoEncoder, CLIPTextEncoder, Flux, T5Encoder
 from fluxedu.models.config import Sampling
-from fluxedu.nano.networks import TEXT_LENGTH
+from fluxedu.nano.sizes import TEXT_LENGTH
 from fluxedu.nano.tokenizers import save_tokenizers
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.prompts import PromptEncoder, Tokenizer

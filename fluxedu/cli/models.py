@@ -56,11 +56,12 @@ def variant_info(name: str) -> dict:
 
 def miniature_info(name: str) -> dict:
     """The same for a model that ships; with its sampling settings, and the file of its LoRA or Redux head."""
-    from fluxedu.checkpoints.configs import from_diffusers_config
     from fluxedu.nano.shipped import SHIPPED_MODELS, WEIGHTS
+    from fluxedu.nano.sizes import FLUX
 
     shipped = SHIPPED_MODELS[name]
-    config = from_diffusers_config(json.loads((WEIGHTS / shipped.transformer / "config.json").read_text()))
+    stored = json.loads((WEIGHTS / shipped.transformer / "config.json").read_text())
+    config = FLUX.with_(in_channels=stored["in_channels"], guidance_embed=stored["guidance_embeds"])
     steps, guidance = shipped.sampling.steps, shipped.sampling.guidance
     more = {"with": str(shipped.folder(WEIGHTS))} if shipped.lora or shipped.head else {}
     return _transformer_info(config) | {"steps": steps, "guidance": guidance} | more

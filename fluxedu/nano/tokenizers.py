@@ -12,8 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase
 
-from fluxedu.nano.networks import TEXT_LENGTH
 from fluxedu.nano.scenes import BACKGROUNDS, COLORS, LETTERS, RELATIONS, SHAPES, SIZES
+from fluxedu.nano.sizes import TEXT_LENGTH
 
 #: words of the captions and of T5's training tasks, and a few that a user may type
 WORDS = sorted(

@@ -95,6 +95,25 @@ def test_json_is_one_document_on_the_standard_output(tmp_path, monkeypatch):
     assert failed.exit_code == 2 and failed.stdout == "" and failed.stderr.startswith("fluxedu: there is no model")
 
 
+AT_ONCE = [
+    ["--version"], ["--help"], ["info"], ["info", "dev"], ["info", "nano", "--json"], ["info", "nowhere"], ["sample"],
+    ["sample", "-h"], ["sample", "x", "--steps", "0"], ["sample", "x", "-o", "out.xyz"], ["sample", "x", "--nosuch"],
+    ["trace", "x", "--height", "1"], ["judge", "--steps", "0"], ["judge", "--help"], ["nosuch"], ["arena", "--help"],
+]  # fmt: skip
+
+
+def test_what_needs_no_network_is_answered_without_pytorch():
+    """Its import takes a second or more; these commands take less, errors of arguments among them."""
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from fluxedu.cli import app
+print([CliRunner().invoke(app, arguments).exit_code for arguments in {AT_ONCE}], "torch" in sys.modules)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == f"{[0, 0, 0, 0, 0, 2, 2, 0, 2, 2, 2, 2, 2, 0, 2, 0]} False"
+
+
 def test_sample_writes_the_image_and_nothing_else(tmp_path):
     out = tmp_path / "out.png"
     result = run(app, ["sample", "a red circle", "-o", str(out), "--steps", "2"])
