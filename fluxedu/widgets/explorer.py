@@ -296,7 +296,7 @@ class Explorer(anywidget.AnyWidget):
         view = self._message(self._view_of(first))  # an error in the first view is raised here
         buttons = [{"label": t.label, "moves": self._state_of(t.moves)} for t in tries]
         name = uuid4().hex
-        # the first view is part of the widget's first message: a slow page would lose one that is sent later
+        self._is_made = False
         super().__init__(
             title=title,
             instruction=instruction,
@@ -310,7 +310,21 @@ class Explorer(anywidget.AnyWidget):
             still=f"fluxedu-{name}",
             model_id=name,  # the page finds the model by it
         )
+        self._is_made = True
         self.observe(self._redraw, "state")
+
+    def open(self) -> None:
+        """Connect to the page. This is put off until the explorer is displayed, and then the first message has its
+        view and all moves made before: a page on a slow machine would lose what comes in a second message.
+        """
+        if self._is_made:
+            super().open()
+
+    @property
+    def model_id(self) -> str:
+        """The id by which the page knows the explorer; asking for it connects to the page."""
+        self.open()
+        return super().model_id
 
     @property
     def values(self) -> dict[str, int | tuple[int, ...]]:

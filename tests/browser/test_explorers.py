@@ -48,7 +48,7 @@ def test_attention(run):
     assert "in row 1, column 7 gives" in views[-1]
     word = tab.locator(".fluxedu").get_by_role("radio", name="▁square")
     views.append(after(tab, word.hover))
-    assert "attends most to “▁square”" in views[-1]
+    assert "attends most to “square”" in views[-1]
     views.append(after(tab, lambda: tab.locator(".fluxedu select").first.select_option("double.0")))
     views.append(after(tab, lambda: tab.locator(".fluxedu input").first.press("ArrowRight")))
     assert len(set(views)) == len(views)
@@ -87,6 +87,38 @@ def test_every_control_and_panel_responds_to_the_keyboard(run, name):
         views.append(moved(tab, parts.nth(i)))
     assert parts.count() >= (1 if name == "trajectory" else 2)
     assert len(set(views)) == len(views)
+
+
+SLOW = """
+import numpy as np
+from fluxedu.widgets.explorer import Explorer, Slider, View
+from fluxedu.widgets.panels import Pixels
+class Slow(Explorer):
+    _esm = "await new Promise((go) => setTimeout(go, 2500));" + Explorer._esm
+def draw(step, cell):
+    image = np.full((64, 64, 3), step, np.uint8)
+    return View([Pixels("p", image, (8, 8), cell, pointer="cell")], f"step {step} {cell}")
+made = [Slow(f"Question {i}?", [Slider("step", "step", "abcdef")], draw, {"cell": (0, 0)}) for i in range(2)]
+made[0].set(step=2)
+None
+"""
+
+
+def test_a_script_that_loads_slowly(run, tab):
+    """After two seconds anywidget gives up on a widget, and refuses its messages; explorers appear and answer."""
+    run(SLOW, "made[0]", "made[1]", "made[1].set(step=4); None", name="slow")
+    assert tab.locator("img.fluxedu-still").first.is_visible()  # until the live one is painted
+    tab.wait_for_function("document.querySelectorAll('.fluxedu canvas').length === 2", timeout=30_000)
+    tab.wait_for_function("[...document.querySelectorAll('img.fluxedu-still')].every((image) => image.hidden)")
+    assert tab.locator("img.fluxedu-still").count() == 2
+    caption = "document.querySelectorAll('.caption')[{}].textContent === 'step {} (0, 0)'"
+    for i, step in enumerate((2, 4)):  # moved by the kernel before and while the script was loading
+        tab.wait_for_function(caption.format(i, step))
+        tab.locator(".fluxedu input").nth(i).press("ArrowRight")
+        tab.wait_for_function(caption.format(i, step + 1))
+    anywidgets = [text for text in tab.complaints if "[anywidget] Failed to initialize model" in text]
+    assert anywidgets  # the fault was there
+    tab.complaints[:] = [text for text in tab.complaints if text not in anywidgets]
 
 
 def test_quick_keys_all_count(run):

@@ -54,3 +54,20 @@ def test_50_moves(run, name, noted):
     noted(f"latency, {name}", {"moves": MOVES, "median_ms": took[MOVES // 2], "p95_ms": p95})
     print(f"\n{name}: {len(took)} moves, median {took[len(took) // 2]:.0f} ms, 95 % within {p95:.0f} ms")
     assert p95 <= BAR
+
+
+@pytest.mark.skipif("FLUXEDU_LATENCY" not in os.environ, reason="a measurement, for `make bench` on a quiet machine")
+@pytest.mark.parametrize("rate", [6, 12])
+def test_explorers_appear_and_answer_on_a_slow_machine(run, tab, rate):
+    """With a processor 6 and 12 times as slow as this one."""
+    session = tab.context.new_cdp_session(tab)
+    session.send("Emulation.setCPUThrottlingRate", {"rate": rate})
+    names = ("attention", "latents", "trajectory")
+    run(BEGIN, *(MOVED[name][0] for name in names), name=f"slow-{rate}", wait=200_000)
+    tab.wait_for_function("document.querySelectorAll('.fluxedu .caption').length === 3", timeout=120_000)
+    session.send("Emulation.setCPUThrottlingRate", {"rate": 1})
+    tab.wait_for_function("[...document.querySelectorAll('img.fluxedu-still')].every((image) => image.hidden)")
+    for root in tab.locator(".fluxedu").all():
+        before = root.locator(".caption").inner_text()
+        root.locator("input[type='range']").first.press("ArrowLeft")
+        root.locator(".caption", has_not_text=before).wait_for(timeout=20_000)
