@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fluxedu.checkpoints.layouts import recipes, shapes
 from fluxedu.loading import WEIGHTS, load
+from fluxedu.models.modulation import TIMESTEP_DIM
 from fluxedu.nano.scenes import ASPECTS, BACKGROUNDS, COLORS, render, sample_scene
 from fluxedu.nano.vocabulary import VOCABULARY
 from fluxedu.play.graphs import Decoder, Step, Text, factor_sites
@@ -107,6 +108,8 @@ def export(module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], dyn
     if len(found) != len(model.graph.output):
         raise ValueError(f"{len(model.graph.output)} outputs for {len(found)} names.")
     _rename_outputs(model.graph, found)
+    _set_frequencies(model.graph)
+    _spell_out_sigmoid(model.graph)
     _strip(model)
     _externalise(model.graph, weights)
     return model
@@ -123,6 +126,41 @@ def _rename_outputs(graph, names: list[str]) -> None:
     for output, name in zip(graph.output, names, strict=True):
         graph.node.append(onnx.helper.make_node("Identity", [output.name], [f"site:{name}"]))
         output.name = f"site:{name}"
+
+
+def _set_frequencies(graph) -> None:
+    """Give the embedding of times torch's own frequencies: 1000 t times an error in their last bit would be seen."""
+    import onnx
+
+    half = TIMESTEP_DIM // 2  # as in timestep_embedding
+    frequency = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32) / half).numpy()
+    of = {name: node for node in graph.node for name in node.output}
+    for node in [node for node in graph.node if node.op_type == "Exp"]:
+        source = of[node.input[0]]  # exp(range(...) * c / half)
+        while source.op_type in ("Mul", "Div"):
+            source = of.get(source.input[0]) or of[source.input[1]]
+        if source.op_type != "Range":
+            raise ValueError(f"an Exp of {source.op_type} is not the frequencies of the embedding.")
+        graph.initializer.append(onnx.numpy_helper.from_array(frequency, f"frequency:{node.output[0]}"))
+        node.op_type, node.input[0] = "Identity", f"frequency:{node.output[0]}"
+
+
+def _spell_out_sigmoid(graph) -> None:
+    """``1 / (1 + exp(-x))`` for every Sigmoid, for which ONNX Runtime has an approximation with ten times the error."""
+    import onnx
+
+    nodes = []
+    for node in graph.node:
+        if node.op_type != "Sigmoid":
+            nodes.append(node)
+            continue
+        [x], [y] = node.input, node.output
+        make = onnx.helper.make_node
+        nodes += [make("Neg", [x], [f"{y}:neg"]), make("Exp", [f"{y}:neg"], [f"{y}:exp"])]
+        nodes += [make("Add", [f"{y}:exp", "one"], [f"{y}:sum"]), make("Reciprocal", [f"{y}:sum"], [y])]
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(1, dtype=np.float32), "one"))
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _strip(model) -> None:

@@ -78,6 +78,11 @@ export class Engine {
     return toImageData(await this.call("decode", { latents, shape }));
   }
 
+  /** The same before rounding: { data, dims [3, H, W] }, about -1 to 1. */
+  decodeValues(latents, shape) {
+    return this.call("decodeValues", { latents, shape });
+  }
+
   /** At once, and roughly: an ImageData of one pixel per latent cell. */
   preview(latents, shape) {
     return new ImageData(previewPixels(latents, shape, this.info.preview), shape[2], shape[1]);

@@ -149,9 +149,15 @@ export class Model {
 
   /** RGBA bytes of the image of a latent, with its size. */
   async decode(latents, shape) {
+    const { data, dims: [, height, width] } = await this.decodeValues(latents, shape);
+    return { pixels: imagePixels(data, height, width), height, width };
+  }
+
+  /** The image of a latent as numbers [3, H, W], about -1 to 1. */
+  async decodeValues(latents, shape) {
     const values = await this.compute("decoder", { latent: float(latents, [1, ...shape]) }, ["image"]);
     const { data, dims } = values.get("image");
-    return { pixels: imagePixels(data, dims[2], dims[3]), height: dims[2], width: dims[3] };
+    return { data: data.slice(), dims: dims.slice(1) };
   }
 
   /** The values at the sites of one step (all, or those named): [[site, { dims, data }]]. */

@@ -1,5 +1,7 @@
 // The worker: answers the calls of index.js, one after another. An abort is heard between two steps of a run.
 import { Model } from "./model.js";
+import { drawNoise } from "./noise.js";
+import { schedule } from "./sampling.js";
 
 let model = null;
 let queue = Promise.resolve();
@@ -31,8 +33,10 @@ const CALLS = {
     return model.run(request, (step) => postMessage({ id, step }), pause);
   },
   decode: (id, { latents, shape }) => model.decode(latents, shape),
+  decodeValues: (id, { latents, shape }) => model.decodeValues(latents, shape),
   inside: (id, call) => model.inside(call),
-  noise: async (id, { seed, size }) => (await import("./noise.js")).drawNoise(seed, size),
+  noise: (id, { seed, size }) => drawNoise(seed, size),
+  times: (id, { steps, shift = model.manifest.defaults.shift }) => schedule(steps, shift),
   prepare: async () => void (await model.session("inside")),
 };
 
