@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
@@ -33,20 +36,30 @@ from fluxedu.instruments.parts import Part, parts
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import MapView, Value, to_named
 from fluxedu.instruments.tokens import text_tokens
+from fluxedu.instruments.wiring import wiring
 from fluxedu.sampling.pipeline import FluxPipeline, Output
 
-__all__ = ["Stage", "page", "stages"]
+__all__ = ["Stage", "Stages", "page", "stages"]
 
 SIDE_BY_SIDE = ("clip", "t5")  # the part after one of these stands beside it in the diagram, not below it
 ROWS, COLUMNS = 16, 48  # size of a value's thumbnail
 THUMBNAIL_COLOURS = 15  # odd, so that one of them stands for 0; few, so that thousands of thumbnails stay small
 MAX_BYTES = 4_500_000  # of the page
+MAX_FRAMES = 24  # steps of which the map shows the values; of longer runs they are evenly spaced
+#: sizes of a value on the map; of these, the first with which all values of all steps have few enough numbers
+FRAME_SIZES = ((16, 48), (12, 32), (8, 24), (6, 16), (4, 8), (2, 4))
+MAX_FRAME_NUMBERS, MAX_CURVE_NUMBERS = 2_500_000, 200_000
+PICTURE_SIDE = 64  # px of the decoded states on the map
 DPI, MIN_DPI = 80, 24  # of its figures, which are drawn smaller if there are many
 
 
 @dataclass(frozen=True)
 class SiteSummary:
-    """A site over the run: its shape, four numbers, its meaning, and a thumbnail of its value at the last step."""
+    """A site over the run: its shape, four numbers, its meaning, and a thumbnail of its value at the last step.
+
+    ``numbers [S, 4]``: mean, standard deviation, smallest and largest value per step · ``frames [F, rows, columns]``:
+    the thumbnails at some steps. A site outside the loop over steps has one of each.
+    """
 
     name: str
     shape: str
@@ -56,6 +69,8 @@ class SiteSummary:
     high: float
     meaning: str
     thumbnail: Tensor
+    numbers: Tensor
+    frames: Tensor
 
 
 @dataclass
@@ -68,11 +83,21 @@ class Stage:
     sites: list[SiteSummary] = field(default_factory=list)
 
 
+class Stages(list[Stage]):
+    """The stages of a run in order, and what the map shows of it: the model's ``wiring``; the ``times`` of all steps;
+    ``frame_steps``: the indices of those with thumbnails; ``pictures``: site -> RGB images, one per step or one in all.
+    """
+
+    def __init__(self, found: Sequence[Stage], model: dict, times: list[float], frame_steps: list[int], pictures: dict):
+        super().__init__(found)
+        self.wiring, self.times, self.frame_steps, self.pictures = model, times, frame_steps, pictures
+
+
 # ---------------------------------------------------------------- recording
 
 
 @checked(InstrumentError)
-def stages(pipe: FluxPipeline, prompt: str, **request) -> tuple[Output, list[Stage]]:
+def stages(pipe: FluxPipeline, prompt: str, **request) -> tuple[Output, Stages]:
     """Draw ``prompt`` and return the run with what happened at every stage; ``request``: as for the pipeline."""
     if not isinstance(prompt, str):
         raise InstrumentError(f"a trace is of one prompt, not of {describe(prompt)}.")
@@ -80,10 +105,17 @@ def stages(pipe: FluxPipeline, prompt: str, **request) -> tuple[Output, list[Sta
     words, chosen = _words(pipe, prompt), {"contributions": {}}
     if words:
         chosen |= {"word_maps": {"words": words}, "head_gallery": {"query": words[-1]}}
-    numbers, thumbnails = record(*EVERYTHING, reduce="summary"), record(*EVERYTHING, steps=-1, reduce=thumbnail)
+    steps = request.get("steps") or pipe.defaults.steps
+    every = -(-steps // MAX_FRAMES) if isinstance(steps, int) else 1
+    with_frames = None if every == 1 else [*range(0, steps - 1, every), -1]
+    numbers, thumbnails = (
+        record(*EVERYTHING, reduce="summary"),
+        record(*EVERYTHING, steps=with_frames, reduce=thumbnail),
+    )
     with numbers, thumbnails:
         out, results = run_lenses(pipe, prompt, chosen, **request)
-    figures = _figures(pipe, prompt, request.get("guidance"), out, results["contributions"])
+    states, x0 = _decoded(pipe, out)
+    figures = _figures(pipe, prompt, request.get("guidance"), out, results["contributions"], states, x0)
     if words:
         figures |= _attention_figures(out, results["word_maps"], results["head_gallery"], words[-1])
     found = []
@@ -96,7 +128,28 @@ def stages(pipe: FluxPipeline, prompt: str, **request) -> tuple[Output, list[Sta
             pieces = tokenizer.pieces(prompt)
             text += f" The tokens: {' '.join(pieces)}, followed by {tokenizer.length - len(pieces)} padding tokens."
         found.append(Stage(part, text, figures.get(part.name, []), _site_summaries(pipe, numbers, thumbnails, part)))
-    return out, found
+    frame_steps = sorted({key.step for key, _ in thumbnails.entries("sample.x")})
+    pictures = {"sample.x": [_small(x) for x in states], "sample.x0": [_small(x) for x in x0]}
+    for name in ("sample.image", "ae.decoder.image"):
+        pictures[name] = [np.asarray(_shrunk(out.images[0]))]
+    return out, Stages(found, wiring(pipe), out.trajectory.times[:-1].tolist(), frame_steps, pictures)
+
+
+def _decoded(pipe: FluxPipeline, out: Output) -> tuple[list[Tensor], list[Tensor]]:
+    """The state and the predicted x0 of each step, as pixels."""
+    path = out.trajectory
+    with torch.no_grad():
+        decoded = [[pipe.autoencoder.decode(x)[0].float().cpu() for x in xs] for xs in (path.latents[:-1], path.x0)]
+    return decoded[0], decoded[1]
+
+
+def _shrunk(image: Image.Image) -> Image.Image:
+    return image.reduce(max(1, round(max(image.size) / PICTURE_SIDE)))
+
+
+def _small(image: Tensor) -> np.ndarray:
+    """``[3, H, W]`` in [-1, 1] as a small 8-bit RGB image."""
+    return np.asarray(_shrunk(Image.fromarray((plots.to_pixels(image) * 255).round().astype(np.uint8))))
 
 
 def _words(pipe: FluxPipeline, prompt: str) -> list[str]:
@@ -111,20 +164,35 @@ def _site_summaries(pipe: FluxPipeline, numbers: record, thumbnails: record, par
         if site.name in numbers and part.has(site.name):
             mean, std, low, high = torch.stack([v.tensor for _, v in numbers.entries(site.name)]).unbind(-1)
             over_run = float(mean.mean()), float(std.mean()), float(low.min()), float(high.max())
-            small = thumbnails.entries(site.name)[-1][1].tensor
-            found.append(SiteSummary(site.name, "×".join(map(str, site.shape)), *over_run, site.meaning, small))
+            per_step, frames = (torch.stack(_first_of_each_step(rec, site.name)) for rec in (numbers, thumbnails))
+            last = thumbnails.entries(site.name)[-1][1].tensor
+            shape = "×".join(map(str, site.shape))
+            found.append(SiteSummary(site.name, shape, *over_run, site.meaning, last, per_step, frames))
     return found
+
+
+def _first_of_each_step(rec: record, name: str) -> list[Tensor]:
+    """The values of a site, one per step: some solvers evaluate the model several times in a step."""
+    found: dict[int | None, Tensor] = {}
+    for key, value in rec.entries(name):
+        if key.step not in found or found[key.step].shape != value.tensor.shape:  # the last of different shapes
+            found[key.step] = value.tensor
+    shape = list(found.values())[-1].shape
+    return [value for value in found.values() if value.shape == shape]
 
 
 @torch.no_grad()
 def _figures(
-    pipe: FluxPipeline, prompt: str, guidance: float | None, out: Output, contributions: Named
+    pipe: FluxPipeline,
+    prompt: str,
+    guidance: float | None,
+    out: Output,
+    contributions: Named,
+    states: list[Tensor],
+    x0: list[Tensor],
 ) -> dict[str, list[tuple[str, Figure]]]:
     """Part -> captions and figures, apart from those of attention."""
     path = out.trajectory
-    states, x0 = (
-        [pipe.autoencoder.decode(x)[0].float().cpu() for x in latents] for latents in (path.latents[:-1], path.x0)
-    )
     steps = (0, len(path.times) // 2, len(path.times) - 1)
     spectrum = plots.spectrum({f"t = {float(path.times[i]):.2f}": path.latents[i] for i in steps})
     final, ((ax,),) = plots.new_figure(1, 1, (3.2, 3.2))
@@ -186,18 +254,71 @@ def thumbnail(value: Value) -> Named:
 
 
 @checked(InstrumentError)
-def page(title: str, about: str, stages: list[Stage]) -> str:
+def page(title: str, about: str, stages: Stages) -> str:
     """The whole page as HTML, of at most 4.5 MB as long as its figures can be drawn smaller."""
-    dpi, html = DPI, _page(title, about, stages, DPI)
+    data = map_data(stages)
+    dpi, html = DPI, _page(title, about, stages, DPI, data)
     while len(html) > MAX_BYTES and dpi > MIN_DPI:
         in_figures = sum(len(source) for source in re.findall(r'<figure><img [^>]*src="([^"]*)', html))
         available = max(MAX_BYTES - (len(html) - in_figures), 1)
         dpi = max(MIN_DPI, int(0.95 * dpi * min(1, available / in_figures)))  # bytes fall more slowly than dots
-        html = _page(title, about, stages, dpi)
+        html = _page(title, about, stages, dpi, data)
     return html
 
 
-def _page(title: str, about: str, stages: list[Stage], dpi: int) -> str:
+# ---------------------------------------------------------------- what the map shows
+
+
+def map_data(stages: Stages) -> str:
+    """The model's wiring and the values of the run, as JSON for web/src/map_page.js.
+
+    Numbers that many sites share one size for are packed: ``values`` is a base64 string of zlib-compressed bytes, in
+    which ``sites`` says where each site's part begins. Thumbnails have 15 levels, with one scale over all steps.
+    """
+    sites = [site for stage in stages for site in stage.sites]
+    for rows, columns in FRAME_SIZES:
+        sizes = [(len(s.frames), min(s.frames.shape[1], rows), min(s.frames.shape[2], columns)) for s in sites]
+        if sum(n * h * w for n, h, w in sizes) <= MAX_FRAME_NUMBERS:
+            break
+    every = -(-sum(s.numbers.numel() for s in sites) // MAX_CURVE_NUMBERS)
+    height, width = stages.pictures["sample.image"][0].shape[:2]
+    levels, curves, places, at, aspect = [], [], {}, 0, round(width / height, 3)
+    for site, size in zip(sites, sizes, strict=True):
+        frames = F.adaptive_avg_pool2d(site.frames.float(), size[1:]).numpy()
+        signed, largest = bool((frames < 0).any()), max(float(np.abs(frames).max()), 1e-30)
+        share = (frames / largest + 1) / 2 if signed else frames / largest
+        levels.append(np.round((THUMBNAIL_COLOURS - 1) * np.nan_to_num(share)).astype(np.uint8).ravel())
+        numbers = site.numbers[::every].float().numpy()
+        curves.append(numbers.ravel())
+        ratio = aspect if site.shape.endswith("h×w") else 1 if site.name.endswith((".map", ".scores")) else 0
+        places[site.name] = [at, *size, int(signed), float(f"{largest:.3g}"), len(numbers), ratio]
+        at += levels[-1].size
+    pictures, images = {}, []
+    for name, found in stages.pictures.items():
+        pictures[name] = [at, len(found), *found[0].shape[:2]]
+        images += [picture.ravel() for picture in found]
+        at += sum(picture.size for picture in found)
+    pad = -at % 4  # the 32-bit floats begin at a multiple of four
+    packed = np.concatenate([*levels, *images, np.zeros(pad, np.uint8)]).tobytes()
+    packed += np.concatenate(curves).astype("<f4").tobytes()
+    colours = [
+        matplotlib.colormaps[name](np.linspace(0, 1, THUMBNAIL_COLOURS)) for name in (plots.SEQUENTIAL, plots.DIVERGING)
+    ]
+    data = {
+        "wiring": stages.wiring,
+        "times": [round(t, 4) for t in stages.times],
+        "frameSteps": stages.frame_steps,
+        "curveSteps": list(range(0, len(stages.times), every)),
+        "sites": places,
+        "pictures": pictures,
+        "curves": at + pad,
+        "colours": [np.round(255 * c[:, :3]).astype(int).tolist() for c in colours],
+        "values": base64.b64encode(zlib.compress(packed, 9)).decode(),
+    }
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")  # no end of the script
+
+
+def _page(title: str, about: str, stages: Stages, dpi: int, data: str) -> str:
     buttons, panels = [], []
     for stage in stages:
         name, heading = re.sub("[. ]", "-", stage.part.name), escape(stage.part.title)
@@ -216,9 +337,18 @@ def _page(title: str, about: str, stages: list[Stage], dpi: int) -> str:
             f'<section role="tabpanel" id="panel-{name}" aria-labelledby="tab-{name}"><h2>{heading}</h2>'
             f"<p>{escape(stage.text)}</p>{figures}{_table(stage.sites)}</section>"
         )
-    template = Template(resources.files("fluxedu").joinpath("trace.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=escape(title), about=escape(about), buttons="\n".join(buttons), panels="\n".join(panels)
+    page, script, style = (
+        resources.files("fluxedu").joinpath(name).read_text(encoding="utf-8")
+        for name in ("trace.html", "map.js", "map.css")
+    )
+    return Template(page).substitute(
+        title=escape(title),
+        about=escape(about),
+        buttons="\n".join(buttons),
+        panels="\n".join(panels),
+        data=data,
+        script=script,
+        style=style,
     )
 
 

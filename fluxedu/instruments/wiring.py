@@ -114,7 +114,8 @@ class _Maker:
         place = site.source if site is not None else _place(CODE[key])
         box = {"id": name, "title": title, "kind": kind, "formula": key, "text": text}
         box |= {"shape": None if site is None else list(site.shape), "site": None if site is None else name}
-        return box | {"source": place, "code": _line(place)} | more
+        box |= {"source": place, "code": _line(place)} | more
+        return box | {"short": written["short"]} if "short" in written else box
 
     def has(self, name: str) -> bool:
         return name in self.every
@@ -555,5 +556,11 @@ def _with_inside(wiring: Mapping[str, Any], box: Box) -> Iterator[Box]:
         yield inner | filled
 
 
+def for_pages() -> str:
+    """The miniature's wiring as JSON, with files but without line numbers, which change often."""
+    text = json.dumps(wiring(), ensure_ascii=False, indent=0)
+    return re.sub(r'("source": "[\w/]+\.py):\d+"', r'\1"', text) + "\n"
+
+
 if __name__ == "__main__":
-    print(json.dumps(wiring(), ensure_ascii=False, indent=0))
+    print(for_pages(), end="")

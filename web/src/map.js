@@ -1,7 +1,7 @@
 // The map of the model: an overview from the prompt to the image, and below it the wiring of the box that is open.
 // What it shows is data: see fluxedu/instruments/wiring.py. Sizes are CSS pixels, so text never shrinks with the page.
 
-const SVG = "http://www.w3.org/2000/svg";
+const SVG = Object.assign(document.createElement("template"), { innerHTML: "<svg>" }).content.firstChild.namespaceURI;
 
 function html(tag, set = {}, ...children) {
   const el = Object.assign(document.createElement(tag), set);
@@ -273,8 +273,8 @@ export function paintValue(host, value) {
   const canvas = toCanvas(value), figure = html("div", { className: "map-pixels" }, canvas);
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", value.title ?? "the value as an image");
-  const ratio = canvas.width / canvas.height; // pictures and latents keep their shape; tall tables are cut at 260 px
-  canvas.style.aspectRatio = `${canvas.width} / ${canvas.height}`;
+  const ratio = value.ratio || canvas.width / canvas.height; // pictures, latents and maps keep their shape
+  canvas.style.aspectRatio = String(ratio);
   canvas.style.width = `min(100%, ${Math.round(260 * ratio)}px)`;
   const parts = [figure];
   if (value.title) parts.unshift(html("p", { className: "map-axes", textContent: value.title }));
@@ -284,6 +284,8 @@ export function paintValue(host, value) {
     parts.push(html("div", { className: "map-key" }, value.key[0], strip, value.key[1]));
   }
   if (value.text) parts.push(html("p", { className: "map-words", textContent: value.text }));
+  if (value.curves) parts.push(curves(value.curves));
+  canvas.classList.toggle("smooth", Boolean(value.smooth));
   host.replaceChildren(...parts);
 }
 
@@ -445,6 +447,9 @@ export function createMap(element, options) {
     return lines;
   }
 
+  /** The short title, where there is one, in a box too narrow for the longest word. */
+  const fitting = (box, w) => (box.short && box.title.split(" ").some((word) => word.length * 6.6 > w - 2) ? box.short : box.title);
+
   function shape(view, id, r) {
     const { box } = r, classes = `box k-${box.kind}${r.tile ? " tile" : ""}${r.frame ? " frame" : ""}${r.plus ? " plus" : ""}`;
     const name = box.title + (box.inside ? ", opens" : "");
@@ -456,7 +461,7 @@ export function createMap(element, options) {
       g.append(svg("circle", { cx, cy, r: 10 }), svg("path", { d: `M${cx - 5} ${cy}H${cx + 5}M${cx} ${cy - 5}V${cy + 5}`, class: "cross" }));
     } else {
       g.append(svg("rect", { x: r.x, y: r.y, width: r.w, height: r.h, rx: r.tile ? 4 : 7 }));
-      const lines = r.short ? [r.short] : broken(box.title, r.w), hasPicture = box.picture && r.h > 50;
+      const lines = r.short ? [r.short] : broken(fitting(box, r.w), r.w), hasPicture = box.picture && r.h > 50;
       const at = r.frame ? r.y + 18 : hasPicture ? r.y + 14 : r.y + r.h / 2 - (lines.length - 1) * 6.5 + 4;
       lines.forEach((line, i) => g.append(words(line, r.x + r.w / 2, at + i * 13, "title")));
       if (hasPicture) {
@@ -639,7 +644,7 @@ export function createMap(element, options) {
     const site = siteOf(box), value = site && values ? await values(site, step) : null;
     if (hovered !== id) return;
     const host = html("div", { className: "map-tip-value" });
-    if (value && value.kind === "pixels") paintValue(host, { ...value, title: null, key: null, text: null });
+    if (value && value.kind === "pixels") paintValue(host, { ...value, title: null, key: null, text: null, curves: null });
     tip.replaceChildren(html("strong", { textContent: box.title }), html("span", { textContent: shapeText(box) }), host);
     const more = value?.text || (site && options.hoverText?.(site, step));
     if (more) tip.append(html("span", { textContent: more }));
