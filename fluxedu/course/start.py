@@ -207,7 +207,7 @@ def _blind(pipe: FluxPipeline) -> Explorer:
 
 #: every explorer of the package, in the order of the course
 GALLERY: dict[str, Entry] = {
-    "attention": Entry("Which tokens attend to which?", "06b-joint-attention"),
+    "attention": Entry("Which words and patches does a patch attend to?", "06b-joint-attention"),
     "architecture": Entry("What does each part of the model compute?", "00b-instruments"),
     "trajectory": Entry("How does an image emerge from noise?", "00-a-picture-from-a-sentence"),
     "latents": Entry("What do the numbers of a latent mean?", "01b-packing"),
@@ -221,7 +221,7 @@ GALLERY: dict[str, Entry] = {
         "How similar are two tokens to T5?", "03-t5", make=lambda pipe: widgets.tokens(pipe, EXAMPLE_PROMPT)
     ),
     "positions": Entry(
-        "How does RoPE change an attention score?",
+        "How does RoPE make an attention score depend on the distance?",
         "04-rotary-positions",
         "widgets.positions(pipe)",
         lambda pipe: widgets.positions(pipe),
@@ -234,7 +234,7 @@ GALLERY: dict[str, Entry] = {
     "streams": Entry("How large are text and image tokens, and what is added to them?", "07-the-double-stream-block"),
     "contributions": Entry("How much do attention and the MLP add in each block?", "08b-what-single-blocks-add"),
     "parameters": Entry(
-        "Where are the parameters?",
+        "Where are the parameters of a FLUX model?",
         "09b-parameters-and-layouts",
         "widgets.parameters()",
         lambda _: widgets.parameters(),
@@ -252,7 +252,7 @@ GALLERY: dict[str, Entry] = {
         lambda pipe: widgets.velocity(pipe, [EXAMPLE_PROMPT, "a green star"], progress=False),
     ),
     "solvers": Entry("Which solver needs the fewest model evaluations?", "11-sampling"),
-    "grid": Entry("How many steps and how much guidance?", "11-sampling"),
+    "grid": Entry("How many steps and how much guidance does an image need?", "11-sampling"),
     "guidance": Entry(
         "What does the guidance scale change?",
         "12-guidance",

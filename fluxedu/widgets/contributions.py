@@ -182,10 +182,11 @@ def contributions(pipe: FluxPipeline, prompt: str, **request) -> Explorer:
         draw,
         {"cell": (pipe.flux.config.depth, steps // 2)},  # the first single-stream block
         widths=[3.4, 3.4, 2.8],
-        instruction="Point at a block and a time in the table to see what that block adds, over time and in the image.",
+        instruction="Point at a block and a time in the table, or press play, to see what that block adds over time.",
         tries=[
             Try("Does the MLP add in the same blocks?", source="MLP"),
             Try("Which blocks change the text tokens?", stream="text"),
             Try("Where does the last block add at the end?", cell=(blocks - 1, steps - 1)),
         ],
+        play="cell",
     )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from fluxedu.errors import InstrumentError, check_integer
 from fluxedu.instruments.lenses.layers import KINDS, modulation_channels
@@ -18,11 +20,17 @@ from fluxedu.widgets.panels import Lines, Pixels, diverging, resize_table, seque
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 10.0)
 
 
-def modulation_view(table: Named, kind: str, cell: tuple[int, int]) -> View:
+def relative_change(table: Named, usual: Named) -> Tensor:
+    """How much a table differs from the usual one, as a share of the size of the latter: ``[time, layer, kind]``."""
+    difference = (table.tensor - usual.tensor).square().mean(-1)
+    return (difference / usual.tensor.square().mean(-1).clamp(min=1e-12)).sqrt()
+
+
+def modulation_view(table: Named, kind: str, cell: tuple[int, int], usual: Named | None = None) -> View:
     """Sizes over depth and time, the three kinds of one layer over time, and that layer's channels.
 
     ``table``: :func:`fluxedu.instruments.lenses.layers.modulation_channels`, axes ``time, layer, kind, channel`` ·
-    ``cell``: layer and time.
+    ``cell``: layer and time · ``usual``: another table to compare it with, of the first prompt at the usual guidance.
     """
     times, layers = table.coords["time"], table.coords["layer"]
     layer, time = cell
@@ -48,7 +56,11 @@ def modulation_view(table: Named, kind: str, cell: tuple[int, int]) -> View:
     ]  # fmt: skip
     low, high = values[:, time].min(), values[:, time].max()
     text = f"{layers[layer]} at t = {times[time]:.2f}: the root mean square of {kind} is {size[layer, time]:.3f}; "
-    return View(panels, text + f"over channels it runs from {low:.2f} to {high:.2f}.")
+    text += f"over channels it runs from {low:.2f} to {high:.2f}."
+    if usual is not None:
+        change = float(relative_change(table, usual)[time, layer, KINDS.index(kind)])
+        text += f" It differs by {change:.0%} of its size from that of the first prompt at the usual guidance scale."
+    return View(panels, text)
 
 
 @explorer(example=lambda pipe: modulation(pipe, [EXAMPLE_PROMPT, "a green star"], times=3))
@@ -60,7 +72,7 @@ def modulation(pipe: FluxPipeline, prompts: str | Sequence[str], *, times: int =
     """
     prompts = prompt_list(prompts)
     check_integer("times", times, 2, 1000, error=InstrumentError)
-    controls = [Choice("kind", "show", KINDS), Choice("prompt", "prompt", prompts)]
+    controls, default = [Choice("kind", "show", KINDS), Choice("prompt", "prompt", prompts)], None
     if pipe.flux.config.guidance_embed:
         labels = [f"{s:g}" for s in GUIDANCE_SCALES]
         default = min(range(len(labels)), key=lambda i: abs(GUIDANCE_SCALES[i] - pipe.defaults.guidance))
@@ -72,20 +84,31 @@ def modulation(pipe: FluxPipeline, prompts: str | Sequence[str], *, times: int =
         scale = None if guidance is None else GUIDANCE_SCALES[guidance]
         return modulation_channels(pipe, prompts[prompt], times=all_times, guidance=scale)
 
+    usual = table(0, default)
+
+    def largest_change(other: Named) -> dict:
+        change = relative_change(other, usual)
+        time, layer, kind = (int(i) for i in np.unravel_index(int(change.argmax()), change.shape))
+        return {"kind": KINDS[kind], "cell": (layer, time)}
+
     def draw(kind: int, prompt: int, cell: tuple[int, int], guidance: int | None = None) -> View:
-        return modulation_view(table(prompt, guidance), KINDS[kind], cell)
+        is_usual = (prompt, guidance) == (0, default)
+        return modulation_view(table(prompt, guidance), KINDS[kind], cell, None if is_usual else usual)
 
     tries = [Try("How large are the gates of each layer?", kind="gate")]
     if len(prompts) > 1:
-        tries.append(Try("Does the other prompt change the modulation?", prompt=1))
-    if pipe.flux.config.guidance_embed:
-        tries.append(Try("Which layers react to strong guidance?", guidance=GUIDANCE_SCALES[-1]))
+        tries.append(Try("Where does the other prompt matter most?", prompt=1, **largest_change(table(1, default))))
+    if default is not None:
+        last = len(GUIDANCE_SCALES) - 1
+        moves = largest_change(table(0, last)) | {"guidance": GUIDANCE_SCALES[last]}
+        tries.append(Try("Where does strong guidance matter most?", **moves))
     return Explorer(
         "How do time, guidance and the prompt control each layer?",
         controls,
         draw,
-        {"cell": (0, 0)},
+        {"cell": (0, times // 2)},
         widths=[3.4, 3.4, 3.4],
-        instruction="Point at a layer and a time in the left table; the other panels show that layer over time.",
+        instruction="Point at a layer and a time in the left table, or press play; the other panels show that layer.",
         tries=tries,
+        play="cell",
     )

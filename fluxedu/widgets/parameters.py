@@ -96,7 +96,7 @@ def parameters_view(config: FluxConfig, variant: str, part: int, tensor: int) ->
     name, total = list(by_part)[min(part, len(by_part) - 1)], sum(sizes.values())
     members = by_part[name]
     index = min(tensor, len(members) - 1)
-    chosen, height = members[index], min(20.0, 250.0 / len(members))
+    chosen, height = members[index], 20
     rows = []
     for i, group in enumerate(members):
         label = f"{group.name.split('#.')[-1]}  [{', '.join(map(str, group.shape))}]  × {group.count}"

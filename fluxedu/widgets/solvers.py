@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from fluxedu.errors import InstrumentError, check_choice
-from fluxedu.instruments.lenses.run import check_one_prompt, few_steps_note
+from fluxedu.instruments.lenses.run import check_one_prompt, enough_steps, few_steps_note
 from fluxedu.progress import progress_bar
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.solvers import SOLVERS, get_solver
@@ -95,19 +95,19 @@ def solvers(
         note = few_steps_note(pipe, {"steps": evaluations[cell[1]]}, "model evaluation")
         return replace(view, text=view.text + note)
 
-    final = errors[-1]
+    # the number of evaluations that the suggestions are about: enough for an image, and as few as that
+    column = next((i for i, n in enumerate(evaluations) if n >= enough_steps(pipe)), len(evaluations) - 1)
+    n, row = evaluations[column], errors[-1][:, column]
     return Explorer(
         "Which solver needs the fewest model evaluations?",
         [Choice("shift", "time shift", [f"{s:g}" for s in shifts], len(shifts) - 1, shifts)],
         draw,
-        {"cell": (0, len(evaluations) - 1)},
+        {"cell": (len(solvers) - 1, len(evaluations) - 1)},
         widths=[3.8, 2.4, 3.2],
         instruction="Point at an image in the table to see it large; within a column all cost the same.",
         tries=[
-            Try(
-                f"Which image is closest after only {evaluations[0]} evaluations?", cell=(int(final[:, 0].argmin()), 0)
-            ),
-            Try("Which image is farthest from the reference?", cell=(int(final[:, 0].argmax()), 0)),
+            Try(f"Which solver is closest after {n} model evaluations?", cell=(int(row.argmin()), column)),
+            Try("Which one is farthest from the reference then?", cell=(int(row.argmax()), column)),
             *[Try("Does another schedule change the order?", shift=f"{s:g}") for s in shifts[:-1][:1]],
         ],
     )

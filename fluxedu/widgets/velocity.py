@@ -61,7 +61,9 @@ def velocity_view(
     """Particles ``xy [N+1, P, 2]`` at one step with their ``arrows [N+1, P, 2]``, and the predicted x0 of one of them,
     decoded by ``prediction(step, particle)``.
     """
-    t, limits = times[step], tuple(float(np.abs(xy[..., i]).max()) * 1.08 for i in range(2))
+    low, high = xy.min((0, 1)), xy.max((0, 1))
+    margin = 0.06 * (high - low) + 1e-6
+    t, limits = times[step], tuple(zip((low - margin).tolist(), (high + margin).tolist(), strict=True))
     x_label, distance = "first direction", ""
     if len(prompts) > 1:
         means = [float(xy[step, np.asarray(group) == g, 0].mean()) for g in range(len(prompts))]
