@@ -233,7 +233,7 @@ plt.show()
 # The explorer shows runs of two prompts from the same noise, projected to a plane through their final images:
 
 # %%
-widgets.velocity(pipe, [prompt, "a green star above a yellow ring"], seeds=5, steps=6, progress=False)
+widgets.velocity(pipe, [prompt, "a green star above a yellow ring"], seeds=5, steps=8, progress=False)
 
 # %% [markdown]
 # ## Put your code into the trained model
