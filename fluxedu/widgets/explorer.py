@@ -295,6 +295,8 @@ class Explorer(anywidget.AnyWidget):
         first = {c.name: c.start for c in controls} | self.pointers
         view = self._message(self._view_of(first))  # an error in the first view is raised here
         buttons = [{"label": t.label, "moves": self._state_of(t.moves)} for t in tries]
+        # with one seed or one step a suggestion may have nothing to change
+        buttons = [b for b in buttons if any(np.any(np.not_equal(first[n], v)) for n, v in b["moves"].items())]
         name = uuid4().hex
         self._is_made = False
         super().__init__(

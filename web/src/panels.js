@@ -267,14 +267,15 @@ function frame({ width, height, x, y, xLabel, yLabel, whole = false, names = nul
     parts.push(svg("path", { d: `M${left} ${Y(v)}H${right}`, class: "grid" }));
     parts.push(words(format(v), left - 6, Y(v), { "text-anchor": "end", "dominant-baseline": "central" }));
   }
-  let last = -Infinity;
-  for (const [v, text] of names ?? ticksOf(x[0], x[1], right - left, whole).map((v) => [v, format(v)])) {
-    const half = textWidth(text) / 2, at = Math.min(Math.max(X(v), left), width - half);
+  const marks = names ?? ticksOf(x[0], x[1], right - left, whole).map((v) => [v, format(v)]);
+  const widest = Math.max(...marks.map(([, text]) => textWidth(text))) + 6;
+  const every = Math.max(1, Math.ceil((widest * (marks.length - 1)) / (right - left))); // as many as have room
+  marks.forEach(([v, text], i) => {
     parts.push(svg("path", { d: `M${X(v)} ${bottom}v4`, class: "axis" }));
-    if (at - half < last) continue; // no room for this one
-    last = at + half + 6;
+    if (i % every) return;
+    const half = textWidth(text) / 2, at = Math.min(Math.max(X(v), half), width - half);
     parts.push(words(text, at, bottom + 15, { "text-anchor": "middle" }));
-  }
+  });
   parts.push(svg("path", { d: `M${left} ${top}V${bottom}H${right}`, class: "axis" }));
   if (xLabel) parts.push(words(xLabel, (left + right) / 2, height - 5, { "text-anchor": "middle", class: "label" }));
   if (yLabel) {
@@ -350,6 +351,7 @@ function lines(first, { tip }) {
       const mine = now.series.filter((s) => s.unit === unit);
       const all = mine.flatMap((s) => s.y).filter(Number.isFinite);
       let low = Math.min(...all), high = Math.max(...all);
+      if (high === low && low > 0) low = 0;
       if (now.log) low = Math.max(low, high / 1e6, 1e-12);
       else if (low > 0 && high - low > 0.3 * high) low = 0; // from 0, unless that would flatten the curves
       else if (low < 0 || high - low > 0) low -= low === 0 ? 0 : (high - low) * 0.06;
@@ -358,7 +360,7 @@ function lines(first, { tip }) {
       const isLast = u === units.length - 1, label = `${unit}${now.log ? " (logarithmic)" : ""}`;
       const drawn = frame({
         width, height, x: ends, y: [low, high], xLabel: isLast ? fitted(now.x_label, width - 60) : "",
-        yLabel: fitted(label, height - 30), whole: isWhole(now.x), log: now.log,
+        yLabel: units.length > 1 ? "" : fitted(label, height - 30), whole: isWhole(now.x), log: now.log,
         names: now.x_names.length ? now.x.map((v, i) => [v, now.x_names[i]]) : null,
       });
       const { X, Y, parts, top, bottom } = drawn;
@@ -376,14 +378,12 @@ function lines(first, { tip }) {
       }
       const cross = svg("path", { class: "cross", hidden: "" });
       const sheet = svg("svg", { viewBox: `0 0 ${width} ${height}`, width, height, "aria-hidden": "true" }, ...parts, cross);
-      return { sheet, X, cross, top, bottom, width };
+      const names = mine.map((s) => (units.length > 1 && s.unit !== s.name ? `${s.name} (${s.unit})` : s.name));
+      const key = legend(names, mine.map((s) => colourOf.get(s.name)));
+      return { sheet, key, X, cross, top, bottom, width };
     });
-    const names = now.series.map((s) => s.name);
     el.setAttribute("aria-label", `${now.title}. Arrow keys read the values.`);
-    el.replaceChildren(...(names.length > 1 ? [legend(names, now.colours)] : []), ...charts.map((c) => c.sheet));
-    if (now.series.length === 1 && now.series[0].name && now.series[0].name !== now.series[0].unit) {
-      el.prepend(legend(names, now.colours));
-    }
+    el.replaceChildren(...charts.flatMap((c) => [c.key, c.sheet]));
   };
   return { el, paint };
 }
