@@ -23,7 +23,7 @@ const store = createStore(parse(location.hash));
 createGlossary();
 const tour = createTour(store);
 createQuestions((step) => tour.open(step));
-let engine, film, prompt, attention, change, map, run = null, abort = null;
+let engine, film, prompt, attention, change, run = null, abort = null;
 const runs = new Map(); // request as JSON -> run
 
 for (const link of document.querySelectorAll("[data-docs]")) link.hidden = !isSite;
@@ -55,6 +55,11 @@ const onProgress = ({ loaded, total, what }) => {
   $("#what").textContent = `${what ?? "weights"}: ${mb(loaded)} of ${mb(total)} MB; later visits work offline`;
 };
 still();
+$("#prompt").value = store.state.prompt;
+const map = createMap($("#map-view"), {
+  wiring: WIRING, step: 0, values: valueOf, onSelect: chosen, link, open: store.state.open,
+  onOpen: (id) => store.set({ open: id ?? "" }),
+});
 open().catch((error) => {
   $("#loading").innerHTML = "<p><strong>The model could not be loaded.</strong><br></p>";
   $("#loading p").append(error.message);
@@ -74,7 +79,6 @@ async function open() {
   film = createFilm({ store, decode: (latents, shape) => engine.decode(latents, shape) });
   attention = createAttention({ store, info, onBlock: (block) => map.highlight([block]) });
   change = createChange({ store, info, getRun: () => run, draw: (request) => busy(() => obtain(request)) });
-  map = createMap($("#map-view"), { wiring: WIRING, step: 0, values: valueOf, onSelect: chosen });
   store.on(changed);
   document.documentElement.dataset.ready = Math.round(performance.now()); // interactive: for measurements
   $("#loading").remove();
@@ -87,6 +91,7 @@ async function open() {
 // ---- the form
 function buildForm(info) {
   const form = $("#form"), shape = $("#shape");
+  shape.textContent = "";
   for (const [height, width] of info.shapes) shape.append(new Option(`${width} × ${height}`, `${height}x${width}`));
   prompt = createPrompt({
     vocabulary: info.vocabulary, colours: info.colours, tokenize: (text) => engine.tokenize(text), onPrompt: submit,
@@ -130,8 +135,8 @@ function requestOf(state) {
   const [height, width] = state.shape.split("x").map(Number);
   const known = engine.info.shapes.some(([h, w]) => h === height && w === width);
   return {
-    prompt: state.prompt, ...(state.negative && { negative: state.negative, trueCfg: state.guidance, guidance: 1 }),
-    ...(!state.negative && { guidance: state.guidance }), seed: state.seed, steps: state.steps,
+    prompt: state.prompt, seed: state.seed, steps: state.steps, guidance: state.guidance,
+    ...(state.negative && { negative: state.negative, trueCfg: 2 }),
     height: known ? height : 128, width: known ? width : 128, changes: [],
   };
 }
@@ -181,7 +186,7 @@ async function draw() {
     await look(0).finally(film.resume);
     change.refresh();
   } catch (error) {
-    if (error.name !== "AbortError") { toast(`The picture could not be drawn: ${error.message}`); console.error(error); }
+    failed(error);
   } finally {
     stopPulse();
     if (!signal.aborted) document.body.classList.remove("drawing");
@@ -214,21 +219,31 @@ function valuesAt(of, step) {
 
 const evaluation = () => Math.min(film.index, run.steps - 1); // the values at the end are those of the last step
 
-let waiting = 0, mapped = null;
+let mapped = null, cancel = () => {};
+
+/** Shows the values at the chosen step, unless another step is chosen within `delay` milliseconds. */
 function look(delay = 150) {
-  clearTimeout(waiting);
+  cancel();
   return new Promise((resolve) => {
-    waiting = setTimeout(async () => {
-      const of = run, step = evaluation(), values = await valuesAt(of, step);
-      if (run !== of || evaluation() !== step) return resolve();
-      attention.set(of, values, step);
-      map.setStep(step);
-      if (mapped !== of) map.refresh();
-      mapped = of;
-      for (const output of document.querySelectorAll(".stepper output")) output.textContent = `step ${step + 1} of ${of.steps}`;
-      resolve();
-    }, delay);
+    const timer = setTimeout(() => lookNow().catch(failed).finally(resolve), delay);
+    cancel = () => { clearTimeout(timer); resolve(); };
   });
+}
+
+async function lookNow() {
+  const of = run, step = evaluation(), values = await valuesAt(of, step);
+  if (run !== of || evaluation() !== step) return;
+  attention.set(of, values);
+  map.setStep(step);
+  if (mapped !== of) map.refresh();
+  mapped = of;
+  for (const output of document.querySelectorAll(".stepper output")) output.textContent = `step ${step + 1} of ${of.steps}`;
+}
+
+function failed(error) {
+  if (error.name === "AbortError") return;
+  toast(`This could not be computed: ${error.message}`);
+  console.error(error);
 }
 
 /** What the map shows of a site at a step. */
@@ -241,9 +256,15 @@ async function valueOf(site, step) {
   return value ? valueFor(site, value) : null;
 }
 
+/** The documentation's page with the code of "models/blocks.py:43". */
+function link(source) {
+  if (!isSite || !source || source.startsWith("sampling/prompts")) return null; // which the site does not list
+  return `../_modules/fluxedu/${source.replace(/\.py(:\d+)?$/, ".html")}`;
+}
+
 /** A box of the map was chosen: if it belongs to a block, its attention is shown. */
 function chosen({ id }) {
-  const block = engine.info.blocks.find((name) => id === name || id.startsWith(`${name}.`));
+  const [block] = /^(double|single)\.\d+/.exec(id) ?? [];
   if (block) store.set({ block });
 }
 

@@ -1,5 +1,5 @@
 // Pictures and heat maps on canvases.
-import COEFFICIENTS from "./preview.json";
+import LAYERS from "./preview.json";
 
 /** matplotlib's magma at five points, the project's colours for values from 0 up. */
 const MAGMA = [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]];
@@ -54,28 +54,29 @@ export function difference(before, after) {
   return { image, share: visible / count };
 }
 
-/** A quick picture of latents [16, h, w] with 2 x 2 pixels per cell: a polynomial of degree 2 in the cell's 16 numbers.
- *
- * Its coefficients were fitted to the decoder's pictures; see web/preview.py.
+/**
+ * A quick picture of latents [16, h, w] with 2 x 2 pixels per cell: a small network for each cell's 16 numbers, fitted to
+ * the decoder's pictures by web/preview.py. It does not know the neighbours, so it is coarser than the decoder.
  */
 export function preview(latents, [channels, height, width]) {
-  const image = new ImageData(2 * width, 2 * height), cells = width * height, sums = new Float64Array(12);
+  const image = new ImageData(2 * width, 2 * height), cells = width * height;
+  const states = LAYERS.map(({ bias }) => new Float32Array(bias.length)), input = new Float32Array(channels);
   for (let i = 0; i < cells; i++) {
-    sums.set(COEFFICIENTS[0]);
-    let row = 1;
-    for (let k = 0; k < channels; k++) add(COEFFICIENTS[row++], latents[k * cells + i]);
-    for (let k = 0; k < channels; k++) {
-      for (let m = k; m < channels; m++) add(COEFFICIENTS[row++], latents[k * cells + i] * latents[m * cells + i]);
-    }
-    const x = 2 * (i % width), y = 2 * Math.floor(i / width);
+    for (let k = 0; k < channels; k++) input[k] = latents[k * cells + i];
+    LAYERS.forEach(({ weight, bias }, l) => {
+      const from = l ? states[l - 1] : input, to = states[l];
+      for (let j = 0; j < bias.length; j++) {
+        let sum = bias[j];
+        for (let k = 0; k < from.length; k++) sum += weight[j][k] * from[k];
+        to[j] = l < LAYERS.length - 1 ? Math.max(0, sum) : sum;
+      }
+    });
+    const colours = states.at(-1), x = 2 * (i % width), y = 2 * Math.floor(i / width);
     for (let q = 0; q < 4; q++) {
       const at = 4 * ((y + (q >> 1)) * 2 * width + x + (q & 1));
-      for (let c = 0; c < 3; c++) image.data[at + c] = 127.5 * (sums[3 * q + c] + 1);
+      for (let c = 0; c < 3; c++) image.data[at + c] = 127.5 * (colours[3 * q + c] + 1);
       image.data[at + 3] = 255;
     }
   }
   return image;
-  function add(weights, value) {
-    for (let c = 0; c < 12; c++) sums[c] += weights[c] * value;
-  }
 }

@@ -16,8 +16,8 @@ export const TOUR = [
   {
     title: "What is a step?",
     text: "In each step the model reads the noisy picture and predicts which way the noise lies, the " + term("velocity", "velocity") + ". From it follows a guess of the finished picture. The noisy picture moves a little towards this guess; then comes the next step.",
-    look: "Drag the slider or press play: the guess is blurred at first, and becomes sharp as the noise goes.",
-    target: "#film", state: { step: 4 },
+    look: "Drag the slider or press play: the first guesses are vague, in form and in colour; they become sharp as the noise goes.",
+    target: "#film", state: { step: 9 },
   },
   {
     title: "What happens inside one step?",
@@ -75,7 +75,8 @@ export function createTour(store) {
     $("#tour-look").innerHTML = `<b>Look:</b> ${look}`;
     $("#tour-back").disabled = number === 1;
     $("#tour-next").textContent = number === TOUR.length ? "Finish" : "Next";
-    marked = $(target);
+    const narrow = matchMedia("(max-width: 860px)").matches && target === "#change";
+    marked = $(narrow ? "#change .result" : target); // where controls and pictures do not fit together
     marked.classList.add("toured");
     const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
     marked.scrollIntoView({ behavior: calm ? "auto" : "smooth", block: marked.offsetHeight > innerHeight - 260 ? "start" : "center" });
