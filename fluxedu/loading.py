@@ -5,6 +5,7 @@ load("nano-base")  the miniature before distillation, for classifier-free guidan
 load("nano-fill")  and nano-schnell, -canny, -depth, -kontext, -redux: the family in miniature
 load("dev")        the official weights from the Hugging Face cache; also schnell, krea, fill, canny, depth, kontext
 load("path/to/FLUX.1-dev")  a folder as on the hub: transformer, vae, two text encoders, two tokenizers
+load("klein")      FLUX.2: also klein-9b, klein-base, klein-base-9b, flux2-dev, or a folder as on the hub
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fluxedu.checkpoints import (
     Official,
     config_of,
     find,
+    find_flux2,
     load_into,
     lora_in_channels,
     read,
@@ -39,6 +41,7 @@ from fluxedu.models.redux import Redux, ReduxHead
 from fluxedu.nano.networks import VisionEncoder
 from fluxedu.nano.shipped import FAMILY, LORA_FILE, LORAS, NANO_SHIFT, SHIPPED, SHIPPED_MODELS, WEIGHTS
 from fluxedu.nano.vocabulary import prompt_problem
+from fluxedu.sampling.flux2 import Flux2Pipeline, read_prompt_encoder
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.prompts import PromptEncoder, Tokenizer
 from fluxedu.sampling.request import checked_dtype
@@ -90,6 +93,10 @@ def load(
             hint = f"; load 'nano-{variant}' instead" if f"nano-{variant}" in SHIPPED_MODELS else ""
             raise RequestError(f"variant= and revision= do not apply to {name}, which ships with fluxedu{hint}.")
         files, sampling, size, head = find(WEIGHTS, shipped.transformer), shipped.sampling, 128, shipped.head
+    elif (flux2 := find_flux2(name, revision)) is not None:
+        if lora is not None or variant is not None or like is not None or transformer != "transformer":
+            raise RequestError("lora=, variant=, like= and transformer= are for FLUX.1; load FLUX.2 without them.")
+        return load_flux2(flux2, device, dtype, memory, quantise, compile)
     else:
         files, head = find(name, transformer, variant, revision), None
         sampling = _sampling_of(files.scheduler, transformer)
@@ -138,6 +145,28 @@ def load(
         redux_head.load_state_dict(load_file(WEIGHTS / head / "model.safetensors"), assign=True)
         pipe.redux = build_redux(vision_encoder, redux_head).to(device, dtype)
     pipe.lora = merged_while_loading(opened_with_lora) if groups[1] else None
+    if compile is not False:
+        compile_blocks(pipe.flux, compile)
+    return pipe
+
+
+def load_flux2(
+    files: Official, device: object, dtype: object, memory: str, quantise: str | None, compile: bool | str
+) -> Flux2Pipeline:
+    """A pipeline of FLUX.2 from the files that ``find_flux2`` returns; the arguments are those of :func:`load`."""
+    tensors = read(files.parts["transformer"], "transformer")
+    device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = checked_dtype(dtype or own_dtype((entry.dtype, entry.nbytes) for entry in tensors.entries.values()))
+    index = check_keys("model_index.json", read_json_file(files.index)) if files.index.is_file() else {}
+    is_distilled = index.get("is_distilled", files.variant in ("klein", "klein-9b"))
+    sampling = Sampling(4, 1.0, 512, shift=True) if is_distilled else Sampling(50, 4.0, 512, shift=True)
+    prompts = read_prompt_encoder(files.parts["tokenizer"], files.parts["text_encoder"], dtype, sampling.text_length)
+    networks = open_networks(files.parts, device, dtype, memory, quantise, language_model=prompts.language_model)
+    vae = networks["ae"].to(memory_format=torch.channels_last)
+    try:
+        pipe = Flux2Pipeline(prompts, networks["flux"], vae, sampling, 1024)
+    except RequestError as error:
+        raise CheckpointError(f"these files cannot be loaded as FLUX.2: {error}") from None
     if compile is not False:
         compile_blocks(pipe.flux, compile)
     return pipe

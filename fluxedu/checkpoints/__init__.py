@@ -10,13 +10,14 @@ from fluxedu.checkpoints.configs import from_diffusers_config, infer_config, to_
 from fluxedu.checkpoints.layouts import convert, convert_lazily, shapes
 from fluxedu.checkpoints.lora import Merged, extract, merge, widen_input
 from fluxedu.checkpoints.lora_files import lora_in_channels
-from fluxedu.checkpoints.official import OFFICIAL, Official, find
+from fluxedu.checkpoints.official import OFFICIAL, OFFICIAL_FLUX2, Official, find, find_flux2
 from fluxedu.checkpoints.reading import config_of, load_into, load_model, open_model, read
 from fluxedu.checkpoints.writing import convert_file, save_file, save_folder
 from fluxedu.errors import CheckpointError
 
 __all__ = [
     "OFFICIAL",
+    "OFFICIAL_FLUX2",
     "CheckpointError",
     "Merged",
     "Official",
@@ -26,6 +27,7 @@ __all__ = [
     "convert_lazily",
     "extract",
     "find",
+    "find_flux2",
     "from_diffusers_config",
     "infer_config",
     "load_into",

@@ -44,12 +44,25 @@ OFFICIAL = {
     "depth": Repository("black-forest-labs/FLUX.1-Depth-dev", "flux1-depth-dev.safetensors"),
     "kontext": Repository("black-forest-labs/FLUX.1-Kontext-dev", "flux1-kontext-dev.safetensors"),
 }
+_BFL2 = "black-forest-labs/FLUX.2"
+#: every variant of FLUX.2 that can be loaded by name; klein is distilled to four steps, klein-base is not
+OFFICIAL_FLUX2 = {
+    "flux2-dev": Repository(f"{_BFL2}-dev", "flux2-dev.safetensors", "FLUX [dev] Non-Commercial License"),
+    "klein": Repository(f"{_BFL2}-klein-4B", "flux-2-klein-4b.safetensors", "Apache License 2.0"),
+    "klein-9b": Repository(f"{_BFL2}-klein-9B", "flux-2-klein-9b.safetensors", "FLUX Non-Commercial License"),
+    "klein-base": Repository(f"{_BFL2}-klein-base-4B", "flux-2-klein-base-4b.safetensors", "Apache License 2.0"),
+    "klein-base-9b": Repository(
+        f"{_BFL2}-klein-base-9B", "flux-2-klein-base-9b.safetensors", "FLUX Non-Commercial License"
+    ),
+}
+FLUX2_PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 
 @dataclass(frozen=True)
 class Official:
-    """The files of a pipeline: the path of each part, the variant if the name reveals it, and the scheduler's file.
+    """The files of a pipeline: the path of each part, the variant if the name reveals it, the scheduler's file, and for
+    FLUX.2 ``model_index.json``.
 
     A path is a folder, a file or an index of shards; a file with several networks is the path of several parts.
     """
@@ -57,6 +70,7 @@ class Official:
     parts: dict[str, Path]
     variant: str | None
     scheduler: Path | None = None
+    index: Path | None = None
 
 
 def find(
@@ -142,6 +156,49 @@ def find(
     return Official(parts, known, next((file for file in schedulers if file.is_file()), None))
 
 
+def find_flux2(name: str | Path, revision: str | None = None) -> Official | None:
+    """The files of a FLUX.2 pipeline: one of ``OFFICIAL_FLUX2``, a repository's id, or a folder as on the hub.
+
+    None if it is something else than FLUX.2. Raises CheckpointError, with the command that downloads what is missing.
+    """
+    known = next((v for v, repository in OFFICIAL_FLUX2.items() if str(name) in (v, repository.id)), None)
+    path = check_path(name)
+    repository = OFFICIAL_FLUX2[known].id if known else str(name)
+    folder = path if known is None and path.is_dir() else None
+    if folder is None and not path.exists():
+        folder = snapshot(repository, revision)
+    if known is None and (folder is None or not _is_flux2_folder(folder)):
+        return None
+    parts = {} if folder is None else {part: folder / part for part in FLUX2_PARTS}
+    missing = [f"{part}/*" for part in FLUX2_PARTS if part not in parts or not _has_files(parts[part])]
+    if missing:
+        source = OFFICIAL_FLUX2[known or "klein"]
+        terms = f" (its licence is the {source.licence}; see https://huggingface.co/{source.id})"
+        options = " ".join(f'--include "{part}"' for part in (*missing, "model_index.json"))
+        raise CheckpointError(
+            f"{str(name)!r} lacks {', '.join(missing)}; get them with `hf download {source.id} {options}`{terms}."
+        )
+    return Official(parts, known, index=folder / "model_index.json")
+
+
+def _is_flux2_folder(folder: Path) -> bool:
+    """Whether a folder's index, or its transformer's configuration, is that of FLUX.2."""
+    for file in (folder / "model_index.json", folder / "transformer" / "config.json"):
+        try:
+            if str(read_json_file(file)["_class_name"]).startswith("Flux2"):
+                return True
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+    return False
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether a part's folder holds a tokenizer, or weights of which no shard is absent."""
+    if folder.name == "tokenizer":
+        return any(folder.glob("tokenizer*.json"))
+    return any(folder.glob("*.safetensors*")) and not _absent_shards(folder, None)[0]
+
+
 def snapshot(repository: str, revision: str | None = None) -> Path | None:
     """The folder of a repository in the Hugging Face cache; None if nothing of it is there."""
     from huggingface_hub import snapshot_download
@@ -186,8 +243,8 @@ def _is_flux2(transformer: Path) -> bool:
 
 def _flux2_error(transformer: Path) -> CheckpointError:
     return CheckpointError(
-        f"{transformer.name} is FLUX.2, of which only the networks can be loaded, one by one: "
-        "fe.checkpoints.load_model(path) for the transformer and for the autoencoder."
+        f"{transformer.name} is FLUX.2, whose pipeline is loaded from a folder as on the hub, with "
+        f"{', '.join(FLUX2_PARTS)}; fe.checkpoints.load_model reads the transformer alone."
     )
 
 

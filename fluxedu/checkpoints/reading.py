@@ -209,6 +209,8 @@ def _check_finite(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], 
     """Raises CheckpointError with the first of ``tensors`` from which a weight got a NaN or an infinity."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for weight in weights.values():
+        if not weight.dtype.is_floating_point:  # a batch norm's counter
+            continue
         if weight.numel() > _SAMPLED and weight.device.type == "cpu":
             starts = (0, weight.numel() // 2, weight.numel() - _SAMPLE)
             weight = torch.cat([weight.reshape(-1)[start : start + _SAMPLE] for start in starts])

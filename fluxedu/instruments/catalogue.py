@@ -22,8 +22,9 @@ from fluxedu.models.autoencoder import AutoEncoder
 from fluxedu.models.clip import CLIPTextEncoder
 from fluxedu.models.config import FluxConfig
 from fluxedu.models.flux import Flux
+from fluxedu.models.flux2 import Flux2
 from fluxedu.models.meta_init import meta_init
-from fluxedu.models.modulation import Modulation
+from fluxedu.models.modulation import SplitModulation
 from fluxedu.models.t5 import T5Attention, T5Encoder
 from fluxedu.probe import OTHER_NETWORKS, Probed, Sited, networks, site
 from fluxedu.sampling.pipeline import FluxPipeline
@@ -100,6 +101,8 @@ def sites(pipe=None) -> list[Site]:
             found.append(Site(site(module, name), _axes(shape), numbers, described.meaning, described.source))
     if len(chosen) > 1:  # a whole pipeline, which has sites of its own
         for name, described in _pipeline_sites().items():
+            if name == "pooled" and any(isinstance(network, Flux2) for network in chosen):
+                continue
             full = f"{FluxPipeline.site_path}.{name}"
             found.append(Site(full, _axes(described.shape), described.shape, described.meaning, described.source))
     return found
@@ -167,10 +170,12 @@ def _sites_of(network: nn.Module) -> list[tuple[Probed, str]]:
 def _names(module: Probed) -> list[str]:
     """The sites of a module: those of its class that its configuration has."""
     names = list(_descriptions(type(module)))
-    if isinstance(module, Modulation):
+    if isinstance(module, SplitModulation):
         return [name for name in names if name[-1].isdigit() == module.is_double]
     if isinstance(module, Flux) and not module.config.guidance_embed:
         names.remove("vec.guidance")
+    if isinstance(module, Flux2):
+        names.remove("vec.text")
     if isinstance(module, T5Attention) and not hasattr(module, "relative_attention_bias"):
         names.remove("bias")
     return names

@@ -233,7 +233,7 @@ def positions(
 
     ``edit(ids [N, 3]) -> ids [N, 3]`` of the image tokens, with columns frame, row, column; ``text``: the same for the
     text tokens, which stay at (0, 0, 0) by default. The tokens of a reference picture (kontext) are image tokens too;
-    they come last, in frame 1.
+    they come last, in frame 1. In FLUX.2, ids have a fourth column, which counts the text tokens.
 
         same_row = positions(lambda ids: ids * torch.tensor([1, 0, 1]))        # every patch in row 0
         with fe.intervene("double.*.attn.rope", same_row): ...
@@ -241,14 +241,15 @@ def positions(
 
     def change(table: Tensor, ctx: Context) -> Tensor:
         context = ctx.pipeline_context()
-        ids = image_ids(*context.request.shape)
+        axes = len(context.pipe.flux.config.axes_dim)
+        ids = image_ids(*context.request.shape, axes)
         if context.request.reference is not None:
             shape = reference_shape(context.request, context.pipe.autoencoder.config.downscale)
-            ids = torch.cat([ids, reference_ids(*shape)])
+            ids = torch.cat([ids, reference_ids(*shape, axes)])
         ids = edit(ids)
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[-1] != 3:
-            raise InstrumentError(f"edit must return the ids, a tensor [N, 3], not {describe(ids)}.")
-        txt_ids = text_ids(context.txt_len)
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[-1] != axes:
+            raise InstrumentError(f"edit must return the ids, a tensor [N, {axes}], not {describe(ids)}.")
+        txt_ids = text_ids(context.txt_len, axes)
         txt_ids = txt_ids if text is None else text(txt_ids)
         new = context.pipe.flux.rope(ids.to(table.device), txt_ids.to(table.device))
         return new.view(table.shape) if new.numel() == table.numel() else new

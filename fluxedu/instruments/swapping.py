@@ -20,13 +20,19 @@ from fluxedu.models.blocks import MLP, DoubleStreamBlock, SingleStreamBlock
 from fluxedu.models.flux import LastLayer
 from fluxedu.models.modulation import MLPEmbedder, Modulation
 
+
+def _without_bias(linear: nn.Linear) -> tuple[bool, ...]:
+    """One more argument, False, where the layers have no bias, as in FLUX.2."""
+    return () if linear.bias is not None else (False,)
+
+
 #: the arguments with which a class is constructed that replaces a module of this class
 _ARGUMENTS: dict[type, Callable[[nn.Module], tuple]] = {
-    SelfAttention: lambda m: (m.qkv.in_features, m.num_heads, m.qkv.bias is not None),
-    MLP: lambda m: (m[0].in_features, m[0].out_features),
+    SelfAttention: lambda m: (m.qkv.in_features, m.num_heads, m.qkv.bias is not None, *_without_bias(m.proj)),
+    MLP: lambda m: (m[2].out_features, m[2].in_features),
     Modulation: lambda m: (m.lin.in_features, m.is_double),
-    LastLayer: lambda m: (m.linear.in_features, m.linear.out_features),
-    MLPEmbedder: lambda m: (m.in_layer.in_features, m.in_layer.out_features),
+    LastLayer: lambda m: (m.linear.in_features, m.linear.out_features, *_without_bias(m.linear)),
+    MLPEmbedder: lambda m: (m.in_layer.in_features, m.in_layer.out_features, *_without_bias(m.in_layer)),
     QKNorm: lambda m: (len(m.query_norm.scale),),
     RMSNorm: lambda m: (len(m.scale),),
     DoubleStreamBlock: lambda m: (m.config,),

@@ -106,9 +106,9 @@ def token_indices_at(
 
 
 def tokenizer_at(context: StepContext, site: str) -> Tokenizer:
-    """CLIP's tokenizer at the sites of CLIP, T5's everywhere else."""
+    """CLIP's tokenizer at the sites of CLIP, that of the text tokens everywhere else."""
     encoder = context.pipe.prompt_encoder
-    return encoder.clip_tokenizer if site.startswith("clip.") else encoder.t5_tokenizer
+    return encoder.clip_tokenizer if site.startswith("clip.") else encoder.tokenizer
 
 
 def prompt_at(context: StepContext, negative: bool = False) -> str:
@@ -138,7 +138,7 @@ def text_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
 def _spans(tokenizer: Tokenizer, prompt: str) -> list[tuple[int, int]]:
     """Start and end of each token in the prompt, in characters."""
     try:
-        return tokenizer.fast.encode(prompt).offsets
+        return tokenizer.spans(prompt)
     except TypeError:  # not a string, or half a character
         raise InstrumentError(f"the prompt must be one string, not {describe(prompt)}.") from None
 

@@ -34,7 +34,7 @@ from fluxedu.memory.placement import (
     summary,
 )
 from fluxedu.memory.quantised import check_installed, quantise
-from fluxedu.models import AutoEncoder, Flux
+from fluxedu.models import AutoEncoder, Flux, Flux2AutoEncoder
 from fluxedu.models.meta_init import meta_init
 
 #: our name of each network -> its folder on the hub
@@ -55,8 +55,11 @@ def open_networks(
     quantised: str | None = None,
     txt_len: int = 512,
     change: Callable[[dict], dict] = dict,
+    language_model: nn.Module | None = None,
 ) -> dict[str, nn.Module]:
     """``flux``, ``ae``, ``clip`` and ``t5``, from ``parts`` (hub folder name -> folder or file).
+
+    For FLUX.2 it is ``flux``, ``ae`` and ``language_model``, which is on the CPU and moved, or streamed, from there.
 
     ``quantised``: a format for the weights of the transformer's blocks (see quantised.py). ``change`` receives, by
     name, every network without its weights and the tensors to load, and returns what is loaded instead. With
@@ -64,9 +67,11 @@ def open_networks(
     """
     if quantised is not None:
         check_installed(quantised)
-    opened = change({name: open_model(parts[folder], part=folder) for name, folder in FOLDERS.items()})
+    folders = FOLDERS if language_model is None else {name: FOLDERS[name] for name in ("flux", "ae")}
+    opened = change({name: open_model(parts[folder], part=folder) for name, folder in folders.items()})
     modules = {name: module for name, (module, _) in opened.items()}
-    networks, free = Networks(**modules, dtype=dtype), free_bytes(device)
+    networks = Networks(**modules, dtype=dtype, language_model=language_model)
+    free = free_bytes(device)
     if memory == "auto" and free == float("inf"):
         placement = Placement(quantised=quantised)
     else:
@@ -76,11 +81,27 @@ def open_networks(
         print(summary(placement, need, free, device), file=sys.stderr)
     if placement.tiled:
         with meta_init():
-            modules["ae"] = TiledAutoEncoder(modules["ae"].config).eval()
+            tiled = TiledFlux2AutoEncoder if isinstance(modules["ae"], Flux2AutoEncoder) else TiledAutoEncoder
+            modules["ae"] = tiled(modules["ae"].config).eval()
     with memory_advice(networks, device, 1024, 1024, txt_len, quantised):
         for name, module in modules.items():
             _load(module, opened[name][1], placement, device, dtype)
-    return modules
+        if language_model is not None:
+            _place(language_model, placement, device)
+    return modules if language_model is None else modules | {"language_model": language_model}
+
+
+def _place(network: nn.Module, placement: Placement, device: torch.device) -> None:
+    """Move a network to the device, except the modules that are streamed to it."""
+    groups = placement.streamed_modules(network)
+    streamed = {id(p) for group in groups for module in group for p in module.parameters()}
+    for module in network.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data if id(parameter) in streamed else parameter.data.to(device)
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    for group in groups:
+        WeightStreamer(group, device)
 
 
 def _load(
@@ -181,6 +202,13 @@ class TiledAutoEncoder(AutoEncoder):
         return decode_tiled(self, latent)
 
 
+class TiledFlux2AutoEncoder(Flux2AutoEncoder):
+    """The same for FLUX.2's autoencoder."""
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return decode_tiled(self, latent)
+
+
 @checked(PlacementError)
 def decode_tiled(ae: AutoEncoder, latent: Tensor, tile: int = TILE, overlap: int = OVERLAP) -> Tensor:
     """Like ``ae.decode``: latent ``[B, z, h, w]`` -> image ``[B, 3, 8h, 8w]``, ``tile x tile`` cells at a time."""
@@ -193,9 +221,10 @@ def decode_tiled(ae: AutoEncoder, latent: Tensor, tile: int = TILE, overlap: int
         batch, ae.config.out_ch, scale * rows, scale * columns, dtype=torch.float32, device=latent.device
     )
     total = torch.zeros(scale * rows, scale * columns, dtype=torch.float32, device=latent.device)
+    z = ae.denormalise(latent)
     for top in tile_starts(rows, height, overlap):
         for left in tile_starts(columns, width, overlap):
-            part = AutoEncoder.decode(ae, latent[:, :, top : top + height, left : left + width])
+            part = ae.decoder(z[:, :, top : top + height, left : left + width])
             vertical = _blend_weights(scale * top, scale * height, scale * rows, scale * overlap)
             horizontal = _blend_weights(scale * left, scale * width, scale * columns, scale * overlap)
             weight = torch.outer(vertical, horizontal).to(latent.device)  # [scale * height, scale * width]

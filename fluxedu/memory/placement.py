@@ -26,9 +26,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fluxedu.checkpoints.layouts import MODELS
 from fluxedu.errors import OutOfMemory, PlacementError, check_choice, check_integer, checked
 from fluxedu.memory.quantised import FORMATS, check_format, linear_layers
-from fluxedu.models import AutoEncoder, AutoEncoderConfig, CLIPTextEncoder, Flux, FluxConfig, T5Encoder
+from fluxedu.models import AutoEncoder, CLIPTextEncoder, Flux, Flux2, FluxConfig, T5Encoder
+from fluxedu.models.config import PyramidConfig, TransformerConfig
 from fluxedu.models.meta_init import meta_init
 
 MODES = ("auto", "full", "no-modulations", "stream")
@@ -66,7 +68,10 @@ class Placement:
             blocks = list(network.encoder.block)
             biases = [block.attention.relative_attention_bias for block in blocks[:1]]
             return [[network.shared, *biases, *blocks]]
-        return [[network]] if isinstance(network, CLIPTextEncoder) else []
+        if isinstance(network, CLIPTextEncoder):
+            return [[network]]
+        is_language_model = hasattr(network, "embed_tokens")  # of transformers, for FLUX.2
+        return [[network.embed_tokens, *network.layers]] if is_language_model else []
 
     def _streamed_blocks(self, flux: Flux) -> list[nn.Module]:
         """``streamed`` blocks, evenly spaced, so that others compute while one is copied."""
@@ -108,6 +113,9 @@ class Placement:
 @checked(PlacementError)
 def modulations(flux: Flux) -> list[nn.Module]:
     """The linear layers that compute every shift, scale and gate, in the order in which a plan calls them."""
+    if isinstance(flux, Flux2):  # shared by all blocks
+        shared = flux.double_stream_modulation_txt, flux.double_stream_modulation_img, flux.single_stream_modulation
+        return [*(layer.lin for layer in shared), flux.final_layer.adaLN_modulation[1]]
     double = [mod.lin for block in flux.double_blocks for mod in (block.txt_mod, block.img_mod)]
     single = [block.modulation.lin for block in flux.single_blocks]
     return [*double, *single, flux.final_layer.adaLN_modulation[1]]
@@ -145,13 +153,21 @@ class Need:
 
 @dataclass(frozen=True)
 class Networks:
-    """The four networks, of which only shapes are used; ``dtype`` is the dtype that they will have."""
+    """A pipeline's networks, of which only shapes are used; ``dtype`` is the dtype that they will have.
+
+    FLUX.2 has a language model in place of CLIP and T5.
+    """
 
     flux: Flux
     ae: AutoEncoder
-    clip: CLIPTextEncoder
-    t5: T5Encoder
+    clip: CLIPTextEncoder | None = None
+    t5: T5Encoder | None = None
     dtype: torch.dtype = torch.bfloat16
+    language_model: nn.Module | None = None
+
+    def encoders(self) -> list[nn.Module]:
+        """The text encoders."""
+        return [network for network in (self.clip, self.t5, self.language_model) if network is not None]
 
     @classmethod
     def official(cls, config: FluxConfig | None = None) -> Networks:
@@ -164,14 +180,14 @@ class Networks:
         for name, value, low in (("height", height, 16), ("width", width, 16), ("txt_len", txt_len, 0)):
             check_integer(name, value, low, 1 << 14, error=PlacementError)
         itemsize = self.dtype.itemsize
-        resident = sum(placement.resident_bytes(n, itemsize) for n in (self.flux, self.ae, self.clip, self.t5))
+        resident = sum(placement.resident_bytes(n, itemsize) for n in (self.flux, self.ae, *self.encoders()))
         dequantised = placement.dequantised_bytes(self.flux, itemsize)
         step, decode = activations(
             self.flux.config, self.ae.config, height, width, txt_len, self.dtype, placement.tiled
         )
         plan = itemsize * STEPS * sum(linear.out_features for linear in modulations(self.flux))
         planning, blocks = self._streaming(placement, self.flux) or (0, 0)
-        text = max([*self._streaming(placement, self.clip), *self._streaming(placement, self.t5), 0])
+        text = max([0, *(size for encoder in self.encoders() for size in self._streaming(placement, encoder))])
         return Need(resident, planning + plan, blocks + plan + step + dequantised, text, decode)
 
     def _streaming(self, placement: Placement, network: nn.Module) -> list[int]:
@@ -187,15 +203,15 @@ class Networks:
 
 @lru_cache(maxsize=64)
 def activations(
-    flux: FluxConfig, ae: AutoEncoderConfig, height: int, width: int, txt_len: int, dtype: torch.dtype, tiled: bool
+    flux: TransformerConfig, ae: PyramidConfig, height: int, width: int, txt_len: int, dtype: torch.dtype, tiled: bool
 ) -> tuple[int, int]:
     """The most bytes of tensors alive at once in a step of the flow and in decoding, counted on the meta device.
 
     One block of each kind is enough: the others run after it and need no more.
     """
     with meta_init(), torch.no_grad(), _NoAttentionMap():
-        network = Flux(flux.with_(depth=min(flux.depth, 1), depth_single_blocks=min(flux.depth_single_blocks, 1)))
-        decoder, network = AutoEncoder(ae).to(dtype), network.to(dtype)
+        short = flux.with_(depth=min(flux.depth, 1), depth_single_blocks=min(flux.depth_single_blocks, 1))
+        decoder, network = MODELS[type(ae)](ae).to(dtype), MODELS[type(flux)](short).to(dtype)
         rows, columns = height // ae.downscale, width // ae.downscale
         img_len = rows * columns // 4
         plan = network.plan(torch.empty(1), torch.empty(1), torch.empty(1, flux.vec_in_dim))
@@ -373,12 +389,14 @@ def advice(
     if quantised is None and networks.flux.placement is not None:
         quantised = networks.flux.placement.quantised
     with meta_init():  # built anew, because blocks may have been swapped
+        flux, ae, language_model = networks.flux.config, networks.ae.config, networks.language_model
         networks = Networks(
-            Flux(networks.flux.config),
-            AutoEncoder(networks.ae.config),
-            CLIPTextEncoder(networks.clip.config),
-            T5Encoder(networks.t5.config),
+            MODELS[type(flux)](flux),
+            MODELS[type(ae)](ae),
+            None if networks.clip is None else CLIPTextEncoder(networks.clip.config),
+            None if networks.t5 is None else T5Encoder(networks.t5.config),
             networks.dtype,
+            None if language_model is None else type(language_model)(language_model.config),
         )
 
     def gigabytes(mode: str, height: int, width: int) -> str:

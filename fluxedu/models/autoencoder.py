@@ -212,13 +212,13 @@ class AutoEncoder(Probed):
         mean, logvar = self.encoder(image).chunk(2, dim=1)
         return mean, logvar
 
-    def sample(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The raw latent of ``image``: its mean, or with a ``generator`` a sample, as :meth:`encode` describes."""
-        z, logvar = self.moments(image)
-        if generator is not None:
-            noise = torch.randn(z.shape, generator=generator, device=generator.device, dtype=torch.float32)
-            z = z + torch.exp(0.5 * logvar) * noise.to(z)
-        return z
+    def normalise(self, z: Tensor) -> Tensor:
+        """Raw latent -> latent of variance about 1."""
+        return self.config.scale_factor * (z - self.config.shift_factor)
+
+    def denormalise(self, latent: Tensor) -> Tensor:
+        """The inverse of :meth:`normalise`."""
+        return latent / self.config.scale_factor + self.config.shift_factor
 
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """``image [B, 3, H, W]`` in [-1, 1] -> latent ``[B, z, H/8, W/8]``.
@@ -226,14 +226,16 @@ class AutoEncoder(Probed):
         Without ``generator`` the latent is the mean; with one it is a sample,
         ``mean + exp(logvar / 2) * noise``, the noise drawn on the generator's device.
         """
-        z = self.sample(image, generator)
-        latent = self.config.scale_factor * (z - self.config.shift_factor)
+        z, logvar = self.moments(image)
+        if generator is not None:
+            noise = torch.randn(z.shape, generator=generator, device=generator.device, dtype=torch.float32)
+            z = z + torch.exp(0.5 * logvar) * noise.to(z)
+        latent = self.normalise(z)
         return self.probe("latent", latent)  # [B, C, h, w] the image as the flow sees it, of variance about 1
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latent ``[B, z, h, w]`` -> image ``[B, 3, 8h, 8w]``, about [-1, 1] (not clipped)."""
-        z = latent / self.config.scale_factor + self.config.shift_factor
-        return self.decoder(z)
+        return self.decoder(self.denormalise(latent))
 
     def forward(self, image: Tensor) -> Tensor:
         return self.decode(self.encode(image))
@@ -269,10 +271,3 @@ class Flux2AutoEncoder(AutoEncoder):
         mean, std = self.bn.running_mean, torch.sqrt(self.bn.running_var + self.bn.eps)
         patches = F.pixel_unshuffle(latent, 2) * std[:, None, None] + mean[:, None, None]
         return F.pixel_shuffle(patches, 2)
-
-    def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        latent = self.normalise(self.sample(image, generator))
-        return self.probe("latent", latent)  # [B, C, h, w] the image as the flow sees it, of variance about 1
-
-    def decode(self, latent: Tensor) -> Tensor:
-        return self.decoder(self.denormalise(latent))

@@ -154,6 +154,11 @@ class Flux2Config(TransformerConfig):
     theta: int = 2_000
     guidance_embed: bool = True
 
+    @property
+    def vec_in_dim(self) -> int:
+        """0: FLUX.2 has no pooled vector."""
+        return 0
+
     @classmethod
     def variant(cls, name: str) -> Flux2Config:
         """A published variant by name: one of :data:`FLUX2_VARIANTS`."""

@@ -127,6 +127,7 @@ class Flux2(Flux):
         txt: Tensor,
         txt_ids: Tensor,
         timesteps: Tensor,
+        y: Tensor | None = None,
         guidance: Tensor | None = None,
         *,
         rope: Tensor | None = None,
@@ -137,19 +138,24 @@ class Flux2(Flux):
         img ``[B, N, in_channels]`` packed latents · img_ids ``[B, N, 4]`` or ``[N, 4]``, (image, row, column, 0): image
         is 0 for the one that is drawn and 10, 20, ... for reference images · txt ``[B, L, context_in_dim]`` hidden
         states of the language model · txt_ids ``[B, L, 4]`` or ``[L, 4]``, (0, 0, 0, index) · timesteps ``[B]`` in
-        [0, 1], 1 is noise · guidance ``[B]``, required if ``config.guidance_embed``, ignored otherwise · rope, plan:
-        what :meth:`rope` and :meth:`plan` return for these arguments, if it is known already.
+        [0, 1], 1 is noise · y: not read, FLUX.2 has no pooled vector · guidance ``[B]``, required if
+        ``config.guidance_embed``, ignored otherwise · rope, plan: what :meth:`rope` and :meth:`plan` return for these
+        arguments, if it is known already.
         """
-        plan = self.plan(timesteps, guidance) if plan is None else plan
+        plan = self.plan(timesteps, guidance, y) if plan is None else plan
         rope = self.rope(img_ids, txt_ids) if rope is None else rope
         return self.velocity(img, txt, rope, plan)
 
-    def plan(self, timesteps: Tensor, guidance: Tensor | None = None) -> Plan:
-        """The modulation of one pass (``timesteps [B]``) or of several steps (``timesteps [S, 1]``)."""
+    def plan(self, timesteps: Tensor, guidance: Tensor | None = None, y: Tensor | None = None) -> Plan:
+        """The modulation of one pass (``timesteps [B]``) or of several steps (``timesteps [S, 1]``).
+
+        y: ``[B, 0]``, from which only the number of images is read.
+        """
         if self.config.guidance_embed and guidance is None:
             raise RequestError(
                 "this model has a guidance input: pass guidance as a tensor [B], such as torch.full((B,), 4.0)."
             )
+        timesteps = timesteps if y is None else timesteps.expand(*timesteps.shape[:-1], len(y))
         terms = {"time": self.time_in(self._embed(timesteps))}
         if self.config.guidance_embed:
             terms["guidance"] = self.guidance_in(self._embed(guidance))

@@ -7,6 +7,10 @@ from importlib import import_module
 
 _PUBLIC = {
     "FluxPipeline": "pipeline",
+    "Flux2Pipeline": "flux2",
+    "Flux2PromptEncoder": "flux2",
+    "ChatTokenizer": "flux2",
+    "empirical_mu": "flux2",
     "Output": "pipeline",
     "Trajectory": "pipeline",
     "Request": "request",
@@ -34,6 +38,7 @@ _PUBLIC = {
 _MODULES = (
     "batches",
     "conditions",
+    "flux2",
     "images",
     "inversion",
     "latents",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _thread = threading.local()
 
 ATTRIBUTES = {"clip": "prompt_encoder.clip", "t5": "prompt_encoder.t5", "ae": "autoencoder"}  # of the pipeline
+ATTRIBUTES |= {"language_model": "prompt_encoder.language_model"}
 
 
 def warn(message: str) -> None:
@@ -45,8 +46,10 @@ def check_widths(prompt_encoder: PromptEncoder, flux: Flux, autoencoder: AutoEnc
     if not isinstance(flux, Flux) or not isinstance(autoencoder, AutoEncoder):
         found = f"{type(flux).__name__} and {type(autoencoder).__name__}"
         raise RequestError(f"a pipeline needs a Flux and an AutoEncoder, in this order, not {found}.")
-    fits = {"CLIP's width": (prompt_encoder.clip.config.hidden_size, flux.config.vec_in_dim)}
-    fits |= {"T5's width": (prompt_encoder.t5.config.d_model, flux.config.context_in_dim)}
+    txt_width, pooled_width = prompt_encoder.widths
+    is_flux1 = flux.config.vec_in_dim > 0
+    fits = {"CLIP's width" if is_flux1 else "the pooled vector's width": (pooled_width, flux.config.vec_in_dim)}
+    fits |= {"T5's width" if is_flux1 else "the language model's width": (txt_width, flux.config.context_in_dim)}
     fits |= {"the autoencoder's channels times 4": (4 * autoencoder.config.z_channels, flux.config.out_channels)}
     for what, (found, needed) in fits.items():
         if found != needed:

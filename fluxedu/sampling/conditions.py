@@ -3,6 +3,7 @@
     fill      extra channels: [64 noise | 64 masked picture | 256 mask]
     control   extra channels: [64 noise | 64 control picture]              (canny, depth)
     kontext   extra tokens after the image's own, with position ids (1, row, column)
+    FLUX.2    the same with position ids (10, row, column, 0)
     redux     extra tokens after T5's, from the Redux head
 
 Source: black-forest-labs/flux, sampling.py (prepare_fill, prepare_control, prepare_kontext, prepare_redux).
@@ -57,8 +58,8 @@ class Conditions:
         return ids if self.ids is None else torch.cat([ids, self.ids.to(ids)])
 
 
-def encode_conditions(request: Request, encode: Encode, downscale: int) -> Conditions:
-    """Encode the pictures of a request."""
+def encode_conditions(request: Request, encode: Encode, downscale: int, axes: int = 3) -> Conditions:
+    """Encode the pictures of a request; ``axes`` is the number of position ids of a token."""
     if request.mask is not None:
         picture, mask = picture_and_mask(request, downscale)
         return Conditions(channels=fill_channels(picture, mask, encode, downscale))
@@ -67,7 +68,7 @@ def encode_conditions(request: Request, encode: Encode, downscale: int) -> Condi
     if request.reference is not None:
         shape = reference_shape(request, downscale)
         latent = encode(resized(request.reference, shape, downscale))
-        return Conditions(tokens=pack(latent), ids=reference_ids(*shape))
+        return Conditions(tokens=pack(latent), ids=reference_ids(*shape, axes))
     return Conditions()
 
 
@@ -94,10 +95,10 @@ def fill_channels(picture: Tensor, mask: Tensor, encode: Encode, downscale: int 
     return torch.cat([latent, fold_mask(mask, downscale).to(latent)], dim=-1)
 
 
-def reference_ids(height: int, width: int) -> Tensor:
-    """Position ids of a reference picture's tokens: (1, row, column), frame 1 instead of 0."""
-    ids = image_ids(height, width)
-    ids[:, 0] = 1
+def reference_ids(height: int, width: int, axes: int = 3) -> Tensor:
+    """Position ids of a reference picture's tokens: (1, row, column), frame 1 instead of 0; FLUX.2: frame 10."""
+    ids = image_ids(height, width, axes)
+    ids[:, 0] = 10 if axes == 4 else 1
     return ids
 
 

@@ -43,22 +43,30 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 @checked(RequestError)
-def image_ids(height: int, width: int) -> Tensor:
+def image_ids(height: int, width: int, axes: int = 3) -> Tensor:
     """Position ids of image tokens, ``[h/2 * w/2, 3]`` = (0, row, column), for a latent of h x w cells.
 
-    Float32, which is exact here; in bfloat16 rows from 257 on would be wrong.
+    axes: 4 for FLUX.2, whose ids are (0, row, column, 0). Float32, which is exact here; in bfloat16 rows from 257 on
+    would be wrong.
     """
     rows, cols = (check_integer("the side of a latent", side, 2, MAX_CELLS) // 2 for side in (height, width))
-    ids = torch.zeros(rows, cols, 3, dtype=torch.float32, device="cpu")
+    ids = torch.zeros(rows, cols, check_integer("axes", axes, 3, 4), dtype=torch.float32, device="cpu")
     ids[..., 1] = torch.arange(rows, device="cpu")[:, None]
     ids[..., 2] = torch.arange(cols, device="cpu")[None, :]
-    return ids.reshape(-1, 3)
+    return ids.reshape(-1, axes)
 
 
 @checked(RequestError)
-def text_ids(length: int) -> Tensor:
-    """Position ids of text tokens, ``[L, 3]``: all zero. The order of words is encoded by T5 alone."""
-    return torch.zeros(check_integer("length", length, 0, 1 << 20), 3, dtype=torch.float32, device="cpu")
+def text_ids(length: int, axes: int = 3) -> Tensor:
+    """Position ids of text tokens, ``[L, 3]``: all zero. The order of words is encoded by T5 alone.
+
+    axes: 4 for FLUX.2, whose ids are (0, 0, 0, index): there the transformer reads the order too.
+    """
+    check_integer("axes", axes, 3, 4)
+    ids = torch.zeros(check_integer("length", length, 0, 1 << 20), axes, dtype=torch.float32, device="cpu")
+    if axes == 4:
+        ids[:, 3] = torch.arange(length, device="cpu")
+    return ids
 
 
 def latent_size(height: int, width: int, downscale: int = 8, rounding: str = "up") -> tuple[int, int]:

@@ -108,8 +108,7 @@ class FluxPipeline(Sited):
 
     def networks(self) -> dict[str, torch.nn.Module]:
         """The networks by name: clip, t5, flux, ae, and redux if there is one."""
-        networks = {"clip": self.prompt_encoder.clip, "t5": self.prompt_encoder.t5}
-        networks |= {"flux": self.flux, "ae": self.autoencoder}
+        networks = self.prompt_encoder.networks() | {"flux": self.flux, "ae": self.autoencoder}
         return networks if self.redux is None else networks | {"redux": self.redux}
 
     def to(self, *args, **kwargs) -> FluxPipeline:
@@ -254,10 +253,10 @@ class FluxPipeline(Sited):
         if isinstance(stop_after, int):
             last_step = check_integer("stop_after", stop_after, -all_steps, all_steps - 1, "it is a step or a site")
             steps_to_run, stop_after, decode = last_step % all_steps + 1, None, False
-        txt_len = self.prompt_encoder.t5_tokenizer.length
+        txt_len = self.prompt_encoder.tokenizer.length
         txt_len += 0 if image_prompt is None else self.redux.tokens
         context = StepContext(self, requests[0], next(_RUNS), txt_len, 0, len(requests), all_steps)
-        networks = Networks(self.flux, self.autoencoder, self.prompt_encoder.clip, self.prompt_encoder.t5, self.dtype)
+        networks = Networks(self.flux, self.autoencoder, **self.prompt_encoder.networks(), dtype=self.dtype)
         batch = batch_size(batch, requests, networks, self.device, txt_len)
         height, width = (side * downscale for side in requests[0].shape)
         if gradient_mode() is not None and self.flux.placement is not None and self.flux.placement.mode != "full":
@@ -322,12 +321,15 @@ class FluxPipeline(Sited):
 
         texts: the encoded prompts; with classifier-free guidance, as many encoded negative prompts come first.
         """
-        txt = self.probe("txt", leaf(texts.txt))  # [B, L, D] the prompt's T5 embeddings, once per image
-        pooled = self.probe("pooled", leaf(texts.pooled))  # [B, D] the prompt's CLIP vector, once per image
+        txt = self.probe("txt", leaf(texts.txt))  # [B, L, D] the prompt's embeddings, once per image
+        pooled = texts.pooled
+        if self.flux.config.vec_in_dim:
+            pooled = self.probe("pooled", leaf(pooled))  # [B, D] the prompt's CLIP vector, once per image
         pictures = []
         for i, request in enumerate(requests):
             with at_pictures([request], i):
-                pictures.append(encode_conditions(request, self._encode_picture, self._downscale))
+                axes = len(self.flux.config.axes_dim)
+                pictures.append(encode_conditions(request, self._encode_picture, self._downscale, axes))
         evaluation_times = get_solver(requests[0].solver).evaluation_times(times.tolist())
         texts, pictures = Conditioning(txt, pooled), Conditions.stacked(pictures)
         return VelocityField(self.flux, texts, pictures, requests[0], evaluation_times)
@@ -388,7 +390,7 @@ class FluxPipeline(Sited):
     def _placeholder_prompts(self, encoded: Conditioning) -> list[str]:
         """An empty prompt for each encoded one; raises RequestError for shapes that the transformer cannot read."""
         config, b = self.flux.config, len(encoded.pooled)
-        length = self.prompt_encoder.t5_tokenizer.length
+        length = self.prompt_encoder.tokenizer.length
         expected = (b, length, config.context_in_dim), (b, config.vec_in_dim)
         if (encoded.txt.shape, encoded.pooled.shape) != expected:
             raise RequestError(

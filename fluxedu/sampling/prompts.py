@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer as FastTokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from fluxedu.errors import RequestError, check_integer, check_text, checked, describe
 from fluxedu.models.clip import CLIPTextEncoder
@@ -56,6 +56,15 @@ class Tokenizer:
         """The prompt's tokens as text, without padding."""
         return self.fast.encode(check_text("the prompt", prompt)).tokens
 
+    def spans(self, prompt: str) -> list[tuple[int, int]]:
+        """Start and end of each token in the prompt, in characters; equal for tokens that stand for no text."""
+        return self.fast.encode(prompt).offsets
+
+    def padding(self, prompt: str) -> range:
+        """The indices of the padding tokens: those after the words and the end-of-text token."""
+        last = max((i for i, (start, end) in enumerate(self.spans(prompt)) if end > start), default=-1)
+        return range(last + 2, self.length)
+
     @checked()
     def __call__(self, prompts: list[str], length: int | None = None) -> Tensor:
         """Token ids ``[B, length]``, padded; raises RequestError for a prompt that is too long (unless truncated)."""
@@ -73,7 +82,10 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts: ``txt [B, L, context_in_dim]`` (T5's tokens) and ``pooled [B, vec_in_dim]`` (CLIP's vector)."""
+    """Encoded prompts: ``txt [B, L, context_in_dim]`` (T5's tokens) and ``pooled [B, vec_in_dim]`` (CLIP's vector).
+
+    FLUX.2 has no pooled vector: there ``pooled`` is ``[B, 0]``.
+    """
 
     txt: Tensor
     pooled: Tensor
@@ -113,6 +125,20 @@ class PromptEncoder:
         self.clip_tokenizer, self.clip = clip_tokenizer, clip
         self.t5_tokenizer, self.t5 = t5_tokenizer, t5
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the text tokens, T5's."""
+        return self.t5_tokenizer
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The last axis of ``txt`` and of ``pooled``."""
+        return self.t5.config.d_model, self.clip.config.hidden_size
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The text encoders by name."""
+        return {"clip": self.clip, "t5": self.t5}
+
     @checked()
     def __call__(self, prompts: list[str], batch: int = 1) -> Conditioning:
         """One row per prompt. Each distinct prompt is encoded once, ``batch`` of them at a time; alone by default, so
@@ -121,18 +147,20 @@ class PromptEncoder:
         check_integer("batch", batch, 1, 1 << 16)
         if not prompts:
             raise RequestError("prompts must be a list with at least one prompt, not [].")
-        device = self.t5.shared.weight.device
-        distinct = list(dict.fromkeys(prompts))
-        rows = []
+        distinct, rows = list(dict.fromkeys(prompts)), []
         for first in range(0, len(distinct), batch):
             texts = distinct[first : first + batch]
             with at_texts(texts):
-                t5_ids = _known_ids(self.t5_tokenizer(texts), self.t5.config.vocab_size, "T5").to(device)
-                txt = self.t5(t5_ids)
-                check_finite("T5's embeddings", txt, partial(self.t5, t5_ids))
-                clip_ids = _known_ids(self.clip_tokenizer(texts), self.clip.config.vocab_size, "CLIP").to(device)
-                _, pooled = self.clip(clip_ids)
-                check_finite("CLIP's pooled vectors", pooled, partial(self.clip, clip_ids))
-            rows.append(Conditioning(txt, pooled))
+                rows.append(self._encode(texts))
         encoded = Conditioning(torch.cat([row.txt for row in rows]), torch.cat([row.pooled for row in rows]))
         return encoded[[distinct.index(prompt) for prompt in prompts]]
+
+    def _encode(self, texts: list[str]) -> Conditioning:
+        device = self.t5.shared.weight.device
+        t5_ids = _known_ids(self.t5_tokenizer(texts), self.t5.config.vocab_size, "T5").to(device)
+        txt = self.t5(t5_ids)
+        check_finite("T5's embeddings", txt, partial(self.t5, t5_ids))
+        clip_ids = _known_ids(self.clip_tokenizer(texts), self.clip.config.vocab_size, "CLIP").to(device)
+        _, pooled = self.clip(clip_ids)
+        check_finite("CLIP's pooled vectors", pooled, partial(self.clip, clip_ids))
+        return Conditioning(txt, pooled)

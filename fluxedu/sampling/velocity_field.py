@@ -29,8 +29,9 @@ class VelocityField(Sited):
     def __init__(self, flux: Flux, texts: Conditioning, pictures: Conditions, request: Request, times: list[float]):
         self.flux, self.pictures, self.request = flux, pictures, request
         # the positions of all tokens, text first
-        txt_ids = text_ids(texts.txt.shape[1])  # [L, 3] all zero
-        img_ids = pictures.join_ids(image_ids(*request.shape))  # [N, 3] (frame, row, column)
+        axes = len(flux.config.axes_dim)
+        txt_ids = text_ids(texts.txt.shape[1], axes)  # [L, 3] all zero
+        img_ids = pictures.join_ids(image_ids(*request.shape, axes))  # [N, 3] (frame, row, column)
         device = flux.img_in.weight.device
         self.img_ids, self.txt_ids = img_ids.to(device), txt_ids.to(device)
         self.rope = flux.rope(self.img_ids, self.txt_ids)

@@ -11,7 +11,7 @@ from fluxedu.instruments.lenses.run import LensRun, lens, patch_grid, stack_bloc
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import Value, head_mean, rows, step_mean
-from fluxedu.instruments.tokens import text_tokens, token_indices
+from fluxedu.instruments.tokens import token_indices
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.sampling.step_context import Steps, current_context
 
@@ -44,7 +44,7 @@ def check_words(words: Sequence[str]) -> None:
 def tokens_of(pipe: FluxPipeline, prompt: str, words: Sequence[str]) -> list[list[int]]:
     """The token indices of each word of the prompt."""
     check_words(words)
-    return [token_indices(pipe.prompt_encoder.t5_tokenizer, prompt, [word]) for word in words]
+    return [token_indices(pipe.prompt_encoder.tokenizer, prompt, [word]) for word in words]
 
 
 @lens
@@ -55,7 +55,7 @@ def head_gallery(pipe: FluxPipeline, prompt: str, query: str | tuple[int, int], 
     attention map at ``at_step``. Heads that specialise: arXiv 2411.15034 (HeadRouter).
     """
     if isinstance(query, str):
-        query_rows = rows(token_indices(pipe.prompt_encoder.t5_tokenizer, prompt, [query]))
+        query_rows = rows(token_indices(pipe.prompt_encoder.tokenizer, prompt, [query]))
     else:
 
         def query_rows(value: Value) -> Named:
@@ -94,11 +94,11 @@ def padding_mass(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None) -> 
     FLUX does not mask padding. Padding tokens absorb attention that no other token needs, and can do more:
     arXiv 2501.06751.
     """
-    tokenizer = pipe.prompt_encoder.t5_tokenizer
-    first = max(text_tokens(tokenizer, prompt), default=-1) + 2  # after the words and the end-of-text token
-    if first >= tokenizer.length:
+    tokenizer = pipe.prompt_encoder.tokenizer
+    padding = tokenizer.padding(prompt)
+    if not padding:
         raise InstrumentError(f"the prompt fills all {tokenizer.length} text tokens: there is no padding.")
-    return (yield from _attention_share(pipe, range(first, tokenizer.length), at_steps))
+    return (yield from _attention_share(pipe, padding, at_steps))
 
 
 def _attention_share(pipe: FluxPipeline, keys: range | None, steps: Steps) -> LensRun:

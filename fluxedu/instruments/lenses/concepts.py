@@ -70,7 +70,7 @@ class _ConceptTokens(StepReduction):
 
     def __init__(self, pipe: FluxPipeline, words: Sequence[str]):
         encoder, self.flux = pipe.prompt_encoder, pipe.flux
-        tokens = [text_tokens(encoder.t5_tokenizer, word) for word in words]
+        tokens = [text_tokens(encoder.tokenizer, word) for word in words]
         if not all(tokens):
             raise InstrumentError(f"each of words must be a text with at least one token, not {describe(words)}.")
         with torch.no_grad():
@@ -94,7 +94,7 @@ class _ConceptTokens(StepReduction):
         return Named(of_image @ of_words.transpose(1, 2), ("batch", "image", "word"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, img_v: Tensor, txt_len: int) -> Tensor:
-        """The concepts attend to one another and to the image. RoPE does not rotate text, whose position ids are 0."""
+        """The concepts attend to one another and to the image. Their position ids are 0: RoPE does not rotate them."""
         k = torch.cat([k, self.sites["attn.k"][:, :, txt_len:]], dim=2)
         return merge_heads(F.scaled_dot_product_attention(q, k, torch.cat([v, img_v], dim=2)))  # [1, M, D]
 
@@ -106,8 +106,8 @@ class _ConceptTokens(StepReduction):
         attn_out = self.attend(*block.txt_attn.norm(q, k), v, sites["img_attn.v"], txt_len)
         x = self.x + sites["txt_mod.gate1"] * block.txt_attn.proj(attn_out)
         mlp_in = modulate(layer_norm(x), sites["txt_mod.shift2"], sites["txt_mod.scale2"])
-        widen, gelu, narrow = block.txt_mlp
-        self.x = x + sites["txt_mod.gate2"] * narrow(gelu(widen(mlp_in)))
+        widen, activation, narrow = block.txt_mlp
+        self.x = x + sites["txt_mod.gate2"] * narrow(activation(widen(mlp_in)))
         return attn_out
 
     def pass_single(self, number: int, txt_len: int) -> Tensor:
@@ -117,7 +117,7 @@ class _ConceptTokens(StepReduction):
         qkv, hidden = h.split(block.widths, dim=-1)
         q, k, v = split_heads(qkv, 3, block.num_heads)
         attn_out = self.attend(*block.norm(q, k), v, sites["v"][:, :, txt_len:], txt_len)
-        out = block.linear2(torch.cat([attn_out, F.gelu(hidden, approximate="tanh")], dim=-1))
+        out = block.linear2(torch.cat([attn_out, block.activation(hidden)], dim=-1))
         self.x = self.x + sites["gate"] * out
         return attn_out
 
