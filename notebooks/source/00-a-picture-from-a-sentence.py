@@ -1,10 +1,22 @@
 # %% [markdown]
 # # 00 · An image from a sentence
 #
-# **What happens between a prompt and an image?** Black Forest Labs released FLUX.1 in August 2024, with code and
-# weights but without a paper. In this notebook you run the whole pipeline once, then go through its stages one by one
-# and look at the tensor that each stage passes on. At the end you will have written the sampling loop yourself and
-# produced the same image: no pixel value differs by more than 1 (of 255).
+# **What happens between a prompt and an image?** Run the next cell, then move the time slider: the image emerges from
+# noise in twenty steps. At the end of this notebook you will have written the loop that does this, and produced the
+# same image: no pixel value differs by more than 1 (of 255).
+
+# %%
+import fluxedu as fe
+from fluxedu import course, widgets
+
+device = course.begin()  # a GPU if there is one
+pipe = fe.load(device=device)
+prompt = "a red circle left of a blue square on a white background"
+widgets.trajectory(pipe, prompt, seed=4, steps=20, progress=False)
+
+# %% [markdown]
+# Black Forest Labs released FLUX.1 in August 2024, with code and weights but without a paper. In this notebook you run
+# the whole pipeline once, then go through its stages one by one and look at the tensor that each stage passes on.
 #
 # 45 minutes · everything runs on a laptop's CPU · the model is the *miniature* that ships with fluxedu: the same code
 # as the 12-billion-parameter FLUX.1 with smaller numbers in its config, trained on images of coloured shapes.
@@ -24,13 +36,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import fluxedu as fe
-from fluxedu import course, widgets
 from fluxedu.course import evidence
 
-device = course.begin()  # a GPU if there is one
-pipe = fe.load(device=device)
-prompt = "a red circle left of a blue square on a white background"
 out = pipe(prompt, seed=4, steps=20, progress=False)
 out.images[0].resize((256, 256))
 
