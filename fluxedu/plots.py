@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import ceil
+from textwrap import fill
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ DIVERGING = "RdBu_r"  # colour map of values around 0: blue below, red above
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 #: kind of a part of the model -> its colour in the architecture diagram
 PART_COLOURS = {"text": "#9333ea", "time": "#d97706", "flow": "#2563eb", "image": "#059669"}
-FONT = 9.5  # points of ticks and legends: 11 px and more where a notebook shows a figure in its own size
+FONT = 8.5  # points of the smallest text: 11.8 px at the 100 dots per inch of a notebook
 TIME_LABEL = "time t (1 = pure noise, 0 = image)"
 
 
@@ -140,33 +141,44 @@ def overlay(image, weights, title: str = "Attention of each patch") -> Figure:
 def word_maps(maps: Named, image) -> Figure:
     """:func:`fluxedu.instruments.lenses.word_maps` over the image: one row per word, one column per block.
 
-    Each row has its own colour scale, up to the word's largest weight in any block, so that blocks can be compared.
+    Each row has its own colour scale, up to the word's largest weight in any block, so that blocks can be compared; the
+    number below the word is that weight.
     """
     _check_axes(maps, "block", "word", "row", "column")
     words, blocks, table = _labels(maps, "word"), _labels(maps, "block"), to_array(maps)
     fig, axes = new_figure(len(words), len(blocks) + 1, (1.25, 1.25))
     for i, word in enumerate(words):
         hide_axes(axes[i, 0]).imshow(to_pixels(image))
-        axes[i, 0].set_ylabel(word, fontsize=10)
+        axes[i, 0].set_ylabel(f"{word}\n0 to {_percent(table[:, i].max())}", fontsize=FONT)
         for j, block in enumerate(blocks):
             ax = hide_axes(axes[i, j + 1])
             _draw_overlay(ax, image, table[j, i], table[:, i].max())
             if i == 0:
-                ax.set_title(block, fontsize=8)
-    axes[0, 0].set_title("image", fontsize=8)
-    fig.suptitle("Attention to a word, by block", fontsize=10)
+                ax.set_title(block, fontsize=FONT)
+    axes[0, 0].set_title("image", fontsize=FONT)
+    fig.suptitle("Attention of each patch to a word, by block (bright: the row's largest weight)", fontsize=10)
     return fig
 
 
+def _percent(share: float) -> str:
+    """A share in per cent, with two digits.
+
+    >>> _percent(0.123), _percent(0.00345)
+    ('12%', '0.34%')
+    """
+    return f"{float(f'{100 * share:.2g}'):g}%"
+
+
 @checked(InstrumentError)
-def head_gallery(heads: Named, image=None) -> Figure:
+def head_gallery(heads: Named, image=None, query: str | tuple[int, int] | None = None) -> Figure:
     """:func:`fluxedu.instruments.lenses.head_gallery` as a grid: one row per block, one column per head.
 
-    Each map has its own colour scale, and lies over ``image`` if there is one.
+    Each map has its own colour scale, up to its largest weight, which is written below it. The maps lie over ``image``
+    if there is one. query: the word or patch (row, column) whose attention it is, for the title; a patch is framed.
     """
     _check_axes(heads, "block", "head", "row", "column")
     blocks, count, table = _labels(heads, "block"), heads.sizes["head"], to_array(heads)
-    fig, axes = new_figure(len(blocks), count, (1.0, 1.0))
+    fig, axes = new_figure(len(blocks), count, (1.0, 1.15))
     for i, block in enumerate(blocks):
         for j in range(count):
             ax = hide_axes(axes[i, j])
@@ -174,41 +186,66 @@ def head_gallery(heads: Named, image=None) -> Figure:
                 ax.imshow(table[i, j], cmap=SEQUENTIAL, vmin=0)
             else:
                 _draw_overlay(ax, image, table[i, j])
+            if query is not None and not isinstance(query, str):
+                height, width = ax.images[-1].get_array().shape[:2]
+                h, w = height / table.shape[2], width / table.shape[3]
+                corner = (query[1] * w - 0.5, query[0] * h - 0.5)
+                ax.add_patch(Rectangle(corner, w, h, fill=False, edgecolor="white", linewidth=1.5))
+            ax.set_xlabel(_percent(table[i, j].max()), fontsize=FONT, labelpad=1)
             if i == 0:
-                ax.set_title(f"head {j}", fontsize=8)
-        axes[i, 0].set_ylabel(block, fontsize=8)
-    fig.suptitle("Attention map of each head", fontsize=10)
+                ax.set_title(f"head {j}", fontsize=FONT)
+        axes[i, 0].set_ylabel(block, fontsize=FONT)
+    whose = "" if query is None else f" of “{query}”" if isinstance(query, str) else " of the framed patch"
+    fig.suptitle(f"Attention{whose} in each head (below: its largest weight, the brightest colour)", fontsize=10)
     return fig
+
+
+def _norm(table: np.ndarray) -> tuple[Normalize, str]:
+    """The scale of a heat map of positive numbers, and what its label says about it: from 0 up, or logarithmic (over at
+    most three decades) where the largest row would leave most others dark.
+    """
+    top, typical = float(table.max()), float(np.median(table.max(-1)))
+    if top > 3 * typical > 0:
+        return LogNorm(max(float(table.min()), top / 1000), top, clip=True), " (logarithmic scale)"
+    return Normalize(0, top), ""
 
 
 @checked(InstrumentError)
 def contributions(sizes: Named) -> Figure:
-    """:func:`fluxedu.instruments.lenses.contributions` as a heat map: one row per block, one column per step."""
+    """:func:`fluxedu.instruments.lenses.contributions` as a heat map: one row per block, one column per step.
+
+    The colour scale is logarithmic if one row is more than three times as large as is usual, and its label says so.
+    """
     _check_axes(sizes, "block", "step")
     blocks, table = _labels(sizes, "block"), to_array(sizes)
     fig, ((ax,),) = new_figure(1, 1, (5.4, 0.26 * len(blocks) + 1.6))
-    image = ax.imshow(table, cmap="viridis", vmin=0, aspect="auto", interpolation="nearest")
+    norm, remark = _norm(table)
+    image = ax.imshow(table, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
     ax.set_yticks(range(len(blocks)), blocks)
     _time_ticks(ax, _labels(sizes, "step"))
     ax.set_title("How much each block changes the image tokens", fontsize=10)
     bar = fig.colorbar(image, ax=ax)
-    bar.set_label("size of the addition / size of the token", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    bar.set_label(f"size of the addition / size of the token{remark}", fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT)
     return fig
 
 
 @checked(InstrumentError)
 def modulation(sizes: Named) -> Figure:
-    """:func:`fluxedu.instruments.lenses.modulation` as heat maps of shift, scale and gate: one row per layer."""
+    """:func:`fluxedu.instruments.lenses.modulation` as heat maps of shift, scale and gate: one row per layer.
+
+    As in :func:`contributions`, a colour scale is logarithmic where one row is much larger than the others.
+    """
     _check_axes(sizes, "time", "layer", "kind")
     layers, kinds, table = _labels(sizes, "layer"), _labels(sizes, "kind"), to_array(sizes)
     fig, axes = new_figure(1, len(kinds), (2.7, 0.2 * len(layers) + 1.4), sharey=True)
     for i, kind in enumerate(kinds):
-        ax = axes[0, i]
-        image = ax.imshow(table[:, :, i].T, cmap="viridis", vmin=0, aspect="auto", interpolation="nearest")
-        ax.set_title(kind, fontsize=10)
+        ax, rows = axes[0, i], table[:, :, i].T
+        norm, remark = _norm(rows)
+        image = ax.imshow(rows, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
+        ax.set_title(f"{kind}{remark}", fontsize=10)
         _time_ticks(ax, _labels(sizes, "time"))
-        fig.colorbar(image, ax=ax).ax.tick_params(labelsize=7)
+        fig.colorbar(image, ax=ax).ax.tick_params(labelsize=FONT)
     axes[0, 0].set_yticks(range(len(layers)), layers)
     fig.suptitle("Size of shift, scale and gate in every layer (root mean square over channels)", fontsize=10)
     return fig
@@ -237,7 +274,7 @@ def film_strip(
         for j, k in enumerate(chosen):
             hide_axes(axes[i, j]).imshow(to_pixels(images[k]))
             if i == 0 and times is not None:
-                axes[i, j].set_title(f"t = {times[k]:.2f}", fontsize=8)
+                axes[i, j].set_title(f"t = {times[k]:.2f}", fontsize=FONT)
         axes[i, 0].set_ylabel(name, fontsize=9)
     return fig
 
@@ -254,7 +291,7 @@ def side_by_side(first, second, names: tuple[str, str] = ("before", "after")) ->
         ax.set_title(name, fontsize=10)
     difference = hide_axes(right).imshow(np.abs(a - b).mean(-1), cmap=SEQUENTIAL, vmin=0, vmax=1)
     right.set_title("absolute difference", fontsize=10)
-    fig.colorbar(difference, ax=right, shrink=0.8).ax.tick_params(labelsize=7)
+    fig.colorbar(difference, ax=right, shrink=0.8).ax.tick_params(labelsize=FONT)
     return fig
 
 
@@ -280,11 +317,11 @@ def spectrum(values: Mapping[str, object]) -> Figure:
         raise InstrumentError("spectrum needs a dictionary name -> latent [..., h, w].")
     fig, ((ax,),) = new_figure(1, 1, (4.6, 3.0))
     for i, (name, value) in enumerate(values.items()):
-        ax.semilogy(*radial_power(value), label=name, marker="o", markersize=3, color=f"C{i}")
+        ax.semilogy(*radial_power(value), label=name, marker="o", markersize=3, color=COLOURS[i % len(COLOURS)])
     ax.set(xlabel="spatial frequency (cycles per cell)", ylabel="power")
     ax.set_title("Power spectrum: flat for noise, falling for an image", fontsize=10)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=FONT)
     return fig
 
 
@@ -298,12 +335,12 @@ def quiver(field: Named) -> Figure:
     _check_axes(field, "up", "across", "what")
     a, b, across, up = to_array(field).transpose(2, 0, 1)
     fig, ((ax,),) = new_figure(1, 1, (4.4, 4.0))
-    ax.quiver(a, b, across, up, angles="xy", scale_units="xy", scale=3, color="C0", width=0.004)
+    ax.quiver(a, b, across, up, angles="xy", scale_units="xy", scale=3, color=COLOURS[0], width=0.004)
     ax.plot(0, 0, "x", color="black", markersize=9, label="state of the run")
-    ax.plot(1, 0, "*", color="C3", markersize=13, label="final image of the run")
+    ax.plot(1, 0, "*", color=COLOURS[1], markersize=13, label="final image of the run")
     ax.set(aspect="equal", xlabel="towards the final image", ylabel="towards another seed's state")
     ax.locator_params(nbins=5)
-    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    ax.legend(fontsize=FONT, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     ax.set_title("Sampling direction around the state\n(arrows show a third of the remaining distance)", fontsize=9)
     return fig
 
@@ -338,24 +375,45 @@ def treemap_rectangles(items: list[tuple[str, float]], x: float, y: float, w: fl
         yield from treemap_rectangles(items[cut:], x, y + h * share, w, h * (1 - share))
 
 
+def _fitting(lines: Sequence[str], w: float, h: float) -> bool:
+    """Whether lines of text have room in ``w x h``, measured in letters and in lines of text."""
+    return max(map(len, lines)) <= w and len(lines) <= h
+
+
 @checked(InstrumentError)
 def treemap(network: nn.Module | Mapping[str, int], depth: int = 2, title: str = "") -> Figure:
-    """One rectangle per part of a network (or per name of name -> count), as large as its share of the parameters."""
+    """One rectangle per part of a network (or per name of name -> count), as large as its share of the parameters.
+
+    A part whose name has no room in its rectangle, upright or turned, has a number there, which a list below explains.
+    """
     counts = count_parameters(network, depth) if isinstance(network, nn.Module) else dict(network)
     total = sum(counts.values())
     if total <= 0:
         raise InstrumentError("there are no parameters to show.")
     fig, ((ax,),) = new_figure(1, 1, (7.0, 4.2))
     hide_axes(ax).set(xlim=(0, 16), ylim=(9, 0))
-    groups = sorted({name.split(".")[0] for name in counts})
+    groups, listed = sorted({name.split(".")[0] for name in counts}), []
     for name, x, y, w, h in treemap_rectangles(list(counts.items()), 0, 0, 16, 9):
-        colour = f"C{groups.index(name.split('.')[0]) % 10}"
-        ax.add_patch(Rectangle((x, y), w, h, facecolor=colour, alpha=0.55, edgecolor="white", linewidth=2))
-        lines = [*name.split("."), f"{counts[name] / total:.1%}"]
-        size = min(8.0, 45 * w / max(map(len, lines)), 24 * h / len(lines))
-        if size >= 5:  # smaller text would not be readable
-            ax.text(x + w / 2, y + h / 2, "\n".join(lines), ha="center", va="center", fontsize=size)
+        colour = COLOURS[groups.index(name.split(".")[0]) % len(COLOURS)]
+        ax.add_patch(Rectangle((x, y), w, h, facecolor=colour, alpha=0.35, edgecolor="white", linewidth=2))
+        share = _percent(counts[name] / total)
+        whole = [*name.split("."), share]
+        broken = [*name.replace("_", "_.").split("."), share]  # names in two lines
+        width, height = w * 4.6, h * 2.7  # in letters and lines of the size below
+        for lines, angle in ((whole, 0), (broken, 0), (whole, 90), (broken, 90)):
+            if _fitting(lines, *((width, height) if angle == 0 else (h * 4.6, w * 2.7))):
+                break
+        else:
+            listed.append(f"{len(listed) + 1}: {name} {share}")
+            lines, angle = [str(len(listed))], 0
+            if not _fitting(lines, width, height):
+                continue  # too small for a number too: the list has it
+        ax.text(x + w / 2, y + h / 2, "\n".join(lines), ha="center", va="center", fontsize=FONT, rotation=angle)
     ax.set_title(title or f"{total:,} parameters; area is the share of each part", fontsize=10)
+    if listed:
+        text = fill("   ".join(entry.replace(" ", "\u00a0") for entry in listed), 105)
+        fig.set_figheight(fig.get_figheight() + 0.16 * (text.count("\n") + 2))
+        ax.set_xlabel(text, fontsize=FONT, loc="left")
     return fig
 
 
@@ -396,7 +454,7 @@ def elo(rows: Rows, title: str = "Overall rating of each model") -> Figure:
     _draw_ratings(ax, rows, sorted(rows), limits)
     for y, row in enumerate(rows.values()):
         text = f"{row['elo']:.0f}   {row['votes']} votes"
-        ax.annotate(text, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+        ax.annotate(text, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=FONT)
     ax.set_xlabel("Elo (mean 1000) with 95% interval")
     ax.set_title(title, fontsize=10)
     return fig
@@ -418,5 +476,5 @@ def elo_axes(tables: Mapping[str, Rows]) -> Figure:
         ax.set_title(f"{title}\n{votes} votes", fontsize=9)
     for ax in axes.flat[len(tables) :]:
         ax.set_visible(False)
-    fig.supxlabel("Elo (mean 1000) with 95% interval", fontsize=8)
+    fig.supxlabel("Elo (mean 1000) with 95% interval", fontsize=FONT)
     return fig

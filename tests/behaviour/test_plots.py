@@ -8,6 +8,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -100,6 +101,45 @@ def test_areas_are_shares_of_the_parameters():
     areas = [box.get_width() * box.get_height() for box in boxes]
     assert np.allclose(np.array(areas) / sum(areas), [0.6, 0.3, 0.1])
     assert abs(sum(areas) - 16 * 9) < 1e-9
+
+
+def words(figure):
+    """All text of a figure, in one line, with names that were broken after an underscore put together."""
+    found = [text.get_text() for text in figure.findobj(Text)]
+    return " ".join(" ".join(found).replace("_\n", "_").split())
+
+
+def test_every_part_of_a_treemap_is_named():
+    counts = {f"part_{i}.of_the_model": 2**i for i in range(22)}
+    drawn = words(plots.treemap(counts))
+    assert all(f"part_{i} of_the_model" in drawn or f"part_{i}.of_the_model" in drawn for i in range(22))
+
+
+def test_a_gallery_says_whose_attention_it_is_and_how_large():
+    shown = words(plots.head_gallery(HEADS, PICTURE, (1, 2)))
+    assert "Attention of the framed patch" in shown
+    assert all(f"{float(f'{100 * float(m.max()):.2g}'):g}%" in shown for m in HEADS.tensor.flatten(0, 1))
+    assert "Attention of “red”" in words(plots.head_gallery(HEADS, query="red"))
+    assert f"0 to {float(f'{100 * float(MAPS.tensor[:, 0].max()):.2g}'):g}%" in words(plots.word_maps(MAPS, PICTURE))
+
+
+def test_one_large_row_does_not_flatten_the_others():
+    even, uneven = torch.ones(4, 5), torch.tensor([100.0, 1.0, 2.0, 1.0])[:, None].expand(4, 5)
+    assert "logarithmic" not in words(plots.contributions(Named(even, ("block", "step"))))
+    figure = plots.contributions(Named(uneven, ("block", "step")))
+    assert "logarithmic scale" in words(figure)
+    image = figure.axes[0].images[0]
+    assert image.norm(2.0) > 0.1  # 0.02 on a linear scale
+
+
+def test_the_colour_bar_of_an_overlay_has_its_colours():
+    """Each cell's colour is that of its weight on the colour bar, up to what the image shines through."""
+    shares = np.linspace(0, 1, 6).reshape(2, 3)
+    figure = plots.overlay(Image.new("RGB", (48, 32), (120, 120, 120)), shares)
+    image = figure.axes[0].images[0].get_array()
+    bar = figure.axes[1]._colorbar.mappable
+    for i, j in np.ndindex(2, 3):
+        assert np.allclose(image[16 * i + 8, 16 * j + 8] / 255, bar.to_rgba(shares[i, j])[:3], atol=0.02)
 
 
 def test_noise_is_flat_and_a_wave_is_a_peak():
