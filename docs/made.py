@@ -1,17 +1,16 @@
-"""Pages generated from the code: the diagram and the sites, the official code beside ours, explorers, course."""
+"""Pages generated from the code: the map and the sites, the official code beside ours, explorers, course."""
 
 import inspect
 import shutil
-from html import escape
 from importlib import import_module
 from pathlib import Path
 
 import nbformat
 
 import fluxedu as fe
+from fluxedu import trace
 from fluxedu.course.build import needs_solution
 from fluxedu.instruments.parts import Part, parts
-from fluxedu.widgets.architecture import diagram
 
 #: lines of black-forest-labs/flux at commit 802fb47 (July 2025) under src/flux/, the same part of fluxedu, differences
 OFFICIAL = [
@@ -114,22 +113,28 @@ def anchor(name: str) -> str:
     return f"part-{name.replace('.', '-')}"
 
 
-def diagram_svg(model_parts: list[Part]) -> str:
-    """The diagram as SVG; every part is a link to its section."""
-    boxes, arrows, (width, height) = diagram(model_parts)
-    lines = [f'<polyline points="{" ".join(f"{v:g}" for v in arrow)}" marker-end="url(#tip)"/>' for arrow in arrows]
-    links = []
-    for part, (label, x, y, w, h, colour) in zip(model_parts, boxes, strict=True):
-        links.append(
-            f'<a href="#{anchor(section_of(part))}"><title>{escape(part.text)}</title>'
-            f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="3" fill="{colour}33" stroke="{colour}"/>'
-            f'<text x="{x + w / 2:g}" y="{y + h / 2:g}">{escape(label)}</text></a>'
-        )
-    tip = '<marker id="tip" markerWidth="6" markerHeight="6" refX="6" refY="3" orient="auto"><path d="M0 0L6 3L0 6Z"/>'
+def living_map() -> str:
+    """The map of the model as HTML: its boxes open, and show the values of one recorded run."""
+    prompt = "a red circle left of a blue square"
+    _, stages = trace.stages(fe.load(), prompt, seed=0, steps=10, progress=False)
+    package = Path(fe.__file__).parent
+    script, style = ((package / name).read_text(encoding="utf-8") for name in ("map.js", "map.css"))
     return (
-        f'<svg class="fluxedu-map" viewBox="0 0 {width:g} {height:g}" role="group" aria-label="The parts of FLUX">'
-        f"<defs>{tip}</marker></defs>{''.join(lines)}{''.join(links)}</svg>"
+        f'<div id="fluxedu-map" class="wide-map"></div>\n<style>{style}</style>\n'
+        f'<script type="application/json" id="fluxedu-map-data">{trace.map_data(stages)}</script>\n'
+        f'<script type="module">{script}\n{MAP_SCRIPT}</script>'
     )
+
+
+#: shows the map; a line of code becomes a link to its file on this site, at that line where the browser can find it
+MAP_SCRIPT = """
+const data = JSON.parse(document.getElementById("fluxedu-map-data").textContent);
+const link = (source, code) => {
+  const page = source.split(":")[0].replace(/\\.py$/, "");
+  return `_modules/fluxedu/${page}.html#:~:text=${encodeURIComponent(code).replaceAll("-", "%2D")}`;
+};
+fluxeduMap.show(document.getElementById("fluxedu-map"), data, { link, step: 5 });
+"""
 
 
 def course(notebooks: Path, folder: Path) -> None:
@@ -146,7 +151,7 @@ def course(notebooks: Path, folder: Path) -> None:
 
 
 def pages(folder: Path) -> None:
-    """Write the tables of the official code and of the sites, the diagram, and the list of explorers."""
+    """Write the tables of the official code and of the sites, the map, and the list of explorers."""
     folder.mkdir(exist_ok=True)
     rows = []
     for official, name, difference in OFFICIAL:
@@ -168,6 +173,6 @@ def pages(folder: Path) -> None:
         head = f"({anchor(part.name)})=\n## {part.title}\n\n{part.text}\n\n"
         sections.append(head + table(("site", "shape", "meaning", "source"), *rows))
     (folder / "sites.md").write_text("\n".join(sections))
-    (folder / "map.md").write_text(f"```{{raw}} html\n{diagram_svg(model_parts)}\n```\n")
+    (folder / "map.md").write_text(f"```{{raw}} html\n{living_map()}\n```\n", encoding="utf-8")
     explorers = [f".. autofunction:: fluxedu.widgets.{name}.{name}" for name in fe.widgets.explorers()]
     (folder / "explorers.md").write_text("```{eval-rst}\n" + "\n".join(explorers) + "\n```\n")

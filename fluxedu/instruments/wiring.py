@@ -26,9 +26,9 @@ Group = dict[str, Any]
 
 #: the code behind boxes that are not sites: key in boxes.json -> module:name
 CODE = {
-    "prompt": "sampling.prompts:PromptEncoder",
-    "t5_tokenizer": "sampling.prompts:Tokenizer",
-    "clip_tokenizer": "sampling.prompts:Tokenizer",
+    "prompt": "sampling.pipeline:FluxPipeline.__call__",
+    "t5_tokenizer": "sampling.pipeline:FluxPipeline.encode",
+    "clip_tokenizer": "sampling.pipeline:FluxPipeline.encode",
     "t5": "models.t5:T5Encoder",
     "clip": "models.clip:CLIPTextEncoder",
     "time": "models.modulation:timestep_embedding",

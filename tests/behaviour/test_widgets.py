@@ -317,18 +317,33 @@ def test_the_diagram_holds_a_large_model(pipe):
 
 def test_the_map_shows_every_site(pipe):
     made = widgets.architecture(pipe, PROMPT, steps=3, progress=False)
-    those = [part.name for part in parts(pipe)]
     empty = set()
-    for i, name in enumerate(those):
-        made.set(part=i, site=0)
-        count = len(panel(made, 1).boxes)
-        for j in range(count):
-            view = made.set(site=j).current_view()
-            if "no value of the prompted pass" in view.panels[2].title:
-                empty.add(name)
-            else:
-                assert ("Here a token receives" if ".map [" in view.text else "Here: mean") in view.text
-    assert empty == {"encoder", "solver"}  # no picture to begin with, and no classifier-free guidance
+    for site in fe.sites(pipe):
+        shown = made.set(box=site.name).current_view().panels[0]
+        if shown.value is None:
+            empty.add(site.name)
+            assert shown.text.endswith("This run has no value here.")
+        else:
+            assert ("Here a token receives" if site.name.endswith(".map") else "Here: mean") in shown.text
+    # no picture to begin with, and no classifier-free guidance
+    assert {name for name in empty if not name.startswith("ae.encoder.")} == {
+        "ae.latent",
+        "sample.negative",
+        "sample.prompted",
+    }
+    with pytest.raises(InstrumentError, match=r"not 'single.0.attn.mpa'. Similar names: single.0.attn.map"):
+        made.set(box="single.0.attn.mpa")
+
+
+def test_the_map_begins_with_the_image_and_keeps_shapes(pipe):
+    made = widgets.architecture(pipe, PROMPT, steps=2, height=96, width=160, progress=False)
+    out = pipe(PROMPT, steps=2, height=96, width=160, progress=False)
+    shown = made.current_view().panels[0]
+    assert shown.ids[shown.mark] == "sample.image"
+    assert np.array_equal(shown.value.image, np.asarray(out.images[0]))
+    for name, tiles in (("sample.x", (4, 4)), ("sample.velocity", (4, 4))):
+        height, width = made.set(box=name).current_view().panels[0].value.image.shape[:2]
+        assert height / width == (tiles[0] * 96) / (tiles[1] * 160)
 
 
 def test_the_map_under_guidance_and_other_solvers(base, pipe):
@@ -336,20 +351,17 @@ def test_the_map_under_guidance_and_other_solvers(base, pipe):
     made = widgets.architecture(base, PROMPT, steps=2, guidance=3.0, progress=False)
     with fe.record("single.2.x", "clip.pooled", passes="prompted") as rec:
         base(PROMPT, steps=2, guidance=3.0, progress=False)
-    for i in range(len(parts(base))):
-        made.set(part=i, site=0)
-        for j in range(len(panel(made, 1).boxes)):
-            assert "cannot be shown" not in made.set(site=j).view["text"]
-    names = [part.name for part in parts(base)]
+    for site in fe.sites(base):
+        assert "cannot be shown" not in made.set(box=site.name).view["text"]
     for step in (0, 1):
-        made.set(step=step, part=names.index("single.2"), site=0)
+        made.set(step=step, box="single.2.x")
         assert f"mean {float(rec['single.2.x'].tensor[step].mean()):.3g}," in made.view["text"]
     with fe.record("single.2.x") as rec:
         pipe(PROMPT, steps=3, solver="heun", progress=False)
     made = widgets.architecture(pipe, PROMPT, steps=3, solver="heun", progress=False)
     values = rec["single.2.x"]
     for step, time in enumerate(dict.fromkeys(values.coords["step"][::2])):
-        made.set(step=step, part=names.index("single.2"), site=0)
+        made.set(step=step, box="single.2.x")
         first = values.coords["step"].index(time)
         assert f"mean {float(values.tensor[first].mean()):.3g}," in made.view["text"]
 

@@ -158,14 +158,20 @@ def test_a_click_pins_the_pointer(run):
     assert "(14, 14)" in tab.locator(".fluxedu .caption").inner_text()
 
 
-def test_the_diagram_leads_from_a_part_to_its_sites(run):
+def test_the_map_opens_down_to_a_value(run):
+    """It begins with the image, in its own shape; a block opens into its wiring, and a box there shows its value."""
     tab = run(BEGIN, MADE["architecture"], name="map")
     root = tab.locator(".fluxedu")
-    root.wait_for()
-    after(tab, root.get_by_role("button", name="Double 1", exact=True).click)
-    assert "Double-stream block 1: 54 sites" in root.inner_text()
-    after(tab, root.get_by_role("button", name="attn.map", exact=True).click)
-    assert "double.1.attn.map [B, 5, T, T]: " in root.inner_text()
+    panel = root.get_by_role("complementary", name="The chosen box")
+    panel.locator("canvas").first.wait_for()
+    assert panel.locator("h3").inner_text() == "Image"
+    size = panel.locator("canvas").first.bounding_box()
+    assert abs(size["width"] / size["height"] - 1) < 0.05
+    after(tab, root.get_by_role("button", name="Double-stream block 1, opens").click)
+    after(tab, root.get_by_role("button", name="Attention map", exact=True).click)
+    assert "double.1.attn.map [B, 5, T, T]: " in root.locator(".caption").inner_text()
+    assert "double.1.attn.map" in panel.inner_text()
+    assert panel.locator("canvas").first.evaluate("c => c.width === c.height && c.width > 30")
 
 
 def test_without_a_kernel_there_is_a_static_figure(run, lab):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fluxedu.instruments.wiring import boxes, wiring
+
 SITE = Path(__file__).parents[2] / "docs" / "_build" / "html"
 NOTEBOOKS = sorted((SITE / "notebooks").glob("[0-9]*.html"))
 PAGES = [*"index start architecture official faq recipes coming_from weights teaching glossary api".split()]
@@ -53,13 +55,20 @@ def test_every_page_can_be_read(tab, width, scheme):
 
 
 @pytest.mark.skipif(not (SITE / "index.html").exists(), reason="the site is not built: make docs")
-def test_the_diagram_leads_to_the_code(tab):
-    """A part of the diagram leads to its sites, a site to the lines that make it."""
+def test_the_map_leads_to_the_code(tab):
+    """A box of the map opens, shows its value, and leads to the lines that make it; so do the tables below."""
     tab.goto(f"file://{SITE}/architecture.html")
-    tab.locator("svg.fluxedu-map a", has_text="T5").first.click()
-    assert tab.url.endswith("#part-t5")
-    tab.locator("#part-t5, section:has(#part-t5)").last.locator("a[href^='_modules/']").first.click()
+    tab.get_by_role("button", name="T5, opens").click()
+    tab.get_by_role("button", name="Text vectors").click()
+    panel = tab.get_by_role("complementary", name="The chosen box")
+    panel.locator("canvas").wait_for()
+    for box in boxes(wiring()):
+        assert (SITE / "_modules" / "fluxedu" / box["source"].partition(":")[0].replace(".py", ".html")).exists()
+    panel.get_by_role("link").click()
     assert "/_modules/fluxedu/models/t5.html" in tab.url
+    assert 'self.probe("states"' in tab.locator("article").inner_text()
+    tab.goto(f"file://{SITE}/architecture.html#part-t5")
+    tab.locator("#part-t5, section:has(#part-t5)").last.locator("a[href^='_modules/']").first.click()
     assert "class T5Encoder" in tab.locator("article").inner_text()
 
 

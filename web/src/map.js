@@ -59,14 +59,14 @@ const TEXT_BAND = 9, IMAGE_BAND = 14;
 
 /** The overview: left to right where there is room, else top to bottom. Lanes: text, CLIP, time, image. */
 function overview(wiring, width) {
-  return width >= 740 ? wide(wiring, width) : narrow(wiring, width);
+  return width >= 880 ? wide(wiring, width) : narrow(wiring, width);
 }
 
 const blocksOf = (box) => box.inside.rows.map(([block]) => block);
 const LANES = [12, 56, 100, 146], BOX = 38;
 
 function wide(wiring, width) {
-  const c = clamp(width * 0.066, 56, 92), g = clamp(width * 0.014, 9, 22), pad = 3;
+  const c = clamp(width * 0.066, 72, 92), g = clamp(width * 0.014, 8, 22), pad = 3;
   const height = 236, rects = new Map(), labels = [];
   const get = (id) => wiring.boxes.find((box) => box.id === id);
   const counts = ["double", "single"].map((kind) => blocksOf(get(kind)).length);
@@ -469,7 +469,7 @@ export function createMap(element, options) {
         g.append(svg("image", { x: r.x + (r.w - side) / 2, y: r.y + above + 1, width: side, height: side, preserveAspectRatio: "xMidYMid meet", class: "live" }));
       } else if (box.inside && !r.tile && !r.frame) g.append(svg("path", { d: `M${r.x + r.w / 2 - 4} ${r.y + r.h - 6}l4 3.5l4 -3.5`, class: "opens" }));
     }
-    g.addEventListener("click", () => choose(id, box));
+    g.addEventListener("click", () => (hover(null), choose(id, box)));
     g.addEventListener("pointerenter", (e) => hover(id, box, g, e));
     g.addEventListener("pointerleave", () => hover(null));
     g.addEventListener("focus", () => rove(view, g));
@@ -742,7 +742,7 @@ export function createMap(element, options) {
         if (other === id || along < 4 || along + 2.5 * aside >= least) continue;
         [best, least] = [other, along + 2.5 * aside];
       }
-      if (best) view.groups.get(best).focus();
+      if (best) view.groups.get(best).focus(), select(best);
     } else if (e.key === "Enter" || e.key === " ") {
       handled();
       const before = openId;
