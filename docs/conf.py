@@ -10,6 +10,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from made import course, pages  # noqa: E402 - after sys.path
 
+from fluxedu import play  # noqa: E402
+
 project = "fluxedu"
 author = "The fluxedu contributors"
 copyright = "The fluxedu contributors, Apache-2.0"
@@ -31,7 +33,8 @@ html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "fluxedu"
 html_static_path = ["_static"]
-html_css_files = ["site.css"]
+html_css_files = ["site.css", "explorers.css"]
+html_js_files = [("explorers.js", {"defer": "defer"})]  # makes the notebooks' explorers live, with the files of play/
 html_theme_options = {"source_repository": "", "top_of_page_buttons": []}
 
 # Sphinx reads only what is in this folder, so the notebooks are copied into it.
@@ -52,3 +55,10 @@ def setup(app):
         return visit, None
 
     app.add_html_math_renderer("mathml", formula("inline"), formula("block"))
+    app.connect("build-finished", copy_page)
+
+
+def copy_page(app, error):
+    """The page that runs the miniature becomes the site's folder ``play/``."""
+    if error is None and app.builder.format == "html":
+        play.copy_to(Path(app.outdir) / "play")

@@ -13,7 +13,7 @@ import { fileURLToPath } from "node:url";
 import { gunzipSync, gzipSync } from "node:zlib";
 
 const web = dirname(fileURLToPath(import.meta.url));
-const WIDGETS = "../fluxedu/widgets/static", PLAY = "../fluxedu/play/static";
+const WIDGETS = "../fluxedu/widgets/static", PLAY = "../fluxedu/play/static", SITE = "../docs/_static";
 
 // source -> bundle: modules and style sheets are bundled and minified, pages copied, the WASM binary compressed
 const BUNDLES = [
@@ -28,16 +28,18 @@ const BUNDLES = [
   ["src/engine/index.js", `${PLAY}/engine.js`], // for a page that has no bundle of its own
   ["src/engine/worker.js", `${PLAY}/worker.js`],
   ["src/engine/sw.js", `${PLAY}/sw.js`],
+  ["src/site.js", `${SITE}/explorers.js`, "iife"], // the documentation site; a module could not be opened from a file
+  ["src/site.css", `${SITE}/explorers.css`],
   ["node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.wasm", `${PLAY}/ort.wasm.gz`],
 ];
 
-async function contents(source) {
+async function contents(source, format) {
   const path = join(web, source);
   if (source.endsWith(".wasm")) return gzipSync(readFileSync(path), { level: 9 });
   if (source.endsWith("boxes.json")) return Buffer.from(formulas(path));
   if (source.endsWith(".html")) return readFileSync(path);
   const result = await build({
-    entryPoints: [path], bundle: true, write: false, minify: true, format: "esm", target: "es2022", charset: "utf8",
+    entryPoints: [path], bundle: true, write: false, minify: true, format, target: "es2022", charset: "utf8",
     legalComments: "eof", logLevel: "warning", absWorkingDir: web, loader: { ".svg": "dataurl", ".woff2": "dataurl" },
   });
   return Buffer.from(result.outputFiles[0].contents);
@@ -49,10 +51,10 @@ const held = (path, bytes) => (path.endsWith(".gz") ? gunzipSync(bytes) : bytes)
 const words = process.argv.slice(2).filter((word) => !word.startsWith("--"));
 const isCheck = process.argv.includes("--check");
 const differing = [];
-for (const [source, bundle] of BUNDLES) {
+for (const [source, bundle, format = "esm"] of BUNDLES) {
   if (!existsSync(join(web, source))) continue;
   if (words.length && !words.some((word) => bundle.includes(word))) continue;
-  const made = await contents(source), path = join(web, bundle);
+  const made = await contents(source, format), path = join(web, bundle);
   const isSame = existsSync(path) && held(path, readFileSync(path)).equals(held(path, made));
   if (isSame) continue;
   const name = relative(join(web, ".."), path);

@@ -44,7 +44,9 @@ def plane(ends: Tensor, group: Sequence[int]) -> tuple[Tensor, Tensor]:
         if float(rest.norm()) < 1e-3 * float(ends.norm()):  # too few images: any other direction will do
             random = torch.randn(1, ends.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(ends)
             rest = random - random @ directions.T @ directions
-        directions = torch.cat([directions, torch.linalg.svd(rest, full_matrices=False)[2][:1]])
+        widest = torch.linalg.svd(rest, full_matrices=False)[2][:1]
+        widest = -widest if float(rest[0] @ widest[0]) < 0 else widest  # an SVD may give either sign
+        directions = torch.cat([directions, widest])
     return mean, directions
 
 
