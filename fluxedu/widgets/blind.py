@@ -97,7 +97,7 @@ def blind(images: Mapping[str, Sequence], prompts: Sequence[str], *, pairs: int 
         controls,
         draw,
         widths=[2.8, 2.8, 3.4],
-        instruction="Vote on the pair that is shown, with its menu; then the models are named and the next pair comes.",
+        instruction="Vote on the pair that is shown, with its menu; move “show” back to a pair to see who drew it.",
         tries=[
             Try("Vote for the left image of pair 1: whose is it?", pair_1="left", show=1),
             Try("Call pair 1 a tie: do the ratings move?", pair_1="tie", show=1),

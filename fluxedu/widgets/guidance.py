@@ -42,7 +42,7 @@ def sweep(
     claim: Claim,
     *,
     scales: Sequence[float] = (1.0, 3.0, 6.0, 15.0),
-    seeds: Sequence[int] = range(5),
+    seeds: Sequence[int] = range(4),
     **request,
 ) -> GuidanceSweep:
     """Draw ``prompt``, which makes ``claim``, at every guidance scale and seed; ``request``: as for the pipeline.
