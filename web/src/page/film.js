@@ -107,6 +107,8 @@ export function createFilm({ store, decode }) {
   return {
     get run() { return run; },
     get index() { return run ? index() : 0; },
+    /** The exact picture of x_t ("noisy") or of the guess ("guess") at a step, if it is decoded already. */
+    decoded: (of, kind, i) => exact.get(of)?.get(key(kind, i)),
     get isPlaying() { return timer !== 0; },
     stop,
     /** While a picture is drawn: what is known after a step. */

@@ -252,6 +252,8 @@ async function valueOf(site, step) {
   const of = run;
   if (site === "sample.image" || site === "ae.decoder.image") return { kind: "pixels", image: of.image, title: "the picture" };
   if (site === "sample.noise") return { kind: "pixels", image: preview(of.latents[0], of.shape), title: "the noise, quickly decoded" };
+  const picture = { "sample.x": "noisy", "sample.x0": "guess" }[site], image = picture && film.decoded(of, picture, step);
+  if (image) return { kind: "pixels", image, title: "as a picture" };
   const value = (await valuesAt(of, Math.min(step, of.steps - 1))).get(site);
   return value ? valueFor(site, value) : null;
 }

@@ -22,7 +22,7 @@ export const TOUR = [
   {
     title: "What happens inside one step?",
     text: "Your prompt enters as one token per word, the picture as one token per " + term("patch", "patch") + ". Eight " + term("block", "blocks") + " let all tokens exchange information. What comes out for the patches is the velocity.",
-    look: "Open a block and follow the arrows. Every box shows its live value at the chosen step.",
+    look: "The thick bands are the words (purple) and the patches (green). Choose a block to open it; every box shows its live value.",
     target: "#map", state: { step: 9 },
   },
   {
@@ -79,7 +79,8 @@ export function createTour(store) {
     marked = $(narrow ? "#change .result" : target); // where controls and pictures do not fit together
     marked.classList.add("toured");
     const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    marked.scrollIntoView({ behavior: calm ? "auto" : "smooth", block: marked.offsetHeight > innerHeight - 260 ? "start" : "center" });
+    const fits = marked.offsetHeight < innerHeight - panel.offsetHeight - 120;
+    marked.scrollIntoView({ behavior: calm ? "auto" : "smooth", block: fits ? "center" : "start" });
     if (focus) $("#tour-title").focus({ preventScroll: true });
   }
 
