@@ -19,6 +19,7 @@ def lab(
     folder: Annotated[Path, typer.Option(help="The folder of your copies; missing notebooks are added.")] = Path(
         "fluxedu-course"
     ),
+    browser: Annotated[bool, typer.Option(help="Open JupyterLab in a browser.")] = True,
 ) -> None:
     """Open your own copy of the course in JupyterLab. Notebooks that exist in your folder are never replaced."""
     import signal
@@ -35,7 +36,7 @@ def lab(
     root = ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []  # the usual user of a container
     signal.signal(signal.SIGINT, lambda *_: None)  # Jupyter gets Ctrl-C itself, and asks; this process waits for it
     with TemporaryDirectory(prefix="fluxedu-lab-") as settings:
-        options = [f"--port={port}", *root, *lab_options(Path(settings))]
+        options = [f"--port={port}", *root, *lab_options(Path(settings)), *([] if browser else ["--no-browser"])]
         status = subprocess.call([sys.executable, "-m", "jupyterlab", *options, str(folder)])
     raise typer.Exit(status)
 
