@@ -110,6 +110,8 @@ def export(module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], dyn
     _rename_outputs(model.graph, found)
     _set_frequencies(model.graph)
     _spell_out_sigmoid(model.graph)
+    if isinstance(module, Step):
+        _in_float64(model.graph)
     _strip(model)
     _externalise(model.graph, weights)
     return model
@@ -159,6 +161,26 @@ def _spell_out_sigmoid(graph) -> None:
         nodes += [make("Neg", [x], [f"{y}:neg"]), make("Exp", [f"{y}:neg"], [f"{y}:exp"])]
         nodes += [make("Add", [f"{y}:exp", "one"], [f"{y}:sum"]), make("Reciprocal", [f"{y}:sum"], [y])]
     graph.initializer.append(onnx.numpy_helper.from_array(np.array(1, dtype=np.float32), "one"))
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _in_float64(graph) -> None:
+    """Compute the layers of the modulation, the only Gemms, in float64: they are small, and every token uses them.
+
+    In float32, ONNX Runtime multiplies a single vector with three times torch's rounding error.
+    """
+    import onnx
+
+    nodes, make = [], onnx.helper.make_node
+    for node in graph.node:
+        if node.op_type != "Gemm":
+            nodes.append(node)
+            continue
+        [y], wide = node.output, [f"{node.output[0]}:{i}" for i in range(len(node.input))]
+        nodes += [make("Cast", [x], [w], to=onnx.TensorProto.DOUBLE) for x, w in zip(node.input, wide, strict=True)]
+        node.input[:], node.output[:] = wide, [f"{y}:wide"]
+        nodes += [node, make("Cast", [f"{y}:wide"], [y], to=onnx.TensorProto.FLOAT)]
     del graph.node[:]
     graph.node.extend(nodes)
 
