@@ -65,7 +65,7 @@ def solvers(
     evaluations: Sequence[int] = (2, 4, 8, 16),
     solvers: Sequence[str] = ("euler", "midpoint", "heun"),
     shifts: Sequence[float] = (1.0, 3.0),
-    reference: int = 40,
+    reference: int = 24,
     **request,
 ) -> Explorer:
     """Draw ``prompt`` with each of ``solvers`` and each number of model ``evaluations``, under each time ``shift``.
