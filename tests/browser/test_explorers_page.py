@@ -31,6 +31,7 @@ def made(title="Which block?"):
         panels = [
             Pixels("Size", sequential(shown, 3.0), (8, 5), cell, ("0", "3"), rows=BLOCKS, columns=range(5),
                    unit="of its norm", axes=("block", "head"), pointer="cell"),
+            Pixels("The same scene", sequential(np.eye(2, 4)), (2, 4)),
             Pixels("A picture", np.full((32, 64, 3), (210, 30, 40), np.uint8)),
             Lines("Curves", [0, 1, 2, 3], {"error": [0.1, 0.2, 0.15, 0.3], "angle": [10, 40, 80, 88]}, "layer",
                   units={"error": "share", "angle": "degrees"}),
@@ -137,13 +138,27 @@ def test_the_value_under_the_pointer(page):
     curves.focus()
     page.keyboard.press("ArrowRight")
     assert root.locator(".tip").inner_text().split("\n") == ["layer: 1", "error: 0.2 share", "angle: 40 degrees"]
-    picture = root.locator("canvas").nth(1)
+    picture = root.locator("canvas").nth(2)
     picture.focus()
     page.keyboard.press("ArrowDown")
     assert "red 210, green 30, blue 40" in root.locator(".tip").inner_text()
     page.keyboard.press("Tab")
     root.get_by_role("button", name="Reset").click()
     caption(page, "cell (0, 0)")
+
+
+def test_a_place_in_one_image_is_framed_in_the_others(page):
+    """In those of the same scene, not in a table of blocks and heads."""
+    root = first(page)
+    box = root.locator("canvas").nth(1).bounding_box()
+    page.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.9 * box["height"])
+    frames = [root.locator(".echo").nth(i) for i in range(3)]
+    assert [frame.is_visible() for frame in frames] == [False, False, True]
+    place, picture = frames[2].bounding_box(), root.locator("canvas").nth(2).bounding_box()
+    assert abs((place["x"] - picture["x"]) / picture["width"] - 0.75) < 0.02
+    assert abs((place["y"] - picture["y"]) / picture["height"] - 0.5) < 0.02
+    page.mouse.move(0, 0)
+    assert not frames[2].is_visible()
 
 
 def test_axes_have_ticks_and_units(page):
@@ -177,7 +192,7 @@ def test_at_any_width(page, width):
       }).map((t) => t.textContent);
     })"""
     assert page.evaluate(outside) == []
-    picture = first(page).locator("canvas").nth(1).bounding_box()
+    picture = first(page).locator("canvas").nth(2).bounding_box()
     assert abs(picture["width"] / picture["height"] - 2) < 0.05
     table = first(page).locator("canvas").first.bounding_box()
     assert table["width"] >= 150

@@ -21,7 +21,7 @@ MOVED = {
     "modulation": ("widgets.modulation(pipe, prompt)", "canvas:not([data-pointer=''])"),
     "trajectory": ("widgets.trajectory(pipe, prompt, progress=False)", "input"),
     "velocity": (
-        "widgets.velocity(pipe, [prompt, 'a letter K'], seeds=5, steps=6, progress=False)",
+        "widgets.velocity(pipe, [prompt, 'a green star'], seeds=5, steps=6, progress=False)",
         ".drawing:not([data-pointer=''])",
     ),
 }

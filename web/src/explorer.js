@@ -158,6 +158,7 @@ function build({ model, root, el }) {
   const tip = new Tip(root);
 
   let shown = []; // { kind, panel, figure, title }
+  const link = (from, place) => shown.forEach(({ panel }) => panel !== from && panel.echo?.(place));
   const show = () => {
     const { panels = [], text = "", shades = {} } = model.get("view"), state = currentState();
     root.dataset.dark = isDark(root);
@@ -165,7 +166,7 @@ function build({ model, root, el }) {
       for (const { panel } of shown) panel.destroy?.();
       shown = panels.map((p) => {
         const title = html("figcaption"), figure = html("figure", { className: p.kind }, title);
-        return { kind: p.kind, title, figure, panel: PANELS[p.kind](p, { move, id, tip, figure, model, data: model.get("data") }) };
+        return { kind: p.kind, title, figure, panel: PANELS[p.kind](p, { move, id, tip, link, figure, model, data: model.get("data") }) };
       });
       row.replaceChildren(...shown.map(({ figure, panel }) => (figure.append(panel.el), figure)));
     }

@@ -69,9 +69,10 @@ function showNames(el, labels, side, size) {
 
 /** A canvas of cells. Pointing at a cell or an arrow key moves the pointer; a click pins it, the next one releases it;
  * on a touch screen a tap moves it. A panel without a pointer shows its values in the same way. */
-function pixels(first, { move, tip, id }) {
+function pixels(first, { move, tip, id, link }) {
   const canvas = html("canvas"), mark = html("div", { className: "mark" }), probe = html("div", { className: "probe" });
-  const stage = html("div", { className: "stage" }, canvas, mark, probe);
+  const frame = html("div", { className: "echo", hidden: true });
+  const stage = html("div", { className: "stage" }, canvas, mark, probe, frame);
   const rows = html("div", { className: "names rows" }), columns = html("div", { className: "names columns" });
   const sheet = html("div", { className: "sheet" }, columns, rows, stage);
   const hint = html("div", { className: "axis-names" }), key = html("div", { className: "key" });
@@ -103,6 +104,8 @@ function pixels(first, { move, tip, id }) {
   };
   const hover = ([down, across], isSpoken) => {
     at = [down, across];
+    const [n, m] = grid(), [r, c] = [clamp(Math.floor(down * n), n), clamp(Math.floor(across * m), m)];
+    if (shape() && n * m > 1) link?.(self, { shape: shape(), top: r / n, left: c / m, height: 1 / n, width: 1 / m });
     tip.show(() => {
       if (!at || !canvas.isConnected) return null;
       const box = canvas.getBoundingClientRect();
@@ -117,6 +120,19 @@ function pixels(first, { move, tip, id }) {
     const place = shares(e);
     hover(place, false);
     if (panel.pointer) to(Math.floor(place[0] * panel.cells[0]), Math.floor(place[1] * panel.cells[1]));
+  };
+  /** The shape of an image of the scene; null for a table of anything else. */
+  const shape = () => (panel.rows.length || panel.columns.length ? null : panel.width / panel.height);
+  /** Frame the place that is pointed at in another panel, if both show the same scene. */
+  const echo = (place) => {
+    frame.hidden = !place || !shape() || Math.abs(place.shape / shape() - 1) > 0.05;
+    if (frame.hidden) return;
+    for (const side of ["top", "left", "height", "width"]) frame.style[side] = `${100 * place[side]}%`;
+  };
+  const leave = () => {
+    at = null;
+    tip.hide();
+    link?.(self, null);
   };
   const pin = (isPinned) => stage.classList.toggle("pinned", (pinned = isPinned));
   canvas.addEventListener("pointermove", (e) => {
@@ -135,9 +151,7 @@ function pixels(first, { move, tip, id }) {
     point(e);
   });
   canvas.addEventListener("pointerleave", (e) => {
-    if (e.pointerType === "touch") return;
-    at = null;
-    tip.hide();
+    if (e.pointerType !== "touch") leave();
   });
 
   // the keyboard: the state's cell, or a frame of our own where the panel has no pointer
@@ -166,8 +180,7 @@ function pixels(first, { move, tip, id }) {
     hover(centre(), true);
   });
   canvas.addEventListener("blur", () => {
-    at = null;
-    tip.hide();
+    leave();
     showProbe();
   });
   const about = html("span", { className: "spoken", id: id("about") });
@@ -188,14 +201,14 @@ function pixels(first, { move, tip, id }) {
     canvas.classList.toggle("smooth", !now.values); // a picture, not a table
 
     const isTable = Boolean(now.values) && (now.rows.length > 0 || now.columns.length > 0);
-    const shape = isTable ? Math.min(Math.max(width / height, 0.5), 2.2) : width / height;
-    stage.style.aspectRatio = String(shape);
-    stage.style.maxWidth = `${Math.round(TALLEST * shape)}px`;
+    const aspect = isTable ? Math.min(Math.max(width / height, 0.5), 2.2) : width / height;
+    stage.style.aspectRatio = String(aspect);
+    stage.style.maxWidth = `${Math.round(TALLEST * aspect)}px`;
     rows.hidden = !now.rows.length;
     columns.hidden = !now.columns.length;
     if (now.rows.length) showNames(rows, now.rows, "rows", 100);
     const wide = stage.clientWidth || 240;
-    if (now.rows.length) showNames(rows, now.rows, "rows", wide / shape);
+    if (now.rows.length) showNames(rows, now.rows, "rows", wide / aspect);
     if (now.columns.length) showNames(columns, now.columns, "columns", wide);
     hint.hidden = !isTable || now.axes.join() === "row,column";
     hint.textContent = `${now.axes[0]} ↓   ${now.axes[1]} →`;
@@ -220,7 +233,8 @@ function pixels(first, { move, tip, id }) {
     if (remark) key.append(html("small", { textContent: remark }));
     showProbe();
   };
-  return { el: html("div", {}, hint, sheet, key, about), paint };
+  const self = { el: html("div", {}, hint, sheet, key, about), paint, echo };
+  return self;
 }
 
 // ---------------------------------------------------------------- charts
