@@ -77,7 +77,7 @@ def velocity_view(
                "second direction", particle, pointer="particle"),
         Pixels(f"Predicted x0 of seed {seed}, “{prompts[group[particle]]}”", prediction(step, particle)),
     ]  # fmt: skip
-    text = "An arrow is a fifth of the way that remains if the velocity stays as it is."
+    text = "The line at a point is a fifth of the way that remains if its velocity stays as it is."
     return View(panels, f"t = {t:.2f}.{distance} {text if t > 0 else 'Every run has reached its image.'}")
 
 
