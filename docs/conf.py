@@ -19,9 +19,6 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 exclude_patterns = ["_build", "_made", "images/*.py", "made.py"]
 nb_execution_mode = "off"  # the notebooks are stored with their outputs
 nb_render_markdown_format = "myst"
-nb_mime_priority_overrides = [
-    ("html", "application/vnd.jupyter.widget-view+json", None),  # explorers show their static figures here
-]
 nb_merge_streams = True
 suppress_warnings = ["mystnb.unknown_mime_type", "myst.xref_missing", "myst.header"]
 myst_enable_extensions = ["colon_fence", "dollarmath", "deflist"]

@@ -9,7 +9,7 @@ import nbformat
 
 import fluxedu as fe
 from fluxedu import trace
-from fluxedu.course.build import needs_solution
+from fluxedu.course.build import WIDGET, needs_solution
 from fluxedu.instruments.parts import Part, parts
 
 #: lines of black-forest-labs/flux at commit 802fb47 (July 2025) under src/flux/, the same part of fluxedu, differences
@@ -138,7 +138,10 @@ fluxeduMap.show(document.getElementById("fluxedu-map"), data, { link, step: 5 })
 
 
 def course(notebooks: Path, folder: Path) -> None:
-    """Write the students' edition of every notebook, with the outputs that need a solution folded in from the other."""
+    """Write the students' edition of every notebook, with the outputs that need a solution folded in from the other.
+
+    Widgets are left out, since there is no kernel: an explorer shows its static figure, which the page makes live.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for path in sorted(notebooks.glob("[0-9][0-9]*-*.ipynb")):
@@ -147,6 +150,8 @@ def course(notebooks: Path, folder: Path) -> None:
         for cell in filter(needs_solution, student.cells):
             cell.outputs = outputs[cell.source]
             cell.metadata |= {"tags": ["hide-output"], "mystnb": {"code_prompt_show": "What it shows once solved"}}
+        for cell in filter(lambda cell: cell.cell_type == "code", student.cells):
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
         nbformat.write(student, folder / path.name)
 
 

@@ -97,9 +97,11 @@ def _with_call(function: Callable[..., Explorer]) -> Callable[..., Explorer]:
     @wraps(function)
     def call(*args, **kwargs) -> Explorer:
         made = function(*args, **kwargs)
-        arguments = parameters.bind(*args, **kwargs).arguments
-        arguments |= arguments.pop("request", {})
+        bound = parameters.bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = bound.arguments | bound.arguments.get("request", {})
         pipe = arguments.pop("pipe", None)
+        arguments.pop("request", None)
         if pipe is None or not _is_miniature(pipe):
             return made
         try:

@@ -144,7 +144,7 @@ if fe.passed("latents.share_near"):
 # channel stand for one property, such as a colour? Nothing in the training requires that.
 
 # %%
-widgets.latents(pipe, reference.images[0]).set(channel=14, cell=(5, 11))
+widgets.latents(pipe, prompt, seed=4, progress=False).set(channel=14, cell=(5, 11))
 
 # %% [markdown]
 # ## Put your code into the trained model

@@ -21,19 +21,19 @@ from fluxedu.widgets.panels import colour_table
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red circle left of a blue square"
-FEW = {"steps": 8, "progress": False}
+FEW = {"steps": 4, "seed": 4, "progress": False}
 #: explorer -> how it is made, and two states besides its first one
 CASES = {
     "attention": (
-        lambda pipe: widgets.attention(pipe, PROMPT, seed=4, **FEW),
-        [{"block": 1, "step": 1, "head": 3, "patch": (0, 5), "word": 1}, {"patch": (7, 7), "word": 8, "step": 7}],
+        lambda pipe: widgets.attention(pipe, PROMPT, **FEW),
+        [{"block": 1, "step": 1, "head": 3, "patch": (0, 5), "word": 1}, {"patch": (7, 7), "word": 8, "step": 3}],
     ),
     "trajectory": (
-        lambda pipe: widgets.trajectory(pipe, PROMPT, seed=4, **FEW),
-        [{"step": 0}, {"step": 7}],
+        lambda pipe: widgets.trajectory(pipe, PROMPT, **FEW),
+        [{"step": 0}, {"step": 3}],
     ),
     "latents": (
-        lambda pipe: widgets.latents(pipe, PROMPT, seed=4, **FEW).set(channel=14, cell=(5, 11)),
+        lambda pipe: widgets.latents(pipe, PROMPT, **FEW).set(channel=14, cell=(5, 11)),
         [{"area": 2, "amount": 3}, {"channel": 3, "cell": (0, 15), "area": 0}],
     ),
     "tokens": (lambda pipe: widgets.tokens(pipe, PROMPT), [{"layer": 0, "first": 2}, {"second": 9, "layer": 3}]),
@@ -43,11 +43,11 @@ CASES = {
     ),
     "similarity": (widgets.similarity, [{"first": 3}, {"second": 2, "word": 3, "index": 4}]),
     "contributions": (
-        lambda pipe: widgets.contributions(pipe, PROMPT, seed=4, **FEW),
-        [{"source": 1, "stream": 1, "cell": (0, 0)}, {"source": 2, "cell": (7, 7)}],
+        lambda pipe: widgets.contributions(pipe, PROMPT, **FEW),
+        [{"source": 1, "stream": 1, "cell": (0, 0)}, {"source": 2, "cell": (7, 3)}],
     ),
     "streams": (
-        lambda pipe: widgets.streams(pipe, PROMPT, seed=4, **FEW),
+        lambda pipe: widgets.streams(pipe, PROMPT, **FEW),
         [{"quantity": 1, "block": 7, "word": 4}, {"quantity": 2, "step": 0}],
     ),
     "velocity": (
@@ -55,12 +55,12 @@ CASES = {
         [{"step": 0, "particle": 3}, {"step": 2, "particle": 1}],
     ),
     "solvers": (
-        lambda pipe: widgets.solvers(pipe, PROMPT, seed=4, evaluations=[2, 4], shifts=[1.0, 3.0], reference=4),
-        [{"cell": (0, 1)}, {"cell": (2, 0), "shift": 0}],
+        lambda pipe: widgets.solvers(pipe, PROMPT, seed=4, evaluations=[2, 4], shifts=[3.0], reference=4),
+        [{"cell": (0, 1)}, {"cell": (2, 0)}],
     ),
     "grid": (
-        lambda pipe: widgets.grid(pipe, PROMPT, steps=[1, 3], guidance_scales=[1.0, 3.5], seed=4),
-        [{"cell": (0, 1)}, {"cell": (0, 0), "shift": 0}],
+        lambda pipe: widgets.grid(pipe, PROMPT, steps=[1, 4], guidance_scales=[1.0, 6.0], shifts=[3.0], seed=4),
+        [{"cell": (0, 1)}, {"cell": (0, 0)}],
     ),
     "positions": (lambda pipe: widgets.positions(pipe, side=8), [{"query": (0, 0), "key": (7, 2)}, {"vectors": 1}]),
 }
@@ -92,7 +92,9 @@ def page(browser, explorers, tmp_path_factory):
     """The page, with nothing alive yet; it must have asked no other host and reported no errors."""
     folder = tmp_path_factory.mktemp("host")
     site = folder / "any" / "path"
-    play.copy_to(site / "play")
+    for name, data in play.contents().items():
+        (site / "play" / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / "play" / name).write_bytes(data)
     (site / "_static").mkdir()
     for name in ("explorers.js", "explorers.css", "site.css"):
         (site / "_static" / name).write_bytes((ROOT / "docs" / "_static" / name).read_bytes())

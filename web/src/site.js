@@ -6,6 +6,7 @@ import { html } from "./dom.js";
 import { Unsupported, VIEWS, pageModel } from "./views/index.js";
 
 const IN_THE_LAB = "Open this notebook in the lab to move it.";
+const MEGABYTES = 14; // of weights, graphs and ONNX Runtime, compressed
 const SCRIPT = document.currentScript?.src ?? document.baseURI; // the site may be below any path
 let engine = null;
 
@@ -20,7 +21,7 @@ function openEngine(onProgress) {
 /** Below the figure: a button with a bar of progress. */
 function invitation(still, message) {
   const button = html("button", { type: "button", textContent: "Make it live" });
-  const note = html("span", { textContent: "Loads the miniature (13 MB, once) and computes it in your browser." });
+  const note = html("span", { textContent: `Loads the miniature (${MEGABYTES} MB, once) and computes it in your browser.` });
   const bar = html("progress", { max: 1, value: 0, hidden: true });
   bar.setAttribute("aria-label", "Progress");
   const box = html("div", { className: "fluxedu-live" }, button, bar, note);
@@ -58,6 +59,9 @@ function prepare() {
     const message = still.dataset.fluxedu ? JSON.parse(still.dataset.fluxedu) : null;
     const isLive = message && VIEWS[message.name] && location.protocol !== "file:" && "DecompressionStream" in window;
     const note = html("p", { className: "fluxedu-live", textContent: IN_THE_LAB });
+    if (message?.name === "architecture") {
+      note.append(html("a", { href: new URL("../architecture.html", SCRIPT).href, textContent: "The same map, live" }));
+    }
     const place = still.parentElement.closest("[style*='overflow']") ?? still;
     place.after(isLive ? invitation(still, message) : note);
   }

@@ -4,7 +4,7 @@ import { contactSheet, lines, pixels } from "./panels.js";
 import { draw as drawRun, fewStepsNote, labelsOf, requestOf } from "./run.js";
 
 export async function open(engine, message, onProgress) {
-  const { steps: given = [1, 2, 4, 8, 16], guidance_scales: scales = [1, 3.5, 6, 10], shifts: _, ...args } = message.args;
+  const { steps: given, guidance_scales: scales, shifts: _, ...args } = message.args;
   const steps = [...given].sort((a, b) => a - b), shifts = labelsOf(message, "shift").map(Number);
   const base = requestOf(engine, args), total = shifts.length * scales.length * steps.length, runs = [];
   let done = 0;

@@ -15,7 +15,7 @@ const layersOf = (blocks) => blocks.flatMap((block) => {
 
 export async function open(engine, message, onProgress) {
   const prompts = labelsOf(message, "prompt"), scales = labelsOf(message, "guidance").map(Number);
-  const count = message.args.times ?? 21, layers = layersOf(engine.info.blocks), sites = layers.flatMap((l) => l.sites);
+  const count = message.args.times, layers = layersOf(engine.info.blocks), sites = layers.flatMap((l) => l.sites);
   const times = range(count).map((i) => Math.fround(i < count / 2 ? 1 - i / (count - 1) : (count - 1 - i) / (count - 1)));
 
   /** The channels of every site at every time: [time] -> Map. */

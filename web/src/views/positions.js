@@ -22,7 +22,7 @@ function scores(q, k, { cos, sin }, count) {
 }
 
 export async function open(engine, message, onProgress) {
-  const { side = 16, block = "single.1", head = 0 } = message.args, { config, txtLen } = engine.info;
+  const { side, block, head } = message.args, { config, txtLen } = engine.info;
   if (!block.startsWith("single.")) throw new Unsupported("A double-stream block has two sets of queries.");
   const rope = ropeTable(imageIds([1, 2 * side, 2 * side]), config.axes_dim, config.theta), count = side * side;
   const ones = new Float32Array(config.head_dim).fill(1), flat = scores(ones, ones, rope, count);

@@ -6,7 +6,7 @@ import { draw as drawRun, fewStepsNote, labelsOf, requestOf } from "./run.js";
 const STAGES = { euler: 1, midpoint: 2, heun: 2 }; // model evaluations per step
 
 export async function open(engine, message, onProgress) {
-  const { evaluations: given = [2, 4, 8, 16], solvers = Object.keys(STAGES), shifts: _, reference = 40, ...args } = message.args;
+  const { evaluations: given, solvers, shifts: _, reference, ...args } = message.args;
   const evaluations = [...given].sort((a, b) => a - b), shifts = labelsOf(message, "shift").map(Number);
   const base = requestOf(engine, args);
   const goal = (await drawRun(engine, { ...base, solver: "midpoint", steps: reference, shift: shifts.at(-1) })).latents.at(-1);

@@ -38,7 +38,7 @@ function plane(ends, group) {
 }
 
 export async function open(engine, message, onProgress) {
-  const { prompts: given, seeds = 10, steps = 10, ...args } = message.args;
+  const { prompts: given, seeds, steps, ...args } = message.args;
   const prompts = [given].flat(), count = prompts.length * seeds, group = range(count).map((i) => Math.floor(i / seeds));
   const runs = [];
   for (const i of range(count)) {
