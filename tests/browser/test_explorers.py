@@ -72,7 +72,7 @@ MADE = {
     "latents": "widgets.latents(pipe, prompt, steps=4, progress=False)",
     "modulation": "widgets.modulation(pipe, [prompt, 'a letter K'])",
     "trajectory": "widgets.trajectory(pipe, prompt, steps=4, progress=False)",
-    "velocity": "widgets.velocity(pipe, [prompt, 'a letter K'], seeds=3, steps=4, progress=False)",
+    "velocity": "widgets.velocity(pipe, [prompt, 'a green star'], seeds=3, steps=4, progress=False)",
 }
 
 
@@ -162,9 +162,9 @@ def test_the_map_opens_down_to_a_value(run):
     """It begins with the image, in its own shape; a block opens into its wiring, and a box there shows its value."""
     tab = run(BEGIN, MADE["architecture"], name="map")
     root = tab.locator(".fluxedu")
-    panel = root.get_by_role("complementary", name="The chosen box")
+    panel = root.get_by_role("group", name="The chosen box")
     panel.locator("canvas").first.wait_for()
-    assert panel.locator("h3").inner_text() == "Image"
+    assert panel.locator(".map-title").inner_text() == "Image"
     size = panel.locator("canvas").first.bounding_box()
     assert abs(size["width"] / size["height"] - 1) < 0.05
     after(tab, root.get_by_role("button", name="Double-stream block 1, opens").click)

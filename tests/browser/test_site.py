@@ -60,7 +60,7 @@ def test_the_map_leads_to_the_code(tab):
     tab.goto(f"file://{SITE}/architecture.html")
     tab.get_by_role("button", name="T5, opens").click()
     tab.get_by_role("button", name="Text vectors").click()
-    panel = tab.get_by_role("complementary", name="The chosen box")
+    panel = tab.get_by_role("group", name="The chosen box")
     panel.locator("canvas").wait_for()
     for box in boxes(wiring()):
         assert (SITE / "_modules" / "fluxedu" / box["source"].partition(":")[0].replace(".py", ".html")).exists()

@@ -1,6 +1,9 @@
 """The page of a run in a real browser: every stage opens, by mouse and by keyboard, and its pictures are there."""
 
+import re
+
 import pytest
+from axe import complaints
 
 import fluxedu as fe
 from fluxedu.trace import page, stages
@@ -40,7 +43,11 @@ def test_every_stage_opens(tab, address):
 
 def test_the_keyboard_is_enough(tab, address):
     tab.goto(address)
-    tab.keyboard.press("Tab")
+    tab.locator("#map [role=button]").first.wait_for()
+    for _ in range(12):  # the map's controls come first
+        tab.keyboard.press("Tab")
+        if tab.evaluate("document.activeElement.role") == "tab":
+            break
     tab.keyboard.press("Home")
     assert shown(tab) == ["CLIP text encoder"]
     tab.keyboard.press("ArrowDown")
@@ -48,6 +55,48 @@ def test_the_keyboard_is_enough(tab, address):
     assert shown(tab) == ["Noise"]
     tab.keyboard.press("End")
     assert shown(tab) == ["Autoencoder: latent to image"]
+
+
+def test_the_map_shows_the_values_of_every_step(tab, address):
+    """A box opens, and moving the time changes its value, its numbers and the mark in its curves."""
+    tab.goto(address)
+    tab.get_by_role("button", name="Single-stream block 2, opens").click()
+    tab.get_by_role("button", name="Modulate", exact=True).click()
+    value = tab.locator("#map .map-value")
+    value.locator("canvas").wait_for()
+    look = """v => [v.querySelector("canvas").toDataURL(), v.querySelector(".map-words").textContent,
+                    v.querySelector(".at").getAttribute("d")]"""
+    seen = [value.evaluate(look)]
+    for _ in range(3):
+        tab.get_by_role("slider", name="Time").press("ArrowRight")
+        tab.wait_for_function(
+            "(was) => document.querySelector('#map .map-words')?.textContent !== was", arg=seen[-1][1]
+        )
+        seen.append(value.evaluate(look))
+    for column in zip(*seen, strict=True):
+        assert len(set(column)) == 4
+    with fe.record("single.2.modulated", reduce="summary") as rec:
+        fe.load()("a red circle left of a blue square", steps=4, progress=False)
+    for (_, words, _), numbers in zip(seen, rec["single.2.modulated"].tensor.tolist(), strict=True):
+        found = [float(x) for x in re.findall(r"-?[\d.]+\d", words)]
+        assert found == pytest.approx(numbers, rel=0.006)
+    tab.get_by_role("slider", name="Time").press("Home")
+    before = tab.locator("#map image.live").first.get_attribute("href")
+    tab.get_by_role("button", name="Play").click()
+    tab.locator("#map output", has_text="t = 1.00").wait_for(state="detached")
+    tab.get_by_role("button", name="Play").wait_for()  # it stops at the last step
+    assert tab.get_by_role("slider", name="Time").input_value() == "3"
+    assert tab.locator("#map image.live").first.get_attribute("href") != before
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_follows_the_system_and_axe_finds_nothing(tab, address, scheme):
+    tab.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    tab.goto(f"{address}#single-2")
+    tab.locator("#map [role=button]").first.wait_for()
+    ground = tab.evaluate("getComputedStyle(document.body).backgroundColor").strip("rgb()").split(", ")
+    assert (int(ground[0]) < 60) == (scheme == "dark")
+    assert complaints(tab) == []
 
 
 def test_a_stage_can_be_linked_to(tab, address):

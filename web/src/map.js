@@ -16,6 +16,7 @@ function svg(tag, attributes = {}, ...children) {
   return el;
 }
 
+const icon = (d) => svg("svg", { width: 12, height: 12, viewBox: "0 0 12 12", class: "icon", "aria-hidden": "true" }, svg("path", { d }));
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 const isCalm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 let count = 0; // of maps on this page: ids are prefixed with it
@@ -344,12 +345,14 @@ export function createMap(element, options) {
   const prefix = `map${count++}`, boxes = indexOf(wiring);
   let step = options.step ?? 0, openId = null, selected = null, width = 0, pulsing = null, playing = null, asked = 0;
 
-  const crumbs = html("nav", { className: "map-crumbs" });
+  const crumbs = html("div", { className: "map-crumbs" });
+  crumbs.setAttribute("role", "group"); // not a landmark: a page may have several maps
   crumbs.setAttribute("aria-label", "Where you are in the model");
   const tools = html("div", { className: "map-tools" });
   const top = viewer("The model, from the prompt to the image"), inner = viewer("");
-  const panel = html("aside", { className: "map-panel" }), panelId = `${prefix}-panel`;
+  const panel = html("div", { className: "map-panel" }), panelId = `${prefix}-panel`;
   panel.id = panelId;
+  panel.setAttribute("role", "group");
   panel.setAttribute("aria-label", "The chosen box");
   panel.setAttribute("aria-live", "polite");
   const below = html("div", { className: "map-below" }, inner.el, panel), tip = html("div", { className: "map-tip", hidden: true });
@@ -452,7 +455,8 @@ export function createMap(element, options) {
 
   function shape(view, id, r) {
     const { box } = r, classes = `box k-${box.kind}${r.tile ? " tile" : ""}${r.frame ? " frame" : ""}${r.plus ? " plus" : ""}`;
-    const name = box.title + (box.inside ? ", opens" : "");
+    const lines = r.short ? [r.short] : r.plus ? [] : broken(fitting(box, r.w), r.w), seen = lines.join(" ");
+    const name = (box.title.includes(seen) ? "" : `${seen}: `) + box.title + (box.inside ? ", opens" : ""); // with what is seen
     const g = svg("g", { class: classes, role: "button", "aria-label": name, "data-id": id });
     if (box.inside) g.setAttribute("aria-expanded", "false");
     else g.setAttribute("aria-pressed", "false");
@@ -461,9 +465,10 @@ export function createMap(element, options) {
       g.append(svg("circle", { cx, cy, r: 10 }), svg("path", { d: `M${cx - 5} ${cy}H${cx + 5}M${cx} ${cy - 5}V${cy + 5}`, class: "cross" }));
     } else {
       g.append(svg("rect", { x: r.x, y: r.y, width: r.w, height: r.h, rx: r.tile ? 4 : 7 }));
-      const lines = r.short ? [r.short] : broken(fitting(box, r.w), r.w), hasPicture = box.picture && r.h > 50;
+      const hasPicture = box.picture && r.h > 50;
       const at = r.frame ? r.y + 18 : hasPicture ? r.y + 14 : r.y + r.h / 2 - (lines.length - 1) * 6.5 + 4;
-      lines.forEach((line, i) => g.append(words(line, r.x + r.w / 2, at + i * 13, "title")));
+      const tspans = lines.map((line, i) => Object.assign(svg("tspan", { x: r.x + r.w / 2, y: at + i * 13 }), { textContent: i < lines.length - 1 ? `${line} ` : line }));
+      g.append(svg("text", { class: "title", "text-anchor": "middle" }, ...tspans));
       if (hasPicture) {
         const above = 8 + lines.length * 13, side = Math.min(r.w - 10, r.h - above - 6);
         g.append(svg("image", { x: r.x + (r.w - side) / 2, y: r.y + above + 1, width: side, height: side, preserveAspectRatio: "xMidYMid meet", class: "live" }));
@@ -622,10 +627,10 @@ export function createMap(element, options) {
     const url = link(box.source, box.code), source = html("code", { textContent: box.source });
     add("Code", url ? html("a", { href: url }, source) : source, html("pre", { tabIndex: 0, textContent: box.code }));
     const value = html("div", { className: "map-value" });
-    const shut = html("button", { type: "button", className: "map-shut", textContent: "×", title: "Close", onclick: () => (selected = null, marks(), showPanel()) });
+    const shut = html("button", { type: "button", className: "map-shut", title: "Close", onclick: () => (selected = null, marks(), showPanel()) }, icon("M2 2L10 10M10 2L2 10"));
     shut.setAttribute("aria-label", "Close the description");
     panel.className = `map-panel k-${box.kind}`;
-    panel.replaceChildren(shut, html("h3", { textContent: box.title }), html("p", { textContent: box.text }), formula, value, facts);
+    panel.replaceChildren(shut, html("div", { className: "map-title", textContent: box.title }), html("p", { textContent: box.text }), formula, value, facts);
     showValue(box, value);
   }
 
@@ -718,14 +723,14 @@ export function createMap(element, options) {
   }
 
   function zoomTools() {
-    const button = (label, text, click) => {
-      const el = html("button", { type: "button", textContent: text, onclick: click });
+    const button = (label, d, click) => {
+      const el = html("button", { type: "button", onclick: click }, icon(d));
       el.setAttribute("aria-label", label);
       el.title = label;
       return el;
     };
     const view = () => (openId ? inner : top);
-    tools.append(html("span", { className: "map-zoom" }, button("Zoom out", "−", () => view().zoomBy(1 / 1.3)), button("Zoom in", "+", () => view().zoomBy(1.3)), button("Fit to the width", "⤢", () => view().reset())));
+    tools.append(html("span", { className: "map-zoom" }, button("Zoom out", "M2 6H10", () => view().zoomBy(1 / 1.3)), button("Zoom in", "M2 6H10M6 2V10", () => view().zoomBy(1.3)), button("Fit to the width", "M1 2V10M11 2V10M3 6H9M5 4L3 6L5 8M7 4L9 6L7 8", () => view().reset())));
   }
 
   function keys(e, view) {
