@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from IPython.core.completer import IPCompleter, provisionalcompleter
+from matplotlib.text import Text
 
 import fluxedu as fe
 from fluxedu import widgets
@@ -527,6 +528,9 @@ def test_every_explorer_has_a_static_figure(pipe, attention, small):
         titles = [" ".join(ax.get_title().split()) for part in figure.subfigs for ax in part.axes]
         assert all(p.title in titles for p in explorer.current_view().panels)
         assert figure.get_supxlabel().replace("\n", " ") == explorer.view["text"]
+        sizes = [text.get_fontsize() for text in figure.findobj(Text) if text.get_text().strip()]
+        assert min(sizes) * 80 / 72 >= 11  # px, at the 80 dots per inch of a notebook
+        assert figure.get_figwidth() * 80 <= 736  # as wide as a page of the documentation
 
 
 def test_a_cell_shows_the_static_figure_and_then_the_widget(small, monkeypatch):

@@ -207,3 +207,19 @@ def test_a_view_that_cannot_be_drawn_says_what_to_do(browser):
     mount(tab, broken)
     assert tab.locator(".fluxedu").inner_text() == "This explorer could not be drawn. Re-run this cell."
     tab.close()
+
+
+def test_a_tap_moves_the_pointer_and_leaves_the_page_to_scroll(browser):
+    tab = browser.new_page(viewport={"width": 390, "height": 800}, has_touch=True, reduced_motion="reduce")
+    mount(tab, made())
+    canvas = tab.locator("canvas").first
+    assert canvas.evaluate("(e) => getComputedStyle(e).touchAction") == "manipulation"
+    box = canvas.bounding_box()
+    tab.touchscreen.tap(box["x"] + 0.5 * box["width"], box["y"] + 0.05 * box["height"])
+    caption(tab, "cell (0, 2)")
+    assert tab.locator(".tip").inner_text().split("\n")[0] == f"block {BLOCKS[0]}, head 2"
+    tab.get_by_role("button", name="Next time").click()  # where motion is unwelcome, time moves by a click
+    caption(tab, "step 1,")
+    tab.wait_for_timeout(700)
+    caption(tab, "step 1,")
+    tab.close()
