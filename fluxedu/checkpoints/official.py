@@ -161,6 +161,7 @@ def find_flux2(name: str | Path, revision: str | None = None) -> Official | None
 
     None if it is something else than FLUX.2. Raises CheckpointError, with the command that downloads what is missing.
     """
+    name = "klein" if name == "klein-4b" else name
     known = next((v for v, repository in OFFICIAL_FLUX2.items() if str(name) in (v, repository.id)), None)
     path = check_path(name)
     repository = OFFICIAL_FLUX2[known].id if known else str(name)

@@ -18,9 +18,9 @@ from pathlib import Path
 from torch import nn
 
 from fluxedu.errors import ConfigError, InstrumentError
-from fluxedu.models.autoencoder import AutoEncoder
+from fluxedu.models.autoencoder import AutoEncoder, Flux2AutoEncoder
 from fluxedu.models.clip import CLIPTextEncoder
-from fluxedu.models.config import FluxConfig
+from fluxedu.models.config import Flux2Config, FluxConfig
 from fluxedu.models.flux import Flux
 from fluxedu.models.flux2 import Flux2
 from fluxedu.models.meta_init import meta_init
@@ -32,6 +32,9 @@ from fluxedu.sampling.velocity_field import VelocityField
 
 #: globs of the sites of all networks
 EVERYTHING = ("*", *(f"{network}*" for network in OTHER_NETWORKS))
+
+#: variants of FLUX.2 as fe.load calls them -> as Flux2Config does
+FLUX2_NAMES = {"flux2-dev": "dev", "klein": "klein-4b", "klein-4b": "klein-4b", "klein-9b": "klein-9b"}
 
 #: what the letters of a shape stand for
 LEGEND = {
@@ -192,6 +195,9 @@ def _networks(pipe) -> list[nn.Module]:
         from fluxedu.loading import load
 
         return list(load().networks().values())
+    if isinstance(pipe, str) and pipe in FLUX2_NAMES:
+        with meta_init():
+            return [Flux2(Flux2Config.variant(FLUX2_NAMES[pipe])), Flux2AutoEncoder()]
     try:
         config = FluxConfig.variant(pipe)
     except ConfigError as error:

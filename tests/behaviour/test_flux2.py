@@ -77,6 +77,14 @@ def test_the_names_are_those_of_flux1(pipe, klein):
     assert flux2 - small == {"vec.guidance"}
 
 
+def test_the_official_sizes_without_their_weights():
+    sites = {site.name: site for site in fe.sites("klein")}
+    assert sites["double.4.attn.map"].shape == ("B", 24, "T", "T")
+    assert sites["single.19.mlp_hidden"].shape == ("B", "T", 9216)
+    assert sites["velocity"].shape == ("B", "N", 128)
+    assert "single.47.mlp_hidden" in {site.name for site in fe.sites("flux2-dev")}
+
+
 def test_record(pipe):
     plain = pipe(PROMPT, **RUN)
     with fe.record("double.1.attn.map", "single.*.contribution", "double.0.img_mod.gate1", "vec", "txt_in") as rec:
