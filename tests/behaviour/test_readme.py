@@ -1,5 +1,6 @@
 """The examples of README, FAQ and recipes run and print what the page shows; links, numbers and commands are right."""
 
+import json
 import re
 import subprocess
 import sys
@@ -38,6 +39,23 @@ def test_the_numbers_of_sites():
     nano, dev = (int(number.replace(",", "")) for number in numbers.groups())
     assert nano < len(fe.sites()) < nano + 100
     assert dev < len(fe.sites("dev")) < dev + 100
+
+
+def test_the_course_is_listed_with_links_and_minutes():
+    """The sum of a row is that of its notebooks; together the rows list all of them."""
+    linked = []
+    for row in re.findall(r"^\| (\[0.*|\[1.*) \| (\d+) \|", README, re.MULTILINE):
+        names = re.findall(r"\(notebooks/([^)]+)\.ipynb\)", row[0])
+        texts = [(ROOT / "notebooks" / "source" / f"{name}.py").read_text("utf-8") for name in names]
+        assert int(row[1]) == sum(int(re.search(r"^# (\d+) minutes", text, re.MULTILINE)[1]) for text in texts)
+        linked += names
+    assert linked == sorted(path.stem for path in (ROOT / "notebooks" / "source").glob("[0-9]*.py"))
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/index.md"])
+def test_the_share_of_right_images(document):
+    scores = json.loads((ROOT / "fluxedu/nano/weights/judge.json").read_text())["nano"]["rows"]["everything"]
+    assert f"Of all {scores['n']} prompts it draws {scores['percent']:.0f} % right" in (ROOT / document).read_text()
 
 
 def test_every_command_shown_is_a_command():
