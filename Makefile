@@ -46,7 +46,10 @@ endef
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 NBVAL = --nbval --nbval-current-env --nbval-sanitize-with=notebooks/nbval.cfg --nbval-cell-timeout=120
 
-.PHONY: help setup lab test check bench notebooks oldest newest pythons smoke train evidence docs fuzz
+# once, and again after a change of the packages
+NPM_CI = { [ web/node_modules/.package-lock.json -nt web/package-lock.json ] || npm ci --prefix web; }
+
+.PHONY: help setup lab test check web bench notebooks oldest newest pythons smoke train evidence docs fuzz
 .DEFAULT_GOAL := help
 
 help:           ## this list
@@ -67,10 +70,19 @@ fuzz: $(STAMP)  ## try 10,000 damaged files and nonsense calls; others with SEED
 	FLUXEDU_FUZZ_CASES=$(or $(CASES),10000) FLUXEDU_FUZZ_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
 		tests/property -k fuzz
 
-check: $(STAMP) ## style, format, and which way imports point
+check: $(STAMP) ## style, format, which way imports point, and whether the front end's bundles are those of web/src
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	@if ! command -v npm >/dev/null; then \
+	  echo "left out, as there is no npm: whether the bundles are those of web/src"; \
+	elif ! $(NPM_CI); then \
+	  echo "left out, as npm could not install web/package-lock.json: whether the bundles are those of web/src"; \
+	else node web/build.mjs --check; fi
+
+web:            ## build the front end's bundles from web/src; needs node and npm
+	$(NPM_CI)
+	node web/build.mjs
 
 bench: $(STAMP) ## measure speed and memory, into bench.json; how fast explorers answer, into figures.json
 	$(BIN)/fluxedu bench --out bench.json

@@ -7,6 +7,7 @@
 // A bundle whose source does not exist is left out.
 import { build } from "esbuild";
 import { formulas } from "./formulas.mjs";
+import { licences, packageOf } from "./licences.mjs";
 import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { dirname, join, relative } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -31,17 +32,23 @@ const BUNDLES = [
   ["src/site.js", `${SITE}/explorers.js`, "iife"], // the documentation site; a module could not be opened from a file
   ["src/site.css", `${SITE}/explorers.css`],
   ["node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.wasm", `${PLAY}/ort.wasm.gz`],
+  ["licences", `${PLAY}/licences.txt`], // last: of all packages in the bundles above
 ];
+
+const packages = ["onnxruntime-web"]; // whose code is in the bundles
 
 async function contents(source, format) {
   const path = join(web, source);
+  if (source === "licences") return Buffer.from(licences(web, packages));
   if (source.endsWith(".wasm")) return gzipSync(readFileSync(path), { level: 9 });
   if (source.endsWith("boxes.json")) return Buffer.from(formulas(path));
   if (source.endsWith(".html")) return readFileSync(path);
   const result = await build({
     entryPoints: [path], bundle: true, write: false, minify: true, format, target: "es2022", charset: "utf8",
     legalComments: "eof", logLevel: "warning", absWorkingDir: web, loader: { ".svg": "dataurl", ".woff2": "dataurl" },
+    metafile: true,
   });
+  packages.push(...Object.keys(result.metafile.inputs).map(packageOf).filter(Boolean));
   return Buffer.from(result.outputFiles[0].contents);
 }
 
@@ -52,7 +59,7 @@ const words = process.argv.slice(2).filter((word) => !word.startsWith("--"));
 const isCheck = process.argv.includes("--check");
 const differing = [];
 for (const [source, bundle, format = "esm"] of BUNDLES) {
-  if (!existsSync(join(web, source))) continue;
+  if (source === "licences" ? words.length : !existsSync(join(web, source))) continue;
   if (words.length && !words.some((word) => bundle.includes(word))) continue;
   const made = await contents(source, format), path = join(web, bundle);
   const isSame = existsSync(path) && held(path, readFileSync(path)).equals(held(path, made));
