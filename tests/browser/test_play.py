@@ -118,7 +118,7 @@ def test_the_slider_shows_another_step_of_the_picture_and_of_the_attention(page)
     before = pixels(page, "#guess").copy()
     page.locator("#step").fill("2")
     assert "After step 2" in page.locator("#now").inner_text()
-    page.wait_for_function("document.querySelector('.look output').textContent === 'step 3 of 20'")
+    page.wait_for_function("document.querySelector('.look .stepper output').textContent === 'step 3 of 20'")
     after = pixels(page, "#guess")
     assert before.shape != after.shape or np.abs(before - after).max() > 30
     page.wait_for_function("location.hash.includes('step=2')")

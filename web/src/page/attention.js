@@ -96,6 +96,10 @@ export function createAttention({ store, info, onBlock }) {
     show(canvas, overlay(run.image, picture, rows, columns));
     const isPatch = place.startsWith("patch"), n = Number(place.split(":")[1]);
     box.hidden = !isPatch;
+    $("#key-most").textContent = percent(Math.max(...picture));
+    $("#attention-read").textContent = isPatch
+      ? "The outlined patch attends; the brighter a patch, the more it is attended to. Words are coloured in the same way."
+      : "The brighter a patch, the more it attends to the word.";
     if (isPatch) {
       Object.assign(box.style, { left: `${(100 * (n % columns)) / columns}%`, top: `${(100 * Math.floor(n / columns)) / rows}%`,
         width: `${100 / columns}%`, height: `${100 / rows}%` });

@@ -2,8 +2,8 @@
 
 const TERMS = {
   seed: ["Seed", "A number from which the random noise is made that the picture starts as. The same prompt and seed give the same picture."],
-  step: ["Step", "One run of the model. It reads the noisy picture and predicts in which direction to change it; the picture then moves a little in that direction. Noise becomes a picture in 20 such steps."],
-  guidance: ["Guidance", "How closely the picture follows the prompt. It is a number that the model reads, beside the time."],
+  step: ["Step", "One run of the model. It reads the noisy picture and predicts which way the noise lies; the picture then moves a little the other way. Noise becomes a picture in 20 such steps."],
+  guidance: ["Guidance", "How closely the picture should follow the prompt. It is a number that the model reads, like the time."],
   cfg: ["Classifier-free guidance", "The model answers twice: for the prompt, and for the negative prompt. The step goes further in the direction in which the first answer differs from the second."],
   token: ["Token", "The unit that the model computes with: a list of 160 numbers. Each word of the prompt is one token, and each patch of the picture is one."],
   patch: ["Patch", "A square of 16 × 16 pixels of the picture. The model has one token for each patch."],
@@ -11,8 +11,8 @@ const TERMS = {
   velocity: ["Velocity", "What the model predicts in each step: the direction from the picture to the noise. Moving against it removes noise."],
   attention: ["Attention", "How tokens exchange information. A token compares itself with every other token; the more two match, the more it takes from the other one. The shares sum to 100 %."],
   head: ["Head", "One of five attentions that run side by side in a block. Each has learned to look for something else."],
-  block: ["Block", "One layer of the model: attention, then a small network for each token. This model has 8 blocks; FLUX.1 has 57."],
-  modulation: ["Modulation", "Numbers that scale, shift and gate what every block computes. They depend on the time, the guidance and CLIP's vector."],
+  block: ["Block", "One layer of the model: attention between all tokens, and a small network (MLP) for each token. This model has 8 blocks; FLUX.1 has 57."],
+  modulation: ["Modulation", "Numbers that scale, shift and gate what every block computes. They depend on the time, the guidance and CLIP's vector. With all gates at zero, a block adds nothing."],
   t5: ["T5", "A language model. It reads the whole prompt and gives one vector for each word; each vector also describes the word's neighbours."],
   clip: ["CLIP", "A second text encoder, trained to match captions with pictures. It gives one vector for the whole prompt."],
   position: ["Position", "The row and column of a patch. They are built into attention by RoPE, which rotates queries and keys by angles that depend on the position."],

@@ -1,5 +1,5 @@
 // Pictures and heat maps on canvases.
-import LAYERS from "./preview.json";
+import QUICK from "./preview.json";
 
 /** matplotlib's magma at five points, the project's colours for values from 0 up. */
 const MAGMA = [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]];
@@ -24,7 +24,7 @@ export function heat(weights, rows, columns, largest) {
   return image;
 }
 
-/** Weights of patches over the picture in grey: the larger a weight, the more opaque its patch. */
+/** Weights of patches over the darkened picture, as plots.blend does it: the larger, the brighter and more opaque. */
 export function overlay(picture, weights, rows, columns) {
   const { width, height, data } = picture, image = new ImageData(width, height);
   const largest = Math.max(...weights, 1e-12);
@@ -32,9 +32,8 @@ export function overlay(picture, weights, rows, columns) {
     const row = Math.floor((y * rows) / height);
     for (let x = 0; x < width; x++) {
       const i = 4 * (y * width + x), share = weights[row * columns + Math.floor((x * columns) / width)] / largest;
-      const grey = 40 + 0.62 * (0.3 * data[i] + 0.59 * data[i + 1] + 0.11 * data[i + 2]);
       const alpha = 0.9 * share ** 0.7, colour = magma(share);
-      for (let c = 0; c < 3; c++) image.data[i + c] = (1 - alpha) * grey + alpha * colour[c];
+      for (let c = 0; c < 3; c++) image.data[i + c] = 0.3 * (1 - alpha) * data[i + c] + alpha * colour[c];
       image.data[i + 3] = 255;
     }
   }
@@ -55,28 +54,40 @@ export function difference(before, after) {
 }
 
 /**
- * A quick picture of latents [16, h, w] with 2 x 2 pixels per cell: a small network for each cell's 16 numbers, fitted to
- * the decoder's pictures by web/preview.py. It does not know the neighbours, so it is coarser than the decoder.
+ * A quick picture of latents [16, h, w] with 2 x 2 pixels per cell: a small network that web/preview.py has fitted to the
+ * decoder's pictures. It reads a cell, its neighbours, and the means over the picture.
  */
 export function preview(latents, [channels, height, width]) {
-  const image = new ImageData(2 * width, 2 * height), cells = width * height;
-  const states = LAYERS.map(({ bias }) => new Float32Array(bias.length)), input = new Float32Array(channels);
-  for (let i = 0; i < cells; i++) {
-    for (let k = 0; k < channels; k++) input[k] = latents[k * cells + i];
-    LAYERS.forEach(({ weight, bias }, l) => {
-      const from = l ? states[l - 1] : input, to = states[l];
-      for (let j = 0; j < bias.length; j++) {
-        let sum = bias[j];
-        for (let k = 0; k < from.length; k++) sum += weight[j][k] * from[k];
-        to[j] = l < LAYERS.length - 1 ? Math.max(0, sum) : sum;
+  const image = new ImageData(2 * width, 2 * height), cells = width * height, [nearBias, hiddenBias, outBias] = QUICK.biases;
+  const means = new Float32Array(channels), near = new Float32Array(9 * channels);
+  for (let k = 0; k < channels; k++) for (let i = 0; i < cells; i++) means[k] += latents[k * cells + i] / cells;
+  const start = linear(QUICK.all, means, nearBias);
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
+      let at = 0;
+      for (let dy = -1; dy <= 1; dy++) {
+        for (let dx = -1; dx <= 1; dx++) {
+          const inside = y + dy >= 0 && y + dy < height && x + dx >= 0 && x + dx < width, i = (y + dy) * width + x + dx;
+          for (let k = 0; k < channels; k++) near[at++] = inside ? latents[k * cells + i] : 0;
+        }
       }
-    });
-    const colours = states.at(-1), x = 2 * (i % width), y = 2 * Math.floor(i / width);
-    for (let q = 0; q < 4; q++) {
-      const at = 4 * ((y + (q >> 1)) * 2 * width + x + (q & 1));
-      for (let c = 0; c < 3; c++) image.data[at + c] = 127.5 * (colours[3 * q + c] + 1);
-      image.data[at + 3] = 255;
+      const colours = linear(QUICK.out, relu(linear(QUICK.hidden, relu(linear(QUICK.near, near, start)), hiddenBias)), outBias);
+      for (let q = 0; q < 4; q++) {
+        const place = 4 * ((2 * y + (q >> 1)) * 2 * width + 2 * x + (q & 1));
+        for (let c = 0; c < 3; c++) image.data[place + c] = 127.5 * (colours[3 * q + c] + 1);
+        image.data[place + 3] = 255;
+      }
     }
   }
   return image;
+}
+
+const relu = (values) => values.map((value) => Math.max(0, value));
+
+function linear(weight, input, bias) {
+  return Float32Array.from(bias, (sum, j) => {
+    const row = weight[j];
+    for (let k = 0; k < row.length; k++) sum += row[k] * input[k];
+    return sum;
+  });
 }
