@@ -75,7 +75,7 @@ export async function open(engine, message, onProgress) {
         xLabel, "second direction", { mark: particle, pointer: "particle" }),
       pixels(`Predicted x0 of seed ${seed}, “${prompts[group[particle]]}”`, await prediction(step, particle)),
     ];
-    const text = "An arrow is a fifth of the way that remains if the velocity stays as it is.";
+    const text = "The line at a point is a fifth of the way that remains if its velocity stays as it is.";
     const end = times[step] > 0 ? text : "Every run has reached its image.";
     return { text: `t = ${t}.${distance} ${end}${note}`, panels, shades: {} };
   };
