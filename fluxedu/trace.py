@@ -72,6 +72,11 @@ class SiteSummary:
     numbers: Tensor
     frames: Tensor
 
+    @property
+    def is_picture(self) -> bool:
+        """Whether rows and columns of the value are those of the image."""
+        return self.shape.endswith("h×w")
+
 
 @dataclass
 class Stage:
@@ -218,7 +223,7 @@ def _attention_figures(out: Output, maps: Named, heads: Named, word: str) -> dic
             Named(x.tensor[i : i + 1], x.axes, x.coords | {"block": [block]}) for x in (maps, heads)
         )
         word_maps = plots.word_maps(block_maps, out.images[0])
-        gallery = plots.head_gallery(block_heads, out.images[0])
+        gallery = plots.head_gallery(block_heads, out.images[0], word)
         figures[block] = [
             ("How much each patch attends to a word, averaged over heads and steps.", word_maps),
             (f"How much each patch attends to “{word}” in the last step, head by head.", gallery),
@@ -230,7 +235,7 @@ def thumbnail(value: Value) -> Named:
     """A reduction: the value as a matrix of at most 16 x 48 numbers, neighbours averaged.
 
     Tokens, or rows of cells, run down; channels, heads with their channels, or keys run across. Maps are averaged over
-    heads, images over channels. With guidance, the prompted pass.
+    heads, images over channels, and images keep their shape. With guidance, the prompted pass.
     """
     if isinstance(value, MapView):
         x = value.head_mean().tensor
@@ -245,9 +250,18 @@ def thumbnail(value: Value) -> Named:
             x = x.transpose(1, 2).flatten(2)
         else:
             x = x.flatten(1, -2) if x.ndim > 2 else x.flatten(1)[:, None]
+    is_picture = not isinstance(value, MapView) and "row" in axes
     x = (x.angle() if x.is_complex() else x).float()[-1]
-    size = [min(n, limit) for n, limit in zip(x.shape, (ROWS, COLUMNS), strict=True)]
-    return Named(F.adaptive_avg_pool2d(x[None], size)[0], ("row", "column"))
+    return Named(F.adaptive_avg_pool2d(x[None], _fitting(x.shape, (ROWS, COLUMNS), is_picture))[0], ("row", "column"))
+
+
+def _fitting(size: Sequence[int], limits: tuple[int, int], is_picture: bool) -> tuple[int, int]:
+    """Rows and columns within the limits; a picture keeps its shape, and has at most as many cells as they allow."""
+    height, width = size
+    if not is_picture:
+        return min(height, limits[0]), min(width, limits[1])
+    scale = min(1.0, (limits[0] * limits[1] / (height * width)) ** 0.5)
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 # ---------------------------------------------------------------- the page
@@ -277,7 +291,7 @@ def map_data(stages: Stages) -> str:
     """
     sites = [site for stage in stages for site in stage.sites]
     for rows, columns in FRAME_SIZES:
-        sizes = [(len(s.frames), min(s.frames.shape[1], rows), min(s.frames.shape[2], columns)) for s in sites]
+        sizes = [(len(s.frames), *_fitting(s.frames.shape[1:], (rows, columns), s.is_picture)) for s in sites]
         if sum(n * h * w for n, h, w in sizes) <= MAX_FRAME_NUMBERS:
             break
     every = -(-sum(s.numbers.numel() for s in sites) // MAX_CURVE_NUMBERS)
@@ -290,7 +304,7 @@ def map_data(stages: Stages) -> str:
         levels.append(np.round((THUMBNAIL_COLOURS - 1) * np.nan_to_num(share)).astype(np.uint8).ravel())
         numbers = site.numbers[::every].float().numpy()
         curves.append(numbers.ravel())
-        ratio = aspect if site.shape.endswith("h×w") else 1 if site.name.endswith((".map", ".scores")) else 0
+        ratio = aspect if site.is_picture else 1 if site.name.endswith((".map", ".scores")) else 0
         places[site.name] = [at, *size, int(signed), float(f"{largest:.3g}"), len(numbers), ratio]
         at += levels[-1].size
     pictures, images = {}, []
@@ -359,7 +373,8 @@ def _table(sites: list[SiteSummary]) -> str:
     lines = []
     for site in sites:
         alt = escape(f"{site.name} at the last step, {site.shape}")
-        image = f'<td><img class="value" alt="{alt}" title="{alt}" src="{as_png(site.thumbnail)}"></td>'
+        kind = "value picture" if site.is_picture else "value"
+        image = f'<td><img class="{kind}" alt="{alt}" title="{alt}" src="{as_png(site.thumbnail)}"></td>'
         numbers = "".join(f'<td class="n">{n:.3g}</td>' for n in (site.mean, site.std, site.low, site.high))
         first = f"<td><code>{escape(site.name)}</code></td><td>{escape(site.shape)}</td>"
         lines.append(f"<tr>{first}{image}{numbers}<td>{escape(site.meaning)}</td></tr>")

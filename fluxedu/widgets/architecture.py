@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from textwrap import fill
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 
@@ -280,11 +281,11 @@ def architecture(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None, **r
         panel = MapPanel("", ids, box, step, chosen, text, model_parts, pointer="box")
         return View([panel], text)
 
-    pictures = {box["id"]: box["site"] or box["shows"] for box in found if box.get("picture")}
+    pictures = [box["site"] or box["shows"] for box in found if box.get("picture")]
     data = {
         "wiring": model,
         "ids": ids,
-        "pictures": {name: _messages([value(name, t) for t in times]) for name in pictures.values()},
+        "pictures": {name: _pictures([value(name, t) for t in times]) for name in pictures},
         "numbers": {name: _sentences(name, summary, times) for name, summary in summaries.items()},
     }
     return Architecture(
@@ -304,8 +305,10 @@ def architecture(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None, **r
     )
 
 
-def _messages(panels: Sequence[Pixels | None]) -> list[dict[str, Any] | None]:
-    return [None if panel is None else panel.message() for panel in panels]
+def _pictures(panels: Sequence[Pixels | None]) -> list[dict[str, Any] | None]:
+    """Small pictures for the overview, one per time; a single one if it does not depend on the time."""
+    found = [panel and Pixels("", np.asarray(panel.image)).message() for panel in panels]
+    return found[:1] if all(picture == found[0] for picture in found) else found
 
 
 def _sentences(name: str, summary: Named, times: Sequence[float]) -> list[str]:

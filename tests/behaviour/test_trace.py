@@ -2,19 +2,22 @@
 
 import base64
 import io
+import json
 import re
+import zlib
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from sizes import TINY
 from typer.testing import CliRunner
 
 import fluxedu as fe
 from fluxedu.cli import app
-from fluxedu.trace import as_png, page, stages
+from fluxedu.trace import as_png, map_data, page, stages
 
 PROMPT = 'a red circle left of a <b>blue</b> & "green" square'
 
@@ -120,7 +123,41 @@ def test_every_value_can_be_seen(made, pipe):
     assert torch.allclose(values["double.0.img_attn.q"], q.transpose(0, 1).flatten(1), atol=1e-6)
     assert torch.allclose(values["sample.noise"], rec["sample.noise"].tensor.mean(0), atol=1e-6)
     assert torch.allclose(values["vec"][0], rec["vec"].tensor[0], atol=1e-6)
-    assert html.count('class="value"') == len(values)
+    assert html.count('class="value"') + html.count('class="value picture"') == len(values)
+
+
+def test_pictures_keep_their_shape(pipe):
+    """Latents and images are averaged over squares of neighbours, in the table as well as on the map."""
+    _, found = stages(pipe, PROMPT, steps=1, height=96, width=160, progress=False)
+    for stage in found:
+        for site in stage.sites:
+            if site.shape.endswith("h×w"):
+                height, width = site.thumbnail.shape
+                assert abs(width / height - 160 / 96) < 0.1 and height * width <= 16 * 48 + 48, site.name
+    data = json.loads(map_data(found))
+    _, _, rows, columns, _, _, _, ratio = data["sites"]["sample.x"]
+    assert (rows, columns) == (12, 20) and ratio == pytest.approx(160 / 96, abs=0.03)
+
+
+def test_the_map_has_the_values_of_every_step(made, pipe):
+    """What the page unpacks: thumbnails within one of fifteen levels, and four numbers per step."""
+    found, _ = made
+    data = json.loads(map_data(found))
+    packed = zlib.decompress(base64.b64decode(data["values"]))
+    curves = np.frombuffer(packed[data["curves"] :], "<f4")
+    with fe.record("single.1.modulated", reduce="summary") as summary, fe.record("single.1.modulated") as rec:
+        pipe(PROMPT, steps=3, progress=False)
+    names = list(data["sites"])
+    before = 4 * sum(data["sites"][name][6] for name in names[: names.index("single.1.modulated")])
+    start, frames, rows, columns, is_signed, largest, count, _ = data["sites"]["single.1.modulated"]
+    assert (frames, count, is_signed) == (3, 3, 1)
+    numbers = curves[before : before + 12].reshape(3, 4)
+    assert np.allclose(numbers, summary["single.1.modulated"].tensor, atol=1e-5)
+    levels = np.frombuffer(packed, np.uint8, 3 * rows * columns, start).reshape(3, rows, columns)
+    values = (levels / 7.0 - 1) * largest
+    exact = F.adaptive_avg_pool2d(F.adaptive_avg_pool2d(rec["single.1.modulated"].tensor, (16, 48)), (rows, columns))
+    assert np.abs(values - exact.numpy()).max() <= largest / 14 * 1.02
+    assert data["times"] == pytest.approx(rec["single.1.modulated"].coords["step"], abs=1e-4)
 
 
 def test_the_colours_say_what_the_numbers_are():

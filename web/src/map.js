@@ -255,7 +255,9 @@ function detail(group, width, blockKind) {
 /** Past other rows: straight down, then into the side of the box. */
 function longWay(r, t) {
   const [x, y] = [centre(r)[0], centre(t)[1]];
-  if (t.y - r.y < 130 || (x > t.x - 10 && x < t.x + t.w + 10)) return null;
+  if (t.y - r.y < 130) return null;
+  if (x > t.x + 8 && x < t.x + t.w - 8) return `M${x} ${r.y + r.h}V${t.y - 1}`;
+  if (x > t.x - 10 && x < t.x + t.w + 10) return null;
   const to = x < t.x ? t.x - 1 : t.x + t.w + 1, turn = x < t.x ? x + 8 : x - 8;
   return `M${x} ${r.y + r.h}V${y - 8}Q${x} ${y} ${turn} ${y}H${to}`;
 }

@@ -3,7 +3,7 @@ import { html } from "./dom.js";
 import { createMap } from "./map.js";
 import { PANELS } from "./panels.js";
 
-/** `context`: as of every panel. data: { wiring, ids, pictures: site -> a message per step, numbers: site -> a sentence per step }. */
+/** `context`: as of every panel. data: { wiring, ids, pictures: site -> a message per step, or one, numbers: site -> a sentence per step }. */
 export function map(first, context) {
   const { data, move } = context, el = html("div", { className: "map" });
   let now = first, shown = null, isMoved = false, painter = null;
@@ -20,7 +20,7 @@ export function map(first, context) {
   };
   const values = (site, step, isChosen) => {
     if (!isChosen) {
-      const picture = data.pictures[site]?.[step] ?? null;
+      const found = data.pictures[site] ?? [], picture = found[Math.min(step, found.length - 1)] ?? null;
       return Promise.resolve(picture && { ...picture, text: null });
     }
     return new Promise((resolve) => {
