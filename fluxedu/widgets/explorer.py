@@ -102,7 +102,7 @@ def _with_call(function: Callable[..., Explorer]) -> Callable[..., Explorer]:
         arguments = bound.arguments | bound.arguments.get("request", {})
         pipe = arguments.pop("pipe", None)
         arguments.pop("request", None)
-        if pipe is None or not _is_miniature(pipe):
+        if made.call is not None or pipe is None or not _is_miniature(pipe):
             return made
         try:
             made.call = {"name": function.__name__, "args": json.loads(json.dumps(arguments))}

@@ -55,6 +55,18 @@ def tensor_groups(config: FluxConfig) -> tuple[TensorGroup, ...]:
     return tuple(TensorGroup(name, len(g), g[0], tuple(diffusers_names[name])) for name, g in groups.items())
 
 
+def for_page(configs: Mapping[str, FluxConfig]) -> dict:
+    """What a web page needs to show these networks: names, and for each network its groups as (name, count, shape)."""
+    found = {name: tensor_groups(config) for name, config in configs.items()}
+    names = {(group.name, group.diffusers_names): None for groups in found.values() for group in groups}
+    index = {key: i for i, key in enumerate(names)}
+    networks = {
+        name: [[index[group.name, group.diffusers_names], group.count, group.shape] for group in groups]
+        for name, groups in found.items()
+    }
+    return {"names": list(names), "networks": networks}
+
+
 def network_parts(groups: tuple[TensorGroup, ...]) -> dict[str, list[TensorGroup]]:
     """Tensors by the first two parts of their names, the largest part first and all small ones together at the end."""
     found: dict[str, list[TensorGroup]] = {}
@@ -133,7 +145,7 @@ def parameters(own: Mapping[str, FluxConfig] | None = None) -> Explorer:
 
     parts = list(network_parts(tensor_groups(configs["dev"])))
     modulation = next(i for i, part in enumerate(parts) if colour(part) == COLOURS[2])
-    return Explorer(
+    made = Explorer(
         "Where are the parameters of a FLUX model?",
         [Choice("variant", "variant", list(configs), list(configs).index("dev"))],
         draw,
@@ -146,3 +158,5 @@ def parameters(own: Mapping[str, FluxConfig] | None = None) -> Explorer:
             Try("Which of the small parts does schnell lack?", variant="schnell", part=len(parts) - 1),
         ],
     )
+    made.call = {"name": "parameters", "args": for_page(configs)}
+    return made

@@ -3,7 +3,7 @@
 import { Engine } from "./engine/index.js";
 import explorer from "./explorer.js";
 import { html } from "./dom.js";
-import { Unsupported, VIEWS, pageModel } from "./views/index.js";
+import { Unsupported, VIEWS, WITHOUT_ENGINE, pageModel } from "./views/index.js";
 
 const IN_THE_LAB = "Open this notebook in the lab to move it.";
 const MEGABYTES = 14; // of weights, graphs and ONNX Runtime, compressed
@@ -18,7 +18,7 @@ function openEngine(onProgress) {
   return engine;
 }
 
-/** Below the figure: a button with a bar of progress. */
+/** Below the figure: a button with a bar of progress. What needs no model is live at once. */
 function invitation(still, message) {
   const button = html("button", { type: "button", textContent: "Make it live" });
   const note = html("span", { textContent: `Loads the miniature (${MEGABYTES} MB, once) and computes it in your browser.` });
@@ -26,7 +26,8 @@ function invitation(still, message) {
   bar.setAttribute("aria-label", "Progress");
   const box = html("div", { className: "fluxedu-live" }, button, bar, note);
   note.setAttribute("role", "status");
-  button.addEventListener("click", async () => {
+  const isLight = WITHOUT_ENGINE.includes(message.name);
+  const start = async () => {
     button.disabled = true;
     bar.hidden = false;
     const show = (text) => (share) => {
@@ -34,7 +35,7 @@ function invitation(still, message) {
       note.textContent = `${text} ${Math.round(100 * share)} %`;
     };
     try {
-      const opened = await openEngine(show("Loading the miniature:"));
+      const opened = isLight ? null : await openEngine(show("Loading the miniature:"));
       note.textContent = "Starting …";
       const model = await pageModel(opened, message, show("Computing:"));
       const el = Object.assign(html("div", { className: "fluxedu-page" }), { model });
@@ -42,28 +43,35 @@ function invitation(still, message) {
       explorer.render({ model, el });
       (still.parentElement.children.length === 1 ? still.parentElement : still).hidden = true;
       box.remove();
-      el.querySelector("button, input, select, [tabindex='0']")?.focus({ preventScroll: true });
+      if (!isLight) el.querySelector("button, input, select, [tabindex='0']")?.focus({ preventScroll: true });
     } catch (error) {
       button.disabled = false;
       bar.hidden = true;
       note.textContent = error instanceof Unsupported ? IN_THE_LAB : `This did not work: ${error.message}`;
       button.hidden = error instanceof Unsupported;
     }
-  });
-  return box;
+  };
+  button.addEventListener("click", start);
+  return { box, start: () => isLight && start() };
 }
 
 /** Every explorer's figure on the page. Files opened without a web server cannot start the miniature. */
 function prepare() {
+  const canStart = location.protocol !== "file:" && "DecompressionStream" in window;
   for (const still of document.querySelectorAll("img.fluxedu-still")) {
     const message = still.dataset.fluxedu ? JSON.parse(still.dataset.fluxedu) : null;
-    const isLive = message && VIEWS[message.name] && location.protocol !== "file:" && "DecompressionStream" in window;
+    const isLive = message && VIEWS[message.name] && (canStart || WITHOUT_ENGINE.includes(message.name));
     const note = html("p", { className: "fluxedu-live", textContent: IN_THE_LAB });
     if (message?.name === "architecture") {
       note.append(html("a", { href: new URL("../architecture.html", SCRIPT).href, textContent: "The same map, live" }));
     }
     const place = still.parentElement.closest("[style*='overflow']") ?? still;
-    place.after(isLive ? invitation(still, message) : note);
+    if (!isLive) place.after(note);
+    else {
+      const { box, start } = invitation(still, message);
+      place.after(box);
+      start();
+    }
   }
 }
 

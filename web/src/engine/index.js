@@ -58,9 +58,9 @@ export class Engine {
 
   /**
    * Draws a picture. request: { prompt, clipPrompt, negative, seed, steps, guidance, trueCfg, shift, height, width,
-   * solver, changes }; changes as in changes.js. onStep({ step, t, latents, velocity, x0, preview }) after each step:
-   * `latents` are those at the time t that the step has reached; `preview` is an ImageData of the predicted x0, one
-   * pixel per latent cell. Rejects with an AbortError after `signal` has aborted.
+   * solver, changes, decode }; changes as in changes.js; decode: false leaves out the image. onStep({ step, t, latents,
+   * velocity, x0, preview }) after each step: `latents` are those at the time t that the step has reached; `preview` is
+   * an ImageData of the predicted x0, one pixel per latent cell. Rejects with an AbortError after `signal` has aborted.
    *
    * Returns { times, latents, velocities, x0, shape, tokens, image, request }: the times and latents of all steps and
    * the end (steps + 1), the velocity and the predicted x0 of each step, T5's tokens as text, an ImageData.
@@ -70,7 +70,7 @@ export class Engine {
     const { height, width } = request, { channels, downscale } = this.info.latent;
     const shape = [channels, height / downscale, width / downscale];
     const run = await this.call("run", { request }, { onStep: onEach, signal });
-    return { ...run, image: toImageData(run.image), request };
+    return { ...run, image: run.image && toImageData(run.image), request };
   }
 
   /** The image of a latent: ImageData of 8 x 8 pixels per cell. */
@@ -91,11 +91,12 @@ export class Engine {
   /**
    * The values inside the networks at one step of a run, with the run's changes: Map of site -> { dims, data }, without
    * the batch axis, such as "double.0.attn.map" [heads, tokens, tokens], text tokens first. With a negative prompt,
-   * those of the prompt's pass. sites: a list of names, if not all are needed.
+   * those of the prompt's pass. sites: a list of names, if not all are needed. Those of the decoder, "ae.decoder.*", of
+   * the finished picture, are large, and only in the result if they are named.
    */
   async inside(run, step, sites) {
-    const { request, shape } = run;
-    const call = { request, latents: run.latents[step], t: run.times[step], step, shape, sites };
+    const { request, shape } = run, final = run.latents.at(-1);
+    const call = { request, latents: run.latents[step], t: run.times[step], step, shape, sites, final };
     return new Map(await this.call("inside", call));
   }
 

@@ -142,7 +142,7 @@ export class Model {
       onStep({ step, t: tNext, latents: next, velocity: v, x0: x0[step] });
     }
     await pause();
-    const image = await this.decode(latents[steps], shape);
+    const image = request.decode === false ? null : await this.decode(latents[steps], shape);
     const tokens = this.tokenizers.t5.encode(prompt).pieces;
     return { times, latents, velocities, x0, shape, tokens, image };
   }
@@ -160,21 +160,25 @@ export class Model {
     return { data: data.slice(), dims: dims.slice(1) };
   }
 
-  /** The values at the sites of one step (all, or those named): [[site, { dims, data }]]. */
-  async inside({ request, latents, t, step, shape, sites }) {
+  /** The values at the sites of one step: [[site, { dims, data }]]. Without `sites`, all except the decoder's. */
+  async inside({ request, latents, t, step, shape, sites, final }) {
     const { defaults, graphs } = this.manifest;
     const { prompt, clipPrompt, changes, guidance = defaults.guidance } = request;
     const isWanted = (name) => !sites || sites.includes(name);
     const texts = await this.encode(prompt, clipPrompt);
     const names = graphs.inside.outputs.filter((name) => name === "velocity" || isWanted(name));
     const values = await this.evaluate("inside", names, latents, t, texts, { guidance, changes, shape, step });
+    const decoderNames = graphs.decoder_inside.outputs.filter((name) => sites?.includes(name));
+    const decoded = decoderNames.length
+      ? await this.compute("decoder_inside", { latent: float(final, [1, ...shape]) }, decoderNames) : [];
     const velocity = unpack(values.get("velocity").data, shape);
     const own = { "sample.x": latents, "sample.velocity": velocity, "sample.x0": predictedX0(latents, t, velocity) };
-    const found = [...texts, ...values].filter(([name]) => isWanted(name)).map(([name, { dims, data }]) => {
+    const tensors = [...texts, ...values, ...decoded].map(([name, { dims, data }]) => {
       const full = { txt: "sample.txt", pooled: "sample.pooled" }[name] ?? name;
-      const rest = dims.length > 1 && dims[0] === 1 ? dims.slice(1) : dims; // without the batch's axis
-      return [full, { dims: [...rest], data: data.slice() }];
+      return [full, dims.length > 1 && dims[0] === 1 ? dims.slice(1) : dims, data]; // without the batch's axis
     });
-    return [...found, ...Object.entries(own).map(([name, data]) => [name, { dims: [...shape], data: data.slice() }])];
+    return [...tensors, ...Object.entries(own).map(([name, data]) => [name, shape, data])]
+      .filter(([name]) => isWanted(name))
+      .map(([name, dims, data]) => [name, { dims: [...dims], data: data.slice() }]);
   }
 }

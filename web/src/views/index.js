@@ -7,8 +7,10 @@
 import { open as attention } from "./attention.js";
 import { open as contributions } from "./contributions.js";
 import { open as grid } from "./grid.js";
+import { open as heads } from "./heads.js";
 import { open as latents } from "./latents.js";
 import { open as modulation } from "./modulation.js";
+import { open as parameters } from "./parameters.js";
 import { open as positions } from "./positions.js";
 import { open as similarity } from "./similarity.js";
 import { open as solvers } from "./solvers.js";
@@ -18,9 +20,11 @@ import { open as trajectory } from "./trajectory.js";
 import { open as velocity } from "./velocity.js";
 
 export const VIEWS = {
-  attention, contributions, grid, latents, modulation, positions, similarity, solvers,
+  attention, contributions, grid, heads, latents, modulation, parameters, positions, similarity, solvers,
   streams, tokens, trajectory, velocity,
 };
+/** Those that need no model. */
+export const WITHOUT_ENGINE = ["parameters"];
 export { Unsupported } from "./run.js";
 
 /** A model as anywidget's, for explorer.js, of which the page is the kernel. */

@@ -3,7 +3,7 @@ import HEX from "./colours.json";
 import { largest, range, rounded } from "./numbers.js";
 
 /** Okabe and Ito's colours, as fluxedu/plots.py has them. */
-const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"];
+export const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"];
 export const SEQUENTIAL = "magma", DIVERGING = "RdBu_r";
 export const TIME_LABEL = "time t (1 = pure noise, 0 = image)";
 const MAX_SIDE = 192, BACKGROUND = 0.3;
@@ -192,3 +192,7 @@ export function points(title, xy, arrows, group, groups, limits, xLabel, yLabel,
     limits: limits.map((ends) => rounded(Array.isArray(ends) ? ends : [-ends, ends])),
   };
 }
+
+/** A diagram: boxes as [label, x, y, width, height, colour]. */
+export const boxes = (title, all, arrows, size, mark, pointer = null) =>
+  ({ kind: "boxes", title, pointer, boxes: all, arrows, size, mark });
