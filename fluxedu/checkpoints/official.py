@@ -161,6 +161,8 @@ def find_flux2(name: str | Path, revision: str | None = None) -> Official | None
 
     None if it is something else than FLUX.2. Raises CheckpointError, with the command that downloads what is missing.
     """
+    if not isinstance(name, (str, Path)) or not isinstance(revision, (str, type(None))) or "\0" in str(name):
+        return None  # find() says what is wrong
     name = "klein" if name == "klein-4b" else name
     known = next((v for v, repository in OFFICIAL_FLUX2.items() if str(name) in (v, repository.id)), None)
     path = check_path(name)
@@ -170,12 +172,15 @@ def find_flux2(name: str | Path, revision: str | None = None) -> Official | None
         folder = snapshot(repository, revision)
     if known is None and (folder is None or not _is_flux2_folder(folder)):
         return None
+    if revision is not None and folder is path:
+        raise CheckpointError(f"revision= is for repositories in the Hugging Face cache, and {str(name)!r} is a path.")
     parts = {} if folder is None else {part: folder / part for part in FLUX2_PARTS}
     missing = [f"{part}/*" for part in FLUX2_PARTS if part not in parts or not _has_files(parts[part])]
     if missing:
         source = OFFICIAL_FLUX2[known or "klein"]
         terms = f" (its licence is the {source.licence}; see https://huggingface.co/{source.id})"
         options = " ".join(f'--include "{part}"' for part in (*missing, "model_index.json"))
+        options += f" --revision {revision}" if revision else ""
         raise CheckpointError(
             f"{str(name)!r} lacks {', '.join(missing)}; get them with `hf download {source.id} {options}`{terms}."
         )

@@ -332,6 +332,8 @@ def test_what_is_missing_is_named(tmp_path, klein, few_layers, monkeypatch):
     folder = write_folder(tmp_path / "klein", klein, True)
     with pytest.raises(RequestError, match="lora="):
         fe.load(folder, lora="hollow")
+    with pytest.raises(CheckpointError, match="revision= is for repositories"):
+        fe.load(folder, revision="main")
     shutil.rmtree(folder / "vae")
     with pytest.raises(
         CheckpointError, match=r"lacks vae/\*; get them with `hf download black-forest-labs/FLUX.2-klein-4B"
