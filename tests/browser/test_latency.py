@@ -69,5 +69,5 @@ def test_explorers_appear_and_answer_on_a_slow_machine(run, tab, rate):
     tab.wait_for_function("[...document.querySelectorAll('img.fluxedu-still')].every((image) => image.hidden)")
     for root in tab.locator(".fluxedu").all():
         before = root.locator(".caption").inner_text()
-        root.locator("input[type='range']").first.press("ArrowLeft")
+        root.locator("input[type='range']").first.press("ArrowRight")
         root.locator(".caption", has_not_text=before).wait_for(timeout=20_000)
