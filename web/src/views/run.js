@@ -63,7 +63,7 @@ export function fewStepsNote(engine, steps, unit = "step") {
   const enough = Math.min(ENOUGH_STEPS, engine.info.defaults.steps);
   if (steps >= enough) return "";
   const number = steps === 1 ? `1 ${unit}` : `${steps} ${unit}s`;
-  return ` This run has ${number}; with fewer than ${enough}, this model's images are often wrong.`;
+  return ` This run has ${number}; with fewer than ${enough}, this model's images can be wrong.`;
 }
 
 /** A token's text without T5's mark of the beginning of a word. */
