@@ -91,11 +91,16 @@ export function createPrompt({ vocabulary, colours, tokenize, onPrompt }) {
       place = end;
     }
     underlay.append(`${text.slice(place)} `);
+    fit();
+  }
+
+  function fit() { // as tall as the prompt
     area.style.height = "auto";
-    area.style.height = `${area.scrollHeight}px`; // as tall as the prompt
+    area.style.height = `${area.scrollHeight}px`;
   }
 
   area.addEventListener("input", check);
+  addEventListener("resize", fit);
   area.addEventListener("scroll", () => { underlay.scrollTop = area.scrollTop; });
   area.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); onPrompt(area.value); }
