@@ -84,10 +84,10 @@ web:            ## build the front end's bundles from web/src; needs node and np
 	$(NPM_CI)
 	node web/build.mjs
 
-bench: $(STAMP) ## measure speed and memory, into bench.json; how fast explorers answer, into figures.json
+bench: $(STAMP) ## measure speed and memory, into bench.json; how fast explorers and the page answer, into figures.json
 	$(BIN)/fluxedu bench --out bench.json
 	FLUXEDU_LATENCY=1 FLUXEDU_FIGURES=figures.json $(BIN)/python -m pytest -q -s tests/browser/test_latency.py \
-		tests/behaviour/test_word_maps_on_the_miniature.py
+		tests/browser/test_play.py tests/behaviour/test_word_maps_on_the_miniature.py
 
 notebooks: $(STAMP) ## make and run both editions of every notebook from notebooks/source/
 	$(ONE_THREAD) $(BIN)/python -m fluxedu.course.build notebooks
