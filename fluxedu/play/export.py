@@ -231,7 +231,7 @@ def _externalise(graph, weights: Weights) -> None:
 
 
 def export_all(pipe: FluxPipeline) -> tuple[dict[str, object], dict[str, Weights], dict[str, nn.Module]]:
-    """The four graphs by name, their weights, and the modules that they were exported from."""
+    """The graphs by name, their weights, and the modules that they were exported from."""
     config, encoder = pipe.flux.config, pipe.prompt_encoder
     length, patches = encoder.t5_tokenizer.length, 64
     tokens = length + patches
@@ -265,12 +265,14 @@ def export_all(pipe: FluxPipeline) -> tuple[dict[str, object], dict[str, Weights
     sides = {2: torch.export.Dim("h", min=4, max=512), 3: torch.export.Dim("w", min=4, max=512)}
 
     modules = {"text": Text(encoder.t5, encoder.clip), "step": Step(pipe.flux, inside=False)}
-    modules |= {"inside": Step(pipe.flux, inside=True), "decoder": Decoder(pipe.autoencoder)}
+    modules |= {"inside": Step(pipe.flux, inside=True), "decoder": Decoder(pipe.autoencoder, inside=False)}
+    modules["decoder_inside"] = Decoder(pipe.autoencoder, inside=True)
     models = {
         "text": export(modules["text"], ids, ["txt", "pooled"], {name: {} for name in ids}, text),
         "step": export(modules["step"], step_inputs, ["velocity"], step_dims, flux),
         "inside": export(modules["inside"], step_inputs, ["velocity"], step_dims, flux),
         "decoder": export(modules["decoder"], latent, ["image"], {"latent": sides}, ae),
+        "decoder_inside": export(modules["decoder_inside"], latent, ["image"], {"latent": sides}, ae),
     }
     return models, {"text": text, "flux": flux, "ae": ae}, modules
 
@@ -310,7 +312,8 @@ def manifest(pipe: FluxPipeline, weights: dict[str, Weights], modules: dict[str,
             "text": {"weights": "text", "outputs": ["txt", "pooled", *modules["text"].sites]},
             "step": {"weights": "flux", "outputs": ["velocity"]},
             "inside": {"weights": "flux", "outputs": ["velocity", *modules["inside"].sites]},
-            "decoder": {"weights": "ae", "outputs": ["image", *modules["decoder"].sites]},
+            "decoder": {"weights": "ae", "outputs": ["image"]},
+            "decoder_inside": {"weights": "ae", "outputs": ["image", *modules["decoder_inside"].sites]},
         },
         "weights": {name: found.to_json() for name, found in weights.items()},
         "preview": preview_map(pipe),

@@ -27,9 +27,6 @@ from fluxedu.probe import Sited, site, watch
 
 _DOUBLE_MODULATION = ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2")
 _SINGLE_MODULATION = ("shift", "scale", "gate")
-#: large or redundant values, or such that would be computed only for the page
-_NOT_SHOWN = ("attn.rope", "head_contribution", "img_head_contribution", "txt_head_contribution")
-_PARTS_OF_SINGLE = ("attn_contribution", "mlp_contribution")
 
 
 def factor_sites(config: FluxConfig) -> dict[str, int]:
@@ -94,18 +91,13 @@ class Text(nn.Module):
         self.t5, self.clip = t5, clip
         self.sites: list[str] = []
 
-    @staticmethod
-    def collects(name: str) -> bool:
-        """Attention maps and the tokens as they leave each block."""
-        return name.endswith((".map", ".out", ".attn_out", ".mlp_out", "embedded"))
-
     def forward(self, t5_ids: Tensor, clip_ids: Tensor) -> tuple[Tensor, ...]:
-        with watching(Watcher(self.collects)) as watcher:
+        with watching(Watcher(lambda name: True)) as watcher:
             txt = self.t5(t5_ids)
-            states = self.clip.text_model(clip_ids)
-        # the end-of-text token, as in CLIPTextEncoder.forward, whose check depends on the ids
-        first_end = (clip_ids == self.clip.config.eos_token_id).int().argmax(dim=1)
-        pooled = states[0].index_select(0, first_end)
+            # as CLIPTextEncoder.forward, whose check of the ids cannot be exported
+            states = self.clip.probe("states", self.clip.text_model(clip_ids))
+            first_end = (clip_ids == self.clip.config.eos_token_id).int().argmax(dim=1)
+            pooled = self.clip.probe("pooled", states[0].index_select(0, first_end))
         self.sites = list(watcher.found)
         return (txt, pooled, *watcher.found.values())
 
@@ -125,9 +117,7 @@ class Step(nn.Module):
         self.sites: list[str] = []
 
     def collects(self, name: str) -> bool:
-        last = name.rsplit(".", 1)[-1]
-        is_part = name.startswith("single.") and last in _PARTS_OF_SINGLE
-        return self.inside and not name.endswith(_NOT_SHOWN) and not is_part and name != "velocity"
+        return self.inside and not name.endswith("attn.rope") and name != "velocity"  # complex; the output
 
     def forward(
         self,
@@ -150,16 +140,15 @@ class Step(nn.Module):
 
 
 class Decoder(nn.Module):
-    """``latent [1, C, h, w] -> image [1, 3, 8 h, 8 w]``, and the output of each level of the decoder."""
+    """``latent [1, C, h, w] -> image [1, 3, 8 h, 8 w]``; with ``inside``, also the values at the decoder's sites."""
 
-    def __init__(self, ae: AutoEncoder):
+    def __init__(self, ae: AutoEncoder, inside: bool):
         super().__init__()
-        self.ae = ae
+        self.ae, self.inside = ae, inside
         self.sites: list[str] = []
 
     def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
-        with watching(Watcher(lambda name: name == "ae.decoder.mid" or name.endswith(".out"))) as watcher:
+        with watching(Watcher(lambda name: self.inside)) as watcher:
             image = self.ae.decode(latent)
-        found = {name: value for name, value in watcher.found.items() if name.count(".") <= 4}
-        self.sites = list(found)
-        return (image, *found.values())
+        self.sites = list(watcher.found)
+        return (image, *watcher.found.values())

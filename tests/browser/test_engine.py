@@ -222,7 +222,7 @@ def test_values_inside_are_those_that_python_records(page, pipe):
     encoders = [name for name in drawn.values if name.startswith(("t5.", "clip."))]
     with fe.record(*globs, steps=2) as rec, fe.record(*encoders) as text:
         python_run(pipe, request)
-    assert len(globs) > 230 and len(encoders) > 25
+    assert len(globs) > 250 and len(encoders) > 60
     assert sum(name.endswith("attn.map") for name in globs) == 8
     for name in (*globs, *encoders):
         value = (rec if name in globs else text)[name].tensor.float().numpy()
@@ -231,6 +231,18 @@ def test_values_inside_are_those_that_python_records(page, pipe):
         difference = np.abs(mine.reshape(-1) - value.reshape(-1)).max()
         is_map = name.endswith("map")
         assert difference < (MAPS if is_map else 1e-4 * max(1, np.abs(value).max())), name
+
+
+def test_values_inside_the_decoder_are_computed_when_they_are_named(page, pipe):
+    request = {"prompt": PROMPT, "seed": 5, "steps": 2, "height": 96, "width": 160}
+    names = ["ae.decoder.mid", "ae.decoder.mid.attn_1.map", "ae.decoder.up.0.block.1.residual", "sample.latent"]
+    drawn = Drawn(page, request, inside=1, sites=names)
+    with fe.record(*names) as rec:
+        python_run(pipe, request)
+    assert set(drawn.values) == set(names)
+    for name in names:
+        value = rec[name].tensor.float().numpy()
+        assert np.abs(drawn.values[name].reshape(-1) - value.reshape(-1)).max() < 1e-4 * max(1, np.abs(value).max())
 
 
 def scaled(*sites, factor=0.0, **selection):

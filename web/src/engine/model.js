@@ -173,6 +173,7 @@ export class Model {
       ? await this.compute("decoder_inside", { latent: float(final, [1, ...shape]) }, decoderNames) : [];
     const velocity = unpack(values.get("velocity").data, shape);
     const own = { "sample.x": latents, "sample.velocity": velocity, "sample.x0": predictedX0(latents, t, velocity) };
+    own["sample.latent"] = final;
     const tensors = [...texts, ...values, ...decoded].map(([name, { dims, data }]) => {
       const full = { txt: "sample.txt", pooled: "sample.pooled" }[name] ?? name;
       return [full, dims.length > 1 && dims[0] === 1 ? dims.slice(1) : dims, data]; // without the batch's axis
