@@ -11,7 +11,7 @@ from torch import nn
 
 import fluxedu as fe
 from fluxedu import plots, probe
-from fluxedu.checkpoints import save_folder
+from fluxedu.checkpoints import convert_file, load_model, save_file, save_folder
 from fluxedu.errors import CheckpointError, RequestError
 from fluxedu.instruments import lenses
 from fluxedu.instruments.lenses.run import LENSES
@@ -319,6 +319,22 @@ def test_loading_klein(tmp_path, few_layers, klein, distilled):
         for memory in ("full", "no-modulations", "stream"):
             assert torch.equal(fe.load(folder, memory=memory)(PROMPT, **run).latents, expected)
         assert fe.load(folder, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_files_in_both_layouts(tmp_path, klein):
+    """To one file with the official names, to diffusers' folder, and back: the same bits, whole numbers too."""
+    for network in (klein.flux, klein.autoencoder):
+        state, name = network.state_dict(), type(network).__name__
+        official = save_file(state, tmp_path / f"{name}.safetensors", config=network.config)
+        folder = convert_file(official, tmp_path / name, to="diffusers")
+        again = convert_file(folder, tmp_path / f"{name}-again.safetensors", to="bfl")
+        for path in (official, folder, again):
+            found = load_model(path)
+            assert type(found) is type(network) and found.config == network.config
+            assert all(torch.equal(t, state[n]) and t.dtype == state[n].dtype for n, t in found.state_dict().items())
+        half = load_model(official, dtype=torch.bfloat16).state_dict()
+        assert {t.dtype for n, t in half.items() if n != "bn.num_batches_tracked"} == {torch.bfloat16}
+        assert half.get("bn.num_batches_tracked", torch.tensor(0)).dtype == torch.int64
 
 
 def test_loading_dev(tmp_path, few_layers, pipe):
