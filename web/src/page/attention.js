@@ -4,10 +4,10 @@ import { heat, overlay, show } from "./paint.js";
 const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
 const short = (block) => block.replace("double.", "double ").replace("single.", "single ");
 
-export function createAttention({ store, info, onBlock }) {
+export function createAttention({ store, info, onBlock, onOpen }) {
   const $ = (selector) => document.querySelector(`#attention ${selector}`);
   const canvas = $("#patches"), box = $(".box"), words = $(".words"), said = $("#attention-said"), gallery = $(".gallery");
-  const { blocks, heads, txtLen } = info;
+  const open = $("#open-block"), { blocks, heads, txtLen } = info;
   let run = null, values = null, pieces = [], hovered = null, cells = new Map();
 
   // ---- the gallery: a column per block, a row per head
@@ -35,6 +35,8 @@ export function createAttention({ store, info, onBlock }) {
       gallery.append(button);
     }
   }
+
+  open.addEventListener("click", () => onOpen(store.state.block));
 
   const at = () => hovered ?? store.state.at;
   const grid = () => [run.shape[1] / 2, run.shape[2] / 2]; // patches of 2 x 2 cells
@@ -92,6 +94,7 @@ export function createAttention({ store, info, onBlock }) {
       const chosen = b === block && h === head;
       if (button.ariaPressed !== String(chosen)) button.setAttribute("aria-pressed", chosen);
     }
+    open.textContent = `Open ${short(block)} in the map`;
     const { text, picture } = weightsOf(block, head, place);
     show(canvas, overlay(run.image, picture, rows, columns));
     const isPatch = place.startsWith("patch"), n = Number(place.split(":")[1]);

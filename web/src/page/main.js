@@ -77,7 +77,7 @@ async function open() {
   const { info } = engine;
   buildForm(info);
   film = createFilm({ store, decode: (latents, shape) => engine.decode(latents, shape) });
-  attention = createAttention({ store, info, onBlock: (block) => map.highlight([block]) });
+  attention = createAttention({ store, info, onBlock: (block) => map.highlight([block]), onOpen: openBlock });
   change = createChange({ store, info, getRun: () => run, draw: (request) => busy(() => obtain(request)) });
   store.on(changed);
   document.documentElement.dataset.ready = Math.round(performance.now()); // interactive: for measurements
@@ -262,6 +262,12 @@ async function valueOf(site, step) {
 function link(source) {
   if (!isSite || !source || source.startsWith("sampling/prompts")) return null; // which the site does not list
   return `../_modules/fluxedu/${source.replace(/\.py(:\d+)?$/, ".html")}`;
+}
+
+function openBlock(block) {
+  map.open(block);
+  $("#map").scrollIntoView();
+  $(`#map-view [data-id="${block}"]`)?.focus({ preventScroll: true });
 }
 
 /** A box of the map was chosen: if it belongs to a block, its attention is shown. */

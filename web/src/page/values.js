@@ -6,19 +6,22 @@ const mix = (a, b, part) => a.map((value, c) => value + part * (b[c] - value));
 const hex = (rgb) => `rgb(${rgb.map(Math.round)})`;
 const number = (x) => String(Number(x.toPrecision(2)));
 
-/** A table [rows x columns] with its colour scale; scores and tokens around 0, shares of attention from 0 up. */
+/**
+ * A table [rows x columns] with its colour scale: shares of attention from 0 up, other values around 0. A few channels
+ * are a hundred times as large as the others, so the scale ends at the value that one number in a hundred exceeds.
+ */
 function table(data, rows, columns, fromZero, title) {
-  let most = 1e-12;
-  for (const value of data) most = Math.max(most, Math.abs(value));
+  const sizes = Float32Array.from(data, Math.abs).sort(), largest = Math.max(sizes.at(-1), 1e-12);
+  const end = fromZero ? largest : Math.max(sizes[Math.floor(0.99 * (sizes.length - 1))], largest / 1000);
   const rgb = new Uint8Array(3 * rows * columns);
   data.forEach((value, i) => {
-    const colour = fromZero ? magma(value / most)
-      : value < 0 ? mix(WHITE, BLUE, -value / most) : mix(WHITE, RED, value / most);
-    rgb.set(colour, 3 * i);
+    const share = Math.min(1, Math.abs(value) / end);
+    rgb.set(fromZero ? magma(share) : mix(WHITE, value < 0 ? BLUE : RED, share), 3 * i);
   });
   const colours = fromZero ? [0, 0.25, 0.5, 0.75, 1].map((share) => hex(magma(share))) : [BLUE, WHITE, RED].map(hex);
-  return { kind: "pixels", width: columns, height: rows, data: rgb, title, colours,
-    key: [fromZero ? "0" : `−${number(most)}`, number(most)] };
+  const beyond = largest > 1.5 * end ? `1 number in 100 is larger, up to ${number(largest)}` : null;
+  return { kind: "pixels", width: columns, height: rows, data: rgb, title, colours, text: beyond,
+    key: [fromZero ? "0" : `−${number(end)}`, number(end)] };
 }
 
 /** [heads, rows, columns] -> the mean of the heads. */
