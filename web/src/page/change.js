@@ -5,7 +5,7 @@ const TABS = {
   prompts: ["Two prompts", "Let the two text encoders read different prompts. Which of them does the picture follow?"],
   hide: ["Hide words", "No token may attend to the words that you hide. (T5 has read them before; CLIP, too.)"],
   positions: ["Move positions", "Every patch knows its row and column by its position. Tell the patches something else."],
-  mute: ["Mute a part", "Set what a part of the model adds to zero, in every step."],
+  mute: ["Mute a part", "Set to zero what a part of the model adds, in every step."],
 };
 const COLUMNS = { "": "as they are", mirror: "mirrored", same: "all the same" };
 

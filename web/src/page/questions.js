@@ -4,7 +4,7 @@ import { term } from "./glossary.js";
 export const QUESTIONS = [
   {
     title: "What do T5 and CLIP do?",
-    text: "Both read your prompt before the first step. " + term("t5", "T5") + " turns it into one vector per word, and the picture takes its content from them: objects, colours, places. " + term("clip", "CLIP") + " turns it into a single vector, which only sets, together with the time and the guidance, how strongly each block works. Give T5 another colour and the picture changes; give it to CLIP and the picture stays.",
+    text: "Both read your prompt before the first step. " + term("t5", "T5") + " turns it into one vector per word, and the picture takes its content from them: objects, colours, places. " + term("clip", "CLIP") + " turns it into a single vector, which only sets, together with the time and the guidance, how strongly each block works. Give T5 another colour and the picture changes; give it to CLIP and the picture stays nearly the same.",
     step: 4,
   },
   {
