@@ -8,6 +8,8 @@ import { Unsupported, VIEWS, WITHOUT_ENGINE, pageModel } from "./views/index.js"
 const IN_THE_LAB = "Open this notebook in the lab to move it.";
 const MEGABYTES = 14; // of weights, graphs and ONNX Runtime, compressed
 const SCRIPT = document.currentScript?.src ?? document.baseURI; // the site may be below any path
+const COST = `Loads the miniature (${MEGABYTES} MB, once) and computes it in your browser.`;
+const READY = "The miniature is loaded; your browser computes it.";
 let engine = null;
 
 /** The miniature, started by the first explorer that needs it; a failed start can be repeated. */
@@ -21,7 +23,7 @@ function openEngine(onProgress) {
 /** Below the figure: a button with a bar of progress. What needs no model is live at once. */
 function invitation(still, message) {
   const button = html("button", { type: "button", textContent: "Make it live" });
-  const note = html("span", { textContent: `Loads the miniature (${MEGABYTES} MB, once) and computes it in your browser.` });
+  const note = html("span", { textContent: COST });
   const bar = html("progress", { max: 1, value: 0, hidden: true });
   bar.setAttribute("aria-label", "Progress");
   const box = html("div", { className: "fluxedu-live" }, button, bar, note);
@@ -37,6 +39,9 @@ function invitation(still, message) {
     try {
       const opened = isLight ? null : await openEngine(show("Loading the miniature:"));
       note.textContent = "Starting …";
+      if (opened) for (const other of document.querySelectorAll(".fluxedu-live span")) {
+        if (other.textContent === COST) other.textContent = READY;
+      }
       const model = await pageModel(opened, message, show("Computing:"));
       const el = Object.assign(html("div", { className: "fluxedu-page" }), { model });
       box.before(el);

@@ -8,7 +8,7 @@ const NO_CHANGE = "(no change)";
 export async function open(engine, message) {
   const prompts = labelsOf(message, "first"), words = labelsOf(message, "word"), count = prompts.length;
   const pooled = (prompt) => once(engine, ["pooled", prompt], async () =>
-    (await insideText(engine, { prompt }, ["pooled"])).get("sample.pooled").data);
+    (await insideText(engine, { prompt }, ["sample.pooled"])).get("sample.pooled").data);
   const vectors = [];
   for (const prompt of prompts) vectors.push(await pooled(prompt));
   const table = tableOf(count, count, (i, j) => cosine(vectors[i], vectors[j]));

@@ -5,10 +5,10 @@ import { insideText, labelsOf } from "./run.js";
 
 export async function open(engine, message) {
   const names = labelsOf(message, "layer"), pieces = labelsOf(message, "first"), count = pieces.length;
-  const sites = ["t5.embedded", ...range(names.length - 2).map((i) => `t5.encoder.block.${i}.out`), "txt"];
+  const sites = ["t5.embedded", ...range(names.length - 2).map((i) => `t5.encoder.block.${i}.out`), "sample.txt"];
   const values = await insideText(engine, { prompt: message.args.prompt }, sites);
   const cosines = sites.map((site) => {
-    const { dims, data } = values.get(site === "txt" ? "sample.txt" : site), width = dims.at(-1);
+    const { dims, data } = values.get(site), width = dims.at(-1);
     const vectors = range(count).map((i) => data.subarray(i * width, (i + 1) * width));
     return tableOf(count, count, (i, j) => cosine(vectors[i], vectors[j]));
   });

@@ -14,6 +14,12 @@ export async function open(engine, message, onProgress) {
   const image = (name, step) =>
     once(engine, ["decoded", request, name, step], () => decoded(engine, run[name][step], run.shape));
 
+  const ahead = async () => { // one after another, so that a move waits for one of them at most
+    const first = message.state.step;
+    for (let i = 0; i < count; i++) for (const name of ["latents", "x0"]) await image(name, (first + i) % count);
+  };
+  ahead().catch(() => {}); // a move shows the error
+
   return async ({ step }) => {
     const v = run.velocities[step];
     const speed = tableOf(h, w, (y, x) => {
@@ -21,9 +27,10 @@ export async function open(engine, message, onProgress) {
       for (let c = 0; c < channels; c++) total += v[(c * h + y) * w + x] ** 2;
       return Math.sqrt(total / channels);
     });
+    const [state, x0] = await Promise.all(["latents", "x0"].map((name) => image(name, step)));
     const panels = [
-      pixels(`State before step ${step + 1} of ${count}, t = ${fixed(times[step], 2)}, decoded`, await image("latents", step)),
-      pixels("Predicted x0 = x - t v, decoded", await image("x0", step)),
+      pixels(`State before step ${step + 1} of ${count}, t = ${fixed(times[step], 2)}, decoded`, state),
+      pixels("Predicted x0 = x - t v, decoded", x0),
       pixels("Size of the velocity in each cell", upscale(sequential(speed), 256), {
         key: ["0", fixed(largest(speed.data), 1)], unit: "root mean square over channels",
       }),
