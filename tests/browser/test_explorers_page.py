@@ -10,6 +10,8 @@ import pytest
 from axe import complaints
 from bare import mount
 
+import fluxedu as fe
+from fluxedu import widgets
 from fluxedu.widgets.explorer import Chips, Choice, Explorer, Slider, Try, View
 from fluxedu.widgets.panels import Boxes, Lines, Pixels, Points, sequential
 
@@ -222,4 +224,15 @@ def test_a_tap_moves_the_pointer_and_leaves_the_page_to_scroll(browser):
     caption(tab, "step 1,")
     tab.wait_for_timeout(700)
     caption(tab, "step 1,")
+    tab.close()
+
+
+def test_two_maps_on_a_page(browser):
+    """Each has its own arrowheads and its own names, although each widget brings its own copy of the script."""
+    tab, pipe = browser.new_page(viewport={"width": 900, "height": 900}), fe.load()
+    made = widgets.architecture(pipe, "a red circle", steps=1, progress=False)
+    mount(tab, made, made)
+    ids = tab.eval_on_selector_all("[id]", "(all) => all.map((e) => e.id)")
+    assert len(ids) == len(set(ids)) > 15
+    assert complaints(tab, ".fluxedu") == []
     tab.close()

@@ -19,7 +19,6 @@ function svg(tag, attributes = {}, ...children) {
 const icon = (d) => svg("svg", { width: 12, height: 12, viewBox: "0 0 12 12", class: "icon", "aria-hidden": "true" }, svg("path", { d }));
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 const isCalm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
-let count = 0; // of maps on this page: ids are prefixed with it
 
 // ---------------------------------------------------------------- the wiring
 
@@ -344,7 +343,8 @@ function curves({ x, series, mark, colours = LINE_COLOURS, x_label = "", title }
 export function createMap(element, options) {
   const { wiring, values = null, times = null, onSelect, onStep, onOpen, link = () => null } = options;
   const hint = options.hint ?? "Choose a box to see what it computes. A box with ▾ opens into its inner wiring.";
-  const prefix = `map${count++}`, boxes = indexOf(wiring);
+  // ids occur once on a page, although each widget has its own copy of this module
+  const prefix = `map-${Math.random().toString(36).slice(2, 10)}`, boxes = indexOf(wiring);
   let step = options.step ?? 0, openId = null, selected = null, width = 0, pulsing = null, playing = null, asked = 0;
 
   const crumbs = html("div", { className: "map-crumbs" });

@@ -481,11 +481,17 @@ function boxes(first, { move, id, tip }) {
     const [left, top, width, height] = [x, y, w, h].map((v) => v * scale);
     const rect = svg("rect", { x: left, y: top, width, height, rx: 3, fill: colour, stroke: colour });
     const button = attributes(svg("g", {}, rect), { role: "button", "aria-label": label });
+    const middle = { "text-anchor": "middle", "dominant-baseline": "central" };
+    const [x0, y0] = [left + width / 2, top + height / 2], cut = label.lastIndexOf(" ");
+    const halves = [label.slice(0, cut + 1), label.slice(cut + 1)];
     if (textWidth(label) + 4 <= width && height >= 12) {
-      button.append(words(label, left + width / 2, top + height / 2, { "text-anchor": "middle", "dominant-baseline": "central" }));
+      button.append(words(label, x0, y0, middle));
+    } else if (cut > 0 && height >= 28 && halves.every((half) => textWidth(half.trim()) + 4 <= width)) {
+      const lines = halves.map((half, i) => svg("tspan", { x: x0, y: y0 + 14 * i - 7 }, half));
+      button.append(svg("text", middle, ...lines));
     } else if (width >= 30 && height >= 12) {
-      const text = fitted(label, width - 4);
-      button.append(words(text, left + width / 2, top + height / 2, { "text-anchor": "middle", "dominant-baseline": "central" }));
+      const room = { x: left + 4, y: top, width: width - 8, height, class: "cut" }; // cut off here, and whole in the tip
+      button.append(svg("svg", room, words(label, 0, height / 2, { "dominant-baseline": "central" })));
     }
     const hover = (isSpoken) => tip.show(() => {
       if (!rect.isConnected) return null;
