@@ -29,6 +29,8 @@ CODE = {
     "prompt": "sampling.pipeline:FluxPipeline.__call__",
     "t5_tokenizer": "sampling.pipeline:FluxPipeline.encode",
     "clip_tokenizer": "sampling.pipeline:FluxPipeline.encode",
+    "tokenizer": "sampling.pipeline:FluxPipeline.encode",
+    "language_model": "sampling.pipeline:FluxPipeline.encode",
     "t5": "models.t5:T5Encoder",
     "clip": "models.clip:CLIPTextEncoder",
     "time": "models.modulation:timestep_embedding",
@@ -111,6 +113,8 @@ class _Maker:
         for word, value in words.items():
             title, text = title.replace(word, value), text.replace(word, value)
         site = self.every.get(name.replace("{b}", block))
+        if site is None and key not in CODE:
+            return {"id": name, "is_missing": True}  # not in this model; left out of the result
         place = site.source if site is not None else _place(CODE[key])
         box = {"id": name, "title": title, "kind": kind, "formula": key, "text": text}
         box |= {"shape": None if site is None else list(site.shape), "site": None if site is None else name}
@@ -374,15 +378,17 @@ class _Maker:
             return self.box(key, kind, name or key, place=list(place), **more)
 
         has_guidance = self.has("vec.guidance")
-        terms = ["text", "time", *(["guidance"] if has_guidance else [])]
-        sources = [self.box("sample.pooled", "text", "sample.pooled"), self.box("vec.t_embed", "time", "vec.t_embed")]
+        has_pooled = self.has("vec.text")
+        terms = [*(["text"] if has_pooled else []), "time", *(["guidance"] if has_guidance else [])]
+        sources = [self.box("sample.pooled", "text", "sample.pooled")] if has_pooled else []
+        sources += [self.box("vec.t_embed", "time", "vec.t_embed")]
         sources += [self.box("vec.g_embed", "time", "vec.g_embed")] if has_guidance else []
         rows = [
             sources,
             [self.box(f"vec.{t}", "time", f"vec.{t}") for t in terms],
             [self.box("vec.sum", "time", "vec")],
         ]
-        starts = ["sample.pooled", "vec.t_embed", "vec.g_embed"]
+        starts = [source["id"] for source in sources]
         flow = [[start, f"vec.{term}"] for start, term in zip(starts, terms, strict=False)]
         vec = {"rows": rows, "flow": flow + [[f"vec.{term}", "vec"] for term in terms]}
         text = column([("sample.txt", "text", "sample.txt"), ("txt_in.linear", "text", "txt_in")])
@@ -416,12 +422,18 @@ class _Maker:
                 ("solver.latent", "image", "sample.latent"),
             ]
         )
+        if self.has("clip.pooled"):
+            encoders = [
+                make("t5_tokenizer", "text", (1, 0, 1)),
+                make("clip_tokenizer", "text", (1, 1, 1)),
+                make("t5", "text", (2, 0, 1), inside=self.encoder("t5"), shows="t5.states"),
+                make("clip", "text", (2, 1, 1), inside=self.encoder("clip"), shows="clip.pooled"),
+            ]
+        else:  # FLUX.2
+            encoders = [make("tokenizer", "text", (1, 0, 1)), make("language_model", "text", (2, 0, 1))]
         return [
             make("prompt", "text", (0, 0, 2)),
-            make("t5_tokenizer", "text", (1, 0, 1)),
-            make("clip_tokenizer", "text", (1, 1, 1)),
-            make("t5", "text", (2, 0, 1), inside=self.encoder("t5"), shows="t5.states"),
-            make("clip", "text", (2, 1, 1), inside=self.encoder("clip"), shows="clip.pooled"),
+            *encoders,
             make("time", "time", (2, 2, 1)),
             make("vec", "time", (3, 1, 2), "vec.all", inside=vec, shows="vec"),
             make(
@@ -487,7 +499,7 @@ def _chain(rows: list[list[Box]]) -> list[list[str]]:
 #: arrows between the boxes of the top level
 OVERVIEW = "prompt>t5_tokenizer prompt>clip_tokenizer t5_tokenizer>t5 clip_tokenizer>clip t5>text clip>vec.all "
 OVERVIEW += "time>vec.all noise>sample.x sample.x>img_in final>velocity.all velocity.all>solver solver>decoder "
-OVERVIEW += "decoder>sample.image"
+OVERVIEW += "decoder>sample.image prompt>tokenizer tokenizer>language_model language_model>text"
 
 
 def wiring(pipe=None) -> dict[str, Any]:
@@ -507,14 +519,33 @@ def wiring(pipe=None) -> dict[str, Any]:
     """
     every = {site.name: site for site in sites(pipe)}
     maker = _Maker(every)
-    top = maker.overview()
+    top = [_without_missing_inside(box) for box in maker.overview()]
+    names = {box["id"] for box in top}
     return {
         "boxes": top,
-        "flow": _arrows(OVERVIEW, ""),
-        "templates": maker.templates,
+        "flow": [ends for ends in _arrows(OVERVIEW, "") if names.issuperset(ends)],
+        "templates": {name: _without_missing(group) for name, group in maker.templates.items()},
         "formulas": _formulas(),
         "letters": _letters(pipe),
     }
+
+
+def _without_missing(group: Group) -> Group:
+    """The group without boxes that the model does not have, and without their arrows."""
+    rows = []
+    for row in group["rows"]:
+        cells = [_without_missing(cell) if "rows" in cell else _without_missing_inside(cell) for cell in row]
+        rows.append([cell for cell in cells if not cell.get("is_missing")])
+    result = group | {"rows": [row for row in rows if row]}
+    names = {box["id"] for box in boxes({"templates": {}}, result)}
+    if "flow" in group:
+        result["flow"] = [ends for ends in group["flow"] if names.issuperset(ends)]
+    return result
+
+
+def _without_missing_inside(box: Box) -> Box:
+    inside = box.get("inside")
+    return box if inside is None or "template" in inside else box | {"inside": _without_missing(inside)}
 
 
 def _letters(pipe) -> dict[str, int]:
@@ -550,6 +581,8 @@ def _with_inside(wiring: Mapping[str, Any], box: Box) -> Iterator[Box]:
         return
     if "template" not in inside:
         yield from boxes(wiring, inside)
+        return
+    if inside["template"] not in wiring["templates"]:
         return
     for inner in boxes(wiring, wiring["templates"][inside["template"]]):
         filled = {name: inner[name] and inner[name].replace("{b}", inside["b"]) for name in ("id", "site")}

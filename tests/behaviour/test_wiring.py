@@ -16,7 +16,7 @@ def nano():
     return wiring()
 
 
-@pytest.mark.parametrize("model", [None, "dev", "schnell", "fill"])
+@pytest.mark.parametrize("model", [None, "dev", "schnell", "fill", "klein-4b"])
 def test_every_site_has_one_box(model, nano):
     made = nano if model is None else wiring(model)
     found = Counter(box["site"] for box in boxes(made) if box["site"])
