@@ -139,7 +139,7 @@ def test_the_value_under_the_pointer(page):
     curves = root.locator(".lines .drawing")
     curves.focus()
     page.keyboard.press("ArrowRight")
-    assert root.locator(".tip").inner_text().split("\n") == ["layer: 1", "error: 0.2 share", "angle: 40 degrees"]
+    assert root.locator(".tip").inner_text().split("\n") == ["layer: 1", "error: 20%", "angle: 40 degrees"]
     picture = root.locator("canvas").nth(2)
     picture.focus()
     page.keyboard.press("ArrowDown")

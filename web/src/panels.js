@@ -7,8 +7,11 @@ import { map } from "./map_panel.js";
 const TALLEST = 440; // px
 const LINE = 14; // px from one line of small text to the next
 
-/** A number with its unit. */
-const measured = (value, unit) => (unit ? `${format(value)} ${unit}` : format(value));
+/** A number with its unit; a "share of ..." in per cent. */
+function measured(value, unit) {
+  if (/^share\b/.test(unit)) return `${format(100 * value)}%${unit.slice("share".length)}`;
+  return unit ? `${format(value)} ${unit}` : format(value);
+}
 
 // ---------------------------------------------------------------- the value at the pointer
 
