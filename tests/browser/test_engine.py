@@ -106,14 +106,14 @@ def python_run(pipe, request):
 
 def assert_same(drawn, out, request=None):
     """The page's run is Python's. With a request, a run that depends on the last bits may differ by more: at most by
-    twice as much as Python's own float32 differs from float64.
+    three times as much as Python's own float32 differs from float64, as both have such errors.
     """
     latents = out.trajectory.latents[:, 0].numpy()
     assert drawn.latents.shape == latents.shape
     difference = np.abs(drawn.latents - latents).max()
     if request is not None and difference >= LATENTS:
         exact = python_run(fe.load("nano", dtype="float64"), request).trajectory.latents[:, 0].numpy()
-        assert difference < 2 * np.abs(latents - exact).max()
+        assert difference < 3 * np.abs(latents - exact).max()
     else:
         assert difference < LATENTS
     assert np.array_equal(drawn.times, out.trajectory.times.numpy())
