@@ -156,8 +156,13 @@ def word_maps(maps: Named, image) -> Figure:
             if i == 0:
                 ax.set_title(block, fontsize=FONT)
     axes[0, 0].set_title("image", fontsize=FONT)
-    fig.suptitle("Attention of each patch to a word, by block (bright: the row's largest weight)", fontsize=10)
+    _title(fig, "Attention of each patch to a word, by block (bright: the row's largest weight)")
     return fig
+
+
+def _title(fig: Figure, text: str) -> None:
+    """A title above all panels, in lines as wide as the figure."""
+    fig.suptitle(fill(text, int(fig.get_figwidth() * 11)), fontsize=10)
 
 
 def _percent(share: float) -> str:
@@ -196,7 +201,7 @@ def head_gallery(heads: Named, image=None, query: str | tuple[int, int] | None =
                 ax.set_title(f"head {j}", fontsize=FONT)
         axes[i, 0].set_ylabel(block, fontsize=FONT)
     whose = "" if query is None else f" of “{query}”" if isinstance(query, str) else " of the framed patch"
-    fig.suptitle(f"Attention{whose} in each head (below: its largest weight, the brightest colour)", fontsize=10)
+    _title(fig, f"Attention{whose} in each head (below: its largest weight, the brightest colour)")
     return fig
 
 
