@@ -1,6 +1,7 @@
 """The site: Sphinx and MyST-NB over the executed notebooks, offline. ``make docs`` builds it into docs/_build/html."""
 
 import sys
+from html import escape
 from pathlib import Path
 
 from docutils import nodes
@@ -14,6 +15,7 @@ from fluxedu import play  # noqa: E402
 
 project = "fluxedu"
 author = "The fluxedu contributors"
+DESCRIPTION = "FLUX.1 as readable code: see, change and retrain every part of it, on a laptop or in the browser."
 copyright = "The fluxedu contributors, Apache-2.0"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build", "_made", "images/*.py", "made.py"]
@@ -29,6 +31,18 @@ autodoc_default_options = {"members": True, "undoc-members": False, "show-inheri
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "fluxedu"
+html_favicon = "_static/favicon.svg"
+templates_path = ["_templates"]
+html_sidebars = {
+    "**": [
+        "sidebar/brand.html",
+        "sidebar/search.html",
+        "sidebar/scroll-start.html",
+        "play.html",
+        "sidebar/navigation.html",
+        "sidebar/scroll-end.html",
+    ]
+}
 html_static_path = ["_static"]
 html_css_files = ["site.css", "explorers.css"]
 html_js_files = [("explorers.js", {"defer": "defer"})]  # makes the notebooks' explorers live, with the files of play/
@@ -53,6 +67,16 @@ def setup(app):
 
     app.add_html_math_renderer("mathml", formula("inline"), formula("block"))
     app.connect("build-finished", copy_page)
+    app.connect("html-page-context", describe)
+
+
+def describe(app, page, template, context, doctree):
+    """The description that search engines and messengers show of a page: its first paragraph."""
+    paragraphs = [] if doctree is None else [p.astext() for p in doctree.findall(nodes.paragraph)]
+    first = next((" ".join(text.split()) for text in paragraphs if len(text) > 60), DESCRIPTION)
+    short = first if len(first) <= 160 else first[:160].rpartition(" ")[0] + " ..."
+    tag = f'<meta name="description" content="{escape(short, quote=True)}">'
+    context["metatags"] = context.get("metatags", "") + tag
 
 
 def copy_page(app, error):

@@ -12,6 +12,7 @@ from fluxedu.instruments.wiring import boxes, wiring
 SITE = Path(__file__).parents[2] / "docs" / "_build" / "html"
 NOTEBOOKS = sorted((SITE / "notebooks").glob("[0-9]*.html"))
 PAGES = [*"index start architecture official faq recipes coming_from weights teaching glossary api".split()]
+PAGES += [f"api/{path.stem}" for path in sorted((SITE / "api").glob("*.html"))]
 PAGES += [f"notebooks/{path.stem}" for path in NOTEBOOKS]
 
 SEEN = """() => {
