@@ -21,15 +21,19 @@ export function createFilm({ store, decode }) {
   const main = $("#main"), noisy = $("#noisy"), guess = $("#guess"), slider = $("#step"), play = $("#play");
   const now = $("#now"), thumbs = $(".thumbs"), caption = $("#main-caption");
   let run = null, drawing = false, timer = 0, busy = false, paused = 0;
-  const exact = new WeakMap(); // run -> Map "noisy 3" -> ImageData
+  const exact = new WeakMap(), quick = new WeakMap(); // run -> Map "noisy 3" -> ImageData: decoded, and previews
 
   // without a choice, a step in which the guess has taken shape, but the noise is still there
   const index = () => Math.min(store.state.step ?? Math.round(0.45 * run.steps), run.steps);
   const key = (kind, i) => (i >= run.steps ? "noisy " : `${kind} `) + i;
 
   function imageOf(kind, i) {
-    const found = exact.get(run)?.get(key(kind, i));
-    return found ?? preview(latentsAt(run, i)[kind], run.shape);
+    const name = key(kind, i), found = exact.get(run)?.get(name) ?? quick.get(run)?.get(name);
+    if (found) return found;
+    if (!quick.has(run)) quick.set(run, new Map());
+    const image = preview(latentsAt(run, i)[kind], run.shape);
+    quick.get(run).set(name, image);
+    return image;
   }
 
   function paint() {
@@ -115,8 +119,9 @@ export function createFilm({ store, decode }) {
     drawing({ latents, x0, shape, t, step, request: { prompt, steps } }) {
       drawing = true;
       stop();
-      show(main, preview(latents, shape));
-      show(noisy, preview(latents, shape));
+      const image = preview(latents, shape);
+      show(main, image);
+      show(noisy, image);
       show(guess, preview(x0, shape));
       for (const canvas of [main, noisy, guess]) canvas.classList.add("soft");
       slider.max = steps;

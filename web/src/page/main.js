@@ -200,7 +200,7 @@ function pulse() {
   const timer = setInterval(() => {
     map.pulse(ids[place]);
     place = place === loop[1] ? loop[0] : place + 1;
-  }, 60);
+  }, 100);
   return () => { clearInterval(timer); map.pulse(null); };
 }
 

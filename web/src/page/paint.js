@@ -1,5 +1,8 @@
 // Pictures and heat maps on canvases.
-import QUICK from "./preview.json";
+import PREVIEW from "./preview.json";
+
+const QUICK = Object.fromEntries(["near", "all", "hidden", "out"].map((name) => [name, Float32Array.from(PREVIEW[name].flat())]));
+const [NEAR_BIAS, HIDDEN_BIAS, OUT_BIAS] = PREVIEW.biases.map((bias) => Float32Array.from(bias));
 
 /** matplotlib's magma at five points, the project's colours for values from 0 up. */
 const MAGMA = [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]];
@@ -58,10 +61,11 @@ export function difference(before, after) {
  * decoder's pictures. It reads a cell, its neighbours, and the means over the picture.
  */
 export function preview(latents, [channels, height, width]) {
-  const image = new ImageData(2 * width, 2 * height), cells = width * height, [nearBias, hiddenBias, outBias] = QUICK.biases;
+  const image = new ImageData(2 * width, 2 * height), cells = width * height, { data } = image;
   const means = new Float32Array(channels), near = new Float32Array(9 * channels);
   for (let k = 0; k < channels; k++) for (let i = 0; i < cells; i++) means[k] += latents[k * cells + i] / cells;
-  const start = linear(QUICK.all, means, nearBias);
+  const start = linear(QUICK.all, means, NEAR_BIAS, new Float32Array(NEAR_BIAS.length), false);
+  const first = new Float32Array(start.length), second = new Float32Array(start.length), colours = new Float32Array(12);
   for (let y = 0; y < height; y++) {
     for (let x = 0; x < width; x++) {
       let at = 0;
@@ -71,23 +75,26 @@ export function preview(latents, [channels, height, width]) {
           for (let k = 0; k < channels; k++) near[at++] = inside ? latents[k * cells + i] : 0;
         }
       }
-      const colours = linear(QUICK.out, relu(linear(QUICK.hidden, relu(linear(QUICK.near, near, start)), hiddenBias)), outBias);
+      linear(QUICK.near, near, start, first, true);
+      linear(QUICK.hidden, first, HIDDEN_BIAS, second, true);
+      linear(QUICK.out, second, OUT_BIAS, colours, false);
       for (let q = 0; q < 4; q++) {
         const place = 4 * ((2 * y + (q >> 1)) * 2 * width + 2 * x + (q & 1));
-        for (let c = 0; c < 3; c++) image.data[place + c] = 127.5 * (colours[3 * q + c] + 1);
-        image.data[place + 3] = 255;
+        for (let c = 0; c < 3; c++) data[place + c] = 127.5 * (colours[3 * q + c] + 1);
+        data[place + 3] = 255;
       }
     }
   }
   return image;
 }
 
-const relu = (values) => values.map((value) => Math.max(0, value));
-
-function linear(weight, input, bias) {
-  return Float32Array.from(bias, (sum, j) => {
-    const row = weight[j];
-    for (let k = 0; k < row.length; k++) sum += row[k] * input[k];
-    return sum;
-  });
+/** weight [outputs x inputs] * input + bias, without what is below 0 if `isRelu`; written into `output`. */
+function linear(weight, input, bias, output, isRelu) {
+  const count = input.length;
+  for (let j = 0; j < output.length; j++) {
+    let sum = bias[j];
+    for (let k = 0, at = j * count; k < count; k++, at++) sum += weight[at] * input[k];
+    output[j] = isRelu && sum < 0 ? 0 : sum;
+  }
+  return output;
 }
