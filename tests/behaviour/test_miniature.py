@@ -43,12 +43,12 @@ def test_weights_are_small_and_bfloat16():
             assert {tensors.get_slice(k).get_dtype() for k in tensors.keys()} == {"BF16"}
 
 
-def test_the_wheel_is_under_60_megabytes():
-    """The sizes of the files that go into it, compressed as in a wheel."""
+def test_the_wheel_is_under_66_megabytes():
+    """The sizes of the files that go into it, compressed as in a wheel; 4 of them are the page's, ``fluxedu play``."""
     root = Path(fe.__file__).parents[1]
     files = [*filter(Path.is_file, (root / "fluxedu").rglob("*")), *(root / "notebooks").glob("*.ipynb")]
     packed = sum(len(zlib.compress(f.read_bytes(), 6)) for f in files if "__pycache__" not in f.parts)
-    assert packed < 60e6, f"{packed:,} bytes"
+    assert packed < 66e6, f"{packed:,} bytes"
 
 
 @pytest.mark.parametrize("name", MODELS)
