@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from fnmatch import fnmatch
 from textwrap import fill
 from typing import Any
 
@@ -254,13 +255,15 @@ def architecture(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None, **r
     """
     if at_steps is None:
         at_steps = _some_steps(pipe, check_request(request), _steps_within_budget(pipe))
-    with record(*EVERYTHING, steps=at_steps, reduce="summary", passes="prompted") as summary_recorder:
-        out, table_recorder = run_recorded(pipe, prompt, *EVERYTHING, options=request, steps=at_steps, reduce=as_table)
+    every = {site.name: site for site in sites(pipe)}
+    globs = [glob for glob in EVERYTHING if any(fnmatch(name, glob) for name in every)]  # FLUX.2 has no CLIP, no T5
+    with record(*globs, steps=at_steps, reduce="summary", passes="prompted") as summary_recorder:
+        out, table_recorder = run_recorded(pipe, prompt, *globs, options=request, steps=at_steps, reduce=as_table)
     tables = {name: table_recorder[name] for name in table_recorder}
     summaries = {name: summary_recorder[name] for name in summary_recorder}
     if "sample.x" not in tables:
         raise InstrumentError("the run has no such step, so there is nothing to show.")
-    model, every = wiring(pipe), {site.name: site for site in sites(pipe)}
+    model = wiring(pipe)
     found, model_parts = list(boxes(model)), parts(pipe)
     ids = [box["id"] for box in found]
     shown = [box["site"] or box.get("shows") for box in found]
