@@ -136,9 +136,7 @@ print("its singular values:", *(f"{float(value):.1f}" for value in strengths[:10
 # %%
 other_forms, rest = ("triangle", "star"), ("blue square", "yellow ring", "purple cross", "cyan circle")
 with_red = {f"a red {form} left of a {other}": (f"green {form}", other) for form in other_forms for other in rest}
-without_red = {
-    f"a pink {form} left of a {other}": (f"pink {form}", other) for form in other_forms for other in rest
-}
+without_red = {f"a pink {form} left of a {other}": (f"pink {form}", other) for form in other_forms for other in rest}
 
 
 def correct(prompts):
