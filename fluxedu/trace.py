@@ -110,8 +110,9 @@ def stages(pipe: FluxPipeline, prompt: str, **request) -> tuple[Output, Stages]:
     words, chosen = _words(pipe, prompt), {"contributions": {}}
     if words:
         chosen |= {"word_maps": {"words": words}, "head_gallery": {"query": words[-1]}}
-    steps = request.get("steps") or pipe.defaults.steps
-    every = -(-steps // MAX_FRAMES) if isinstance(steps, int) else 1
+    steps = request.get("steps", pipe.defaults.steps)
+    # what is not a number of steps is refused by the pipeline
+    every = -(-steps // MAX_FRAMES) if isinstance(steps, int) and steps > 0 else 1
     with_frames = None if every == 1 else [*range(0, steps - 1, every), -1]
     numbers, thumbnails = (
         record(*EVERYTHING, reduce="summary"),

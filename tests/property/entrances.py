@@ -134,7 +134,7 @@ def entrances(make_pipe, folder: Path) -> dict[str, Entrance]:
         "run_sweep": (run_sweep, {"sweep": from_dict(SWEEP), "folder": folder / "sweep", "workers": 1,
             "scheduler": None, "progress": False}),
         "trace.stages": (trace.stages, {"pipe": pipe, "prompt": PROMPT, **SHORT}),
-        "trace.page": (trace.page, {"title": "a", "about": "b", "stages": []}),
+        "trace.page": (trace.page, {"title": "a", "about": "b", "stages": trace.stages(pipe, PROMPT, **SHORT)[1]}),
         # ------------------------------------------------ sampling
         "Trajectory.joined": (sampling.Trajectory.joined, {"runs": [out.trajectory]}),
         "Conditioning.joined": (text.joined, {"other": text}),
