@@ -30,7 +30,7 @@ from fluxedu.errors import InstrumentError, checked, describe
 from fluxedu.figure import Figure
 from fluxedu.instruments import lenses
 from fluxedu.instruments.catalogue import EVERYTHING, sites
-from fluxedu.instruments.lenses.run import run_lenses
+from fluxedu.instruments.lenses.run import check_encoders, run_lenses
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts
 from fluxedu.instruments.recorder import record
@@ -106,6 +106,7 @@ def stages(pipe: FluxPipeline, prompt: str, **request) -> tuple[Output, Stages]:
     """Draw ``prompt`` and return the run with what happened at every stage; ``request``: as for the pipeline."""
     if not isinstance(prompt, str):
         raise InstrumentError(f"a trace is of one prompt, not of {describe(prompt)}.")
+    check_encoders(pipe)
     request = request | {"trajectory": True}
     words, chosen = _words(pipe, prompt), {"contributions": {}}
     if words:
@@ -130,7 +131,7 @@ def stages(pipe: FluxPipeline, prompt: str, **request) -> tuple[Output, Stages]:
             continue
         text = part.text
         if part.name == "t5":
-            tokenizer = pipe.prompt_encoder.t5_tokenizer
+            tokenizer = pipe.prompt_encoder.tokenizer
             pieces = tokenizer.pieces(prompt)
             text += f" The tokens: {' '.join(pieces)}, followed by {tokenizer.length - len(pieces)} padding tokens."
         found.append(Stage(part, text, figures.get(part.name, []), _site_summaries(pipe, numbers, thumbnails, part)))
@@ -161,7 +162,7 @@ def _small(image: Tensor) -> np.ndarray:
 def _words(pipe: FluxPipeline, prompt: str) -> list[str]:
     """The last four words of the prompt, short ones left out; none if the prompt has no tokens."""
     words = [w for w in dict.fromkeys(re.findall(r"\w+", prompt)) if len(w) > 2 or w.isupper()]
-    return words[-4:] if text_tokens(pipe.prompt_encoder.t5_tokenizer, prompt) else []
+    return words[-4:] if text_tokens(pipe.prompt_encoder.tokenizer, prompt) else []
 
 
 def _site_summaries(pipe: FluxPipeline, numbers: record, thumbnails: record, part: Part) -> list[SiteSummary]:

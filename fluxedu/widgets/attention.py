@@ -183,7 +183,7 @@ def attention(
     q = {name: rec[f"{name}.attn.q"].tensor for name in names}
     k = {name: rec[f"{name}.attn.k"].tensor for name in names}
     run = RunAttention(out.images[0], q, k, rec.txt_len, patch_grid(out.latents.shape))
-    times, pieces = rec[f"{names[0]}.attn.q"].coords["step"], pipe.prompt_encoder.t5_tokenizer.pieces(prompt)
+    times, pieces = rec[f"{names[0]}.attn.q"].coords["step"], pipe.prompt_encoder.tokenizer.pieces(prompt)
     heads = range(q[names[0]].shape[1])
     longest = max(range(len(pieces)), key=lambda i: len(pieces[i]))
     last = max(len(pieces) - 2, 0)  # before the token that ends the prompt

@@ -95,7 +95,7 @@ def bench(pipe: FluxPipeline, prompt: str, other: str, *, steps: int | None = No
     """
     check_request(request, "trajectory", "decode")
     request |= {"steps": enough_steps(pipe) if steps is None else steps}
-    blocks, txt_len = blocks_of(pipe), pipe.prompt_encoder.t5_tokenizer.length
+    blocks, txt_len = blocks_of(pipe), pipe.prompt_encoder.tokenizer.length
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         with record("*.x", to=Path(folder) / "other"):
             other_run = pipe(check_one_prompt(other), **request | {"progress": False})

@@ -167,7 +167,7 @@ def contributions(pipe: FluxPipeline, prompt: str, **request) -> Explorer:
     This takes one run. In single-stream blocks one matrix makes both; :func:`split_contribution` reads them apart.
     """
     sizes, added, out = measure_contributions(pipe, prompt, **request)
-    txt_len, grid = pipe.prompt_encoder.t5_tokenizer.length, tuple(n // 2 for n in out.latents.shape[-2:])
+    txt_len, grid = pipe.prompt_encoder.tokenizer.length, tuple(n // 2 for n in out.latents.shape[-2:])
     image, note = to_rgb(out.images[0]), few_steps_note(pipe, request)
 
     def draw(source: int, stream: int, cell: tuple[int, int]) -> View:

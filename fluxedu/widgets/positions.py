@@ -63,7 +63,7 @@ def positions(pipe: FluxPipeline, *, side: int = 16, block: str = "single.1", he
     config = pipe.flux.config
     with record(f"{block}.q_norm", f"{block}.k_norm", steps=-1, heads=head) as rec:
         pipe(EXAMPLE_PROMPT, progress=False)
-    txt_len = pipe.prompt_encoder.t5_tokenizer.length
+    txt_len = pipe.prompt_encoder.tokenizer.length
     q, k = (rec[f"{block}.{site}"].tensor.flatten(0, -3)[0, txt_len:].float().mean(0) for site in ("q_norm", "k_norm"))
     rope = rope_table(image_ids(2 * side, 2 * side), config.axes_dim, config.theta)
     ones = torch.ones_like(q)

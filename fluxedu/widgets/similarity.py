@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluxedu.errors import InstrumentError, describe
+from fluxedu.instruments.lenses.run import check_encoders
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.explorer import Choice, Explorer, Try, View, explorer
 from fluxedu.widgets.panels import Lines, Pixels, diverging, upscale
@@ -75,6 +76,7 @@ def similarity(pipe: FluxPipeline, prompts: Sequence[str] = PROMPTS, words: Sequ
         raise InstrumentError(f"prompts must be a list of at least two prompts, not {describe(prompts)}.")
     if not words:
         raise InstrumentError("words must not be empty; [None] stands for no change.")
+    check_encoders(pipe)
     encoder = pipe.prompt_encoder
 
     @torch.no_grad()

@@ -73,7 +73,7 @@ def streams(pipe: FluxPipeline, prompt: str, *, block: str = "double.1", **reque
     """
     check_choice("block", block, blocks_of(pipe), error=InstrumentError)
     sizes, added, out = measure_contributions(pipe, prompt, **request)
-    tokenizer = pipe.prompt_encoder.t5_tokenizer
+    tokenizer = pipe.prompt_encoder.tokenizer
     grid, image = tuple(n // 2 for n in out.latents.shape[-2:]), to_rgb(out.images[0])
     pieces, times, blocks = tokenizer.pieces(prompt), sizes.coords["step"], sizes.coords["block"]
     note = few_steps_note(pipe, request)

@@ -10,9 +10,9 @@ from flux2_sizes import TINY_FLUX2, make_flux2_pipe
 from torch import nn
 
 import fluxedu as fe
-from fluxedu import plots, probe
+from fluxedu import plots, probe, trace, widgets
 from fluxedu.checkpoints import convert_file, load_model, save_file, save_folder
-from fluxedu.errors import CheckpointError, RequestError
+from fluxedu.errors import CheckpointError, InstrumentError, RequestError
 from fluxedu.instruments import lenses
 from fluxedu.instruments.lenses.run import LENSES
 from fluxedu.memory.offload import decode_tiled
@@ -379,3 +379,10 @@ def test_tiles(klein):
         assert torch.allclose(decode_tiled(klein.autoencoder, latent, 16, 4), whole, atol=1e-5)
         tiled = decode_tiled(klein.autoencoder, latent, 11, 4)
     assert torch.nn.functional.cosine_similarity(tiled.flatten(), whole.flatten(), dim=0) > 0.9
+
+
+def test_what_shows_clip_and_t5_says_that_flux2_has_neither(klein):
+    for show in (widgets.tokens, trace.stages, lambda pipe, prompt: widgets.similarity(pipe, [prompt, "a letter K"])):
+        with pytest.raises(InstrumentError, match="FLUX.2 reads prompts with a language model"):
+            show(klein, PROMPT)
+    assert widgets.attention(klein, PROMPT, **RUN).view["panels"]

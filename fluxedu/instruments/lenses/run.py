@@ -150,6 +150,12 @@ def check_one_prompt(prompt: str) -> str:
     return prompt
 
 
+def check_encoders(pipe: FluxPipeline) -> None:
+    """Raises InstrumentError for a model without CLIP and T5, which is FLUX.2."""
+    if not hasattr(pipe.prompt_encoder, "t5_tokenizer"):
+        raise InstrumentError("this shows CLIP and T5, but FLUX.2 reads prompts with a language model; load a FLUX.1.")
+
+
 def check_one_image(out: Output) -> None:
     """Raises InstrumentError if several images were drawn at once."""
     if len(out.latents) != 1:
