@@ -94,6 +94,20 @@ def test_text_is_readable_and_what_can_be_touched_is_large_enough(page):
     assert small == []
 
 
+def test_the_boxes_of_the_map_open_where_a_mouse_clicks(page):
+    page.locator("#map-view").scroll_into_view_if_needed()
+    for box in ("t5", "double.1", "single.3"):
+        page.locator(f'#map-view [data-id="{box}"]').first.scroll_into_view_if_needed()
+        area = page.locator(f'#map-view [data-id="{box}"]').first.bounding_box()
+        page.mouse.click(area["x"] + area["width"] / 2, area["y"] + area["height"] / 2)
+        page.wait_for_function(f"location.hash.includes('open={box}')")
+    deaf = page.evaluate("""() => {
+      const boxes = [...document.querySelectorAll("#map-view svg [role=button][data-id]")];
+      return boxes.filter((box) => getComputedStyle(box).pointerEvents === "none").map((box) => box.dataset.id);
+    }""")
+    assert deaf == []
+
+
 def test_pointing_at_a_patch_shows_its_attention_everywhere(page):
     page.locator("#patches").scroll_into_view_if_needed()
     before = page.evaluate("[...document.querySelectorAll('.gallery canvas')].map((c) => c.toDataURL())")
