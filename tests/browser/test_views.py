@@ -22,20 +22,20 @@ from fluxedu.widgets.panels import colour_table
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red circle left of a blue square"
-FEW = {"steps": 4, "seed": 4, "progress": False}
+FEW = {"steps": 3, "seed": 4, "height": 96, "width": 96, "progress": False}
 #: explorer -> how it is made, and two states besides its first one
 CASES = {
     "attention": (
         lambda pipe: widgets.attention(pipe, PROMPT, **FEW),
-        [{"block": 1, "step": 1, "head": 3, "patch": (0, 5), "word": 1}, {"patch": (7, 7), "word": 8, "step": 3}],
+        [{"block": 1, "step": 1, "head": 3, "patch": (0, 5), "word": 1}, {"patch": (5, 5), "word": 8, "step": 2}],
     ),
     "trajectory": (
         lambda pipe: widgets.trajectory(pipe, PROMPT, **FEW),
-        [{"step": 0}, {"step": 3}],
+        [{"step": 0}, {"step": 2}],
     ),
     "latents": (
         lambda pipe: widgets.latents(pipe, PROMPT, **FEW).set(channel=14, cell=(5, 11)),
-        [{"area": 2, "amount": 3}, {"channel": 3, "cell": (0, 15), "area": 0}],
+        [{"area": 2, "amount": 3}, {"channel": 3, "cell": (0, 11), "area": 0}],
     ),
     "tokens": (lambda pipe: widgets.tokens(pipe, PROMPT), [{"layer": 0, "first": 2}, {"second": 9, "layer": 3}]),
     "modulation": (
@@ -45,7 +45,7 @@ CASES = {
     "similarity": (widgets.similarity, [{"first": 3}, {"second": 2, "word": 3, "index": 4}]),
     "contributions": (
         lambda pipe: widgets.contributions(pipe, PROMPT, **FEW),
-        [{"source": 1, "stream": 1, "cell": (0, 0)}, {"source": 2, "cell": (7, 3)}],
+        [{"source": 1, "stream": 1, "cell": (0, 0)}, {"source": 2, "cell": (7, 2)}],
     ),
     "streams": (
         lambda pipe: widgets.streams(pipe, PROMPT, **FEW),
@@ -56,7 +56,9 @@ CASES = {
         [{"step": 0, "particle": 3}, {"step": 2, "particle": 1}],
     ),
     "solvers": (
-        lambda pipe: widgets.solvers(pipe, PROMPT, seed=4, evaluations=[2, 4], shifts=[3.0], reference=4),
+        lambda pipe: widgets.solvers(
+            pipe, PROMPT, seed=4, evaluations=[2, 4], height=96, width=96, shifts=[3.0], reference=4
+        ),
         [{"cell": (0, 1)}, {"cell": (2, 0)}],
     ),
     "grid": (
