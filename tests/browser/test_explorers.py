@@ -2,6 +2,10 @@
 
 import nbformat
 import pytest
+from bare import mount
+
+import fluxedu as fe
+from fluxedu import widgets
 
 BEGIN = """
 import fluxedu as fe
@@ -76,10 +80,15 @@ MADE = {
 }
 
 
+@pytest.fixture(scope="module")
+def pipe():
+    return fe.load()
+
+
 @pytest.mark.parametrize("name", MADE)
-def test_every_control_and_panel_responds_to_the_keyboard(run, name):
-    tab = run(BEGIN, MADE[name], name=name)
-    tab.locator(".fluxedu").wait_for()
+def test_every_control_and_panel_responds_to_the_keyboard(tab, pipe, name):
+    """On a page without Jupyter; test_notebooks.py moves one of each kind in JupyterLab."""
+    mount(tab, eval(MADE[name], {"widgets": widgets, "pipe": pipe, "prompt": "a red circle left of a blue square"}))
     views = [content(tab)]
     movable = "input, select, [data-pointer]:not([data-pointer='']), g[tabindex='0']"
     parts = tab.locator(".fluxedu").locator(movable)
