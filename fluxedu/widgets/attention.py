@@ -40,7 +40,7 @@ from fluxedu.widgets.explorer import (
     explorer,
     time_slider,
 )
-from fluxedu.widgets.panels import Pixels, downscale, overlay, overlay_colours, to_rgb, upscale
+from fluxedu.widgets.panels import Pixels, downscale, overlay, overlay_colours, to_rgb, upscale, whole_percentages
 
 SIDE = 256  # approximate minimum size of a displayed image, in pixels
 
@@ -98,11 +98,13 @@ def attention_view(
     strongest = int(to_words.argmax())
     peak = np.unravel_index(column.argmax(), column.shape)
     shown = [piece.replace("▁", "") for piece in pieces]  # T5 marks the beginning of a word with ▁
+    shares = row[image].sum(), to_words.sum(), row[len(pieces) : run.txt_len].sum()
+    of_image, of_prompt, of_padding = whole_percentages(np.array(shares) / sum(shares))
     text = (
-        f"The patch in row {patch[0]}, column {patch[1]} gives {row[image].sum():.0%} of its attention to the "
-        f"image, {to_words.sum():.0%} to the prompt (most to “{shown[strongest]}”, {to_words[strongest]:.1%}) and "
-        f"{row[len(pieces) : run.txt_len].sum():.0%} to the padding. The patch that attends most to “{shown[word]}” "
-        f"is in row {int(peak[0])}, column {int(peak[1])} ({column.max():.1%} of its attention)."
+        f"The patch in row {patch[0] + 1}, column {patch[1] + 1} gives {of_image}% of its attention to the "
+        f"image, {of_prompt}% to the prompt (most to “{shown[strongest]}”, {to_words[strongest]:.1%}) and "
+        f"{of_padding}% to the padding. The patch that attends most to “{shown[word]}” "
+        f"is in row {int(peak[0]) + 1}, column {int(peak[1]) + 1} ({column.max():.1%} of its attention)."
     )
     base, colours = run.shown_image, overlay_colours()
     row_key, column_key = ("0", f"{to_patches.max():.1%}"), ("0", f"{column.max():.1%}")

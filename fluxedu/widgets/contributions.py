@@ -131,17 +131,17 @@ def contributions_view(
     shares = rms_over_tokens(added.tensor, tokens) / rms_over_tokens(sizes.tensor, tokens)[:, None]
     (block, step), chosen = cell, SOURCES.index(source)
     table = shares[:, chosen]  # [block, step]
-    vmax = min(float(table.max()), 1.0)  # the first block adds many times the size of its small input tokens
     series = {name: shares[block, i].tolist() for i, name in enumerate(SOURCES)}
     patches = added.tensor[block, chosen, step, txt_len:].view(grid)
     panels = [
         Pixels(
             f"Size of what {source} adds to {stream} tokens, by block and time",
-            resize_table(sequential(table, vmax, "viridis"), 240, 260), tuple(table.shape), cell,
-            ("0", f"{vmax:.0%} or more"), "viridis", blocks, [f"t={t:.2f}" for t in times],
-            unit="size added / size of the token", axes=("block", "time"), pointer="cell",
+            # a scale for each row: the first block adds many times the size of its small input tokens
+            resize_table(sequential(table, None, "viridis", "row"), 240, 260), tuple(table.shape), cell,
+            ("0", "largest of the row"), "viridis", blocks, [f"t={t:.2f}" for t in times],
+            unit="share of the token's size", axes=("block", "time"), pointer="cell",
         ),
-        Lines(f"{blocks[block]} over time, {stream} tokens", times, series, TIME_LABEL, "size added / size of token",
+        Lines(f"{blocks[block]} over time, {stream} tokens", times, series, TIME_LABEL, "share of the token's size",
               times[step]),
         Pixels(
             f"Size of what {source} of {blocks[block]} adds to each patch, t = {times[step]:.2f}",

@@ -485,5 +485,6 @@ def _draw_chips(ax: Axes, control: Control, shades: Sequence[float], chosen: int
             width = (len(control.labels[i]) + 1.5) / widest
             shade = to_rgba(CHIP_COLOUR, float(np.clip(shades[i], 0, 1)))
             box = {"facecolor": shade, "edgecolor": "black" if i == chosen else "0.8", "boxstyle": "round,pad=0.2"}
-            ax.text(x + width / 2, row + 0.5, control.labels[i], ha="center", va="center", fontsize=FONT, bbox=box)
+            label = control.labels[i].replace("▁", "")  # T5 marks the beginning of a word with it
+            ax.text(x + width / 2, row + 0.5, label, ha="center", va="center", fontsize=FONT, bbox=box)
             x += width

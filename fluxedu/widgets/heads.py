@@ -39,8 +39,8 @@ def heads_view(
         Pixels(
             "How much the latent changes, by block and head",
             resize_table(sequential(distances, name="viridis"), 256, 200), distances.shape, cell,
-            ("0", f"{distances.max():.2f}"), "viridis", blocks, range(distances.shape[1]),
-            unit="change of the latent / its norm", axes=("block", "head"), pointer="cell",
+            ("0", f"{distances.max():.0%}"), "viridis", blocks, range(distances.shape[1]),
+            unit="share of the latent's norm", axes=("block", "head"), pointer="cell",
         ),
         Pixels("With all heads", original),
         Pixels(f"Without {what}", image),

@@ -56,7 +56,8 @@ def latents_view(
         Pixels("Change of each pixel", sequential(difference, 0.5), key=("0", "0.5 or more"),
                unit="largest change of a colour, as a share of its range"),
     ]  # fmt: skip
-    where = (f"cell {cell}", f"the 3 x 3 cells around {cell}", "every cell")[area]
+    here = f"row {cell[0] + 1}, column {cell[1] + 1}"
+    where = (f"in {here}", f"in the 3 x 3 cells around {here}", "in every cell")[area]
     return View(panels, f"{amount:+g} in channel {channel}, {where}: {visible:.0%} of the pixels change visibly.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -15,9 +16,23 @@ from fluxedu.instruments.named import Named
 from fluxedu.plots import TIME_LABEL
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, Slider, Try, View, explorer, prompt_list
-from fluxedu.widgets.panels import Lines, Pixels, diverging, resize_table, sequential
+from fluxedu.widgets.panels import Lines, Pixels, resize_table, sequential
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 10.0)
+
+
+SOME = 5  # channels whose curves are shown
+PARTS = {"txt": "text", "img": "image", "attn": "attention", "mlp": "MLP"}
+
+
+def readable(layer: str) -> str:
+    """A layer's name in words.
+
+    >>> readable("double.0.txt_attn"), readable("single.3")
+    ('double 0, text, attention', 'single 3')
+    """
+    words = [PARTS.get(word, word) for word in re.split("[._]", layer)]
+    return ", ".join([" ".join(words[:2]), *words[2:]])
 
 
 def relative_change(table: Named, usual: Named) -> Tensor:
@@ -27,35 +42,37 @@ def relative_change(table: Named, usual: Named) -> Tensor:
 
 
 def modulation_view(table: Named, kind: str, cell: tuple[int, int], usual: Named | None = None) -> View:
-    """Sizes over depth and time, the three kinds of one layer over time, and that layer's channels.
+    """Sizes over depth and time, the three kinds of one layer over time, and some of that layer's channels.
 
     ``table``: :func:`fluxedu.instruments.lenses.layers.modulation_channels`, axes ``time, layer, kind, channel`` ·
     ``cell``: layer and time · ``usual``: another table to compare it with, of the first prompt at the usual guidance.
     """
-    times, layers = table.coords["time"], table.coords["layer"]
+    times, layers = table.coords["time"], [readable(name) for name in table.coords["layer"]]
     layer, time = cell
     sizes = table.tensor.square().mean(-1).sqrt()  # [time, layer, kind]
     size = sizes[..., KINDS.index(kind)].T  # [layer, time]
     values = table.tensor[:, layer, KINDS.index(kind)].T  # [channel, time]
-    values_sorted = values[values.mean(1).argsort()]  # puts similar channels next to each other
-    vmax, columns = float(values.abs().max()), [f"t={t:.2f}" for t in times]
+    order, columns = values.mean(1).argsort().tolist(), [f"t={t:.2f}" for t in times]
+    some = [order[i * (len(order) - 1) // (SOME - 1)] for i in range(SOME)]
     series = {name: sizes[:, layer, i].tolist() for i, name in enumerate(KINDS)}
     panels = [
         Pixels(
             f"Size of the {kind}, by layer and time",
-            resize_table(sequential(size, name="viridis"), 260, 260), tuple(size.shape), cell,
-            ("0", f"{size.max():.2f}"), "viridis", layers, columns, unit="root mean square over channels",
+            resize_table(sequential(size, name="viridis", scale="row"), 260, 260), tuple(size.shape), cell,
+            ("0", "largest of the row"), "viridis", layers, columns, unit="root mean square over channels",
             axes=("layer", "time"), pointer="cell",
         ),
-        Lines(f"{layers[layer]} over time", times, series, TIME_LABEL, "root mean square over channels", times[time]),
-        Pixels(
-            f"The {kind} of {layers[layer]}, by channel (sorted by mean) and time",
-            resize_table(diverging(values_sorted, vmax), 256, 260), key=(f"{-vmax:.1f}", f"{vmax:.1f}"),
-            colours="RdBu_r", columns=columns, unit=f"{kind}", axes=("channel, sorted", "time"),
+        Lines(
+            f"Sizes in {layers[layer]}, over time", times, series, TIME_LABEL, "root mean square over channels",
+            times[time],
+        ),
+        Lines(
+            f"The {kind} of {SOME} of the {len(values)} channels, from the smallest mean to the largest", times,
+            {f"channel {c}": values[c].tolist() for c in some}, TIME_LABEL, kind, times[time],
         ),
     ]  # fmt: skip
     low, high = values[:, time].min(), values[:, time].max()
-    text = f"{layers[layer]} at t = {times[time]:.2f}: the root mean square of {kind} is {size[layer, time]:.3f}; "
+    text = f"In {layers[layer]}, at t = {times[time]:.2f}, the root mean square of {kind} is {size[layer, time]:.3f}; "
     text += f"over channels it runs from {low:.2f} to {high:.2f}."
     if usual is not None:
         change = float(relative_change(table, usual)[time, layer, KINDS.index(kind)])
@@ -63,7 +80,7 @@ def modulation_view(table: Named, kind: str, cell: tuple[int, int], usual: Named
     return View(panels, text)
 
 
-@explorer(example=lambda pipe: modulation(pipe, [EXAMPLE_PROMPT, "a green star"], times=3))
+@explorer(example=lambda pipe: modulation(pipe, [EXAMPLE_PROMPT, "a green star"], times=9))
 def modulation(pipe: FluxPipeline, prompts: str | Sequence[str], *, times: int = 21) -> Explorer:
     """Shift, scale and gate of every layer for each of ``prompts`` and, if the model takes it, any guidance scale.
 

@@ -87,6 +87,24 @@ def diverging(values, vmax: float | None = None) -> RGB:
     return _heat_map(np.asarray(sequential(x / max(vmax, 1e-12) + 1, 2.0, DIVERGING)), x)
 
 
+def between(values, low: float, high: float, name: str = "viridis") -> RGB:
+    """``[h, w]`` numbers from ``low`` to ``high`` as colours, one pixel per number: for numbers that are far from 0."""
+    x = to_array(values)
+    return _heat_map(np.asarray(sequential(x - low, max(high - low, 1e-12), name)), x)
+
+
+def whole_percentages(shares) -> list[int]:
+    """Shares of a whole, which sum to 1, as whole percentages that sum to 100: those cut off most are rounded up.
+
+    >>> whole_percentages([0.333, 0.333, 0.334])
+    [33, 33, 34]
+    """
+    percentages = 100 * to_array(shares).astype(float)
+    found = np.floor(percentages).astype(int)
+    found[np.argsort(found - percentages, kind="stable")[: 100 - int(found.sum())]] += 1
+    return found.tolist()
+
+
 def to_rgb(image) -> RGB:
     """A PIL image or a tensor ``[3, H, W]`` in [-1, 1] as 8-bit RGB."""
     return (to_pixels(image) * 255).round().astype(np.uint8)
@@ -233,7 +251,7 @@ class Pixels(Panel):
             if names:
                 every = -(-len(names) // MAX_LABELS)
                 places = [(i + 0.5) * side / len(names) - 0.5 for i in range(0, len(names), every)]
-                axis.set_ticks(places, list(names)[::every], fontsize=FONT)
+                axis.set_ticks(places, [fill(str(name), 30) for name in names[::every]], fontsize=FONT)
         long_names = max((len(str(name)) for name in self.columns), default=0) * len(self.columns) > 26
         ax.tick_params(length=0, top=False, labeltop=bool(self.columns), labelbottom=False)
         ax.tick_params(axis="x", labelrotation=90 if long_names else 0)
@@ -259,7 +277,8 @@ def difference_panel(before: RGB, after: RGB) -> Pixels:
     """Where ``after`` is brighter or darker than ``before``."""
     difference = (after.astype(float) - before).mean(-1) / 255
     title = "Difference: brighter (red) or darker (blue)"
-    return Pixels(title, diverging(difference, 1.0), key=("-1", "1"), colours=DIVERGING)
+    unit = "change of brightness, as a share of its range"
+    return Pixels(title, diverging(difference, 1.0), key=("-1", "1"), colours=DIVERGING, unit=unit)
 
 
 def _label_axes(ax: Axes, x_label: str, y_label: str) -> None:
@@ -273,7 +292,8 @@ def _label_axes(ax: Axes, x_label: str, y_label: str) -> None:
 class Lines(Panel):
     """Curves. ``series``: name -> values, one per number in ``x`` · ``mark``: the x of the current state ·
     ``x_names``: a name for each number in ``x`` · ``units``: series -> what it measures, where that differs between
-    series; a page then has one chart for each unit, and ``y_label`` for the rest · ``log``: a logarithmic scale.
+    series; a page then has one chart for each unit, and ``y_label`` for the rest · ``log``: a logarithmic scale ·
+    ``dashed``: the series whose curves are dashed, where curves may lie on each other.
     """
 
     x: Sequence[float]
@@ -284,6 +304,7 @@ class Lines(Panel):
     x_names: Sequence[str] = ()
     units: Mapping[str, str] = field(default_factory=dict)
     log: bool = False
+    dashed: Sequence[str] = ()
     kind = "lines"
 
     def message(self) -> dict[str, Any]:
@@ -292,14 +313,14 @@ class Lines(Panel):
             for name, y in self.series.items()
         ]
         message = super().message() | {"x": rounded(self.x), "series": series, "colours": COLOURS}
-        message["x_names"] = list(map(str, self.x_names))
+        message["x_names"], message["dashed"] = list(map(str, self.x_names)), list(self.dashed)
         del message["units"]
         return message
 
     def paint(self, ax: Axes) -> None:
         for (name, y), colour in zip(self.series.items(), COLOURS, strict=False):
             unit = f" ({self.units[name]})" if name in self.units else ""
-            ax.plot(self.x, y, label=f"{name}{unit}", color=colour)
+            ax.plot(self.x, y, "--" if name in self.dashed else "-", label=f"{name}{unit}", color=colour)
         if self.mark is not None:
             ax.axvline(self.mark, color="0.5", linewidth=1)
         if self.x[0] != self.x[-1]:
@@ -319,7 +340,8 @@ class Points(Panel):
     """Points ``xy [N, 2]`` with ``arrows [N, 2]``, coloured by ``group``, an index into the names ``groups``.
 
     ``limits``: where the axes begin and end, ``((x0, x1), (y0, y1))``, or ``(a, b)`` for -a to a and -b to b; the same
-    in all views, so that only the points move · ``unit``: what both axes measure.
+    in all views, so that only the points move · ``unit``: what both axes measure · ``trails [K, N, 2]``: where the
+    points were before, the earliest first.
     """
 
     xy: np.ndarray
@@ -331,6 +353,7 @@ class Points(Panel):
     y_label: str = ""
     mark: int | None = None
     unit: str = ""
+    trails: np.ndarray | None = None
     kind = "points"
 
     @property
@@ -342,13 +365,16 @@ class Points(Panel):
 
     def message(self) -> dict[str, Any]:
         points = {"xy": rounded(self.xy), "arrows": rounded(self.arrows), "group": list(map(int, self.group))}
-        more = {"groups": list(self.groups), "colours": COLOURS, "limits": self._limits()}
+        trails = [] if self.trails is None else [rounded(trail) for trail in np.swapaxes(self.trails, 0, 1)]
+        more = {"groups": list(self.groups), "colours": COLOURS, "limits": self._limits(), "trails": trails}
         return super().message() | points | more
 
     def paint(self, ax: Axes) -> None:
         for g, (name, colour) in enumerate(zip(self.groups, COLOURS, strict=False)):
             mine = np.asarray(self.group) == g
             (x, y), (u, v) = self.xy[mine].T, self.arrows[mine].T
+            if self.trails is not None:
+                ax.plot(*np.moveaxis(self.trails[:, mine], -1, 0), color=colour, alpha=0.35, linewidth=1)
             ax.plot(x, y, "o", markersize=4, color=colour, label=name)
             style = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.003}
             ax.quiver(x, y, u, v, color=colour, alpha=0.6, **style)

@@ -95,7 +95,7 @@ def rectangles(sizes: Mapping[str, int], size: tuple[float, float] = SIZE) -> li
     for name, x, y, w, h in treemap_rectangles(list(sizes.items()), 0, 0, *size):
         short = name.split(".")[-1]
         labels = [f"{short} {sizes[name] / total:.0%}", short]
-        label = next((text for text in labels if 4.6 * len(text) < w), "")
+        label = next((text for text in labels if 4.6 * len(text) < w), short)
         boxes.append((label, x + 1, y + 1, w - 2, h - 2, colour(name)))
     return boxes
 

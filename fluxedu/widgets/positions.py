@@ -12,7 +12,7 @@ from fluxedu.models.attention import rope_table, rotate
 from fluxedu.sampling.latents import image_ids
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, Try, View, explorer
-from fluxedu.widgets.panels import Lines, Pixels, diverging, upscale
+from fluxedu.widgets.panels import Lines, Pixels, between, upscale
 
 VECTORS = ("all ones, so that only the position matters", "mean query and key of a head of the model")
 
@@ -31,22 +31,24 @@ def positions_view(table: Tensor, side: int, query: tuple[int, int], key: tuple[
     ``table``: :func:`scores` on a grid of ``side x side`` patches.
     """
     q_index, k_index = query[0] * side + query[1], key[0] * side + key[1]
-    vmax, offset, middle = float(table.abs().max()), (key[0] - query[0], key[1] - query[1]), side // 2
+    low, high = float(table.min()), float(table.max())
+    offset, middle = (key[0] - query[0], key[1] - query[1]), side // 2
     from_middle = table.reshape(side, side, side, side)[middle, middle]
     series = {"along a row": from_middle[middle].tolist(), "along a column": from_middle[:, middle].tolist()}
-    ends = (f"{-vmax:.1f}", f"{vmax:.1f}")
+    ends, note = (f"{low:.1f}", f"{high:.1f}"), "colours from the lowest score on the grid to the highest"
     query_scores, key_scores = table[q_index].reshape(side, side), table[:, k_index].reshape(side, side)
     panels = [
-        Pixels("Query (frame): its score with a key at each patch", upscale(diverging(query_scores, vmax), 256),
-               (side, side), query, ends, "RdBu_r", unit="score before softmax", pointer="query"),
-        Pixels("Key (frame): its score with a query at each patch", upscale(diverging(key_scores, vmax), 256),
-               (side, side), key, ends, "RdBu_r", unit="score before softmax", pointer="key"),
+        Pixels("Query (frame): its score with a key at each patch", upscale(between(query_scores, low, high), 256),
+               (side, side), query, ends, "viridis", unit="score before softmax", note=note, pointer="query"),
+        Pixels("Key (frame): its score with a query at each patch", upscale(between(key_scores, low, high), 256),
+               (side, side), key, ends, "viridis", unit="score before softmax", note=note, pointer="key"),
         Lines("Score for each offset", [i - middle for i in range(side)], series, "offset from query to key (patches)",
-              "score before softmax", max(-middle, min(offset[1], side - 1 - middle))),
+              "score before softmax", max(-middle, min(offset[1], side - 1 - middle)), dashed=["along a column"]),
     ]  # fmt: skip
     return View(
         panels,
-        f"Query at {query}, key at {key}: offset {offset}, score {float(table[q_index, k_index]):.2f}. "
+        f"The query is in row {query[0] + 1}, column {query[1] + 1}, the key in row {key[0] + 1}, column {key[1] + 1}: "
+        f"their offset is {offset[0]} rows and {offset[1]} columns, their score {float(table[q_index, k_index]):.2f}. "
         "The score is the same for every pair with this offset.",
     )
 

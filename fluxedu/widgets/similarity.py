@@ -12,7 +12,7 @@ from fluxedu.errors import InstrumentError, describe
 from fluxedu.instruments.lenses.run import check_encoders
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.explorer import Choice, Explorer, Try, View, explorer
-from fluxedu.widgets.panels import Lines, Pixels, diverging, upscale
+from fluxedu.widgets.panels import Lines, Pixels, sequential, upscale
 
 PROMPTS = (
     "a red circle left of a blue square",
@@ -43,26 +43,28 @@ def similarity_view(
     new_vector: Tensor | None = None,
     new_prompt: str = "",
 ) -> View:
-    """Pooled vectors ``[P, D]`` as a table of cosines, and two of them number by number.
+    """Pooled vectors ``[P, D]`` as a table of 1 - cosine, and two of them number by number.
 
     ``new_vector [D]``: shown instead of the second vector, if that prompt was changed to ``new_prompt``.
     """
     table = F.cosine_similarity(vectors[:, None], vectors[None], dim=-1)  # [P, P]
     a, b = vectors[first], vectors[second] if new_vector is None else new_vector
     order = a.argsort(descending=True)
-    series = {"first": a[order].tolist(), "second": b[order].tolist()}
+    series = {"first": a[order].tolist(), "second - first": (b - a)[order].tolist()}
+    distances = (1 - table).clamp(min=0)  # most cosines are close to 1: what is missing to 1 tells them apart
     panels = [
         Pixels(
-            "Cosine of every two prompts, in the order of the lists", upscale(diverging(table, 1.0), 256),
-            cells=tuple(table.shape), mark=(first, second), key=("-1", "1"), colours="RdBu_r",
-            unit="cosine similarity", axes=("prompt", "prompt"),
-            rows=range(1, len(prompts) + 1), columns=range(1, len(prompts) + 1),
+            "How different every two prompts are: 1 - cosine",
+            upscale(sequential(distances, None, "viridis", "log"), 256),
+            cells=tuple(table.shape), mark=(first, second), key=("0", f"{distances.max():.2f}"), colours="viridis",
+            unit="1 - cosine", axes=("prompt", "prompt"),
+            rows=[f"{i + 1}  {prompt}" for i, prompt in enumerate(prompts)], columns=range(1, len(prompts) + 1),
         ),
-        Lines("The two vectors, number by number", range(len(order)), series, "channel, sorted by the first vector",
-              "value"),
+        Lines("The first vector, and what is different in the second", range(len(order)), series,
+              "channel, sorted by the first vector", "value", units={"second - first": "difference"}),
     ]  # fmt: skip
     cosine = float(F.cosine_similarity(a, b, dim=0))
-    return View(panels, f"“{prompts[first]}” and “{new_prompt or prompts[second]}”: cosine {cosine:.3f}.")
+    return View(panels, f"“{prompts[first]}” and “{new_prompt or prompts[second]}”: cosine {cosine:.4f}.")
 
 
 @explorer(example=lambda pipe: similarity(pipe))
@@ -114,7 +116,7 @@ def similarity(pipe: FluxPipeline, prompts: Sequence[str] = PROMPTS, words: Sequ
         "How similar are two prompts to CLIP?",
         controls,
         draw,
-        widths=[3.0, 4.4],
+        widths=[5.2, 3.4],
         instruction="Choose two prompts, then replace a word of the second: how far does its vector move?",
         tries=tries,
     )

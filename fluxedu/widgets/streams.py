@@ -61,7 +61,8 @@ def streams_view(
         f"{sizes.tensor[block, step, word]:.1f}; attention adds {added.tensor[block, 0, step, word]:.1f} and the MLP "
         f"{added.tensor[block, 1, step, word]:.1f}."
     )
-    return View(panels, text, {"word": (words / words.max().clamp(min=1e-12)).tolist()})
+    shades = (words - words.min()) / (words.max() - words.min()).clamp(min=1e-12)  # sizes differ little
+    return View(panels, text, {"word": shades.tolist()})
 
 
 @explorer(example=lambda pipe: streams(pipe, EXAMPLE_PROMPT, steps=enough_steps(pipe), progress=False))

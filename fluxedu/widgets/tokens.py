@@ -39,20 +39,21 @@ def tokens_view(
     """Cosines of all tokens at one layer, and those of two tokens at all layers; ``states [K, L, D]``."""
     cosines = F.cosine_similarity(states[:, :, None], states[:, None], dim=-1)  # [K, L, L]
     table, pair = cosines[layer], cosines[:, first, second]
+    words = [piece.replace("▁", "") or piece for piece in pieces]  # T5 marks the beginning of a word with ▁
     panels = [
         Pixels(
             f"Cosine of every two tokens, {names[layer]}", upscale(diverging(table, 1.0), 256),
             cells=tuple(table.shape), mark=(first, second), key=("-1", "1"), colours="RdBu_r",
-            rows=pieces, columns=range(len(pieces)), unit="cosine similarity", axes=("token", "token"),
+            rows=words, columns=range(len(pieces)), unit="cosine similarity", axes=("token", "token"),
         ),
-        Lines(f"{pieces[first]} and {pieces[second]}, layer by layer", range(len(states)), {"cosine": pair.tolist()},
+        Lines(f"“{words[first]}” and “{words[second]}”, layer by layer", range(len(states)), {"cosine": pair.tolist()},
               "layer", "cosine similarity", layer, x_names=names),
     ]  # fmt: skip
     others = [i for i in range(len(pieces)) if i != first]
     nearest = max(others, key=lambda i: float(table[first, i]))
     text = (
-        f"{pieces[first]} (token {first}) and {pieces[second]} (token {second}), {names[layer]}: cosine "
-        f"{float(pair[layer]):.2f}. The most similar token to the first is {pieces[nearest]} (token {nearest}), with "
+        f"“{words[first]}” (token {first}) and “{words[second]}” (token {second}), {names[layer]}: cosine "
+        f"{float(pair[layer]):.2f}. The most similar token to the first is “{words[nearest]}” (token {nearest}), with "
         f"{float(table[first, nearest]):.2f}."
     )
     shades = {"first": table[second].clamp(0, 1).tolist(), "second": table[first].clamp(0, 1).tolist()}

@@ -21,7 +21,7 @@ def trajectory_view(path: Trajectory, states: Sequence[RGB], predictions: Sequen
     speed = path.velocities[step, 0].square().mean(0).sqrt()  # [h, w]
     panels = [
         Pixels(f"State before step {step + 1} of {len(times)}, t = {times[step]:.2f}, decoded", states[step]),
-        Pixels("Predicted x0 = x - t v, decoded", predictions[step]),
+        Pixels("Predicted x0, decoded", predictions[step]),
         Pixels(
             "Size of the velocity in each cell",
             upscale(sequential(speed), 256),
@@ -37,7 +37,8 @@ def trajectory_view(path: Trajectory, states: Sequence[RGB], predictions: Sequen
             Lines("How fast the velocity changes direction", angle_times, {"angle": angles.tensor[:, 0].tolist()},
                   TIME_LABEL, "degrees per unit of time", mark)
         )  # fmt: skip
-    text = f"The state is {times[step]:.0%} noise and {1 - times[step]:.0%} image; this step leads to "
+    noise = round(100 * times[step])
+    text = f"The state is {noise}% noise and {100 - noise}% image; this step leads to "
     return View(panels, f"{text}t = {float(path.times[step + 1]):.2f}.")
 
 

@@ -66,7 +66,7 @@ def velocity_view(
     low, high = xy.min((0, 1)), xy.max((0, 1))
     margin = 0.06 * (high - low) + 1e-6
     t, limits = times[step], tuple(zip((low - margin).tolist(), (high + margin).tolist(), strict=True))
-    x_label, distance = "first direction", ""
+    x_label, distance = "direction in which the images differ most", ""
     if len(prompts) > 1:
         means = [float(xy[step, np.asarray(group) == g, 0].mean()) for g in range(len(prompts))]
         x_label = "from the first prompt's images to the second's"
@@ -74,10 +74,13 @@ def velocity_view(
     seed = particle % (len(group) // len(prompts))
     panels = [
         Points(f"State and direction of each run, t = {t:.2f}", xy[step], arrows[step], group, prompts, limits, x_label,
-               "second direction", particle, pointer="particle"),
+               "at right angles: where they differ most", particle, trails=xy[: step + 1], pointer="particle"),
         Pixels(f"Predicted x0 of seed {seed}, “{prompts[group[particle]]}”", prediction(step, particle)),
     ]  # fmt: skip
-    text = "The line at a point is a fifth of the way that remains if its velocity stays as it is."
+    text = (
+        "Each arrow is a fifth of the way that remains if the velocity stays as it is; the line behind a point is its "
+        "path so far. The vertical direction is at right angles to the horizontal one, where the images differ most."
+    )
     return View(panels, f"t = {t:.2f}.{distance} {text if t > 0 else 'Every run has reached its image.'}")
 
 

@@ -30,12 +30,12 @@ def test_states_match_the_encoder(pipe):
 def test_the_view_shows_the_cosine_and_the_most_similar_token():
     layers = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], [[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]])
     view = tokens_view(layers, ["x", "y", "z"], ["before", "after"], 0, 0, 1)
-    assert "x (token 0) and y (token 1), before: cosine 0.00." in view.text
-    assert "The most similar token to the first is z (token 2), with 0.71." in view.text
+    assert "“x” (token 0) and “y” (token 1), before: cosine 0.00." in view.text
+    assert "The most similar token to the first is “z” (token 2), with 0.71." in view.text
     assert view.panels[1].series == {"cosine": [0.0, 1.0]} and view.panels[1].mark == 0
     assert view.shades["second"] == pytest.approx([1.0, 0.0, 0.7071], abs=1e-4)
     after = tokens_view(layers, ["x", "y", "z"], ["before", "after"], 1, 0, 2)
-    assert "cosine -1.00. The most similar token to the first is y" in after.text
+    assert "cosine -1.00. The most similar token to the first is “y”" in after.text
     assert after.shades["first"] == [0.0, 0.0, 1.0]  # below 0 is not shaded
 
 

@@ -175,9 +175,11 @@ def test_attention_shows_the_rows_and_columns_of_the_map(pipe, attention):
         assert np.allclose(view.shades["word"], word_weights / word_weights.max(), atol=1e-5)
         column = one[words:, attention.values["word"]]
         peak = divmod(int(column.argmax()), 8)
-        assert f"is in row {peak[0]}, column {peak[1]}" in view.text
-        assert f"gives {float(row[words:].sum()):.0%} of its attention to the image" in view.text
-        assert f"and {float(row[len(word_weights) : words].sum()):.0%} to the padding" in view.text
+        assert f"is in row {peak[0] + 1}, column {peak[1] + 1} (" in view.text
+        assert view.text.startswith("The patch in row 3, column 6 gives ")
+        given = [int(part) for part in re.findall(r"(\d+)% (?:of its attention to the image|to the)", view.text)]
+        shares = [row[words:].sum(), word_weights.sum(), row[len(word_weights) : words].sum()]
+        assert sum(given) == 100 and np.abs(np.array(given) - 100 * np.array(shares)).max() < 1
         assert view.panels[0].mark == (2, 5)
 
 

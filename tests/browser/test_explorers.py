@@ -46,11 +46,11 @@ def test_attention(run):
     views = [content(tab)]
     box = canvas.bounding_box()
     views.append(after(tab, lambda: tab.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.1 * box["height"])))
-    assert "in row 0, column 7 gives" in views[-1]
+    assert "in row 1, column 8 gives" in views[-1]
     canvas.focus()
     views.append(after(tab, lambda: tab.keyboard.press("ArrowDown")))
     assert "in row 1, column 7 gives" in views[-1]
-    word = tab.locator(".fluxedu").get_by_role("radio", name="▁square")
+    word = tab.locator(".fluxedu").get_by_role("radio", name="square")
     views.append(after(tab, word.hover))
     assert "attends most to “square”" in views[-1]
     views.append(after(tab, lambda: tab.locator(".fluxedu select").first.select_option("double.0")))

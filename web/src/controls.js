@@ -43,7 +43,8 @@ function group(label, role, id, buttons) {
 }
 
 function chips({ name, label, labels }, { move, id }) {
-  const buttons = labels.map((textContent) => html("button", { type: "button", textContent, className: "chip" }));
+  const shown = labels.map((label) => label.replace(/^[▁Ġ]/u, "") || label); // the mark of a tokenizer for a new word
+  const buttons = shown.map((textContent) => html("button", { type: "button", textContent, className: "chip" }));
   const to = (i, focus) => {
     if (focus) buttons[i].focus();
     move({ [name]: i });

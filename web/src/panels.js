@@ -90,14 +90,16 @@ function pixels(first, { move, tip, id, link }) {
   };
   const named = (labels, name, share, count) => {
     const label = labels.length && labels[Math.min(Math.floor(share * labels.length), labels.length - 1)];
-    return labels.length ? `${name} ${label}` : `${name} ${Math.min(Math.floor(share * count), count - 1)}`;
+    if (labels.length) return `${name} ${label}`;
+    const index = Math.min(Math.floor(share * count), count - 1), isPlace = /^(row|column)\b/.test(name);
+    return name.replace(/^[^;]*/, (word) => `${word} ${isPlace ? index + 1 : index}`); // places are counted from 1
   };
   /** What lies at a place, given as shares of the height and the width. */
   const describe = (down, across) => {
     const size = panel.table ?? panel.cells, [height, width] = [panel.height, panel.width];
     const place = panel.table || panel.pointer || panel.rows.length
       ? `${named(panel.rows, panel.axes[0], down, size[0])}, ${named(panel.columns, panel.axes[1], across, size[1])}`
-      : `pixel in row ${Math.floor(down * height)}, column ${Math.floor(across * width)}`;
+      : `pixel in row ${Math.floor(down * height) + 1}, column ${Math.floor(across * width) + 1}`;
     if (values) {
       const [r, c] = [clamp(Math.floor(down * size[0]), size[0]), clamp(Math.floor(across * size[1]), size[1])];
       return [place, measured(values[r * size[1] + c], panel.unit)];

@@ -1,5 +1,5 @@
 // The attention of a run, as fluxedu/widgets/attention.py.
-import { argmax, largest, percent, sum } from "./numbers.js";
+import { argmax, largest, percent, sum, wholePercentages } from "./numbers.js";
 import { overlay, pixels, table, upscale } from "./panels.js";
 import { draw as drawRun, fewStepsNote, inside, labelsOf, once, plain, requestOf } from "./run.js";
 
@@ -28,10 +28,12 @@ export async function open(engine, message, onProgress) {
     const column = attention(map, head, rows * columns, (i) => (txtLen + i) * tokens + word);
     const toPatches = row.subarray(txtLen, txtLen + rows * columns), toWords = row.subarray(0, pieces.length);
     const strongest = argmax(toWords), peak = argmax(column), top = largest(column);
-    const text = `The patch in row ${patch[0]}, column ${patch[1]} gives ${percent(sum(toPatches))} of its attention to ` +
-      `the image, ${percent(sum(toWords))} to the prompt (most to “${words[strongest]}”, ` +
-      `${percent(toWords[strongest], 1)}) and ${percent(sum(row.subarray(pieces.length, txtLen)))} to the padding. The ` +
-      `patch that attends most to “${words[word]}” is in row ${Math.floor(peak / columns)}, column ${peak % columns} ` +
+    const shares = [toPatches, toWords, row.subarray(pieces.length, txtLen)].map(sum), total = sum(shares);
+    const [ofImage, ofPrompt, ofPadding] = wholePercentages(shares.map((share) => share / total));
+    const text = `The patch in row ${patch[0] + 1}, column ${patch[1] + 1} gives ${ofImage}% of its attention to ` +
+      `the image, ${ofPrompt}% to the prompt (most to “${words[strongest]}”, ` +
+      `${percent(toWords[strongest], 1)}) and ${ofPadding}% to the padding. The patch that attends most to ` +
+      `“${words[word]}” is in row ${Math.floor(peak / columns) + 1}, column ${(peak % columns) + 1} ` +
       `(${percent(top, 1)} of its attention).`;
     const panels = [
       pixels("Attention of the framed patch to every patch", overlay(picture, table(toPatches, rows, columns)), {

@@ -16,16 +16,16 @@ export async function open(engine, message, onProgress) {
     const ofStream = (values) => rms(stream === 0 ? values.subarray(txtLen) : values.subarray(0, txtLen));
     const share = (b, kind, s) => ofStream(sums[b][kind][s]) / ofStream(sizes[b][s]);
     const shares = tableOf(blocks.length, times.length, (b, s) => share(b, source, s));
-    const vmax = Math.min(largest(shares.data), 1), patches = sums[block][source][step].slice(txtLen);
+    const patches = sums[block][source][step].slice(txtLen);
     const series = Object.fromEntries(SOURCES.map((kind, i) => [kind, range(times.length).map((s) => share(block, i, s))]));
     const panels = [
       pixels(`Size of what ${what} adds to ${tokens} tokens, by block and time`,
-        resizeTable(sequential(shares, { vmax, name: "viridis" }), 240, 260), {
-          cells: [blocks.length, times.length], mark: [block, step], key: ["0", `${percent(vmax)} or more`],
+        resizeTable(sequential(shares, { name: "viridis", scale: "row" }), 240, 260), {
+          cells: [blocks.length, times.length], mark: [block, step], key: ["0", "largest of the row"],
           colours: "viridis", rows: blocks, columns: times.map((time) => `t=${fixed(time, 2)}`),
-          unit: "size added / size of the token", axes: ["block", "time"], pointer: "cell",
+          unit: "share of the token's size", axes: ["block", "time"], pointer: "cell",
         }),
-      lines(`${name} over time, ${tokens} tokens`, times, series, TIME_LABEL, "size added / size of token",
+      lines(`${name} over time, ${tokens} tokens`, times, series, TIME_LABEL, "share of the token's size",
         { mark: times[step] }),
       pixels(`Size of what ${what} of ${name} adds to each patch, t = ${t}`,
         overlay(run.picture, table(patches, rows, columns)),

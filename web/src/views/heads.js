@@ -1,5 +1,5 @@
 // Removing attention heads, as fluxedu/widgets/heads.py: a run for every head without it, and for every head alone.
-import { fixed, largest, norm, percent, range } from "./numbers.js";
+import { largest, norm, percent, range } from "./numbers.js";
 import { differencePanel, pixels, resizeTable, sequential, table } from "./panels.js";
 import { decoded, fewStepsNote, labelsOf, once, requestOf } from "./run.js";
 
@@ -33,8 +33,8 @@ export async function open(engine, message, onProgress) {
     const panels = [
       pixels("How much the latent changes, by block and head",
         resizeTable(sequential(distances, { name: "viridis" }), 256, 200), {
-          cells: [blocks.length, heads], mark: [block, head], key: ["0", fixed(largest(distances.data), 2)],
-          colours: "viridis", rows: blocks, columns: range(heads), unit: "change of the latent / its norm",
+          cells: [blocks.length, heads], mark: [block, head], key: ["0", percent(largest(distances.data))],
+          colours: "viridis", rows: blocks, columns: range(heads), unit: "share of the latent's norm",
           axes: ["block", "head"], pointer: "cell",
         }),
       pixels("With all heads", before),

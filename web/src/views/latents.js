@@ -1,5 +1,5 @@
 // Editing a latent, as fluxedu/widgets/latents.py; the latent is that of a drawn image.
-import { fixed, largest, pair, percent, signed } from "./numbers.js";
+import { fixed, largest, percent, signed } from "./numbers.js";
 import { DIVERGING, diverging, pixels, sequential, table, tableOf, upscale } from "./panels.js";
 import { Unsupported, draw as drawRun, fewStepsNote, labelsOf, requestOf } from "./run.js";
 
@@ -43,7 +43,8 @@ export async function open(engine, message, onProgress) {
         key: ["0", "0.5 or more"], unit: "largest change of a colour, as a share of its range",
       }),
     ];
-    const where = [`cell ${pair(cell)}`, `the 3 x 3 cells around ${pair(cell)}`, "every cell"][area];
+    const here = `row ${cell[0] + 1}, column ${cell[1] + 1}`;
+    const where = [`in ${here}`, `in the 3 x 3 cells around ${here}`, "in every cell"][area];
     const text = `${signed(add)} in channel ${channel}, ${where}: ${percent(visible)} of the pixels change visibly.`;
     return { text: text + note, panels, shades: {} };
   };

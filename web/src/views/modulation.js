@@ -1,15 +1,22 @@
 // Shift, scale and gate of every layer over time, as fluxedu/widgets/modulation.py.
 import { fixed, largest, norm, percent, range, rms, smallest, sum } from "./numbers.js";
-import { DIVERGING, TIME_LABEL, diverging, lines, pixels, resizeTable, sequential, tableOf } from "./panels.js";
+import { TIME_LABEL, lines, pixels, resizeTable, sequential, tableOf } from "./panels.js";
 import { insideText, labelsOf, once } from "./run.js";
 
-const KINDS = ["shift", "scale", "gate"];
+const KINDS = ["shift", "scale", "gate"], SOME = 5;
+const PARTS = { txt: "text", img: "image", attn: "attention", mlp: "MLP" };
+
+/** A layer's name in words. */
+const readable = (layer) => {
+  const words = layer.split(/[._]/).map((word) => PARTS[word] ?? word);
+  return [words.slice(0, 2).join(" "), ...words.slice(2)].join(", ");
+};
 
 /** The layers in the order of the network: { name, sites: of shift, scale and gate }. */
 const layersOf = (blocks) => blocks.flatMap((block) => {
-  if (block.startsWith("single")) return [{ name: block, sites: KINDS.map((kind) => `${block}.${kind}`) }];
+  if (block.startsWith("single")) return [{ name: readable(block), sites: KINDS.map((kind) => `${block}.${kind}`) }];
   return ["txt", "img"].flatMap((stream) => ["attn", "mlp"].map((part, i) => ({
-    name: `${block}.${stream}_${part}`, sites: KINDS.map((kind) => `${block}.${stream}_mod.${kind}${i + 1}`),
+    name: readable(`${block}.${stream}_${part}`), sites: KINDS.map((kind) => `${block}.${stream}_mod.${kind}${i + 1}`),
   })));
 });
 
@@ -39,21 +46,22 @@ export async function open(engine, message, onProgress) {
     const what = KINDS[kind], width = values(0).length;
     const means = range(width).map((c) => sum(times.map((_, t) => values(t)[c])) / count);
     const order = range(width).sort((a, b) => means[a] - means[b]);
-    const sorted = tableOf(width, count, (c, t) => values(t)[order[c]]);
-    const vmax = largest(sorted.data.map(Math.abs)), columns = times.map((t) => `t=${fixed(t, 2)}`);
+    const some = range(SOME).map((i) => order[Math.floor((i * (width - 1)) / (SOME - 1))]);
+    const columns = times.map((t) => `t=${fixed(t, 2)}`);
     const series = Object.fromEntries(KINDS.map((k, i) => [k, times.map((_, t) => rms(found[t].get(three[i]).data))]));
+    const colours = resizeTable(sequential(size, { name: "viridis", scale: "row" }), 260, 260);
     const panels = [
-      pixels(`Size of the ${what}, by layer and time`, resizeTable(sequential(size, { name: "viridis" }), 260, 260), {
-        cells: [layers.length, count], mark: [layer, time], key: ["0", fixed(largest(size.data), 2)], colours: "viridis",
+      pixels(`Size of the ${what}, by layer and time`, colours, {
+        cells: [layers.length, count], mark: [layer, time], key: ["0", "largest of the row"], colours: "viridis",
         rows: layers.map((l) => l.name), columns, unit: "root mean square over channels", axes: ["layer", "time"],
         pointer: "cell",
       }),
-      lines(`${name} over time`, times, series, TIME_LABEL, "root mean square over channels", { mark: times[time] }),
-      pixels(`The ${what} of ${name}, by channel (sorted by mean) and time`, resizeTable(diverging(sorted, vmax), 256, 260), {
-        key: [fixed(-vmax, 1), fixed(vmax, 1)], colours: DIVERGING, columns, unit: what, axes: ["channel, sorted", "time"],
-      }),
+      lines(`Sizes in ${name}, over time`, times, series, TIME_LABEL, "root mean square over channels", { mark: times[time] }),
+      lines(`The ${what} of ${SOME} of the ${width} channels, from the smallest mean to the largest`, times,
+        Object.fromEntries(some.map((c) => [`channel ${c}`, times.map((_, t) => values(t)[c])])), TIME_LABEL, what,
+        { mark: times[time] }),
     ];
-    let text = `${name} at t = ${fixed(times[time], 2)}: the root mean square of ${what} is ` +
+    let text = `In ${name}, at t = ${fixed(times[time], 2)}, the root mean square of ${what} is ` +
       `${fixed(size.data[layer * count + time], 3)}; over channels it runs from ${fixed(smallest(values(time)), 2)} to ` +
       `${fixed(largest(values(time)), 2)}.`;
     if (found !== usual) {

@@ -11,6 +11,14 @@ export function fixed(x, digits = 0) {
 /** f"{x:.{digits}%}" */
 export const percent = (x, digits = 0) => `${fixed(100 * x, digits)}%`;
 
+/** Shares of a whole as whole percentages that sum to 100: those cut off most are rounded up. */
+export function wholePercentages(shares) {
+  const all = Array.from(shares, (share) => 100 * share), found = all.map(Math.floor);
+  const order = range(all.length).sort((a, b) => all[b] - found[b] - (all[a] - found[a]));
+  for (const i of order.slice(0, Math.max(100 - sum(found), 0))) found[i] += 1;
+  return found;
+}
+
 /** f"{x:.{digits}g}" of numbers that need no exponent. */
 export const general = (x, digits = 6) => String(Number(x.toPrecision(digits)));
 
@@ -19,9 +27,6 @@ export const signed = (x) => `${x < 0 ? "" : "+"}${general(x)}`;
 
 /** Four significant digits, as messages have them. */
 export const rounded = (values) => Array.from(values, (v) => Number(v.toPrecision(4)));
-
-/** A pair of indices as Python prints a tuple. */
-export const pair = ([a, b]) => `(${a}, ${b})`;
 
 export const range = (count) => Array.from({ length: count }, (_, i) => i);
 

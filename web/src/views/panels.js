@@ -66,6 +66,12 @@ export function diverging(values, vmax = largest(values.data.map(Math.abs))) {
   return { ...sequential(shares, { vmax: 2, name: DIVERGING }), values, note: "" };
 }
 
+/** Numbers from low to high as colours, for numbers that are far from 0. */
+export function between(values, low, high, name = "viridis") {
+  const above = table(values.data.map((x) => x - low), values.rows, values.columns);
+  return { ...sequential(above, { vmax: Math.max(high - low, 1e-12), name }), values, note: "" };
+}
+
 /** Each pixel repeated to a block of so many rows and columns. */
 function repeated(image, down, across) {
   const { width, height, data } = image, made = new Uint8Array(3 * width * height * down * across);
@@ -170,25 +176,26 @@ export function differencePanel(before, after) {
   const [a, b] = [mean(before), mean(after)];
   const difference = table(b.data.map((value, i) => (value - a.data[i]) / 255), a.rows, a.columns);
   const title = "Difference: brighter (red) or darker (blue)";
-  return pixels(title, diverging(difference, 1), { key: ["-1", "1"], colours: DIVERGING });
+  const unit = "change of brightness, as a share of its range";
+  return pixels(title, diverging(difference, 1), { key: ["-1", "1"], colours: DIVERGING, unit });
 }
 
 /** Curves. series: { name: values }. */
 export function lines(title, x, series, xLabel, yLabel, options = {}) {
-  const { mark = null, xNames = [], units = {}, log = false, pointer = null } = options;
+  const { mark = null, xNames = [], units = {}, log = false, dashed = [], pointer = null } = options;
   return {
     kind: "lines", title, pointer, x: rounded(x), x_label: xLabel, y_label: yLabel, mark, log, colours: COLOURS,
     series: Object.entries(series).map(([name, y]) => ({ name, y: rounded(y), unit: units[name] ?? yLabel })),
-    x_names: xNames.map(String),
+    x_names: xNames.map(String), dashed,
   };
 }
 
 /** Points with arrows: xy and arrows as [x, y, x, y, ...]. */
 export function points(title, xy, arrows, group, groups, limits, xLabel, yLabel, options = {}) {
-  const { mark = null, unit = "", pointer = null } = options;
+  const { mark = null, unit = "", trails = [], pointer = null } = options;
   return {
     kind: "points", title, pointer, xy: rounded(xy), arrows: rounded(arrows), group, groups, mark, unit, colours: COLOURS,
-    x_label: xLabel, y_label: yLabel,
+    x_label: xLabel, y_label: yLabel, trails: trails.map(rounded),
     limits: limits.map((ends) => rounded(Array.isArray(ends) ? ends : [-ends, ends])),
   };
 }

@@ -41,7 +41,7 @@ function treemap(items, x, y, w, h) {
 function rectangles(parts, total) {
   return treemap(parts, 0, 0, ...SIZE).map(([part, x, y, w, h]) => {
     const short = part.name.split(".").at(-1), labels = [`${short} ${percent(part.size / total)}`, short];
-    return [labels.find((text) => 4.6 * text.length < w) ?? "", x + 1, y + 1, w - 2, h - 2, colourOf(part.name)];
+    return [labels.find((text) => 4.6 * text.length < w) ?? short, x + 1, y + 1, w - 2, h - 2, colourOf(part.name)];
   });
 }
 

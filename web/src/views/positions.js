@@ -1,7 +1,7 @@
 // Scores of a query and a key on a grid of patches, as fluxedu/widgets/positions.py.
 import { imageIds, ropeTable } from "../engine/latents.js";
-import { fixed, largest, pair, range } from "./numbers.js";
-import { DIVERGING, diverging, lines, pixels, table, tableOf, upscale } from "./panels.js";
+import { fixed, largest, range, smallest } from "./numbers.js";
+import { between, lines, pixels, table, tableOf, upscale } from "./panels.js";
 import { Unsupported, draw as drawRun, inside, once, requestOf } from "./run.js";
 
 const PROMPT = "a red circle left of a blue square"; // EXAMPLE_PROMPT
@@ -41,9 +41,10 @@ export async function open(engine, message, onProgress) {
   });
 
   return async ({ vectors, query, key }) => {
-    const all = vectors ? await trained() : flat, vmax = largest(all.data.map(Math.abs)), middle = Math.floor(side / 2);
+    const all = vectors ? await trained() : flat, middle = Math.floor(side / 2);
+    const [low, high] = [smallest(all.data), largest(all.data)];
     const [q, k] = [query, key].map(([row, column]) => row * side + column);
-    const offset = [key[0] - query[0], key[1] - query[1]], ends = [fixed(-vmax, 1), fixed(vmax, 1)];
+    const offset = [key[0] - query[0], key[1] - query[1]], ends = [fixed(low, 1), fixed(high, 1)];
     const from = all.data.subarray((middle * side + middle) * count, (middle * side + middle + 1) * count);
     const series = {
       "along a row": from.subarray(middle * side, (middle + 1) * side),
@@ -51,16 +52,18 @@ export async function open(engine, message, onProgress) {
     };
     const keys = table(all.data.subarray(q * count, (q + 1) * count), side, side);
     const queries = tableOf(side, side, (row, column) => all.data[(row * side + column) * count + k]);
-    const options = { cells: [side, side], key: ends, colours: DIVERGING, unit: "score before softmax" };
+    const note = "colours from the lowest score on the grid to the highest";
+    const options = { cells: [side, side], key: ends, colours: "viridis", unit: "score before softmax", note };
     const panels = [
-      pixels("Query (frame): its score with a key at each patch", upscale(diverging(keys, vmax), 256),
+      pixels("Query (frame): its score with a key at each patch", upscale(between(keys, low, high), 256),
         { ...options, mark: query, pointer: "query" }),
-      pixels("Key (frame): its score with a query at each patch", upscale(diverging(queries, vmax), 256),
+      pixels("Key (frame): its score with a query at each patch", upscale(between(queries, low, high), 256),
         { ...options, mark: key, pointer: "key" }),
       lines("Score for each offset", range(side).map((i) => i - middle), series, "offset from query to key (patches)",
-        "score before softmax", { mark: Math.max(-middle, Math.min(offset[1], side - 1 - middle)) }),
+        "score before softmax", { mark: Math.max(-middle, Math.min(offset[1], side - 1 - middle)), dashed: ["along a column"] }),
     ];
-    const text = `Query at ${pair(query)}, key at ${pair(key)}: offset ${pair(offset)}, score ` +
+    const text = `The query is in row ${query[0] + 1}, column ${query[1] + 1}, the key in row ${key[0] + 1}, column ` +
+      `${key[1] + 1}: their offset is ${offset[0]} rows and ${offset[1]} columns, their score ` +
       `${fixed(all.data[q * count + k], 2)}. The score is the same for every pair with this offset.`;
     return { text, panels, shades: {} };
   };

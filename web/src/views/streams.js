@@ -1,6 +1,6 @@
 // Text and image tokens in every block, as fluxedu/widgets/streams.py.
 import { measure } from "./added.js";
-import { fixed, largest, range, rms } from "./numbers.js";
+import { fixed, largest, range, rms, smallest } from "./numbers.js";
 import { TIME_LABEL, lines, overlay, pixels, table } from "./panels.js";
 import { fewStepsNote, labelsOf, plain, requestOf } from "./run.js";
 
@@ -21,7 +21,8 @@ export async function open(engine, message, onProgress) {
       });
     }
     const values = quantity === 0 ? sizes[block][step] : sums[block][quantity - 1][step];
-    const words = values.subarray(0, pieces.length), patches = values.slice(txtLen), most = Math.max(largest(words), 1e-12);
+    const words = values.subarray(0, pieces.length), patches = values.slice(txtLen), least = smallest(words);
+    const spread = Math.max(largest(words) - least, 1e-12);
     const panels = [
       lines(`Size of the tokens that enter each block, t = ${t}`, range(blocks.length), overDepth, "block", UNIT,
         { mark: block, xNames: blocks }),
@@ -33,6 +34,6 @@ export async function open(engine, message, onProgress) {
     const text = `${name} at t = ${t}: the size of a text token is ${fixed(overDepth.text[block], 1)}, of an image token ` +
       `${fixed(overDepth.image[block], 1)}. The token ${plain(pieces[word])} has size ${size(sizes[block][step])}; ` +
       `attention adds ${size(sums[block][0][step])} and the MLP ${size(sums[block][1][step])}.`;
-    return { text: text + note, panels, shades: { word: Array.from(words, (v) => v / most) } };
+    return { text: text + note, panels, shades: { word: Array.from(words, (v) => (v - least) / spread) } };
   };
 }

@@ -1,7 +1,7 @@
 // T5's token vectors layer by layer, as fluxedu/widgets/tokens.py.
 import { cosine, fixed, range } from "./numbers.js";
 import { DIVERGING, diverging, lines, pixels, tableOf, upscale } from "./panels.js";
-import { insideText, labelsOf } from "./run.js";
+import { insideText, labelsOf, plain } from "./run.js";
 
 export async function open(engine, message) {
   const names = labelsOf(message, "layer"), pieces = labelsOf(message, "first"), count = pieces.length;
@@ -12,6 +12,7 @@ export async function open(engine, message) {
     const vectors = range(count).map((i) => data.subarray(i * width, (i + 1) * width));
     return tableOf(count, count, (i, j) => cosine(vectors[i], vectors[j]));
   });
+  const words = pieces.map((piece) => plain(piece) || piece);
   const clip = (x) => Math.min(Math.max(x, 0), 1);
 
   return ({ layer, first, second }) => {
@@ -20,15 +21,15 @@ export async function open(engine, message) {
     const nearest = others.reduce((best, i) => (at(first, i) > at(first, best) ? i : best), others[0]);
     const panels = [
       pixels(`Cosine of every two tokens, ${names[layer]}`, upscale(diverging(cosines[layer], 1), 256), {
-        cells: [count, count], mark: [first, second], key: ["-1", "1"], colours: DIVERGING, rows: pieces,
+        cells: [count, count], mark: [first, second], key: ["-1", "1"], colours: DIVERGING, rows: words,
         columns: range(count), unit: "cosine similarity", axes: ["token", "token"],
       }),
-      lines(`${pieces[first]} and ${pieces[second]}, layer by layer`, range(names.length),
+      lines(`“${words[first]}” and “${words[second]}”, layer by layer`, range(names.length),
         { cosine: range(names.length).map((k) => at(first, second, k)) }, "layer", "cosine similarity",
         { mark: layer, xNames: names }),
     ];
-    const text = `${pieces[first]} (token ${first}) and ${pieces[second]} (token ${second}), ${names[layer]}: cosine ` +
-      `${fixed(at(first, second), 2)}. The most similar token to the first is ${pieces[nearest]} (token ${nearest}), ` +
+    const text = `“${words[first]}” (token ${first}) and “${words[second]}” (token ${second}), ${names[layer]}: cosine ` +
+      `${fixed(at(first, second), 2)}. The most similar token to the first is “${words[nearest]}” (token ${nearest}), ` +
       `with ${fixed(at(first, nearest), 2)}.`;
     const shades = { first: range(count).map((i) => clip(at(second, i))), second: range(count).map((i) => clip(at(first, i))) };
     return { text, panels, shades };

@@ -1,5 +1,5 @@
 // A run step by step, as fluxedu/widgets/trajectory.py.
-import { cosine, fixed, largest, percent } from "./numbers.js";
+import { cosine, fixed, largest } from "./numbers.js";
 import { TIME_LABEL, lines, pixels, sequential, tableOf, upscale } from "./panels.js";
 import { decoded, draw as drawRun, fewStepsNote, once, requestOf } from "./run.js";
 
@@ -30,7 +30,7 @@ export async function open(engine, message, onProgress) {
     const [state, x0] = await Promise.all(["latents", "x0"].map((name) => image(name, step)));
     const panels = [
       pixels(`State before step ${step + 1} of ${count}, t = ${fixed(times[step], 2)}, decoded`, state),
-      pixels("Predicted x0 = x - t v, decoded", x0),
+      pixels("Predicted x0, decoded", x0),
       pixels("Size of the velocity in each cell", upscale(sequential(speed), 256), {
         key: ["0", fixed(largest(speed.data), 1)], unit: "root mean square over channels",
       }),
@@ -40,7 +40,8 @@ export async function open(engine, message, onProgress) {
       panels.push(lines("How fast the velocity changes direction", times.slice(1), { angle: angles }, TIME_LABEL,
         "degrees per unit of time", { mark }));
     }
-    const text = `The state is ${percent(times[step])} noise and ${percent(1 - times[step])} image; this step leads to ` +
+    const noise = Number(fixed(100 * times[step]));
+    const text = `The state is ${noise}% noise and ${100 - noise}% image; this step leads to ` +
       `t = ${fixed(run.times[step + 1], 2)}.`;
     return { text: text + note, panels, shades: {} };
   };

@@ -63,7 +63,7 @@ export async function open(engine, message, onProgress) {
 
   return async ({ step, particle }) => {
     const t = fixed(times[step], 2), seed = particle % seeds;
-    let xLabel = "first direction", distance = "";
+    let xLabel = "direction in which the images differ most", distance = "";
     if (prompts.length > 1) {
       const means = prompts.map((_, g) => sum(xy[step].filter((_, i) => group[i] === g).map(([x]) => x)) / seeds);
       xLabel = "from the first prompt's images to the second's";
@@ -72,10 +72,12 @@ export async function open(engine, message, onProgress) {
     }
     const panels = [
       points(`State and direction of each run, t = ${t}`, xy[step].flat(), arrows[step].flat(), group, prompts, limits,
-        xLabel, "second direction", { mark: particle, pointer: "particle" }),
+        xLabel, "at right angles: where they differ most",
+        { mark: particle, pointer: "particle", trails: runs.map((_, i) => xy.slice(0, step + 1).flatMap((at) => at[i])) }),
       pixels(`Predicted x0 of seed ${seed}, “${prompts[group[particle]]}”`, await prediction(step, particle)),
     ];
-    const text = "The line at a point is a fifth of the way that remains if its velocity stays as it is.";
+    const text = "Each arrow is a fifth of the way that remains if the velocity stays as it is; the line behind a point " +
+      "is its path so far. The vertical direction is at right angles to the horizontal one, where the images differ most.";
     const end = times[step] > 0 ? text : "Every run has reached its image.";
     return { text: `t = ${t}.${distance} ${end}${note}`, panels, shades: {} };
   };
