@@ -207,8 +207,8 @@ fig.suptitle("Root mean square of shift, scale and gate: it changes with the tim
 fig
 
 # %% [markdown]
-# The explorer shows every channel. Point at a layer and a time in the left panel. Change the guidance scale, then the
-# prompt: how much does the modulation change?
+# The explorer shows every layer, and some channels of the chosen one. Point at a layer and a time in the left panel.
+# Change the guidance scale, then the prompt: how much does the modulation change?
 
 # %%
 widgets.modulation(pipe, [prompt, other])
