@@ -3,6 +3,7 @@
     fluxedu train --all               every stage, from scratch (stages.py)
     fluxedu train --variant kontext   one model of the family, starting from the miniature (family.py)
     fluxedu train --variant sd        a Stable Diffusion on a comparable budget (baselines.py)
+    fluxedu train --variant flux2     a miniature FLUX.2; flux2-swiglu and others, one change of it (flux2.py)
 
 ``python -m training`` takes the same options.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 from fluxedu.files import check_writable
 
 VARIANTS = ("schnell", "fill", "canny", "depth", "kontext", "redux", "hollow", "sd", "twin")
+VARIANTS += ("flux2", "flux2-twin", "flux2-modulation", "flux2-positions", "flux2-no-pooled", "flux2-swiglu")
 
 
 def train(all_stages: bool, stage: str | None, variant: str | None, out: Path, resume: bool, ship_to: Path) -> None:
@@ -24,6 +26,7 @@ def train(all_stages: bool, stage: str | None, variant: str | None, out: Path, r
     """
     from training.baselines import RECIPES, train_baseline
     from training.family import train_variant
+    from training.flux2 import train_flux2
     from training.stages import STAGES, run_stages
 
     if all_stages + (stage is not None) + (variant is not None) != 1 or (stage is not None and stage not in STAGES):
@@ -34,5 +37,7 @@ def train(all_stages: bool, stage: str | None, variant: str | None, out: Path, r
         run_stages(list(STAGES) if all_stages else [stage], out, resume, ship_to)
     elif variant in RECIPES:
         train_baseline(variant, out, resume, ship_to)
+    elif variant.startswith("flux2"):
+        train_flux2(variant, out, resume, ship_to)
     else:
         train_variant(variant, out, resume, ship_to)

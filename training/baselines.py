@@ -12,6 +12,7 @@ head that predicts patch labels, and the minutes on one core. The number of step
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,25 +91,33 @@ def noise_loss(
 def train(name: str, folder: Path, pipe: FluxPipeline, resume: bool = True) -> tuple[nn.Module, Run]:
     """Train "sd" or "twin", or load it if its run is finished. Text encoders and autoencoder are those of ``pipe``."""
     torch.manual_seed(SEED)
-    recipe, texts = RECIPES[name], TextEncoders(pipe.prompt_encoder.t5, pipe.prompt_encoder.clip)
     make_shards(SHARDS, folder, pipe.autoencoder)
-    data = Latents(folder)
     if name == SD:
         model, loss_on_batch = AlignedUNet(build_unet()), noise_loss
     else:
         model, loss_on_batch = AlignedFlow(initialise(Flux(networks.FLUX))), flow_loss
-    run = Run(name, model, recipe, folder, resume, f"{fingerprint(pipe.autoencoder)}, {SHARDS} shards")
-
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        align = ALIGN_WEIGHT if step < ALIGN_SHARE * recipe.steps else 0.0
-        batch = data.batch(step, recipe.batch, SEED)
-        return loss_on_batch(model, batch, texts, torch.Generator().manual_seed(step), align)
-
-    run.train(loss)
+    run = train_on_latents(name, model, loss_on_batch, RECIPES[name], folder, pipe, resume)
     if name == TWIN:
         return averaged_flow(run), run
     weights = {k.removeprefix("unet."): v for k, v in run.average.items() if k.startswith("unet.")}
     return load_average(build_unet(), weights), run
+
+
+def train_on_latents(
+    name: str, model: nn.Module, loss_on_batch: Callable, recipe: Recipe, folder: Path, pipe: FluxPipeline,
+    resume: bool, seed: int = SEED,
+) -> Run:  # fmt: skip
+    """The run ``name`` on the shards in ``folder``: what the baselines, and the models of flux2.py, have in common."""
+    texts, data = TextEncoders(pipe.prompt_encoder.t5, pipe.prompt_encoder.clip), Latents(folder)
+    run = Run(name, model, recipe, folder, resume, f"{fingerprint(pipe.autoencoder)}, {SHARDS} shards")
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        align = ALIGN_WEIGHT if step < ALIGN_SHARE * recipe.steps else 0.0
+        batch = data.batch(step, recipe.batch, seed)
+        return loss_on_batch(model, batch, texts, torch.Generator().manual_seed(step), align)
+
+    run.train(loss)
+    return run
 
 
 def train_baseline(name: str, folder: Path, resume: bool, ship_to: Path, prompts: int = 500, few: int = 200) -> Path:

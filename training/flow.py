@@ -102,9 +102,9 @@ def add_noise(x0: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     return x_t, t, noise - x0
 
 
-def position_ids(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Position ids of the image tokens of a latent, and of the text tokens."""
-    return image_ids(rows, columns), text_ids(networks.TEXT_LENGTH)
+def position_ids(rows: int, columns: int, axes: int = 3) -> tuple[Tensor, Tensor]:
+    """Position ids of the image tokens of a latent, and of the text tokens; FLUX.2's have four axes."""
+    return image_ids(rows, columns, axes), text_ids(networks.TEXT_LENGTH, axes)
 
 
 def random_guidance(count: int, low: float, high: float, g: torch.Generator) -> Tensor:
@@ -123,7 +123,7 @@ def flow_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """The rectified-flow loss plus ``align`` times the patch-label loss."""
     x_t, t, target = add_noise(pack(batch["latents"]), g)
-    img_ids, txt_ids = position_ids(*batch["latents"].shape[-2:])
+    img_ids, txt_ids = position_ids(*batch["latents"].shape[-2:], axes=len(model.flux.config.axes_dim))
     with mixed_precision():
         txt, pooled = texts.with_dropout(batch, CAPTION_DROPOUT, g)
         velocity, logits = model(x_t, img_ids, txt.float(), txt_ids, t, pooled.float())
@@ -160,7 +160,8 @@ def train(
 def averaged_flow(run: Run) -> Flux:
     """The averaged weights of a run with an :class:`AlignedFlow`, without the head."""
     weights = {k.removeprefix("flux."): v for k, v in run.average.items() if k.startswith("flux.")}
-    return load_average(Flux(run.model.flux.config), weights)
+    flux = run.model.flux
+    return load_average(type(flux)(flux.config), weights)
 
 
 # ---------------------------------------------------------------- guidance distillation
