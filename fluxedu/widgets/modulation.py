@@ -16,7 +16,7 @@ from fluxedu.instruments.named import Named
 from fluxedu.plots import TIME_LABEL
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Choice, Explorer, Slider, Try, View, explorer, prompt_list
-from fluxedu.widgets.panels import Lines, Pixels, resize_table, sequential
+from fluxedu.widgets.panels import Lines, Pixels, between, resize_table
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 10.0)
 
@@ -51,6 +51,7 @@ def modulation_view(table: Named, kind: str, cell: tuple[int, int], usual: Named
     layer, time = cell
     sizes = table.tensor.square().mean(-1).sqrt()  # [time, layer, kind]
     size = sizes[..., KINDS.index(kind)].T  # [layer, time]
+    low, high = float(size.min()), float(size.max())
     values = table.tensor[:, layer, KINDS.index(kind)].T  # [channel, time]
     order, columns = values.mean(1).argsort().tolist(), [f"t={t:.2f}" for t in times]
     some = [order[i * (len(order) - 1) // (SOME - 1)] for i in range(SOME)]
@@ -58,8 +59,8 @@ def modulation_view(table: Named, kind: str, cell: tuple[int, int], usual: Named
     panels = [
         Pixels(
             f"Size of the {kind}, by layer and time",
-            resize_table(sequential(size, name="viridis", scale="row"), 260, 260), tuple(size.shape), cell,
-            ("0", "largest of the row"), "viridis", layers, columns, unit="root mean square over channels",
+            resize_table(between(size, low, high), 260, 260), tuple(size.shape), cell,
+            (f"{low:.2f}", f"{high:.2f}"), "viridis", layers, columns, unit="root mean square over channels",
             axes=("layer", "time"), pointer="cell",
         ),
         Lines(
@@ -71,9 +72,9 @@ def modulation_view(table: Named, kind: str, cell: tuple[int, int], usual: Named
             {f"channel {c}": values[c].tolist() for c in some}, TIME_LABEL, kind, times[time],
         ),
     ]  # fmt: skip
-    low, high = values[:, time].min(), values[:, time].max()
+    least, most = values[:, time].min(), values[:, time].max()
     text = f"In {layers[layer]}, at t = {times[time]:.2f}, the root mean square of {kind} is {size[layer, time]:.3f}; "
-    text += f"over channels it runs from {low:.2f} to {high:.2f}."
+    text += f"over channels it runs from {least:.2f} to {most:.2f}."
     if usual is not None:
         change = float(relative_change(table, usual)[time, layer, KINDS.index(kind)])
         text += f" It differs by {change:.0%} of its size from that of the first prompt at the usual guidance scale."

@@ -113,6 +113,16 @@ async function repairMessages(model) {
   }
 }
 
+/** Titles of panels side by side are equally tall, so that what is below them begins at one height. */
+function alignTitles(pairs) {
+  for (const [, title] of pairs) title.style.minHeight = "";
+  const found = pairs.map(([figure, title]) => [figure.offsetTop, title, title.offsetHeight]);
+  for (const [top, title] of found) {
+    const tallest = Math.max(...found.filter(([other]) => Math.abs(other - top) < 2).map(([, , height]) => height));
+    title.style.minHeight = `${tallest}px`;
+  }
+}
+
 function build({ model, root, el }) {
   const id = identifiers();
   const moving = mover(model, root), { answered, currentState } = moving;
@@ -174,6 +184,7 @@ function build({ model, root, el }) {
       shown[i].title.textContent = p.title;
       shown[i].panel.paint(p, p.pointer ? state[p.pointer] : null);
     });
+    alignTitles(shown.map(({ figure, title }) => [figure, title]));
     made.forEach(([name, control]) => control.show(state[name], shades[name]));
     caption.textContent = text;
     tip.refresh();

@@ -4,7 +4,7 @@ import { ticks } from "d3-array";
 import { arrow, attributes, clamp, format, html, svg, textWidth, words } from "./dom.js";
 import { map } from "./map_panel.js";
 
-const TALLEST = 440; // px
+const TALLEST = 520; // px
 const LINE = 14; // px from one line of small text to the next
 
 /** A number with its unit; a "share of ..." in per cent. */
@@ -54,6 +54,8 @@ export class Tip {
 
 /** Labels of a table's rows or columns, as many as have room; `size`: px of that side of the table. */
 function showNames(el, labels, side, size) {
+  const isLong = side === "rows" && Math.max(...labels.map((l) => textWidth(l))) > 110 && size / labels.length > 2 * LINE;
+  el.classList.toggle("long", isLong);
   const isUpright = side === "columns" && labels.length * (Math.max(...labels.map((l) => textWidth(l))) + 6) > size;
   const need = side === "rows" || isUpright ? LINE : Math.max(...labels.map((l) => textWidth(l))) + 6;
   const every = Math.max(1, Math.ceil((need * labels.length) / Math.max(size, 1)));
@@ -64,7 +66,7 @@ function showNames(el, labels, side, size) {
     return [one];
   });
   el.classList.toggle("upright", isUpright);
-  const longest = Math.min(Math.max(...labels.map((l) => textWidth(l))), 110);
+  const longest = Math.min(Math.max(...labels.map((l) => textWidth(l))), isLong ? 190 : 150);
   if (side === "rows") el.style.width = `${longest + 6}px`;
   else el.style.height = `${isUpright ? longest + 6 : LINE}px`;
   el.replaceChildren(...shown);
@@ -305,6 +307,14 @@ function frame({ width, height, x, y, xLabel, yLabel, whole = false, names = nul
   return { X, Y, parts, left, right, top, bottom };
 }
 
+/** The height of a chart in px: as tall as an image beside it, if there is one, else as `usual`. */
+function heightBeside(el, usual) {
+  const mine = el.closest("figure"), stages = [...(mine?.parentElement?.querySelectorAll("figure.pixels .stage") ?? [])];
+  const beside = stages.find((stage) => Math.abs(stage.closest("figure").offsetTop - mine.offsetTop) < 2);
+  if (!(beside?.clientHeight > 100)) return usual;
+  return Math.max(beside.clientHeight - (el.querySelector(".legend")?.offsetHeight ?? 20) - 4, 190);
+}
+
 /** A chart's width, as wide as its panel: its units are px, so that text has its size at any width. */
 const widthOf = (el) => Math.max(200, Math.floor(el.clientWidth) || 320);
 
@@ -364,7 +374,8 @@ function lines(first, { tip }) {
     panel = now;
     const units = [...new Set(now.series.map((s) => s.unit))], width = widthOf(el);
     const colourOf = new Map(now.series.map((s, i) => [s.name, ink(now.colours[i % now.colours.length])]));
-    const height = Math.round(units.length > 1 ? Math.max(120, width * 0.36) : Math.min(Math.max(width * 0.66, 190), 340));
+    const usual = Math.min(Math.max(width * 0.66, 190), 340);
+    const height = Math.round(units.length > 1 ? Math.max(120, width * 0.36) : heightBeside(el, usual));
     const ends = now.x.length > 1 ? [now.x[0], now.x.at(-1)] : [now.x[0] - 1, now.x[0] + 1];
     charts = units.map((unit, u) => {
       const mine = now.series.filter((s) => s.unit === unit);
@@ -385,9 +396,10 @@ function lines(first, { tip }) {
       const { X, Y, parts, top, bottom } = drawn;
       if (now.mark !== null) parts.push(svg("path", { d: `M${X(now.mark)} ${top}V${bottom}`, class: "at" }));
       for (const { name, y } of mine) {
-        const stroke = colourOf.get(name);
+        const stroke = colourOf.get(name), isDashed = now.dashed.includes(name);
+        const style = isDashed ? { "stroke-width": 2, "stroke-dasharray": "5 5" } : { "stroke-width": now.dashed.length ? 4 : 2 };
         const path = y.map((v, j) => `${X(now.x[j]).toFixed(1)},${Y(now.log ? Math.max(v, low) : v).toFixed(1)}`);
-        parts.push(svg("polyline", { points: path.join(" "), fill: "none", stroke, "stroke-width": 2 }));
+        parts.push(svg("polyline", { points: path.join(" "), fill: "none", stroke, ...style }));
         if (y.length <= 24) {
           for (const point of path) {
             const [cx, cy] = point.split(",");
@@ -405,6 +417,15 @@ function lines(first, { tip }) {
     el.replaceChildren(...charts.flatMap((c) => [c.key, c.sheet]));
   };
   return { el, paint };
+}
+
+/** An arrow of px; one too short for a head has none. */
+function headed(x, y, x2, y2, stroke) {
+  const length = Math.hypot(x2 - x, y2 - y), [u, v] = [(x2 - x) / length, (y2 - y) / length];
+  const line = svg("line", { x1: x, y1: y, x2, y2, stroke, "stroke-width": 1.6 });
+  if (!(length > 9)) return [line];
+  const corner = (side) => `${x2 - 7 * u - side * 3.5 * v},${y2 - 7 * v + side * 3.5 * u}`;
+  return [line, svg("polygon", { points: `${x2},${y2} ${corner(1)} ${corner(-1)}`, fill: stroke })];
 }
 
 /** Points with arrows. The one nearest to the mouse is chosen; arrow keys choose the next or the previous one. */
@@ -449,17 +470,22 @@ function points(first, { move, tip }) {
   const paint = (now, pointer) => {
     panel = now;
     chosen = pointer ?? now.mark ?? chosen;
-    const width = widthOf(el), height = Math.round(Math.min(Math.max(width * 0.75, 220), 400));
+    const width = widthOf(el), height = Math.round(heightBeside(el, Math.min(Math.max(width * 0.75, 220), 400)));
     const drawn = frame({
       width, height, x: now.limits[0], y: now.limits[1], xLabel: fitted(now.x_label, width - 60),
       yLabel: fitted(now.y_label, height - 40),
     });
     const { X, Y, parts } = drawn;
     at = now.group.map((_, i) => [X(now.xy[2 * i]), Y(now.xy[2 * i + 1])]);
-    now.group.forEach((g, i) => {
-      const stroke = ink(now.colours[g % now.colours.length]), [x, y] = at[i];
+    const colourOf = (i) => ink(now.colours[now.group[i] % now.colours.length]);
+    now.trails.forEach((trail, i) => {
+      const path = trail.map((v, j) => (j % 2 ? Y(v) : X(v)).toFixed(1)).join(" ");
+      parts.push(svg("polyline", { points: path, fill: "none", stroke: colourOf(i), "stroke-opacity": 0.4, "stroke-width": 1.2 }));
+    });
+    now.group.forEach((_, i) => {
+      const stroke = colourOf(i), [x, y] = at[i];
       const [x2, y2] = [X(now.xy[2 * i] + now.arrows[2 * i]), Y(now.xy[2 * i + 1] + now.arrows[2 * i + 1])];
-      parts.push(svg("line", { x1: x, y1: y, x2, y2, stroke, "stroke-opacity": 0.55, "stroke-width": 1.4 }));
+      parts.push(...headed(x, y, x2, y2, stroke));
       parts.push(svg("circle", { cx: x, cy: y, r: 3.5, fill: stroke }));
       if (i === now.mark) parts.push(svg("circle", { cx: x, cy: y, r: 8, class: "ring" }));
     });

@@ -1,6 +1,6 @@
 // Shift, scale and gate of every layer over time, as fluxedu/widgets/modulation.py.
 import { fixed, largest, norm, percent, range, rms, smallest, sum } from "./numbers.js";
-import { TIME_LABEL, lines, pixels, resizeTable, sequential, tableOf } from "./panels.js";
+import { TIME_LABEL, between, lines, pixels, resizeTable, tableOf } from "./panels.js";
 import { insideText, labelsOf, once } from "./run.js";
 
 const KINDS = ["shift", "scale", "gate"], SOME = 5;
@@ -49,10 +49,11 @@ export async function open(engine, message, onProgress) {
     const some = range(SOME).map((i) => order[Math.floor((i * (width - 1)) / (SOME - 1))]);
     const columns = times.map((t) => `t=${fixed(t, 2)}`);
     const series = Object.fromEntries(KINDS.map((k, i) => [k, times.map((_, t) => rms(found[t].get(three[i]).data))]));
-    const colours = resizeTable(sequential(size, { name: "viridis", scale: "row" }), 260, 260);
+    const [low, high] = [smallest(size.data), largest(size.data)];
+    const colours = resizeTable(between(size, low, high), 260, 260);
     const panels = [
       pixels(`Size of the ${what}, by layer and time`, colours, {
-        cells: [layers.length, count], mark: [layer, time], key: ["0", "largest of the row"], colours: "viridis",
+        cells: [layers.length, count], mark: [layer, time], key: [fixed(low, 2), fixed(high, 2)], colours: "viridis",
         rows: layers.map((l) => l.name), columns, unit: "root mean square over channels", axes: ["layer", "time"],
         pointer: "cell",
       }),
