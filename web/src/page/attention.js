@@ -1,7 +1,17 @@
 // Attention: for one patch or one word, exact maps of every block and head.
+import { term } from "./glossary.js";
 import { heat, overlay, show } from "./paint.js";
 
-const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
+const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}\u00a0%`;
+
+/** Shares that sum to 1 as whole percentages that sum to 100. */
+function wholes(shares) {
+  const floors = shares.map((share) => Math.floor(100 * share)), left = 100 - floors.reduce((a, b) => a + b, 0);
+  const order = [...shares.keys()].sort((a, b) => (100 * shares[b] - floors[b]) - (100 * shares[a] - floors[a]));
+  for (const i of order.slice(0, left)) floors[i]++;
+  return floors.map((whole) => (whole ? `${whole}\u00a0%` : "less than 1\u00a0%"));
+}
+
 const short = (block) => block.replace("double.", "double ").replace("single.", "single ");
 
 export function createAttention({ store, info, onBlock, onOpen }) {
@@ -77,6 +87,8 @@ export function createAttention({ store, info, onBlock, onOpen }) {
     });
     const rest = document.createElement("span");
     rest.className = "rest";
+    rest.innerHTML = `+ ${term("padding", "end and padding")} `;
+    rest.append("");
     words.append(rest);
   }
 
@@ -100,14 +112,14 @@ export function createAttention({ store, info, onBlock, onOpen }) {
     const isPatch = place.startsWith("patch"), n = Number(place.split(":")[1]);
     box.hidden = !isPatch;
     $("#key-most").textContent = percent(Math.max(...picture));
-    $("#attention-read").textContent = isPatch
-      ? "The outlined patch attends; the brighter a patch, the more it is attended to. Words are coloured in the same way."
-      : "The brighter a patch, the more it attends to the word.";
     if (isPatch) {
       Object.assign(box.style, { left: `${(100 * (n % columns)) / columns}%`, top: `${(100 * Math.floor(n / columns)) / rows}%`,
         width: `${100 / columns}%`, height: `${100 / rows}%` });
     }
     const most = Math.max(...text.slice(0, words.children.length - 1), 1e-12);
+    $("#attention-read").textContent = isPatch
+      ? `The outlined patch attends to the bright patches most. The words have a scale of their own: the stronger the amber, the more attention, up to ${percent(most)}.`
+      : "The brighter a patch, the more it attends to the word.";
     let named = 0;
     [...words.children].forEach((button, i) => {
       if (button.className === "rest") return;
@@ -117,12 +129,13 @@ export function createAttention({ store, info, onBlock, onOpen }) {
       button.title = isPatch ? percent(text[i]) : "";
     });
     const inText = text.reduce((a, b) => a + b, 0), rest = words.querySelector(".rest");
-    rest.textContent = isPatch ? `+ end and padding ${percent(inText - named)}` : "";
+    rest.hidden = !isPatch;
+    rest.lastChild.textContent = ` ${percent(inText - named)}`;
     const who = `${short(block)}, ${head === "mean" ? "mean of the 5 heads" : `head ${head}`}`;
     if (isPatch) {
       const best = [...text.slice(0, words.children.length - 1).keys()].sort((a, b) => text[b] - text[a])[0];
-      const name = pieces[best]?.replaceAll("▁", "");
-      said.innerHTML = `<b>Row ${Math.floor(n / columns) + 1}, column ${(n % columns) + 1}</b> (${who}) gives ${percent(named)} of its attention to words, most to <b></b> (${percent(text[best])}), and ${percent(1 - inText)} to patches.`;
+      const name = pieces[best]?.replaceAll("▁", ""), [inWords, inPatches, inRest] = wholes([named, 1 - inText, inText - named]);
+      said.innerHTML = `<b>Row ${Math.floor(n / columns) + 1}, column ${(n % columns) + 1}</b> (${who}) gives ${inWords} of its attention to words (most to <b></b>, ${percent(text[best])}), ${inPatches} to patches and ${inRest} to end and padding.`;
       said.querySelectorAll("b")[1].textContent = `“${name}”`;
     } else {
       const best = picture.indexOf(Math.max(...picture));

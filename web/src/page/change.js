@@ -2,10 +2,10 @@
 import { difference, show } from "./paint.js";
 
 const TABS = {
-  prompts: ["Two prompts", "Let the two text encoders read different prompts. Which of them does the picture follow?"],
-  hide: ["Hide words", "No token may attend to the words that you hide. (T5 has read them before; CLIP, too.)"],
-  positions: ["Move positions", "Every patch knows its row and column by its position. Tell the patches something else."],
-  mute: ["Mute a part", "Set to zero what a part of the model adds, in every step."],
+  prompts: ["Two prompts", "Let the two text encoders read different prompts: edit one of them and press Enter. Which one does the picture follow?"],
+  hide: ["Hide words", "Choose words. No token of the model can attend to them; but T5 and CLIP have read them before."],
+  positions: ["Move positions", "Every patch knows its row and column by its position. Give the patches other positions."],
+  mute: ["Mute a part", "Leave out what one block or head adds, in every step. If the picture hardly changes, it did not depend on this part."],
 };
 const COLUMNS = { "": "as they are", mirror: "mirrored", same: "all the same" };
 
@@ -63,7 +63,7 @@ export function createChange({ store, info, getRun, draw }) {
     return found ? text.replace(found, found === "green" ? "blue" : "green") : text;
   };
   function initial(name) {
-    return { prompts: { kind: name, t5: prompt(), clip: swapColour(prompt()) }, hide: { kind: name, tokens: [] },
+    return { prompts: { kind: name, t5: prompt(), clip: prompt() }, hide: { kind: name, tokens: [] },
       positions: { kind: name, columns: "", dx: 0, dy: 0 },
       mute: { kind: name, block: "double.0", part: "block" } }[name];
   }
@@ -130,7 +130,7 @@ export function createChange({ store, info, getRun, draw }) {
       controls.append(
         label("block", select(info.blocks.map((b) => [b, b.replace(".", " ")]), change.block, (block) => set({ block }))),
         label("part", select([["block", "the whole block"], ...Array.from({ length: info.heads }, (_, h) => [`head.${h}`, `head ${h}`]),
-          ["mod", "its modulation"]], change.part, (part) => set({ part }))));
+          ["mod", "its modulation (scales, shifts, gates)"]], change.part, (part) => set({ part }))));
     }
     if (store.state.change) {
       const button = document.createElement("button");
@@ -161,6 +161,11 @@ export function createChange({ store, info, getRun, draw }) {
     }));
   }
 
+  function clear() {
+    after.classList.add("none");
+    diff.classList.add("none");
+  }
+
   async function update() {
     const run = getRun(), change = store.state.change;
     if (!run) return;
@@ -168,16 +173,24 @@ export function createChange({ store, info, getRun, draw }) {
     captions[0].textContent = `before: seed ${run.request.seed}`;
     if (isEmpty(change, run.request)) {
       shown = "";
-      after.classList.add("none");
-      diff.classList.add("none");
+      number++; // what is still being drawn is not shown
+      document.querySelector("#change").classList.remove("busy");
+      clear();
       captions[1].textContent = "after: nothing is changed yet";
       said.textContent = "Choose a change, or one of the examples.";
       return;
     }
     const request = changed(run.request, change), mine = ++number, text = JSON.stringify(request);
-    if (text === shown) return;
+    if (text === shown) {
+      after.classList.remove("none");
+      diff.classList.remove("none");
+      document.querySelector("#change").classList.remove("busy");
+      return;
+    }
     document.querySelector("#change").classList.add("busy");
-    captions[1].textContent = "drawing with the change …";
+    clear();
+    captions[1].textContent = "after: drawing with the change …";
+    said.textContent = "";
     try {
       const other = await draw(request);
       if (mine !== number) return;
@@ -189,7 +202,7 @@ export function createChange({ store, info, getRun, draw }) {
       diff.classList.remove("none");
       captions[1].textContent = `after: ${describe(change, run.tokens, info)}`;
       const much = share < 0.005 ? "Almost no pixel changes visibly" : `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} % of the pixels change visibly`;
-      said.textContent = `${much} (by more than 30 of 255 grey levels).`;
+      said.textContent = `${much} (red, green or blue by more than 30 of 255).`;
       document.dispatchEvent(new CustomEvent("fluxedu:changed"));
     } catch (error) {
       if (error.name === "AbortError" || mine !== number) return;
@@ -203,6 +216,10 @@ export function createChange({ store, info, getRun, draw }) {
   store.on((state, names) => {
     if (!names.has("change")) return;
     if (state.change) kind = state.change.kind;
+    if (getRun() && !isEmpty(state.change, getRun().request)) { // the old result must not be taken for the new one
+      clear();
+      document.querySelector("#change").classList.add("busy");
+    }
     build();
     clearTimeout(wait);
     wait = setTimeout(update, 60);

@@ -2,6 +2,7 @@
 //
 // A quick preview (a weighted sum of each cell's 16 numbers) is there at once. The decoder's exact picture takes a
 // third of a second, so it follows: first of the step that is looked at, then of the others while nothing else runs.
+import { term } from "./glossary.js";
 import { preview, show } from "./paint.js";
 
 /** The latents of x_t after `index` steps, and of the guess of the finished picture that leads on from there. */
@@ -27,13 +28,13 @@ export function createFilm({ store, decode }) {
   const index = () => Math.min(store.state.step ?? Math.round(0.45 * run.steps), run.steps);
   const key = (kind, i) => (i >= run.steps ? "noisy " : `${kind} `) + i;
 
-  function imageOf(kind, i) {
-    const name = key(kind, i), found = exact.get(run)?.get(name) ?? quick.get(run)?.get(name);
-    if (found) return found;
+  const imageOf = (kind, i) => exact.get(run)?.get(key(kind, i)) ?? quickOf(kind, i);
+
+  function quickOf(kind, i) {
+    const name = key(kind, i);
     if (!quick.has(run)) quick.set(run, new Map());
-    const image = preview(latentsAt(run, i)[kind], run.shape);
-    quick.get(run).set(name, image);
-    return image;
+    if (!quick.get(run).has(name)) quick.get(run).set(name, preview(latentsAt(run, i)[kind], run.shape));
+    return quick.get(run).get(name);
   }
 
   function paint() {
@@ -49,12 +50,13 @@ export function createFilm({ store, decode }) {
     slider.max = run.steps;
     slider.value = i;
     const t = run.times[i].toFixed(2), count = run.steps;
-    slider.setAttribute("aria-valuetext", i ? `after step ${i} of ${count}` : "noise, before step 1");
+    slider.setAttribute("aria-valuetext", i ? (i < count ? `step ${i + 1} of ${count}` : "finished") : `step 1 of ${count}, pure noise`);
+    const share = (part) => `${(100 * part).toFixed(0)}\u00a0%`, time = term("time", `<i>t</i>\u00a0=\u00a0${i ? t : 1}`);
     now.innerHTML = i === 0
-      ? `<b>Before step 1</b> of ${count} (time <i>t</i> = 1): pure noise. From it and your prompt, the model makes a first guess.`
+      ? `<b>Step 1 of ${count}</b> (${time}): pure noise goes in. From it and your prompt, the model makes its first guess.`
       : i < count
-        ? `<b>After step ${i}</b> of ${count} (<i>t</i> = ${t}): ${(100 * (1 - run.times[i])).toFixed(0)} % picture, ${(100 * run.times[i]).toFixed(0)} % noise.`
-        : `<b>After step ${count}</b> of ${count} (<i>t</i> = 0): no noise is left, and this is the picture.`;
+        ? `<b>Step ${i + 1} of ${count}</b> (${time}): what goes in is ${share(1 - run.times[i])} picture and ${share(run.times[i])} noise.`
+        : `<b>After step ${count} of ${count}</b> (<i>t</i> = 0): no noise is left, and this is the picture.`;
     caption.textContent = `“${run.request.prompt}”, seed ${run.request.seed}`;
     main.setAttribute("aria-label", `The picture drawn for the prompt: ${run.request.prompt}`);
     document.dispatchEvent(new CustomEvent("fluxedu:shown", { detail: { step: i } }));
@@ -65,7 +67,9 @@ export function createFilm({ store, decode }) {
     if (thumbs.childElementCount !== count) {
       thumbs.replaceChildren(...Array.from({ length: count }, () => document.createElement("canvas")));
     }
-    [...thumbs.children].forEach((canvas, k) => show(canvas, imageOf("guess", Math.round((k * run.steps) / (count - 1)))));
+    const steps = [...thumbs.children].map((_, k) => Math.round((k * run.steps) / (count - 1)));
+    const isExact = steps.every((i) => exact.get(run).has(key("guess", i))); // all previews or all exact: never a mixture
+    [...thumbs.children].forEach((canvas, k) => show(canvas, isExact ? imageOf("guess", steps[k]) : quickOf("guess", steps[k])));
   }
 
   /** Decodes one picture after the other: what is looked at first. */
@@ -94,9 +98,10 @@ export function createFilm({ store, decode }) {
     play.classList.remove("playing");
     play.setAttribute("aria-label", "Play the steps");
   }
-  function start() {
+  function start(from = index()) {
     if (!run) return;
-    let i = index() >= run.steps ? 0 : index();
+    stop();
+    let i = from >= run.steps ? 0 : from;
     store.set({ step: i });
     play.classList.add("playing");
     play.setAttribute("aria-label", "Stop");
@@ -115,6 +120,8 @@ export function createFilm({ store, decode }) {
     decoded: (of, kind, i) => exact.get(of)?.get(key(kind, i)),
     get isPlaying() { return timer !== 0; },
     stop,
+    /** Runs through all steps. */
+    play: () => start(0),
     /** While a picture is drawn: what is known after a step. */
     drawing({ latents, x0, shape, t, step, request: { prompt, steps } }) {
       drawing = true;

@@ -21,12 +21,16 @@ const say = (text) => { $("#said").textContent = text; };
 
 const store = createStore(parse(location.hash));
 createGlossary();
-const tour = createTour(store);
-createQuestions((step) => tour.open(step));
+const tour = createTour(store, (isFinished) => {
+  if (!isFinished) return;
+  $("#draw").scrollIntoView();
+  toast("That was the tour. Now change the prompt and draw a picture of your own.");
+});
+createQuestions((part, play) => { tour.open(part); if (play) playSteps(); });
 let engine, film, prompt, attention, change, run = null, abort = null;
 const runs = new Map(); // request as JSON -> run
 
-for (const link of document.querySelectorAll("[data-docs]")) link.hidden = !isSite;
+for (const links of document.querySelectorAll("[data-docs]")) links.hidden = !isSite;
 $("#docs-hint").hidden = isSite;
 
 // ---- light and dark
@@ -49,16 +53,18 @@ function toast(text) {
 
 // ---- loading
 const progress = $("#progress");
-const onProgress = ({ loaded, total, what }) => {
+const onProgress = ({ loaded, total }) => {
   progress.value = total ? loaded / total : 0;
   const mb = (bytes) => (bytes / 1e6).toFixed(1);
-  $("#what").textContent = `${what ?? "weights"}: ${mb(loaded)} of ${mb(total)} MB; later visits work offline`;
+  $("#what").textContent = loaded < total
+    ? `${mb(loaded)} of ${mb(total)} MB; later visits work offline` : "Everything is here: the model is being started …";
 };
 still();
 $("#prompt").value = store.state.prompt;
+let opened = ""; // the box of the map that is open
 const map = createMap($("#map-view"), {
-  wiring: WIRING, step: 0, values: valueOf, onSelect: chosen, link, open: store.state.open,
-  onOpen: (id) => store.set({ open: id ?? "" }),
+  wiring: WIRING, step: 0, values: valueOf, letters, onSelect: chosen, link, open: store.state.open,
+  onOpen: (id) => { opened = id ?? ""; store.set({ open: opened }); },
 });
 open().catch((error) => {
   $("#loading").innerHTML = "<p><strong>The model could not be loaded.</strong><br></p>";
@@ -77,7 +83,7 @@ async function open() {
   const { info } = engine;
   buildForm(info);
   film = createFilm({ store, decode: (latents, shape) => engine.decode(latents, shape) });
-  attention = createAttention({ store, info, onBlock: (block) => map.highlight([block]), onOpen: openBlock });
+  attention = createAttention({ store, info, onBlock: (block) => map.highlight([block], "its attention is shown below"), onOpen: openBlock });
   change = createChange({ store, info, getRun: () => run, draw: (request) => busy(() => obtain(request)) });
   store.on(changed);
   document.documentElement.dataset.ready = Math.round(performance.now()); // interactive: for measurements
@@ -108,7 +114,7 @@ function buildForm(info) {
   });
   const million = info.parameters ? `${(info.parameters / 1e6).toFixed(1)} million` : "4.4 million";
   $("#facts").textContent = `The model on this page: ${million} parameters in the transformer, ${info.blocks.length} blocks of `
-    + `${info.heads} heads, pictures of ${info.shapes.map(([h, w]) => `${w} × ${h}`).join(", ")} pixels. FLUX.1: 11.9 billion `
+    + `${info.heads} heads, ${info.shapes.length} sizes of pictures. FLUX.1: 11.9 billion `
     + "parameters, 57 blocks of 24 heads. The results on this page are those of the miniature; what holds for it need not hold for FLUX.1.";
 }
 
@@ -165,7 +171,7 @@ async function obtain(request, onStep, signal) {
 async function draw() {
   abort?.abort();
   const { signal } = (abort = new AbortController()), { state } = store, request = requestOf(state);
-  const started = performance.now();
+  const started = performance.now(), isKnown = runs.has(JSON.stringify(request));
   document.body.classList.add("drawing");
   const { channels, downscale } = engine.info.latent;
   const shape = [channels, request.height / downscale, request.width / downscale];
@@ -180,17 +186,25 @@ async function draw() {
     document.body.classList.remove("drawing");
     film.pause();
     film.set(run);
-    $("#took").textContent = `${((performance.now() - started) / 1000).toFixed(1)} s`;
+    $("#took").textContent = isKnown ? "" : `drawn in ${((performance.now() - started) / 1000).toFixed(1)} s`;
     document.documentElement.dataset.drawn = Math.round(performance.now());
     say(`Drawn: ${request.prompt}`);
     await look(0).finally(film.resume);
     change.refresh();
+    if (isToPlay) playSteps();
   } catch (error) {
     failed(error);
   } finally {
     stopPulse();
     if (!signal.aborted) document.body.classList.remove("drawing");
   }
+}
+
+let isToPlay = false; // as soon as the picture is drawn
+
+function playSteps() {
+  isToPlay = !run || document.body.classList.contains("drawing");
+  if (!isToPlay) film.play();
 }
 
 /** A light runs through the map: once through the text encoders, then again and again through the blocks. */
@@ -246,11 +260,21 @@ function failed(error) {
   console.error(error);
 }
 
+/** Numbers behind the letters of the map's shapes: those of the picture drawn last. */
+function letters() {
+  if (!run) return {};
+  const [C, h, w] = run.shape, N = (h * w) / 4;
+  return { C, h, w, N, T: N + WIRING.letters.L };
+}
+
 /** What the map shows of a site at a step. */
 async function valueOf(site, step) {
   if (!run) return null;
   const of = run;
   if (site === "sample.image" || site === "ae.decoder.image") return { kind: "pixels", image: of.image, title: "the picture" };
+  if (site === "sample.next") { // the state after the step
+    return step + 1 < of.steps ? valueOf("sample.x", step + 1) : { kind: "pixels", image: of.image, title: "the picture" };
+  }
   if (site === "sample.noise") return { kind: "pixels", image: preview(of.latents[0], of.shape), title: "the noise, quickly decoded" };
   const picture = { "sample.x": "noisy", "sample.x0": "guess" }[site], image = picture && film.decoded(of, picture, step);
   if (image) return { kind: "pixels", image, title: "as a picture" };
@@ -277,6 +301,7 @@ function chosen({ id }) {
 }
 
 function changed(state, names) {
+  if (names.has("open") && state.open !== opened) state.open ? map.open(state.open) : map.close();
   if (REQUEST.some((name) => names.has(name))) { fillForm(); draw(); }
   else if (names.has("step")) { film.paint(); look(film.isPlaying ? 600 : 150); }
 }

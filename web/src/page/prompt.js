@@ -32,7 +32,7 @@ export function createPrompt({ vocabulary, colours, tokenize, onPrompt }) {
     row.className = `chips ${groups[0]}`;
     row.setAttribute("role", "group");
     row.setAttribute("aria-label", `${title}: words that the model knows`);
-    row.innerHTML = `<span>${title}</span>`;
+    row.innerHTML = `<span>${title}</span><div></div>`;
     for (const [group, word] of groups.flatMap((name) => vocabulary[name].map((word) => [name, word]))) {
       const button = document.createElement("button");
       button.type = "button";
@@ -42,7 +42,7 @@ export function createPrompt({ vocabulary, colours, tokenize, onPrompt }) {
       button.append(word);
       button.title = `Write “${word}” into the prompt`;
       button.addEventListener("click", () => insert(group, word));
-      row.append(button);
+      row.lastChild.append(button);
     }
     chips.append(row);
   }

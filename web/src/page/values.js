@@ -19,7 +19,7 @@ function table(data, rows, columns, fromZero, title) {
     rgb.set(fromZero ? magma(share) : mix(WHITE, value < 0 ? BLUE : RED, share), 3 * i);
   });
   const colours = fromZero ? [0, 0.25, 0.5, 0.75, 1].map((share) => hex(magma(share))) : [BLUE, WHITE, RED].map(hex);
-  const beyond = largest > 1.5 * end ? `1 number in 100 is larger, up to ${number(largest)}` : null;
+  const beyond = largest > 1.5 * end ? `The scale ends at ${number(end)}; 1 number in 100 lies beyond it, at most ${number(largest)} from 0.` : null;
   return { kind: "pixels", width: columns, height: rows, data: rgb, title, colours, text: beyond,
     key: [fromZero ? "0" : `−${number(end)}`, number(end)] };
 }
