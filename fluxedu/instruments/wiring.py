@@ -67,7 +67,7 @@ CODE = {
 
 @cache
 def _written() -> dict[str, dict[str, str]]:
-    """``boxes.json``: key -> title, formula (LaTeX) and text."""
+    """``boxes.json``: key -> title, formula (LaTeX), the meaning of its letters (``where``) and text."""
     return json.loads((HERE / "boxes.json").read_text(encoding="utf-8"))
 
 
@@ -119,7 +119,7 @@ class _Maker:
         box = {"id": name, "title": title, "kind": kind, "formula": key, "text": text}
         box |= {"shape": None if site is None else list(site.shape), "site": None if site is None else name}
         box |= {"source": place, "code": _line(place)} | more
-        return box | {"short": written["short"]} if "short" in written else box
+        return box | {name: written[name] for name in ("short", "where") if name in written}
 
     def has(self, name: str) -> bool:
         return name in self.every
@@ -452,7 +452,7 @@ class _Maker:
             make(
                 "velocity", "image", (7, 1, 2), "velocity.all", inside=velocity, shows="sample.velocity", picture=True
             ),
-            make("solver", "time", (8, 1, 2), inside=solver, shows="sample.x0", picture=True),
+            make("solver", "image", (8, 1, 2), inside=solver, shows="sample.x", picture="sample.next"),
             make("decoder", "image", (9, 1, 2), inside=self.decoder(), shows="ae.decoder.image"),
             make("image", "image", (10, 1, 2), "sample.image", picture=True),
         ]
@@ -515,7 +515,8 @@ def wiring(pipe=None) -> dict[str, Any]:
 
     A group has ``rows`` of boxes and of groups, ``flow``, and for residual streams ``rails`` (down a side) and
     ``pluses`` (where contributions are added). A box without a site of its own may show the value of another
-    (``shows``). :func:`boxes` lists all boxes.
+    (``shows``). ``where`` names the letters of its formula. ``picture``: whether the overview shows its value, or the
+    name of another (``sample.next``: the state after the step). :func:`boxes` lists all boxes.
     """
     every = {site.name: site for site in sites(pipe)}
     maker = _Maker(every)
@@ -559,7 +560,8 @@ def _letters(pipe) -> dict[str, int]:
     config = pipe.autoencoder.config
     cells = pipe.size // config.downscale
     text, image = pipe.defaults.text_length, (cells // 2) ** 2
-    return {"B": 1, "L": text, "N": image, "T": text + image}
+    channels = pipe.autoencoder.config.z_channels
+    return {"B": 1, "C": channels, "h": cells, "w": cells, "L": text, "N": image, "T": text + image}
 
 
 def boxes(wiring: Mapping[str, Any], group: Group | None = None) -> Iterator[Box]:

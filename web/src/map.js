@@ -62,17 +62,22 @@ function overview(wiring, width) {
   return width >= 880 ? wide(wiring, width) : narrow(wiring, width);
 }
 
+const FULL_TITLE = 108; // px that "Double-stream / blocks" needs
 const blocksOf = (box) => box.inside.rows.map(([block]) => block);
-const LANES = [12, 56, 100, 146], BOX = 38;
+const LANES = [26, 70, 114, 160], BOX = 38;
 
 function wide(wiring, width) {
   const c = clamp(width * 0.066, 72, 92), g = clamp(width * 0.014, 8, 22), pad = 3;
-  const height = 236, rects = new Map(), labels = [];
+  const height = 252, rects = new Map(), labels = [];
   const get = (id) => wiring.boxes.find((box) => box.id === id);
   const counts = ["double", "single"].map((kind) => blocksOf(get(kind)).length);
   const rest = width - 2 * pad - 9 * c - 10 * g, total = counts[0] + counts[1];
   const tile = (rest - 16) / total - 3, tiled = tile >= 11;
   const share = [0, 1].map((i) => (tiled ? 8 + counts[i] * ((rest - 16) / total) : rest / 2));
+  if (tiled && rest > 2 * FULL_TITLE) { // few blocks of a kind still have room for their title
+    share[0] = clamp(share[0], FULL_TITLE, rest - FULL_TITLE);
+    share[1] = rest - share[0];
+  }
   const x = [];
   for (let column = 0, at = pad; column < 11; column++) {
     x.push(at);
@@ -81,12 +86,12 @@ function wide(wiring, width) {
   for (const box of wiring.boxes) {
     const [column, lane, lanes] = box.place, y = LANES[lane];
     if (box.id === "double" || box.id === "single") {
-      const i = column - 4, frame = { x: x[column], y: 4, w: share[i], h: 210 };
-      rects.set(box.id, { ...frame, box, frame: true, short: tiled ? shortTitle(box, counts[i], share[i]) : null });
+      const i = column - 4, frame = { x: x[column], y: 4, w: share[i], h: 224 };
+      rects.set(box.id, { ...frame, box, frame: true, lines: tiled ? frameTitle(box, counts[i], share[i]) : null });
       if (tiled) {
         const pitch = (share[i] - 8) / counts[i];
         blocksOf(box).forEach((block, n) => {
-          const r = { x: x[column] + 5.5 + n * pitch, y: 32, w: pitch - 3, h: 176 };
+          const r = { x: x[column] + 5.5 + n * pitch, y: 42, w: pitch - 3, h: 180 };
           rects.set(block.id, { ...r, box: block, short: String(n), tile: true });
         });
       }
@@ -104,70 +109,81 @@ function wide(wiring, width) {
     return { d: across(from, to), kind: R(a).box.kind, ends: [a, b] };
   });
   const [d, s, final] = [R("double"), R("single"), R("final")], middle = centre(final)[1];
-  const ty = centre(R("text"))[1], iy = centre(R("img_in"))[1], join = 142;
+  const ty = centre(R("text"))[1], iy = centre(R("img_in"))[1], join = 156;
   const tEnd = s.x + s.w, under = [
     { d: `${across(right(R("text")), [d.x, ty])}H${d.x + d.w}${curve(d.x + d.w, ty, s.x, join)}H${tEnd}`, kind: "text", w: TEXT_BAND },
     { d: `${across(right(R("img_in")), [d.x, iy])}H${d.x + d.w}${curve(d.x + d.w, iy, s.x, join + 12)}H${tEnd}${curve(tEnd, join + 12, final.x, middle)}`, kind: "image", w: IMAGE_BAND },
     { d: `M${right(R("vec.all")).join(" ")}H${final.x - 1}`, kind: "time", w: 2.5, head: true },
   ];
-  const [solver, latent] = [R("solver"), R("sample.x")], bottom = 228;
+  const [solver, latent] = [R("solver"), R("sample.x")], bottom = 244;
   const [sx] = centre(solver), [lx] = centre(latent);
   over.push({ d: `M${sx} ${solver.y + solver.h}V${bottom - 8}Q${sx} ${bottom} ${sx - 8} ${bottom}H${lx + 8}Q${lx} ${bottom} ${lx} ${bottom - 8}V${latent.y + latent.h + 1}`, kind: "image", dashed: true, ends: ["solver", "sample.x"] });
   labels.push({ text: "next step", x: (sx + lx) / 2, y: bottom - 5 });
   return { width, height, rects, under, over, labels };
 }
 
+const fall = (x1, y1, x2, y2) => `C${x1} ${(y1 + y2) / 2} ${x2} ${(y1 + y2) / 2} ${x2} ${y2}`;
 const curve = (x1, y1, x2, y2) => `C${(x1 + x2) / 2} ${y1} ${(x1 + x2) / 2} ${y2} ${x2} ${y2}`;
 
-function shortTitle(box, n, width) {
-  const kind = box.id === "double" ? "Double" : "Single";
-  if (width > 140) return box.title;
-  return width > 74 ? `${kind} × ${n}` : kind;
+function frameTitle(box, n, width) {
+  if (width > 150) return [box.title];
+  return width >= FULL_TITLE ? box.title.split(" ") : [`${box.id === "double" ? "Double" : "Single"}${width > 74 ? ` × ${n}` : ""}`];
 }
+
+const ROW = 32; // px from one block to the next
 
 function narrow(wiring, width) {
   const pad = 3, margin = 14, pitch = (width - pad - margin) / 4, gap = 22, h = 42, rects = new Map(), labels = [];
   const get = (id) => wiring.boxes.find((box) => box.id === id);
-  const top = [4, 4 + h + gap, 4 + 2 * (h + gap), 4 + 3 * (h + gap)];
-  let y = 4 + 4 * (h + gap);
-  for (const kind of ["double", "single"]) {
-    const box = get(kind), blocks = blocksOf(box), w = width - pad - margin, across = Math.min(blocks.length, Math.floor((w - 8) / 26));
-    const lines = Math.ceil(blocks.length / across), tiled = blocks.length <= 24, frame = tiled ? 26 + lines * 34 : h;
-    rects.set(box.id, { x: pad, y, w, h: frame, box, frame: tiled, short: tiled ? box.title : `${blocks.length} ${box.title.toLowerCase()}` });
+  const tall = 66; // of the row with the latent, which shows its picture
+  const top = [4, 4 + h + gap, 4 + 2 * (h + gap), 4 + 2 * (h + gap) + tall + gap];
+  let y = top[3] + h + gap;
+  for (const kind of ["double", "single"]) { // one block per row, so that both streams pass through every block
+    const box = get(kind), blocks = blocksOf(box), w = width - pad - margin, tiled = blocks.length <= 24;
+    const frame = tiled ? 28 + blocks.length * ROW : h;
+    rects.set(box.id, { x: pad, y, w, h: frame, box, frame: tiled, lines: [tiled ? box.title : `${blocks.length} ${box.title.toLowerCase()}`], start: tiled ? pad + pitch / 2 + 12 : null });
     if (tiled) blocks.forEach((block, n) => {
-      const tile = (w - 8) / across;
-      rects.set(block.id, { x: pad + 5 + (n % across) * tile, y: y + 25 + Math.floor(n / across) * 34, w: tile - 3, h: 30, box: block, short: String(n), tile: true });
+      rects.set(block.id, { x: pad + 5, y: y + 26 + n * ROW, w: w - 10, h: ROW - 6, box: block, short: `Block ${n}`, tile: true });
     });
-    y += frame + gap;
+    y += frame + 34;
   }
   const third = (width - pad - margin) / 3;
-  const tail = { final: [0, 0, third], "velocity.all": [1, 0, third], solver: [2, 0, third], decoder: [1, 1, third], "sample.image": [2, 1, third] };
+  const tail = { final: [0, 0, third], "velocity.all": [1, 0, third], solver: [2, 0, third], decoder: [2, 1, third], "sample.image": [1, 1, third] };
   for (const box of wiring.boxes) {
     const [row, lane, lanes] = box.place;
     if (rects.has(box.id)) continue;
     if (tail[box.id]) {
       const [i, line, w] = tail[box.id];
       rects.set(box.id, { x: pad + i * w + 3, y: y + line * (74 + gap), w: w - 10, h: 74, box });
-    } else rects.set(box.id, { x: pad + lane * pitch + 2, y: top[row], w: lanes * pitch - 6, h, box });
+    } else rects.set(box.id, { x: pad + lane * pitch + 2, y: top[row], w: lanes * pitch - 6, h: box.id === "sample.x" ? tall : h, box });
   }
   const R = (id) => rects.get(id), bottom = (r) => [r.x + r.w / 2, r.y + r.h], above = (r) => [r.x + r.w / 2, r.y - 1];
   const over = wiring.flow.map(([a, b]) => {
     const [r, t] = [R(a), R(b)];
-    if (Math.abs(r.y - t.y) < 2) return { d: `M${r.x + r.w} ${centre(r)[1]}H${t.x - 1}`, kind: r.box.kind, ends: [a, b] };
+    if (Math.abs(r.y - t.y) < 2) return { d: r.x < t.x ? `M${r.x + r.w} ${centre(r)[1]}H${t.x - 1}` : `M${r.x} ${centre(r)[1]}H${t.x + t.w + 1}`, kind: r.box.kind, ends: [a, b] };
     const from = bottom(r), to = above(t);
     if (r.w > t.w && to[0] > r.x && to[0] < r.x + r.w) from[0] = to[0];
     else if (t.w > r.w && from[0] > t.x && from[0] < t.x + t.w) to[0] = from[0];
     return { d: down(from, to), kind: r.box.kind, ends: [a, b] };
   });
   const [d, s, final] = [R("double"), R("single"), R("final")], tx = centre(R("text"))[0], ix = centre(R("img_in"))[0];
+  const last = s.y + s.h, join = ix - (TEXT_BAND + IMAGE_BAND) / 2, [fx] = centre(final), vec = R("vec.all");
+  const vx = vec.x + vec.w - 12, vf = final.x + final.w - 12; // beside the titles of the frames
   const under = [
-    { d: `M${tx} ${R("text").y + h}V${s.y + s.h}`, kind: "text", w: TEXT_BAND },
-    { d: `M${ix} ${R("img_in").y + h}V${s.y + s.h}C${ix} ${s.y + s.h + gap / 2} ${centre(final)[0]} ${s.y + s.h + gap / 2} ${centre(final)[0]} ${final.y}`, kind: "image", w: IMAGE_BAND },
-    { d: `M${bottom(R("vec.all")).join(" ")}V${s.y - 1}`, kind: "time", w: 2.5, head: true },
+    { d: `M${tx} ${R("text").y + h}V${d.y + d.h}${fall(tx, d.y + d.h, join, s.y)}V${last}`, kind: "text", w: TEXT_BAND },
+    { d: `M${ix} ${R("img_in").y + h}V${last}${fall(ix, last, fx, final.y)}`, kind: "image", w: IMAGE_BAND },
+    { d: `M${vx} ${vec.y + vec.h}V${last}${fall(vx, last, vf, final.y - 1)}`, kind: "time", w: 2.5, head: true },
   ];
   const [solver, latent] = [R("solver"), R("sample.x")], edge = width - 5;
   over.push({ d: `M${solver.x + solver.w} ${centre(solver)[1]}H${edge - 6}Q${edge} ${centre(solver)[1]} ${edge} ${centre(solver)[1] - 6}V${centre(latent)[1] + 6}Q${edge} ${centre(latent)[1]} ${edge - 6} ${centre(latent)[1]}H${latent.x + latent.w + 1}`, kind: "image", dashed: true, ends: ["solver", "sample.x"] });
   return { width, height: y + 2 * (74 + gap) - gap + 6, rects, under, over, labels, stacked: true };
+}
+
+/** The width in px that a group can use, if each box has its full width. */
+function need(group) {
+  const wanted = (cell) => (cell.rows?.length ? need(cell) : 190 * (cell.weight ?? 1));
+  const widest = Math.max(...group.rows.map((row) => row.reduce((sum, cell) => sum + wanted(cell), 0)), 190);
+  return widest + 46 * (group.rails?.length ?? 0) + 16;
 }
 
 /** The wiring inside a box, from top to bottom; residual streams run down the sides. */
@@ -217,7 +233,8 @@ function detail(group, width, blockKind) {
         const r = R(id), [cx] = centre(r);
         over.push({ d: `M${mx} ${r.y - 11}H${cx}V${r.y - 1}`, kind: "time", ends: [rail.modulation, id] });
       }
-      labels.push({ text: "vec", x: centre(m)[0] + 18, y: m.y - 8 });
+      const name = m.w > 120 ? "modulation vector" : "vec";
+      labels.push({ text: name, x: centre(m)[0] + (m.w > 120 ? 58 : 18), y: m.y - 8 });
       over.push({ d: `M${centre(m)[0]} ${m.y - 20}V${m.y - 1}`, kind: "time", ends: ["vec", rail.modulation] });
     }
     for (const plus of (group.pluses ?? []).filter((p) => R(p.at) && isNear(R(p.at), isLeft, width, rails.length))) {
@@ -338,11 +355,12 @@ function curves({ x, series, mark, colours = LINE_COLOURS, x_label = "", title }
  *
  * wiring: see fluxedu/instruments/wiring.py · values(site, step, isChosen): a promise of what paintValue takes, or null · times: of
  * the steps; shows a time slider · onSelect(box), onStep(step), onOpen(id or null) · link(source): a URL for
- * "models/blocks.py:78", or null · hoverText(site, step): a sentence · hint: the line shown before anything is chosen.
+ * "models/blocks.py:78", or null · letters(): numbers behind the letters of shapes, where they differ from the wiring's
+ * · hoverText(site, step): a sentence · hint: the line shown before anything is chosen.
  */
 export function createMap(element, options) {
   const { wiring, values = null, times = null, onSelect, onStep, onOpen, link = () => null } = options;
-  const hint = options.hint ?? "Choose a box to see what it computes. A box with ▾ opens into its inner wiring.";
+  const hint = options.hint ?? "Choose a box to see what it computes. A box with ▾ opens: it shows its parts.";
   // ids occur once on a page, although each widget has its own copy of this module
   const prefix = `map-${Math.random().toString(36).slice(2, 10)}`, boxes = indexOf(wiring);
   let step = options.step ?? 0, openId = null, selected = null, width = 0, pulsing = null, playing = null, asked = 0;
@@ -350,7 +368,7 @@ export function createMap(element, options) {
   const crumbs = html("div", { className: "map-crumbs" });
   crumbs.setAttribute("role", "group"); // not a landmark: a page may have several maps
   crumbs.setAttribute("aria-label", "Where you are in the model");
-  const tools = html("div", { className: "map-tools" });
+  const tools = html("div", { className: "map-tools" }), legend = html("span", { className: "map-lit", hidden: true });
   const top = viewer("The model, from the prompt to the image"), inner = viewer("");
   const panel = html("div", { className: "map-panel" }), panelId = `${prefix}-panel`;
   panel.id = panelId;
@@ -359,7 +377,7 @@ export function createMap(element, options) {
   panel.setAttribute("aria-live", "polite");
   const below = html("div", { className: "map-below" }, inner.el, panel), tip = html("div", { className: "map-tip", hidden: true });
   tip.setAttribute("aria-hidden", "true");
-  const root = html("div", { className: "fluxedu-map" }, html("div", { className: "map-bar" }, crumbs, tools), top.el, below, tip);
+  const root = html("div", { className: "fluxedu-map" }, html("div", { className: "map-bar" }, crumbs, legend, tools), top.el, below, tip);
   root.dataset.lmSuppressShortcuts = "true"; // keeps JupyterLab from using our keys
   element.append(root);
 
@@ -453,11 +471,11 @@ export function createMap(element, options) {
   }
 
   /** The short title, where there is one, in a box too narrow for the longest word. */
-  const fitting = (box, w) => (box.short && box.title.split(" ").some((word) => word.length * 6.6 > w - 2) ? box.short : box.title);
+  const fitting = (box, w) => (box.short && box.title.split(" ").some((word) => word.length * 8 > w - 2) ? box.short : box.title);
 
   function shape(view, id, r) {
     const { box } = r, classes = `box k-${box.kind}${r.tile ? " tile" : ""}${r.frame ? " frame" : ""}${r.plus ? " plus" : ""}`;
-    const lines = r.short ? [r.short] : r.plus ? [] : broken(fitting(box, r.w), r.w), seen = lines.join(" ");
+    const lines = r.lines ?? (r.short ? [r.short] : null) ?? (r.plus ? [] : null) ?? broken(fitting(box, r.w), r.w), seen = lines.join(" ");
     const name = (box.title.includes(seen) ? "" : `${seen}: `) + box.title + (box.inside ? ", opens" : ""); // with what is seen
     const g = svg("g", { class: classes, role: "button", "aria-label": name, "data-id": id });
     if (box.inside) g.setAttribute("aria-expanded", "false");
@@ -467,16 +485,22 @@ export function createMap(element, options) {
       g.append(svg("circle", { cx, cy, r: 10 }), svg("path", { d: `M${cx - 5} ${cy}H${cx + 5}M${cx} ${cy - 5}V${cy + 5}`, class: "cross" }));
     } else {
       g.append(svg("rect", { x: r.x, y: r.y, width: r.w, height: r.h, rx: r.tile ? 4 : 7 }));
-      const hasPicture = box.picture && r.h > 50;
-      const at = r.frame ? r.y + 18 : hasPicture ? r.y + 14 : r.y + r.h / 2 - (lines.length - 1) * 6.5 + 4;
-      const tspans = lines.map((line, i) => Object.assign(svg("tspan", { x: r.x + r.w / 2, y: at + i * 13 }), { textContent: i < lines.length - 1 ? `${line} ` : line }));
-      g.append(svg("text", { class: "title", "text-anchor": "middle" }, ...tspans));
+      const hasPicture = box.picture && r.h > 50, isRow = r.tile && r.w > r.h, opens = box.inside && !isRow ? 8 : 0;
+      const at = r.frame ? r.y + 16 : hasPicture ? r.y + 14 : r.y + (r.h - (lines.length < 3 ? opens : 0)) / 2 - (lines.length - 1) * 6.5 + 4;
+      const tspans = lines.map((line, i) => Object.assign(svg("tspan", { x: r.start ?? r.x + r.w / 2, y: at + i * 13 }), { textContent: i < lines.length - 1 ? `${line} ` : line }));
+      g.append(svg("text", { class: "title", "text-anchor": r.start ? "start" : "middle" }, ...tspans));
       if (hasPicture) {
-        const above = 8 + lines.length * 13, side = Math.min(r.w - 10, r.h - above - 6);
+        const above = 8 + lines.length * 13, side = Math.min(r.w - 10, r.h - above - 6 - opens);
         g.append(svg("image", { x: r.x + (r.w - side) / 2, y: r.y + above + 1, width: side, height: side, preserveAspectRatio: "xMidYMid meet", class: "live" }));
-      } else if (box.inside && !r.tile && !r.frame) g.append(svg("path", { d: `M${r.x + r.w / 2 - 4} ${r.y + r.h - 6}l4 3.5l4 -3.5`, class: "opens" }));
+      }
+      if (box.inside) { // the sign of what opens: at the bottom, in a row of blocks at the right, after the title of a frame
+        const half = lines.at(-1).length * 3.7;
+        const ox = r.frame ? (r.start ? r.start + 2 * half : r.x + r.w / 2 + half) + 9 : isRow ? r.x + r.w - 14 : r.x + r.w / 2;
+        const oy = r.frame ? at + (lines.length - 1) * 13 - 7 : isRow ? r.y + r.h / 2 - 3 : r.y + r.h - 9;
+        g.append(svg("path", { d: `M${ox - 4.5} ${oy}h9l-4.5 6Z`, class: "opens" }));
+      }
     }
-    g.addEventListener("click", () => (hover(null), choose(id, box)));
+    g.addEventListener("click", () => (hover(null), choose(id, box), uncover(g)));
     g.addEventListener("pointerenter", (e) => hover(id, box, g, e));
     g.addEventListener("pointerleave", () => hover(null));
     g.addEventListener("focus", () => rove(view, g));
@@ -500,6 +524,12 @@ export function createMap(element, options) {
     if (box.inside && openId !== id) open(id);
     else if (box.inside && selected === id && openId === id) close();
     else select(id);
+  }
+
+  /** On a narrow page the description lies over the lower part of the window: moves what was chosen out from under it. */
+  function uncover(g) {
+    const hidden = g.getBoundingClientRect().bottom - 0.52 * innerHeight;
+    if (width < 820 && selected && hidden > 0) scrollBy({ top: hidden, behavior: isCalm() ? "auto" : "smooth" });
   }
 
   function select(id) {
@@ -558,11 +588,13 @@ export function createMap(element, options) {
     const { box } = boxes.get(openId);
     inner.sheet.setAttribute("aria-label", `Inside: ${box.title}`);
     inner.zoom = 1;
-    draw(inner, detail(groupOf(wiring, box), innerWidth()));
+    const group = groupOf(wiring, box), room = innerWidth();
+    draw(inner, detail(group, Math.max(Math.min(room, need(group)), group.rails ? SMALLEST : 0)));
     inner.el.scrollTo(0, 0);
     wedge();
   }
 
+  const SMALLEST = 344; // px: the words of a block still fit into its boxes; narrower pages scroll
   const innerWidth = () => Math.floor(Math.min(width >= 820 ? width - 372 : width, 900));
 
   /** Two lines that lead from the open box in the overview to its wiring. */
@@ -570,7 +602,7 @@ export function createMap(element, options) {
     top.sheet.querySelector(".wedge")?.remove();
     const shown = openId && pathTo(openId).findLast((id) => top.layout?.rects.has(id));
     if (!shown || !top.layout || top.layout.stacked) return;
-    const r = top.layout.rects.get(shown), { height } = top.layout, end = innerWidth();
+    const r = top.layout.rects.get(shown), { height } = top.layout, end = inner.layout.width;
     const d = `M${r.x} ${r.y + r.h}L0 ${height}H${end}L${r.x + r.w} ${r.y + r.h}Z`;
     top.sheet.insertBefore(svg("path", { d, class: `wedge k-${r.box.kind}`, "aria-hidden": "true" }), top.sheet.firstChild);
   }
@@ -605,13 +637,40 @@ export function createMap(element, options) {
   // -------------------------------------------------------------- the panel
 
   const siteOf = (box) => box.site ?? box.shows ?? null;
+  const valueSite = (box) => (typeof box.picture === "string" ? box.picture : siteOf(box)); // what is painted
+
+  const numbersOf = () => ({ ...wiring.letters, ...options.letters?.() });
 
   function shapeText(box) {
     const site = siteOf(box), { shape: own } = box.shape ? box : boxes.get(site)?.box ?? {};
     if (!own) return "";
-    const letters = wiring.letters ?? {}, numbers = own.map((n) => letters[n] ?? n);
+    const letters = numbersOf(), numbers = own.map((n) => letters[n] ?? n);
     const text = `[${own.join(", ")}]`, exact = `[${numbers.join(", ")}]`;
     return text === exact ? text : `${text} = ${exact}`;
+  }
+
+  /** What the letters of a box's shape stand for. */
+  function meanings(box) {
+    const { shape: own } = box.shape ? box : boxes.get(siteOf(box))?.box ?? {}, { L, N } = numbersOf();
+    const T = L && N ? `T: tokens (${L} of text, padding included, and ${N} image patches)` : "T: text and image tokens";
+    const all = { B: "B: images drawn at once", C: "C: channels", L: "L: text tokens, padding included", N: "N: image patches", T };
+    const found = (own ?? []).map((letter) => all[letter]).filter(Boolean);
+    if (own?.includes("h")) found.push("h, w: rows and columns of the latent");
+    return found.join(" · ");
+  }
+
+  /** On a narrow page the description covers what is drawn below the overview: a way there. */
+  function seeParts(box) {
+    if (!box.inside || openId !== box.id || width >= 820) return [];
+    const button = html("button", { type: "button", className: "map-parts", textContent: "See its parts" });
+    button.addEventListener("click", () => (unselect(), inner.el.scrollIntoView({ block: "start", behavior: isCalm() ? "auto" : "smooth" })));
+    return [button];
+  }
+
+  function unselect() {
+    selected = null;
+    marks();
+    showPanel();
   }
 
   function showPanel() {
@@ -625,19 +684,21 @@ export function createMap(element, options) {
     formula.setAttribute("aria-label", "Formula");
     const facts = html("dl"), add = (name, ...value) => facts.append(html("dt", { textContent: name }), html("dd", {}, ...value));
     if (shapeText(box)) add("Shape", shapeText(box));
-    if (siteOf(box)) add("Site", html("code", { textContent: siteOf(box) }));
+    const letters = meanings(box);
+    if (letters) add("", letters);
+    if (siteOf(box)) add("Name in code", html("code", { textContent: siteOf(box) }));
     const url = link(box.source, box.code), source = html("code", { textContent: box.source });
     add("Code", url ? html("a", { href: url }, source) : source, html("pre", { tabIndex: 0, textContent: box.code }));
     const value = html("div", { className: "map-value" });
-    const shut = html("button", { type: "button", className: "map-shut", title: "Close", onclick: () => (selected = null, marks(), showPanel()) }, icon("M2 2L10 10M10 2L2 10"));
+    const shut = html("button", { type: "button", className: "map-shut", title: "Close", onclick: unselect }, icon("M2 2L10 10M10 2L2 10"));
     shut.setAttribute("aria-label", "Close the description");
     panel.className = `map-panel k-${box.kind}`;
-    panel.replaceChildren(shut, html("div", { className: "map-title", textContent: box.title }), html("p", { textContent: box.text }), formula, value, facts);
+    panel.replaceChildren(shut, html("div", { className: "map-title", textContent: box.title }), html("p", { textContent: box.text }), ...seeParts(box), formula, ...(box.where ? [html("p", { className: "map-where", textContent: box.where })] : []), value, facts);
     showValue(box, value);
   }
 
   async function showValue(box, host) {
-    const site = siteOf(box), ticket = ++asked;
+    const site = valueSite(box), ticket = ++asked;
     if (!site || !values) return;
     const value = await values(site, step, true);
     if (ticket === asked && host.isConnected) paintValue(host, value ?? { kind: "text", text: "This run has no value here." });
@@ -648,11 +709,12 @@ export function createMap(element, options) {
     hovered = id;
     tip.hidden = true;
     if (!id || e.pointerType === "touch") return;
-    const site = siteOf(box), value = site && values ? await values(site, step) : null;
+    const site = valueSite(box), value = site && values ? await values(site, step) : null;
     if (hovered !== id) return;
     const host = html("div", { className: "map-tip-value" });
     if (value && value.kind === "pixels") paintValue(host, { ...value, title: null, key: null, text: null, curves: null });
-    tip.replaceChildren(html("strong", { textContent: box.title }), html("span", { textContent: shapeText(box) }), host);
+    tip.replaceChildren(html("strong", { textContent: box.title }), html("span", { textContent: box.text }), html("span", { className: "quiet", textContent: shapeText(box) }), host);
+    if (box.inside && openId !== id) tip.append(html("span", { className: "quiet", textContent: "Click to see its parts." }));
     const more = value?.text || (site && options.hoverText?.(site, step));
     if (more) tip.append(html("span", { textContent: more }));
     tip.hidden = false;
@@ -669,7 +731,7 @@ export function createMap(element, options) {
     for (const [id, g] of top.groups) {
       const picture = g.querySelector("image.live"), { box } = boxes.get(id);
       if (!picture) continue;
-      const value = await values(siteOf(box), at);
+      const value = await values(valueSite(box), at);
       if (at !== step) return;
       if (value?.kind === "pixels") picture.setAttribute("href", toCanvas(value).toDataURL());
       else picture.removeAttribute("href");
@@ -777,8 +839,10 @@ export function createMap(element, options) {
     for (const { el, ends } of top.arrows) el.classList.toggle("flowing", Boolean(shown) && ends?.[1] === shown);
   }
 
-  /** Marks boxes, in the overview and inside; an empty list marks none. */
-  function highlight(ids) {
+  /** Marks boxes, in the overview and inside; an empty list marks none. `meaning`: what the mark says. */
+  function highlight(ids, meaning = "") {
+    legend.hidden = !ids.length || !meaning;
+    legend.replaceChildren(html("i"), meaning);
     for (const view of [top, inner]) view.groups.forEach((g, id) => g.classList.toggle("lit", ids.includes(id)));
   }
 

@@ -22,7 +22,8 @@ function recorded(data) {
     at += 16 * site[6];
   }
   const short = (x) => String(Number(x.toPrecision(3)));
-  return async (name, step) => {
+  return async (asked, at) => {
+    const [name, step] = asked === "sample.next" ? ["sample.x", at + 1] : [asked, at]; // the state after the step
     const all = await bytes, site = sites[name], picture = pictures[name];
     if (!site) return null;
     const [start, frames, height, width, signed, largest, count, ratio] = site;
@@ -34,7 +35,7 @@ function recorded(data) {
     const curves = count > 1 ? { x: curveSteps.map((s) => times[s]), series, mark: times[step], x_label: "time t" } : null;
     const value = { kind: "pixels", text: name.endsWith(".map") ? share : text, curves, title: "" };
     if (picture) {
-      const [from, found, h, w] = picture, i = found === 1 ? 0 : step;
+      const [from, found, h, w] = picture, i = Math.min(step, found - 1);
       return { ...value, width: w, height: h, data: all.subarray(from + 3 * i * h * w, from + 3 * (i + 1) * h * w), smooth: true, title: "As an image, decoded" };
     }
     const frame = frames === 1 ? 0 : Math.min(lastUpTo(frameSteps, step), frames - 1), table = colours[signed];
