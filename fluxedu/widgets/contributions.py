@@ -130,8 +130,9 @@ def contributions_view(
     tokens = slice(txt_len, None) if stream == "image" else slice(0, txt_len)
     shares = rms_over_tokens(added.tensor, tokens) / rms_over_tokens(sizes.tensor, tokens)[:, None]
     (block, step), chosen = cell, SOURCES.index(source)
+    name = blocks[block].replace(".", " ")
     table = shares[:, chosen]  # [block, step]
-    series = {name: shares[block, i].tolist() for i, name in enumerate(SOURCES)}
+    series = {kind: shares[block, i].tolist() for i, kind in enumerate(SOURCES)}
     patches = added.tensor[block, chosen, step, txt_len:].view(grid)
     panels = [
         Pixels(
@@ -141,10 +142,10 @@ def contributions_view(
             ("0", "largest of the row"), "viridis", blocks, [f"t={t:.2f}" for t in times],
             unit="share of the token's size", axes=("block", "time"), pointer="cell",
         ),
-        Lines(f"{blocks[block]} over time, {stream} tokens", times, series, TIME_LABEL, "share of the token's size",
+        Lines(f"Block {name} over time, {stream} tokens", times, series, TIME_LABEL, "share of the token's size",
               times[step]),
         Pixels(
-            f"Size of what {source} of {blocks[block]} adds to each patch, t = {times[step]:.2f}",
+            f"Size of what {source} of {name} adds to each patch, t = {times[step]:.2f}",
             overlay(image, patches), key=("0", f"{patches.max():.2f}"), colours=overlay_colours(),
             unit="root mean square over channels",
         ),
@@ -154,7 +155,7 @@ def contributions_view(
     relation = "similar" if cosine > 0.2 else "opposite" if cosine < -0.2 else "unrelated"
     return View(
         panels,
-        f"{blocks[block]} at t = {times[step]:.2f}: relative to the {stream} tokens, attention adds {attention:.0%}, "
+        f"Block {name} at t = {times[step]:.2f}: relative to the {stream} tokens, attention adds {attention:.0%}, "
         f"the MLP {mlp:.0%}, both together {both:.0%}; the two point in {relation} directions "
         f"(cosine {round(cosine, 1) + 0.0:.1f}).",
     )

@@ -32,9 +32,10 @@ def heads_view(
 ) -> View:
     """Distances ``[blocks, heads]`` as a table, the ``image`` of one cell, and its difference from the original."""
     block, head = cell
-    what = f"head {head} of {blocks[block]}"
+    name = blocks[block].replace(".", " ")
+    what = f"head {head} of block {name}"
     if removed != REMOVED[0]:
-        what = f"all heads of {blocks[block]} except head {head}"
+        what = f"all heads of block {name} except head {head}"
     panels = [
         Pixels(
             "How much the latent changes, by block and head",

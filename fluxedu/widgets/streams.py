@@ -38,7 +38,7 @@ def streams_view(
     tokens without padding · ``quantity``: an index into QUANTITIES.
     """
     blocks, times = sizes.coords["block"], sizes.coords["step"]
-    name, t = blocks[block], times[step]
+    name, t = blocks[block].replace(".", " "), times[step]
     streams = {"text": slice(0, txt_len), "image": slice(txt_len, None)}
     over_depth = {stream: rms_over_tokens(sizes.tensor[:, step], tokens).tolist() for stream, tokens in streams.items()}
     over_time = {}
@@ -50,14 +50,14 @@ def streams_view(
     panels = [
         Lines(f"Size of the tokens that enter each block, t = {t:.2f}", range(len(blocks)), over_depth, "block",
               "root mean square over channels", block, x_names=blocks),
-        Lines(f"Size of what {name} adds, over time", times, over_time, TIME_LABEL, "root mean square over channels",
-              t),
+        Lines(f"Size of what block {name} adds, over time", times, over_time, TIME_LABEL,
+              "root mean square over channels", t),
         Pixels(f"Image tokens: {QUANTITIES[quantity]}", overlay(image, patches), key=("0", f"{patches.max():.2f}"),
                colours=overlay_colours(), unit="root mean square over channels"),
     ]  # fmt: skip
     text = (
-        f"{name} at t = {t:.2f}: the size of a text token is {over_depth['text'][block]:.1f}, of an image token "
-        f"{over_depth['image'][block]:.1f}. The token {pieces[word].replace('▁', '')} has size "
+        f"Block {name} at t = {t:.2f}: the size of a text token is {over_depth['text'][block]:.1f}, of an image token "
+        f"{over_depth['image'][block]:.1f}. The token “{pieces[word].replace('▁', '')}” has size "
         f"{sizes.tensor[block, step, word]:.1f}; attention adds {added.tensor[block, 0, step, word]:.1f} and the MLP "
         f"{added.tensor[block, 1, step, word]:.1f}."
     )

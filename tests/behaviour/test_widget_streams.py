@@ -43,4 +43,4 @@ def test_words_are_shaded_by_the_chosen_quantity(pipe, explorer):
     assert shown == pytest.approx(((added - added.min()) / (added.max() - added.min())).tolist(), abs=1e-4)
     assert explorer.set(quantity=QUANTITIES[2]).current_view().shades["word"] != shown
     first = explorer.set(word="▁red").view["text"]
-    assert "red has size" in first and explorer.set(word="▁blue").view["text"] != first
+    assert "“red” has size" in first and explorer.set(word="▁blue").view["text"] != first

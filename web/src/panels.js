@@ -312,7 +312,7 @@ function heightBeside(el, usual) {
   const mine = el.closest("figure"), stages = [...(mine?.parentElement?.querySelectorAll("figure.pixels .stage") ?? [])];
   const beside = stages.find((stage) => Math.abs(stage.closest("figure").offsetTop - mine.offsetTop) < 2);
   if (!(beside?.clientHeight > 100)) return usual;
-  return Math.max(beside.clientHeight - (el.querySelector(".legend")?.offsetHeight ?? 20) - 4, 190);
+  return Math.max(beside.clientHeight - (el.querySelector(".legend")?.offsetHeight ?? 20) - 4, 230);
 }
 
 /** A chart's width, as wide as its panel: its units are px, so that text has its size at any width. */
@@ -515,12 +515,12 @@ function boxes(first, { move, id, tip }) {
     const middle = { "text-anchor": "middle", "dominant-baseline": "central" };
     const [x0, y0] = [left + width / 2, top + height / 2], cut = label.lastIndexOf(" ");
     const halves = [label.slice(0, cut + 1), label.slice(cut + 1)];
-    if (textWidth(label) + 4 <= width && height >= 12) {
+    if (textWidth(label) + 4 <= width && height >= 10) {
       button.append(words(label, x0, y0, middle));
     } else if (cut > 0 && height >= 28 && halves.every((half) => textWidth(half.trim()) + 4 <= width)) {
       const lines = halves.map((half, i) => svg("tspan", { x: x0, y: y0 + 14 * i - 7 }, half));
       button.append(svg("text", middle, ...lines));
-    } else if (width >= 30 && height >= 12) {
+    } else if (width >= 30 && height >= 10) {
       const room = { x: left + 4, y: top, width: width - 8, height, class: "cut" }; // cut off here, and whole in the tip
       button.append(svg("svg", room, words(label, 0, height / 2, { "dominant-baseline": "central" })));
     }

@@ -12,7 +12,7 @@ export async function open(engine, message, onProgress) {
   const note = fewStepsNote(engine, request.steps);
 
   return ({ source, stream, cell: [block, step] }) => {
-    const [what, tokens, name] = [SOURCES[source], STREAMS[stream], blocks[block]], t = fixed(times[step], 2);
+    const [what, tokens, name] = [SOURCES[source], STREAMS[stream], blocks[block].replace(".", " ")], t = fixed(times[step], 2);
     const ofStream = (values) => rms(stream === 0 ? values.subarray(txtLen) : values.subarray(0, txtLen));
     const share = (b, kind, s) => ofStream(sums[b][kind][s]) / ofStream(sizes[b][s]);
     const shares = tableOf(blocks.length, times.length, (b, s) => share(b, source, s));
@@ -25,7 +25,7 @@ export async function open(engine, message, onProgress) {
           colours: "viridis", rows: blocks, columns: times.map((time) => `t=${fixed(time, 2)}`),
           unit: "share of the token's size", axes: ["block", "time"], pointer: "cell",
         }),
-      lines(`${name} over time, ${tokens} tokens`, times, series, TIME_LABEL, "share of the token's size",
+      lines(`Block ${name} over time, ${tokens} tokens`, times, series, TIME_LABEL, "share of the token's size",
         { mark: times[step] }),
       pixels(`Size of what ${what} of ${name} adds to each patch, t = ${t}`,
         overlay(run.picture, table(patches, rows, columns)),
@@ -34,7 +34,7 @@ export async function open(engine, message, onProgress) {
     const [attention, mlp, both] = SOURCES.map((_, i) => share(block, i, step));
     const cosine = (both ** 2 - attention ** 2 - mlp ** 2) / Math.max(2 * attention * mlp, 1e-12);
     const relation = cosine > 0.2 ? "similar" : cosine < -0.2 ? "opposite" : "unrelated";
-    const text = `${name} at t = ${t}: relative to the ${tokens} tokens, attention adds ${percent(attention)}, the MLP ` +
+    const text = `Block ${name} at t = ${t}: relative to the ${tokens} tokens, attention adds ${percent(attention)}, the MLP ` +
       `${percent(mlp)}, both together ${percent(both)}; the two point in ${relation} directions (cosine ` +
       `${fixed(Number(fixed(cosine, 1)) + 0, 1)}).`;
     return { text: text + note, panels, shades: {} };

@@ -28,7 +28,8 @@ export async function open(engine, message, onProgress) {
 
   return async ({ removed: kind, cell: [block, head] }) => {
     const distances = tables[kind], index = block * heads + head, change = distances.data[index];
-    const what = kind === 0 ? `head ${head} of ${blocks[block]}` : `all heads of ${blocks[block]} except head ${head}`;
+    const name = blocks[block].replace(".", " ");
+    const what = kind === 0 ? `head ${head} of block ${name}` : `all heads of block ${name} except head ${head}`;
     const after = await picture(1 + kind * count + index);
     const panels = [
       pixels("How much the latent changes, by block and head",

@@ -13,7 +13,7 @@ export async function open(engine, message, onProgress) {
   const parts = { text: (v) => v.subarray(0, txtLen), image: (v) => v.subarray(txtLen) };
 
   return ({ quantity, block, step, word }) => {
-    const name = blocks[block], t = fixed(times[step], 2), overDepth = {}, overTime = {};
+    const name = blocks[block].replace(".", " "), t = fixed(times[step], 2), overDepth = {}, overTime = {};
     for (const [stream, part] of Object.entries(parts)) {
       overDepth[stream] = blocks.map((_, b) => rms(part(sizes[b][step])));
       ["attention", "MLP"].forEach((source, i) => {
@@ -26,13 +26,13 @@ export async function open(engine, message, onProgress) {
     const panels = [
       lines(`Size of the tokens that enter each block, t = ${t}`, range(blocks.length), overDepth, "block", UNIT,
         { mark: block, xNames: blocks }),
-      lines(`Size of what ${name} adds, over time`, times, overTime, TIME_LABEL, UNIT, { mark: times[step] }),
+      lines(`Size of what block ${name} adds, over time`, times, overTime, TIME_LABEL, UNIT, { mark: times[step] }),
       pixels(`Image tokens: ${quantities[quantity]}`, overlay(run.picture, table(patches, rows, columns)),
         { key: ["0", fixed(largest(patches), 2)], unit: UNIT }),
     ];
     const size = (v) => fixed(v[word], 1);
-    const text = `${name} at t = ${t}: the size of a text token is ${fixed(overDepth.text[block], 1)}, of an image token ` +
-      `${fixed(overDepth.image[block], 1)}. The token ${plain(pieces[word])} has size ${size(sizes[block][step])}; ` +
+    const text = `Block ${name} at t = ${t}: the size of a text token is ${fixed(overDepth.text[block], 1)}, of an image token ` +
+      `${fixed(overDepth.image[block], 1)}. The token “${plain(pieces[word])}” has size ${size(sizes[block][step])}; ` +
       `attention adds ${size(sums[block][0][step])} and the MLP ${size(sums[block][1][step])}.`;
     return { text: text + note, panels, shades: { word: Array.from(words, (v) => (v - least) / spread) } };
   };
