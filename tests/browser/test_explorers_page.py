@@ -232,6 +232,7 @@ def test_two_maps_on_a_page(browser):
     tab, pipe = browser.new_page(viewport={"width": 900, "height": 900}), fe.load()
     made = widgets.architecture(pipe, "a red circle", steps=1, progress=False)
     mount(tab, made, made)
+    tab.locator(".map-view svg[viewBox]").nth(1).wait_for()  # each is drawn once its width is known
     ids = tab.eval_on_selector_all("[id]", "(all) => all.map((e) => e.id)")
     assert len(ids) == len(set(ids)) > 15
     assert complaints(tab, ".fluxedu") == []
