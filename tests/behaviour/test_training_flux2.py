@@ -62,7 +62,9 @@ def test_each_model_trains_resumes_to_the_bit_and_draws(name, folder, small_pipe
         assert torch.equal(value, resumed.model.state_dict()[key]), key
         assert torch.equal(whole.average[key], resumed.average[key]), key
 
-    drawing = flux2.pipeline_with(averaged_flow(resumed), small_pipe)
+    flux = averaged_flow(resumed)
+    assert type(flux) is type(whole.model.flux) and flux.config == whole.model.flux.config
+    drawing = flux2.pipeline_with(flux, small_pipe)
     out = drawing(PROMPT, seed=1, steps=2, guidance=5.0, height=32, width=48, progress=False)
     velocities = out.trajectory.velocities
     assert out.images[0].size == (48, 32) and velocities.isfinite().all() and velocities.std() > 1e-4
