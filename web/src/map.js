@@ -534,6 +534,7 @@ export function createMap(element, options) {
 
   function select(id) {
     selected = boxes.has(id) ? id : null;
+    root.classList.add("asked");
     marks();
     showPanel();
     if (selected) onSelect?.(boxes.get(id).box);
