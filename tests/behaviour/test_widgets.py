@@ -294,7 +294,9 @@ def test_heads_are_removed_as_by_ablate(pipe):
             other = pipe(PROMPT, steps=1, progress=False)
         assert np.array_equal(view.panels[2].image, np.asarray(other.images[0]))
         far = float((other.latents - reference.latents).norm() / reference.latents.norm())
-        assert view.text.startswith(f"Without {named} block single 2") and f" the latent changes by {far:.0%}" in view.text
+        assert (
+            view.text.startswith(f"Without {named} block single 2") and f" the latent changes by {far:.0%}" in view.text
+        )
 
 
 # ---------------------------------------------------------------- the map of the model
