@@ -35,7 +35,8 @@ def train(
     variant: Annotated[
         str | None,
         typer.Option(
-            help="schnell, fill, canny, depth, kontext, redux; hollow (a style LoRA); sd or twin (baselines)."
+            help="schnell, fill, canny, depth, kontext, redux; hollow (a style LoRA); sd or twin (baselines); "
+            "flux2, or flux2-twin, -modulation, -positions, -no-pooled, -swiglu (one change each)."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder for the state of the runs.")] = Path("runs"),
