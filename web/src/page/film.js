@@ -62,12 +62,17 @@ export function createFilm({ store, decode }) {
     document.dispatchEvent(new CustomEvent("fluxedu:shown", { detail: { step: i } }));
   }
 
+  const stripSteps = ({ steps }) => {
+    const count = Math.min(steps + 1, 11);
+    return Array.from({ length: count }, (_, k) => Math.round((k * steps) / (count - 1)));
+  };
+
   function strip() {
     const count = Math.min(run.steps + 1, 11);
     if (thumbs.childElementCount !== count) {
       thumbs.replaceChildren(...Array.from({ length: count }, () => document.createElement("canvas")));
     }
-    const steps = [...thumbs.children].map((_, k) => Math.round((k * run.steps) / (count - 1)));
+    const steps = stripSteps(run);
     const isExact = steps.every((i) => exact.get(run).has(key("guess", i))); // all previews or all exact: never a mixture
     [...thumbs.children].forEach((canvas, k) => show(canvas, isExact ? imageOf("guess", steps[k]) : quickOf("guess", steps[k])));
   }
@@ -77,6 +82,7 @@ export function createFilm({ store, decode }) {
     if (busy || paused || !run || drawing) return;
     const mine = run, pictures = exact.get(mine), i = index();
     const wanted = [["noisy", i], ["guess", i]];
+    if (!timer) wanted.push(...stripSteps(mine).map((k) => ["guess", k]));
     if (!timer) for (const k of [...Array(mine.steps).keys()].reverse()) wanted.push(["guess", k], ["noisy", k]);
     const next = wanted.find(([kind, k]) => !pictures.has(key(kind, k)));
     if (!next) return;

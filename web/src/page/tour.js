@@ -96,7 +96,7 @@ export function createTour(store, onEnd) {
       const shown = (isNarrow && narrow && $(narrow)) || marked;
       if (!shown) return; // the tour has ended meanwhile
       const fits = shown.getBoundingClientRect().height < innerHeight - panel.offsetHeight - 120;
-      shown.scrollIntoView({ behavior: calm ? "auto" : "smooth", block: fits && shown === marked ? "center" : "start" });
+      shown.scrollIntoView({ behavior: calm ? "auto" : "smooth", block: fits && !isNarrow ? "center" : "start" });
     });
     if (focus) $("#tour-title").focus({ preventScroll: true });
   }
