@@ -104,6 +104,21 @@ def test_the_keyboard_is_enough(tab, address):
     assert tab.locator("#one .map-crumbs").inner_text().startswith("The model")
 
 
+def test_a_tap_on_a_phone_explains_at_once(browser, address):
+    """The box and its explanation are both in the window, whatever the height of the map."""
+    tab = browser.new_page(viewport={"width": 390, "height": 844}, has_touch=True, reduced_motion="reduce")
+    tab.goto(address)
+    for name in ("clip", "double.1", "single.5", "velocity.all"):
+        box = tab.locator(f"#one [data-id='{name}']").first
+        box.tap()
+        top = tab.locator("#one .map-title").bounding_box()["y"]
+        assert 0 < top < 700, name
+        rect = box.bounding_box()
+        assert 0 < rect["y"] and rect["y"] + rect["height"] < top, name
+        tab.get_by_role("button", name="Close the description").first.tap()
+    tab.close()
+
+
 def test_time_moves_the_values(tab, address):
     tab.goto(address)
     tab.locator("#one [data-id=img_in]").click()
