@@ -283,9 +283,10 @@ async function valueOf(site, step) {
 }
 
 /** The documentation's page with the code of "models/blocks.py:43". */
-function link(source) {
+function link(source, code) {
   if (!isSite || !source || source.startsWith("sampling/prompts")) return null; // which the site does not list
-  return `../_modules/fluxedu/${source.replace(/\.py(:\d+)?$/, ".html")}`;
+  const text = code ? `#:~:text=${encodeURIComponent(code).replaceAll("-", "%2D")}` : ""; // where the browser scrolls to
+  return `../_modules/fluxedu/${source.replace(/\.py(:\d+)?$/, ".html")}${text}`;
 }
 
 function openBlock(block) {

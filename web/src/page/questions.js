@@ -16,7 +16,7 @@ export const QUESTIONS = [
   },
   {
     title: "Why does the circle end up left?",
-    text: "First, " + term("t5", "T5") + " has written “left” into the vector of the word “circle”. Second, every " + term("patch", "patch") + " knows its own column from its " + term("position", "position") + ". The two meet in " + term("attention", "attention") + ": there each patch is compared with each word, and the column of the patch is part of this comparison. Patches on the left attend to “circle” most and become the circle. Mirror the column numbers, and the circle ends up on the right.",
+    text: "First, " + term("t5", "T5") + " has written “left” into the vector of the word “circle”. Second, every " + term("patch", "patch") + " knows its own column from its " + term("position", "position") + ". The two meet in " + term("attention", "attention") + ": there each patch is compared with each word, and the column of the patch is part of this comparison. The patches in which the circle appears attend to “circle” more than to any other word (in the middle blocks), and take over what its vector says. Mirror the column numbers, and the circle ends up on the right.",
     part: "words",
   },
   {

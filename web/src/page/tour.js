@@ -62,7 +62,7 @@ export const TOUR = [
   },
   {
     title: "Why does the circle end up left? Second, the positions",
-    text: "Each patch knows its row and column by its " + term("position", "position") + ", and attention compares patch and word with this position included. Here the columns are mirrored: patches on the right have the column numbers of the left. Now they become the circle, with 40 of 40 seeds.",
+    text: "Each patch knows its row and column by its " + term("position", "position") + ", and attention compares patch and word with this position included. Here the columns are mirrored: patches on the right have the column numbers of the left. Now the red shape is drawn there, with 40 of 40 seeds.",
     look: "“After”: the red shape is on the right, the blue one on the left. Both look torn because the inside of each patch is not mirrored.",
     target: "#change", state: { change: { kind: "positions", columns: "mirror", dx: 0, dy: 0 } },
   },
