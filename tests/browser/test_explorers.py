@@ -49,7 +49,7 @@ def test_attention(run):
     assert "in row 1, column 8 gives" in views[-1]
     canvas.focus()
     views.append(after(tab, lambda: tab.keyboard.press("ArrowDown")))
-    assert "in row 1, column 7 gives" in views[-1]
+    assert "in row 2, column 8 gives" in views[-1]
     word = tab.locator(".fluxedu").get_by_role("radio", name="square")
     views.append(after(tab, word.hover))
     assert "attends most to “square”" in views[-1]
