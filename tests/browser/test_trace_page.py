@@ -75,8 +75,9 @@ def test_the_map_shows_the_values_of_every_step(tab, address):
         seen.append(value.evaluate(look))
     for column in zip(*seen, strict=True):
         assert len(set(column)) == 4
+    pipe = fe.load()
     with fe.record("single.2.modulated", reduce="summary") as rec:
-        fe.load()("a red circle left of a blue square", steps=4, progress=False)
+        pipe("a red circle left of a blue square", steps=4, progress=False)
     for (_, words, _), numbers in zip(seen, rec["single.2.modulated"].tensor.tolist(), strict=True):
         found = [float(x) for x in re.findall(r"-?[\d.]+\d", words)]
         assert found == pytest.approx(numbers, rel=0.006)
