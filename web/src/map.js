@@ -143,7 +143,7 @@ function narrow(wiring, width) {
     const frame = tiled ? 28 + blocks.length * ROW : h;
     rects.set(box.id, { x: pad, y, w, h: frame, box, frame: tiled, lines: [tiled ? box.title : `${blocks.length} ${box.title.toLowerCase()}`], start: tiled ? pad + pitch / 2 + 12 : null });
     if (tiled) blocks.forEach((block, n) => {
-      rects.set(block.id, { x: pad + 5, y: y + 26 + n * ROW, w: w - 10, h: ROW - 6, box: block, short: `Block ${n}`, tile: true });
+      rects.set(block.id, { x: pad + 5, y: y + 26 + n * ROW, w: w - 10, h: ROW - 6, box: block, short: block.id.replace(".", " "), tile: true });
     });
     y += frame + 34;
   }

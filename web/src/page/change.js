@@ -136,6 +136,7 @@ export function createChange({ store, info, getRun, draw }) {
       const button = document.createElement("button");
       button.type = "button";
       button.textContent = "Undo the change";
+      button.disabled = Boolean(run) && isEmpty(store.state.change, run.request);
       button.addEventListener("click", () => { store.set({ change: null }); build(); });
       controls.append(button);
     }

@@ -52,10 +52,11 @@ export function createFilm({ store, decode }) {
     const t = run.times[i].toFixed(2), count = run.steps;
     slider.setAttribute("aria-valuetext", i ? (i < count ? `step ${i + 1} of ${count}` : "finished") : `step 1 of ${count}, pure noise`);
     const share = (part) => `${(100 * part).toFixed(0)}\u00a0%`, time = term("time", `<i>t</i>\u00a0=\u00a0${i ? t : 1}`);
+    const isLate = run.times[i] > 1 - i / count + 0.05; // more noise is left than after steps of one size
     now.innerHTML = i === 0
       ? `<b>Step 1 of ${count}</b> (${time}): pure noise goes in. From it and your prompt, the model makes its first guess.`
       : i < count
-        ? `<b>Step ${i + 1} of ${count}</b> (${time}): what goes in is ${share(1 - run.times[i])} picture and ${share(run.times[i])} noise.`
+        ? `<b>Step ${i + 1} of ${count}</b> (${time}): ${share(1 - run.times[i])} picture and ${share(run.times[i])} noise go in${isLate ? ", as the first steps are smaller" : ""}.`
         : `<b>After step ${count} of ${count}</b> (<i>t</i> = 0): no noise is left, and this is the picture.`;
     caption.textContent = `“${run.request.prompt}”, seed ${run.request.seed}`;
     main.setAttribute("aria-label", `The picture drawn for the prompt: ${run.request.prompt}`);

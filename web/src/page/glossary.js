@@ -3,12 +3,14 @@
 const TERMS = {
   seed: ["Seed", "A number from which the random noise is made that the picture starts as. The same prompt and seed give the same picture."],
   step: ["Step", "One run of the model. It reads the noisy picture and predicts the direction towards the noise; the picture then moves a little the other way. With 20 steps, the noise becomes a picture in 20 small moves."],
-  guidance: ["Guidance", "How closely the picture should follow the prompt. It is a number that the model reads, like the time."],
+  guidance: ["Guidance", "How closely the picture should follow the prompt. It is a number that the model reads, like the time; on this page, it can be from 1 to 10."],
   cfg: ["Classifier-free guidance", "The model answers twice: for the prompt, and for the negative prompt. The step goes further in the direction in which the first answer differs from the second."],
-  token: ["Token", "The unit that the model computes with: a list of 160 numbers. Each word of the prompt is one token, and each patch of the picture is one."],
+  token: ["Token", "The unit that the model computes with: a vector of 160 numbers. Each word of the prompt is one token, and each patch of the picture is one."],
+  vector: ["Vector", "A list of numbers. What the model knows about a word or a patch is written in such a list."],
+  weights: ["Weights", "The numbers that the model has learned in training, also called parameters. They stay the same for every prompt and every step."],
   patch: ["Patch", "A square of 16 × 16 pixels of the picture. The model has one token for each patch."],
   latent: ["Latent", "The picture in the model's own, smaller form: 16 numbers for each 8 × 8 pixels. The model works on it, and a decoder turns it into pixels at the end."],
-  velocity: ["Velocity", "What the model predicts in each step: the direction from the picture to the noise. Moving against it removes noise."],
+  velocity: ["Velocity", "What the model predicts in each step: the direction from the finished picture to the noise. Noisy picture − t × velocity is therefore a guess of the finished picture, and a small move against the velocity removes a little noise."],
   attention: ["Attention", "How tokens exchange information. A token compares itself with every other token; the more two match, the more it takes from the other one. The shares sum to 100 %."],
   head: ["Head", "One of five attentions that run side by side in a block. Each has learned by itself what to attend to."],
   block: ["Block", "One layer of the model: attention between all tokens, and a small network (MLP) for each token. This model has 8 blocks; FLUX.1 has 57."],
@@ -23,6 +25,9 @@ const TERMS = {
 };
 
 export const term = (name, text) => `<button type="button" class="term" data-term="${name}">${text}</button>`;
+
+/** No line begins or ends between a term and the bracket, comma or full stop beside it. */
+export const unbroken = (text) => text.replace(/\(?<button [^>]*>[^<]*<\/button>[),.:;]*/g, "<span class=\"unbroken\">$&</span>");
 
 export function createGlossary() {
   const box = document.querySelector("#definition");

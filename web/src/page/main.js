@@ -59,6 +59,7 @@ const onProgress = ({ loaded, total }) => {
   $("#what").textContent = loaded < total
     ? `${mb(loaded)} of ${mb(total)} MB; later visits work offline` : "Everything is here: the model is being started …";
 };
+if (matchMedia("(max-width: 700px)").matches) $("#vocabulary").open = false;
 still();
 $("#prompt").value = store.state.prompt;
 let opened = ""; // the box of the map that is open
@@ -102,7 +103,6 @@ function buildForm(info) {
   prompt = createPrompt({
     vocabulary: info.vocabulary, colours: info.colours, tokenize: (text) => engine.tokenize(text), onPrompt: submit,
   });
-  if (matchMedia("(max-width: 700px)").matches) $("#vocabulary").open = false;
   fillForm();
   form.addEventListener("submit", (event) => { event.preventDefault(); submit(); });
   for (const name of ["seed", "steps", "guidance", "shape"]) $(`#${name}`).addEventListener("change", submit);
@@ -269,7 +269,7 @@ function letters() {
 
 /** What the map shows of a site at a step. */
 async function valueOf(site, step) {
-  if (!run) return null;
+  if (!run) return { kind: "text", text: "The picture is still being drawn." };
   const of = run;
   if (site === "sample.image" || site === "ae.decoder.image") return { kind: "pixels", image: of.image, title: "the picture" };
   if (site === "sample.next") { // the state after the step
@@ -290,9 +290,17 @@ function link(source, code) {
 }
 
 function openBlock(block) {
-  map.open(block);
-  $("#map").scrollIntoView();
+  unfold(block);
+  $(isNarrow() ? "#map-view .map-below .map-view" : "#map").scrollIntoView();
   $(`#map-view [data-id="${block}"]`)?.focus({ preventScroll: true });
+}
+
+const isNarrow = () => matchMedia("(max-width: 860px)").matches;
+
+/** Opens a box of the map. Where its description would lie over its parts, only the parts are shown. */
+function unfold(id) {
+  if (isNarrow()) map.select(null);
+  map.open(id, isNarrow());
 }
 
 /** A box of the map was chosen: if it belongs to a block, its attention is shown. */
@@ -302,7 +310,7 @@ function chosen({ id }) {
 }
 
 function changed(state, names) {
-  if (names.has("open") && state.open !== opened) state.open ? map.open(state.open) : map.close();
+  if (names.has("open") && state.open !== opened) state.open ? unfold(state.open) : map.close();
   if (REQUEST.some((name) => names.has(name))) { fillForm(); draw(); }
   else if (names.has("step")) { film.paint(); look(film.isPlaying ? 600 : 150); }
 }

@@ -2,7 +2,7 @@
 //
 // "In 40 of 40 seeds" and the like: `python -m evidence tour`; classifiers: `python -m evidence pooled`; the two kinds of
 // blocks: notebooks 07b and 08b.
-import { term } from "./glossary.js";
+import { term, unbroken } from "./glossary.js";
 import { DEFAULTS } from "./store.js";
 
 const PROMPT = DEFAULTS.prompt, GREEN = PROMPT.replace("red", "green");
@@ -17,50 +17,50 @@ export const TOUR = [
   {
     name: "step",
     title: "What is a step?",
-    text: "In each step the model reads the noisy picture and predicts the direction towards the noise, the " + term("velocity", "velocity") + ". From it follows a guess of the finished picture. The noisy picture moves a little towards this guess; then comes the next step.",
+    text: "In each step the model reads the noisy picture and predicts the " + term("velocity", "velocity") + ": the direction from the finished picture to the noise. So its guess of the finished picture is: noisy picture − <i>t</i> × velocity. The noisy picture moves a little towards this guess; then comes the next step.",
     look: "Drag the slider or press play: the first guesses are vague, in form and in colour; they become sharp as the noise goes.",
     target: "#film", state: { step: 9 },
   },
   {
     title: "What happens inside one step?",
-    text: "Your prompt enters as one token per word (and padding, up to 32 tokens), the picture as one token per " + term("patch", "patch") + ". Eight " + term("block", "blocks") + " let all tokens exchange information. At the end, the tokens of the patches become the velocity.",
-    look: "The thick bands are the words (purple) and the patches (green). Click a box to open it; every box shows its live value.",
-    target: "#map", narrow: '#map-view [data-id="double"]', state: { step: 9 },
+    text: "Your prompt enters as one " + term("token", "token") + " per word (and padding, up to 32 tokens), the picture as one token per " + term("patch", "patch") + ". Eight " + term("block", "blocks") + " let all tokens exchange information. At the end, the tokens of the patches become the velocity.",
+    look: "The thick bands are the words (purple) and the patches (green). Choose a box to open it; every box shows its live value.",
+    target: "#map", state: { step: 9 },
   },
   {
     name: "kinds",
     title: "Why are there two kinds of blocks?",
-    text: "Double-stream: words and patches have their own weights and share one attention. Single-stream: they are one sequence with the same weights. Own weights cost memory (2.4 times as many per block). Do they help? Of two tiny models trained alike, the one with own weights had the lower loss, but also 1.9 times as many weights.",
-    look: "Double-stream block 0 is open: two columns with the same parts and one attention. Then open a single-stream block.",
-    target: "#map", narrow: "#map-view .map-below", state: { step: 9, open: "double.0" },
+    text: "Double-stream: words and patches have their own " + term("weights", "weights") + " and share one attention. Single-stream: they are one sequence with the same weights. Own weights cost memory (a double-stream block of this model has 2.4 times as many as a single-stream block). Whether they also make the pictures better, we cannot say: a tiny model with own weights made smaller errors than one without them, but it also had 1.9 times as many weights.",
+    look: "The first double-stream block (double 0) is open: two columns with the same parts, and one attention for both.",
+    target: "#map", part: "#map-view .map-below .map-view", state: { step: 9, open: "double.0" },
   },
   {
     name: "t5",
     title: "What does T5 do?",
-    text: "T5 gives the model one vector per word, and the picture takes its content from them. Here T5 reads “green” while CLIP still reads “red”: the circle turns green. This happens with 40 of 40 seeds.",
-    look: "Compare “before” and “after”. The difference lies in the circle.",
+    text: "T5 gives the model one " + term("vector", "vector") + " per word, and the picture takes its content from them. Here T5 reads “green” while CLIP still reads “red”: the circle turns green. This happens with 40 of 40 seeds.",
+    look: "Compare “before” and “after”. The difference lies in the circle. Press Next to do the same with CLIP.",
     target: "#change", state: { change: { kind: "prompts", t5: GREEN, clip: PROMPT } },
   },
   {
     title: "And what does CLIP do?",
-    text: "CLIP gives one vector for the whole prompt. It is added to the vectors of the time and the guidance. From the sum, each block computes numbers that scale what it reads and what it adds (" + term("modulation", "modulation") + "). So a block can work differently with much and with little noise. Here only CLIP reads “green”: the circle stays red, with 40 of 40 seeds. Without CLIP's part of the sum, however, only 3 of 40 pictures are right (37 of 40 with it).",
+    text: "CLIP gives one vector for the whole prompt. It is added to the vectors of the time and the guidance. From the sum, each block computes its shifts, scales and gates (" + term("modulation", "modulation") + "). Here only CLIP reads “green”: the circle stays red, with 40 of 40 seeds. Yet without CLIP's vector in the sum, only 3 of 40 pictures are right (37 of 40 with it). Both are true: another colour in CLIP changes the picture little, but a sum without CLIP's vector is one that the blocks have never met in training.",
     look: "The two pictures are almost the same, although CLIP reads another prompt.",
     target: "#change", state: { change: { kind: "prompts", t5: PROMPT, clip: GREEN } },
   },
   {
     title: "Why can it draw red?",
     text: "T5 has written “red” into the vector of the word “circle”: from this vector alone, a linear classifier reads the colour in 1,000 of 1,000 prompts. A patch inside the circle attends to “circle” more than to any other word (in block single 1 with 40 of 40 seeds) and so takes over what the vector says.",
-    look: "The outlined patch lies in the circle. Point at other patches, and at the words.",
+    look: "The outlined patch lies in the circle. Choose other patches, and words.",
     target: "#attention .attend", state: { step: 9, block: "single.1", head: "mean", at: "patch:34" },
   },
   {
-    name: "words",
     title: "Why does the circle end up left? First, the words",
     text: "Here the words “left” and “of” are hidden: no token can attend to them. Yet the circle stays left, with 40 of 40 seeds. T5 had already written the relation into the vectors of the other words.",
-    look: "“After” is nearly the same as “before”.",
+    look: "“After” is nearly the same as “before”. Press Next for the positions.",
     target: "#change", state: { change: { kind: "hide", tokens: [3, 4] } },
   },
   {
+    name: "positions",
     title: "Why does the circle end up left? Second, the positions",
     text: "Each patch knows its row and column by its " + term("position", "position") + ", and attention compares patch and word with this position included. Here the columns are mirrored: patches on the right have the column numbers of the left. Now the red shape is drawn there, with 40 of 40 seeds.",
     look: "“After”: the red shape is on the right, the blue one on the left. Both look torn because the inside of each patch is not mirrored.",
@@ -81,10 +81,10 @@ export function createTour(store, onEnd) {
     panel.hidden = !number;
     document.body.classList.toggle("touring", number > 0);
     if (!number) return;
-    const { title, text, look, target, narrow } = TOUR[number - 1];
+    const { title, text, look, target, part } = TOUR[number - 1];
     $("#tour-count").textContent = `${number} of ${TOUR.length}${own ? " · your own prompt comes back at the end" : ""}`;
     $("#tour-title").textContent = title;
-    $("#tour-text").innerHTML = text;
+    $("#tour-text").innerHTML = unbroken(text);
     $("#tour-look").innerHTML = `<b>Look:</b> ${look}`;
     $("#tour-back").disabled = number === 1;
     $("#tour-next").textContent = number === TOUR.length ? "Finish" : "Next";
@@ -93,7 +93,7 @@ export function createTour(store, onEnd) {
     marked.classList.add("toured");
     const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
     requestAnimationFrame(() => { // when the map has opened its box
-      const shown = (isNarrow && narrow && $(narrow)) || marked;
+      const shown = (part && $(part)) || marked;
       if (!shown) return; // the tour has ended meanwhile
       const fits = shown.getBoundingClientRect().height < innerHeight - panel.offsetHeight - 120;
       shown.scrollIntoView({ behavior: calm ? "auto" : "smooth", block: fits && !isNarrow ? "center" : "start" });
