@@ -129,7 +129,7 @@ def test_the_last_pair_is_followed_by_a_sentence(server, offline):
 def test_a_booth_in_a_notebook_takes_the_keys(run):
     page = run(BOOTH, name="arena")
     live = page.locator(".fluxedu").first
-    live.locator(".chips button").first.focus()
+    live.locator(".buttons button").first.focus()
     for count, key in enumerate(["ArrowLeft", "ArrowDown", "ArrowRight"], 1):
         page.keyboard.press(key)
         live.locator(".caption", has_text=f"Votes so far: {count}.").wait_for()

@@ -33,6 +33,6 @@ def test_its_explorer_answers(run, path):
     tab.locator(".fluxedu").wait_for()
     before = content(tab)
     parts = tab.locator(".fluxedu").locator(
-        "canvas[tabindex='0'], .drawing[tabindex='0'], input, g[tabindex='0'], select, .chips[role='group'] > button"
+        "[data-pointer]:not([data-pointer='']), input, g[tabindex='0'], select, .buttons[role='group'] > button"
     )
     assert any(moved(tab, parts.nth(i)) != before for i in range(min(parts.count(), 3)))  # the first that changes it

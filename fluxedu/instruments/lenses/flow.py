@@ -38,7 +38,7 @@ def curvature(trajectory: Trajectory) -> Named:
     """
     v, times = trajectory.velocities.flatten(2), trajectory.times
     cosine = torch.cosine_similarity(v[:-1].double(), v[1:].double(), dim=-1).clamp(-1, 1)
-    dt = (times[:-2] - times[1:-1]).double().view(-1, 1)
+    dt = (times[:-2] - times[1:-1]).double().view(-1, 1).to(v.device)
     return Named((cosine.acos().rad2deg() / dt).float(), ("step", "picture"), {"step": times[1:-1].tolist()})
 
 
