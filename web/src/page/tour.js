@@ -30,7 +30,7 @@ export const TOUR = [
   {
     name: "kinds",
     title: "Why are there two kinds of blocks?",
-    text: "Double-stream: words and patches have their own " + term("weights", "weights") + " and share one attention. Single-stream: they are one sequence with the same weights. Own weights cost memory (a double-stream block of this model has 2.4 times as many as a single-stream block). Whether they also make the pictures better, we cannot say: a tiny model with own weights made smaller errors than one without them, but it also had 1.9 times as many weights.",
+    text: "Double-stream: words and patches have their own " + term("weights", "weights") + " and share one attention. Single-stream: they are one sequence with the same weights. Own weights cost memory (here, 2.4 times as many per block). Whether they also make the pictures better, we cannot say: a tiny model with own weights made smaller errors than one without them, but it also had 1.9 times as many weights.",
     look: "The first double-stream block (double 0) is open: two columns with the same parts, and one attention for both.",
     target: "#map", part: "#map-view .map-below .map-view", state: { step: 9, open: "double.0" },
   },
