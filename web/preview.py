@@ -60,8 +60,8 @@ def numbers(values: Tensor) -> list:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    pipe, asked = fe.load(), questions(PROMPTS)
-    *fitted, test = (predictions(pipe, asked[i : i + BATCH]) for i in range(0, PROMPTS, BATCH))
+    pipe, prompts = fe.load(), questions(PROMPTS)
+    *fitted, test = (predictions(pipe, prompts[i : i + BATCH]) for i in range(0, PROMPTS, BATCH))
     x = torch.cat([*fitted, encoded(pipe)])
     y, y_test, net = decoded(pipe, x), decoded(pipe, test), Preview()
     optimizer = torch.optim.Adam(net.parameters(), lr=4e-3)

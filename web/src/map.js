@@ -1,20 +1,7 @@
 // The map of the model: an overview from the prompt to the image, and below it the wiring of the box that is open.
 // What it shows is data: see fluxedu/instruments/wiring.py. Sizes are CSS pixels, so text never shrinks with the page.
 
-const SVG = Object.assign(document.createElement("template"), { innerHTML: "<svg>" }).content.firstChild.namespaceURI;
-
-function html(tag, set = {}, ...children) {
-  const el = Object.assign(document.createElement(tag), set);
-  el.append(...children);
-  return el;
-}
-
-function svg(tag, attributes = {}, ...children) {
-  const el = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) el.setAttribute(name, value);
-  el.append(...children);
-  return el;
-}
+import { html, svg, words } from "./dom.js";
 
 const icon = (d) => svg("svg", { width: 12, height: 12, viewBox: "0 0 12 12", class: "icon", "aria-hidden": "true" }, svg("path", { d }));
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
@@ -333,9 +320,9 @@ const short = (x) => String(Number(Number(x).toPrecision(3)));
 function curves({ x, series, mark, colours = LINE_COLOURS, x_label = "", title }) {
   const W = 300, H = 120, all = series.flatMap((s) => s.y), low = Math.min(0, ...all), high = Math.max(...all, low + 1e-9);
   const X = (v) => 44 + ((v - x[0]) / (x.at(-1) - x[0] || 1)) * (W - 54), Y = (v) => 8 + (1 - (v - low) / (high - low)) * (H - 34);
-  const words = (text, x, y, anchor) => Object.assign(svg("text", { x, y, "text-anchor": anchor }), { textContent: text });
-  const parts = [svg("path", { d: `M44 8V${H - 26}H${W - 10}`, class: "axis" }), words(short(high), 40, 14, "end"), words(short(low), 40, H - 24, "end")];
-  parts.push(words(short(x[0]), 44, H - 11, "middle"), words(short(x.at(-1)), W - 12, H - 11, "middle"), words(x_label, W / 2 + 20, H - 2, "middle"));
+  const label = (text, x, y, anchor) => words(text, x, y, { "text-anchor": anchor });
+  const parts = [svg("path", { d: `M44 8V${H - 26}H${W - 10}`, class: "axis" }), label(short(high), 40, 14, "end"), label(short(low), 40, H - 24, "end")];
+  parts.push(label(short(x[0]), 44, H - 11, "middle"), label(short(x.at(-1)), W - 12, H - 11, "middle"), label(x_label, W / 2 + 20, H - 2, "middle"));
   if (mark !== undefined && mark !== null) parts.push(svg("path", { d: `M${X(mark)} 8V${H - 26}`, class: "at" }));
   series.forEach(({ y }, i) => parts.push(svg("polyline", { points: y.map((v, j) => `${X(x[j]).toFixed(1)},${Y(v).toFixed(1)}`).join(" "), fill: "none", stroke: colours[i % colours.length], "stroke-width": 1.8 })));
   const legend = html("div", { className: "map-legend" });
@@ -363,7 +350,7 @@ export function createMap(element, options) {
   const hint = options.hint ?? "Choose a box to see what it computes. A box with ▾ opens: it shows its parts.";
   // ids occur once on a page, although each widget has its own copy of this module
   const prefix = `map-${Math.random().toString(36).slice(2, 10)}`, boxes = indexOf(wiring);
-  let step = options.step ?? 0, openId = null, selected = null, width = 0, pulsing = null, playing = null, asked = 0;
+  let step = options.step ?? 0, openId = null, selected = null, width = 0, pulsing = null, playing = null, latest = 0;
 
   const crumbs = html("div", { className: "map-crumbs" });
   crumbs.setAttribute("role", "group"); // not a landmark: a page may have several maps
@@ -534,7 +521,7 @@ export function createMap(element, options) {
 
   function select(id) {
     selected = boxes.has(id) ? id : null;
-    root.classList.add("asked");
+    root.classList.add("has-choice");
     marks();
     showPanel();
     if (selected) onSelect?.(boxes.get(id).box);
@@ -699,10 +686,10 @@ export function createMap(element, options) {
   }
 
   async function showValue(box, host) {
-    const site = valueSite(box), ticket = ++asked;
+    const site = valueSite(box), ticket = ++latest;
     if (!site || !values) return;
     const value = await values(site, step, true);
-    if (ticket === asked && host.isConnected) paintValue(host, value ?? { kind: "text", text: "This run has no value here." });
+    if (ticket === latest && host.isConnected) paintValue(host, value ?? { kind: "text", text: "This run has no value here." });
   }
 
   let hovered = null;

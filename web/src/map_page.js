@@ -22,8 +22,8 @@ function recorded(data) {
     at += 16 * site[6];
   }
   const short = (x) => String(Number(x.toPrecision(3)));
-  return async (asked, at) => {
-    const [name, step] = asked === "sample.next" ? ["sample.x", at + 1] : [asked, at]; // the state after the step
+  return async (place, at) => {
+    const [name, step] = place === "sample.next" ? ["sample.x", at + 1] : [place, at]; // the state after the step
     const all = await bytes, site = sites[name], picture = pictures[name];
     if (!site) return null;
     const [start, frames, height, width, signed, largest, count, ratio] = site;

@@ -50,7 +50,7 @@ export function map(first, context) {
     shown.setStep(next.step);
     const id = data.ids[pointer ?? next.mark];
     if (isNew && !isMoved && id !== shown.selected()) shown.show(id);
-    if (next === first) shown.root.classList.remove("asked"); // nobody has asked yet: the map stays uncovered
+    if (next === first) shown.root.classList.remove("has-choice"); // nothing is chosen by hand yet: the map stays uncovered
     isMoved = false;
     answer();
   };

@@ -1,22 +1,18 @@
 // Attention: for one patch or one word, exact maps of every block and head.
+import { wholePercentages } from "../views/numbers.js";
 import { term } from "./glossary.js";
 import { heat, overlay, show } from "./paint.js";
 
 const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}\u00a0%`;
 
-/** Shares that sum to 1 as whole percentages that sum to 100. */
-function wholes(shares) {
-  const floors = shares.map((share) => Math.floor(100 * share)), left = 100 - floors.reduce((a, b) => a + b, 0);
-  const order = [...shares.keys()].sort((a, b) => (100 * shares[b] - floors[b]) - (100 * shares[a] - floors[a]));
-  for (const i of order.slice(0, left)) floors[i]++;
-  return floors.map((whole) => (whole ? `${whole}\u00a0%` : "less than 1\u00a0%"));
-}
+/** Shares that sum to 1, in words. */
+const wholes = (shares) => wholePercentages(shares).map((whole) => (whole ? `${whole}\u00a0%` : "less than 1\u00a0%"));
 
 const short = (block) => block.replace("double.", "double ").replace("single.", "single ");
 
 export function createAttention({ store, info, onBlock, onOpen }) {
   const $ = (selector) => document.querySelector(`#attention ${selector}`);
-  const canvas = $("#patches"), box = $(".box"), words = $(".words"), said = $("#attention-said"), gallery = $(".gallery");
+  const canvas = $("#patches"), box = $(".box"), words = $(".words"), finding = $("#attention-finding"), gallery = $(".gallery");
   const open = $("#open-block"), { blocks, heads, txtLen } = info;
   let run = null, values = null, pieces = [], hovered = null, cells = new Map();
 
@@ -135,12 +131,12 @@ export function createAttention({ store, info, onBlock, onOpen }) {
     if (isPatch) {
       const best = [...text.slice(0, words.children.length - 1).keys()].sort((a, b) => text[b] - text[a])[0];
       const name = pieces[best]?.replaceAll("▁", ""), [inWords, inPatches, inRest] = wholes([named, 1 - inText, inText - named]);
-      said.innerHTML = `<b>Row ${Math.floor(n / columns) + 1}, column ${(n % columns) + 1}</b> (${who}) gives ${inWords} of its attention to words (most to <b></b>, ${percent(text[best])}), ${inPatches} to patches and ${inRest} to end and padding.`;
-      said.querySelectorAll("b")[1].textContent = `“${name}”`;
+      finding.innerHTML = `<b>Row ${Math.floor(n / columns) + 1}, column ${(n % columns) + 1}</b> (${who}) gives ${inWords} of its attention to words (most to <b></b>, ${percent(text[best])}), ${inPatches} to patches and ${inRest} to end and padding.`;
+      finding.querySelectorAll("b")[1].textContent = `“${name}”`;
     } else {
       const best = picture.indexOf(Math.max(...picture));
-      said.innerHTML = `<b></b> (${who}): the patch in row ${Math.floor(best / columns) + 1}, column ${(best % columns) + 1} attends to it most, with ${percent(picture[best])} of its attention.`;
-      said.firstChild.textContent = `“${pieces[n]?.replaceAll("▁", "")}”`;
+      finding.innerHTML = `<b></b> (${who}): the patch in row ${Math.floor(best / columns) + 1}, column ${(best % columns) + 1} attends to it most, with ${percent(picture[best])} of its attention.`;
+      finding.firstChild.textContent = `“${pieces[n]?.replaceAll("▁", "")}”`;
     }
     document.dispatchEvent(new CustomEvent("fluxedu:hovered", { detail: { ms: performance.now() - started } }));
   }

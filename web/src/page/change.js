@@ -45,7 +45,7 @@ export function describe(change, pieces, info) {
 
 export function createChange({ store, info, getRun, draw }) {
   const $ = (selector) => document.querySelector(`#change ${selector}`);
-  const tabs = $(".tabs"), controls = $(".controls"), tries = $(".tries"), said = $("#change-said");
+  const tabs = $(".tabs"), controls = $(".controls"), tries = $(".tries"), finding = $("#change-finding");
   const [before, after, diff] = ["#before", "#after", "#difference"].map($);
   const captions = [before, after].map((canvas) => canvas.parentElement.querySelector("figcaption"));
   let kind = store.state.change?.kind ?? "prompts", wait = 0, number = 0, shown = "";
@@ -178,7 +178,7 @@ export function createChange({ store, info, getRun, draw }) {
       document.querySelector("#change").classList.remove("busy");
       clear();
       captions[1].textContent = "after: nothing is changed yet";
-      said.textContent = "Choose a change, or one of the examples.";
+      finding.textContent = "Choose a change, or one of the examples.";
       return;
     }
     const request = changed(run.request, change), mine = ++number, text = JSON.stringify(request);
@@ -191,7 +191,7 @@ export function createChange({ store, info, getRun, draw }) {
     document.querySelector("#change").classList.add("busy");
     clear();
     captions[1].textContent = "after: drawing with the change …";
-    said.textContent = "";
+    finding.textContent = "";
     try {
       const other = await draw(request);
       if (mine !== number) return;
@@ -203,11 +203,11 @@ export function createChange({ store, info, getRun, draw }) {
       diff.classList.remove("none");
       captions[1].textContent = `after: ${describe(change, run.tokens, info)}`;
       const much = share < 0.005 ? "Almost no pixel changes visibly" : `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} % of the pixels change visibly`;
-      said.textContent = `${much} (red, green or blue by more than 30 of 255).`;
+      finding.textContent = `${much} (red, green or blue by more than 30 of 255).`;
       document.dispatchEvent(new CustomEvent("fluxedu:changed"));
     } catch (error) {
       if (error.name === "AbortError" || mine !== number) return;
-      said.textContent = `This change could not be computed: ${error.message}`;
+      finding.textContent = `This change could not be computed: ${error.message}`;
       captions[1].textContent = "after";
     } finally {
       if (mine === number) document.querySelector("#change").classList.remove("busy");

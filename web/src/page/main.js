@@ -17,7 +17,7 @@ const $ = (selector) => document.querySelector(selector);
 const REQUEST = ["prompt", "negative", "seed", "steps", "guidance", "shape"];
 const RUNS = 8; // that are kept
 const isSite = location.pathname.includes("/play/"); // beside the documentation, or served alone
-const say = (text) => { $("#said").textContent = text; };
+const say = (text) => { $("#status").textContent = text; };
 
 const store = createStore(parse(location.hash));
 createGlossary();

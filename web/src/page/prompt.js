@@ -24,7 +24,7 @@ export function randomPrompt({ colours, shapes, letters, relations, backgrounds 
 
 export function createPrompt({ vocabulary, colours, tokenize, onPrompt }) {
   const area = document.querySelector("#prompt"), underlay = document.querySelector(".underlay");
-  const said = document.querySelector("#unknown"), chips = document.querySelector(".vocabulary");
+  const notice = document.querySelector("#unknown"), chips = document.querySelector(".vocabulary");
   let latest = 0;
 
   for (const [title, groups] of Object.entries(ROWS)) {
@@ -76,9 +76,9 @@ export function createPrompt({ vocabulary, colours, tokenize, onPrompt }) {
     mark(text, unknown);
     const names = [...new Set(unknown.map((part) => `“${part.word}”`))];
     const list = names.length > 1 ? `${names.slice(0, -1).join(", ")} and ${names.at(-1)}` : names[0];
-    if (names.length) said.textContent = `This model has never seen ${list}. It knows only the words below, so it will ignore ${names.length > 1 ? "these words" : "this word"} or draw something else.`;
-    else if (truncated) said.textContent = "The prompt is too long: the model reads only its first 32 tokens.";
-    else said.textContent = "";
+    if (names.length) notice.textContent = `This model has never seen ${list}. It knows only the words below, so it will ignore ${names.length > 1 ? "these words" : "this word"} or draw something else.`;
+    else if (truncated) notice.textContent = "The prompt is too long: the model reads only its first 32 tokens.";
+    else notice.textContent = "";
   }
 
   function mark(text, unknown) {
