@@ -120,6 +120,21 @@ def train_on_latents(
     return run
 
 
+def round_as_shipped(network: nn.Module) -> None:
+    """Round the weights to bfloat16, in which they are written."""
+    network.load_state_dict({k: v.to(torch.bfloat16).float() for k, v in network.state_dict().items()})
+
+
+def budget(network: nn.Module, run: Run) -> dict[str, int]:
+    """What the figures of a trained model say of its training."""
+    return {
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "steps": run.step,
+        "batch": run.recipe.batch,
+        "minutes": round(run.seconds / 60),
+    }
+
+
 def train_baseline(name: str, folder: Path, resume: bool, ship_to: Path, prompts: int = 500, few: int = 200) -> Path:
     """Train "sd" or "twin", write it in bfloat16 into ``ship_to``, and note its exam in ``baselines.json`` there."""
     pipe = load("nano-base")
@@ -132,14 +147,8 @@ def train_baseline(name: str, folder: Path, resume: bool, ship_to: Path, prompts
     else:
         save_folder(network.state_dict(), path, network.config, dtype=torch.bfloat16, overwrite=True)
     print(f"wrote {path}")
-    network.load_state_dict({k: v.to(torch.bfloat16).float() for k, v in network.state_dict().items()})  # as it ships
-    entry = {
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "steps": run.step,
-        "batch": run.recipe.batch,
-        "minutes": round(run.seconds / 60),
-        **examine(pipeline_with(network, pipe), prompts, few),
-    }
+    round_as_shipped(network)
+    entry = budget(network, run) | examine(pipeline_with(network, pipe), prompts, few)
     add_entry(Path(ship_to), name, entry, "baselines.json")
     return path
 

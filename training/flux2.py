@@ -234,15 +234,9 @@ def train_flux2(variant: str, folder: Path, resume: bool, ship_to: Path, prompts
             path = Path(ship_to) / "transformer_flux2"
             save_folder(flux.state_dict(), path, flux.config, dtype=torch.bfloat16, overwrite=True)
             print(f"wrote {path}")
-        flux.load_state_dict({k: v.to(torch.bfloat16).float() for k, v in flux.state_dict().items()})  # as it ships
-        figures = {
-            "parameters": sum(p.numel() for p in flux.parameters()),
-            "steps": run.step,
-            "batch": run.recipe.batch,
-            "minutes": round(run.seconds / 60),
-            "guidance": GUIDANCE,
-            "rows": examine(pipeline_with(flux, pipe), prompts),
-        }
+        baselines.round_as_shipped(flux)
+        rows = examine(pipeline_with(flux, pipe), prompts)
+        figures = baselines.budget(flux, run) | {"guidance": GUIDANCE, "rows": rows}
     finally:
         torch.set_num_threads(threads)
     path = run.folder / "exam.json"

@@ -69,16 +69,24 @@ def tab(browser):
     assert [url for url in requested if not url.startswith(here)] == []
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def jupyter_folders(folder):
+    """Environment variables by which JupyterLab keeps everything in ``folder``, and nothing of this user's counts."""
+    folders = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    labs = {f"JUPYTERLAB_{kind}_DIR": str(folder / kind.lower()) for kind in ("SETTINGS", "WORKSPACES")}
+    return folders | labs
+
+
 @pytest.fixture(scope="session")
 def lab(browser, tmp_path_factory):
     """A JupyterLab of our own: (its folder, its address)."""
     folder = tmp_path_factory.mktemp("lab")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    folders = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
-    folders["JUPYTERLAB_SETTINGS_DIR"] = str(folder / "settings")
-    folders["JUPYTERLAB_WORKSPACES_DIR"] = str(folder / "workspaces")
+    port, folders = free_port(), jupyter_folders(folder)
     quiet = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')

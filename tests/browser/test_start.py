@@ -1,13 +1,12 @@
 """``fluxedu lab`` as a newcomer meets it: START.ipynb is open and nothing else; a prompt is drawn and explored."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import wait_for
+from conftest import free_port, jupyter_folders, wait_for
 
 PICTURES = ".widget-image"
 
@@ -16,12 +15,7 @@ PICTURES = ".widget-image"
 def address(browser, tmp_path_factory):
     """``fluxedu lab`` with its own configuration, so that no settings of this machine's user count."""
     folder = tmp_path_factory.mktemp("newcomer")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    own = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
-    own |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "s"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "w")}
-    own |= {"JUPYTER_TOKEN": "t", "HOME": str(folder)}
+    port, own = free_port(), jupyter_folders(folder) | {"JUPYTER_TOKEN": "t", "HOME": str(folder)}
     command = [sys.executable, "-m", "fluxedu.cli", "lab", "--no-browser", "--port", str(port)]
     with open(folder / "log", "w") as log:
         lab = subprocess.Popen(

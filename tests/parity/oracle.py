@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from rounding import Float64, WithoutNoise
 from torch import Tensor, nn
 
-from fluxedu.models import Flux, FluxConfig
+from fluxedu.models import Flux, Flux2Config, FluxConfig, attention, modulation
+from fluxedu.models.config import PyramidConfig
 
 
 def examples(number: int) -> settings:
@@ -78,20 +79,61 @@ def to_diffusers(state: dict[str, Tensor], config: FluxConfig) -> dict[str, Tens
     return convert(state)
 
 
+def transformer_arguments(config: FluxConfig | Flux2Config) -> dict[str, object]:
+    """What diffusers' models of FLUX.1 and of FLUX.2 call by the same names."""
+    return {
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "num_layers": config.depth,
+        "num_single_layers": config.depth_single_blocks,
+        "attention_head_dim": config.head_dim,
+        "num_attention_heads": config.num_heads,
+        "joint_attention_dim": config.context_in_dim,
+        "guidance_embeds": config.guidance_embed,
+        "axes_dims_rope": config.axes_dim,
+    }
+
+
+def pyramid_arguments(config: PyramidConfig) -> dict[str, object]:
+    """What diffusers' autoencoders of FLUX.1 and of FLUX.2 call by the same names."""
+    levels = len(config.ch_mult)
+    return {
+        "in_channels": config.in_channels,
+        "out_channels": config.out_ch,
+        "block_out_channels": tuple(config.ch * m for m in config.ch_mult),
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "layers_per_block": config.num_res_blocks,
+        "latent_channels": config.z_channels,
+        "norm_num_groups": config.norm_groups,
+    }
+
+
+# ---------------------------------------------------------------- mistakes that both comparisons have to notice
+
+
+def layer_norm_eps(patch, model):
+    patch.setattr(modulation, "LN_EPS", 1e-5)
+
+
+def rms_norm_eps(patch, model):
+    patch.setattr(attention, "RMS_EPS", 1e-5)
+
+
+def last_layer_takes_scale_first(patch, model):
+    plan = model.final_layer.plan
+    patch.setattr(model.final_layer, "plan", lambda vec: torch.cat(plan(vec).chunk(2, dim=-1)[::-1], dim=-1))
+
+
+# ---------------------------------------------------------------- FLUX.1's transformer
+
+
 def diffusers_flux(config: FluxConfig, state: dict[str, Tensor]) -> FluxTransformer2DModel:
     """diffusers' model with our weights. Every name and shape must match."""
     with torch.device("meta"):
         theirs = FluxTransformer2DModel(
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            num_layers=config.depth,
-            num_single_layers=config.depth_single_blocks,
-            attention_head_dim=config.head_dim,
-            num_attention_heads=config.num_heads,
-            joint_attention_dim=config.context_in_dim,
+            **transformer_arguments(config),
             pooled_projection_dim=config.vec_in_dim,
-            guidance_embeds=config.guidance_embed,
-            axes_dims_rope=config.axes_dim,
         )
     theirs.load_state_dict(to_diffusers(state, config), strict=True, assign=True)
     theirs.pos_embed.theta = config.theta

@@ -8,7 +8,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import examples, gradients, randomise, worst_gradient
+from oracle import examples, gradients, pyramid_arguments, randomise, worst_gradient
 from rounding import Exact, worst_error
 
 from fluxedu.models import AutoEncoder, AutoEncoderConfig
@@ -16,16 +16,7 @@ from fluxedu.models import AutoEncoder, AutoEncoderConfig
 
 def diffusers_config(config):
     """diffusers' description of the same network."""
-    levels = len(config.ch_mult)
-    return {
-        "in_channels": config.in_channels,
-        "out_channels": config.out_ch,
-        "block_out_channels": tuple(config.ch * m for m in config.ch_mult),
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "layers_per_block": config.num_res_blocks,
-        "latent_channels": config.z_channels,
-        "norm_num_groups": config.norm_groups,
+    return pyramid_arguments(config) | {
         "scaling_factor": config.scale_factor,
         "shift_factor": config.shift_factor,
         "use_quant_conv": False,

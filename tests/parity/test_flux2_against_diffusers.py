@@ -17,7 +17,17 @@ from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import REGIMES, cast, examples, randomise
+from oracle import (
+    REGIMES,
+    cast,
+    examples,
+    last_layer_takes_scale_first,
+    layer_norm_eps,
+    pyramid_arguments,
+    randomise,
+    rms_norm_eps,
+    transformer_arguments,
+)
 from rounding import Exact, Float64, WithoutNoise, exact_value, relative_error, worst_error
 
 from fluxedu.checkpoints import convert, from_diffusers_config, infer_config, shapes, to_diffusers_config
@@ -29,7 +39,6 @@ from fluxedu.models import (
     Flux2Config,
     attention,
     flux2,
-    modulation,
 )
 
 LARGEST_ERROR = {torch.float32: 2e-6, torch.float64: 1e-7}  # of an input of ordinary size, relative, between both
@@ -41,17 +50,9 @@ def diffusers_flux2(config, state):
     """diffusers' model with our weights. Every name and shape must match."""
     with torch.device("meta"):
         theirs = Flux2Transformer2DModel(
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
-            num_layers=config.depth,
-            num_single_layers=config.depth_single_blocks,
-            attention_head_dim=config.head_dim,
-            num_attention_heads=config.num_heads,
-            joint_attention_dim=config.context_in_dim,
+            **transformer_arguments(config),
             mlp_ratio=config.mlp_ratio,
-            axes_dims_rope=config.axes_dim,
             rope_theta=config.theta,
-            guidance_embeds=config.guidance_embed,
         )
     state = convert_flux2_transformer_checkpoint_to_diffusers(dict(state))
     theirs.load_state_dict(state, strict=True, assign=True)
@@ -280,22 +281,9 @@ def text_and_image_modulation_exchanged(patch, model):
     patch.setitem(model._modules, "double_stream_modulation_img", txt)
 
 
-def layer_norm_eps(patch, model):
-    patch.setattr(modulation, "LN_EPS", 1e-5)
-
-
-def rms_norm_eps(patch, model):
-    patch.setattr(attention, "RMS_EPS", 1e-5)
-
-
 def no_guidance(patch, model):
     guidance = model.guidance_in.forward
     patch.setattr(model.guidance_in, "forward", lambda x: torch.zeros_like(guidance(x)))
-
-
-def last_layer_takes_scale_first(patch, model):
-    plan = model.final_layer.plan
-    patch.setattr(model.final_layer, "plan", lambda vec: torch.cat(plan(vec).chunk(2, dim=-1)[::-1], dim=-1))
 
 
 MISTAKES = {  # and the regime in which each shows
@@ -338,32 +326,17 @@ def test_a_mistake_is_found(mistake, exact_cases, monkeypatch):
 # --- the autoencoder ------------------------------------------------------------------------------
 
 
-def diffusers_autoencoder_config(config):
-    """diffusers' description of the same network."""
-    levels = len(config.ch_mult)
-    return {
-        "in_channels": config.in_channels,
-        "out_channels": config.out_ch,
-        "block_out_channels": tuple(config.ch * m for m in config.ch_mult),
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "layers_per_block": config.num_res_blocks,
-        "latent_channels": config.z_channels,
-        "norm_num_groups": config.norm_groups,
-    }
-
-
 def autoencoder_to_diffusers(state, config):
     """By diffusers' converter, which knows the names of FLUX.1's autoencoder but not the five of FLUX.2's."""
     top = ("encoder.quant_conv.", "decoder.post_quant_conv.")
     found = {n.split(".", 1)[1] if n.startswith(top) else n: t for n, t in state.items()}
     statistics = {n: t for n, t in found.items() if n.startswith("bn.")}
-    return convert_ldm_vae_checkpoint(found, diffusers_autoencoder_config(config)) | statistics
+    return convert_ldm_vae_checkpoint(found, pyramid_arguments(config)) | statistics
 
 
 def diffusers_autoencoder(config, state):
     with torch.device("meta"):
-        theirs = AutoencoderKLFlux2(**diffusers_autoencoder_config(config))
+        theirs = AutoencoderKLFlux2(**pyramid_arguments(config))
     theirs.load_state_dict(autoencoder_to_diffusers(state, config), strict=True, assign=True)
     return theirs.eval()
 

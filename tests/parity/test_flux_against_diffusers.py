@@ -20,6 +20,9 @@ from oracle import (
     examples,
     float64_flux,
     gradients,
+    last_layer_takes_scale_first,
+    layer_norm_eps,
+    rms_norm_eps,
     run_ours,
     run_theirs,
     to_diffusers,
@@ -27,7 +30,7 @@ from oracle import (
 )
 from rounding import Exact, exact_value, relative_error
 
-from fluxedu.models import FluxConfig, attention, modulation
+from fluxedu.models import FluxConfig, attention
 from fluxedu.models import flux as flux_module
 
 
@@ -219,19 +222,6 @@ def erf_gelu_in_single_blocks(patch, model):
         for mlp in (block.img_mlp, block.txt_mlp):
             patch.setattr(mlp[1], "forward", lambda x: model_gelu(x, approximate="tanh"))
     erf_gelu(patch, model)
-
-
-def layer_norm_eps(patch, model):
-    patch.setattr(modulation, "LN_EPS", 1e-5)
-
-
-def rms_norm_eps(patch, model):
-    patch.setattr(attention, "RMS_EPS", 1e-5)
-
-
-def last_layer_takes_scale_first(patch, model):
-    plan = model.final_layer.plan
-    patch.setattr(model.final_layer, "plan", lambda vec: torch.cat(plan(vec).chunk(2, dim=-1)[::-1], dim=-1))
 
 
 def rope_by_halves(patch, model):
