@@ -3,6 +3,7 @@
 load()             the miniature with a guidance input, as FLUX.1-dev; or the model that FLUXEDU_MODEL names
 load("nano-base")  the miniature before distillation, for classifier-free guidance
 load("nano-fill")  and nano-schnell, -canny, -depth, -kontext, -redux: the family in miniature
+load("nano-flux2") FLUX.2 in miniature
 load("dev")        the official weights from the Hugging Face cache; also schnell, krea, fill, canny, depth, kontext
 load("path/to/FLUX.1-dev")  a folder as on the hub: transformer, vae, two text encoders, two tokenizers
 load("klein")      FLUX.2: also klein-9b, klein-base, klein-base-9b, flux2-dev, or a folder as on the hub
@@ -23,6 +24,7 @@ from fluxedu.checkpoints import (
     config_of,
     find,
     find_flux2,
+    flux2_error,
     load_into,
     lora_in_channels,
     read,
@@ -35,7 +37,7 @@ from fluxedu.errors import CheckpointError, RequestError, check_choice, check_de
 from fluxedu.files import read_json_file
 from fluxedu.memory import open_networks
 from fluxedu.memory.compiled import compile_blocks
-from fluxedu.models import VARIANTS, Flux, FluxConfig, Sampling
+from fluxedu.models import VARIANTS, Flux, Flux2Config, FluxConfig, Sampling
 from fluxedu.models.meta_init import meta_init
 from fluxedu.models.redux import Redux, ReduxHead
 from fluxedu.nano.networks import VisionEncoder
@@ -43,7 +45,7 @@ from fluxedu.nano.shipped import FAMILY, LORA_FILE, LORAS, NANO_SHIFT, SHIPPED, 
 from fluxedu.nano.vocabulary import prompt_problem
 from fluxedu.sampling.flux2 import Flux2Pipeline, read_prompt_encoder
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.sampling.prompts import PromptEncoder, Tokenizer
+from fluxedu.sampling.prompts import PromptEncoder, T5Prompts, Tokenizer
 from fluxedu.sampling.request import checked_dtype
 
 
@@ -102,9 +104,15 @@ def load(
         sampling = _sampling_of(files.scheduler, transformer)
         size = 1024 if sampling is None else 128
     is_miniature = sampling is not None
+    tensors = read(files.parts["transformer"], "transformer")
+    config = config_of(tensors)
+    is_flux2 = isinstance(config, Flux2Config)  # the miniature's, which has T5 for its text encoder
+    if is_flux2 and not is_miniature:
+        raise flux2_error(files.parts["transformer"])
+    if is_flux2 and lora is not None:
+        raise RequestError("lora= is for FLUX.1; load FLUX.2 without it.")
     if not is_miniature:
-        tensors = read(files.parts["transformer"], "transformer")
-        like = _like(config_of(tensors), like, files)
+        like = _like(config, like, files)
         sampling = VARIANTS[like].sampling
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or own_dtype((entry.dtype, entry.nbytes) for entry in tensors.entries.values())
@@ -120,15 +128,19 @@ def load(
         opened_with_lora.update(with_loras(opened, groups, dtype))
         return opened | opened_with_lora
 
-    networks = open_networks(files.parts, device, dtype, memory, quantise, change=merge_loras)
-    clip, t5, flux, vae = (networks[name] for name in ("clip", "t5", "flux", "ae"))
-    clip_length = clip.config.max_position_embeddings
-    prompts = PromptEncoder(
-        Tokenizer(files.parts["tokenizer"], "<|endoftext|>", "<|endoftext|>", clip_length, truncate=True),
-        clip,
-        Tokenizer(files.parts["tokenizer_2"], "<pad>", "</s>", sampling.text_length, truncate=False),
-        t5,
-    )
+    parts = {part: path for part, path in files.parts.items() if not is_flux2 or part != "text_encoder"}
+    networks = open_networks(parts, device, dtype, memory, quantise, change=merge_loras)
+    t5, flux, vae = (networks[name] for name in ("t5", "flux", "ae"))
+    t5_tokenizer = Tokenizer(files.parts["tokenizer_2"], "<pad>", "</s>", sampling.text_length, truncate=False)
+    if is_flux2:
+        prompts = T5Prompts(t5_tokenizer, t5)
+    else:
+        clip = networks["clip"]
+        clip_length = clip.config.max_position_embeddings
+        clip_tokenizer = Tokenizer(
+            files.parts["tokenizer"], "<|endoftext|>", "<|endoftext|>", clip_length, truncate=True
+        )
+        prompts = PromptEncoder(clip_tokenizer, clip, t5_tokenizer, t5)
     vae = vae.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
     try:
         pipe = FluxPipeline(prompts, flux, vae, sampling, size)
@@ -161,7 +173,8 @@ def load_flux2(
     is_distilled = index.get("is_distilled", files.variant in ("klein", "klein-9b"))
     sampling = Sampling(4, 1.0, 512, shift=True) if is_distilled else Sampling(50, 4.0, 512, shift=True)
     prompts = read_prompt_encoder(files.parts["tokenizer"], files.parts["text_encoder"], dtype, sampling.text_length)
-    networks = open_networks(files.parts, device, dtype, memory, quantise, language_model=prompts.language_model)
+    parts = {part: files.parts[part] for part in ("transformer", "vae")}
+    networks = open_networks(parts, device, dtype, memory, quantise, language_model=prompts.language_model)
     vae = networks["ae"].to(memory_format=torch.channels_last)
     try:
         pipe = Flux2Pipeline(prompts, networks["flux"], vae, sampling, 1024)
@@ -200,13 +213,13 @@ def with_loras(
 
     The transformer's input is widened for a LoRA with more channels, such as canny's.
     """
-    merged = {name: opened[name] for name in ("flux", "clip", "t5")}
+    merged = {name: opened[name] for name in ("flux", "clip", "t5") if name in opened}
     for group in groups:
         loras = [(read_lora(file), scale) for file, scale in group]
         flux, tensors = merged["flux"]
         in_channels = max([flux.config.in_channels, *(lora_in_channels(tensors) or 0 for tensors, _ in loras)])
         with meta_init():
-            wide = Flux(flux.config.with_(in_channels=in_channels)).eval()
+            wide = type(flux)(flux.config.with_(in_channels=in_channels)).eval()
         if loras:
             merged = merge_lazily(merged | {"flux": (wide, tensors)}, loras, dtype)
     return merged

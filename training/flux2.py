@@ -44,7 +44,7 @@ from fluxedu.nano import exam, networks
 from fluxedu.nano.judge import judge, summary
 from fluxedu.probe import name_sites
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.sampling.prompts import Conditioning, PromptEncoder
+from fluxedu.sampling.prompts import T5Prompts
 from training import baselines
 from training.data import Tokens
 from training.flow import AlignedFlow, TextEncoders, averaged_flow, flow_loss, initialise
@@ -248,23 +248,11 @@ def train_flux2(variant: str, folder: Path, resume: bool, ship_to: Path, prompts
 # ---------------------------------------------------------------- the exam
 
 
-class T5Prompts(PromptEncoder):
-    """The miniature's T5 in place of FLUX.2's language model: no pooled vector."""
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        return super().widths[0], 0
-
-    def _encode(self, texts: list[str]) -> Conditioning:
-        encoded = super()._encode(texts)
-        return Conditioning(encoded.txt, encoded.pooled[:, :0])
-
-
 def pipeline_with(flux: Flux, pipe: FluxPipeline) -> FluxPipeline:
     """The transformer with the encoders, the schedule and the sampler of ``pipe``."""
     encoder = pipe.prompt_encoder
     if isinstance(flux, Flux2):
-        encoder = T5Prompts(encoder.clip_tokenizer, encoder.clip, encoder.t5_tokenizer, encoder.t5)
+        encoder = T5Prompts(encoder.t5_tokenizer, encoder.t5)
     return FluxPipeline(encoder, flux.eval(), pipe.autoencoder, pipe.defaults, pipe.size)
 
 

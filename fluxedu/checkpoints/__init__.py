@@ -10,7 +10,7 @@ from fluxedu.checkpoints.configs import from_diffusers_config, infer_config, to_
 from fluxedu.checkpoints.layouts import convert, convert_lazily, shapes
 from fluxedu.checkpoints.lora import Merged, extract, merge, widen_input
 from fluxedu.checkpoints.lora_files import lora_in_channels
-from fluxedu.checkpoints.official import OFFICIAL, OFFICIAL_FLUX2, Official, find, find_flux2
+from fluxedu.checkpoints.official import OFFICIAL, OFFICIAL_FLUX2, Official, find, find_flux2, flux2_error
 from fluxedu.checkpoints.reading import config_of, load_into, load_model, open_model, read
 from fluxedu.checkpoints.writing import convert_file, save_file, save_folder
 from fluxedu.errors import CheckpointError
@@ -28,6 +28,7 @@ __all__ = [
     "extract",
     "find",
     "find_flux2",
+    "flux2_error",
     "from_diffusers_config",
     "infer_config",
     "load_into",

@@ -101,7 +101,7 @@ def find(
     if path.is_file():
         folders, parts = [path.parent], dict.fromkeys(_parts_of(path), path)
         if "transformer" in parts and _is_flux2(path):
-            raise _flux2_error(path)
+            raise flux2_error(path)
         if "transformer" not in parts:
             raise CheckpointError(
                 f"{path.name} holds no transformer of FLUX.1; pass a folder, or a transformer's file."
@@ -129,8 +129,8 @@ def find(
             missing += search.missing
             faults += search.faults
         else:
-            if part == "transformer" and _is_flux2(found):
-                raise _flux2_error(found)
+            if part == transformer == "transformer" and _is_flux2(found):  # not in a folder that was named
+                raise flux2_error(found)
             parts[part] = found
             if part == "transformer" and found.is_file():  # which may hold the other parts too
                 parts |= dict.fromkeys(_parts_of(found), found)
@@ -247,7 +247,8 @@ def _is_flux2(transformer: Path) -> bool:
     return recognised is not None and recognised[0] is Flux2Config
 
 
-def _flux2_error(transformer: Path) -> CheckpointError:
+def flux2_error(transformer: Path) -> CheckpointError:
+    """How a FLUX.2 is loaded, for one that is opened as if it were FLUX.1."""
     return CheckpointError(
         f"{transformer.name} is FLUX.2, whose pipeline is loaded from a folder as on the hub, with "
         f"{', '.join(FLUX2_PARTS)}; fe.checkpoints.load_model reads the transformer alone."

@@ -57,9 +57,9 @@ def open_networks(
     change: Callable[[dict], dict] = dict,
     language_model: nn.Module | None = None,
 ) -> dict[str, nn.Module]:
-    """``flux``, ``ae``, ``clip`` and ``t5``, from ``parts`` (hub folder name -> folder or file).
+    """Those of ``flux``, ``ae``, ``clip`` and ``t5`` that ``parts`` names (hub folder name -> folder or file).
 
-    For FLUX.2 it is ``flux``, ``ae`` and ``language_model``, which is on the CPU and moved, or streamed, from there.
+    For FLUX.2, ``language_model`` is added, which is on the CPU and moved, or streamed, from there.
 
     ``quantised``: a format for the weights of the transformer's blocks (see quantised.py). ``change`` receives, by
     name, every network without its weights and the tensors to load, and returns what is loaded instead. With
@@ -67,7 +67,7 @@ def open_networks(
     """
     if quantised is not None:
         check_installed(quantised)
-    folders = FOLDERS if language_model is None else {name: FOLDERS[name] for name in ("flux", "ae")}
+    folders = {name: folder for name, folder in FOLDERS.items() if folder in parts}
     opened = change({name: open_model(parts[folder], part=folder) for name, folder in folders.items()})
     modules = {name: module for name, (module, _) in opened.items()}
     networks = Networks(**modules, dtype=dtype, language_model=language_model)

@@ -41,6 +41,7 @@ FAMILY = {
     "nano-depth": ShippedModel("transformer", _as_dev(1.0), lora="lora_depth"),
     "nano-kontext": ShippedModel("transformer_kontext", _as_dev(1.0)),
     "nano-redux": ShippedModel("transformer", _as_dev(3.0), head="redux"),
+    "nano-flux2": ShippedModel("transformer_flux2", _as_dev(5.0)),
 }
 SHIPPED_MODELS = SHIPPED | FAMILY
 #: style LoRAs for ``nano`` by name, with their folders

@@ -16,6 +16,7 @@ _PUBLIC = {
     "Request": "request",
     "Conditioning": "prompts",
     "PromptEncoder": "prompts",
+    "T5Prompts": "prompts",
     "Tokenizer": "prompts",
     "VelocityField": "velocity_field",
     "SOLVERS": "solvers",

@@ -156,11 +156,34 @@ class PromptEncoder:
         return encoded[[distinct.index(prompt) for prompt in prompts]]
 
     def _encode(self, texts: list[str]) -> Conditioning:
-        device = self.t5.shared.weight.device
-        t5_ids = _known_ids(self.t5_tokenizer(texts), self.t5.config.vocab_size, "T5").to(device)
-        txt = self.t5(t5_ids)
-        check_finite("T5's embeddings", txt, partial(self.t5, t5_ids))
-        clip_ids = _known_ids(self.clip_tokenizer(texts), self.clip.config.vocab_size, "CLIP").to(device)
+        txt = self._encode_with_t5(texts)
+        clip_ids = _known_ids(self.clip_tokenizer(texts), self.clip.config.vocab_size, "CLIP").to(txt.device)
         _, pooled = self.clip(clip_ids)
         check_finite("CLIP's pooled vectors", pooled, partial(self.clip, clip_ids))
         return Conditioning(txt, pooled)
+
+    def _encode_with_t5(self, texts: list[str]) -> Tensor:
+        t5_ids = _known_ids(self.t5_tokenizer(texts), self.t5.config.vocab_size, "T5").to(self.t5.shared.weight.device)
+        txt = self.t5(t5_ids)
+        check_finite("T5's embeddings", txt, partial(self.t5, t5_ids))
+        return txt
+
+
+class T5Prompts(PromptEncoder):
+    """T5 alone, without a pooled vector: the miniature FLUX.2 reads it in place of a language model."""
+
+    def __init__(self, t5_tokenizer: Tokenizer, t5: T5Encoder):
+        self.t5_tokenizer, self.t5 = t5_tokenizer, t5
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The last axis of ``txt`` and of ``pooled``."""
+        return self.t5.config.d_model, 0
+
+    def networks(self) -> dict[str, nn.Module]:
+        """T5 by its name."""
+        return {"t5": self.t5}
+
+    def _encode(self, texts: list[str]) -> Conditioning:
+        txt = self._encode_with_t5(texts)
+        return Conditioning(txt, txt.new_empty(len(txt), 0))
