@@ -56,12 +56,13 @@ def variant_info(name: str) -> dict:
 
 def miniature_info(name: str) -> dict:
     """The same for a model that ships; with its sampling settings, and the file of its LoRA or Redux head."""
-    from fluxedu.nano.shipped import SHIPPED_MODELS, WEIGHTS
-    from fluxedu.nano.sizes import FLUX
+    from fluxedu.nano.shipped import SHIPPED_FLUX2, SHIPPED_MODELS, WEIGHTS
+    from fluxedu.nano.sizes import FLUX, FLUX2
 
-    shipped = SHIPPED_MODELS[name]
-    stored = json.loads((WEIGHTS / shipped.transformer / "config.json").read_text())
-    config = FLUX.with_(in_channels=stored["in_channels"], guidance_embed=stored["guidance_embeds"])
+    shipped, config = SHIPPED_MODELS[name], FLUX2
+    if name not in SHIPPED_FLUX2:
+        stored = json.loads((WEIGHTS / shipped.transformer / "config.json").read_text())
+        config = FLUX.with_(in_channels=stored["in_channels"], guidance_embed=stored["guidance_embeds"])
     steps, guidance = shipped.sampling.steps, shipped.sampling.guidance
     more = {"with": str(shipped.folder(WEIGHTS))} if shipped.lora or shipped.head else {}
     return _transformer_info(config) | {"steps": steps, "guidance": guidance} | more

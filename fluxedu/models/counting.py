@@ -1,6 +1,6 @@
 """The names and shapes of a transformer's tensors, from its configuration alone. Without PyTorch.
 
-A test compares them with those of :class:`fluxedu.models.flux.Flux`.
+A test compares them with those of :class:`fluxedu.models.flux.Flux` and :class:`fluxedu.models.flux2.Flux2`.
 """
 
 from __future__ import annotations
@@ -8,18 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from fluxedu.models.config import FluxConfig
+from fluxedu.models.config import Flux2Config, FluxConfig
 
 Shape = tuple[int, ...]
 TIME_CHANNELS = 256  # of the embedding of a time or a guidance scale
 
 
-def flux_shapes(config: FluxConfig) -> dict[str, Shape]:
+def flux_shapes(config: FluxConfig | Flux2Config) -> dict[str, Shape]:
     """``{"img_in.weight": (3072, 64), ...}``, one entry per tensor."""
-    return dict(_tensors(config))
+    return dict(_flux2_tensors(config) if isinstance(config, Flux2Config) else _tensors(config))
 
 
-def count_parameters(config: FluxConfig) -> int:
+def count_parameters(config: FluxConfig | Flux2Config) -> int:
     return sum(map(math.prod, flux_shapes(config).values()))
 
 
@@ -48,6 +48,33 @@ def _tensors(c: FluxConfig) -> Iterator[tuple[str, Shape]]:
         yield from _linear(f"{block}.linear2", d + m, d)
     yield from _linear("final_layer.adaLN_modulation.1", d, 2 * d)
     yield from _linear("final_layer.linear", d, c.out_channels)
+
+
+def _flux2_tensors(c: Flux2Config) -> Iterator[tuple[str, Shape]]:
+    d, m = c.hidden_size, c.mlp_hidden
+    yield from _linear("img_in", c.in_channels, d, bias=False)
+    yield from _linear("txt_in", c.context_in_dim, d, bias=False)
+    for name in ("time_in", "guidance_in") if c.guidance_embed else ("time_in",):
+        yield from _linear(f"{name}.in_layer", TIME_CHANNELS, d, bias=False)
+        yield from _linear(f"{name}.out_layer", d, d, bias=False)
+    yield from _linear("double_stream_modulation_img.lin", d, 6 * d, bias=False)
+    yield from _linear("double_stream_modulation_txt.lin", d, 6 * d, bias=False)
+    yield from _linear("single_stream_modulation.lin", d, 3 * d, bias=False)
+    for i in range(c.depth):
+        for stream in ("img", "txt"):
+            block = f"double_blocks.{i}.{stream}"
+            yield from _linear(f"{block}_attn.qkv", d, 3 * d, bias=False)
+            yield from _norms(f"{block}_attn.norm", c.head_dim)
+            yield from _linear(f"{block}_attn.proj", d, d, bias=False)
+            yield from _linear(f"{block}_mlp.0", d, 2 * m, bias=False)
+            yield from _linear(f"{block}_mlp.2", m, d, bias=False)
+    for i in range(c.depth_single_blocks):
+        block = f"single_blocks.{i}"
+        yield from _linear(f"{block}.linear1", d, 3 * d + 2 * m, bias=False)
+        yield from _norms(f"{block}.norm", c.head_dim)
+        yield from _linear(f"{block}.linear2", d + m, d, bias=False)
+    yield from _linear("final_layer.adaLN_modulation.1", d, 2 * d, bias=False)
+    yield from _linear("final_layer.linear", d, c.out_channels, bias=False)
 
 
 def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> Iterator[tuple[str, Shape]]:

@@ -41,9 +41,10 @@ FAMILY = {
     "nano-depth": ShippedModel("transformer", _as_dev(1.0), lora="lora_depth"),
     "nano-kontext": ShippedModel("transformer_kontext", _as_dev(1.0)),
     "nano-redux": ShippedModel("transformer", _as_dev(3.0), head="redux"),
-    "nano-flux2": ShippedModel("transformer_flux2", _as_dev(5.0)),
 }
-SHIPPED_MODELS = SHIPPED | FAMILY
+#: FLUX.2 in miniature; ``fluxedu train --variant flux2`` makes it
+SHIPPED_FLUX2 = {"nano-flux2": ShippedModel("transformer_flux2", _as_dev(5.0))}
+SHIPPED_MODELS = SHIPPED | FAMILY | SHIPPED_FLUX2
 #: style LoRAs for ``nano`` by name, with their folders
 LORAS = {"hollow": "lora_hollow"}
 LORA_FILE = "pytorch_lora_weights.safetensors"

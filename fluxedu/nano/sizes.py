@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxedu.models.config import AutoEncoderConfig, CLIPTextConfig, FluxConfig, T5Config
+from fluxedu.models.config import AutoEncoderConfig, CLIPTextConfig, Flux2Config, FluxConfig, T5Config
 
 AUTOENCODER = AutoEncoderConfig(
     ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, norm_groups=8, scale_factor=1.0, shift_factor=0.0
@@ -29,5 +29,18 @@ FLUX = FluxConfig(
     depth=2,
     depth_single_blocks=6,
     axes_dim=(4, 14, 14),
+    guidance_embed=False,
+)
+#: as large as FLUX: the width of the MLP is chosen so that it has as many parameters
+FLUX2 = Flux2Config(
+    in_channels=64,
+    out_channels=64,
+    context_in_dim=T5.d_model,
+    hidden_size=160,
+    mlp_ratio=3.65,
+    num_heads=5,
+    depth=2,
+    depth_single_blocks=6,
+    axes_dim=(8, 8, 8, 8),
     guidance_embed=False,
 )

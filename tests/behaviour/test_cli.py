@@ -19,12 +19,14 @@ from typer.testing import CliRunner
 import fluxedu as fe
 from fluxedu.arena.votes import Votes
 from fluxedu.cli import app
-from fluxedu.models import VARIANTS, Flux
+from fluxedu.models import FLUX2_VARIANTS, VARIANTS, Flux, Flux2, Flux2Config
 from fluxedu.models.counting import count_parameters, flux_shapes
 from fluxedu.models.meta_init import meta_init
+from fluxedu.nano import sizes
 from fluxedu.nano.shipped import SHIPPED_MODELS, WEIGHTS
 
 run = CliRunner().invoke
+FLUX2_CONFIGS = {f"flux2-{name}": config for name, config in FLUX2_VARIANTS.items()} | {"nano-flux2": sizes.FLUX2}
 
 
 def error_of(*arguments: str) -> str:
@@ -52,14 +54,16 @@ def test_info_counts_every_variant_and_every_miniature():
     assert rows["schnell"]["parameters"] == 11_891_178_560 and rows["schnell"]["tensors"] == 776
     assert "11,901,408,320 parameters" in run(app, ["info", "dev"]).output
     assert "4,435,904 parameters" in run(app, ["info", "nano"]).output
+    assert "4,370,560 parameters" in run(app, ["info", "nano-flux2"]).output
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, "nano", "nano-schnell", "nano-fill"])
+@pytest.mark.parametrize("name", [*VARIANTS, *FLUX2_CONFIGS, "nano", "nano-schnell", "nano-fill"])
 def test_counting_needs_no_network(name):
     """The names and shapes that are computed from a configuration are those of the network."""
-    config = VARIANTS[name].flux if name in VARIANTS else fe.load(name).flux.config
+    known = {name: variant.flux for name, variant in VARIANTS.items()} | FLUX2_CONFIGS
+    config = known[name] if name in known else fe.load(name).flux.config
     with meta_init():
-        state = Flux(config).state_dict()
+        state = (Flux2 if isinstance(config, Flux2Config) else Flux)(config).state_dict()
     assert flux_shapes(config) == {key: tuple(value.shape) for key, value in state.items()}
     assert count_parameters(config) == sum(value.numel() for value in state.values())
 
