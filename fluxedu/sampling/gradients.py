@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -64,15 +64,19 @@ def leaf(x: Tensor) -> Tensor:
     return x if gradient_mode() is None or x.requires_grad else x.detach().requires_grad_()
 
 
-def evaluation_grad_mode() -> AbstractContextManager:
+@contextmanager
+def evaluation_grad_mode() -> Iterator[None]:
     """For one model evaluation: autograd is on if this step is selected by :func:`gradients`, otherwise off."""
     mode, context = gradient_mode(), current_context()
     if mode is not None:
         in_step = context is not None and context.step is not None
-        return torch.set_grad_enabled(not in_step or is_selected(mode.steps, context.step, context.steps))
-    if torch.is_grad_enabled():  # called outside of a pipeline
-        return nullcontext()
-    return torch.no_grad() if is_watching() else torch.inference_mode()  # inference mode has less overhead
+        grad_mode = torch.set_grad_enabled(not in_step or is_selected(mode.steps, context.step, context.steps))
+    elif torch.is_grad_enabled():  # called outside of a pipeline
+        grad_mode = nullcontext()
+    else:  # inference mode has less overhead, but its values could never be part of a graph
+        grad_mode = torch.no_grad() if is_watching() else torch.inference_mode()
+    with grad_mode:
+        yield
 
 
 def checkpointed(function: Callable) -> Callable:

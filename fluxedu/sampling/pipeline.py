@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, pairwise
 
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from fluxedu.errors import GradientError, PromptWarning, RequestError, check_device, check_integer, checked, describe
 from fluxedu.memory.placement import Networks, memory_advice
@@ -33,7 +35,14 @@ from fluxedu.sampling.latents import draw_noise
 from fluxedu.sampling.prompts import Conditioning, PromptEncoder
 from fluxedu.sampling.request import Request, checked_times, make_requests, refuse_unknown
 from fluxedu.sampling.solvers import Solver, from_strength, get_solver, schedule
-from fluxedu.sampling.step_context import StepContext, at_pictures, at_step, current_context, entered, stopping_after
+from fluxedu.sampling.step_context import (
+    StepContext,
+    at_negative_prompts,
+    at_pictures,
+    at_step,
+    entered,
+    stopping_after,
+)
 from fluxedu.sampling.velocity_field import VelocityField
 from fluxedu.threads import adapted_threads, step_done
 
@@ -258,21 +267,11 @@ class FluxPipeline(Sited):
         context = StepContext(self, requests[0], next(_RUNS), txt_len, 0, len(requests), all_steps)
         networks = Networks(self.flux, self.autoencoder, **self.prompt_encoder.networks(), dtype=self.dtype)
         batch = batch_size(batch, requests, networks, self.device, txt_len)
-        height, width = (side * downscale for side in requests[0].shape)
-        if gradient_mode() is not None and self.flux.placement is not None and self.flux.placement.mode != "full":
-            raise GradientError("gradients need all weights in memory; load the pipeline with memory='full'.")
+
         solver, images, latents, runs = get_solver(requests[0].solver), [], [], []
-        with (
-            torch.set_grad_enabled(gradient_mode() is not None),
-            memory_advice(networks, self.device, height, width, txt_len),
-            adapted_threads(self.flux, (batch, requests[0].shape, requests[0].uses_cfg)),
-            progress_bar(total=len(requests) * steps_to_run, show=progress, desc="sampling") as bar,
-            entered(context),
-            stopping_after(stop_after),
-        ):
-            with torch.no_grad():
-                prompts, negative = self.encode(requests, encoded, batch)
-            for part in parts(len(requests), batch):
+        with self._run(context, networks, batch, steps_to_run, stop_after, progress) as bar:
+            prompts, negative = self.encode(requests, encoded, batch)
+            for part in parts(len(requests), batch):  # the images that are computed at once
                 texts = prompts[part] if negative is None else negative[part].joined(prompts[part])
                 with at_pictures(requests[part], part.start):
                     velocity = self.velocity_field(requests[part], times, texts)
@@ -287,14 +286,17 @@ class FluxPipeline(Sited):
 
     # ---------------------------------------------------------------- the stages of a run
 
+    @torch.no_grad()
     def encode(
         self, requests: list[Request], encoded: Conditioning | None = None, batch: int = 1
     ) -> tuple[Conditioning, Conditioning | None]:
-        """The encoded prompts, one row per image, and with classifier-free guidance the encoded negative prompts."""
+        """The encoded prompts, one row per image, and with classifier-free guidance the encoded negative prompts.
+
+        encoded: the prompts, if the caller has encoded them already · batch: how many are encoded at once.
+        """
         negative = None
         if requests[0].uses_cfg:  # the same for all images
-            context = current_context()
-            with entered(context and replace(context, negative=True)):
+            with at_negative_prompts():
                 negative = self.prompt_encoder([request.negative_prompt for request in requests], batch)
         if encoded is None:
             encoded = self.prompt_encoder([request.prompt for request in requests], batch)
@@ -308,13 +310,26 @@ class FluxPipeline(Sited):
         return prompts, negative
 
     def times(self, request: Request) -> Tensor:
-        """The schedule; for image-to-image, its last part."""
+        """The schedule, ``[N+1]`` times from 1 (noise) to 0 (image); for image-to-image, its last part."""
         tokens = request.shape[0] * request.shape[1] // 4
         times = schedule(request.steps, tokens, self.defaults.shift, self.defaults.shift_ends)
         if request.shift is not None:
             mu = math.log(request.shift)
             times = schedule(request.steps, tokens, True, (mu, mu))
         return from_strength(times, request.strength) if request.is_image_to_image else times
+
+    def start(self, requests: list[Request], t: Tensor) -> Tensor:
+        """The latents ``[B, C, h, w]`` at the first time ``t``: noise, or ``(1 - t) * image + t * noise``."""
+        states = []
+        for i, request in enumerate(requests):
+            noise = draw_noise(request.seed, self.autoencoder.config.z_channels, *request.shape)
+            x = (noise if request.latents is None else request.latents).to(self.device, self.dtype)
+            if request.is_image_to_image:
+                with at_pictures([request], i):
+                    latent = self._encode_picture(resized(request.image, request.shape, self._downscale))
+                x = (1 - t) * latent + t * x
+            states.append(x)
+        return self.probe("noise", leaf(torch.cat(states)))  # [B, C, h, w] the state at the beginning of the run
 
     def velocity_field(self, requests: list[Request], times: Tensor, texts: Conditioning) -> VelocityField:
         """The function ``velocity(x, t)`` that the solver integrates, with all that stays the same during the run.
@@ -333,19 +348,6 @@ class FluxPipeline(Sited):
         evaluation_times = get_solver(requests[0].solver).evaluation_times(times.tolist())
         texts, pictures = Conditioning(txt, pooled), Conditions.stacked(pictures)
         return VelocityField(self.flux, texts, pictures, requests[0], evaluation_times)
-
-    def start(self, requests: list[Request], t: Tensor) -> Tensor:
-        """The latents ``[B, C, h, w]`` at the first time ``t``: noise, or ``(1 - t) * image + t * noise``."""
-        states = []
-        for i, request in enumerate(requests):
-            noise = draw_noise(request.seed, self.autoencoder.config.z_channels, *request.shape)
-            x = (noise if request.latents is None else request.latents).to(self.device, self.dtype)
-            if request.is_image_to_image:
-                with at_pictures([request], i):
-                    latent = self._encode_picture(resized(request.image, request.shape, self._downscale))
-                x = (1 - t) * latent + t * x
-            states.append(x)
-        return self.probe("noise", leaf(torch.cat(states)))  # [B, C, h, w] the state at the beginning of the run
 
     def denoise(
         self, x: Tensor, times: Tensor, velocity: VelocityField, solver: Solver, trajectory: bool, bar
@@ -378,6 +380,27 @@ class FluxPipeline(Sited):
                     image = paste_outside(image, requests[part], self._downscale)
                 images += to_images(image.detach())
         return images
+
+    @contextmanager
+    def _run(
+        self, context: StepContext, networks: Networks, batch: int, steps: int, stop_after: str | None, progress: bool
+    ) -> Iterator[tqdm]:
+        """What surrounds a run: the gradient mode, advice when memory runs out, the number of threads, the step
+        context for instruments, the end at a site, and the progress bar, which is returned.
+        """
+        request = context.request
+        if gradient_mode() is not None and self.flux.placement is not None and self.flux.placement.mode != "full":
+            raise GradientError("gradients need all weights in memory; load the pipeline with memory='full'.")
+        height, width = (side * self._downscale for side in request.shape)
+        with (
+            torch.set_grad_enabled(gradient_mode() is not None),
+            memory_advice(networks, self.device, height, width, context.txt_len),
+            adapted_threads(self.flux, (batch, request.shape, request.uses_cfg)),
+            progress_bar(total=context.pictures * steps, show=progress, desc="sampling") as bar,
+            entered(context),
+            stopping_after(stop_after),
+        ):
+            yield bar
 
     def _problem_of(self, prompts: list[str]) -> str | None:
         """Why the model cannot draw the first of these prompts that it cannot draw, and how many more there are."""

@@ -104,6 +104,14 @@ def at_pictures(requests: list[Request], first: int) -> Iterator[None]:
 
 
 @contextmanager
+def at_negative_prompts() -> Iterator[None]:
+    """Inside the ``with``, the prompts that are encoded are the negative ones of classifier-free guidance."""
+    context = current_context()
+    with entered(context and replace(context, negative=True)):
+        yield
+
+
+@contextmanager
 def at_texts(texts: list[str]) -> Iterator[None]:
     """Inside the ``with``, a text encoder encodes these prompts."""
     context = current_context()

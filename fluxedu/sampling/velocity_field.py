@@ -17,53 +17,61 @@ from fluxedu.sampling.step_context import next_evaluation
 
 
 class VelocityField(Sited):
-    """``velocity(x, t)``: the velocity of B latents ``x [B, C, h, w]`` at the time ``t``, of the same shape.
+    """``velocity(x, t)``: what the transformer predicts for latents ``x [B, C, h, w]`` at the time ``t``.
 
-    texts: the B encoded prompts; with classifier-free guidance, B encoded negative prompts and then the prompts ·
-    pictures: what the model reads besides text · request: of one of the images; all have the same settings · times: all
-    times at which the solver will evaluate the velocity.
+    All its other inputs stay the same during a run. texts: the B encoded prompts; with classifier-free guidance, B
+    encoded negative prompts and then the prompts · pictures: what the model reads besides text · request: of one of the
+    images; all have the same settings · times: all times at which the solver will evaluate the velocity.
     """
 
     site_path = "sample"
 
     def __init__(self, flux: Flux, texts: Conditioning, pictures: Conditions, request: Request, times: list[float]):
-        self.flux, self.pictures, self.request = flux, pictures, request
-        # the positions of all tokens, text first
-        axes = len(flux.config.axes_dim)
-        txt_ids = text_ids(texts.txt.shape[1], axes)  # [L, 3] all zero
-        img_ids = pictures.join_ids(image_ids(*request.shape, axes))  # [N, 3] (frame, row, column)
-        device = flux.img_in.weight.device
-        self.img_ids, self.txt_ids = img_ids.to(device), txt_ids.to(device)
+        self.flux, self.texts, self.pictures, self.request = flux, texts, pictures, request
+        self.prompts = texts[len(texts.txt) // 2 :] if request.uses_cfg else texts  # without the negative ones
+        axes, device = len(flux.config.axes_dim), flux.img_in.weight.device
+        self.txt_ids = text_ids(texts.txt.shape[1], axes).to(device)  # [L, 3] all zero
+        self.img_ids = pictures.join_ids(image_ids(*request.shape, axes)).to(device)  # [N, 3] (frame, row, column)
+        self.guidance = None  # a model without a guidance input reads none
+        if flux.config.guidance_embed:
+            self.guidance = torch.tensor([request.guidance], dtype=torch.float32, device=device)
+        # what the transformer would compute anew in every step: rotations of the positions, modulation of the blocks
         self.rope = flux.rope(self.img_ids, self.txt_ids)
-        self.texts = texts
-        self.prompts = texts[len(texts.txt) // 2 :] if request.uses_cfg else texts
-        scale = torch.tensor([request.guidance], dtype=torch.float32, device=device)
-        self.guidance = scale if flux.config.guidance_embed else None
         self.plan = PlanAhead(flux, times)
 
+    @evaluation_grad_mode()  # no autograd graph, except in `with fe.gradients():`
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        next_evaluation(t)  # so that instruments can tell evaluations apart
-        with evaluation_grad_mode():  # no graph, unless gradients are wanted
-            uses_cfg = self.request.uses_cfg_at(t)
-            texts = self.texts if uses_cfg else self.prompts
-            img = pack(x)  # [B, N, 64]
-            img_input = self.pictures.join(img)
-            if uses_cfg:
-                img_input = img_input.repeat(2, 1, 1)  # [2 B, N, 64], for the negative prompts and the prompts
-            plan = self.plan(t, self.guidance, texts.pooled)  # the modulation of all blocks
-            timesteps = torch.full((len(texts.txt),), t, dtype=torch.float32, device=x.device)
-            inputs = (img_input, self.img_ids, texts.txt, self.txt_ids, timesteps, texts.pooled, self.guidance)
-            v = checkpointed(self.flux)(*inputs, rope=self.rope, plan=plan)
-            v = v[:, : img.shape[1]]  # without the tokens of a reference picture
-            if uses_cfg:
-                negative, prompted = v.chunk(2, dim=0)
-                negative = self.probe("negative", negative)  # [B, N, O] velocity for the negative prompt
-                prompted = self.probe("prompted", prompted)  # [B, N, O] velocity for the prompt
-                v = guide(negative, prompted, self.request.true_cfg_scale)
-            v = unpack(v, *self.request.shape)
-            v = self.probe("velocity", v)  # [B, C, h, w] the (guided) velocity, per evaluation
-            if t > 0 and self.is_watched("x0"):  # at t = 0, the predicted x0 is x itself
-                x0 = x - t * v
-                probed = self.probe("x0", x0)  # [B, C, h, w] predicted x0, x - t * velocity
-                v = v if probed is x0 else (x - probed) / t  # a changed x0 steers the run towards it
-        return v
+        """The velocity ``[B, C, h, w]``."""
+        next_evaluation(t)  # instruments count the evaluations of a step
+        uses_cfg = self.request.uses_cfg_at(t)
+        texts = self.texts if uses_cfg else self.prompts
+        img = pack(x)  # [B, N, 64]
+        img_input = self.pictures.join(img)  # with the channels or tokens of a picture, in variants that read one
+        if uses_cfg:
+            img_input = img_input.repeat(2, 1, 1)  # [2 B, N, 64], for the negative prompts and the prompts
+        v = checkpointed(self.flux)(
+            img_input,
+            self.img_ids,
+            texts.txt,  # [B, L, D] T5's embeddings
+            self.txt_ids,
+            torch.full((len(img_input),), t, dtype=torch.float32, device=x.device),
+            texts.pooled,  # [B, D] CLIP's vector
+            self.guidance,
+            rope=self.rope,
+            plan=self.plan(t, self.guidance, texts.pooled),
+        )
+        v = v[:, : img.shape[1]]  # without the tokens of a reference picture
+        if uses_cfg:
+            negative, prompted = v.chunk(2, dim=0)
+            negative = self.probe("negative", negative)  # [B, N, O] velocity for the negative prompt
+            prompted = self.probe("prompted", prompted)  # [B, N, O] velocity for the prompt
+            v = guide(negative, prompted, self.request.true_cfg_scale)
+        v = unpack(v, *self.request.shape)
+        v = self.probe("velocity", v)  # [B, C, h, w] the (guided) velocity, per evaluation
+        return self._with_changed_x0(x, t, v) if t > 0 and self.is_watched("x0") else v
+
+    def _with_changed_x0(self, x: Tensor, t: float, v: Tensor) -> Tensor:
+        """``v``, or where an intervention changes the predicted x0, the velocity that leads there from ``x``."""
+        x0 = x - t * v
+        changed = self.probe("x0", x0)  # [B, C, h, w] predicted x0, x - t * velocity
+        return v if changed is x0 else (x - changed) / t
