@@ -6,7 +6,8 @@
     fluxedu train --variant flux2-positions    FLUX.1 with position ids that count the text tokens
     fluxedu train --variant flux2-no-pooled    FLUX.1 without CLIP's pooled vector
     fluxedu train --variant flux2-swiglu       FLUX.1 with SwiGLU in place of GELU
-    python -m training.flux2 [OUT]             the sizes, and the figures of the runs that are finished in OUT
+    python -m training.flux2 [OUT]             the sizes, the figures of the runs judged in OUT (flux2_exam.py), and
+                                               whether the weights of flux2 may ship
 
 A name with ``@SEED``, such as ``flux2-twin@89``, is another run of the same model: other first weights, other batches.
 
@@ -20,14 +21,12 @@ whose step takes longer is trained for fewer steps (``OUT/flux2-steps.json``).
 from __future__ import annotations
 
 import json
-import math
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,21 +39,18 @@ from fluxedu.models.config import Flux2Config, FluxConfig
 from fluxedu.models.flux import Flux, Plan
 from fluxedu.models.flux2 import Flux2, Flux2SingleStreamBlock, SwiGLU
 from fluxedu.models.modulation import Modulation, SplitModulation
-from fluxedu.nano import exam, networks
-from fluxedu.nano.judge import judge, summary
+from fluxedu.nano import networks
 from fluxedu.probe import name_sites
 from fluxedu.sampling.pipeline import FluxPipeline
-from fluxedu.sampling.prompts import T5Prompts
 from training import baselines
 from training.data import Tokens
 from training.flow import AlignedFlow, TextEncoders, averaged_flow, flow_loss, initialise
+from training.flux2_exam import FLUX2, examine, figures_table, pipeline_with
 from training.loop import Recipe, Run
 
 TWIN = "flux2-twin"
 RECIPE = baselines.RECIPES[baselines.TWIN]
 ROUNDS = 4  # steps of each model that are timed, after one that is not
-BATCH = 16  # images that are drawn at once in the exam
-RESAMPLES = 4000  # of the prompts, for an interval
 
 # ---------------------------------------------------------------- FLUX.1 with one change
 
@@ -131,7 +127,7 @@ def configs(base: FluxConfig = networks.FLUX) -> dict[str, FluxConfig | Flux2Con
     changed = ChangedConfig(**vars(base))
     return {
         TWIN: base,
-        "flux2": flux2_config(base),
+        FLUX2: flux2_config(base),
         "flux2-modulation": changed.with_(shared_modulation=True, mlp_ratio=5.35),
         "flux2-positions": changed.with_(text_positions=True),
         "flux2-no-pooled": changed.with_(no_pooled=True),
@@ -230,7 +226,7 @@ def train_flux2(variant: str, folder: Path, resume: bool, ship_to: Path, prompts
         pipe = load("nano-base")
         run = train(name, seed, folder, pipe, replace(RECIPE, steps=steps_of(name, folder, pipe)), resume)
         flux = averaged_flow(run)
-        if variant == "flux2":
+        if variant == FLUX2:
             path = Path(ship_to) / "transformer_flux2"
             save_folder(flux.state_dict(), path, flux.config, dtype=torch.bfloat16, overwrite=True)
             print(f"wrote {path}")
@@ -243,76 +239,6 @@ def train_flux2(variant: str, folder: Path, resume: bool, ship_to: Path, prompts
     write_text(path, json.dumps(figures) + "\n")
     print(figures_table(folder))
     return path
-
-
-# ---------------------------------------------------------------- the exam
-
-
-def pipeline_with(flux: Flux, pipe: FluxPipeline) -> FluxPipeline:
-    """The transformer with the encoders, the schedule and the sampler of ``pipe``."""
-    encoder = pipe.prompt_encoder
-    if isinstance(flux, Flux2):
-        encoder = T5Prompts(encoder.t5_tokenizer, encoder.t5)
-    return FluxPipeline(encoder, flux.eval(), pipe.autoencoder, pipe.defaults, pipe.size)
-
-
-def examine(pipe: FluxPipeline, prompts: int) -> dict[str, list[tuple[int, int]]]:
-    """The exam in 20 steps: for each row and each prompt, how many claims are right, and how many there are."""
-    sample, verdicts = exam.batch_sampler(pipe, 20, GUIDANCE), {}
-    questions = exam.questions(prompts)
-    for size in dict.fromkeys(question.size for question in questions):
-        of_size = [question for question in questions if question.size == size]
-        for start in range(0, len(of_size), BATCH):
-            part = of_size[start : start + BATCH]
-            images = sample([q.prompt for q in part], [q.seed for q in part], size)
-            verdicts |= {q.seed: judge(image, q.claim) for q, image in zip(part, images, strict=True)}
-    claims: dict[str, list[tuple[int, int]]] = {row: [] for row in exam.ROWS}
-    for question in questions:
-        for row, cell in summary([verdicts[question.seed]]).items():
-            claims[row].append((round((cell["percent"] or 0) * cell["n"] / 100), cell["n"]))
-    return claims
-
-
-def wilson(percent: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a percentage of n claims (Wilson, 1927)."""
-    p, z = percent / 100, 1.96
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 100 * (centre - half) / (1 + z * z / n), 100 * (centre + half) / (1 + z * z / n)
-
-
-def percentage(cells: np.ndarray) -> np.ndarray:
-    """``[..., prompts, 2]``, right and claimed, to percentages ``[...]``."""
-    right, claimed = np.moveaxis(cells.sum(-2), -1, 0)
-    return 100 * right / claimed
-
-
-def difference(row: list, twin: list) -> tuple[float, float, float]:
-    """Percentage minus the twin's, and its 95 % interval: a bootstrap over prompts, the same for both models."""
-    a, b = np.array(row, float), np.array(twin, float)
-    draws = np.random.default_rng(0).integers(len(a), size=(RESAMPLES, len(a)))
-    low, high = np.percentile(percentage(a[draws]) - percentage(b[draws]), (2.5, 97.5))
-    return percentage(a) - percentage(b), low, high
-
-
-def figures_table(folder: Path) -> str:
-    """The figures of all finished runs in ``folder``, and their differences from the control's, if it is finished."""
-    found = {path.parent.name: read_json_file(path) for path in sorted(Path(folder).glob("*/exam.json"))}
-    lines = ["percent right on held-out prompts, with 95 % intervals; other training runs are not included", ""]
-    for name, entry in found.items():
-        about = "{parameters:,} parameters, {steps} steps of {batch}, {minutes} minutes".format(**entry)
-        lines.append(f"{name}: {about}, {len(entry['rows']['everything'])} prompts")
-        for row, cells in entry["rows"].items():
-            right, claimed = np.sum(cells, 0)
-            if not claimed:
-                continue
-            low, high = wilson(100 * right / claimed, claimed)
-            line = f"  {row:<12}{100 * right / claimed:>6.1f} ({low:.1f} to {high:.1f})"
-            twin = found.get(baselines.TWIN, entry)
-            if twin is not entry and len(twin["rows"][row]) == len(cells):
-                gap, low, high = difference(cells, twin["rows"][row])
-                line = f"{line:<40} twin {gap:+.1f} ({low:+.1f} to {high:+.1f})"
-            lines.append(line)
-    return "\n".join(lines if found else [f"no run of {Path(folder).resolve()} is judged."])
 
 
 if __name__ == "__main__":

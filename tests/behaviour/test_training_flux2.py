@@ -1,6 +1,7 @@
 """The miniature FLUX.2 and FLUX.1 with one change of it: what each change is, and that training resumes exactly."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -8,13 +9,14 @@ import signal
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from fluxedu.checkpoints import load_model, save_file
 from fluxedu.loading import WEIGHTS
 from fluxedu.models import Flux2
 from fluxedu.nano import exam, networks
 from fluxedu.nano.scenes import render, sample_scene
-from training import VARIANTS, baselines, flux2
+from training import VARIANTS, baselines, flux2, flux2_exam
 from training.data import Tokens, make_shard
 from training.flow import averaged_flow
 from training.loop import Recipe
@@ -143,7 +145,7 @@ def test_intervals_cover_what_they_should():
     twin = rng.random(500) < 0.4
     better = twin | (rng.random(500) < 0.2)
     cells = [[[int(ok), 1] for ok in row] for row in (better, twin)]
-    gap, low, high = flux2.difference(*cells)
+    gap, low, high = flux2_exam.difference(*cells)
     each = better.astype(float) - twin
     half = 1.96 * 100 * each.std() / 500**0.5
     assert gap == pytest.approx(100 * each.mean())
@@ -151,15 +153,37 @@ def test_intervals_cover_what_they_should():
 
 
 def test_figures_of_finished_runs(tmp_path):
-    assert "is judged" in flux2.figures_table(tmp_path)
     about = {"parameters": 4_369_024, "steps": 7260, "batch": 32, "minutes": 95}
     for name, right in (("twin", 1), ("flux2", 3)):
         rows = {"everything": [[int(i < 2 * right), 1] for i in range(10)], "letter": [[0, 0]] * 10}
         (tmp_path / name).mkdir()
         (tmp_path / name / "exam.json").write_text(json.dumps(about | {"rows": rows}))
     table = flux2.figures_table(tmp_path).splitlines()
-    assert "60.0 (31.3 to 83.2)" in table[3] and "twin +40.0 (" in table[3] and len(table) == 6
-    assert "20.0 (" in table[5] and "twin" not in table[5]
+    assert "20.0 (" in table[4] and "twin" not in table[4]
+    assert "60.0 (31.3 to 83.2)" in table[6] and "twin +40.0 (" in table[6] and "two samples" not in table[6]
+    assert len(table) == 9 and "may ship" in table[8]
+
+
+def test_without_a_run_of_the_twin_its_stored_sums_are_compared(tmp_path):
+    """As two independent samples: Newcombe's formula with scipy's Wilson intervals. And the bars for shipping."""
+    assert "flux2 is not judged" in flux2.figures_table(tmp_path)
+    stored = json.loads((WEIGHTS / "baselines.json").read_text())["twin"]["exam"]["rows"]
+    assert "39.0 (34.8 to 43.3)" in flux2.figures_table(tmp_path)
+    rows = {row: [[int(i < round(cell["percent"] * cell["n"] / 100)), 1] for i in range(cell["n"])]
+            for row, cell in stored.items()}  # fmt: skip
+    rows["everything"] = [[int(i < 220), 1] for i in range(500)]
+    (tmp_path / "flux2").mkdir()
+    file = tmp_path / "flux2" / "exam.json"
+    about = {"parameters": 4_370_560, "steps": 6560, "batch": 32, "minutes": 95}
+    file.write_text(json.dumps(about | {"rows": rows}))
+    table = flux2.figures_table(tmp_path)
+    new, old = (binomtest(right, 500).proportion_ci(0.95, "wilson") for right in (220, 195))
+    low, high = 0.05 - math.hypot(0.44 - new.low, old.high - 0.39), 0.05 + math.hypot(new.high - 0.44, 0.39 - old.low)
+    assert f"twin +5.0 ({100 * low:+.1f} to {100 * high:+.1f}) as two samples" in table
+    assert "may ship: no row" in table
+    rows["everything"] = [[int(i < 140), 1] for i in range(500)]
+    file.write_text(json.dumps(about | {"rows": rows}))
+    assert "may not ship: everything (28.0 %, at least 29.0)." in flux2.figures_table(tmp_path)
 
 
 def any_scenes(prompts, seeds, size):
@@ -170,7 +194,7 @@ def any_scenes(prompts, seeds, size):
 def test_the_claims_are_those_of_the_exam(monkeypatch):
     monkeypatch.setattr(exam, "batch_sampler", lambda *args: any_scenes)
     expected = exam.run_exam(any_scenes, 7, diversity_prompts=0)["rows"]
-    claims = flux2.examine(None, 7)
+    claims = flux2_exam.examine(None, 7)
     assert set(claims) == set(expected) and all(len(cells) == 7 for cells in claims.values())
     for row, cells in claims.items():
         right, claimed = np.sum(cells, 0)
