@@ -24,50 +24,13 @@ HERE = Path(__file__).parent
 Box = dict[str, Any]
 Group = dict[str, Any]
 
-#: the code behind boxes that are not sites: key in boxes.json -> module:name
-CODE = {
-    "prompt": "sampling.pipeline:FluxPipeline.__call__",
-    "t5_tokenizer": "sampling.pipeline:FluxPipeline.encode",
-    "clip_tokenizer": "sampling.pipeline:FluxPipeline.encode",
-    "tokenizer": "sampling.pipeline:FluxPipeline.encode",
-    "language_model": "sampling.pipeline:FluxPipeline.encode",
-    "t5": "models.t5:T5Encoder",
-    "clip": "models.clip:CLIPTextEncoder",
-    "time": "models.modulation:timestep_embedding",
-    "vec": "models.flux:Flux.plan",
-    "vec.t_embed": "models.modulation:timestep_embedding",
-    "vec.g_embed": "models.modulation:timestep_embedding",
-    "noise": "sampling.latents:draw_noise",
-    "noise.encoder": "models.autoencoder:Encoder",
-    "txt_in": "models.flux:Flux.velocity",
-    "double": "models.blocks:DoubleStreamBlock",
-    "single": "models.blocks:SingleStreamBlock",
-    "double.block": "models.blocks:DoubleStreamBlock",
-    "single.block": "models.blocks:SingleStreamBlock",
-    "double.mod": "models.modulation:Modulation.forward",
-    "single.mod": "models.modulation:Modulation.forward",
-    "plus.attn": "models.modulation:gated",
-    "plus.mlp": "models.modulation:gated",
-    "plus.single": "models.modulation:gated",
-    "final": "models.blocks:LastLayer",
-    "velocity": "sampling.velocity_field:VelocityField",
-    "solver": "sampling.solvers:euler",
-    "solver.step": "sampling.solvers:euler",
-    "decoder": "models.autoencoder:Decoder",
-    "t5.layer": "models.t5:T5Block",
-    "clip.layer": "models.clip:CLIPLayer",
-    "enc.plus": "models.t5:T5Block.forward",
-    "ae.mid": "models.autoencoder:Middle",
-    "ae.res": "models.autoencoder:ResnetBlock",
-    "ae.attn": "models.autoencoder:AttnBlock",
-    "ae.up": "models.autoencoder:Level",
-    "ae.down": "models.autoencoder:Level",
-}
-
 
 @cache
 def _written() -> dict[str, dict[str, str]]:
-    """``boxes.json``: key -> title, formula (LaTeX), the meaning of its letters (``where``) and text."""
+    """``boxes.json``: key -> title, formula (LaTeX), the meaning of its letters (``where``) and text.
+
+    A box that is not a site has ``code`` too, the name of the code behind it: ``models.flux:Flux.plan``.
+    """
     return json.loads((HERE / "boxes.json").read_text(encoding="utf-8"))
 
 
@@ -113,9 +76,9 @@ class _Maker:
         for word, value in words.items():
             title, text = title.replace(word, value), text.replace(word, value)
         site = self.every.get(name.replace("{b}", block))
-        if site is None and key not in CODE:
+        if site is None and "code" not in written:
             return {"id": name, "is_missing": True}  # not in this model; left out of the result
-        place = site.source if site is not None else _place(CODE[key])
+        place = site.source if site is not None else _place(written["code"])
         box = {"id": name, "title": title, "kind": kind, "formula": key, "text": text}
         box |= {"shape": None if site is None else list(site.shape), "site": None if site is None else name}
         box |= {"source": place, "code": _line(place)} | more
@@ -132,95 +95,74 @@ class _Maker:
         def make(key: str, kind: str, name: str, **more) -> Box:
             return self.box(key, kind, f"{{b}}.{name}", block=block, **more)
 
-        def outside(inner: list[Box], outer: Box, s: str) -> list[Box]:
-            """A row whose box ``outer`` is next to the stream's band."""
-            return [outer, *inner] if s == "txt" else [*inner, outer]
-
-        def before(s: str) -> list[list[Box]]:
-            kind, stream = ("text", "text") if s == "txt" else ("image", "image")
+        def before(s: str, kind: str) -> list[list[Box]]:
+            """A stream's rows up to the joint attention; the values pass it on the outside."""
+            q, k, v = (make(letter, kind, f"{s}_attn.{letter}") for letter in "qkv")
+            norms = [make(f"{letter}_norm", kind, f"{s}_attn.{letter}_norm") for letter in "qk"]
             return [
-                [make("double.mod", "time", f"{s}_mod", stream=stream)],
+                [make("double.mod", "time", f"{s}_mod", stream=kind)],
                 [make("norm", kind, f"{s}_norm1")],
                 [make("shift", "time", f"{s}_mod.shift1"), make("scale", "time", f"{s}_mod.scale1")],
                 [make("modulated", kind, f"{s}_modulated1")],
-                outside(
-                    [make(letter, kind, f"{s}_attn.{letter}") for letter in "qk"], make("v", kind, f"{s}_attn.v"), s
-                ),
-                outside([make(f"{letter}_norm", kind, f"{s}_attn.{letter}_norm") for letter in "qk"], _space(1), s),
+                [v, q, k] if s == "txt" else [q, k, v],
+                [_space(1), *norms] if s == "txt" else [*norms, _space(1)],
             ]
 
-        def after(s: str) -> list[list[Box]]:
-            kind = "text" if s == "txt" else "image"
+        def after(s: str, kind: str) -> list[list[Box]]:
+            """A stream's rows after the joint attention; what is added to the stream is next to its rail."""
+            attn = [make("attn_contribution", kind, f"{s}_attn_contribution"), make("gate", "time", f"{s}_mod.gate1")]
+            mlp = [make("mlp_contribution", kind, f"{s}_mlp_contribution"), make("gate", "time", f"{s}_mod.gate2")]
             return [
                 [make("head_contribution", kind, f"{s}_head_contribution"), make("attn_out", kind, f"{s}_attn_out")],
-                outside(
-                    [make("gate", "time", f"{s}_mod.gate1")],
-                    make("attn_contribution", kind, f"{s}_attn_contribution"),
-                    s,
-                ),
+                attn if s == "txt" else attn[::-1],
                 [make("norm", kind, f"{s}_norm2")],
                 [make("shift", "time", f"{s}_mod.shift2"), make("scale", "time", f"{s}_mod.scale2")],
                 [make("modulated", kind, f"{s}_modulated2")],
                 [make("mlp.hidden", kind, f"{s}_mlp.hidden")],
                 [make("mlp_out", kind, f"{s}_mlp_out")],
-                outside(
-                    [make("gate", "time", f"{s}_mod.gate2")], make("mlp_contribution", kind, f"{s}_mlp_contribution"), s
-                ),
+                mlp if s == "txt" else mlp[::-1],
             ]
 
-        flow, rails, pluses = [], [], []
-        for s, side in (("txt", "left"), ("img", "right")):
+        streams = "S_norm1>S_modulated1 S_modulated1>S_attn.q S_modulated1>S_attn.k S_modulated1>S_attn.v "
+        streams += "S_attn.q>S_attn.q_norm S_attn.k>S_attn.k_norm S_attn.q_norm>attn.q S_attn.k_norm>attn.k "
+        streams += "S_attn.v>heads heads>S_attn_out heads>S_head_contribution S_attn_out>S_attn_contribution "
+        streams += "S_norm2>S_modulated2 S_modulated2>S_mlp.hidden S_mlp.hidden>S_mlp_out S_mlp_out>S_mlp_contribution "
+        streams += "S>x S_out>out "
+        joint = "attn.rope>attn.q attn.rope>attn.k attn.q>attn.scores attn.k>attn.scores attn.scores>attn.map "
+        joint += "attn.map>heads"
+        rails, pluses = [], []
+        for s, kind, side in (("txt", "text", "left"), ("img", "image", "right")):
             b = f"{{b}}.{s}"
-            flow += [[f"{b}_norm1", f"{b}_modulated1"]]
-            flow += [[f"{b}_modulated1", f"{b}_attn.{letter}"] for letter in "qkv"]
-            flow += [[f"{b}_attn.{letter}", f"{b}_attn.{letter}_norm"] for letter in "qk"]
-            flow += [[f"{b}_attn.{letter}_norm", f"{{b}}.attn.{letter}"] for letter in "qk"]
-            flow += [[f"{b}_attn.v", "{b}.heads"], ["{b}.heads", f"{b}_attn_out"]]
-            flow += [["{b}.heads", f"{b}_head_contribution"], [f"{b}_attn_out", f"{b}_attn_contribution"]]
-            flow += [[f"{b}_norm2", f"{b}_modulated2"], [f"{b}_modulated2", f"{b}_mlp.hidden"]]
-            flow += [[f"{b}_mlp.hidden", f"{b}_mlp_out"], [f"{b}_mlp_out", f"{b}_mlp_contribution"]]
             names = ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2")
-            rails.append(
-                {
-                    "side": side,
-                    "kinds": ["text"] if s == "txt" else ["image"],
-                    "from": b,
-                    "to": f"{b}_out",
-                    "taps": [f"{b}_norm1", f"{b}_norm2"],
-                    "modulation": f"{b}_mod",
-                    "modulates": [f"{b}_mod.{name}" for name in names],
-                }
-            )
-            kind = "text" if s == "txt" else "image"
+            rail = {"side": side, "kinds": [kind], "from": b, "to": f"{b}_out", "taps": [f"{b}_norm1", f"{b}_norm2"]}
+            rails.append(rail | {"modulation": f"{b}_mod", "modulates": [f"{b}_mod.{name}" for name in names]})
             for layer in ("attn", "mlp"):
                 pluses.append(make(f"plus.{layer}", kind, f"{s}.plus.{layer}", at=f"{b}_{layer}_contribution"))
-            flow += [[b, "{b}.x"], [f"{b}_out", "{b}.out"]]
-        joint = [["{b}.attn.rope", "{b}.attn.q"], ["{b}.attn.rope", "{b}.attn.k"], ["{b}.attn.q", "{b}.attn.scores"]]
-        joint += [["{b}.attn.k", "{b}.attn.scores"], ["{b}.attn.scores", "{b}.attn.map"], ["{b}.attn.map", "{b}.heads"]]
         beside = lambda *row: [_space(0.7), *row, _space(0.7)]  # noqa: E731 - room for the arrows of the values
-        first = [
-            make("double.in", "text", "txt", stream="text", edge="left"),
-            make("double.x", "flow", "x"),
-            make("double.in", "image", "img", stream="image", edge="right"),
-        ]
-        last = [
-            make("double.out", "text", "txt_out", stream="text", edge="left"),
-            make("double.x_out", "flow", "out"),
-            make("double.out", "image", "img_out", stream="image", edge="right"),
-        ]
+        rope = [make(key, "flow", f"attn.{name}") for key, name in (("rope_q", "q"), ("rope", "rope"), ("rope_k", "k"))]
         rows = [
-            first,
-            [{"rows": before("txt"), "title": "Text stream"}, {"rows": before("img"), "title": "Image stream"}],
-            beside(
-                make("rope_q", "flow", "attn.q"), make("rope", "flow", "attn.rope"), make("rope_k", "flow", "attn.k")
-            ),
+            [
+                make("double.in", "text", "txt", stream="text", edge="left"),
+                make("double.x", "flow", "x"),
+                make("double.in", "image", "img", stream="image", edge="right"),
+            ],
+            [
+                {"rows": before("txt", "text"), "title": "Text stream"},
+                {"rows": before("img", "image"), "title": "Image stream"},
+            ],
+            beside(*rope),
             beside(make("scores", "flow", "attn.scores", weight=3)),
             beside(make("map", "flow", "attn.map", weight=3)),
             beside(make("heads", "flow", "heads", weight=3)),
-            [{"rows": after("txt")}, {"rows": after("img")}],
-            last,
+            [{"rows": after("txt", "text")}, {"rows": after("img", "image")}],
+            [
+                make("double.out", "text", "txt_out", stream="text", edge="left"),
+                make("double.x_out", "flow", "out"),
+                make("double.out", "image", "img_out", stream="image", edge="right"),
+            ],
         ]
-        return {"rows": rows, "flow": [*flow, *joint], "rails": rails, "pluses": pluses}
+        arrows = streams.replace("S", "txt") + streams.replace("S", "img") + joint
+        return {"rows": rows, "flow": _arrows(arrows, "{b}."), "rails": rails, "pluses": pluses}
 
     def single(self, block: str) -> Group:
         """The wiring of a single-stream block: attention and MLP side by side."""
