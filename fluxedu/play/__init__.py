@@ -1,7 +1,7 @@
 """The miniature in a web page: ``fluxedu play`` serves it on this computer, ``copy_to`` writes it for any web host.
 
 The page is a folder of files and computes everything in the browser, with ONNX Runtime's WASM build. It loads the same
-safetensors files as Python; ``graphs/`` holds the operations (:mod:`fluxedu.play.export` writes them), ``static/`` the
+safetensors files as Python; ``graphs/`` holds the operations (``web/export.py`` writes them), ``static/`` the
 front end (``node web/build.mjs`` writes it). Nothing here imports torch.
 """
 

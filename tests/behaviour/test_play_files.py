@@ -15,7 +15,7 @@ from fluxedu.cli import app
 from fluxedu.nano.scenes import ASPECTS
 from fluxedu.nano.vocabulary import VOCABULARY
 from fluxedu.play import GRAPHS, WEIGHTS, copy_to, files, make_server, version
-from fluxedu.play.graphs import factor_sites
+from web.graphs import factor_sites
 
 MANIFEST = json.loads((GRAPHS / "manifest.json").read_text(encoding="utf-8"))
 

@@ -1,9 +1,9 @@
-"""Write the page's graphs and their description: ``python -m fluxedu.play.export``, for developers.
+"""Write the page's graphs and their description: ``python -m web.export``, in the root of a checkout.
 
-The graphs (``graphs/*.onnx``) hold operations only. The numbers stay in the safetensors files that Python loads too:
-``graphs/manifest.json`` says which bytes of which files, in which order, are the weights of each graph. The page
-expands them from bfloat16 to float32. Run this after a change of the networks, or of the values that pass their sites;
-it needs ``pip install onnx onnxscript``.
+The graphs (``fluxedu/play/graphs/*.onnx``) hold operations only. The numbers stay in the safetensors files that Python
+loads too: ``manifest.json`` beside the graphs says which bytes of which files, in which order, are the weights of each
+graph. The page expands them from bfloat16 to float32. Run this after a change of the networks, or of the values that
+pass their sites; it needs ``pip install onnx onnxscript``.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from fluxedu.loading import WEIGHTS, load
 from fluxedu.models.modulation import TIMESTEP_DIM
 from fluxedu.nano.scenes import ASPECTS, BACKGROUNDS, COLORS, render, sample_scene
 from fluxedu.nano.vocabulary import VOCABULARY
-from fluxedu.play.graphs import Decoder, Step, Text, factor_sites
+from fluxedu.play import GRAPHS
 from fluxedu.sampling.pipeline import FluxPipeline
+from web.graphs import Decoder, Step, Text, factor_sites
 
-GRAPHS = Path(__file__).parent / "graphs"
 FILES = {
     "flux": "transformer/diffusion_pytorch_model.safetensors",
     "ae": "vae/diffusion_pytorch_model.safetensors",
