@@ -72,6 +72,28 @@ def test_the_first_samples_computed_again_are_the_stored_ones():
     assert [old["hits"][:1] for old, _ in pairs] == [new["hits"] for _, new in pairs]
 
 
+def test_runs_of_flux2_are_compared_with_the_twin_and_with_their_own_recipe(tmp_path, monkeypatch):
+    """Ten prompts with one claim each: 9 right by flux2, 5 by the twin, 7 by flux2 from another seed."""
+    for name, right in {"twin": 5, "flux2": 9, "flux2@89": 7}.items():
+        rows = {"everything": [[int(i < right), 1] for i in range(10)], "letter": [[0, 0]] * 10}
+        (tmp_path / name).mkdir()
+        figures = {"parameters": 1, "steps": 2, "batch": 3, "rows": rows}
+        (tmp_path / name / "exam.json").write_text(json.dumps(figures))
+    module = import_module("evidence.flux2")
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
+    table = module.run()
+    assert list(table["runs"]) == ["twin", "flux2"] and "minus twin" not in table["runs"]["twin"]
+    assert table["runs"]["flux2"]["right"]["everything"]["value"] == 0.9
+    minus = table["runs"]["flux2"]["minus twin"]["everything"]
+    assert (
+        minus["value"] == pytest.approx(0.4) and minus["low"] == pytest.approx(0.1) and table["runs"]["flux2"]["paired"]
+    )
+    assert table["seeds"]["flux2@89"]["minus flux2"]["everything"]["value"] == pytest.approx(-0.2)
+    (tmp_path / "twin" / "exam.json").unlink()  # then its stored sums are compared: 39 % of 500 prompts
+    table = module.run()
+    assert table["runs"]["twin"]["right"]["everything"]["value"] == 0.39 and not table["runs"]["flux2"]["paired"]
+
+
 def test_an_unknown_name_lists_the_names():
     with pytest.raises(CourseError, match="name must be one of .*patching.*, not 'nothing'"):
         evidence.load("nothing")
