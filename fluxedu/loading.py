@@ -37,7 +37,7 @@ from fluxedu.errors import CheckpointError, RequestError, check_choice, check_de
 from fluxedu.files import read_json_file
 from fluxedu.memory import open_networks
 from fluxedu.memory.compiled import compile_blocks
-from fluxedu.models import VARIANTS, Flux, Flux2Config, FluxConfig, Sampling
+from fluxedu.models import FLUX2_MODELS, VARIANTS, Flux, Flux2Config, FluxConfig, Sampling
 from fluxedu.models.meta_init import meta_init
 from fluxedu.models.redux import Redux, ReduxHead
 from fluxedu.nano.networks import VisionEncoder
@@ -171,7 +171,7 @@ def load_flux2(
     dtype = checked_dtype(dtype or own_dtype((entry.dtype, entry.nbytes) for entry in tensors.entries.values()))
     index = check_keys("model_index.json", read_json_file(files.index)) if files.index.is_file() else {}
     is_distilled = index.get("is_distilled", files.variant in ("klein", "klein-9b"))
-    sampling = Sampling(4, 1.0, 512, shift=True) if is_distilled else Sampling(50, 4.0, 512, shift=True)
+    sampling = FLUX2_MODELS["klein" if is_distilled else "klein-base"].sampling
     prompts = read_prompt_encoder(files.parts["tokenizer"], files.parts["text_encoder"], dtype, sampling.text_length)
     parts = {part: files.parts[part] for part in ("transformer", "vae")}
     networks = open_networks(parts, device, dtype, memory, quantise, language_model=prompts.language_model)

@@ -15,18 +15,21 @@ from fluxedu.terminal import check_writable, fail, print_json, report_errors, wr
 app = typer.Typer()
 
 
-@app.command(epilog="Example: fluxedu info dev")
+@app.command(epilog="Example: fluxedu info klein")
 def info(
     model: Annotated[
-        str, typer.Argument(help="A variant such as dev, a miniature such as nano, a file or a folder; default: all.")
+        str,
+        typer.Argument(
+            help="A variant such as dev or klein, a miniature such as nano, a file or a folder; default: all."
+        ),
     ] = "",
     as_json: Json = False,
 ) -> None:
     """Show the configuration and the number of parameters of every variant and miniature, or of a file."""
-    from fluxedu.models.config import VARIANTS
+    from fluxedu.models.config import FLUX2_MODELS, VARIANTS
     from fluxedu.nano.shipped import SHIPPED_MODELS
 
-    known = {**dict.fromkeys(VARIANTS, variant_info), **dict.fromkeys(SHIPPED_MODELS, miniature_info)}
+    known = dict.fromkeys([*VARIANTS, *FLUX2_MODELS], variant_info) | dict.fromkeys(SHIPPED_MODELS, miniature_info)
     with report_errors():
         if not model:
             rows = {name: describe(name) for name, describe in known.items()}
@@ -48,10 +51,12 @@ def info(
 
 
 def variant_info(name: str) -> dict:
-    """The counts and the configuration of a variant's transformer."""
-    from fluxedu.models.config import FluxConfig
+    """The counts and the configuration of a variant's transformer, and its sampling settings."""
+    from fluxedu.models.config import FLUX2_MODELS, VARIANTS
 
-    return _transformer_info(FluxConfig.variant(name))
+    variant = VARIANTS[name] if name in VARIANTS else FLUX2_MODELS[name]
+    steps, guidance = variant.sampling.steps, variant.sampling.guidance
+    return _transformer_info(variant.flux) | {"steps": steps, "guidance": guidance}
 
 
 def miniature_info(name: str) -> dict:
@@ -105,10 +110,14 @@ def sites(
     from dataclasses import asdict
 
     from fluxedu.instruments.catalogue import LEGEND, sites
-    from fluxedu.models import VARIANTS
+    from fluxedu.models import FLUX2_MODELS, VARIANTS
 
     with report_errors():
-        pipe = model if model in VARIANTS else load(model, like=like, variant=variant, revision=revision)
+        pipe = (
+            model
+            if model in VARIANTS or model in FLUX2_MODELS
+            else load(model, like=like, variant=variant, revision=revision)
+        )
         found = [s for s in sites(pipe) if containing in s.name]
     if not found:
         raise fail(f"no site has {containing!r} in its name; fluxedu sites lists all of them.")

@@ -39,7 +39,9 @@ def sample(
     mask: Annotated[Path | None, typer.Option(help="fill: a mask, white where --image is painted anew.")] = None,
     control: Annotated[Path | None, typer.Option(help="canny, depth: the edges or the depth map.")] = None,
     edges: Annotated[bool, typer.Option("--edges", help="canny: compute the edges of --control first.")] = False,
-    reference: Annotated[Path | None, typer.Option(help="kontext: the picture to edit.")] = None,
+    reference: Annotated[
+        list[Path] | None, typer.Option(help="kontext: the picture to edit; for FLUX.2 repeatable.")
+    ] = None,
     image_prompt: Annotated[Path | None, typer.Option(help="redux: a picture as prompt, with or without text.")] = None,
     lora: Annotated[list[str] | None, typer.Option(help="A LoRA: a file or hollow, which ships; repeatable.")] = None,
     lora_scale: Annotated[
@@ -81,9 +83,11 @@ def sample(
         model, like=like, variant=variant, revision=revision, device=device, dtype=dtype, memory=memory,
         quantise=quantise, compile=compile, lora=lora or None, lora_scale=scale,
     )  # fmt: skip
-    paths = {"image": image, "mask": mask, "control": control, "reference": reference, "image_prompt": image_prompt}
+    paths = {"image": image, "mask": mask, "control": control, "image_prompt": image_prompt}
     with report_errors():
         pictures = {name: open_picture(path) for name, path in paths.items() if path}
+        if reference:
+            pictures["reference"] = [open_picture(path) for path in reference]
         if edges:
             pictures["control"] = detect_edges(pictures["control"])
         picture = pipe(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import nn
 from fluxedu.errors import ConfigError, InstrumentError
 from fluxedu.models.autoencoder import AutoEncoder, Flux2AutoEncoder
 from fluxedu.models.clip import CLIPTextEncoder
-from fluxedu.models.config import Flux2Config, FluxConfig
+from fluxedu.models.config import FLUX2_MODELS, FluxConfig
 from fluxedu.models.flux import Flux
 from fluxedu.models.flux2 import Flux2
 from fluxedu.models.meta_init import meta_init
@@ -33,8 +34,12 @@ from fluxedu.sampling.velocity_field import VelocityField
 #: globs of the sites of all networks
 EVERYTHING = ("*", *(f"{network}*" for network in OTHER_NETWORKS))
 
-#: variants of FLUX.2 as fe.load calls them -> as Flux2Config does
-FLUX2_NAMES = {"flux2-dev": "dev", "klein": "klein-4b", "klein-4b": "klein-4b", "klein-9b": "klein-9b"}
+
+def globs_of_everything(pipe: FluxPipeline) -> list[str]:
+    """Those of ``EVERYTHING`` that match a site of the pipeline: FLUX.2 has no sites of CLIP and T5."""
+    names = [site.name for site in sites(pipe)]
+    return [glob for glob in EVERYTHING if any(fnmatch(name, glob) for name in names)]
+
 
 #: what the letters of a shape stand for
 LEGEND = {
@@ -195,9 +200,9 @@ def _networks(pipe) -> list[nn.Module]:
         from fluxedu.loading import load
 
         return list(load().networks().values())
-    if isinstance(pipe, str) and pipe in FLUX2_NAMES:
+    if isinstance(pipe, str) and pipe in FLUX2_MODELS:
         with meta_init():
-            return [Flux2(Flux2Config.variant(FLUX2_NAMES[pipe])), Flux2AutoEncoder()]
+            return [Flux2(FLUX2_MODELS[pipe].flux), Flux2AutoEncoder()]
     try:
         config = FluxConfig.variant(pipe)
     except ConfigError as error:

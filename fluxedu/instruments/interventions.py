@@ -39,7 +39,7 @@ from fluxedu.instruments.selection import (
 from fluxedu.instruments.tokens import Word, token_indices_at
 from fluxedu.instruments.watching import Instrument, accepts
 from fluxedu.probe import Sited
-from fluxedu.sampling.conditions import reference_ids, reference_shape
+from fluxedu.sampling.conditions import all_reference_ids
 from fluxedu.sampling.latents import image_ids, text_ids
 from fluxedu.sampling.step_context import StepContext, Steps, current_context
 
@@ -233,7 +233,8 @@ def positions(
 
     ``edit(ids [N, 3]) -> ids [N, 3]`` of the image tokens, with columns frame, row, column; ``text``: the same for the
     text tokens, which stay at (0, 0, 0) by default. The tokens of a reference picture (kontext) are image tokens too;
-    they come last, in frame 1. In FLUX.2, ids have a fourth column, which counts the text tokens.
+    they come last, in frame 1. In FLUX.2, ids have a fourth column, which counts the text tokens, and reference
+    pictures are in the frames 10, 20, ...
 
         same_row = positions(lambda ids: ids * torch.tensor([1, 0, 1]))        # every patch in row 0
         with fe.intervene("double.*.attn.rope", same_row): ...
@@ -243,9 +244,8 @@ def positions(
         context = ctx.pipeline_context()
         axes = len(context.pipe.flux.config.axes_dim)
         ids = image_ids(*context.request.shape, axes)
-        if context.request.reference is not None:
-            shape = reference_shape(context.request, context.pipe.autoencoder.config.downscale)
-            ids = torch.cat([ids, reference_ids(*shape, axes)])
+        if context.request.references:
+            ids = torch.cat([ids, all_reference_ids(context.request, context.pipe.autoencoder.config.downscale, axes)])
         ids = edit(ids)
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[-1] != axes:
             raise InstrumentError(f"edit must return the ids, a tensor [N, {axes}], not {describe(ids)}.")

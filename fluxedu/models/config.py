@@ -279,7 +279,7 @@ class Sampling:
 class Variant:
     """A published member of the family: its transformer and how it is sampled."""
 
-    flux: FluxConfig
+    flux: FluxConfig | Flux2Config
     sampling: Sampling
 
 
@@ -304,4 +304,14 @@ FLUX2_VARIANTS: dict[str, Flux2Config] = {
     "dev": Flux2Config(),
     "klein-4b": _KLEIN_4B,
     "klein-9b": _KLEIN_4B.with_(context_in_dim=12288, hidden_size=4096, num_heads=32, depth=8, depth_single_blocks=24),
+}
+_DISTILLED, _UNDISTILLED = Sampling(4, 1.0, 512, shift=True), Sampling(50, 4.0, 512, shift=True)
+#: FLUX.2 by the names of ``fe.load``, as ``VARIANTS`` is FLUX.1; "klein" is short for "klein-4b"
+FLUX2_MODELS: dict[str, Variant] = {
+    "flux2-dev": Variant(FLUX2_VARIANTS["dev"], _UNDISTILLED),
+    "klein": Variant(_KLEIN_4B, _DISTILLED),
+    "klein-4b": Variant(_KLEIN_4B, _DISTILLED),
+    "klein-9b": Variant(FLUX2_VARIANTS["klein-9b"], _DISTILLED),
+    "klein-base": Variant(_KLEIN_4B, _UNDISTILLED),
+    "klein-base-9b": Variant(FLUX2_VARIANTS["klein-9b"], _UNDISTILLED),
 }

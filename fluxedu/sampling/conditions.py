@@ -3,7 +3,7 @@
     fill      extra channels: [64 noise | 64 masked picture | 256 mask]
     control   extra channels: [64 noise | 64 control picture]              (canny, depth)
     kontext   extra tokens after the image's own, with position ids (1, row, column)
-    FLUX.2    the same with position ids (10, row, column, 0)
+    FLUX.2    the same with position ids (10, row, column, 0); 20, 30, ... for further pictures
     redux     extra tokens after T5's, from the Redux head
 
 Source: black-forest-labs/flux, sampling.py (prepare_fill, prepare_control, prepare_kontext, prepare_redux).
@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxedu.errors import RequestError
-from fluxedu.models.config import FluxConfig
+from fluxedu.errors import RequestError, describe
+from fluxedu.models.config import Flux2Config, TransformerConfig
 from fluxedu.sampling.checks import warn
-from fluxedu.sampling.images import resized, usual_size
+from fluxedu.sampling.images import Picture, resized, to_mask, to_tensor, usual_size
 from fluxedu.sampling.latents import image_ids, pack
 from fluxedu.sampling.request import Request
 
@@ -65,10 +65,11 @@ def encode_conditions(request: Request, encode: Encode, downscale: int, axes: in
         return Conditions(channels=fill_channels(picture, mask, encode, downscale))
     if request.control is not None:
         return Conditions(channels=pack(encode(resized(request.control, request.shape, downscale))))
-    if request.reference is not None:
-        shape = reference_shape(request, downscale)
-        latent = encode(resized(request.reference, shape, downscale))
-        return Conditions(tokens=pack(latent), ids=reference_ids(*shape, axes))
+    if request.references:
+        shapes = [reference_shape(picture, downscale) for picture in request.references]
+        pictures = zip(request.references, shapes, strict=True)
+        tokens = [pack(encode(resized(picture, shape, downscale))) for picture, shape in pictures]
+        return Conditions(tokens=torch.cat(tokens, dim=1), ids=all_reference_ids(request, downscale, axes))
     return Conditions()
 
 
@@ -95,16 +96,25 @@ def fill_channels(picture: Tensor, mask: Tensor, encode: Encode, downscale: int 
     return torch.cat([latent, fold_mask(mask, downscale).to(latent)], dim=-1)
 
 
-def reference_ids(height: int, width: int, axes: int = 3) -> Tensor:
-    """Position ids of a reference picture's tokens: (1, row, column), frame 1 instead of 0; FLUX.2: frame 10."""
+def reference_ids(height: int, width: int, axes: int = 3, index: int = 0) -> Tensor:
+    """Position ids of a reference picture's tokens: (1, row, column), frame 1 instead of 0.
+
+    In FLUX.2 (``axes=4``) they are (10, row, column, 0) for the first picture, (20, ...) for the second (``index=1``).
+    """
     ids = image_ids(height, width, axes)
-    ids[:, 0] = 10 if axes == 4 else 1
+    ids[:, 0] = 10 * (index + 1) if axes == 4 else 1
     return ids
 
 
-def reference_shape(request: Request, downscale: int) -> tuple[int, int]:
+def all_reference_ids(request: Request, downscale: int, axes: int = 3) -> Tensor:
+    """Position ids of the tokens of all reference pictures of a request, ``[M, axes]``."""
+    shapes = [reference_shape(picture, downscale) for picture in request.references]
+    return torch.cat([reference_ids(*shape, axes, index) for index, shape in enumerate(shapes)])
+
+
+def reference_shape(picture: Tensor, downscale: int) -> tuple[int, int]:
     """Rows and columns of a reference picture's latent: its own size in whole patches."""
-    height, width = request.reference.shape[-2:]
+    height, width = picture.shape[-2:]
     return 2 * max(1, round(height / (2 * downscale))), 2 * max(1, round(width / (2 * downscale)))
 
 
@@ -120,33 +130,57 @@ def paste_outside(drawn: Tensor, requests: list[Request], downscale: int) -> Ten
     return torch.where(torch.cat(masks).to(drawn) > 0.5, drawn, torch.cat(pictures).to(drawn))
 
 
-def extra_input(config: FluxConfig, downscale: int) -> str:
+def extra_input(config: TransformerConfig, downscale: int) -> str:
     """What a transformer's input channels are for besides noise: ``text`` (nothing), ``mask`` or ``control``."""
     extra = config.in_channels - config.out_channels
     kinds = {0: "text", config.out_channels: "control", config.out_channels + 4 * downscale**2: "mask"}
     return kinds.get(extra, "unknown")
 
 
-def default_size(pictures: dict[str, Tensor | None], side: int, downscale: int, is_given: bool) -> tuple[int, int]:
+def read_pictures(pictures: dict[str, Picture | list[Picture] | None]) -> dict[str, Tensor | list[Tensor] | None]:
+    """The pictures of a call by the name of their argument, as tensors; the references as a list.
+
+    Raises RequestError for what is no picture, and for a list of pictures where the model reads one.
+    """
+    tensors = {}
+    for name, picture in pictures.items():
+        is_list = isinstance(picture, (list, tuple))
+        if is_list and (name != "reference" or not picture):
+            several = "" if name == "reference" else "; FLUX.2 edits several pictures, reference=[a, b]"
+            raise RequestError(f"{name}= must be a picture, not {describe(picture)}{several}.")
+        if name == "reference" and picture is not None:
+            tensors[name] = [to_tensor(one) for one in (picture if is_list else [picture])]
+        else:
+            tensors[name] = None if picture is None else to_mask(picture) if name == "mask" else to_tensor(picture)
+    return tensors
+
+
+def default_size(pictures: dict, side: int, downscale: int, is_given: bool) -> tuple[int, int]:
     """Height and width of the image by default: those of the picture that it starts from, follows or edits.
 
-    Photos are scaled down, see :func:`fluxedu.sampling.images.usual_size`; this replaces a reference, whose tokens are
-    read in every step. One warning says so, unless the size is given and the picture is no reference.
+    pictures: as :func:`read_pictures` returns them. Of several references, the first counts. Photos are scaled down,
+    see :func:`fluxedu.sampling.images.usual_size`; this replaces references, whose tokens are read in every step. A
+    warning says so, unless the size is given and the picture is no reference.
     """
-    name = next((name for name in ("image", "control", "reference") if pictures[name] is not None), None)
+    references = pictures.get("reference") or []
+    for i, picture in enumerate(references):
+        height, width = picture.shape[-2:]
+        usual = usual_size(height, width, side, 2 * downscale)
+        if usual != (height, width):
+            warn(f"reference= has {height} x {width} pixels and is scaled down to {usual[0]} x {usual[1]}.")
+            references[i] = resized(picture, tuple(pixels // downscale for pixels in usual), downscale)
+    name = next((name for name in ("image", "control") if pictures[name] is not None), None)
     if name is None:
-        return side, side
+        return tuple(references[0].shape[-2:]) if references else (side, side)
     height, width = pictures[name].shape[-2:]
     usual = usual_size(height, width, side, 2 * downscale)
-    if usual != (height, width) and (name == "reference" or not is_given):
-        hint = "" if name == "reference" else "; pass height= and width= for another size"
+    if usual != (height, width) and not is_given:
+        hint = "; pass height= and width= for another size"
         warn(f"{name}= has {height} x {width} pixels and is scaled down to {usual[0]} x {usual[1]}{hint}.")
-    if usual != (height, width) and name == "reference":
-        pictures[name] = resized(pictures[name], tuple(pixels // downscale for pixels in usual), downscale)
     return usual
 
 
-def check_pictures(config: FluxConfig, downscale: int, has_redux: bool, pictures: dict[str, Tensor | None]) -> None:
+def check_pictures(config: TransformerConfig, downscale: int, has_redux: bool, pictures: dict) -> None:
     """Raises RequestError for pictures that the model cannot read, and for missing ones that it needs."""
     kind = extra_input(config, downscale)
     names = {name for name, picture in pictures.items() if picture is not None}
@@ -160,6 +194,9 @@ def check_pictures(config: FluxConfig, downscale: int, has_redux: bool, pictures
         raise RequestError("control= needs a model such as nano-canny; this one does not read a control picture.")
     if "reference" in names and kind != "text":
         raise RequestError("reference= needs a model such as nano-kontext; this one reads another kind of picture.")
+    if "reference" in names and len(pictures["reference"]) > 1 and not isinstance(config, Flux2Config):
+        count = len(pictures["reference"])
+        raise RequestError(f"reference= must be one picture, not {count}; only FLUX.2 reads several, fe.load('klein').")
     if "image_prompt" in names and not has_redux:
         raise RequestError("image_prompt= needs a Redux head, as nano-redux has; this model reads text only.")
     if {"image", "reference"} <= names:

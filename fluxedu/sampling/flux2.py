@@ -185,7 +185,8 @@ class Flux2Pipeline(FluxPipeline):
     """The whole of FLUX.2: ``pipe("a red circle", seed=0).images[0]``, with the arguments of FLUX.1's pipeline.
 
     ``prompt_encoder`` is a :class:`Flux2PromptEncoder`, ``flux`` a :class:`fluxedu.models.Flux2`, ``autoencoder`` a
-    :class:`fluxedu.models.Flux2AutoEncoder`. A ``reference`` is read as in FLUX.1 Kontext, with ids of its own.
+    :class:`fluxedu.models.Flux2AutoEncoder`. Every variant edits pictures, ``reference=`` one or a list of them: their
+    tokens are read as in FLUX.1 Kontext, with the frame ids 10, 20, ...
     """
 
     def times(self, request: Request) -> Tensor:

@@ -28,9 +28,16 @@ from fluxedu.probe import Sited
 from fluxedu.progress import progress_bar
 from fluxedu.sampling.batches import batch_size, decoder_batch, parts
 from fluxedu.sampling.checks import check_finite, check_networks, check_widths
-from fluxedu.sampling.conditions import Conditions, check_pictures, default_size, encode_conditions, paste_outside
+from fluxedu.sampling.conditions import (
+    Conditions,
+    check_pictures,
+    default_size,
+    encode_conditions,
+    paste_outside,
+    read_pictures,
+)
 from fluxedu.sampling.gradients import gradient_mode, leaf
-from fluxedu.sampling.images import Picture, resized, to_images, to_mask, to_tensor
+from fluxedu.sampling.images import Picture, resized, to_images
 from fluxedu.sampling.latents import draw_noise
 from fluxedu.sampling.prompts import Conditioning, PromptEncoder
 from fluxedu.sampling.request import Request, checked_times, make_requests, refuse_unknown
@@ -165,7 +172,7 @@ class FluxPipeline(Sited):
         mask: Picture | None = None,
         paste: bool = True,
         control: Picture | None = None,
-        reference: Picture | None = None,
+        reference: Picture | list[Picture] | None = None,
         image_prompt: Picture | None = None,
         trajectory: bool = True,
         progress: bool = True,
@@ -201,7 +208,7 @@ class FluxPipeline(Sited):
         mask: the mask for ``image``, white where to paint (fill); transparent pixels are not painted.
         paste: whether the original pixels outside the mask are pasted back, in ``images`` only.
         control: the edges or the depth map that the image follows (canny, depth).
-        reference: the picture that the prompt edits (kontext).
+        reference: the picture that the prompt edits (kontext), or for FLUX.2 a list of one or more pictures.
         image_prompt: a picture that is encoded as part of the prompt (redux).
         trajectory: whether to return the states of all steps.
         progress: whether to show a progress bar.
@@ -217,9 +224,8 @@ class FluxPipeline(Sited):
             if not isinstance(flag, bool):
                 raise RequestError(f"{name} must be True or False, not {describe(flag)}.")
         check_networks(self)
-        pictures = {"image": image, "control": control, "reference": reference, "image_prompt": image_prompt}
-        pictures = {name: None if picture is None else to_tensor(picture) for name, picture in pictures.items()}
-        pictures["mask"] = None if mask is None else to_mask(mask)
+        pictures = {"image": image, "mask": mask, "control": control}
+        pictures = read_pictures(pictures | {"reference": reference, "image_prompt": image_prompt})
         downscale = self.autoencoder.config.downscale
         check_pictures(self.flux.config, downscale, self.redux is not None, pictures)
         is_sized = latents is not None or (height is not None and width is not None)
@@ -250,6 +256,7 @@ class FluxPipeline(Sited):
             guidance_embed=self.flux.config.guidance_embed,
             downscale=downscale,
             paste=paste,
+            references=pictures.pop("reference") or [],
             **pictures,
         )
         if encoded is None and (problem := self._problem_of([request.prompt for request in requests])):
@@ -269,13 +276,13 @@ class FluxPipeline(Sited):
         batch = batch_size(batch, requests, networks, self.device, txt_len)
 
         solver, images, latents, runs = get_solver(requests[0].solver), [], [], []
-        with self._run(context, networks, batch, steps_to_run, stop_after, progress) as bar:
+        with self._running(context, networks, batch, steps_to_run, stop_after, progress) as bar:
             prompts, negative = self.encode(requests, encoded, batch)
             for part in parts(len(requests), batch):  # the images that are computed at once
                 texts = prompts[part] if negative is None else negative[part].joined(prompts[part])
                 with at_pictures(requests[part], part.start):
-                    velocity = self.velocity_field(requests[part], times, texts)
-                    x = self.start(requests[part], times[0])
+                    velocity = self.velocity_field(requests[part], times, texts)  # velocity(x, t): the transformer
+                    x = self.start(requests[part], times[0])  # [B, C, h, w] noise
                     x, run = self.denoise(x, times[: steps_to_run + 1], velocity, solver, trajectory, bar)
                     images += self.decode(x, requests[part]) if decode else []
                 latents.append(x)
@@ -357,6 +364,7 @@ class FluxPipeline(Sited):
         for step, (t, t_next) in enumerate(pairwise(times.tolist())):
             with at_step(step, t):
                 x = self.probe("x", x)  # [B, C, h, w] the state at the beginning of each step
+                # with Euler's method: v = velocity(x, t), x_next = x + (t_next - t) * v
                 x_next, v = solver.checked(solver.step(x, t, t_next, velocity), x)
                 check_finite("the latents", x_next, partial(solver.step, x, t, t_next, velocity), {"sample.x": x})
             if trajectory:
@@ -382,7 +390,7 @@ class FluxPipeline(Sited):
         return images
 
     @contextmanager
-    def _run(
+    def _running(
         self, context: StepContext, networks: Networks, batch: int, steps: int, stop_after: str | None, progress: bool
     ) -> Iterator[tqdm]:
         """What surrounds a run: the gradient mode, advice when memory runs out, the number of threads, the step

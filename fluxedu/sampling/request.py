@@ -112,7 +112,7 @@ class Request:
     mask: Tensor | None = None  # [1, 1, H, W], 1 where to paint
     paste: bool = True
     control: Tensor | None = None
-    reference: Tensor | None = None
+    references: tuple[Tensor, ...] = ()  # pictures that the prompt edits; they may differ in size
     image_prompt: Tensor | None = None
     latents: Tensor | None = None  # [1, C, h, w], in place of noise
     shift: float | None = None  # of the schedule, e^mu; None: the variant's own
@@ -153,12 +153,14 @@ def make_requests(
     latents=None,
     shift=None,
     channels: int = 16,
+    references: list[Tensor] = (),
     **pictures: Tensor | None,
 ) -> list[Request]:
     """Check all arguments and pair prompts with seeds: one Request per image. Raises RequestError.
 
     ``guidance_embed``: the model has a guidance input; without one, ``guidance`` is the scale of classifier-free
-    guidance. ``pictures``: image, mask, control, reference and image_prompt, each a batch of tensors or None.
+    guidance. ``references``: each a batch of tensors, with one picture for all images or one for each. ``pictures``:
+    image, mask, control and image_prompt, each a batch of tensors or None.
     """
     prompts = as_prompts(prompt)
     num_images = check_integer("num_images", num_images, 1, 4096, "it is the number of images of each prompt")
@@ -198,13 +200,15 @@ def make_requests(
     per_image["latents"] = [None] if latents is None else checked_latents(latents, count, channels)
     for name, batch in pictures.items():
         per_image[name] = [None] if batch is None else [batch[i : i + 1] for i in range(len(batch))]
-    for name, items in per_image.items():
+    references = [[batch[i : i + 1] for i in range(len(batch))] for batch in references]
+    for name, items in [*per_image.items(), *(("reference", one) for one in references)]:
         if len(items) not in (1, count):
             allowed = "1" if count == 1 else f"1 or {count}"
             raise RequestError(f"{name} has {len(items)} entries for {count} images; give {allowed}.")
     requests = []
     for i in range(count):
         own = {name: items[i] if len(items) > 1 else items[0] for name, items in per_image.items()}
+        own["references"] = tuple(items[i] if len(items) > 1 else items[0] for items in references)
         requests.append(Request(**own, **common))
     return requests
 

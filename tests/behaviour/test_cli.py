@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 import fluxedu as fe
 from fluxedu.arena.votes import Votes
+from fluxedu.checkpoints.official import OFFICIAL_FLUX2
 from fluxedu.cli import app
-from fluxedu.models import FLUX2_VARIANTS, VARIANTS, Flux, Flux2, Flux2Config
+from fluxedu.models import FLUX2_MODELS, FLUX2_VARIANTS, VARIANTS, Flux, Flux2, Flux2Config
 from fluxedu.models.counting import count_parameters, flux_shapes
 from fluxedu.models.meta_init import meta_init
 from fluxedu.nano import sizes
@@ -50,9 +51,12 @@ def test_the_help_of_every_command_has_an_example(command):
 
 def test_info_counts_every_variant_and_every_miniature():
     rows = json.loads(run(app, ["info", "--json"]).output)
-    assert set(rows) == {*VARIANTS, *SHIPPED_MODELS}
+    assert set(rows) == {*VARIANTS, *FLUX2_MODELS, *SHIPPED_MODELS}
+    assert rows["klein"]["parameters"] == 3_875_544_576 and (rows["klein"]["steps"], rows["dev"]["steps"]) == (4, 50)
+    assert {*OFFICIAL_FLUX2, "klein-4b"} == FLUX2_MODELS.keys()
     assert rows["schnell"]["parameters"] == 11_891_178_560 and rows["schnell"]["tensors"] == 776
     assert "11,901,408,320 parameters" in run(app, ["info", "dev"]).output
+    assert "32,223,281,152 parameters" in run(app, ["info", "flux2-dev"]).output
     assert "4,435,904 parameters" in run(app, ["info", "nano"]).output
     assert "4,370,560 parameters" in run(app, ["info", "nano-flux2"]).output
 

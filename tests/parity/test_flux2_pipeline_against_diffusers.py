@@ -22,15 +22,26 @@ from fluxedu.sampling.solvers import schedule
 LARGEST_ERROR = 2e-6
 LEVEL = 1  # of 255: two values that differ by a rounding error may be rounded to neighbouring levels
 PROMPT = "a red circle left of a blue square"
-REFERENCE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 72, 3), dtype=np.uint8))
+RANDOM = np.random.default_rng(0)
+REFERENCE, ANOTHER = (
+    Image.fromarray(RANDOM.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((64, 72), (80, 64))
+)
 # (language model, guidance is an input, prompts, steps, height, width, arguments of ours, of theirs)
 CASES = {
     "klein": ("qwen3", False, [PROMPT, ""], 4, 32, 48, {}, {"guidance_scale": 1.0}),
     "klein, cfg": ("qwen3", False, [PROMPT, "one"], 3, 32, 32, {"guidance": 4.0}, {"guidance_scale": 4.0}),
     "klein, a reference": ("qwen3", False, [PROMPT], 3, 40, 32, {"reference": REFERENCE}, {"guidance_scale": 1.0}),
+    "klein, three references": (
+        "qwen3", False, [PROMPT, "one"], 2, 32, 48, {"reference": [REFERENCE, ANOTHER, REFERENCE]},
+        {"guidance_scale": 1.0},
+    ),
     "dev": ("mistral", True, [PROMPT, "a green triangle"], 5, 48, 32, {"guidance": 4.0}, {"guidance_scale": 4.0}),
     "dev, a reference": (
         "mistral", True, [PROMPT], 3, 32, 32, {"guidance": 2.5, "reference": REFERENCE}, {"guidance_scale": 2.5}
+    ),
+    "dev, two references": (
+        "mistral", True, [PROMPT], 2, 32, 32, {"guidance": 2.5, "reference": [ANOTHER, REFERENCE]},
+        {"guidance_scale": 2.5},
     ),
 }  # fmt: skip
 
