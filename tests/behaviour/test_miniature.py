@@ -35,7 +35,8 @@ def test_weights_are_small_and_bfloat16():
     assert files
     sizes = [f.stat().st_size for f in files]
     assert max(sizes) < 15e6
-    family = ("transformer_fill", "transformer_kontext", "transformer_schnell", "lora_", "redux", "unet")
+    family = ("transformer_fill", "transformer_kontext", "transformer_schnell", "transformer_flux2")
+    family += ("lora_", "redux", "unet")
     own = [f for f in files if not f.parent.name.startswith(family)]  # without the family: 25 MB
     assert sum(f.stat().st_size for f in own) < 25e6
     for file in files:
@@ -43,12 +44,12 @@ def test_weights_are_small_and_bfloat16():
             assert {tensors.get_slice(k).get_dtype() for k in tensors.keys()} == {"BF16"}
 
 
-def test_the_wheel_is_under_66_megabytes():
+def test_the_wheel_is_under_70_megabytes():
     """The sizes of the files that go into it, compressed as in a wheel; 4 of them are the page's, ``fluxedu play``."""
     root = Path(fe.__file__).parents[1]
     files = [*filter(Path.is_file, (root / "fluxedu").rglob("*")), *(root / "notebooks").glob("*.ipynb")]
     packed = sum(len(zlib.compress(f.read_bytes(), 6)) for f in files if "__pycache__" not in f.parts)
-    assert packed < 66e6, f"{packed:,} bytes"
+    assert packed < 70e6, f"{packed:,} bytes"
 
 
 @pytest.mark.parametrize("name", MODELS)
