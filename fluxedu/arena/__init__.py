@@ -10,31 +10,14 @@ A Bradley-Terry model turns votes into strengths: one model is preferred to anot
 ``sigmoid(strength - strength)``. Strengths are reported on the Elo scale, with intervals.
 """
 
-from importlib import import_module
+from fluxedu.lazy import public_names
 
-# name -> module; imported on first use, so that the command line starts quickly
-_PUBLIC = {
-    "AXES": "fluxedu.arena.votes",
-    "Arena": "fluxedu.arena.match",
-    "ArenaError": "fluxedu.errors",
-    "Contestant": "fluxedu.arena.match",
-    "Ratings": "fluxedu.arena.rating",
-    "Votes": "fluxedu.arena.votes",
-    "booth": "fluxedu.arena.server",
-    "contestant": "fluxedu.arena.match",
-    "create_server": "fluxedu.arena.server",
-    "fit": "fluxedu.arena.rating",
-    "judge_votes": "fluxedu.arena.match",
-    "rate": "fluxedu.arena.rating",
+#: imported on first use, so that the command line starts quickly
+_NAMES = {
+    "votes": ["AXES", "Votes"],
+    "match": ["Arena", "Contestant", "contestant", "judge_votes"],
+    "fluxedu.errors": ["ArenaError"],
+    "rating": ["Ratings", "fit", "rate"],
+    "server": ["booth", "create_server"],
 }
-__all__ = list(_PUBLIC)
-
-
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"fluxedu.arena has no attribute {name!r}; it has {', '.join(_PUBLIC)}.")
-    return getattr(import_module(_PUBLIC[name]), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = public_names(__name__, _NAMES)
