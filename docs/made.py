@@ -78,6 +78,25 @@ OFFICIAL = [
     ("util.py 287-730", "fluxedu.checkpoints.official:find", "finding and opening files"),
 ]
 
+#: the same for lines of black-forest-labs/flux2 at commit ab7cca6 (December 2025) under src/flux2/
+OFFICIAL_FLUX2 = [
+    ("model.py 9-19", "fluxedu.models.config:Flux2Config", "every variant as data, klein too"),
+    ("model.py 22-131", "fluxedu.models.flux2:Flux2", "its velocity is FLUX.1's; klein has no guidance input"),
+    ("model.py 149-156", "fluxedu.models.flux2:SwiGLU", ""),
+    ("model.py 159-171", "fluxedu.models.flux2:SharedModulation", "three for all blocks"),
+    ("model.py 196-249", "fluxedu.models.flux2:Flux2SingleStreamBlock", "`forward` is FLUX.1's"),
+    ("model.py 252-349", "fluxedu.models.flux2:Flux2DoubleStreamBlock", "`forward` is FLUX.1's"),
+    ("model.py 363-376", "fluxedu.models.attention:rope_table", "with four axes"),
+    ("sampling.py 52-90", "fluxedu.sampling.conditions:encode_conditions", "reference pictures"),
+    ("sampling.py 93-103", "fluxedu.sampling.latents:text_ids", "(0, 0, 0, index)"),
+    ("sampling.py 141-151", "fluxedu.sampling.latents:image_ids", "(0, row, column, 0)"),
+    ("sampling.py 240-248", "fluxedu.sampling.flux2:Flux2Pipeline.times", ""),
+    ("sampling.py 251-266", "fluxedu.sampling.flux2:empirical_mu", ""),
+    ("sampling.py 269-307", "fluxedu.sampling.pipeline:FluxPipeline.denoise", "the same as for FLUX.1"),
+    ("text_encoder.py 26-241", "fluxedu.sampling.flux2:Flux2PromptEncoder", "Mistral and Qwen3, from transformers"),
+    ("autoencoder.py 271-336", "fluxedu.models.autoencoder:Flux2AutoEncoder", "latents keep their rows and columns"),
+]
+
 
 def source_lines(name: str) -> str:
     """The file and the lines of ``module:Class.method``."""
@@ -158,11 +177,12 @@ def course(notebooks: Path, folder: Path) -> None:
 def pages(folder: Path) -> None:
     """Write the tables of the official code and of the sites, the map, and the list of explorers."""
     folder.mkdir(exist_ok=True)
-    rows = []
-    for official, name, difference in OFFICIAL:
-        ours = name.partition(":")[2] or name
-        rows.append((f"`{official}`", f"`{ours}`", source_lines(name), difference))
-    (folder / "official.md").write_text(table(("official lines", "in fluxedu", "lines", "differences"), *rows))
+    for file, official_code in (("official.md", OFFICIAL), ("official_flux2.md", OFFICIAL_FLUX2)):
+        rows = []
+        for official, name, difference in official_code:
+            ours = name.partition(":")[2] or name
+            rows.append((f"`{official}`", f"`{ours}`", source_lines(name), difference))
+        (folder / file).write_text(table(("official lines", "in fluxedu", "lines", "differences"), *rows))
 
     pipe = fe.load()
     model_parts, every = parts(pipe), fe.sites(pipe)

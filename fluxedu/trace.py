@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
 from string import Template
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -29,8 +30,8 @@ from fluxedu import plots
 from fluxedu.errors import InstrumentError, checked, describe
 from fluxedu.figure import Figure
 from fluxedu.instruments import lenses
-from fluxedu.instruments.catalogue import EVERYTHING, sites
-from fluxedu.instruments.lenses.run import check_encoders, run_lenses
+from fluxedu.instruments.catalogue import globs_of_everything, sites
+from fluxedu.instruments.lenses.run import run_lenses
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts
 from fluxedu.instruments.recorder import record
@@ -106,7 +107,6 @@ def stages(pipe: FluxPipeline, prompt: str, **request) -> tuple[Output, Stages]:
     """Draw ``prompt`` and return the run with what happened at every stage; ``request``: as for the pipeline."""
     if not isinstance(prompt, str):
         raise InstrumentError(f"a trace is of one prompt, not of {describe(prompt)}.")
-    check_encoders(pipe)
     request = request | {"trajectory": True}
     words, chosen = _words(pipe, prompt), {"contributions": {}}
     if words:
@@ -115,10 +115,9 @@ def stages(pipe: FluxPipeline, prompt: str, **request) -> tuple[Output, Stages]:
     # what is not a number of steps is refused by the pipeline
     every = -(-steps // MAX_FRAMES) if isinstance(steps, int) and steps > 0 else 1
     with_frames = None if every == 1 else [*range(0, steps - 1, every), -1]
-    numbers, thumbnails = (
-        record(*EVERYTHING, reduce="summary"),
-        record(*EVERYTHING, steps=with_frames, reduce=thumbnail),
-    )
+    everything = globs_of_everything(pipe)
+    numbers = record(*everything, reduce="summary")
+    thumbnails = record(*everything, steps=with_frames, reduce=thumbnail)
     with numbers, thumbnails:
         out, results = run_lenses(pipe, prompt, chosen, **request)
     states, x0 = _decoded(pipe, out)
@@ -130,16 +129,22 @@ def stages(pipe: FluxPipeline, prompt: str, **request) -> tuple[Output, Stages]:
         if part.name == "encoder" and "image" not in request:
             continue
         text = part.text
-        if part.name == "t5":
-            tokenizer = pipe.prompt_encoder.tokenizer
-            pieces = tokenizer.pieces(prompt)
-            text += f" The tokens: {' '.join(pieces)}, followed by {tokenizer.length - len(pieces)} padding tokens."
+        if part.name in ("t5", "language_model"):
+            text += f" {_tokens(pipe.prompt_encoder.tokenizer, prompt)}"
         found.append(Stage(part, text, figures.get(part.name, []), _site_summaries(pipe, numbers, thumbnails, part)))
     frame_steps = sorted({key.step for key, _ in thumbnails.entries("sample.x")})
     pictures = {"sample.x": [_small(x) for x in states], "sample.x0": [_small(x) for x in x0]}
     for name in ("sample.image", "ae.decoder.image"):
         pictures[name] = [np.asarray(_shrunk(out.images[0]))]
     return out, Stages(found, wiring(pipe), out.trajectory.times[:-1].tolist(), frame_steps, pictures)
+
+
+def _tokens(tokenizer: Any, prompt: str) -> str:
+    """A sentence with the tokens of the prompt, and the number of padding tokens before or after them."""
+    padding, pieces = tokenizer.padding(prompt), tokenizer.pieces(prompt)
+    is_left = len(padding) > 0 and padding[0] == 0
+    pieces = pieces[len(padding) :] if is_left else pieces
+    return f"The tokens: {' '.join(pieces)}, {'after' if is_left else 'followed by'} {len(padding)} padding tokens."
 
 
 def _decoded(pipe: FluxPipeline, out: Output) -> tuple[list[Tensor], list[Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fluxedu.instruments.lenses.run import blocks_of
+from fluxedu.models.flux2 import Flux2
 from fluxedu.sampling.pipeline import FluxPipeline
 
 
@@ -24,20 +25,28 @@ class Part:
 
 def parts(pipe: FluxPipeline) -> list[Part]:
     """All parts of a pipeline; each of its sites belongs to exactly one."""
-    found = []
-    text = "One vector for the whole prompt, which the modulation of every block depends on."
-    found.append(Part("clip", "CLIP text encoder", "text", text, ("clip.",)))
+    found, networks = [], pipe.networks()
+    if "clip" in networks:
+        text = "One vector for the whole prompt, which the modulation of every block depends on."
+        found.append(Part("clip", "CLIP text encoder", "text", text, ("clip.",)))
     text = "One vector per token of the prompt. The image tokens attend to these."
-    found.append(Part("t5", "T5 encoder", "text", text, ("t5.",)))
+    if "t5" in networks:
+        found.append(Part("t5", "T5 encoder", "text", text, ("t5.",)))
+    if "language_model" in networks:
+        text = f"{text} Each is three hidden states of a language model, side by side. The language model has no sites."
+        found.append(Part("language_model", "Language model", "text", text, ()))
     text = "Encodes an image as a latent; used only if a run starts from an image."
     found.append(Part("encoder", "Autoencoder: image to latent", "image", text, ("ae.encoder.", "ae.latent")))
     text = "The initial state of the run: one random number per channel and cell, drawn on the CPU from the seed."
     found.append(Part("noise", "Noise", "image", text, ("sample.noise",)))
+    terms = ["Time"] + ["guidance"] * pipe.flux.config.guidance_embed + ["text"] * (pipe.flux.config.vec_in_dim > 0)
+    vectors = {1: "The time as a vector", 2: "The sum of two vectors", 3: "The sum of three vectors"}[len(terms)]
     text = (
-        "The sum of three vectors, from which every shift, scale and gate of every block is computed. They do not "
+        f"{vectors}, from which every shift, scale and gate of every block is computed"
+        f"{', by three layers that all blocks share' if isinstance(pipe.flux, Flux2) else ''}. They do not "
         "depend on the image, so those of all steps are computed before the first step."
     )
-    found.append(Part("vec", "Time + guidance + text", "time", text, ("vec", "sample.pooled")))
+    found.append(Part("vec", " + ".join(terms), "time", text, ("vec", "sample.pooled")))
     text = "Two linear layers bring image and text tokens to the transformer's width."
     found.append(Part("in", "Image and text input", "flow", text, ("img_in", "txt_in", "sample.txt")))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from fnmatch import fnmatch
 from textwrap import fill
 from typing import Any
 
@@ -15,7 +14,7 @@ from matplotlib.axes import Axes
 
 from fluxedu.errors import InstrumentError
 from fluxedu.instruments import recorder
-from fluxedu.instruments.catalogue import EVERYTHING, Site, sites
+from fluxedu.instruments.catalogue import Site, globs_of_everything, sites
 from fluxedu.instruments.lenses.run import run_recorded
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts
@@ -59,7 +58,8 @@ def diagram(model_parts: Sequence[Part]) -> tuple[list[Box], list[Arrow], tuple[
     blocks = [part.name for part in model_parts if "." in part.name]
     arrows = []
     chain = ["in", *blocks, "final", "solver", "image"]
-    branches = [("t5", "in"), ("noise", "in"), ("encoder", "noise"), ("clip", "vec")]
+    branches = [("t5", "in"), ("language_model", "in"), ("noise", "in"), ("encoder", "noise"), ("clip", "vec")]
+    branches = [ends for ends in branches if ends[0] in {part.name for part in model_parts}]
     for a, b in [*branches, *zip(chain, chain[1:], strict=False)]:
         (xa, ya, wa), (xb, yb, wb) = rects[a], rects[b]
         if ya == yb:  # side by side
@@ -87,6 +87,7 @@ def _layout(model_parts: Sequence[Part]) -> dict[str, tuple[float, float, float]
     """x, y and width of each part."""
     step = BOX_WIDTH + 20
     rects = {name: (MARGIN + i * step, 4, BOX_WIDTH) for i, name in enumerate(("t5", "noise", "encoder", "clip"))}
+    rects["language_model"] = rects["t5"]  # FLUX.2 has it in place of T5
     rects["in"] = (MARGIN, 4 + BOX_HEIGHT + GAP, BOX_WIDTH + step)
     rects["vec"] = (MARGIN + 3 * step, 4 + BOX_HEIGHT + GAP, BOX_WIDTH)
     y = 4 + 2 * (BOX_HEIGHT + GAP)
@@ -255,8 +256,7 @@ def architecture(pipe: FluxPipeline, prompt: str, *, at_steps: Steps = None, **r
     """
     if at_steps is None:
         at_steps = _some_steps(pipe, check_request(request), _steps_within_budget(pipe))
-    every = {site.name: site for site in sites(pipe)}
-    globs = [glob for glob in EVERYTHING if any(fnmatch(name, glob) for name in every)]  # FLUX.2 has no CLIP, no T5
+    every, globs = {site.name: site for site in sites(pipe)}, globs_of_everything(pipe)
     with record(*globs, steps=at_steps, reduce="summary", passes="prompted") as summary_recorder:
         out, table_recorder = run_recorded(pipe, prompt, *globs, options=request, steps=at_steps, reduce=as_table)
     tables = {name: table_recorder[name] for name in table_recorder}

@@ -67,7 +67,8 @@ def positions(pipe: FluxPipeline, *, side: int = 16, block: str = "single.1", he
         pipe(EXAMPLE_PROMPT, progress=False)
     txt_len = pipe.prompt_encoder.tokenizer.length
     q, k = (rec[f"{block}.{site}"].tensor.flatten(0, -3)[0, txt_len:].float().mean(0) for site in ("q_norm", "k_norm"))
-    rope = rope_table(image_ids(2 * side, 2 * side), config.axes_dim, config.theta)
+    ids = image_ids(2 * side, 2 * side, axes=len(config.axes_dim))
+    rope = rope_table(ids, config.axes_dim, config.theta)
     ones = torch.ones_like(q)
     tables = [scores(ones, ones, rope), scores(q, k, rope)]
 

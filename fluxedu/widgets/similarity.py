@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluxedu.errors import InstrumentError, describe
-from fluxedu.instruments.lenses.run import check_encoders
+from fluxedu.instruments.lenses.run import check_encoder
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.explorer import Choice, Explorer, Try, View, explorer
 from fluxedu.widgets.panels import Lines, Pixels, sequential, upscale
@@ -78,7 +78,7 @@ def similarity(pipe: FluxPipeline, prompts: Sequence[str] = PROMPTS, words: Sequ
         raise InstrumentError(f"prompts must be a list of at least two prompts, not {describe(prompts)}.")
     if not words:
         raise InstrumentError("words must not be empty; [None] stands for no change.")
-    check_encoders(pipe)
+    check_encoder(pipe, "clip")
     encoder = pipe.prompt_encoder
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxedu.instruments.lenses.run import check_encoders
+from fluxedu.instruments.lenses.run import check_encoder
 from fluxedu.instruments.recorder import record
 from fluxedu.sampling.pipeline import FluxPipeline
 from fluxedu.widgets.explorer import EXAMPLE_PROMPT, Chips, Explorer, Slider, Try, View, explorer
@@ -22,7 +22,7 @@ def layer_states(pipe: FluxPipeline, prompt: str) -> tuple[Tensor, list[str]]:
 
     The L tokens include the padding.
     """
-    check_encoders(pipe)
+    check_encoder(pipe, "t5")
     encoder = pipe.prompt_encoder
     blocks = [f"t5.encoder.block.{i}.out" for i in range(encoder.t5.config.num_layers)]
     sites = ["t5.embedded", *blocks, "t5.states"]

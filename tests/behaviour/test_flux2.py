@@ -1,7 +1,9 @@
 """Every instrument, lens and plot works on FLUX.2, under the names of FLUX.1."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -263,6 +265,9 @@ def test_word_order_reaches_the_transformer(pipe):
     nano = fe.load()
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(change(nano, order), nano(PROMPT, **RUN).latents, atol=1e-3)
+    text, names = (Path(__file__).parents[2] / "docs" / "flux2.md").read_text(), {"torch": torch, "fe": fe}
+    exec(re.search(r"```python\n(def change_of_order.*?)```", text, re.DOTALL)[1], names)  # the page's own code
+    assert names["change_of_order"](nano, PROMPT, **RUN) < 1e-4 < 1e-2 < names["change_of_order"](pipe, PROMPT, **RUN)
 
 
 def test_gradients(pipe):
@@ -381,8 +386,83 @@ def test_tiles(klein):
     assert torch.nn.functional.cosine_similarity(tiled.flatten(), whole.flatten(), dim=0) > 0.9
 
 
-def test_what_shows_clip_and_t5_says_that_flux2_has_neither(klein):
-    for show in (widgets.tokens, trace.stages, lambda pipe, prompt: widgets.similarity(pipe, [prompt, "a letter K"])):
-        with pytest.raises(InstrumentError, match="FLUX.2 reads prompts with a language model"):
-            show(klein, PROMPT)
-    assert widgets.attention(klein, PROMPT, **RUN).view["panels"]
+# --- explorers and the trace ------------------------------------------------------------------------
+
+OF_TEXT_ENCODERS = {"similarity": "CLIP", "tokens": "T5"}
+
+
+@pytest.mark.parametrize("name", widgets.explorers())
+def test_every_explorer(klein, name):
+    """The example of each; those of CLIP and of T5 say in a sentence what FLUX.2 reads instead."""
+    example = widgets.explorers()[name].example
+    if name in OF_TEXT_ENCODERS:
+        expected = f"this shows {OF_TEXT_ENCODERS[name]}, but this FLUX.2 reads prompts with a language model"
+        with pytest.raises(InstrumentError, match=expected):
+            example(klein)
+    else:
+        assert example(klein).view["panels"]
+
+
+def test_positions_shows_the_rows_and_columns_of_four_axes(klein):
+    """The score of two vectors of ones: the sum of cosines of their offset times RoPE's frequencies."""
+    shown = widgets.positions(klein, side=4, block="single.0").view["text"]
+    dims, theta = TINY_FLUX2.axes_dim, TINY_FLUX2.theta
+    offset, score = (0, 3 - 2), 0.0  # from the query in the middle to the key
+    for axis, at in enumerate((0, *offset, 0)):
+        frequencies = theta ** -(torch.arange(0, dims[axis], 2, dtype=torch.float64) / dims[axis])
+        score += float(2 * torch.cos(at * frequencies).sum())
+    assert f"their score {score / sum(dims) ** 0.5:.2f}" in shown
+
+
+def test_the_trace_has_a_language_model_and_all_sites(pipe):
+    _, stages = trace.stages(pipe, "a red circle", **RUN)
+    titles = [stage.part.title for stage in stages]
+    assert titles[:3] == ["Language model", "Noise", "Time + guidance"]
+    assert "a Ġred Ġcircle" in stages[0].text and "padding tokens" in stages[0].text
+    shown = {site.name for stage in stages for site in stage.sites}
+    unused = ("sample.negative", "sample.prompted", "ae.encoder.", "ae.latent")  # of guidance, and of a picture
+    assert shown == {s.name for s in fe.sites(pipe) if not s.name.startswith(unused)}
+    assert '"single.1.attn.map"' in trace.map_data(stages)
+
+
+# --- reference pictures -------------------------------------------------------------------------------
+
+
+def test_reference_pictures(klein):
+    """Their order matters, since it is in their ids; the first decides the size; positions() knows them all."""
+    pictures = [torch.rand(3, *size, generator=torch.Generator().manual_seed(0)) for size in ((32, 48), (24, 32))]
+    run = {"steps": 1, "progress": False}
+    out = klein(PROMPT, reference=pictures, **run).latents
+    assert out.shape[-2:] == (8, 12)
+    assert torch.equal(klein(PROMPT, reference=tuple(pictures), **run).latents, out)
+    swapped = klein(PROMPT, reference=pictures[::-1], height=32, width=48, **run).latents
+    assert not torch.allclose(swapped, out, atol=1e-4)
+    same = fe.instruments.interventions.positions(lambda ids: ids)
+    with fe.intervene("*.attn.rope", same):
+        assert torch.equal(klein(PROMPT, reference=pictures, **run).latents, out)
+    frames = []
+    with fe.intervene(
+        "double.0.attn.rope", fe.instruments.interventions.positions(lambda ids: frames.append(ids) or ids)
+    ):
+        klein(PROMPT, reference=pictures, **run)
+    assert frames[0][:, 0].tolist() == [0] * 24 + [10] * 24 + [20] * 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reference": []}, "reference= must be a picture, not"),
+        ({"reference": [torch.zeros(3, 32, 32), "b.png"]}, "must be a PIL image"),
+        ({"image": [torch.zeros(3, 32, 32)] * 2}, r"image= must be a picture, .*reference=\[a, b\]"),
+        ({"reference": [torch.zeros(2, 3, 32, 32), torch.zeros(1, 3, 32, 32)]}, "reference has 2 entries for 1 images"),
+    ],
+)
+def test_pictures_that_are_refused(klein, arguments, message):
+    with pytest.raises(RequestError, match=message):
+        klein(PROMPT, **arguments, **RUN)
+
+
+def test_flux1_reads_one_reference_picture():
+    picture = torch.zeros(3, 32, 32)
+    with pytest.raises(RequestError, match="reference= must be one picture, not 2; only FLUX.2 reads several"):
+        fe.load("nano-kontext")("make the circle green", reference=[picture, picture], **RUN)

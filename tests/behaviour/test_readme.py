@@ -66,9 +66,42 @@ def test_every_command_shown_is_a_command():
     assert set(re.findall(r"^fluxedu (\w+)", README, re.MULTILINE)) <= set(get_command(app).commands)
 
 
+def test_the_table_of_flux1_and_flux2():
+    """Its numbers are those of the configurations and of the position ids, and klein 9B's those of the sentence."""
+    from fluxedu.models import FLUX2_MODELS, VARIANTS, AutoEncoderConfig, Flux2AutoEncoderConfig
+    from fluxedu.models.counting import count_parameters
+    from fluxedu.sampling.latents import image_ids, text_ids
+
+    text = (ROOT / "docs" / "flux2.md").read_text(encoding="utf-8")
+    rows = {name: cells.split(" | ") for name, cells in re.findall(r"^\| ([^|]+) \| (.*) \|$", text, re.MULTILINE)}
+    models = VARIANTS["dev"], FLUX2_MODELS["flux2-dev"], FLUX2_MODELS["klein"]
+    for i, (model, ae) in enumerate(zip(models, [AutoEncoderConfig()] + 2 * [Flux2AutoEncoderConfig()], strict=True)):
+        c, cell = model.flux, {name: cells[i] for name, cells in rows.items() if len(cells) == 3}
+        assert cell["parameters of the transformer"] == f"{count_parameters(c):,}"
+        assert cell["width of a token, attention heads"] == f"{c.hidden_size}, {c.num_heads} × {c.head_dim}"
+        assert cell["double-stream and single-stream blocks"] == f"{c.depth} + {c.depth_single_blocks}"
+        assert cell["numbers per text token"].split(" = ")[0] == str(c.context_in_dim)
+        assert ("guidance" in cell["`vec` is the sum of"]) == c.guidance_embed
+        assert ("text" in cell["`vec` is the sum of"]) == (c.vec_in_dim > 0)
+        assert f"{c.mlp_ratio:g} × as wide" in cell["MLP"]
+        assert cell["RoPE: channels per axis, theta"] == f"{' + '.join(map(str, c.axes_dim))}, {c.theta}"
+        axes = len(c.axes_dim)
+        for ids, name in ((image_ids(4, 4, axes)[-1], "an image token"), (text_ids(2, axes)[-1], "a text token")):
+            stated = cell[f"position ids of {name}"].strip("()").split(", ")
+            assert [word != "0" for word in stated] == ids.bool().tolist()
+        assert cell["channels of the latent, numbers per patch"] == f"{ae.z_channels}, {c.in_channels}"
+        guidance = "none" if model.sampling.guidance == 1 else f"{model.sampling.guidance:g}"
+        assert cell["steps, guidance scale by default"] == f"{model.sampling.steps}, {guidance}"
+    nine = FLUX2_MODELS["klein-9b"].flux
+    sizes = (
+        f"a width of {nine.hidden_size} with {nine.num_heads} heads, {nine.depth} + {nine.depth_single_blocks} blocks"
+    )
+    assert f"klein 9B has {count_parameters(nine):,} parameters, {sizes}" in " ".join(text.split())
+
+
 def test_the_table_of_the_official_code_names_code_that_exists(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    from made import OFFICIAL, source_lines
+    from made import OFFICIAL, OFFICIAL_FLUX2, source_lines
 
-    for _, name, _ in OFFICIAL:
+    for _, name, _ in OFFICIAL + OFFICIAL_FLUX2:
         assert re.fullmatch(r"`fluxedu/[\w/]+\.py` \d+-\d+", source_lines(name)), name

@@ -150,10 +150,13 @@ def check_one_prompt(prompt: str) -> str:
     return prompt
 
 
-def check_encoders(pipe: FluxPipeline) -> None:
-    """Raises InstrumentError for a model without CLIP and T5, which is FLUX.2."""
-    if not hasattr(pipe.prompt_encoder, "t5_tokenizer"):
-        raise InstrumentError("this shows CLIP and T5, but FLUX.2 reads prompts with a language model; load a FLUX.1.")
+def check_encoder(pipe: FluxPipeline, name: str) -> None:
+    """Raises InstrumentError for a model without the text encoder ``clip`` or ``t5``, which is FLUX.2."""
+    if name not in pipe.networks():
+        reads = "T5 alone" if "t5" in pipe.networks() else "a language model"
+        raise InstrumentError(
+            f"this shows {name.upper()}, but this FLUX.2 reads prompts with {reads}; load a FLUX.1, such as nano."
+        )
 
 
 def check_one_image(out: Output) -> None:
