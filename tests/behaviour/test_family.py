@@ -205,6 +205,7 @@ def test_a_member_is_trained_written_judged_and_noted(name, tmp_path, monkeypatc
     """A step or two of everything that ``fluxedu train --variant`` does; what is written opens again."""
     monkeypatch.setattr(training, "try_compile", lambda flux: None)
     monkeypatch.setitem(training.DATA, name, 2)
+    monkeypatch.setattr("training.schnell.SHARD", 8)
     monkeypatch.setitem(training.RECIPES, name, replace(training.RECIPES[name], steps=2, batch=2, warmup=1))
     (tmp_path / "README.md").write_text("# card\n\n## Known failures\n\nnone\n")
     training.train_variant(name, tmp_path / "run", True, tmp_path, scenes=2)
