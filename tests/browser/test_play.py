@@ -43,6 +43,14 @@ def page(browser, server):
     context.close()
 
 
+@pytest.fixture(scope="module")
+def run():
+    """The same run in Python: (the image as numbers, the recorded values of one block)."""
+    with fe.record("single.1.attn.*", "single.1.modulated", steps=[9]) as recorder:
+        image = fe.load()(PROMPT, seed=0, progress=False).images[0]
+    return np.asarray(image.convert("RGB")).astype(int), recorder
+
+
 def ready(page):
     """The picture is drawn, and the values inside the model are there."""
     page.wait_for_function("document.documentElement.dataset.drawn", timeout=60_000)
@@ -66,8 +74,8 @@ def visible_change(page, act):
     return float((np.abs(before - after).max(-1) > 30).mean())
 
 
-def test_an_example_is_drawn_at_once_and_its_picture_is_pythons(page):
-    expected = np.asarray(fe.load()(PROMPT, seed=0, progress=False).images[0].convert("RGB")).astype(int)
+def test_an_example_is_drawn_at_once_and_its_picture_is_pythons(page, run):
+    expected, _ = run
     assert np.abs(pixels(page, "#main") - expected).max() <= 1
     assert PROMPT in page.locator("#main-caption").inner_text()
 
@@ -106,6 +114,42 @@ def test_the_boxes_of_the_map_open_where_a_mouse_clicks(page):
       return boxes.filter((box) => getComputedStyle(box).pointerEvents === "none").map((box) => box.dataset.id);
     }""")
     assert deaf == []
+
+
+def test_an_attention_map_explains_its_cells_by_their_arithmetic(page, run):
+    """The numbers on the screen are those that Python records, for the cell that a mouse points at."""
+    _, recorder = run
+    q, k, scores, weights = (recorder[f"single.1.attn.{name}"].tensor.numpy()[0] for name in ("q", "k", "scores", "map"))
+    page.evaluate("location.hash = 'open=single.1.attn.map'")
+    matrix = page.locator(".worked-out canvas").first
+    matrix.scroll_into_view_if_needed()
+    page.get_by_role("combobox", name="head", exact=True).select_option("2")
+    for query, key in ((66, 2), (10, 95)):
+        area = matrix.bounding_box()
+        page.mouse.move(
+            *(area[a] + area[s] * (i + 0.5) / 96 for a, s, i in (("x", "width", key), ("y", "height", query)))
+        )
+        number = lambda name: float(page.locator(f".n-{name}").inner_text().split(" ")[0].replace("−", "-"))  # noqa: E731
+        assert abs(number("dot") - q[2, query] @ k[2, key]) < 2e-4
+        assert abs(number("score") - scores[2, query, key]) < 1e-4
+        assert abs(number("weight") - weights[2, query, key]) < 6e-5  # four decimals
+        assert abs(number("exponential") / number("sum") - weights[2, query, key]) < 2e-3  # three or four digits
+    assert "padding" in page.locator(".worked-title").inner_text()  # the query; the key is the last patch
+    assert "row 8, column 8" in page.locator(".worked-title").inner_text()
+    assert "key patch in row 8, column 8" in page.locator(".fluxedu-map > .tip").inner_text()
+    names = page.locator(".worked-out .names.columns").first.inner_text().split()
+    assert names == ["words", "padding", "patches"]
+
+
+def test_a_modulated_number_is_explained_by_its_arithmetic(page, run):
+    _, recorder = run
+    modulated = recorder["single.1.modulated"].tensor.numpy()[0]
+    page.evaluate("location.hash = 'open=single.1.modulated'")
+    page.get_by_role("combobox", name="token", exact=True).select_option(label="“circle”")
+    page.get_by_role("combobox", name="channel", exact=True).select_option("17")
+    shown = page.locator(".n-result").inner_text().replace("−", "-")
+    assert abs(float(shown) - modulated[2, 17]) < 1e-4
+    page.evaluate("location.hash = ''")
 
 
 def test_pointing_at_a_patch_shows_its_attention_everywhere(page):

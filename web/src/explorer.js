@@ -3,7 +3,8 @@
 // at a time. `render({ model, el })` needs of its model get, set, on, off and save_changes, as anywidget has them.
 import { CONTROLS } from "./controls.js";
 import { attributes, html, identifiers, isDark } from "./dom.js";
-import { PANELS, Tip } from "./panels.js";
+import { PANELS } from "./panels.js";
+import { Tip } from "./tables.js";
 
 const RERUN = "This explorer could not be drawn. Re-run this cell.";
 const NO_KERNEL = "The kernel has not answered for four seconds: it is busy or not running. This is the last view. " +

@@ -1,7 +1,10 @@
 // The map of the model: an overview from the prompt to the image, and below it the wiring of the box that is open.
 // What it shows is data: see fluxedu/instruments/wiring.py. Sizes are CSS pixels, so text never shrinks with the page.
 
-import { html, svg, words } from "./dom.js";
+import { lines } from "./charts.js";
+import { html, svg } from "./dom.js";
+import { Tip } from "./tables.js";
+import { COLOURS } from "./views/panels.js";
 
 const icon = (d) => svg("svg", { width: 12, height: 12, viewBox: "0 0 12 12", class: "icon", "aria-hidden": "true" }, svg("path", { d }));
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
@@ -270,12 +273,20 @@ const sameSide = (t, r, width, sides) => sides < 2 || t.x + t.w / 2 < width / 2 
 
 // ---------------------------------------------------------------- values
 
-/** Paints what `values` returned into `host`: pixels (RGB bytes, ImageData or a canvas), lines, or text. */
-export function paintValue(host, value) {
+/** Curves as the panel of an explorer: { el, paint }; it is painted once it is on the page and has a width. */
+function curves({ title = "", x, series, mark = null, x_label = "" }, tip) {
+  const named = series.map((one) => ({ ...one, unit: "" }));
+  const panel = { title, x, series: named, mark, x_label, x_names: [], dashed: [], log: false, colours: COLOURS };
+  const { el, paint } = lines(panel, { tip });
+  return { el, paint: () => paint(panel) };
+}
+
+/** Paints what `values` returned into `host`: pixels (RGB bytes, ImageData or a canvas), lines, text, or an element. */
+function paintValue(host, value, tip) {
   if (!value) return host.replaceChildren();
-  if (value.kind === "element") return host.replaceChildren(value.el);
+  if (value.kind === "lines") value = { kind: "element", ...curves(value, tip) };
+  if (value.kind === "element") return host.replaceChildren(value.el), value.paint?.();
   if (value.kind === "text") return host.replaceChildren(html("p", { className: "map-words", textContent: value.text }));
-  if (value.kind === "lines") return host.replaceChildren(curves(value));
   const canvas = toCanvas(value), figure = html("div", { className: "map-pixels" }, canvas);
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", value.title ?? "the value as an image");
@@ -290,9 +301,11 @@ export function paintValue(host, value) {
     parts.push(html("div", { className: "map-key" }, value.key[0], strip, value.key[1]));
   }
   if (value.text) parts.push(html("p", { className: "map-words", textContent: value.text }));
-  if (value.curves) parts.push(curves(value.curves));
+  const below = value.curves && curves(value.curves, tip);
+  if (below) parts.push(below.el);
   canvas.classList.toggle("smooth", Boolean(value.smooth));
   host.replaceChildren(...parts);
+  below?.paint();
 }
 
 function toCanvas(value) {
@@ -312,27 +325,6 @@ function toCanvas(value) {
   }
   canvas.getContext("2d").putImageData(picture, 0, 0);
   return canvas;
-}
-
-const LINE_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
-const short = (x) => String(Number(Number(x).toPrecision(3)));
-
-function curves({ x, series, mark, colours = LINE_COLOURS, x_label = "", title }) {
-  const W = 300, H = 120, all = series.flatMap((s) => s.y), low = Math.min(0, ...all), high = Math.max(...all, low + 1e-9);
-  const X = (v) => 44 + ((v - x[0]) / (x.at(-1) - x[0] || 1)) * (W - 54), Y = (v) => 8 + (1 - (v - low) / (high - low)) * (H - 34);
-  const label = (text, x, y, anchor) => words(text, x, y, { "text-anchor": anchor });
-  const parts = [svg("path", { d: `M44 8V${H - 26}H${W - 10}`, class: "axis" }), label(short(high), 40, 14, "end"), label(short(low), 40, H - 24, "end")];
-  parts.push(label(short(x[0]), 44, H - 11, "middle"), label(short(x.at(-1)), W - 12, H - 11, "middle"), label(x_label, W / 2 + 20, H - 2, "middle"));
-  if (mark !== undefined && mark !== null) parts.push(svg("path", { d: `M${X(mark)} 8V${H - 26}`, class: "at" }));
-  series.forEach(({ y }, i) => parts.push(svg("polyline", { points: y.map((v, j) => `${X(x[j]).toFixed(1)},${Y(v).toFixed(1)}`).join(" "), fill: "none", stroke: colours[i % colours.length], "stroke-width": 1.8 })));
-  const legend = html("div", { className: "map-legend" });
-  series.forEach(({ name }, i) => {
-    const dot = html("i");
-    dot.style.background = colours[i % colours.length];
-    legend.append(html("span", {}, dot, name));
-  });
-  const sheet = svg("svg", { width: W, height: H, role: "img", "aria-label": title ?? series.map((s) => s.name).join(", ") }, ...parts);
-  return html("div", { className: "map-curves" }, sheet, legend);
 }
 
 // ---------------------------------------------------------------- the map
@@ -365,6 +357,8 @@ export function createMap(element, options) {
   const below = html("div", { className: "map-below" }, inner.el, panel), tip = html("div", { className: "map-tip", hidden: true });
   tip.setAttribute("aria-hidden", "true");
   const root = html("div", { className: "fluxedu-map" }, html("div", { className: "map-bar" }, crumbs, legend, tools), top.el, below, tip);
+  const numbers = new Tip(root); // the value at the pointer
+  root.append(numbers.el, numbers.spoken);
   root.dataset.lmSuppressShortcuts = "true"; // keeps JupyterLab from using our keys
   element.append(root);
 
@@ -642,7 +636,7 @@ export function createMap(element, options) {
     const { shape: own } = box.shape ? box : boxes.get(siteOf(box))?.box ?? {}, { L, N } = numbersOf();
     const T = L && N ? `T: tokens (${L} of text, padding included, and ${N} image patches)` : "T: text and image tokens";
     const all = { B: "B: images drawn at once", C: "C: channels", L: "L: text tokens, padding included", N: "N: image patches", T };
-    const found = (own ?? []).map((letter) => all[letter]).filter(Boolean);
+    const found = [...new Set(own ?? [])].map((letter) => all[letter]).filter(Boolean);
     if (own?.includes("h")) found.push("h, w: rows and columns of the latent");
     return found.join(" · ");
   }
@@ -689,7 +683,7 @@ export function createMap(element, options) {
     const site = valueSite(box), ticket = ++latest;
     if (!site || !values) return;
     const value = await values(site, step, true);
-    if (ticket === latest && host.isConnected) paintValue(host, value ?? { kind: "text", text: "This run has no value here." });
+    if (ticket === latest && host.isConnected) paintValue(host, value ?? { kind: "text", text: "This run has no value here." }, numbers);
   }
 
   let hovered = null;
@@ -700,7 +694,7 @@ export function createMap(element, options) {
     const site = valueSite(box), value = site && values ? await values(site, step) : null;
     if (hovered !== id) return;
     const host = html("div", { className: "map-tip-value" });
-    if (value && value.kind === "pixels") paintValue(host, { ...value, title: null, key: null, text: null, curves: null });
+    if (value && value.kind === "pixels") paintValue(host, { ...value, title: null, key: null, text: null, curves: null }, numbers);
     tip.replaceChildren(html("strong", { textContent: box.title }), html("span", { textContent: box.text }), html("span", { className: "quiet", textContent: shapeText(box) }), host);
     if (box.inside && openId !== id) tip.append(html("span", { className: "quiet", textContent: "Click to see its parts." }));
     const more = value?.text || (site && options.hoverText?.(site, step));
@@ -841,7 +835,7 @@ export function createMap(element, options) {
     root.classList.toggle("side", width >= 820);
     draw(top, overview(wiring, width));
     showDetail();
-    pictures();
+    refresh();
   }
 
   if (times) timeTools();
@@ -859,5 +853,5 @@ export function createMap(element, options) {
   const destroy = () => (watcher.disconnect(), clearInterval(playing), root.remove());
   /** Selects a box and opens what it is in, so that it can be seen. */
   const show = (id) => (top.groups.has(id) && !boxes.get(id).box.inside ? ((openId = null), showDetail(), select(id)) : open(id));
-  return { setStep, refresh, open, close, select, show, selected: () => selected, step: () => step, highlight, pulse, destroy, ids, root };
+  return { tip: numbers, setStep, refresh, open, close, select, show, selected: () => selected, step: () => step, highlight, pulse, destroy, ids, root };
 }

@@ -14,9 +14,8 @@ export function map(first, context) {
     if (!value) return { kind: "text", text: "This run has no value here." };
     painter?.destroy?.();
     painter = PANELS[value.kind](value, context);
-    painter.paint(value, null);
-    requestAnimationFrame(() => painter.paint(value, null)); // once its width is known
-    return { kind: "element", el: html("div", {}, html("p", { className: "map-axes", textContent: value.title }), painter.el) };
+    const el = html("div", {}, html("p", { className: "map-axes", textContent: value.title }), painter.el);
+    return { kind: "element", el, paint: () => painter.paint(value, null) };
   };
   const values = (site, step, isChosen) => {
     if (!isChosen) {

@@ -1,7 +1,8 @@
 // Attention: for one patch or one word, exact maps of every block and head.
 import { wholePercentages } from "../views/numbers.js";
+import { overlay, rgb, sequential, table } from "../views/panels.js";
 import { term } from "./glossary.js";
-import { heat, overlay, show } from "./paint.js";
+import { opaque, show } from "./paint.js";
 
 const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}\u00a0%`;
 
@@ -74,7 +75,7 @@ export function createAttention({ store, info, onBlock, onOpen }) {
       const button = document.createElement("button");
       button.type = "button";
       button.dataset.token = i;
-      button.textContent = piece.replaceAll("▁", "") || "␣";
+      button.append(piece.replaceAll("▁", "") || "␣", document.createElement("small"));
       const look = () => hover(`word:${i}`);
       button.addEventListener("pointerenter", look);
       button.addEventListener("pointerleave", () => hover(null));
@@ -98,13 +99,15 @@ export function createAttention({ store, info, onBlock, onOpen }) {
     if (kind === "word" && Number(number) >= pieces.length) place = "word:0";
     for (const [name, { button, map }] of cells) {
       const [b, h] = name.split(" "), { picture } = weightsOf(b, h, place);
-      show(map, heat(picture, rows, columns, Math.max(...picture, 1e-12)));
+      show(map, opaque(sequential(table(picture, rows, columns), { scale: "root" })));
       const chosen = b === block && h === head;
       if (button.ariaPressed !== String(chosen)) button.setAttribute("aria-pressed", chosen);
     }
     open.textContent = `Open ${short(block)} in the map`;
     const { text, picture } = weightsOf(block, head, place);
-    show(canvas, overlay(run.image, picture, rows, columns));
+    const seen = overlay(run.rgb ??= rgb(run.image), table(picture, rows, columns), { scale: "root", background: 0.55 });
+    show(canvas, opaque(seen));
+    $(".key i").style.background = `linear-gradient(to right, ${seen.keyColours.join(",")})`;
     const isPatch = place.startsWith("patch"), n = Number(place.split(":")[1]);
     box.hidden = !isPatch;
     $("#key-most").textContent = percent(Math.max(...picture));
@@ -114,15 +117,16 @@ export function createAttention({ store, info, onBlock, onOpen }) {
     }
     const most = Math.max(...text.slice(0, words.children.length - 1), 1e-12);
     $("#attention-read").textContent = isPatch
-      ? `The outlined patch attends to the bright patches most. The words have a scale of their own: the stronger the amber, the more attention, up to ${percent(most)}.`
+      ? "The outlined patch attends to the bright patches most; the words show their own shares."
       : "The brighter a patch, the more it attends to the word.";
+    words.classList.toggle("plain", !isPatch);
     let named = 0;
     [...words.children].forEach((button, i) => {
       if (button.className === "rest") return;
       named += text[i];
       button.style.setProperty("--shade", isPatch ? `${(70 * text[i]) / most}%` : "0%");
       button.setAttribute("aria-pressed", String(!isPatch && n === i));
-      button.title = isPatch ? percent(text[i]) : "";
+      if (isPatch) button.lastChild.textContent = percent(text[i]); // hidden else, so that no word moves
     });
     const inText = text.reduce((a, b) => a + b, 0), rest = words.querySelector(".rest");
     rest.hidden = !isPatch;

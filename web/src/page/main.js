@@ -10,7 +10,7 @@ import { createPrompt, randomPrompt } from "./prompt.js";
 import { createQuestions } from "./questions.js";
 import { DEFAULTS, createStore, parse } from "./store.js";
 import { createTour } from "./tour.js";
-import { valueFor } from "./values.js";
+import { pictureOf, valueFor } from "./values.js";
 import WIRING from "../wiring.json";
 
 const $ = (selector) => document.querySelector(selector);
@@ -161,7 +161,7 @@ async function obtain(request, onStep, signal) {
     found = await engine.run(request, { onStep, signal });
     found.request = request;
     found.steps = request.steps;
-    found.tokens ??= (await engine.tokenize(request.prompt)).t5.pieces;
+    found.clipTokens = (await engine.tokenize(request.prompt)).clip.pieces;
     runs.set(name, found);
     if (runs.size > RUNS) runs.delete(runs.keys().next().value);
   }
@@ -267,8 +267,8 @@ function letters() {
   return { C, h, w, N, T: N + WIRING.letters.L };
 }
 
-/** What the map shows of a site at a step. */
-async function valueOf(site, step) {
+/** What the map shows of a site at a step: of the chosen box a table with its numbers, else a picture. */
+async function valueOf(site, step, isChosen) {
   if (!run) return { kind: "text", text: "The picture is still being drawn." };
   const of = run;
   if (site === "sample.image" || site === "ae.decoder.image") return { kind: "pixels", image: of.image, title: "the picture" };
@@ -278,8 +278,11 @@ async function valueOf(site, step) {
   if (site === "sample.noise") return { kind: "pixels", image: preview(of.latents[0], of.shape), title: "the noise, quickly decoded" };
   const picture = { "sample.x": "noisy", "sample.x0": "guess" }[site], image = picture && film.decoded(of, picture, step);
   if (image) return { kind: "pixels", image, title: "as a picture" };
-  const value = (await valuesAt(of, Math.min(step, of.steps - 1))).get(site);
-  return value ? valueFor(site, value) : null;
+  const values = await valuesAt(of, Math.min(step, of.steps - 1)), value = values.get(site);
+  if (!value) return null;
+  if (!isChosen) return pictureOf(site, value);
+  const [kind, patch] = store.state.at.split(":");
+  return valueFor(site, value, { run: of, values, txtLen: engine.info.txtLen, tip: map.tip, patch: kind === "patch" ? Number(patch) : 0 });
 }
 
 /** The documentation's page with the code of "models/blocks.py:43". */

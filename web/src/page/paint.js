@@ -1,17 +1,9 @@
 // Pictures and heat maps on canvases.
+import { sequential, table } from "../views/panels.js";
 import PREVIEW from "./preview.json";
 
 const QUICK = Object.fromEntries(["near", "all", "hidden", "out"].map((name) => [name, Float32Array.from(PREVIEW[name].flat())]));
 const [NEAR_BIAS, HIDDEN_BIAS, OUT_BIAS] = PREVIEW.biases.map((bias) => Float32Array.from(bias));
-
-/** matplotlib's magma at five points, the project's colours for values from 0 up. */
-const MAGMA = [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]];
-const RAMP = Array.from({ length: 256 }, (_, i) => {
-  const place = (i / 255) * (MAGMA.length - 1), low = Math.min(Math.floor(place), MAGMA.length - 2), part = place - low;
-  return MAGMA[low].map((value, c) => value + part * (MAGMA[low + 1][c] - value));
-});
-
-export const magma = (share) => RAMP[Math.max(0, Math.min(255, Math.round(255 * share)))];
 
 /** Puts an image on a canvas, which takes on its size. */
 export function show(canvas, image) {
@@ -20,40 +12,24 @@ export function show(canvas, image) {
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-/** Weights [rows x columns] as an image, one pixel per weight; the largest is the brightest. */
-export function heat(weights, rows, columns, largest) {
-  const image = new ImageData(columns, rows);
-  for (let i = 0; i < rows * columns; i++) image.data.set([...magma(weights[i] / largest), 255], 4 * i);
-  return image;
-}
-
-/** Weights of patches over the darkened picture, as plots.blend does it: the larger, the brighter and more opaque. */
-export function overlay(picture, weights, rows, columns) {
-  const { width, height, data } = picture, image = new ImageData(width, height);
-  const largest = Math.max(...weights, 1e-12);
-  for (let y = 0; y < height; y++) {
-    const row = Math.floor((y * rows) / height);
-    for (let x = 0; x < width; x++) {
-      const i = 4 * (y * width + x), share = weights[row * columns + Math.floor((x * columns) / width)] / largest;
-      const alpha = 0.9 * share ** 0.7, colour = magma(share);
-      for (let c = 0; c < 3; c++) image.data[i + c] = 0.3 * (1 - alpha) * data[i + c] + alpha * colour[c];
-      image.data[i + 3] = 255;
-    }
+/** An image of RGB bytes, as views/panels.js makes them, as ImageData. */
+export function opaque({ width, height, data }) {
+  const image = new ImageData(width, height);
+  for (let i = 0; i < width * height; i++) {
+    for (let c = 0; c < 3; c++) image.data[4 * i + c] = data[3 * i + c];
+    image.data[4 * i + 3] = 255;
   }
   return image;
 }
 
 /** The largest difference of each pixel's red, green and blue; and how many pixels differ visibly. */
 export function difference(before, after) {
-  const image = new ImageData(before.width, before.height), count = before.width * before.height;
-  let visible = 0;
-  for (let i = 0; i < count; i++) {
-    let most = 0;
-    for (let c = 0; c < 3; c++) most = Math.max(most, Math.abs(before.data[4 * i + c] - after.data[4 * i + c]));
-    if (most > 30) visible++;
-    image.data.set([...magma(most / 255), 255], 4 * i);
-  }
-  return { image, share: visible / count };
+  const { width, height } = before, most = new Float64Array(width * height);
+  most.forEach((_, i) => {
+    for (let c = 0; c < 3; c++) most[i] = Math.max(most[i], Math.abs(before.data[4 * i + c] - after.data[4 * i + c]));
+  });
+  const image = opaque(sequential(table(most, height, width), { vmax: 255 }));
+  return { image, share: most.filter((x) => x > 30).length / most.length };
 }
 
 /**

@@ -1,62 +1,91 @@
-// What the map shows of the value at a site: a picture, a table of colours, or a curve.
-import { magma, preview } from "./paint.js";
+// What the map shows of the value at a site: a picture, a table of colours, or a curve. The chosen box shows a table with
+// the names of its tokens and the number at the pointer.
+import { pixels } from "../views/panels.js";
+import { arithmetic } from "./arithmetic.js";
+import { drawn, shares, signed, tokensOf, whole } from "./numbers.js";
+import { preview } from "./paint.js";
 
-const BLUE = [33, 102, 172], WHITE = [247, 247, 247], RED = [178, 24, 43]; // blue below 0, red above
-const mix = (a, b, part) => a.map((value, c) => value + part * (b[c] - value));
-const hex = (rgb) => `rgb(${rgb.map(Math.round)})`;
-const number = (x) => String(Number(x.toPrecision(2)));
-
-/**
- * A table [rows x columns] with its colour scale: shares of attention from 0 up, other values around 0. A few channels
- * are a hundred times as large as the others, so the scale ends at the value that one number in a hundred exceeds.
- */
-function table(data, rows, columns, fromZero, title) {
-  const sizes = Float32Array.from(data, Math.abs).sort(), largest = Math.max(sizes.at(-1), 1e-12);
-  const end = fromZero ? largest : Math.max(sizes[Math.floor(0.99 * (sizes.length - 1))], largest / 1000);
-  const rgb = new Uint8Array(3 * rows * columns);
-  data.forEach((value, i) => {
-    const share = Math.min(1, Math.abs(value) / end);
-    rgb.set(fromZero ? magma(share) : mix(WHITE, value < 0 ? BLUE : RED, share), 3 * i);
-  });
-  const colours = fromZero ? [0, 0.25, 0.5, 0.75, 1].map((share) => hex(magma(share))) : [BLUE, WHITE, RED].map(hex);
-  const beyond = largest > 1.5 * end ? `The scale ends at ${number(end)}; 1 number in 100 lies beyond it, at most ${number(largest)} from 0.` : null;
-  return { kind: "pixels", width: columns, height: rows, data: rgb, title, colours, text: beyond,
-    key: [fromZero ? "0" : `−${number(end)}`, number(end)] };
+/** [heads, rows, columns] -> [rows, heads * columns], heads side by side. */
+function sideBySide(data, [heads, rows, size]) {
+  const beside = new Float32Array(heads * rows * size);
+  for (let h = 0; h < heads; h++) {
+    for (let r = 0; r < rows; r++) {
+      beside.set(data.subarray((h * rows + r) * size, (h * rows + r + 1) * size), (r * heads + h) * size);
+    }
+  }
+  return beside;
 }
 
-/** [heads, rows, columns] -> the mean of the heads. */
+/** The mean of the heads: [heads, size] -> [size]. */
 function meanOfHeads(data, heads, size) {
   const mean = new Float32Array(size);
   for (let h = 0; h < heads; h++) for (let i = 0; i < size; i++) mean[i] += data[h * size + i] / heads;
   return mean;
 }
 
-export function valueFor(site, { dims, data }) {
+const isAttention = (site) => /\.(map|scores)$/.test(site);
+
+/** The rows, columns and colours of a value: { data, rows, columns, heads, title, axes }. */
+function laidOut(site, { dims, data }) {
+  const [heads, rows, size] = dims;
+  if (dims.length === 3) {
+    return { data: sideBySide(data, dims), rows, columns: heads * size, heads, title: `one row per token; ${heads} heads of ${size} numbers side by side` };
+  }
+  const [height, width] = dims.length === 2 ? dims : [1, dims[0]];
+  return { data, rows: height, columns: width, title: `one row per token, ${width} numbers each` };
+}
+
+/** A small picture of the value, for a box of the overview and for the pointer. */
+export function pictureOf(site, value) {
+  const { dims, data } = value;
   if (dims.length === 3 && site.startsWith("sample.")) {
-    if (site === "sample.velocity") {
-      const mean = meanOfHeads(data, dims[0], dims[1] * dims[2]);
-      return table(mean, dims[1], dims[2], false, "mean of the 16 channels of each cell");
-    }
-    return { kind: "pixels", image: preview(data, dims), title: "as a picture, quickly decoded" };
+    if (site !== "sample.velocity") return { kind: "pixels", image: preview(data, dims), title: "as a picture, quickly decoded" };
+    const mean = meanOfHeads(data, dims[0], dims[1] * dims[2]);
+    return coloured(signed(mean, dims[1], dims[2]), "mean of the 16 channels of each cell");
   }
-  const last = site.split(".").at(-1);
-  if (dims.length === 3 && (last === "map" || last === "scores")) {
-    const [heads, rows, columns] = dims, what = last === "map" ? "attention" : "scores";
-    return table(meanOfHeads(data, heads, rows * columns), rows, columns, last === "map",
-      `${what}, mean of ${heads} heads: one row per query, one column per key; words first, then patches`);
+  if (dims.length === 3 && isAttention(site)) {
+    const mean = meanOfHeads(data, dims[0], dims[1] * dims[2]);
+    return coloured(site.endsWith("map") ? shares(mean, dims[1], dims[2]) : signed(mean, dims[1], dims[2]), `mean of ${dims[0]} heads`);
   }
-  if (dims.length === 3) { // heads side by side
-    const [heads, rows, size] = dims, beside = new Float32Array(heads * rows * size);
-    for (let h = 0; h < heads; h++) {
-      for (let r = 0; r < rows; r++) {
-        beside.set(data.subarray((h * rows + r) * size, (h * rows + r + 1) * size), (r * heads + h) * size);
-      }
-    }
-    return table(beside, rows, heads * size, false, `one row per token; ${heads} heads of ${size} numbers side by side`);
+  const { data: flat, rows, columns, title } = laidOut(site, value);
+  if (rows === 1) return curve(flat, columns, site);
+  return coloured(signed(flat, rows, columns), title);
+}
+
+const coloured = ({ image, key, note }, title) =>
+  ({ kind: "pixels", width: image.width, height: image.height, data: image.data, title, key, text: note });
+
+const curve = (data, count, site) =>
+  ({ kind: "lines", x: [...data.keys()], series: [{ name: `${count} numbers`, y: [...data] }], x_label: "channel", title: site });
+
+/** What the description of a chosen box shows: `of`: { run, values, txtLen, tip }. */
+export function valueFor(site, value, of) {
+  const { dims } = value, isTable = !site.startsWith("sample.") || dims.length < 3;
+  const worked = isTable && arithmetic(site, of);
+  if (worked) return worked;
+  if (!isTable) return pictureOf(site, value);
+  if (dims.length === 3 && isAttention(site)) { // of T5 and CLIP
+    const [heads, rows, columns] = dims, picture = shares(meanOfHeads(value.data, heads, rows * columns), rows, columns);
+    return shown(site, picture, rows, columns, { ...of, title: `attention, mean of ${heads} heads`, axes: ["query", "key"], square: true });
   }
-  const [rows, columns] = dims.length === 2 ? dims : [1, dims[0]];
-  if (rows === 1) {
-    return { kind: "lines", x: [...data.keys()], series: [{ name: `${columns} numbers`, y: [...data] }], x_label: "channel", title: site };
-  }
-  return table(data, rows, columns, false, `one row per token, ${columns} numbers each`);
+  const { data, rows, columns, heads, title } = laidOut(site, value);
+  if (rows === 1) return curve(data, columns, site);
+  return shown(site, signed(data, rows, columns), rows, columns, { ...of, title, heads });
+}
+
+/** A table with named rows and the number at the pointer. */
+function shown(site, { image, key, colours, note }, rows, columns, { run, txtLen, tip, title, heads, axes, square }) {
+  const tokens = tokensOf(site, rows, run, txtLen), size = columns / (heads ?? 1);
+  const numbers = heads ? Array.from({ length: columns }, (_, i) => `${Math.floor(i / size)}, channel ${i % size}`) : [];
+  const groups = tokens && { rows: tokens.groups };
+  if (groups && heads) groups.columns = Array.from({ length: heads }, (_, h) => [`head ${h}`, size]);
+  if (groups && square) groups.columns = tokens.groups;
+  const isText = groups && rows === txtLen && !square; // few enough tokens for the name of every word
+  const words = tokens?.names.filter((name) => name.startsWith("“")) ?? [];
+  if (isText) groups.rows = [...tokens.groups.slice(0, -2), ...words.map((name) => [name, 1]), tokens.groups.at(-1)];
+  const panel = whole(pixels(title, image, {
+    key, colours, note, rows: tokens?.names ?? [], columns: square ? tokens?.names ?? [] : numbers,
+    axes: axes ?? [tokens ? "token" : "row", heads ? "head" : "channel"],
+  }), image, groups);
+  return drawn(title, isText ? { ...panel, aspect: 0.75 } : panel, { tip });
 }

@@ -41,20 +41,21 @@ function ramp(name) {
 const hex = (bytes) => `#${Array.from(bytes, (b) => b.toString(16).padStart(2, "0")).join("")}`;
 const nine = (name) => range(9).map((i) => 3 * Math.round((i * 255) / 8)).map((i) => hex(ramp(name).subarray(i, i + 3)));
 
-/** Numbers from 0 to vmax as colours, one pixel per number. scale: "linear", "log" or "row". */
+/** Numbers from 0 to vmax as colours, one pixel per number. scale: "linear", "root", "log" or "row". */
 export function sequential(values, { vmax = largest(values.data), name = SEQUENTIAL, scale = "linear" } = {}) {
   const { rows, columns } = values, data = new Uint8Array(3 * rows * columns);
   for (let y = 0; y < rows; y++) {
     const row = values.data.subarray(y * columns, (y + 1) * columns), top = scale === "row" ? largest(row) : vmax;
     row.forEach((x, i) => {
       let share = x / Math.max(top, 1e-12);
+      if (scale === "root") share = Math.sqrt(Math.max(share, 0));
       if (scale === "log") share = 1 + Math.log10(Math.min(Math.max(share, 1e-3), 1)) / 3;
       const level = Math.trunc(Math.min(Math.max(share, 0), 1) * 255);
       data.set(ramp(name).subarray(3 * level, 3 * level + 3), 3 * (y * columns + i));
     });
   }
   const note = {
-    linear: "", log: "logarithmic colour scale over a factor of 1000",
+    linear: "", root: "square-root colour scale", log: "logarithmic colour scale over a factor of 1000",
     row: "each row has its own colour scale, up to its largest value",
   }[scale];
   return { width: columns, height: rows, data, values, note };
@@ -125,15 +126,16 @@ export function rgb({ width, height, data }) {
 
 /** How a weight's share of the largest one changes a pixel: what is left of the pixel, and the colour added to it. The
  * larger the share, the brighter and more opaque the colour. */
-function blending(share) {
+function blending(share, background) {
   const part = Math.min(Math.max(share, 0), 1), alpha = 0.9 * part ** 0.7, at = 3 * Math.trunc(Math.fround(part) * 255);
-  return { left: BACKGROUND * (1 - alpha), added: [0, 1, 2].map((c) => ramp(SEQUENTIAL)[at + c] * alpha) };
+  return { left: background * (1 - alpha), added: [0, 1, 2].map((c) => ramp(SEQUENTIAL)[at + c] * alpha) };
 }
 
-/** Weights over a darkened image. */
-export function overlay(image, values) {
+/** Weights over a darkened image; `background`: what is left of its brightness. scale: "linear" or "root". */
+export function overlay(image, values, { background = BACKGROUND, scale = "linear" } = {}) {
   const { width, height } = image, data = new Uint8Array(3 * width * height), top = Math.max(largest(values.data), 1e-12);
-  const cells = Array.from(values.data, (weight) => blending(weight / top)), total = [0, 0, 0];
+  const place = scale === "root" ? (share) => Math.sqrt(Math.max(share, 0)) : (share) => share;
+  const cells = Array.from(values.data, (weight) => blending(place(weight / top), background)), total = [0, 0, 0];
   for (let y = 0; y < height; y++) {
     const row = Math.floor((y * values.rows) / height) * values.columns;
     for (let x = 0; x < width; x++) {
@@ -145,7 +147,7 @@ export function overlay(image, values) {
     }
   }
   const keyColours = range(9).map((i) => { // over the image's mean colour
-    const { left, added } = blending(i / 8);
+    const { left, added } = blending(i / 8, background);
     return hex(total.map((value, c) => Math.trunc((value / (width * height)) * left + added[c])));
   });
   return { width, height, data, values, note: "", keyColours };
