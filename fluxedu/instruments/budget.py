@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fluxedu.errors import BudgetError, InstrumentError, describe
+from fluxedu.sampling.solvers import get_solver
+from fluxedu.sampling.step_context import current_context
+
+if TYPE_CHECKING:
+    from fluxedu.instruments.recording import StepKey
+    from fluxedu.instruments.selection import Selection
 
 
 class Budget:
@@ -45,3 +53,21 @@ class Budget:
             f"but the budget is {self.limit:,}; record fewer sites, steps or heads, "
             f"reduce (reduce='head-mean', tokens=[...]), {folder}or allow more (budget={self.total})."
         )
+
+
+def values_in_run(key: StepKey, selection: Selection, over_steps: bool, holds_one_step: bool) -> int:
+    """How many values of a site will be in memory at the end of the run.
+
+    over_steps: each value replaces the earlier ones · holds_one_step: a completed step leaves memory for a folder.
+    """
+    context = current_context()
+    if over_steps:
+        return 1 if context is None else context.pictures
+    in_evaluation = context is not None and context.stage >= 0
+    per_step = len(get_solver(context.request.solver).stages) if in_evaluation else 1
+    if holds_one_step:  # of the images that are computed at once
+        return per_step * max(1, 0 if context is None else len(context.batch))
+    if context is None:
+        return key.step + 1
+    steps = 1 if context.step is None else selection.number_of_steps(context.steps)
+    return per_step * steps * context.pictures

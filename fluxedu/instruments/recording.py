@@ -46,48 +46,12 @@ class StepKey:
         return self.run, self.picture, -1 if self.step is None else self.step
 
 
-@dataclass
-class Recording:
-    """Everything recorded: ``rec["double.2.attn.map"]`` is a :class:`Named` over all images and steps."""
+class Recorded:
+    """What a recorder and a recording have in common: reading values by the name of their site."""
 
-    holds_one_step = False  # whether the values of one step only are in memory
-
-    pictures: int = 1
-    values: dict[str, list[tuple[StepKey, Named]]] = field(default_factory=dict)
-    #: run -> (picture, step) that were completed
-    completed: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
-    #: (run, picture) -> prompt, seed and settings
-    requests: dict[tuple[int, int], dict] = field(default_factory=dict)
-
-    def note_run(self, context: StepContext) -> None:
-        """Keep what belongs to the values of a run: the number of images, the completed steps, prompt and settings."""
-        self.pictures, self.completed[context.run] = context.pictures, context.ended
-        if (context.run, context.picture) not in self.requests:
-            request = context.request
-            shown = {name: getattr(request, name) for name in SETTINGS}
-            self.requests[context.run, context.picture] = shown | {"latent shape": list(request.shape)}
-
-    def add(self, name: str, key: StepKey, value: Named, last_only: bool = False) -> None:
-        """Keep a value. ``last_only``: it replaces earlier values of the same image, and belongs to no step."""
-        entries = self.values.setdefault(name, [])
-        if last_only:
-            entries[:] = [entry for entry in entries if entry[0].step_id[:2] != key.step_id[:2]]
-            key = StepKey(key.run, key.picture, None, 0, None)
-        entries.append((key, value))
-
-    def entries(self, name: str) -> list[tuple[StepKey, Named]]:
-        """The single values of a site, image by image, and in the order of the run for each."""
-        return sorted(self.in_order(name), key=_run_and_picture)  # images that are computed at once alternate
-
-    @checked(InstrumentError)
-    def in_order(self, name: str) -> list[tuple[StepKey, Named]]:
-        """The single values of a site, in the order in which they were recorded."""
-        if name not in self.values:
-            recorded = ", ".join(list(self.values)[:4]) + (", ..." if len(self.values) > 4 else "")
-            raise InstrumentError(
-                f"nothing was recorded at {describe(name)}; recorded are: {recorded or 'no sites at all'}."
-            )
-        return self.values[name]
+    def saved(self) -> Recording:
+        """The recording to read from."""
+        raise NotImplementedError
 
     def __getitem__(self, name: str) -> Named:
         """All values of a site: axes ``run`` and ``picture`` (if several), ``step`` (if there are steps), its own.
@@ -105,30 +69,23 @@ class Recording:
                 f"take them one by one from rec.entries(...)."
             )
         runs, pictures = len(pictures_per_run), len(values_per_picture) // len(pictures_per_run)
-        return _stack(entries, runs, pictures, self.pictures)
+        return _stack(entries, runs, pictures, self.saved().pictures)
 
-    def close(self, failed: bool = False) -> None:
-        """The recorder has ended, or ``failed`` within a step."""
-
-    def saved(self) -> Recording:
-        """The recording to read from."""
-        return self
+    def entries(self, name: str) -> list[tuple[StepKey, Named]]:
+        """The single values of a site, image by image, and in the order of the run for each."""
+        return sorted(self.saved().in_order(name), key=_run_and_picture)  # images that are computed at once alternate
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.values)
+        return iter(self.saved().values)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.saved().values)
 
     def __contains__(self, name: str) -> bool:
-        return isinstance(name, str) and name in self.values
+        return isinstance(name, str) and name in self.saved().values
 
     def keys(self) -> list[str]:
-        return list(self.values)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(value.tensor.nbytes for entries in self.values.values() for _, value in entries)
+        return list(self.saved().values)
 
     @checked(InstrumentError)
     def dataset(self, name: str, flatten: str | None = None) -> ValueDataset:
@@ -160,6 +117,62 @@ class Recording:
             }
             variables[name] = xarray.DataArray(value.__array__(), coords, dims)
         return xarray.Dataset(variables)
+
+
+@dataclass
+class Recording(Recorded):
+    """Everything recorded: ``rec["double.2.attn.map"]`` is a :class:`Named` over all images and steps."""
+
+    holds_one_step = False  # whether the values of one step only are in memory
+
+    pictures: int = 1
+    values: dict[str, list[tuple[StepKey, Named]]] = field(default_factory=dict)
+    #: run -> (picture, step) that were completed
+    completed: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
+    #: (run, picture) -> prompt, seed and settings
+    requests: dict[tuple[int, int], dict] = field(default_factory=dict)
+
+    def add(self, name: str, key: StepKey, value: Named, context: StepContext | None = None) -> None:
+        """Append a value to those of its site; ``context``: where the pipeline was, None without one."""
+        self.note_run(context)
+        self.values.setdefault(name, []).append((key, value))
+
+    def replace(self, name: str, key: StepKey, value: Named, context: StepContext | None = None) -> None:
+        """Keep this value in place of the earlier one of its site and image; it belongs to no step."""
+        others = [entry for entry in self.values.get(name, []) if entry[0].step_id[:2] != key.step_id[:2]]
+        self.values[name] = others
+        self.add(name, StepKey(key.run, key.picture, None, 0, None), value, context)
+
+    def note_run(self, context: StepContext | None) -> None:
+        """Keep what belongs to the values of a run: the number of images, the completed steps, prompt and settings."""
+        if context is None:
+            return
+        self.pictures, self.completed[context.run] = context.pictures, context.ended
+        if (context.run, context.picture) not in self.requests:
+            request = context.request
+            shown = {name: getattr(request, name) for name in SETTINGS}
+            self.requests[context.run, context.picture] = shown | {"latent shape": list(request.shape)}
+
+    @checked(InstrumentError)
+    def in_order(self, name: str) -> list[tuple[StepKey, Named]]:
+        """The single values of a site, in the order in which they were recorded."""
+        if name not in self.values:
+            recorded = ", ".join(list(self.values)[:4]) + (", ..." if len(self.values) > 4 else "")
+            raise InstrumentError(
+                f"nothing was recorded at {describe(name)}; recorded are: {recorded or 'no sites at all'}."
+            )
+        return self.values[name]
+
+    def close(self, failed: bool = False) -> None:
+        """The recorder has ended, or ``failed`` within a step."""
+
+    def saved(self) -> Recording:
+        """The recording to read from."""
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.tensor.nbytes for entries in self.values.values() for _, value in entries)
 
 
 def _run_and_picture(entry: tuple[StepKey, Named]) -> tuple[int, int]:
@@ -244,19 +257,20 @@ class FolderRecording(Recording):
         self.files_written = 0
         self.last_values: dict[tuple[str, int, int], tuple[StepKey, Named]] = {}
 
-    def note_run(self, context: StepContext) -> None:
-        super().note_run(context)
-        self.first_picture = context.picture - (context.row or 0)
-
-    def add(self, name: str, key: StepKey, value: Named, last_only: bool = False) -> None:
-        if last_only:  # which value is the last is known only at the end
-            self.last_values[name, key.run, key.picture] = (StepKey(key.run, key.picture, None, 0, None), value)
-            return
+    def add(self, name: str, key: StepKey, value: Named, context: StepContext | None = None) -> None:
+        self.note_run(context)
+        if context is not None:
+            self.first_picture = context.picture - (context.row or 0)
         step_id = key.run, self.first_picture, key.step
         if step_id != self.step_id:
             self._write_step()
         self.step_id = step_id
-        super().add(name, key, value)
+        super().add(name, key, value, context)
+
+    def replace(self, name: str, key: StepKey, value: Named, context: StepContext | None = None) -> None:
+        """Which value is the last is known only at the end, so it is written by :meth:`close`."""
+        self.note_run(context)
+        self.last_values[name, key.run, key.picture] = (StepKey(key.run, key.picture, None, 0, None), value)
 
     def close(self, failed: bool = False) -> None:
         """Write what is left and release the folder; if the run ``failed``, only a completed step is written."""

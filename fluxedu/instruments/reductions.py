@@ -264,35 +264,40 @@ class Reductions:
         specs = [] if reduce is None else list(reduce) if several else [reduce]
         self.factories = [_factory(spec) for spec in specs]
         self.over_steps = any(getattr(reduction, "over_steps", False) for reduction in self.create())
-        #: site -> run and first of the images that are computed at once, and the reductions of each image
-        self.active: dict[str, tuple[tuple[int, int], dict[int, list[Reduction]]]] = {}
+        self.clear()
 
     def create(self) -> list[Reduction]:
         return [factory() for factory in self.factories]
 
+    def clear(self) -> None:
+        """Forget all earlier steps."""
+        self.batch: tuple[int, int] | None = None  # run, and first of the images that are computed at once
+        self.active: dict[str, dict[int, list[Reduction]]] = defaultdict(lambda: defaultdict(self.create))
+
     def __call__(self, value: Value, site: str, key: StepKey) -> Value | None:
         """The reduced value, or None when there is nothing to keep yet. Raises InstrumentError for a wrong result."""
-        context = current_context()
-        batch = key.run, key.picture - (context.row or 0 if context else 0)
-        if site not in self.active or self.active[site][0] != batch:
-            self.active[site] = batch, defaultdict(self.create)
-        reductions = self.active[site][1]
+        self._forget_other_images(key)
         tensors = (value.lazy.q, value.lazy.k, value.lazy.v) if isinstance(value, MapView) else (value.tensor,)
         versions = _versions(tensors)
-        for reduction in reductions[key.picture]:
+        for reduction in self.active[site][key.picture]:
             value = reduction(value, site, key) if isinstance(reduction, StepReduction) else reduction(value)
             if not isinstance(value, (Named, MapView, type(None))):
                 raise InstrumentError(f"a reduction must return a Named or None, not {type(value).__name__}.")
             if value is None:
                 break
-        memory = sum(getattr(reduction, "nbytes", 0) for each in reductions.values() for reduction in each)
-        self.budget.allows(site, "memory of the reductions", memory, key.step_id)
         if _versions(tensors) != versions:
             raise InstrumentError(f"the reduction changed the value of {site!r} in place; begin it with .clone().")
+        remembered = sum(getattr(one, "nbytes", 0) for each in self.active[site].values() for one in each)
+        self.budget.allows(site, "reductions", remembered, key.step_id)
         return value
 
-    def clear(self) -> None:
-        self.active.clear()
+    def _forget_other_images(self, key: StepKey) -> None:
+        """Keep only the reductions of the images that are computed at once."""
+        context = current_context()
+        batch = key.run, key.picture - (context.row or 0 if context else 0)
+        if batch != self.batch:
+            self.clear()
+            self.batch = batch
 
 
 def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:

@@ -18,9 +18,8 @@ from fluxedu.sampling.images import Picture, resized, to_tensor
 from fluxedu.sampling.latents import latent_size
 from fluxedu.sampling.pipeline import FluxPipeline, Trajectory
 from fluxedu.sampling.prompts import Conditioning
-from fluxedu.sampling.solvers import Solver
+from fluxedu.sampling.request import Request
 from fluxedu.sampling.step_context import at_step
-from fluxedu.sampling.velocity_field import VelocityField
 
 CONVERGED = 0.25  # how much of a step may change in the last round, relative to the step
 _OWN = ("latents", "seed", "solver", "strength", "height", "width", "rounding", "decode", "stop_after", "num_images")
@@ -75,9 +74,10 @@ class _Backwards(FluxPipeline):
         vars(self).update(vars(pipe), rounds=rounds)
 
     def denoise(
-        self, x: Tensor, times: Tensor, velocity: VelocityField, solver: Solver, trajectory: bool, bar
+        self, requests: list[Request], texts: Conditioning, times: Tensor, steps: int, trajectory: bool, bar
     ) -> tuple[Tensor, Trajectory | None]:
-        """The noise ``[B, C, h, w]`` at the first time, from pictures ``x`` at the last, where this run starts."""
+        """The noise ``[B, C, h, w]`` at the first time, from pictures at the last, where this run starts."""
+        velocity, x = self.velocity_field(requests, times, texts), self.start(requests, times[-1])
         velocity.plan.times.reverse()  # the modulation is computed ahead, in the order of the evaluations
         states, velocities, worst = [x], [], 0.0
         for step, (t, t_next) in reversed(list(enumerate(pairwise(times.tolist())))):

@@ -41,7 +41,7 @@ from fluxedu.sampling.images import Picture, resized, to_images
 from fluxedu.sampling.latents import draw_noise
 from fluxedu.sampling.prompts import Conditioning, PromptEncoder
 from fluxedu.sampling.request import Request, checked_times, make_requests, refuse_unknown
-from fluxedu.sampling.solvers import Solver, from_strength, get_solver, schedule
+from fluxedu.sampling.solvers import from_strength, get_solver, schedule
 from fluxedu.sampling.step_context import (
     StepContext,
     at_negative_prompts,
@@ -275,15 +275,14 @@ class FluxPipeline(Sited):
         networks = Networks(self.flux, self.autoencoder, **self.prompt_encoder.networks(), dtype=self.dtype)
         batch = batch_size(batch, requests, networks, self.device, txt_len)
 
-        solver, images, latents, runs = get_solver(requests[0].solver), [], [], []
+        images, latents, runs = [], [], []
         with self._running(context, networks, batch, steps_to_run, stop_after, progress) as bar:
             prompts, negative = self.encode(requests, encoded, batch)
             for part in parts(len(requests), batch):  # the images that are computed at once
+                # with classifier-free guidance, B negative prompts and then B prompts
                 texts = prompts[part] if negative is None else negative[part].joined(prompts[part])
                 with at_pictures(requests[part], part.start):
-                    velocity = self.velocity_field(requests[part], times, texts)  # velocity(x, t): the transformer
-                    x = self.start(requests[part], times[0])  # [B, C, h, w] noise
-                    x, run = self.denoise(x, times[: steps_to_run + 1], velocity, solver, trajectory, bar)
+                    x, run = self.denoise(requests[part], texts, times, steps_to_run, trajectory, bar)
                     images += self.decode(x, requests[part]) if decode else []
                 latents.append(x)
                 runs.append(run)
@@ -310,10 +309,9 @@ class FluxPipeline(Sited):
         images = len(requests) // len(encoded.txt)  # of each encoded prompt
         prompts = encoded[[i // images for i in range(len(requests))]]
         if requests[0].image_prompt is not None:  # Redux: more tokens after the text's
-            pictures = [request.image_prompt.to(self.device, self.dtype) for request in requests]
-            tokens = torch.cat([self.redux(picture) for picture in pictures])  # [B, M, D]
-            prompts = prompts.with_tokens(tokens)
-            negative = None if negative is None else negative.with_tokens(tokens)
+            tokens = [self.redux(request.image_prompt.to(self.device, self.dtype)) for request in requests]
+            prompts = prompts.with_tokens(torch.cat(tokens))  # [B, L + M, D]
+            negative = None if negative is None else negative.with_tokens(torch.cat(tokens))
         return prompts, negative
 
     def times(self, request: Request) -> Tensor:
@@ -324,6 +322,31 @@ class FluxPipeline(Sited):
             mu = math.log(request.shift)
             times = schedule(request.steps, tokens, True, (mu, mu))
         return from_strength(times, request.strength) if request.is_image_to_image else times
+
+    def denoise(
+        self, requests: list[Request], texts: Conditioning, times: Tensor, steps: int, trajectory: bool, bar: tqdm
+    ) -> tuple[Tensor, Trajectory | None]:
+        """From noise at t = 1 to the latents ``x [B, C, h, w]`` of images at t = 0, and the trajectory if it is wanted.
+
+        The solver integrates ``dx/dt = velocity(x, t)`` along ``times``, of which it takes the first ``steps`` steps.
+        """
+        velocity = self.velocity_field(requests, times, texts)  # velocity(x, t): what the transformer predicts
+        solver, x = get_solver(requests[0].solver), self.start(requests, times[0])
+        states, velocities = [], []
+        for step, (t, t_next) in enumerate(pairwise(times[: steps + 1].tolist())):
+            with at_step(step, t):
+                x = self.probe("x", x)  # [B, C, h, w] the state at the beginning of each step
+                # with Euler's method: v = velocity(x, t), x_next = x + (t_next - t) * v
+                x_next, v = solver.checked(solver.step(x, t, t_next, velocity), x)
+                check_finite("the latents", x_next, partial(solver.step, x, t, t_next, velocity), {"sample.x": x})
+            if trajectory:
+                states.append(x)
+                velocities.append(v)
+            x = x_next
+            bar.update(len(x))
+            step_done()
+        run = Trajectory(times[: steps + 1], torch.stack([*states, x]), torch.stack(velocities)) if trajectory else None
+        return x, run
 
     def start(self, requests: list[Request], t: Tensor) -> Tensor:
         """The latents ``[B, C, h, w]`` at the first time ``t``: noise, or ``(1 - t) * image + t * noise``."""
@@ -347,33 +370,17 @@ class FluxPipeline(Sited):
         pooled = texts.pooled
         if self.flux.config.vec_in_dim:
             pooled = self.probe("pooled", leaf(pooled))  # [B, D] the prompt's CLIP vector, once per image
-        pictures = []
+        pictures = self._encode_conditions(requests)
+        evaluation_times = get_solver(requests[0].solver).evaluation_times(times.tolist())
+        return VelocityField(self.flux, Conditioning(txt, pooled), pictures, requests[0], evaluation_times)
+
+    def _encode_conditions(self, requests: list[Request]) -> Conditions:
+        """The pictures that some variants read besides text."""
+        pictures, axes = [], len(self.flux.config.axes_dim)
         for i, request in enumerate(requests):
             with at_pictures([request], i):
-                axes = len(self.flux.config.axes_dim)
                 pictures.append(encode_conditions(request, self._encode_picture, self._downscale, axes))
-        evaluation_times = get_solver(requests[0].solver).evaluation_times(times.tolist())
-        texts, pictures = Conditioning(txt, pooled), Conditions.stacked(pictures)
-        return VelocityField(self.flux, texts, pictures, requests[0], evaluation_times)
-
-    def denoise(
-        self, x: Tensor, times: Tensor, velocity: VelocityField, solver: Solver, trajectory: bool, bar
-    ) -> tuple[Tensor, Trajectory | None]:
-        """From noise (t = 1) to the image (t = 0): the solver integrates ``dx/dt = velocity(x, t)`` along ``times``."""
-        states, velocities = [], []
-        for step, (t, t_next) in enumerate(pairwise(times.tolist())):
-            with at_step(step, t):
-                x = self.probe("x", x)  # [B, C, h, w] the state at the beginning of each step
-                # with Euler's method: v = velocity(x, t), x_next = x + (t_next - t) * v
-                x_next, v = solver.checked(solver.step(x, t, t_next, velocity), x)
-                check_finite("the latents", x_next, partial(solver.step, x, t, t_next, velocity), {"sample.x": x})
-            if trajectory:
-                states.append(x)
-                velocities.append(v)
-            x = x_next
-            bar.update(len(x))
-            step_done()
-        return x, Trajectory(times, torch.stack([*states, x]), torch.stack(velocities)) if trajectory else None
+        return Conditions.stacked(pictures)
 
     def decode(self, latents: Tensor, requests: list[Request]) -> list[Image.Image]:
         """The images of latents ``[B, C, h, w]``; for fill, with the original pixels outside the masks."""

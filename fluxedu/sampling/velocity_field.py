@@ -73,5 +73,5 @@ class VelocityField(Sited):
     def _with_changed_x0(self, x: Tensor, t: float, v: Tensor) -> Tensor:
         """``v``, or where an intervention changes the predicted x0, the velocity that leads there from ``x``."""
         x0 = x - t * v
-        changed = self.probe("x0", x0)  # [B, C, h, w] predicted x0, x - t * velocity
-        return v if changed is x0 else (x - changed) / t
+        probed = self.probe("x0", x0)  # [B, C, h, w] predicted x0, x - t * velocity
+        return v if probed is x0 else (x - probed) / t

@@ -17,7 +17,6 @@ from pretend_dev import FLUX, STEPS
 from fluxedu.instruments import recorder
 from fluxedu.instruments.recorder import record
 from fluxedu.instruments.reductions import Value
-from fluxedu.instruments.storage import Storage
 from fluxedu.models import FluxConfig
 from fluxedu.sampling.step_context import current_context
 from fluxedu.widgets.architecture import COLUMNS, ROWS, as_table
@@ -49,7 +48,7 @@ def count_factor(rec: record, site: str, context) -> float:
     is_of_a_block = re.match(r"(double|single)\.", site)
     is_named = any(fnmatchcase(site, glob) and re.match(r"(double|single)\.\d+\.", glob) for glob in rec.globs)
     blocks = BLOCKS if is_of_a_block and not is_named else 1
-    holds_one_step = rec.reductions.over_steps or rec.storage.recording.holds_one_step
+    holds_one_step = rec.reductions.over_steps or rec.recording.holds_one_step
     if (
         holds_one_step
         or rec.selection.steps is not None
@@ -63,20 +62,13 @@ def count_factor(rec: record, site: str, context) -> float:
 
 def measure() -> None:
     """Count this way for the rest of this process."""
-    see, add, values_held = record.see, Storage.add, Storage.values_held
-    current: dict = {}  # the recorder that sees a value now, and how many times larger the real value is
+    fits, values_in_run = record._fits, recorder.values_in_run
+    current: dict = {}  # how many times larger the real value is than the one that a recorder stores now
 
-    def note_and_see(self, *arguments):
-        current["recorder"] = self
-        return see(self, *arguments)
+    def measure_and_fit(self, site, key, value):
+        current["larger"] = size_factor(self, value) * count_factor(self, site, current_context())
+        return fits(self, site, key, value)
 
-    def measure_and_add(self, site, key, value):
-        rec = current["recorder"]
-        current["larger"] = size_factor(rec, value) * count_factor(rec, site, current_context())
-        add(self, site, key, value)
-
-    def more_values(self, key):
-        return values_held(self, key) * current["larger"] / UNIT
-
-    record.see, Storage.add, Storage.values_held = note_and_see, measure_and_add, more_values
+    record._fits = measure_and_fit
+    recorder.values_in_run = lambda *arguments: values_in_run(*arguments) * current["larger"] / UNIT
     recorder.BUDGET = int(recorder.BUDGET / UNIT)
