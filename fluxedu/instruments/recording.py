@@ -47,11 +47,7 @@ class StepKey:
 
 
 class Recorded:
-    """What a recorder and a recording have in common: reading values by the name of their site."""
-
-    def saved(self) -> Recording:
-        """The recording to read from."""
-        raise NotImplementedError
+    """Reading values by the name of their site, for a recorder and for the recording that its ``saved()`` returns."""
 
     def __getitem__(self, name: str) -> Named:
         """All values of a site: axes ``run`` and ``picture`` (if several), ``step`` (if there are steps), its own.
@@ -73,7 +69,8 @@ class Recorded:
 
     def entries(self, name: str) -> list[tuple[StepKey, Named]]:
         """The single values of a site, image by image, and in the order of the run for each."""
-        return sorted(self.saved().in_order(name), key=_run_and_picture)  # images that are computed at once alternate
+        # images that are computed at once alternate
+        return sorted(self.saved().in_order(name), key=lambda entry: entry[0].step_id[:2])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.saved().values)
@@ -173,10 +170,6 @@ class Recording(Recorded):
     @property
     def nbytes(self) -> int:
         return sum(value.tensor.nbytes for entries in self.values.values() for _, value in entries)
-
-
-def _run_and_picture(entry: tuple[StepKey, Named]) -> tuple[int, int]:
-    return entry[0].run, entry[0].picture
 
 
 def _stack(entries: list[tuple[StepKey, Named]], runs: int, pictures: int, requested: int) -> Named:

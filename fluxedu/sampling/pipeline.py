@@ -42,14 +42,7 @@ from fluxedu.sampling.latents import draw_noise
 from fluxedu.sampling.prompts import Conditioning, PromptEncoder
 from fluxedu.sampling.request import Request, checked_times, make_requests, refuse_unknown
 from fluxedu.sampling.solvers import from_strength, get_solver, schedule
-from fluxedu.sampling.step_context import (
-    StepContext,
-    at_negative_prompts,
-    at_pictures,
-    at_step,
-    entered,
-    stopping_after,
-)
+from fluxedu.sampling.step_context import StepContext, at_pictures, at_step, changed, entered, stopping_after
 from fluxedu.sampling.velocity_field import VelocityField
 from fluxedu.threads import adapted_threads, step_done
 
@@ -302,7 +295,7 @@ class FluxPipeline(Sited):
         """
         negative = None
         if requests[0].uses_cfg:  # the same for all images
-            with at_negative_prompts():
+            with changed(negative=True):  # for instruments
                 negative = self.prompt_encoder([request.negative_prompt for request in requests], batch)
         if encoded is None:
             encoded = self.prompt_encoder([request.prompt for request in requests], batch)
@@ -400,9 +393,7 @@ class FluxPipeline(Sited):
     def _running(
         self, context: StepContext, networks: Networks, batch: int, steps: int, stop_after: str | None, progress: bool
     ) -> Iterator[tqdm]:
-        """What surrounds a run: the gradient mode, advice when memory runs out, the number of threads, the step
-        context for instruments, the end at a site, and the progress bar, which is returned.
-        """
+        """The gradient mode, advice when memory runs out, threads, progress bar and step context of a run."""
         request = context.request
         if gradient_mode() is not None and self.flux.placement is not None and self.flux.placement.mode != "full":
             raise GradientError("gradients need all weights in memory; load the pipeline with memory='full'.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -83,40 +83,32 @@ def entered(context: StepContext | None) -> Iterator[None]:
         _thread.context = before
 
 
+def changed(**fields: Any) -> AbstractContextManager[None]:
+    """Inside the ``with``, the current step context has these fields."""
+    context = current_context()
+    return entered(context and replace(context, **fields))
+
+
 @contextmanager
 def at_step(step: int, time: float) -> Iterator[None]:
     """Inside the ``with``, the pipeline is at this step of its run; afterwards the step counts as completed."""
     context = current_context()
-    with entered(context and replace(context, step=step, time=time, stage=-1)):
+    with changed(step=step, time=time, stage=-1):
         yield
     if context is not None:
         context.ended.update((context.picture + i, step) for i in range(len(context.batch) or 1))
 
 
-@contextmanager
-def at_pictures(requests: list[Request], first: int) -> Iterator[None]:
+def at_pictures(requests: list[Request], first: int) -> AbstractContextManager[None]:
     """Inside the ``with``, the pipeline computes these images; ``first`` counts from the current context's image."""
     context = current_context()
-    with entered(
-        context and replace(context, request=requests[0], picture=context.picture + first, batch=tuple(requests))
-    ):
-        yield
+    picture = first if context is None else context.picture + first
+    return changed(request=requests[0], picture=picture, batch=tuple(requests))
 
 
-@contextmanager
-def at_negative_prompts() -> Iterator[None]:
-    """Inside the ``with``, the prompts that are encoded are the negative ones of classifier-free guidance."""
-    context = current_context()
-    with entered(context and replace(context, negative=True)):
-        yield
-
-
-@contextmanager
-def at_texts(texts: list[str]) -> Iterator[None]:
+def at_texts(texts: list[str]) -> AbstractContextManager[None]:
     """Inside the ``with``, a text encoder encodes these prompts."""
-    context = current_context()
-    with entered(context and replace(context, text=texts[0], batch=tuple(texts))):
-        yield
+    return changed(text=texts[0], batch=tuple(texts))
 
 
 def next_evaluation(time: float) -> None:
