@@ -113,7 +113,7 @@ class Flux(Probed):
         txt: Tensor,
         txt_ids: Tensor,
         timesteps: Tensor,
-        y: Tensor,
+        y: Tensor | None = None,
         guidance: Tensor | None = None,
         *,
         rope: Tensor | None = None,
@@ -137,7 +137,7 @@ class Flux(Probed):
         table = rope_table(ids, self.config.axes_dim, self.config.theta)
         return table if self.img_in.weight.dtype == torch.float64 else table.to(ids.device, torch.complex64)
 
-    def plan(self, timesteps: Tensor, guidance: Tensor | None, y: Tensor) -> Plan:
+    def plan(self, timesteps: Tensor, guidance: Tensor | None, y: Tensor | None) -> Plan:
         """The modulation of one pass (``timesteps [B]``) or of several steps (``timesteps [S, 1]``).
 
         Exactly what :meth:`forward` computes in each step, done ahead of the loop: these layers are 27 % of
@@ -147,6 +147,8 @@ class Flux(Probed):
             raise RequestError(
                 "this model has a guidance input: pass guidance as a tensor [B], such as torch.full((B,), 3.5)."
             )
+        if y is None:
+            raise RequestError("this model reads CLIP's pooled vector: pass y, a tensor [B, vec_in_dim].")
         terms = {"time": self.time_in(self._embed(timesteps))}
         if self.config.guidance_embed:
             terms["guidance"] = self.guidance_in(self._embed(guidance))

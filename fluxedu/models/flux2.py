@@ -101,6 +101,10 @@ class Flux2(Flux):
     Names and shapes in the state dict are the official ones, so an official file loads without renaming. Sites have the
     names that they have in FLUX.1 where they mean the same: a block's modulation passes ``double.3.img_mod.gate1`` here
     too, and a change there affects only this block, although its weights are shared.
+
+    ``forward`` is FLUX.1's, with these arguments: img_ids ``[N, 4]``, (image, row, column, 0), where image is 0 for the
+    picture that is drawn and 10, 20, ... for reference pictures · txt ``[B, L, context_in_dim]``, hidden states of the
+    language model · txt_ids ``[L, 4]``, (0, 0, 0, index) · y is not read: FLUX.2 has no pooled vector.
     """
 
     def __init__(self, config: Flux2Config):
@@ -119,32 +123,6 @@ class Flux2(Flux):
         self.single_blocks = nn.ModuleList(Flux2SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
         self.final_layer = LastLayer(dim, config.out_channels, bias=False)
         name_sites(self)
-
-    def forward(
-        self,
-        img: Tensor,
-        img_ids: Tensor,
-        txt: Tensor,
-        txt_ids: Tensor,
-        timesteps: Tensor,
-        y: Tensor | None = None,
-        guidance: Tensor | None = None,
-        *,
-        rope: Tensor | None = None,
-        plan: Plan | None = None,
-    ) -> Tensor:
-        """The velocity of the image tokens, ``[B, N, out_channels]``.
-
-        img ``[B, N, in_channels]`` packed latents · img_ids ``[B, N, 4]`` or ``[N, 4]``, (image, row, column, 0): image
-        is 0 for the one that is drawn and 10, 20, ... for reference images · txt ``[B, L, context_in_dim]`` hidden
-        states of the language model · txt_ids ``[B, L, 4]`` or ``[L, 4]``, (0, 0, 0, index) · timesteps ``[B]`` in
-        [0, 1], 1 is noise · y: not read, FLUX.2 has no pooled vector · guidance ``[B]``, required if
-        ``config.guidance_embed``, ignored otherwise · rope, plan: what :meth:`rope` and :meth:`plan` return for these
-        arguments, if it is known already.
-        """
-        plan = self.plan(timesteps, guidance, y) if plan is None else plan
-        rope = self.rope(img_ids, txt_ids) if rope is None else rope
-        return self.velocity(img, txt, rope, plan)
 
     def plan(self, timesteps: Tensor, guidance: Tensor | None = None, y: Tensor | None = None) -> Plan:
         """The modulation of one pass (``timesteps [B]``) or of several steps (``timesteps [S, 1]``).
