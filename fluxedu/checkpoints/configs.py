@@ -28,64 +28,69 @@ from fluxedu.models.config import LARGEST, Config, PyramidConfig, TransformerCon
 
 Shape = tuple[int, ...]
 
-#: our field -> its name in config.json, and the default that diffusers uses where it is absent
-_FLUX_FIELDS = {
-    "in_channels": ("in_channels", 64),
-    "out_channels": ("out_channels", None),
-    "vec_in_dim": ("pooled_projection_dim", 768),
-    "context_in_dim": ("joint_attention_dim", 4096),
-    "num_heads": ("num_attention_heads", 24),
-    "depth": ("num_layers", 19),
-    "depth_single_blocks": ("num_single_layers", 38),
-    "axes_dim": ("axes_dims_rope", (16, 56, 56)),
-    "guidance_embed": ("guidance_embeds", False),
-}
-_FLUX2_FIELDS = {
-    "in_channels": ("in_channels", 128),
-    "out_channels": ("out_channels", None),
-    "context_in_dim": ("joint_attention_dim", 15360),
-    "mlp_ratio": ("mlp_ratio", 3.0),
-    "num_heads": ("num_attention_heads", 48),
-    "depth": ("num_layers", 8),
-    "depth_single_blocks": ("num_single_layers", 48),
-    "axes_dim": ("axes_dims_rope", (32, 32, 32, 32)),
-    "theta": ("rope_theta", 2000),
-    "guidance_embed": ("guidance_embeds", True),
-}
-_AUTOENCODER_FIELDS = {
-    "in_channels": ("in_channels", 3),
-    "out_ch": ("out_channels", 3),
-    "num_res_blocks": ("layers_per_block", 1),
-    "z_channels": ("latent_channels", 4),
-    "norm_groups": ("norm_num_groups", 32),
-    "scale_factor": ("scaling_factor", 0.18215),
-    "shift_factor": ("shift_factor", 0.0),
-}
-_FLUX2_AUTOENCODER_FIELDS = {
-    "in_channels": ("in_channels", 3),
-    "out_ch": ("out_channels", 3),
-    "num_res_blocks": ("layers_per_block", 2),
-    "z_channels": ("latent_channels", 32),
-    "norm_groups": ("norm_num_groups", 32),
+#: of each kind of network: our field -> its name in config.json, and the default that diffusers uses where it is absent
+_FIELDS: dict[type[Config], dict[str, tuple]] = {
+    FluxConfig: {
+        "in_channels": ("in_channels", 64),
+        "out_channels": ("out_channels", None),
+        "vec_in_dim": ("pooled_projection_dim", 768),
+        "context_in_dim": ("joint_attention_dim", 4096),
+        "num_heads": ("num_attention_heads", 24),
+        "depth": ("num_layers", 19),
+        "depth_single_blocks": ("num_single_layers", 38),
+        "axes_dim": ("axes_dims_rope", (16, 56, 56)),
+        "guidance_embed": ("guidance_embeds", False),
+    },
+    Flux2Config: {
+        "in_channels": ("in_channels", 128),
+        "out_channels": ("out_channels", None),
+        "context_in_dim": ("joint_attention_dim", 15360),
+        "mlp_ratio": ("mlp_ratio", 3.0),
+        "num_heads": ("num_attention_heads", 48),
+        "depth": ("num_layers", 8),
+        "depth_single_blocks": ("num_single_layers", 48),
+        "axes_dim": ("axes_dims_rope", (32, 32, 32, 32)),
+        "theta": ("rope_theta", 2000),
+        "guidance_embed": ("guidance_embeds", True),
+    },
+    AutoEncoderConfig: {
+        "in_channels": ("in_channels", 3),
+        "out_ch": ("out_channels", 3),
+        "num_res_blocks": ("layers_per_block", 1),
+        "z_channels": ("latent_channels", 4),
+        "norm_groups": ("norm_num_groups", 32),
+        "scale_factor": ("scaling_factor", 0.18215),
+        "shift_factor": ("shift_factor", 0.0),
+    },
+    Flux2AutoEncoderConfig: {
+        "in_channels": ("in_channels", 3),
+        "out_ch": ("out_channels", 3),
+        "num_res_blocks": ("layers_per_block", 2),
+        "z_channels": ("latent_channels", 32),
+        "norm_groups": ("norm_num_groups", 32),
+    },
 }
 #: settings that have only one value in FLUX.1 and in FLUX.2
-_FLUX_FIXED = {"patch_size": 1}
-_FLUX2_FIXED = {"patch_size": 1, "timestep_guidance_channels": 256, "eps": 1e-6}
-_AUTOENCODER_FIXED = {
-    "act_fn": "silu",
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "mid_block_add_attention": True,
+_FIXED: dict[type[Config], dict] = {
+    FluxConfig: {"patch_size": 1},
+    Flux2Config: {"patch_size": 1, "timestep_guidance_channels": 256, "eps": 1e-6},
+    AutoEncoderConfig: {
+        "act_fn": "silu",
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "mid_block_add_attention": True,
+    },
+    Flux2AutoEncoderConfig: {
+        "act_fn": "silu",
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+        "mid_block_add_attention": True,
+        "batch_norm_eps": 1e-4,
+        "patch_size": [2, 2],
+    },
+    CLIPTextConfig: {"hidden_act": "quick_gelu"},
+    T5Config: {"feed_forward_proj": "gated-gelu"},
 }
-_FLUX2_AUTOENCODER_FIXED = {
-    "act_fn": "silu",
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
-    "batch_norm_eps": 1e-4,
-    "patch_size": [2, 2],
-}
-_TEXT_FIXED = {CLIPTextConfig: {"hidden_act": "quick_gelu"}, T5Config: {"feed_forward_proj": "gated-gelu"}}
 #: settings that are read separately, or have no effect
 _IGNORED = {"attention_head_dim", "block_out_channels", "sample_size", "force_upcast"}
 _IGNORED |= {"down_block_types", "up_block_types", "batch_norm_momentum"}
@@ -112,36 +117,33 @@ def to_diffusers_config(config: Config) -> dict:
 
     Raises CheckpointError for a network that diffusers' layout cannot describe.
     """
-    class_name = _CLASSES[type(config)][0]
-    values = config.to_dict()
+    kind, values = type(config), config.to_dict()
+    class_name = _CLASSES[kind][0]
     if isinstance(config, FluxConfig):
         for name, only in (("theta", 10_000), ("mlp_ratio", 4.0), ("qkv_bias", True)):
             if values[name] != only:
                 raise CheckpointError(f"diffusers' layout always has {name} {only} and cannot store {values[name]}.")
         if len(config.axes_dim) != 3:
             raise CheckpointError(f"diffusers' layout has three axes and cannot store axes_dim {config.axes_dim}.")
-        fields = {theirs: values[ours] for ours, (theirs, _) in _FLUX_FIELDS.items()}
-        return {"_class_name": class_name, **_FLUX_FIXED, "attention_head_dim": config.head_dim, **fields}
-    if isinstance(config, Flux2Config):
-        fields = {theirs: values[ours] for ours, (theirs, _) in _FLUX2_FIELDS.items()}
-        return {"_class_name": class_name, **_FLUX2_FIXED, "attention_head_dim": config.head_dim, **fields}
+    if isinstance(config, TransformerConfig):
+        fields = {theirs: values[ours] for ours, (theirs, _) in _FIELDS[kind].items()}
+        return {"_class_name": class_name, **_FIXED[kind], "attention_head_dim": config.head_dim, **fields}
     if isinstance(config, PyramidConfig):
         if config.ch_mult[0] != 1:
             raise CheckpointError(
                 f"diffusers' layout takes ch as the width of the first level and cannot store ch_mult {config.ch_mult}."
             )
-        levels, is_flux2 = len(config.ch_mult), isinstance(config, Flux2AutoEncoderConfig)
-        names = _FLUX2_AUTOENCODER_FIELDS if is_flux2 else _AUTOENCODER_FIELDS
+        levels = len(config.ch_mult)
         return {
             "_class_name": class_name,
-            **(_FLUX2_AUTOENCODER_FIXED if is_flux2 else _AUTOENCODER_FIXED),
+            **_FIXED[kind],
             "block_out_channels": [config.ch * mult for mult in config.ch_mult],
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
-            **{theirs: values[ours] for ours, (theirs, _) in names.items()},
+            **{theirs: values[ours] for ours, (theirs, _) in _FIELDS[kind].items()},
         }
     model_type = "clip_text_model" if isinstance(config, CLIPTextConfig) else "t5"
-    return {"architectures": [class_name], "model_type": model_type, **_TEXT_FIXED[type(config)], **values}
+    return {"architectures": [class_name], "model_type": model_type, **_FIXED[kind], **values}
 
 
 @checked(CheckpointError, "kind")
@@ -175,10 +177,7 @@ def from_diffusers_config(values: dict, kind: type[Config] | None = None) -> Con
 
 
 def _flux_from_diffusers(values: dict, kind: type[TransformerConfig]) -> TransformerConfig:
-    if kind is FluxConfig:
-        fields = _our_fields(values, _FLUX_FIELDS, _FLUX_FIXED)
-    else:
-        fields = _our_fields(values, _FLUX2_FIELDS, _FLUX2_FIXED, "FLUX.2")
+    fields = _our_fields(values, kind)
     fields["out_channels"] = fields["out_channels"] or fields["in_channels"]
     head_dim = values.get("attention_head_dim", 128)
     for name, value in (("num_attention_heads", fields["num_heads"]), ("attention_head_dim", head_dim)):
@@ -188,13 +187,10 @@ def _flux_from_diffusers(values: dict, kind: type[TransformerConfig]) -> Transfo
 
 def _autoencoder_from_diffusers(values: dict, kind: type[PyramidConfig]) -> PyramidConfig:
     values = {"use_quant_conv": True, "use_post_quant_conv": True, **values}  # diffusers' defaults
+    fields = _our_fields(values, kind)
+    widths = values.get("block_out_channels", [64] if kind is AutoEncoderConfig else [128, 256, 512, 512])
     if kind is AutoEncoderConfig:
-        fields = _our_fields(values, _AUTOENCODER_FIELDS, _AUTOENCODER_FIXED)
         fields["shift_factor"] = fields["shift_factor"] or 0.0
-        widths = values.get("block_out_channels", [64])
-    else:
-        fields = _our_fields(values, _FLUX2_AUTOENCODER_FIELDS, _FLUX2_AUTOENCODER_FIXED, "FLUX.2")
-        widths = values.get("block_out_channels", [128, 256, 512, 512])
     if not isinstance(widths, list) or not widths:
         raise CheckpointError(f"config.json has block_out_channels {describe(widths)}, not a list of whole numbers.")
     for width in widths:
@@ -209,7 +205,7 @@ def _autoencoder_from_diffusers(values: dict, kind: type[PyramidConfig]) -> Pyra
 def _text_from_transformers(kind: type[Config], values: dict) -> Config:
     if isinstance(values.get("text_config"), dict):  # all of CLIP; transformers may omit its own defaults there
         values = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, **values["text_config"]}
-    for name, only in _TEXT_FIXED[kind].items():
+    for name, only in _FIXED[kind].items():
         if values.get(name, only) != only:
             raise CheckpointError(f"config.json has {name} {describe(values[name])}, but FLUX.1's is {only!r}.")
     config = kind(**{name: values[name] for name in kind().to_dict() if name in values})
@@ -219,8 +215,10 @@ def _text_from_transformers(kind: type[Config], values: dict) -> Config:
     return config
 
 
-def _our_fields(values: dict, names: dict[str, tuple], fixed: dict, family: str = "FLUX.1") -> dict:
+def _our_fields(values: dict, kind: type[Config]) -> dict:
     """Our fields, read from diffusers' ``values``; CheckpointError for an unknown or unsupported setting."""
+    names, fixed = _FIELDS[kind], _FIXED[kind]
+    family = "FLUX.2" if kind in (Flux2Config, Flux2AutoEncoderConfig) else "FLUX.1"
     known = {theirs for theirs, _ in names.values()} | _IGNORED
     for name, value in values.items():
         if name in fixed:
@@ -344,31 +342,10 @@ class _Shapes:
         return f"{self.last[0]!r} is missing" if present is None else f"{present!r} is {list(self.shapes[present])}"
 
 
-def _flux_fields(shape: _Shapes) -> dict:
+def _transformer_fields(shape: _Shapes) -> dict:
+    """The fields that both families have, except those of the MLP and the heads."""
     dim, in_channels = shape("img_in.weight", "x_embedder.weight")
-    bias = shape("double_blocks.0.img_attn.qkv.bias", "transformer_blocks.0.attn.to_q.bias")
-    depth = shape.count("double_blocks", "transformer_blocks")
-    fields = {
-        "in_channels": in_channels,
-        "out_channels": shape("final_layer.linear.weight", "proj_out.weight")[0],
-        "vec_in_dim": shape("vector_in.in_layer.weight", "time_text_embed.text_embedder.linear_1.weight")[1],
-        "context_in_dim": shape("txt_in.weight", "context_embedder.weight")[1],
-        "hidden_size": dim,
-        "depth": depth,
-        "depth_single_blocks": shape.count("single_blocks", "single_transformer_blocks"),
-        "guidance_embed": any("guidance" in name for name in shape.shapes),
-        "qkv_bias": not depth or bias is not None,
-    }
-    mlp_out = shape("double_blocks.0.img_mlp.2.weight", "transformer_blocks.0.ff.net.2.weight")
-    attn_and_mlp_out = shape("single_blocks.0.linear2.weight", "single_transformer_blocks.0.proj_out.weight")
-    if mlp_out or attn_and_mlp_out:
-        fields |= _mlp_and_heads(shape, dim, mlp_out[1] if mlp_out else attn_and_mlp_out[1] - dim)
-    return fields
-
-
-def _flux2_fields(shape: _Shapes) -> dict:
-    dim, in_channels = shape("img_in.weight", "x_embedder.weight")
-    fields = {
+    return {
         "in_channels": in_channels,
         "out_channels": shape("final_layer.linear.weight", "proj_out.weight")[0],
         "context_in_dim": shape("txt_in.weight", "context_embedder.weight")[1],
@@ -377,16 +354,30 @@ def _flux2_fields(shape: _Shapes) -> dict:
         "depth_single_blocks": shape.count("single_blocks", "single_transformer_blocks"),
         "guidance_embed": any("guidance_in." in name or "guidance_embedder." in name for name in shape.shapes),
     }
-    if fields["depth"]:
-        mlp_hidden = shape("double_blocks.0.img_mlp.2.weight", "transformer_blocks.0.ff.linear_out.weight")[1]
-    elif fields["depth_single_blocks"]:
-        mlp_hidden = shape("single_blocks.0.linear2.weight", "single_transformer_blocks.0.attn.to_out.weight")[1] - dim
-    else:
-        return fields
-    return fields | _mlp_and_heads(shape, dim, mlp_hidden)
 
 
-def _mlp_and_heads(shape: _Shapes, dim: int, mlp_hidden: int) -> dict:
+def _flux_fields(shape: _Shapes) -> dict:
+    fields = _transformer_fields(shape)
+    fields["vec_in_dim"] = shape("vector_in.in_layer.weight", "time_text_embed.text_embedder.linear_1.weight")[1]
+    bias = shape("double_blocks.0.img_attn.qkv.bias", "transformer_blocks.0.attn.to_q.bias")
+    fields["qkv_bias"] = not fields["depth"] or bias is not None
+    mlp_out = shape("double_blocks.0.img_mlp.2.weight", "transformer_blocks.0.ff.net.2.weight")
+    attn_and_mlp_out = shape("single_blocks.0.linear2.weight", "single_transformer_blocks.0.proj_out.weight")
+    return fields | _mlp_and_heads(shape, fields["hidden_size"], mlp_out, attn_and_mlp_out)
+
+
+def _flux2_fields(shape: _Shapes) -> dict:
+    fields = _transformer_fields(shape)
+    mlp_out = shape("double_blocks.0.img_mlp.2.weight", "transformer_blocks.0.ff.linear_out.weight")
+    attn_and_mlp_out = shape("single_blocks.0.linear2.weight", "single_transformer_blocks.0.attn.to_out.weight")
+    return fields | _mlp_and_heads(shape, fields["hidden_size"], mlp_out, attn_and_mlp_out)
+
+
+def _mlp_and_heads(shape: _Shapes, dim: int, mlp_out: Shape | None, attn_and_mlp_out: Shape | None) -> dict:
+    """From the last layer of a double block's MLP, or of a single block; nothing if there is no block."""
+    if mlp_out is None and attn_and_mlp_out is None:
+        return {}
+    mlp_hidden = mlp_out[1] if mlp_out else attn_and_mlp_out[1] - dim
     ratio = mlp_hidden / dim  # the next larger number where rounding makes int(dim * ratio) one too small
     ratio = ratio if int(dim * ratio) == mlp_hidden else math.nextafter(ratio, math.inf)
     (head_dim,) = shape(
