@@ -6,7 +6,7 @@ load("nano-fill")  and nano-schnell, -canny, -depth, -kontext, -redux: the famil
 load("nano-flux2") FLUX.2 in miniature
 load("dev")        the official weights from the Hugging Face cache; also schnell, krea, fill, canny, depth, kontext
 load("path/to/FLUX.1-dev")  a folder as on the hub: transformer, vae, two text encoders, two tokenizers
-load("klein")      FLUX.2: also klein-9b, klein-base, klein-base-9b, flux2-dev, or a folder as on the hub
+load("klein")      FLUX.2: also klein-9b, klein-base, klein-base-9b, flux2-dev, a folder as on the hub, or a file
 """
 
 from __future__ import annotations
@@ -74,10 +74,11 @@ def load(
     compile: True, or a backend of torch.compile; a run with an instrument is uncompiled, and its latents differ by
     about 6e-5 from compiled ones · variant: a set of files such as fp16, as in diffusers · revision: a branch, tag or
     commit of a repository in the cache · like: the model whose sampling settings are used, such as dev; needed only
-    where the files do not tell schnell from a de-distilled dev · lora: a file, a folder, or ``hollow``, the style that
-    ships; or a list of them. ``lora_scale`` times its change is merged into the transformer and the text encoders; it
-    is one number, or one for each LoRA, or stands beside the file: ``lora=["a.safetensors", ("b.safetensors", 0.5)]``.
-    ``pipe.lora.unmerge()`` reverts them, but not the input channels that a LoRA such as canny's adds.
+    where the files do not tell schnell from a de-distilled dev, or klein from klein-base · lora: a file, a folder, or
+    ``hollow``, the style that ships; or a list of them. ``lora_scale`` times its change is merged into the transformer
+    and the text encoders (of FLUX.2, the transformer); it is one number, or one for each LoRA, or stands beside the
+    file: ``lora=["a.safetensors", ("b.safetensors", 0.5)]``. ``pipe.lora.unmerge()`` reverts them, but not the input
+    channels that a LoRA such as canny's adds.
 
     Raises RequestError for a device or dtype that cannot be used, CheckpointError for files that are missing or do not
     fit, with the command that downloads them, QuantiseError and CompileError where those are not available.
@@ -96,9 +97,10 @@ def load(
             raise RequestError(f"variant= and revision= do not apply to {name}, which ships with fluxedu{hint}.")
         files, sampling, size, head = find(WEIGHTS, shipped.transformer), shipped.sampling, 128, shipped.head
     elif (flux2 := find_flux2(name, revision)) is not None:
-        if lora is not None or variant is not None or like is not None or transformer != "transformer":
-            raise RequestError("lora=, variant=, like= and transformer= are for FLUX.1; load FLUX.2 without them.")
-        return load_flux2(flux2, device, dtype, memory, quantise, compile)
+        if variant is not None or transformer != "transformer":
+            raise RequestError("variant= and transformer= are for FLUX.1; load FLUX.2 without them.")
+        sampling, loras = _flux2_sampling(flux2, like), requested_loras(lora, lora_scale)
+        return load_flux2(flux2, sampling, device, dtype, memory, quantise, compile, loras)
     else:
         files, head = find(name, transformer, variant, revision), None
         sampling = _sampling_of(files.scheduler, transformer)
@@ -109,8 +111,6 @@ def load(
     is_flux2 = isinstance(config, Flux2Config)  # the miniature's, which has T5 for its text encoder
     if is_flux2 and not is_miniature:
         raise flux2_error(files.parts["transformer"])
-    if is_flux2 and lora is not None:
-        raise RequestError("lora= is for FLUX.1; load FLUX.2 without it.")
     if not is_miniature:
         like = _like(config, like, files)
         sampling = VARIANTS[like].sampling
@@ -163,23 +163,38 @@ def load(
 
 
 def load_flux2(
-    files: Official, device: object, dtype: object, memory: str, quantise: str | None, compile: bool | str
+    files: Official,
+    sampling: Sampling,
+    device: object,
+    dtype: object,
+    memory: str,
+    quantise: str | None,
+    compile: bool | str,
+    loras: list[tuple[Path, float]],
 ) -> Flux2Pipeline:
-    """A pipeline of FLUX.2 from the files that ``find_flux2`` returns; the arguments are those of :func:`load`."""
+    """A pipeline of FLUX.2 from the files that ``find_flux2`` returns; the arguments are those of :func:`load`.
+
+    loras: files and scales; their changes are merged into the transformer.
+    """
     tensors = read(files.parts["transformer"], "transformer")
     device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = checked_dtype(dtype or own_dtype((entry.dtype, entry.nbytes) for entry in tensors.entries.values()))
-    index = check_keys("model_index.json", read_json_file(files.index)) if files.index.is_file() else {}
-    is_distilled = index.get("is_distilled", files.variant in ("klein", "klein-9b"))
-    sampling = FLUX2_MODELS["klein" if is_distilled else "klein-base"].sampling
     prompts = read_prompt_encoder(files.parts["tokenizer"], files.parts["text_encoder"], dtype, sampling.text_length)
     parts = {part: files.parts[part] for part in ("transformer", "vae")}
-    networks = open_networks(parts, device, dtype, memory, quantise, language_model=prompts.language_model)
+    opened_with_lora: dict[str, tuple] = {}
+
+    def merge_loras(opened: dict[str, tuple]) -> dict[str, tuple]:
+        opened_with_lora.update(with_loras(opened, [loras], dtype))
+        return opened | opened_with_lora
+
+    more = {"change": merge_loras, "language_model": prompts.language_model}
+    networks = open_networks(parts, device, dtype, memory, quantise, **more)
     vae = networks["ae"].to(memory_format=torch.channels_last)
     try:
         pipe = Flux2Pipeline(prompts, networks["flux"], vae, sampling, 1024)
     except RequestError as error:
         raise CheckpointError(f"these files cannot be loaded as FLUX.2: {error}") from None
+    pipe.lora = merged_while_loading(opened_with_lora) if loras else None
     if compile is not False:
         compile_blocks(pipe.flux, compile)
     return pipe
@@ -249,6 +264,25 @@ def _sampling_of(scheduler: Path | None, transformer: str) -> Sampling | None:
     if (values.get("base_shift"), values.get("max_shift")) != NANO_SHIFT:
         return None
     return next((m.sampling for m in SHIPPED_MODELS.values() if m.transformer == transformer), SHIPPED["nano"].sampling)
+
+
+def _flux2_sampling(files: Official, like: str | None) -> Sampling:
+    """The sampling settings of FLUX.2: those of ``like``, or of a distilled or an undistilled model.
+
+    klein and klein-base have the same tensors; ``model_index.json`` or the file's name says which it is.
+    """
+    if like is not None:
+        return FLUX2_MODELS[check_choice("like", like, FLUX2_MODELS)].sampling
+    index = {}
+    if files.index is not None and files.index.is_file():
+        index = check_keys("model_index.json", read_json_file(files.index))
+    elif files.variant is None and not config_of(read(files.parts["transformer"], "transformer")).guidance_embed:
+        raise RequestError(
+            f"{files.parts['transformer'].name} may be klein, which is distilled, or klein-base, since both have the "
+            "same tensors; say which with like='klein' or like='klein-base'."
+        )
+    is_distilled = index.get("is_distilled", files.variant in ("klein", "klein-9b"))
+    return FLUX2_MODELS["klein" if is_distilled else "klein-base"].sampling
 
 
 def _like(config: FluxConfig, like: str | None, files: Official) -> str:

@@ -25,10 +25,15 @@ from fluxedu.checkpoints.configs import Shape, label_of
 from fluxedu.checkpoints.layouts import RULES, Piece, dtypes_of, recipes
 from fluxedu.checkpoints.lora_files import LayerChange, adapter_config, config_for, layer_changes
 from fluxedu.errors import CheckpointError, check_integer, checked, describe, first_of
-from fluxedu.models import CLIPTextEncoder, Flux, T5Encoder
+from fluxedu.models import CLIPTextEncoder, Flux, Flux2, T5Encoder
 
 #: what diffusers calls each network
-_DIFFUSERS_NAMES = {Flux: "transformer", CLIPTextEncoder: "text_encoder", T5Encoder: "text_encoder_2"}
+_DIFFUSERS_NAMES = {
+    Flux: "transformer",
+    Flux2: "transformer",
+    CLIPTextEncoder: "text_encoder",
+    T5Encoder: "text_encoder_2",
+}
 
 
 @dataclass

@@ -19,10 +19,10 @@ from pathlib import Path
 from fluxedu.checkpoints.configs import fields_from_shapes, kind_name, recognise
 from fluxedu.checkpoints.contents import PARTS, stored_networks
 from fluxedu.checkpoints.headers import gguf_error, read_entries, variant_of_file, weights_in
-from fluxedu.checkpoints.reading import open_model, read
-from fluxedu.errors import CheckpointError, describe
+from fluxedu.checkpoints.reading import config_of, open_model, read
+from fluxedu.errors import CheckpointError, check_keys, describe
 from fluxedu.files import check_path, read_json_file
-from fluxedu.models import Flux2Config, FluxConfig
+from fluxedu.models import FLUX2_MODELS, Flux2Config, FluxConfig
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,8 @@ def find(
 
 
 def find_flux2(name: str | Path, revision: str | None = None) -> Official | None:
-    """The files of a FLUX.2 pipeline: one of ``OFFICIAL_FLUX2``, a repository's id, or a folder as on the hub.
+    """The files of a FLUX.2 pipeline: one of ``OFFICIAL_FLUX2``, a repository's id, a folder as on the hub, or the
+    transformer's file; what is not beside that file is taken from a repository in the cache.
 
     None if it is something else than FLUX.2. Raises CheckpointError, with the command that downloads what is missing.
     """
@@ -166,6 +167,9 @@ def find_flux2(name: str | Path, revision: str | None = None) -> Official | None
     name = "klein" if name == "klein-4b" else name
     known = next((v for v, repository in OFFICIAL_FLUX2.items() if str(name) in (v, repository.id)), None)
     path = check_path(name)
+    if path.is_file():
+        is_flux2 = revision is None and "transformer" in _parts_of(path) and _is_flux2(path)
+        return _find_beside(path) if is_flux2 else None
     repository = OFFICIAL_FLUX2[known].id if known else str(name)
     folder = path if known is None and path.is_dir() else None
     if folder is None and not path.exists():
@@ -175,16 +179,47 @@ def find_flux2(name: str | Path, revision: str | None = None) -> Official | None
     if revision is not None and folder is path:
         raise CheckpointError(f"revision= is for repositories in the Hugging Face cache, and {str(name)!r} is a path.")
     parts = {} if folder is None else {part: folder / part for part in FLUX2_PARTS}
-    missing = [f"{part}/*" for part in FLUX2_PARTS if part not in parts or not _has_files(parts[part])]
+    missing = [part for part in FLUX2_PARTS if part not in parts or not _has_files(parts[part])]
     if missing:
-        source = OFFICIAL_FLUX2[known or "klein"]
-        terms = f" (its licence is the {source.licence}; see https://huggingface.co/{source.id})"
-        options = " ".join(f'--include "{part}"' for part in (*missing, "model_index.json"))
-        options += f" --revision {revision}" if revision else ""
-        raise CheckpointError(
-            f"{str(name)!r} lacks {', '.join(missing)}; get them with `hf download {source.id} {options}`{terms}."
-        )
+        raise _missing_of_flux2(name, missing, known, revision)
     return Official(parts, known, index=folder / "model_index.json")
+
+
+def _find_beside(file: Path) -> Official:
+    """The pipeline of a transformer's file of FLUX.2, with the other parts from its folder or from the cache."""
+    config = config_of(read(file, "transformer"))
+    known = next((variant for variant, official in OFFICIAL_FLUX2.items() if file.name == official.single), None)
+    parts = {"transformer": file}
+    for folder in (file.parent, *filter(None, (snapshot(official.id) for official in OFFICIAL_FLUX2.values()))):
+        if _has_files(folder / "vae"):
+            parts.setdefault("vae", folder / "vae")
+        texts = {part: folder / part for part in ("text_encoder", "tokenizer")}
+        if all(map(_has_files, texts.values())) and _text_width(folder) == config.context_in_dim:
+            parts = texts | parts  # of several that fit, the first
+    missing = [part for part in FLUX2_PARTS if part not in parts]
+    if missing:
+        fitting = (name for name in OFFICIAL_FLUX2 if FLUX2_MODELS[name].flux.context_in_dim == config.context_in_dim)
+        raise _missing_of_flux2(file, missing, known or next(fitting, None), None)
+    return Official(parts, known)
+
+
+def _text_width(folder: Path) -> int | None:
+    """The width of the text tokens that a repository's language model gives: three hidden states side by side."""
+    file = folder / "text_encoder" / "config.json"
+    values = check_keys(f"{file}", read_json_file(file) if file.is_file() else {}, error=CheckpointError)
+    width = check_keys("text_config", values.get("text_config", values), error=CheckpointError).get("hidden_size")
+    return 3 * width if isinstance(width, int) else None
+
+
+def _missing_of_flux2(name: str | Path, missing: list[str], known: str | None, revision: str | None) -> CheckpointError:
+    """Which folders are missing, and the command that downloads them."""
+    source, files = OFFICIAL_FLUX2[known or "klein"], [f"{part}/*" for part in missing]
+    terms = f" (its licence is the {source.licence}; see https://huggingface.co/{source.id})"
+    options = " ".join(f'--include "{file}"' for file in (*files, "model_index.json"))
+    options += f" --revision {revision}" if revision else ""
+    return CheckpointError(
+        f"{str(name)!r} lacks {', '.join(files)}; get them with `hf download {source.id} {options}`{terms}."
+    )
 
 
 def _is_flux2_folder(folder: Path) -> bool:
@@ -250,8 +285,8 @@ def _is_flux2(transformer: Path) -> bool:
 def flux2_error(transformer: Path) -> CheckpointError:
     """How a FLUX.2 is loaded, for one that is opened as if it were FLUX.1."""
     return CheckpointError(
-        f"{transformer.name} is FLUX.2, whose pipeline is loaded from a folder as on the hub, with "
-        f"{', '.join(FLUX2_PARTS)}; fe.checkpoints.load_model reads the transformer alone."
+        f"{transformer.name} is FLUX.2, which is loaded by the path of this file, or from a folder as on the hub, with "
+        f"{', '.join(FLUX2_PARTS)}."
     )
 
 

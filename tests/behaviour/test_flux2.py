@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from flux2_sizes import TINY_FLUX2, make_flux2_pipe
+from safetensors.torch import save_file as save_tensors
 from torch import nn
 
 import fluxedu as fe
@@ -326,6 +327,48 @@ def test_loading_klein(tmp_path, few_layers, klein, distilled):
         assert fe.load(folder, dtype="bfloat16").dtype == torch.bfloat16
 
 
+def test_loading_the_transformers_file(tmp_path, few_layers, klein, monkeypatch):
+    """The other parts come from beside it, or from a repository in the cache whose language model fits."""
+    folder = write_folder(tmp_path / "klein", klein, True)
+    expected = fe.load(folder)(PROMPT, **RUN).latents
+    beside = save_file(klein.flux.state_dict(), folder / "flux-2-klein-4b.safetensors", config=klein.flux.config)
+    loaded = fe.load(beside)
+    assert loaded.defaults.steps == 4
+    assert torch.equal(loaded(PROMPT, **RUN).latents, expected)
+    alone = tmp_path / "my-tune.safetensors"
+    shutil.move(beside, alone)
+    monkeypatch.setattr("fluxedu.checkpoints.official.snapshot", lambda repository, revision=None: None)
+    with pytest.raises(CheckpointError, match=r"lacks vae/\*, text_encoder/\*, tokenizer/\*"):
+        fe.load(alone)
+    found = lambda repository, revision=None: folder if repository.endswith("klein-4B") else None  # noqa: E731
+    monkeypatch.setattr("fluxedu.checkpoints.official.snapshot", found)
+    with pytest.raises(RequestError, match="like='klein' or like='klein-base'"):
+        fe.load(alone)
+    assert fe.load(alone, like="klein-base").defaults.steps == 50
+    assert torch.equal(fe.load(alone, like="klein")(PROMPT, **RUN).latents, expected)
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config | {"hidden_size": 24}))
+    with pytest.raises(CheckpointError, match=r"lacks text_encoder/\*, tokenizer/\*"):
+        fe.load(alone)
+
+
+def test_loading_with_a_lora(tmp_path, few_layers, klein):
+    """Merged while it is loaded, the same as merged afterwards; unmerged, the transformer of the folder."""
+    folder, generator = write_folder(tmp_path / "klein", klein, True), torch.Generator().manual_seed(0)
+    layer = "double_stream_modulation_img.lin"
+    lora = {f"{layer}.lora_A.weight": torch.randn(2, 48, generator=generator)}
+    lora[f"{layer}.lora_B.weight"] = torch.randn(288, 2, generator=generator)
+    file = save_tensors(lora, tmp_path / "lora.safetensors") or tmp_path / "lora.safetensors"
+    loaded = fe.load(folder, lora=file, lora_scale=0.5)
+    expected = (
+        klein.flux.double_stream_modulation_img.lin.weight
+        + 0.5 * lora[f"{layer}.lora_B.weight"] @ lora[f"{layer}.lora_A.weight"]
+    )
+    assert torch.allclose(loaded.flux.double_stream_modulation_img.lin.weight, expected, atol=1e-5)
+    loaded.lora.unmerge()
+    assert all(torch.equal(p, q) for p, q in zip(loaded.flux.parameters(), klein.flux.parameters(), strict=True))
+
+
 def test_files_in_both_layouts(tmp_path, klein):
     """To one file with the official names, to diffusers' folder, and back: the same bits, whole numbers too."""
     for network in (klein.flux, klein.autoencoder):
@@ -351,8 +394,8 @@ def test_loading_dev(tmp_path, few_layers, pipe):
 
 def test_what_is_missing_is_named(tmp_path, klein, few_layers, monkeypatch):
     folder = write_folder(tmp_path / "klein", klein, True)
-    with pytest.raises(RequestError, match="lora="):
-        fe.load(folder, lora="hollow")
+    with pytest.raises(CheckpointError, match="which this model does not have|here takes"):
+        fe.load(folder, lora="hollow")  # FLUX.1's
     with pytest.raises(CheckpointError, match="revision= is for repositories"):
         fe.load(folder, revision="main")
     shutil.rmtree(folder / "vae")

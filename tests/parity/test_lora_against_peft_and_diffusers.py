@@ -5,19 +5,21 @@ import re
 import peft
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import Flux2KleinPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
+from flux2_sizes import TINY_FLUX2
 from oracle import randomise
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from sizes import TINY_CLIP, TINY_FLUX, TINY_T5
+from test_flux2_against_diffusers import diffusers_flux2
 from transformers import CLIPTextConfig, CLIPTextModel, T5EncoderModel
 from transformers import T5Config as TheirT5Config
 
 from fluxedu.checkpoints import convert, load_into, merge, read, to_diffusers_config
 from fluxedu.checkpoints.lora_files import read_lora
 from fluxedu.errors import CheckpointError
-from fluxedu.models import CLIPTextEncoder, Flux, T5Encoder
+from fluxedu.models import CLIPTextEncoder, Flux, Flux2, T5Encoder
 
 OPTIONS = {
     "alpha is a quarter of the rank": {"r": 8, "lora_alpha": 2},
@@ -310,3 +312,42 @@ def test_a_converted_pissa_is_a_lora(tmp_path):
     adapted.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=tmp_path / "start")
     merge(ours, read_lora(tmp_path / "lora"))
     assert_equal(ours, adapted.merge_and_unload())
+
+
+def test_flux2_from_peft(tmp_path):
+    """Every linear layer, the shared modulation and the last layer's, whose halves diffusers exchanges, included."""
+    ours = randomise(Flux2(TINY_FLUX2), 0)
+    plain = before(ours)
+    adapted = train(diffusers_flux2(ours.config, before(ours)), r=4, lora_alpha=2)
+    adapted.save_pretrained(tmp_path)
+    merged = merge(ours, read(tmp_path / "adapter_model.safetensors"))
+    assert_equal(ours, adapted.merge_and_unload(), plain)
+    merged.unmerge()
+    assert all(torch.equal(plain[name], tensor) for name, tensor in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("trainer", ["official names", "kohya"])
+def test_flux2_from_other_trainers(trainer):
+    """diffusers renames these, so its own transformer with such a LoRA is the reference; but for the last modulation.
+
+    Its halves are shift and scale in the official layout, scale and shift in diffusers'. diffusers 0.42 exchanges them
+    in a FLUX.2 checkpoint and in a LoRA of FLUX.1, but forgets it in a LoRA of FLUX.2.
+    """
+    ours = randomise(Flux2(TINY_FLUX2), 0)
+    theirs, plain, lora = diffusers_flux2(ours.config, before(ours)), before(ours), {}
+    layers = {name: layer for name, layer in ours.named_modules() if isinstance(layer, torch.nn.Linear)}
+    del layers["final_layer.adaLN_modulation.1"]
+    generator = torch.Generator().manual_seed(3)
+    for name, layer in layers.items():
+        A, B = (torch.randn(*size, generator=generator) for size in ((3, layer.in_features), (layer.out_features, 3)))
+        if trainer == "official names":
+            lora |= {f"diffusion_model.{name}.lora_A.weight": A, f"diffusion_model.{name}.lora_B.weight": B}
+        elif "blocks" in name:
+            name = f"lora_unet_{name.replace('.', '_')}"
+            lora |= {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B, f"{name}.alpha": torch.tensor(1.5)}
+    renamed = Flux2KleinPipeline.lora_state_dict(dict(lora))
+    theirs.load_lora_adapter(renamed, prefix="transformer")
+    theirs.fuse_lora()
+    theirs.unload_lora()
+    merge(ours, lora)
+    assert_equal(ours, theirs, plain)
