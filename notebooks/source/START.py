@@ -34,7 +34,7 @@ Gallery(pipe)
 # %% [markdown]
 # ## The course
 #
-# Thirty-one notebooks, thirty hours in all. You write the parts of the model yourself, and most of your answers then
+# Thirty-three notebooks, thirty-two hours in all. You write the parts of the model yourself, and most of your answers then
 # run inside the trained model. If you know PyTorch, begin with 00.
 #
 # | notebook | minutes |
@@ -70,6 +70,8 @@ Gallery(pipe)
 # | [14c · LoRA](14c-lora.ipynb) | 60 |
 # | [15 · The arena](15-the-arena.ipynb) | 60 |
 # | [15b · How sure are we?](15b-how-sure-are-we.ipynb) | 60 |
+# | [16 · From FLUX.1 to FLUX.2](16-from-flux1-to-flux2.ipynb) | 60 |
+# | [16b · Latents, schedule and cost of FLUX.2](16b-what-flux2-costs.ipynb) | 50 |
 #
 # Notebook 13 records any value inside the model with a line of code; 14c trains nothing and still makes a LoRA. The
 # glossary, recipes and answers to common questions are in the folder `docs/` of the repository.

@@ -81,10 +81,10 @@ def imports_of(code):
 
 def test_there_are_enough():
     texts = [s.read_text(encoding="utf-8") for s in sources(ROOT / "notebooks")]
-    assert len(texts) == 31
+    assert len(texts) == 33
     assert len(TASKS) >= 70
-    assert sum("fe.predict(" in text for text in texts) == 31
-    assert sum(text.rstrip().endswith("fe.score()") for text in texts) == 31
+    assert sum("fe.predict(" in text for text in texts) == 33
+    assert sum(text.rstrip().endswith("fe.score()") for text in texts) == 33
 
 
 @pytest.mark.parametrize("source", sources(ROOT / "notebooks"), ids=lambda path: path.stem)
@@ -318,8 +318,8 @@ def test_start_lists_every_notebook_with_its_minutes():
     text = (ROOT / "notebooks" / "source" / "START.py").read_text("utf-8")
     rows = re.findall(r"^# \| \[(.+)\]\((.+)\.ipynb\) \| (\d+) \|$", text, re.MULTILINE)
     assert {name: (title, int(minutes)) for title, name, minutes in rows} == titles_and_minutes()
-    assert len(rows) == 31 and "Thirty-one notebooks, thirty hours" in text
-    assert round(sum(minutes for _, minutes in titles_and_minutes().values()) / 60) == 30
+    assert len(rows) == 33 and "Thirty-three notebooks, thirty-two hours" in text
+    assert round(sum(minutes for _, minutes in titles_and_minutes().values()) / 60) == 32
 
 
 # ---------------------------------------------------------------- copies to work in, and grading
