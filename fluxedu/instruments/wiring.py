@@ -256,7 +256,7 @@ class _Maker:
         rows.append([self.box(f"{name}.states", "text", f"{name}.states")])
         if name == "clip":
             rows.append([self.box("clip.pooled", "text", "clip.pooled")])
-        return {"rows": rows, "flow": _chain(rows)}
+        return _chain(rows)
 
     # ------------------------------------------------------------ the autoencoder
 
@@ -268,7 +268,7 @@ class _Maker:
 
             rows = [[make("ae.norm1", "norm1")], [make("ae.norm2", "norm2")]]
             rows += [[make("ae.residual", "residual")], [make("ae.res_out", "out")]]
-            self.templates["res"] = {"rows": rows, "flow": _chain(rows)}
+            self.templates["res"] = _chain(rows)
         return self.box("ae.res", "image", name, n=n, inside={"template": "res", "b": name}, shows=f"{name}.out")
 
     def middle(self, name: str) -> Box:
@@ -288,27 +288,26 @@ class _Maker:
             [self.residual_block(f"{name}.block_2", 2)],
             [self.box("ae.mid_out", "image", name)],
         ]
-        inside = {"rows": rows, "flow": _chain(rows)}
-        return self.box("ae.mid", "image", f"{name}.all", inside=inside, shows=name)
+        return self.box("ae.mid", "image", f"{name}.all", inside=_chain(rows), shows=name)
 
     def level(self, name: str, key: str) -> Box:
         blocks = _numbered(self.every, f"{name}.block.")
         rows = [[self.residual_block(block, n)] for n, block in enumerate(blocks)]
         rows.append([self.box("ae.level_out", "image", f"{name}.out")])
-        inside = {"rows": rows, "flow": _chain(rows)}
-        return self.box(key, "image", name, n=int(name.rpartition(".")[2]), inside=inside, shows=f"{name}.out")
+        number = int(name.rpartition(".")[2])
+        return self.box(key, "image", name, n=number, inside=_chain(rows), shows=f"{name}.out")
 
     def decoder(self) -> Group:
         rows = [[self.middle("ae.decoder.mid")]]
         levels = _numbered(self.every, "ae.decoder.up.")
         rows += [[self.level(name, "ae.up")] for name in reversed(levels)]  # up.0 has the highest resolution
         rows.append([self.box("ae.image", "image", "ae.decoder.image")])
-        return {"rows": rows, "flow": _chain(rows)}
+        return _chain(rows)
 
     def image_encoder(self) -> Group:
         rows = [[self.level(name, "ae.down")] for name in _numbered(self.every, "ae.encoder.down.")]
         rows += [[self.middle("ae.encoder.mid")], [self.box("ae.moments", "image", "ae.encoder.moments")]]
-        return {"rows": rows, "flow": _chain(rows)}
+        return _chain(rows)
 
     # ------------------------------------------------------------ the whole
 
@@ -335,8 +334,8 @@ class _Maker:
         vec = {"rows": rows, "flow": flow + [[f"vec.{term}", "vec"] for term in terms]}
         text = column([("sample.txt", "text", "sample.txt"), ("txt_in.linear", "text", "txt_in")])
         encoder = self.box("noise.encoder", "image", "ae.encoder", inside=self.image_encoder(), shows="ae.latent")
-        noise_rows = [[encoder], [self.box("noise.latent", "image", "ae.latent")]]
-        noise_rows.append([self.box("noise.start", "image", "sample.noise")])
+        start = self.box("noise.start", "image", "sample.noise")
+        noise = _chain([[encoder], [self.box("noise.latent", "image", "ae.latent")], [start]])
         final_rows = [
             [self.box("norm", "flow", "final_layer.norm")],
             [self.box("shift", "time", "final_layer.shift"), self.box("scale", "time", "final_layer.scale")],
@@ -346,24 +345,11 @@ class _Maker:
         pairs = "final_layer.norm>final_layer.modulated final_layer.shift>final_layer.modulated "
         pairs += "final_layer.scale>final_layer.modulated final_layer.modulated>velocity"
         final = {"rows": final_rows, "flow": _arrows(pairs, "")}
-        guided = [
-            [
-                self.box("velocity.negative", "image", "sample.negative"),
-                self.box("velocity.prompted", "image", "sample.prompted"),
-            ],
-            [self.box("velocity.guided", "image", "sample.velocity")],
-        ]
-        velocity = {
-            "rows": guided,
-            "flow": [["sample.negative", "sample.velocity"], ["sample.prompted", "sample.velocity"]],
-        }
-        solver = column(
-            [
-                ("solver.x0", "image", "sample.x0"),
-                ("solver.step", "time", "solver.step"),
-                ("solver.latent", "image", "sample.latent"),
-            ]
-        )
+        passes = [self.box(f"velocity.{name}", "image", f"sample.{name}") for name in ("negative", "prompted")]
+        guided = {"rows": [passes, [self.box("velocity.guided", "image", "sample.velocity")]]}
+        guided["flow"] = _arrows("negative>velocity prompted>velocity", "sample.")
+        names = (("x0", "image", "sample.x0"), ("step", "time", "solver.step"), ("latent", "image", "sample.latent"))
+        solver = column([(f"solver.{key}", kind, name) for key, kind, name in names])
         if self.has("clip.pooled"):
             encoders = [
                 make("t5_tokenizer", "text", (1, 0, 1)),
@@ -378,22 +364,14 @@ class _Maker:
             *encoders,
             make("time", "time", (2, 2, 1)),
             make("vec", "time", (3, 1, 2), "vec.all", inside=vec, shows="vec"),
-            make(
-                "noise",
-                "image",
-                (0, 3, 1),
-                inside={"rows": noise_rows, "flow": _chain(noise_rows)},
-                shows="sample.noise",
-            ),
+            make("noise", "image", (0, 3, 1), inside=noise, shows="sample.noise"),
             make("latent", "image", (2, 3, 1), "sample.x", picture=True),
             make("txt_in", "text", (3, 0, 1), "text", inside=text, shows="txt_in"),
             make("img_in", "image", (3, 3, 1), "img_in"),
             make("double", "flow", (4, 0, 4), inside=self.blocks("double")),
             make("single", "flow", (5, 0, 4), inside=self.blocks("single")),
             make("final", "flow", (6, 1, 2), inside=final, shows="velocity"),
-            make(
-                "velocity", "image", (7, 1, 2), "velocity.all", inside=velocity, shows="sample.velocity", picture=True
-            ),
+            make("velocity", "image", (7, 1, 2), "velocity.all", inside=guided, shows="sample.velocity", picture=True),
             make("solver", "image", (8, 1, 2), inside=solver, shows="sample.x", picture="sample.next"),
             make("decoder", "image", (9, 1, 2), inside=self.decoder(), shows="ae.decoder.image"),
             make("image", "image", (10, 1, 2), "sample.image", picture=True),
@@ -409,11 +387,11 @@ class _Maker:
         for n, name in enumerate(names):
             inside = {"template": kind, "b": name}
             rows.append([self.box(f"{kind}.block", "flow", f"{name}", n=n, inside=inside, shows=f"{name}.out")])
-        return {"rows": rows, "flow": _chain(rows)}
+        return _chain(rows)
 
     def _column(self, boxes: list[tuple[str, str, str]]) -> Group:
         rows = [[self.box(*box)] for box in boxes]
-        return {"rows": rows, "flow": _chain(rows)}
+        return _chain(rows)
 
 
 def _numbered(every: Mapping[str, Site], prefix: str) -> list[str]:
@@ -432,10 +410,10 @@ def _arrows(pairs: str, prefix: str) -> list[list[str]]:
     return [[prefix + end for end in pair.split(">")] for pair in pairs.split()]
 
 
-def _chain(rows: list[list[Box]]) -> list[list[str]]:
-    """Arrows from each row's last box to the next row's."""
+def _chain(rows: list[list[Box]]) -> Group:
+    """Rows with an arrow from each row's last box to the next row's."""
     ids = [row[-1]["id"] for row in rows]
-    return [list(pair) for pair in zip(ids, ids[1:], strict=False)]
+    return {"rows": rows, "flow": [list(pair) for pair in zip(ids, ids[1:], strict=False)]}
 
 
 #: arrows between the boxes of the top level
