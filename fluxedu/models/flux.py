@@ -137,7 +137,7 @@ class Flux(Probed):
         table = rope_table(ids, self.config.axes_dim, self.config.theta)
         return table if self.img_in.weight.dtype == torch.float64 else table.to(ids.device, torch.complex64)
 
-    def plan(self, timesteps: Tensor, guidance: Tensor | None, y: Tensor | None) -> Plan:
+    def plan(self, timesteps: Tensor, guidance: Tensor | None, y: Tensor) -> Plan:
         """The modulation of one pass (``timesteps [B]``) or of several steps (``timesteps [S, 1]``).
 
         Exactly what :meth:`forward` computes in each step, done ahead of the loop: these layers are 27 % of
