@@ -30,7 +30,7 @@ from oracle import (
 )
 from rounding import Exact, Float64, WithoutNoise, exact_value, relative_error, worst_error
 
-from fluxedu.checkpoints import convert, from_diffusers_config, infer_config, shapes, to_diffusers_config
+from fluxedu.checkpoints import convert, from_diffusers_config, infer_config, load_model, shapes, to_diffusers_config
 from fluxedu.models import (
     FLUX2_VARIANTS,
     Flux2,
@@ -40,6 +40,7 @@ from fluxedu.models import (
     attention,
     flux2,
 )
+from fluxedu.nano.shipped import SHIPPED_MODELS, WEIGHTS
 
 LARGEST_ERROR = {torch.float32: 2e-6, torch.float64: 1e-7}  # of an input of ordinary size, relative, between both
 
@@ -229,6 +230,16 @@ def test_the_error_in_numbers(guidance, dtype):
         x64, reference = as_float64(case.inputs()), float64_flux2(case.config, state)
         error = relative_error(run_ours(model.double(), x64), exact_value(lambda: run_theirs(reference, x64)))
     assert error <= LARGEST_ERROR[dtype]
+
+
+@torch.no_grad()
+def test_the_shipped_miniature():
+    """Its folder opens in both; diffusers reads the configuration and the names of the tensors there itself."""
+    folder = WEIGHTS / SHIPPED_MODELS["nano-flux2"].transformer
+    theirs = Flux2Transformer2DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    ours = load_model(folder, dtype=torch.float32)
+    x = Case(ours.config, batch=2, grid=(8, 6), txt_len=32).inputs()
+    assert relative_error(run_ours(ours, x), run_theirs(theirs, x)) <= LARGEST_ERROR[torch.float32]
 
 
 @torch.no_grad()
