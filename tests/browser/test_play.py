@@ -12,6 +12,8 @@ from fluxedu.course import evidence
 from fluxedu.play import make_server
 
 PROMPT = "a red circle left of a blue square"
+RECORDED = """[!document.documentElement.dataset.drawn, document.body.classList.contains("recorded"),
+  document.querySelector("#attention-finding").textContent, document.querySelector("#change-finding").textContent]"""
 READ = """(selector) => {
   const canvas = document.querySelector(selector);
   const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -37,6 +39,8 @@ def page(browser, server):
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto(address)
+    page.locator(".gallery [aria-pressed=true]").wait_for()
+    page.early = page.evaluate(RECORDED)
     ready(page)
     yield page
     assert problems == []
@@ -54,6 +58,7 @@ def run():
 def ready(page):
     """The picture is drawn, and the values inside the model are there."""
     page.wait_for_function("document.documentElement.dataset.drawn", timeout=60_000)
+    page.wait_for_function("!document.body.classList.contains('recorded')")
     page.locator(".gallery [aria-pressed=true]").wait_for()
 
 
@@ -78,6 +83,15 @@ def test_an_example_is_drawn_at_once_and_its_picture_is_pythons(page, run):
     expected, _ = run
     assert np.abs(pixels(page, "#main") - expected).max() <= 1
     assert PROMPT in page.locator("#main-caption").inner_text()
+
+
+def test_recorded_values_fill_the_page_until_then_and_are_those_of_the_same_run(page):
+    is_before, is_recorded, attention, change = page.early
+    assert is_before and is_recorded and "pixels change" in change
+    page.locator("#step").fill("9")  # the recorded step
+    page.wait_for_function("document.querySelector('.look .stepper output').textContent === 'step 10 of 20'")
+    assert page.locator("#attention-finding").inner_text() == attention
+    assert page.locator(".recorded-note").first.is_hidden()
 
 
 def test_the_first_screen_shows_everything_and_axe_finds_no_fault(page):
@@ -119,7 +133,9 @@ def test_the_boxes_of_the_map_open_where_a_mouse_clicks(page):
 def test_an_attention_map_explains_its_cells_by_their_arithmetic(page, run):
     """The numbers on the screen are those that Python records, for the cell that a mouse points at."""
     _, recorder = run
-    q, k, scores, weights = (recorder[f"single.1.attn.{name}"].tensor.numpy()[0] for name in ("q", "k", "scores", "map"))
+    q, k, scores, weights = (
+        recorder[f"single.1.attn.{name}"].tensor.numpy()[0] for name in ("q", "k", "scores", "map")
+    )
     page.evaluate("location.hash = 'open=single.1.attn.map'")
     matrix = page.locator(".worked-out canvas").first
     matrix.scroll_into_view_if_needed()

@@ -8,10 +8,12 @@ import { createGlossary } from "./glossary.js";
 import { preview } from "./paint.js";
 import { createPrompt, randomPrompt } from "./prompt.js";
 import { createQuestions } from "./questions.js";
+import * as recorded from "./recorded.js";
 import { DEFAULTS, createStore, parse } from "./store.js";
 import { createTour } from "./tour.js";
 import { pictureOf, valueFor } from "./values.js";
 import WIRING from "../wiring.json";
+import { colours, vocabulary } from "../../../fluxedu/play/graphs/manifest.json";
 
 const $ = (selector) => document.querySelector(selector);
 const REQUEST = ["prompt", "negative", "seed", "steps", "guidance", "shape"];
@@ -27,7 +29,7 @@ const tour = createTour(store, (isFinished) => {
   toast("That was the tour. Now change the prompt and draw a picture of your own.");
 });
 createQuestions((part, play) => { tour.open(part); if (play) playSteps(); });
-let engine, film, prompt, attention, change, run = null, abort = null;
+let engine, film, run = null, abort = null;
 const runs = new Map(); // request as JSON -> run
 
 for (const links of document.querySelectorAll("[data-docs]")) links.hidden = !isSite;
@@ -60,32 +62,30 @@ const onProgress = ({ loaded, total }) => {
     ? `${mb(loaded)} of ${mb(total)} MB; later visits work offline` : "Everything is here: the model is being started …";
 };
 if (matchMedia("(max-width: 700px)").matches) $("#vocabulary").open = false;
-still();
-$("#prompt").value = store.state.prompt;
+const opening = Engine.open({ base: new URL("./", location.href).href, onProgress });
+const tokenize = async (text) => (await opening).tokenize(text);
+const prompt = createPrompt({ vocabulary, colours, tokenize, onPrompt: submit }); // can be written while the model loads
+prompt.set(store.state.prompt);
 let opened = ""; // the box of the map that is open
 const map = createMap($("#map-view"), {
   wiring: WIRING, step: 0, values: valueOf, letters, onSelect: chosen, link, open: store.state.open,
   onOpen: (id) => { opened = id ?? ""; store.set({ open: opened }); },
 });
+const attention = createAttention({ store, info: recorded, onBlock: (block) => map.highlight([block], "its attention is shown below"), onOpen: openBlock });
+recorded.showRecorded(attention, () => !run && !document.body.classList.contains("drawing")).catch(console.error);
+const change = createChange({ store, info: { ...recorded, vocabulary }, getRun: () => run, draw: (request) => busy(() => obtain(request)) });
+change.refresh();
 open().catch((error) => {
   $("#loading").innerHTML = "<p><strong>The model could not be loaded.</strong><br></p>";
   $("#loading p").append(error.message);
   console.error(error);
 });
 
-function still() {
-  const image = new Image();
-  image.onload = () => { if (!run) $("#main").getContext("2d").drawImage(image, 0, 0, 128, 128); };
-  image.src = "still.png";
-}
-
 async function open() {
-  engine = await Engine.open({ base: new URL("./", location.href).href, onProgress });
+  engine = await opening;
   const { info } = engine;
   buildForm(info);
   film = createFilm({ store, decode: (latents, shape) => engine.decode(latents, shape) });
-  attention = createAttention({ store, info, onBlock: (block) => map.highlight([block], "its attention is shown below"), onOpen: openBlock });
-  change = createChange({ store, info, getRun: () => run, draw: (request) => busy(() => obtain(request)) });
   store.on(changed);
   document.documentElement.dataset.ready = Math.round(performance.now()); // interactive: for measurements
   $("#loading").remove();
@@ -100,9 +100,6 @@ function buildForm(info) {
   const form = $("#form"), shape = $("#shape");
   shape.textContent = "";
   for (const [height, width] of info.shapes) shape.append(new Option(`${width} × ${height}`, `${height}x${width}`));
-  prompt = createPrompt({
-    vocabulary: info.vocabulary, colours: info.colours, tokenize: (text) => engine.tokenize(text), onPrompt: submit,
-  });
   fillForm();
   form.addEventListener("submit", (event) => { event.preventDefault(); submit(); });
   for (const name of ["seed", "steps", "guidance", "shape"]) $(`#${name}`).addEventListener("change", submit);
@@ -247,6 +244,7 @@ function look(delay = 150) {
 async function lookNow() {
   const of = run, step = evaluation(), values = await valuesAt(of, step);
   if (run !== of || evaluation() !== step) return;
+  document.body.classList.remove("recorded");
   attention.set(of, values);
   map.setStep(step);
   if (mapped !== of) map.refresh();

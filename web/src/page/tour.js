@@ -32,7 +32,9 @@ export const TOUR = [
     title: "Why are there two kinds of blocks?",
     text: "Double-stream: words and patches have their own " + term("weights", "weights") + " and share one attention. Single-stream: they are one sequence with the same weights. Own weights cost memory (here, 2.4 times as many per block). Whether they also make the pictures better, we cannot say: a tiny model with own weights made smaller errors than one without them, but it also had 1.9 times as many weights.",
     look: "The first double-stream block (double 0) is open: two columns with the same parts, and one attention for both.",
-    target: "#map", part: "#map-view .map-below .map-view", state: { step: 9, open: "double.0" },
+    target: "#map", part: "#map-view .map-below .map-view",
+    narrow: '#map-view [data-id="double.0.txt_modulated1"]', // from here to the attention there is room above the card
+    state: { step: 9, open: "double.0" },
   },
   {
     name: "t5",
@@ -81,7 +83,8 @@ export function createTour(store, onEnd) {
     panel.hidden = !number;
     document.body.classList.toggle("touring", number > 0);
     if (!number) return;
-    const { title, text, look, target, part } = TOUR[number - 1];
+    const { title, text, look, target, part, narrow } = TOUR[number - 1];
+    panel.classList.toggle("aside", Boolean(part)); // beside the parts of a block, not over them
     $("#tour-count").textContent = `${number} of ${TOUR.length}${own ? " · your own prompt comes back at the end" : ""}`;
     $("#tour-title").textContent = title;
     $("#tour-text").innerHTML = unbroken(text);
@@ -93,7 +96,7 @@ export function createTour(store, onEnd) {
     marked.classList.add("toured");
     const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
     requestAnimationFrame(() => { // when the map has opened its box
-      const shown = (part && $(part)) || marked;
+      const shown = (isNarrow && narrow && $(narrow)) || (part && $(part)) || marked;
       if (!shown) return; // the tour has ended meanwhile
       const fits = shown.getBoundingClientRect().height < innerHeight - panel.offsetHeight - 120;
       shown.scrollIntoView({ behavior: calm ? "auto" : "smooth", block: fits && !isNarrow ? "center" : "start" });
