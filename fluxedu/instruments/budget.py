@@ -25,11 +25,11 @@ class Budget:
         self.exceeded_at: tuple[int, int] | None = None  # run and step in which the total passed the limit
         self.raised = False
 
-    def allows(self, site: str, purpose: int | str | None, nbytes: int, step_id: tuple[int, int, int]) -> bool:
-        """Whether ``nbytes`` may be held for ``site``; they replace what was expected for the same purpose.
+    def expect(self, site: str, purpose: int | str | None, nbytes: int, step_id: tuple[int, int, int]) -> None:
+        """Count the bytes that will be held for a purpose at a site, in place of those that were counted before.
 
-        The step that exceeds the limit is completed, so that the error can name the size of the whole recording; the
-        next one raises it.
+        If the sum passes the limit, the rest of the step is still counted, so that the error can name the size of the
+        whole recording. Raises this BudgetError in the next step.
         """
         run, _, step = step_id  # of any image, since several may be computed at once
         if self.exceeded_at not in (None, (run, step)):
@@ -38,7 +38,6 @@ class Budget:
         self.expected[site, purpose] = nbytes
         if self.exceeded_at is None and self.total > self.limit:
             self.exceeded_at = run, step
-        return self.exceeded_at is None
 
     def check(self) -> None:
         """Raises the BudgetError that was not raised yet, because the run ended within the first step."""

@@ -68,15 +68,15 @@ class record(Instrument, Recorded):  # noqa: N801 - used like a function: ``with
         self.dtype, self.detach = dtype, detach
         self.budget = Budget(BUDGET if budget is None else budget, to_folder=to != "memory")
         self.selection = Selection.of(steps, times, passes, streams, tokens, queries, heads)
-        self.selection.map_budget = self.budget.limit  # for a part of an attention map, which is computed only then
-        self.selection.image_queries = True  # with tokens= but without queries=
+        self.selection.map_budget = self.budget.limit  # most bytes of an attention map to compute at once
+        self.selection.image_queries = True  # at an attention map with tokens= and no queries=, the image's
         if passes is None and self.selection.has_words:  # words belong to the prompt, so they mean its pass
             self.selection.passes = "prompted"
         self.reductions = Reductions(reduce, self.budget)
         self.recording = Recording() if to == "memory" else FolderRecording(to)
         self.in_graph: dict[str, list[Any]] = defaultdict(list)  # site -> complete values, if they are not detached
         self.calls: Counter[str] = Counter()  # calls of each site, if there is no pipeline
-        self.recorded_sites: set[str] = set()
+        self.selected_sites: set[str] = set()
         self.used = False
         self.txt_len = 0  # number of text tokens in the most recent run
 
@@ -100,9 +100,9 @@ class record(Instrument, Recorded):  # noqa: N801 - used like a function: ``with
             if reduced is not None and self._fits(site, key, reduced):
                 store = self.recording.replace if self.reductions.over_steps else self.recording.add
                 store(site, key, self._copy(reduced), context)
-                if not self.detach:
+                if not self.detach:  # rec.grad(site) reads the gradient of the complete value
                     self.in_graph[site].append(_retain_grad(value, site))
-        self.recorded_sites.add(site)
+        self.selected_sites.add(site)
         return value
 
     def _key(self, site: str, context: StepContext | None) -> StepKey:
@@ -119,7 +119,8 @@ class record(Instrument, Recorded):  # noqa: N801 - used like a function: ``with
         count = values_in_run(key, self.selection, self.reductions.over_steps, self.recording.holds_one_step)
         nbytes = count * value.shape.numel() * self._stored_dtype(value).itemsize
         run = None if self.recording.holds_one_step else key.run  # in memory, the values of several runs add up
-        return self.budget.allows(site, run, nbytes, key.step_id)
+        self.budget.expect(site, run, nbytes, key.step_id)
+        return self.budget.exceeded_at is None
 
     def _stored_dtype(self, value: Value) -> torch.dtype:
         is_exact = value.dtype.is_complex or "what" in value.axes  # the axis "what" holds indices
@@ -148,9 +149,9 @@ class record(Instrument, Recorded):  # noqa: N801 - used like a function: ``with
             return
         self.budget.check()
         for site, error in self.missing_words.items():
-            if site not in self.recorded_sites:
+            if site not in self.selected_sites:
                 raise error
-        if self.own_site_passed and not self.recorded_sites and not self.missing_words:
+        if self.own_site_passed and not self.selected_sites and not self.missing_words:
             message = f"nothing was recorded at {' and '.join(self.globs)}: {self.selection.missed}."
             warnings.warn(message, stacklevel=2)
 

@@ -288,7 +288,7 @@ class Reductions:
         if _versions(tensors) != versions:
             raise InstrumentError(f"the reduction changed the value of {site!r} in place; begin it with .clone().")
         remembered = sum(getattr(one, "nbytes", 0) for each in self.active[site].values() for one in each)
-        self.budget.allows(site, "reductions", remembered, key.step_id)
+        self.budget.expect(site, "reductions", remembered, key.step_id)
         return value
 
     def _forget_other_images(self, key: StepKey) -> None:

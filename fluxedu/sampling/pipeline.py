@@ -299,8 +299,8 @@ class FluxPipeline(Sited):
                 negative = self.prompt_encoder([request.negative_prompt for request in requests], batch)
         if encoded is None:
             encoded = self.prompt_encoder([request.prompt for request in requests], batch)
-        images = len(requests) // len(encoded.txt)  # of each encoded prompt
-        prompts = encoded[[i // images for i in range(len(requests))]]
+        images_per_prompt = len(requests) // len(encoded.txt)
+        prompts = encoded[[i // images_per_prompt for i in range(len(requests))]]
         if requests[0].image_prompt is not None:  # Redux: more tokens after the text's
             tokens = [self.redux(request.image_prompt.to(self.device, self.dtype)) for request in requests]
             prompts = prompts.with_tokens(torch.cat(tokens))  # [B, L + M, D]
@@ -329,8 +329,9 @@ class FluxPipeline(Sited):
         for step, (t, t_next) in enumerate(pairwise(times[: steps + 1].tolist())):
             with at_step(step, t):
                 x = self.probe("x", x)  # [B, C, h, w] the state at the beginning of each step
-                # with Euler's method: v = velocity(x, t), x_next = x + (t_next - t) * v
-                x_next, v = solver.checked(solver.step(x, t, t_next, velocity), x)
+                # Euler's method returns x + (t_next - t) * v and v, where v = velocity(x, t); others evaluate it twice
+                x_next, v = solver.checked(solver.step(x, t, t_next, velocity), x)  # raises unless both have x's shape
+                # warns of NaN and infinity, and only then computes the step again, to find where they begin
                 check_finite("the latents", x_next, partial(solver.step, x, t, t_next, velocity), {"sample.x": x})
             if trajectory:
                 states.append(x)

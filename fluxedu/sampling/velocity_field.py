@@ -35,7 +35,8 @@ class VelocityField(Sited):
         self.guidance = None  # a model without a guidance input reads none
         if flux.config.guidance_embed:
             self.guidance = torch.tensor([request.guidance], dtype=torch.float32, device=device)
-        # what the transformer would compute anew in every step: rotations of the positions, modulation of the blocks
+        # What the transformer would compute anew in every step is computed ahead: the rotations of all positions, and
+        # plan(t, ...), the modulation of all blocks at a time. Other times than ``times`` work too, but are slower.
         self.rope = flux.rope(self.img_ids, self.txt_ids)
         self.plan = PlanAhead(flux, times)
 
@@ -57,7 +58,7 @@ class VelocityField(Sited):
             torch.full((len(img_input),), t, dtype=torch.float32, device=x.device),
             texts.pooled,  # [B, D] CLIP's vector
             self.guidance,
-            rope=self.rope,
+            rope=self.rope,  # of the ids above, in place of computing it again
             plan=self.plan(t, self.guidance, texts.pooled),
         )
         v = v[:, : img.shape[1]]  # without the tokens of a reference picture
