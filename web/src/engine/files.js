@@ -27,7 +27,7 @@ async function checked(response, name) {
 }
 
 /** Bytes that gzip compressed are expanded; a server may have done that already. */
-async function expanded(bytes) {
+export async function expanded(bytes) {
   if (bytes[0] !== 0x1f || bytes[1] !== 0x8b) return bytes;
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Uint8Array(await new Response(stream).arrayBuffer());

@@ -1,4 +1,5 @@
 // What the page shows until the model has drawn its first picture: one step of a run that web/recorded.py has recorded.
+import { expanded } from "../engine/files.js";
 import { difference, preview, show } from "./paint.js";
 import RECORDED from "./recorded.json";
 
@@ -35,8 +36,9 @@ function mapsOf(bytes, patches) {
 
 /** Fills film, attention and the pictures of a change, as long as `isNeeded()`. */
 export async function showRecorded(attention, isNeeded) {
-  const [image, after, bytes] = await Promise.all([imageIn("still.png"), imageIn("still-green.png"),
-    fetch("recorded.bin").then((response) => response.arrayBuffer())]);
+  const [image, after, packed] = await Promise.all([imageIn("still.png"), imageIn("still-green.png"),
+    fetch("recorded.gz").then((response) => response.arrayBuffer())]);
+  const bytes = (await expanded(new Uint8Array(packed))).buffer;
   if (!isNeeded()) return;
   const $ = (selector) => document.querySelector(selector), { shape, tokens, step, request: { steps, prompt }, change } = RECORDED;
   const [noisy, guess] = [0, 1].map((i) => new Float32Array(bytes, 4 * i * shape[0] * shape[1] * shape[2], shape[0] * shape[1] * shape[2]));
