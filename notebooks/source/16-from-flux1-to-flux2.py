@@ -39,11 +39,12 @@ device = course.begin()
 flux1, flux2 = fe.load("nano", device=device), fe.load("nano-flux2", device=device)
 prompt = "a red circle left of a blue square"
 original = flux2(prompt, seed=4, steps=8, progress=False)
+original.images[0]
 
 # %% [markdown]
-# `flux1` is the miniature of FLUX.1 that you know. `flux2` is a miniature of FLUX.2 of about the same size, trained from
-# random weights on the same scenes. Published are FLUX.2 **dev** (32 B parameters) and **klein** (4 B and 9 B). Between
-# the first and the second family, the following has changed; the last two rows are the subject of notebook 16b.
+# `flux1` is the miniature of FLUX.1 that you know. `flux2`, which drew this image, is a miniature of FLUX.2 of about the
+# same size, trained from random weights on the same scenes, but for a shorter time. Published are FLUX.2 **dev** (32 B
+# parameters) and **klein** (4 B and 9 B). The table lists what has changed; its last row is the subject of notebook 16b.
 #
 # | | FLUX.1 | FLUX.2 |
 # |---|---|---|
@@ -79,10 +80,10 @@ order_matters = fe.predict(
 #
 # $$W_l \big((1 + s_l(t)) \odot \mathrm{LN}(x) + b_l(t)\big)$$
 #
-# If a block's scale is a shared one, multiplied by constants, $1 + s_l(t) = a_l \odot (1 + s(t))$, the constants can be
-# part of the weight: $W_l \,\mathrm{diag}(a_l)$ instead of $W_l$. So blocks that share $s(t)$ can still use their inputs
-# with different strength. What they lose is a *time course of their own*: no block can fade in or out earlier than the
-# others. FLUX.2 accepts this and has three such layers, $15 D^2$ weights in all: for the image stream and the text
+# If $1 + s_l(t) = a_l \odot (1 + s(t))$ and $b_l(t) = a_l \odot b(t)$, with $s$ and $b$ shared by all blocks, then the
+# constants $a_l$ can be part of the weight: $W_l \,\mathrm{diag}(a_l)$ instead of $W_l$. So blocks that share their
+# modulation can still use their inputs with different strength. What they lose is a *time course of their own*: no
+# block's gate can open earlier than the others'. FLUX.2 accepts this and has three such layers, $15 D^2$ weights in all: for the image stream and the text
 # stream of the double blocks ($6 D^2$ each), and for the single blocks ($3 D^2$).
 
 # %%
@@ -103,7 +104,7 @@ modulation_share.against(100 * shared / total)
 # (notebook 09). FLUX.2 leaves out the last term, and klein has no guidance input either, so $\text{vec} =
 # E_\text{time}(t)$. What one saves is a whole text encoder. The price: the prompt reaches the patches through attention
 # alone. And the modulation becomes the same for all prompts. In the explorer, switch between the two prompts: nothing
-# moves, as it did in notebook 05b. All blocks of a kind have the same values, too.
+# changes. (For FLUX.1, it did, in notebook 05b.) All blocks of a kind have the same values, too.
 
 # %%
 fe.widgets.modulation(flux2, [prompt, "a green star"], times=9)
@@ -196,7 +197,7 @@ for name, pipe in {"FLUX.1": flux1, "FLUX.2": flux2}.items():
         v = [pipe.flux(noise, ids[0], txt, ids[1], time, text.pooled, guidance) for txt in (text.txt, exchanged)]
     change = float((v[1] - v[0]).norm() / v[0].norm())
     changes.append("yes" if change > 1e-4 else "no")
-    print(f"{name}: the velocity changes by {change:.1%} of its length")
+    print(f"{name}: the velocity changes by {100 * change:.1f} % of its length")
 order_matters.against(changes)
 
 # %% [markdown]
@@ -250,8 +251,8 @@ print("not trained yet:", ", ".join(missing) or "none")
 
 # %% [markdown]
 # A 95 % interval here says how far other prompts would move a number, not how far another training run of the same
-# recipe would. The figure shows the difference of each model from the control; a point is filled if its interval does
-# not contain 0.
+# recipe would. If the table has other models than the control, the figure below shows how they differ from it; a point
+# is filled if its interval does not contain 0. Without any effect, that still happens to one interval in 20 by chance.
 
 # %%
 compared = {name: run["minus twin"] for name, run in runs.items() if "minus twin" in run}
@@ -271,12 +272,12 @@ if compared:
     ax.axvline(0, color="0.6", linewidth=1)
     ax.set_yticks(range(len(rows)), rows)
     ax.invert_yaxis()
-    ax.set_xlabel("difference from the control, percentage points of right claims")
+    ax.set_xlabel("difference in right claims (everything: in right images), percentage points")
     count = len(rows) * len(compared)
-    ax.set_title(f"{len(found)} of {count} differences from the control are larger than their interval")
+    fig.suptitle(f"{len(found)} of {count} differences from the control have an interval without 0", fontsize=10)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     plt.show()
-    print(*found or ["no difference is larger than its interval"], sep="\n")
+    print(*found or ["no interval excludes 0"], sep="\n")
 
 # %% [markdown]
 # What is not in the list has *not* been shown to be without effect: its interval is too wide to tell. What is in the

@@ -47,7 +47,7 @@ noisier = fe.predict(
 # ## Latents with 32 channels
 #
 # FLUX.1's autoencoder turns 8 × 8 pixels of three colours, 192 numbers, into a latent cell of 16 channels; FLUX.2's
-# into 32. So it compresses by 6 instead of 12: fine structures, such as small letters, survive better. The number of
+# into 32. So it compresses by 6 instead of 12, which leaves room for finer structures. The number of
 # tokens stays the same, since a token still has 2 × 2 cells; only the first and the last layer of the transformer
 # become wider (128 numbers instead of 64), which costs next to nothing.
 #
@@ -56,9 +56,8 @@ noisier = fe.predict(
 # autoencoder and 64 scenes, and look at each of the 64 numbers of a token:
 
 # %%
-images = to_tensor(np.stack([render(scene) for scene in islice(scenes(0, size=(128, 128)), 64)])).to(
-    device
-)  # [64, 3, 128, 128]
+drawn = np.stack([render(scene) for scene in islice(scenes(0, size=(128, 128)), 64)])
+images = to_tensor(drawn).to(device)  # [64, 3, 128, 128]
 with torch.no_grad():
     raw, _ = pipe.autoencoder.moments(images)  # [64, 16, 16, 16]
 tokens = pack(pipe.autoencoder.normalise(raw))  # [64, 64, 64]
@@ -113,8 +112,8 @@ plt.show()
 noisier.against("more" if above["FLUX.2, 50 steps"] > above["FLUX.1"] else "fewer")
 
 # %% [markdown]
-# The line for 200 steps is FLUX.1's own: it goes through (256, 0.5) and (4096, 1.15). With fewer steps, the shift is
-# stronger.
+# The line for 200 steps is FLUX.1's own: it goes through (256, 0.5) and (4096, 1.15). Up to 4300 tokens, the shift is
+# stronger the fewer steps there are.
 #
 # ## What it costs
 #
@@ -175,7 +174,7 @@ klein_ratio.against(costs["FLUX.2 klein 4B"][1] / costs["FLUX.1 dev"][1])
 # takes 50 by default; with classifier-free guidance each step has two evaluations. The text encoder comes on top, once
 # per prompt: a language model of 4 B (Qwen3, klein 4B) or 24 B (Mistral, dev).
 #
-# Where do FLUX.2-dev's parameters go? Its width is twice FLUX.1-dev's, so a block of the same kind has four times as
+# Where do FLUX.2-dev's parameters go? Its width is twice FLUX.1-dev's, so a matrix of the same kind has four times as
 # many weights; it has fewer double blocks (8 instead of 19), which have two sets of weights, and more single blocks.
 #
 # ## Reading the official code
@@ -186,7 +185,7 @@ klein_ratio.against(costs["FLUX.2 klein 4B"][1] / costs["FLUX.1 dev"][1])
 # | `src/flux2/` | lines | ours |
 # |---|---|---|
 # | `model.py`: `Flux2Params` | 9-19 | `Flux2Config` in `config.py` |
-# | `Flux2.forward`: `x`, `ctx`, `pe_x`, `pe_ctx` | 82-131 | `Flux2.forward` and `Flux.velocity`: `img`, `txt`, `rope` |
+# | `Flux2.forward`: `x`, `ctx`, `pe_x`, `pe_ctx` | 82-131 | `Flux.forward` and `Flux.velocity` in `flux.py`: `img`, `txt`, `rope` |
 # | `SiLUActivation` | 149-156 | `SwiGLU` |
 # | `Modulation` | 159-171 | `SharedModulation`, then `SplitModulation` in `modulation.py` |
 # | `SingleStreamBlock` | 196-249 | `Flux2SingleStreamBlock` |
