@@ -350,15 +350,16 @@ class _Maker:
         guided["flow"] = _arrows("negative>velocity prompted>velocity", "sample.")
         names = (("x0", "image", "sample.x0"), ("step", "time", "solver.step"), ("latent", "image", "sample.latent"))
         solver = column([(f"solver.{key}", kind, name) for key, kind, name in names])
-        if self.has("clip.pooled"):
+        if self.has("t5.states"):
             encoders = [
                 make("t5_tokenizer", "text", (1, 0, 1)),
-                make("clip_tokenizer", "text", (1, 1, 1)),
                 make("t5", "text", (2, 0, 1), inside=self.encoder("t5"), shows="t5.states"),
-                make("clip", "text", (2, 1, 1), inside=self.encoder("clip"), shows="clip.pooled"),
             ]
         else:  # FLUX.2
             encoders = [make("tokenizer", "text", (1, 0, 1)), make("language_model", "text", (2, 0, 1))]
+        if self.has("clip.pooled"):
+            clip = make("clip", "text", (2, 1, 1), inside=self.encoder("clip"), shows="clip.pooled")
+            encoders = [encoders[0], make("clip_tokenizer", "text", (1, 1, 1)), encoders[1], clip]
         return [
             make("prompt", "text", (0, 0, 2)),
             *encoders,

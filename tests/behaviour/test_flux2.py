@@ -18,11 +18,14 @@ from fluxedu.checkpoints import convert_file, load_model, save_file, save_folder
 from fluxedu.errors import CheckpointError, InstrumentError, RequestError
 from fluxedu.instruments import lenses
 from fluxedu.instruments.lenses.run import LENSES
+from fluxedu.instruments.wiring import wiring
 from fluxedu.memory.offload import decode_tiled
 from fluxedu.memory.placement import Networks, Placement, activations
 from fluxedu.models import Flux2, Flux2AutoEncoder, Flux2AutoEncoderConfig, Flux2Config, GatedMLP, SelfAttention
 from fluxedu.models.blocks import MLP
 from fluxedu.models.meta_init import meta_init
+from fluxedu.nano import sizes
+from fluxedu.sampling import FluxPipeline, T5Prompts
 from fluxedu.sampling.flux2 import HIDDEN_STATES
 
 PROMPT = "a red circle left of a blue square"
@@ -466,6 +469,19 @@ def test_the_trace_has_a_language_model_and_all_sites(pipe):
     unused = ("sample.negative", "sample.prompted", "ae.encoder.", "ae.latent")  # of guidance, and of a picture
     assert shown == {s.name for s in fe.sites(pipe) if not s.name.startswith(unused)}
     assert '"single.1.attn.map"' in trace.map_data(stages)
+
+
+def test_a_flux2_that_reads_t5_alone():
+    """As the miniature FLUX.2: the map shows T5 and its tokenizer, and neither CLIP nor a language model."""
+    nano = fe.load()
+    texts = T5Prompts(nano.prompt_encoder.t5_tokenizer, nano.prompt_encoder.t5)
+    pipe = FluxPipeline(texts, Flux2(sizes.FLUX2), nano.autoencoder, nano.defaults, 128)
+    boxes = {box["id"] for box in wiring(pipe)["boxes"]}
+    assert {"t5_tokenizer", "t5"} <= boxes
+    assert not boxes & {"clip_tokenizer", "clip", "tokenizer", "language_model"}
+    with pytest.raises(InstrumentError, match="this FLUX.2 reads prompts with T5 alone"):
+        widgets.similarity(pipe)
+    assert widgets.tokens(pipe, "a red circle").view["panels"]
 
 
 # --- reference pictures -------------------------------------------------------------------------------
