@@ -57,6 +57,7 @@ def browser():
 def tab(browser):
     """A page that by the end must have reported no errors and requested nothing but localhost."""
     page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(120_000)  # a busy machine is no fault
     complaints, requested = [], []
     page.complaints = complaints  # a test of a fault takes out those that it expects
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)

@@ -35,7 +35,7 @@ def after(tab, act):
         }"""
     )
     act()
-    tab.wait_for_function("window.answered", timeout=15_000)
+    tab.wait_for_function("window.answered")
     return content(tab)
 
 
@@ -87,7 +87,7 @@ def pipe():
 
 @pytest.mark.parametrize("name", MADE)
 def test_every_control_and_panel_responds_to_the_keyboard(tab, pipe, name):
-    """On a page without Jupyter; test_notebooks.py moves one of each kind in JupyterLab."""
+    """On a page without Jupyter."""
     mount(tab, eval(MADE[name], {"widgets": widgets, "pipe": pipe, "prompt": "a red circle left of a blue square"}))
     views = [content(tab)]
     movable = "input, select, [data-pointer]:not([data-pointer='']), g[tabindex='0']"
@@ -96,6 +96,20 @@ def test_every_control_and_panel_responds_to_the_keyboard(tab, pipe, name):
         views.append(moved(tab, parts.nth(i)))
     assert parts.count() >= (1 if name == "trajectory" else 2)
     assert len(set(views)) == len(views)
+
+
+OTHERS = sorted({*widgets.explorers()} - {*MADE, "attention"})
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_its_example_answers(tab, pipe, name):
+    """The other explorers: one of the first three things that can be moved changes what is shown."""
+    explorer = widgets.explorers()[name].example(pipe)
+    mount(tab, explorer.set(cell=(0, 0)) if "cell" in explorer.first else explorer)  # from where a key leads on
+    before = content(tab)
+    choice = "select:has(option + option), .buttons[role='group'] > button"
+    parts = tab.locator(".fluxedu").locator(f"[data-pointer]:not([data-pointer='']), input, g[tabindex='0'], {choice}")
+    assert any(moved(tab, parts.nth(i)) != before for i in range(min(parts.count(), 3)))
 
 
 SLOW = """
@@ -117,7 +131,7 @@ def test_a_script_that_loads_slowly(run, tab):
     """After two seconds anywidget gives up on a widget, and refuses its messages; explorers appear and answer."""
     run(SLOW, "made[0]", "made[1]", "made[1].set(step=4); None", name="slow")
     assert tab.locator("img.fluxedu-still").first.is_visible()  # until the live one is painted
-    tab.wait_for_function("document.querySelectorAll('.fluxedu canvas').length === 2", timeout=30_000)
+    tab.wait_for_function("document.querySelectorAll('.fluxedu canvas').length === 2")
     tab.wait_for_function("[...document.querySelectorAll('img.fluxedu-still')].every((image) => image.hidden)")
     assert tab.locator("img.fluxedu-still").count() == 2
     caption = "document.querySelectorAll('.caption')[{}].textContent === 'step {} (0, 0)'"
@@ -140,15 +154,13 @@ def test_quick_keys_all_count(run):
         tab.keyboard.press(key)
         tab.wait_for_timeout(30)
     caption = "document.querySelector('.fluxedu .caption').textContent"
-    tab.wait_for_function(f"{caption}.includes('row 9, column 1:')", timeout=15_000)
+    tab.wait_for_function(f"{caption}.includes('row 9, column 1:')")
     slider = tab.locator(".fluxedu input").first
     slider.focus()
     for key in ["ArrowLeft"] * 20 + ["ArrowRight"] * 5:
         tab.keyboard.press(key)
         tab.wait_for_timeout(30)
-    tab.wait_for_function(
-        "document.querySelector('.fluxedu .caption').textContent.includes('channel 5')", timeout=15_000
-    )
+    tab.wait_for_function(f"{caption}.includes('channel 5')")
 
 
 def test_a_click_pins_the_pointer(run):
