@@ -537,9 +537,10 @@ export function createMap(element, options) {
     onOpen?.(id);
   }
 
-  function close() {
+  /** Closes the open box and opens the one that it lies in, if `isAll` is not true. */
+  function close(isAll = false) {
     const parent = openId && boxes.get(openId).parent;
-    if (parent) return open(parent);
+    if (parent && !isAll) return open(parent);
     openId = null;
     selected = null;
     showDetail();

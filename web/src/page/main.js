@@ -311,7 +311,7 @@ function chosen({ id }) {
 }
 
 function changed(state, names) {
-  if (names.has("open") && state.open !== opened) state.open ? unfold(state.open) : map.close();
+  if (names.has("open") && state.open !== opened) state.open ? unfold(state.open) : map.close(true);
   if (REQUEST.some((name) => names.has(name))) { fillForm(); draw(); }
   else if (names.has("step")) { film.paint(); look(film.isPlaying ? 600 : 150); }
 }
