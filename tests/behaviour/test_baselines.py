@@ -128,26 +128,26 @@ def test_exact_noise_and_labels_have_no_loss():
 def test_training_from_nothing_to_the_card(tmp_path, monkeypatch, name):
     """A few steps: the loss falls, what is written opens again, and baselines.json and the card have the figures."""
     pipe = fe.load("nano-base")
-    shard = make_shard(0, pipe.autoencoder, Tokens(), size=64)
+    shard = make_shard(0, pipe.autoencoder, Tokens(), size=32)
     (tmp_path / "latents").mkdir()
     save_file(shard, tmp_path / "latents" / "0000.safetensors")
     monkeypatch.setattr(baselines, "make_shards", lambda *args: None)
-    monkeypatch.setitem(baselines.RECIPES, name, Recipe(steps=12, lr=2e-3, batch=8, warmup=2, ema=0.5, muon=True))
+    monkeypatch.setitem(baselines.RECIPES, name, Recipe(steps=12, lr=2e-3, batch=4, warmup=2, ema=0.5, muon=True))
     shown = []
     train = baselines.Run.train
     watched = lambda run, loss: train(run, lambda step: shown.append(loss(step)) or shown[-1])  # noqa: E731
     monkeypatch.setattr(baselines.Run, "train", watched)
     (tmp_path / "README.md").write_text((WEIGHTS / "README.md").read_text())
     monkeypatch.setattr(baselines.exam, "batch_sampler", lambda pipe, steps, guidance: batch_sampler(pipe, 1, guidance))
-    path = baselines.train_baseline(name, tmp_path, False, tmp_path, prompts=14, few=1)
+    path = baselines.train_baseline(name, tmp_path, False, tmp_path, prompts=7, few=1)
     losses = [float(value.detach()) for value, _ in shown]
     assert len(losses) == 12 and sum(losses[-3:]) < sum(losses[:3])
     assert path.exists()
     entry = json.loads((tmp_path / "baselines.json").read_text())[name]
-    assert (entry["steps"], entry["batch"], entry["exam"]["prompts"], entry["few"]) == (12, 8, 14, 1)
+    assert (entry["steps"], entry["batch"], entry["exam"]["prompts"], entry["few"]) == (12, 4, 7, 1)
     assert list(entry["by_steps"]) == ["4", "8", "20", "50"]
     card = (tmp_path / "README.md").read_text()
-    assert card.count("## Compared with a Stable Diffusion") == 1 and f"| {name} |" in card and "12 x 8" in card
+    assert card.count("## Compared with a Stable Diffusion") == 1 and f"| {name} |" in card and "12 x 4" in card
     if name == SD:
         assert load_sd(tmp_path)("a red circle", steps=1).images[0].size == (128, 128)
     else:

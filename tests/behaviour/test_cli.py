@@ -230,11 +230,11 @@ def test_an_image_does_not_replace_a_folder(tmp_path):
 
 def test_judge_prints_the_table_and_writes_it(tmp_path):
     path = tmp_path / "judge.json"
-    result = run(app, ["judge", "--prompts", "7", "--steps", "2", "--json", "--out", str(path)])
+    result = run(app, ["judge", "--prompts", "2", "--steps", "2", "--json", "--out", str(path)])
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
     assert figures == json.loads(path.read_text())
-    assert figures["prompts"] == 7 and figures["rows"]["everything"]["n"] == 7
+    assert figures["prompts"] == 2 and figures["rows"]["everything"]["n"] == 2
     assert "everything" in result.output and "ground" not in figures["rows"]
 
 

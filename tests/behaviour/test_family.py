@@ -179,8 +179,9 @@ CARD = json.loads((WEIGHTS / "family.json").read_text())
 def test_a_shipped_member_draws_as_its_card_says(name):
     """A few scenes of its exam again: no share may be further off than chance allows."""
     of = CARD[name]
-    assert of["guidance"] == opened(name).defaults.guidance
-    again = family_exam.examine(name, opened(name), 20)
+    pipe = opened(name)
+    assert of["guidance"] == pipe.defaults.guidance
+    again = family_exam.examine(name, pipe, 20)
     for row in (row for row in of["bars"] if not row.endswith("_db")):
         share = of["figures"][row] / 100
         allowed = 100 * (4 * (share * (1 - share) / again["n"]) ** 0.5 + 1 / again["n"])

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from pretend_gpu import pretend_gpu
 from torch import nn
 
+import fluxedu as fe
+
 REAL = torch.cuda.is_available()
 
 
@@ -149,3 +151,13 @@ def test_a_network_moves_learns_and_is_copied(gpu):
     with pytest.raises(RuntimeError, match="same device"):
         there(x)
     assert there.cpu()(x).device.type == "cpu" and type(there[0].weight) is nn.Parameter
+
+
+@torch.no_grad()
+def test_the_autoencoder_encodes_and_decodes_there(gpu):
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    here, there = fe.load().autoencoder, fe.load(device="cuda").autoencoder
+    latents = there.encode(images.to(gpu))
+    assert latents.device.type == there.decode(latents).device.type == "cuda"
+    assert torch.allclose(latents.cpu(), here.encode(images), atol=1e-3)
+    assert torch.allclose(there.decode(latents).cpu(), here.decode(latents.cpu()), atol=1e-3)

@@ -1,5 +1,7 @@
 """Word maps localise the object that the word names, on held-out images in which the judge has found every object."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from fluxedu.nano.exam import questions
 from fluxedu.nano.judge import detect
 from fluxedu.nano.scenes import LETTERS, Scene, SceneObject, object_map
 
-SCENES = 100
+SCENES = 100 if "FLUXEDU_FIGURES" in os.environ else 30  # `make bench` notes the figures
 LATE_STEPS = slice(8, None)  # of 20: by then, the objects are where they will be
 
 

@@ -96,7 +96,7 @@ def gradients_of(model, run, x, seed):
 
 @pytest.mark.parametrize("regime", REGIMES)
 def test_gradients(regime):
-    @examples(20)
+    @examples(8)
     @given(cases(qkv_bias=True, regime=regime))
     def check(case):
         ours, x, x64 = case.model(), case.inputs(), cast(case.inputs(), torch.float64)
