@@ -2,7 +2,7 @@
 # # 16 · From FLUX.1 to FLUX.2
 #
 # **What changed in the transformer, and why?** You will derive each change, write it, run your code inside a trained
-# miniature of FLUX.2, and read off what single changes did in a controlled experiment.
+# miniature of FLUX.2, and see how models with single changes are compared.
 #
 # Afterwards you can say what each change costs and buys, and turn the code of a FLUX.1 transformer into that of FLUX.2.
 #
@@ -232,10 +232,10 @@ if fe.passed("flux2.ids", "flux2.forward"):
 #
 # These derivations say what a change can do, not whether it helps. For that, one has to train models that differ in it
 # alone (notebook 07b). The *control* is a small FLUX.1; the others are the same model with one change each, and FLUX.2
-# with all of them. All were trained on the same scenes with the same text encoders and autoencoder, with about as many
+# with all of them. All are trained on the same scenes with the same text encoders and autoencoder, with about as many
 # parameters (the MLP's width is adapted) and for as much computing time, so a model with slower steps has fewer steps.
-# Each drew 500 prompts that training had not shown. The *judge*, a program that reads shapes, colours and positions
-# from an image, checked every *claim* of the prompts, such as a colour. The table has the models whose training has
+# Each draws 500 prompts that training has not shown. The *judge*, a program that reads shapes, colours and positions
+# from an image, checks every *claim* of the prompts, such as a colour. The table has the models whose training has
 # ended.
 
 # %%
@@ -257,9 +257,9 @@ print("not trained yet:", ", ".join(missing) or "none")
 # %%
 compared = {name: run["minus twin"] for name, run in runs.items() if "minus twin" in run}
 rows = ["colours", "shapes", "letter", "sizes", "relations", "everything"]
+found = []
 if compared:
     fig, ax = plt.subplots(figsize=(6.6, 0.9 + 0.9 * len(rows) * (0.35 + 0.12 * len(compared))), layout="constrained")
-    found = []
     for i, (name, differences) in enumerate(compared.items()):
         for j, row in enumerate(rows):
             entry, y = differences[row], j + 0.14 * (i - (len(compared) - 1) / 2)
@@ -277,7 +277,7 @@ if compared:
     fig.suptitle(f"{len(found)} of {count} differences from the control have an interval without 0", fontsize=10)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     plt.show()
-    print(*found or ["no interval excludes 0"], sep="\n")
+print(*found or ["no interval excludes 0" if compared else "only the control has been trained so far"], sep="\n")
 
 # %% [markdown]
 # What is not in the list has *not* been shown to be without effect: its interval is too wide to tell. What is in the
