@@ -30,7 +30,7 @@ from fluxedu import plots
 from fluxedu.errors import InstrumentError, checked, describe
 from fluxedu.figure import Figure
 from fluxedu.instruments import lenses
-from fluxedu.instruments.catalogue import globs_of_everything, sites
+from fluxedu.instruments.catalogue import Site, globs_of_everything, sites
 from fluxedu.instruments.lenses.run import run_lenses
 from fluxedu.instruments.named import Named
 from fluxedu.instruments.parts import Part, parts
@@ -124,14 +124,15 @@ def stages(pipe: FluxPipeline, prompt: str, **request) -> tuple[Output, Stages]:
     figures = _figures(pipe, prompt, request.get("guidance"), out, results["contributions"], states, x0)
     if words:
         figures |= _attention_figures(out, results["word_maps"], results["head_gallery"], words[-1])
-    found = []
+    found, all_sites = [], sites(pipe)
     for part in parts(pipe):
         if part.name == "encoder" and "image" not in request:
             continue
         text = part.text
         if part.name in ("t5", "language_model"):
             text += f" {_tokens(pipe.prompt_encoder.tokenizer, prompt)}"
-        found.append(Stage(part, text, figures.get(part.name, []), _site_summaries(pipe, numbers, thumbnails, part)))
+        summaries = _site_summaries(all_sites, numbers, thumbnails, part)
+        found.append(Stage(part, text, figures.get(part.name, []), summaries))
     frame_steps = sorted({key.step for key, _ in thumbnails.entries("sample.x")})
     pictures = {"sample.x": [_small(x) for x in states], "sample.x0": [_small(x) for x in x0]}
     for name in ("sample.image", "ae.decoder.image"):
@@ -170,9 +171,9 @@ def _words(pipe: FluxPipeline, prompt: str) -> list[str]:
     return words[-4:] if text_tokens(pipe.prompt_encoder.tokenizer, prompt) else []
 
 
-def _site_summaries(pipe: FluxPipeline, numbers: record, thumbnails: record, part: Part) -> list[SiteSummary]:
+def _site_summaries(all_sites: list[Site], numbers: record, thumbnails: record, part: Part) -> list[SiteSummary]:
     found = []
-    for site in sites(pipe):
+    for site in all_sites:
         if site.name in numbers and part.has(site.name):
             mean, std, low, high = torch.stack([v.tensor for _, v in numbers.entries(site.name)]).unbind(-1)
             over_run = float(mean.mean()), float(std.mean()), float(low.min()), float(high.max())
