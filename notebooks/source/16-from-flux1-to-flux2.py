@@ -266,7 +266,7 @@ if compared:
             value, low, high = (100 * entry[key] for key in ("value", "low", "high"))
             clear = low > 0 or high < 0
             if clear:
-                found.append(f"{LABELS[name]}: {row} {value:+.0f} points ({low:+.0f} to {high:+.0f})")
+                found.append(f"{LABELS[name]}: {row} {value:+.1f} points ({low:+.1f} to {high:+.1f})")
             ax.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", color=f"C{i}", capsize=2, markersize=5,
                         markerfacecolor=f"C{i}" if clear else "white", label=LABELS[name] if j == 0 else None)  # fmt: skip
     ax.axvline(0, color="0.6", linewidth=1)
