@@ -6,8 +6,7 @@
     fluxedu train --variant flux2-positions    FLUX.1 with position ids that count the text tokens
     fluxedu train --variant flux2-no-pooled    FLUX.1 without CLIP's pooled vector
     fluxedu train --variant flux2-swiglu       FLUX.1 with SwiGLU in place of GELU
-    python -m training.flux2 [OUT]             the sizes, the figures of the runs judged in OUT (flux2_exam.py), and
-                                               whether the weights of flux2 may ship
+    python -m training.flux2 [OUT]             the sizes, and the figures of the runs judged in OUT (flux2_exam.py)
 
 A name with ``@SEED``, such as ``flux2-twin@89``, is another run of the same model: other first weights, other batches.
 
@@ -45,7 +44,7 @@ from fluxedu.sampling.pipeline import FluxPipeline
 from training import baselines
 from training.data import Tokens
 from training.flow import AlignedFlow, TextEncoders, averaged_flow, flow_loss, initialise
-from training.flux2_exam import FLUX2, examine, figures_table, pipeline_with
+from training.flux2_exam import examine, figures_table, pipeline_with
 from training.loop import Recipe, Run
 
 TWIN = "flux2-twin"
@@ -127,7 +126,7 @@ def configs(base: FluxConfig = networks.FLUX) -> dict[str, FluxConfig | Flux2Con
     changed = ChangedConfig(**vars(base))
     return {
         TWIN: base,
-        FLUX2: flux2_config(base),
+        "flux2": flux2_config(base),
         "flux2-modulation": changed.with_(shared_modulation=True, mlp_ratio=5.35),
         "flux2-positions": changed.with_(text_positions=True),
         "flux2-no-pooled": changed.with_(no_pooled=True),
@@ -226,7 +225,7 @@ def train_flux2(variant: str, folder: Path, resume: bool, ship_to: Path, prompts
         pipe = load("nano-base")
         run = train(name, seed, folder, pipe, replace(RECIPE, steps=steps_of(name, folder, pipe)), resume)
         flux = averaged_flow(run)
-        if variant == FLUX2:
+        if variant == "flux2":
             path = Path(ship_to) / "transformer_flux2"
             save_folder(flux.state_dict(), path, flux.config, dtype=torch.bfloat16, overwrite=True)
             print(f"wrote {path}")

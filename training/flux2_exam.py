@@ -30,9 +30,6 @@ from training import baselines
 BATCH = 16  # images that are drawn at once
 RESAMPLES = 4000  # of the prompts, for an interval
 Z = 1.96  # standard deviations of a 95 % interval
-#: points below the twin: a row of ``flux2`` that is farther below says that its training failed, not what FLUX.2 costs
-MARGIN = 10
-FLUX2 = "flux2"
 
 
 def pipeline_with(flux: Flux, pipe: FluxPipeline) -> FluxPipeline:
@@ -148,30 +145,4 @@ def figures_table(folder: Path) -> str:
                 line = f"{line:<40} twin {gap:+.1f} ({low:+.1f} to {high:+.1f})"
                 line += "" if is_paired(cells, twin["rows"][row]) else " as two samples"
             lines.append(line)
-    return "\n".join([*lines, *shipping_lines(runs)])
-
-
-# ---------------------------------------------------------------- what ships
-
-
-def missed_bars(runs: dict[str, dict]) -> dict[str, tuple[float, float]]:
-    """The rows of ``flux2`` that are more than ``MARGIN`` points below the twin: percent right, and the bar."""
-    missed = {}
-    for row, cells in runs[baselines.TWIN]["rows"].items():
-        if not any(claimed for _, claimed in cells):
-            continue
-        bar, found = float(percentage(cells)) - MARGIN, float(percentage(runs[FLUX2]["rows"][row]))
-        if found < bar:
-            missed[row] = found, bar
-    return missed
-
-
-def shipping_lines(runs: dict[str, dict]) -> list[str]:
-    """Whether the weights of ``flux2`` may ship, in a sentence."""
-    if FLUX2 not in runs:
-        return ["", "flux2 is not judged yet: its weights may not ship."]
-    missed = missed_bars(runs)
-    if not missed:
-        return ["", f"flux2 may ship: no row is more than {MARGIN} points below the twin."]
-    rows = ", ".join(f"{row} ({found:.1f} %, at least {bar:.1f})" for row, (found, bar) in missed.items())
-    return ["", f"flux2 may not ship: {rows}."]
+    return "\n".join(lines)
