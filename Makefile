@@ -42,7 +42,7 @@ define INSTALL_TORCH
 	fi
 endef
 
-# Three workers on two cores, one thread each: two would be idle a fifth of the time, waiting for browsers and kernels.
+# Two workers on two cores, so one thread each.
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 NBVAL = --nbval --nbval-current-env --nbval-sanitize-with=notebooks/nbval.cfg --nbval-cell-timeout=120
 
@@ -61,9 +61,9 @@ lab: $(STAMP)   ## open the course in JupyterLab, on a copy in fluxedu-course/
 	$(BIN)/fluxedu lab
 
 test: $(STAMP)  ## run the tests, then every notebook against its stored output
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 3 tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 tests
 ifneq ($(NOTEBOOKS),)
-	$(ONE_THREAD) $(BIN)/python -m pytest $(NBVAL) -n 3 --dist loadfile $(NOTEBOOKS)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(NBVAL) -n 2 --dist loadfile $(NOTEBOOKS)
 endif
 
 fuzz: $(STAMP)  ## try 10,000 damaged files and nonsense calls; others with SEED=abc, and another number with CASES=500

@@ -114,8 +114,10 @@ def modulation(pipe: FluxPipeline, prompts: str | Sequence[str], *, times: int =
         return modulation_view(table(prompt, guidance), KINDS[kind], cell, None if is_usual else usual)
 
     tries = [Try("How large are the gates of each layer?", kind="gate")]
-    if len(prompts) > 1:
+    if len(prompts) > 1 and pipe.flux.config.vec_in_dim:
         tries.append(Try("Where does the other prompt matter most?", prompt=1, **largest_change(table(1, default))))
+    elif len(prompts) > 1:  # FLUX.2 has no pooled vector: the difference is 0 % everywhere
+        tries.append(Try("Does the prompt change the modulation?", prompt=1))
     if default is not None:
         last = len(GUIDANCE_SCALES) - 1
         moves = largest_change(table(0, last)) | {"guidance": GUIDANCE_SCALES[last]}

@@ -212,8 +212,9 @@ def same(value):
 def with_sampler(renoise: Callable = same, change: Callable = same, **settings):
     """Run the pipeline with your sampler, which follows `change(velocity)` instead of the velocity."""
 
-    def denoise(x, times, velocity, *_):
-        return sample(change(velocity), x, times.tolist(), renoise)[-1], None
+    def denoise(requests, texts, times, *_):
+        velocity, noise = pipe.velocity_field(requests, times, texts), pipe.start(requests, times[0])
+        return sample(change(velocity), noise, times.tolist(), renoise)[-1], None
 
     with patch.object(pipe, "denoise", denoise):  # replaces the method while the with block lasts
         return pipe(**settings, trajectory=False, progress=False)

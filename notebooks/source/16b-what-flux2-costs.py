@@ -159,13 +159,13 @@ MODELS = {
     "miniature FLUX.1": (Flux, pipe.flux.config, 32, 128),  # images of 128 x 128 pixels
     "miniature FLUX.2": (Flux2, fe.load("nano-flux2").flux.config, 32, 128),
 }
-costs, solved = {}, fe.passed("flux2.count")
+costs, flux2_configs = {}, {name: config for name, (kind, config, *_) in MODELS.items() if kind is Flux2}
+yours = {name: f"{count(config):15,}" for name, config in flux2_configs.items()} if fe.passed("flux2.count") else {}
 print(f"{'':16} blocks   width      parameters     bfloat16     TFLOP      your count")
 for name, (kind, config, *request) in MODELS.items():
     parameters, tflop = costs[name] = cost(kind, config, *request)
-    yours = f"{count(config):15,}" if solved and kind is Flux2 else ""
     print(f"{name:16} {config.depth:2} + {config.depth_single_blocks:2} {config.hidden_size:6} {parameters:15,}",
-          f"{2 * parameters / 1e9:9.3f} GB {tflop:9.3g} {yours}")  # fmt: skip
+          f"{2 * parameters / 1e9:9.3f} GB {tflop:9.3g} {yours.get(name, '')}")  # fmt: skip
 dev_ratio.against(costs["FLUX.2 dev"][1] / costs["FLUX.1 dev"][1])
 klein_ratio.against(costs["FLUX.2 klein 4B"][1] / costs["FLUX.1 dev"][1])
 

@@ -77,8 +77,6 @@ BAD = [
         for x in (
             "photo.png",
             3,
-            [PICTURE],
-            [[1], [1, 2]],
             {"a": 1},
             np.zeros((32, 32), np.uint8),
             np.zeros((32, 32, 4), np.uint8),
@@ -86,6 +84,11 @@ BAD = [
             np.zeros((32, 32, 3)),
             np.array(["a"]),
         )
+    ],
+    *[
+        ({name: x}, f"{name}= must be a picture, not .*; FLUX.2 edits several pictures")
+        for name in ("image", "mask", "control", "image_prompt")
+        for x in ([PICTURE], [[1], [1, 2]], [])
     ],
     *[
         ({"image": torch.zeros(shape)}, r"an image tensor must be \[3, H, W\]")

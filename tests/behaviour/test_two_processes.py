@@ -163,4 +163,4 @@ def test_two_labs_are_opened_in_one_folder(pair, tmp_path):
     )
     end(pair)
     files = sorted(tmp_path.iterdir())
-    assert len(files) == 32 and all(json.loads(file.read_text())["cells"] for file in files)
+    assert len(files) == 34 and all(json.loads(file.read_text())["cells"] for file in files)

@@ -314,6 +314,7 @@ def test_every_site_belongs_to_one_part(pipe):
 def test_the_diagram_holds_a_large_model(pipe):
     class Large:
         flux = type("flux", (), {"config": fe.models.FluxConfig.variant("dev")})
+        networks = pipe.networks
 
     boxes, _, (width, height) = diagram(parts(Large))
     assert len(boxes) == 19 + 38 + 9
