@@ -2,9 +2,9 @@
 # # 16 · From FLUX.1 to FLUX.2
 #
 # **What changed in the transformer, and why?** You will derive each change, write it, run your code inside a trained
-# miniature of FLUX.2, and see how models with single changes are compared.
+# miniature of FLUX.2, and compare this miniature with a FLUX.1 that was trained alike.
 #
-# Afterwards you can say what each change costs and buys, and turn the code of a FLUX.1 transformer into that of FLUX.2.
+# Afterwards you can turn the code of a FLUX.1 transformer into that of FLUX.2.
 #
 # 60 minutes · needs notebooks 04, 05b, 08 and 09
 
@@ -42,9 +42,10 @@ original = flux2(prompt, seed=4, steps=8, progress=False)
 original.images[0]
 
 # %% [markdown]
-# `flux1` is the miniature of FLUX.1 that you know. `flux2`, which drew this image, is a miniature of FLUX.2 of about the
-# same size, trained from random weights on the same scenes, but for a shorter time. Published are FLUX.2 **dev** (32 B
-# parameters) and **klein** (4 B and 9 B). The table lists what has changed; its last row is the subject of notebook 16b.
+# `flux1` is the miniature of FLUX.1 that you know. `flux2`, which drew this image, is a miniature of FLUX.2 of about
+# the same size, trained on the same scenes, but for a shorter time (so its circle is not round).
+# Published are FLUX.2 **dev** (32 B parameters) and **klein** (4 B and 9 B). The table lists what has changed; notebook
+# 16b treats its last row.
 #
 # | | FLUX.1 | FLUX.2 |
 # |---|---|---|
@@ -56,7 +57,8 @@ original.images[0]
 # | text | T5 | a language model: Mistral in dev, Qwen3 in klein |
 # | latents, schedule | 16 channels, one scale and shift | 32 channels, a batch norm, another schedule |
 #
-# The miniature reads T5's vectors in place of a language model's. All else about the transformer is as in the table.
+# The miniature reads T5's vectors in place of a language model's, and has FLUX.1's latents and schedule. All else is as
+# in the table.
 #
 # ## Predict
 
@@ -82,9 +84,10 @@ order_matters = fe.predict(
 #
 # If $1 + s_l(t) = a_l \odot (1 + s(t))$ and $b_l(t) = a_l \odot b(t)$, with $s$ and $b$ shared by all blocks, then the
 # constants $a_l$ can be part of the weight: $W_l \,\mathrm{diag}(a_l)$ instead of $W_l$. So blocks that share their
-# modulation can still use their inputs with different strength. What they lose is a *time course of their own*: no
-# block's gate can open earlier than the others'. FLUX.2 accepts this and has three such layers, $15 D^2$ weights in all: for the image stream and the text
-# stream of the double blocks ($6 D^2$ each), and for the single blocks ($3 D^2$).
+# modulation can still use their inputs with different strength. The gate's constants can be part of $W_2$. What the
+# blocks lose is a *time course of their own*: no gate can open earlier than the others of its kind. FLUX.2 accepts this
+# and has three such layers, $15 D^2$ weights in all: for the image stream and the text stream of the double blocks ($6
+# D^2$ each), and for the single blocks ($3 D^2$).
 
 # %%
 with meta_init():  # names and shapes only
@@ -104,7 +107,7 @@ modulation_share.against(100 * shared / total)
 # (notebook 09). FLUX.2 leaves out the last term, and klein has no guidance input either, so $\text{vec} =
 # E_\text{time}(t)$. What one saves is a whole text encoder. The price: the prompt reaches the patches through attention
 # alone. And the modulation becomes the same for all prompts. In the explorer, switch between the two prompts: nothing
-# changes. (For FLUX.1, it did, in notebook 05b.) All blocks of a kind have the same values, too.
+# changes. All blocks of a kind have the same values, too.
 
 # %%
 fe.widgets.modulation(flux2, [prompt, "a green star"], times=9)
@@ -112,14 +115,14 @@ fe.widgets.modulation(flux2, [prompt, "a green star"], times=9)
 # %% [markdown]
 # ## SwiGLU
 #
-# FLUX.1's MLP is $W_2\, \mathrm{GELU}(W_1 x)$: each hidden number depends on one product of weights and input. A *gated
-# linear unit* multiplies two such products. In SwiGLU (arXiv 2002.05202) one of them goes through SiLU, $\mathrm{silu}(z)
-# = z\,\sigma(z)$, and decides how much of the other passes:
+# FLUX.1's MLP is $W_2\, \mathrm{GELU}(W_1 x)$: each hidden channel depends on one product of weights and input. A
+# *gated linear unit* multiplies two such products. In SwiGLU (arXiv 2002.05202) one of them goes through SiLU,
+# $\mathrm{silu}(z) = z\,\sigma(z)$, and scales the other:
 #
-# $$\mathrm{MLP}(x) = W_2\, \big(\mathrm{silu}(W_g\, x) \odot W_v\, x\big)$$
+# $$\mathrm{MLP}(x) = W_\text{out}\, \big(\mathrm{silu}(W_g\, x) \odot W_v\, x\big)$$
 #
-# So a hidden number can be a product of two features of the input. There are three matrices instead of two: with $r D$
-# hidden numbers, $3 r D^2$ weights instead of $2 r D^2$. FLUX.2's MLP is narrower ($r = 3$ instead of $4$), so that
+# So a hidden channel can be a product of two features of the input. There are three matrices instead of two: with $r D$
+# hidden channels, $3 r D^2$ weights instead of $2 r D^2$. FLUX.2's MLP is narrower ($r = 3$ instead of $4$), so that
 # $8 D^2$ weights become $9 D^2$. The official files store $W_g$ and $W_v$ as one matrix $W_1$, the gate first.
 
 # %% exercise="flux2.mlp"
@@ -137,22 +140,22 @@ if fe.passed("flux2.mlp"):
 # %% [markdown]
 # ## No biases, and the fused single block
 #
-# A bias adds the same vector for every input. After a modulation it is not needed: $W(y + b(t))$ contains $W\,b(t)$,
-# which is a bias that may even depend on the time. What does it save? Hardly any parameters:
+# A bias adds the same vector for every input. A layer that reads a modulated input $z + b(t)$ does not need one: $W(z +
+# b(t))$ contains $W\,b(t)$, a bias that depends on the time. For the other layers this does not hold; they lose
+# theirs, too. What does it save? Hardly any parameters:
 
 # %%
 biases = sum(p.numel() for name, p in dev.named_parameters() if name.endswith("bias"))
 million_biases.against(biases / 1e6)
 
 # %% [markdown]
-# What is left is less code and fewer small operations. The single block still runs attention and MLP side by side, as
-# in notebook 08; `linear1` now has gate and value of the MLP behind q, k and v:
+# The single block still runs attention and MLP side by side, as in notebook 08; `linear1` now has gate and value of the
+# MLP behind q, k and v:
 #
-# $$[q, k, v, \text{gate}, \text{value}] = W_1 y \qquad x' = x + g \odot W_2\,[\,\mathrm{attention}(q, k, v),\;
+# $$[q, k, v, \text{gate}, \text{value}] = W_\text{in}\, y \qquad x' = x + g \odot W_\text{out}\,[\,\mathrm{attention}(q, k, v),\;
 # \mathrm{silu}(\text{gate}) \odot \text{value}\,]$$
 #
-# where $y$ is the normalised and modulated $x$, and $g$ the gate of the modulation, which is another gate than the
-# MLP's.
+# where $y$ is the normalised and modulated $x$, and $g$ the gate of the modulation, not the MLP's.
 
 # %% exercise="flux2.single"
 
@@ -168,9 +171,10 @@ if fe.passed("flux2.single"):
 #
 # In FLUX.1 all text ids are 0. With $w_{ij}$ for the weights after the softmax, a token's attention output is the sum
 # $\sum_j w_{ij}\, v_j$ over all tokens $j$. If the text tokens have equal positions, exchanging two of them exchanges
-# two terms of this sum: nothing changes. The order of the words is known to T5 alone, which has written it into its
-# vectors. In FLUX.2, each token has four ids, (image, row, column, text index), and text tokens count on the last. The
-# score of two text tokens then depends on their distance, as it does for patches (notebook 04):
+# two terms of this sum: nothing changes for the patches. The order of the words is known to T5 alone, which has written
+# it into its vectors. In FLUX.2, each token has four ids, (image, row, column, text index), and text tokens count on
+# the last. The score of two text tokens then depends on how far apart they are and in which direction, as for patches
+# (notebook 04):
 #
 # $$q_i^\top R(j - i)\, k_j$$
 #
@@ -197,19 +201,19 @@ for name, pipe in {"FLUX.1": flux1, "FLUX.2": flux2}.items():
         v = [pipe.flux(noise, ids[0], txt, ids[1], time, text.pooled, guidance) for txt in (text.txt, exchanged)]
     change = float((v[1] - v[0]).norm() / v[0].norm())
     changes.append("yes" if change > 1e-4 else "no")
-    print(f"{name}: the velocity changes by {100 * change:.1f} % of its length")
+    print(f"{name}: the velocity changes by {100 * change:.1f} % of its length, for this prompt and noise")
 order_matters.against(changes)
 
 # %% [markdown]
 # ## The whole transformer
 #
-# Now put the parts together. Compared with `MyFlux` of notebook 09, `vec` and the modulation are computed once, before
-# the blocks.
+# Now put the parts together. As `vec` in `MyFlux` of notebook 09, the modulation is now computed once, before the
+# blocks.
 
 # %% exercise="flux2.forward"
 
 # %% [markdown]
-# Load the trained weights strictly, and draw an image with your network, your ids and your own loop: Euler's method
+# Load the trained weights strictly, and draw the image with your network, your ids and your own loop: Euler's method
 # (notebook 00) with classifier-free guidance (notebook 12), which needs the velocity for an empty prompt, too.
 
 # %%
@@ -230,13 +234,11 @@ if fe.passed("flux2.ids", "flux2.forward"):
 # %% [markdown]
 # ## What each change does
 #
-# These derivations say what a change can do, not whether it helps. For that, one has to train models that differ in it
-# alone (notebook 07b). The *control* is a small FLUX.1; the others are the same model with one change each, and FLUX.2
-# with all of them. All are trained on the same scenes with the same text encoders and autoencoder, with about as many
-# parameters (the MLP's width is adapted) and for as much computing time, so a model with slower steps has fewer steps.
-# Each draws 500 prompts that training has not shown. The *judge*, a program that reads shapes, colours and positions
-# from an image, checks every *claim* of the prompts, such as a colour. The table has the models whose training has
-# ended.
+# Whether a change helps, only training can tell, of models that differ in it alone (notebook 07b). The *control* is a
+# small FLUX.1; the others are the same model with one change each, and FLUX.2, which also has no biases and four equal
+# axes. All are trained alike: the same scenes, encoders and autoencoder, about as many parameters
+# and as much computing time, so slower models take fewer steps. Each draws 500 prompts that training has not shown; the
+# judge of notebook 15 checks every *claim* of a prompt, such as a colour.
 
 # %%
 LABELS = {"flux2": "all changes (FLUX.2)", "flux2-modulation": "shared modulation only", "flux2-positions":
@@ -251,8 +253,8 @@ print("not trained yet:", ", ".join(missing) or "none")
 
 # %% [markdown]
 # A 95 % interval here says how far other prompts would move a number, not how far another training run of the same
-# recipe would. If the table has other models than the control, the figure below shows how they differ from it; a point
-# is filled if its interval does not contain 0. Without any effect, that still happens to one interval in 20 by chance.
+# recipe would. In the figure, left of 0 a model is worse than the control. A point is filled if its interval does not
+# contain 0. Two runs of the *same* recipe may differ like that, too; how often is not measured.
 
 # %%
 compared = {name: run["minus twin"] for name, run in runs.items() if "minus twin" in run}
@@ -274,27 +276,30 @@ if compared:
     ax.invert_yaxis()
     ax.set_xlabel("difference in right claims (everything: in right images), percentage points")
     count = len(rows) * len(compared)
-    fig.suptitle(f"{len(found)} of {count} differences from the control have an interval without 0", fontsize=10)
+    worse = sum(run[row]["high"] < 0 for run in compared.values() for row in rows)
+    better = sum(run[row]["low"] > 0 for run in compared.values() for row in rows)
+    fig.suptitle(f"Of {count} differences from the control, {worse} lie below 0 with their interval, {better} above",
+                 fontsize=10)  # fmt: skip
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     plt.show()
 print(*found or ["no interval excludes 0" if compared else "only the control has been trained so far"], sep="\n")
 
 # %% [markdown]
-# What is not in the list has *not* been shown to be without effect: its interval is too wide to tell. What is in the
-# list holds for models of four million parameters, trained for an hour and a half on one core, and for short captions,
-# whose order T5 has already written into its vectors.
+# For a difference that is not in the list, we cannot tell. What is in the list holds for models of four million
+# parameters, one training run each of an hour and a half on one core, with fewer steps for FLUX.2, and short captions,
+# whose order T5 has already written into its vectors. It does not say that the changes hurt a model of 4 or 32 billion.
 #
 # ## In five lines
 #
-# 1. Three shared layers replace the modulation of every block. Blocks lose time courses of their own, and 27 % of the
-#    weights become 4 %.
+# 1. Three shared layers replace the modulation of every block. Blocks lose time courses of their own; in klein, 24 % of
+#    the weights become 4 %.
 # 2. Without a pooled vector, `vec` depends on time (and, in dev, guidance) alone, and the prompt acts through attention.
 # 3. SwiGLU multiplies two products of weights and input; three matrices of a narrower MLP cost 9 D² instead of 8 D².
-# 4. No layer has a bias; the shift of the modulation takes over this role.
+# 4. No layer has a bias; where its input is modulated, the shift takes over this role.
 # 5. Text tokens have positions, so their order reaches the transformer itself.
 #
 # **Questions people ask**: *Why SwiGLU?* It did better than GELU at equal cost in language models; the paper measures
-# that and offers no explanation. *Is FLUX.2 only larger?* No: klein with 4 B parameters has a third of FLUX.1-dev's.
+# that and offers no explanation.
 #
 # **Read**: `black-forest-labs/flux2`, `src/flux2/model.py` (notebook 16b walks through it) · *GLU Variants Improve
 # Transformer*, arXiv 2002.05202 · ours: `fluxedu/models/flux2.py`, whose top lists all differences.

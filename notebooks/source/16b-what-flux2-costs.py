@@ -66,8 +66,8 @@ print(f"one shift, one scale: means from {means.min():.1f} to {means.max():.1f},
       f"standard deviations from {stds.min():.1f} to {stds.max():.1f}")  # fmt: skip
 
 # %% [markdown]
-# FLUX.2 normalises each of the $4 \cdot 32$ numbers by itself, with mean $m_c$ and variance $s_c^2$ of the training
-# images. They are stored in the autoencoder's file as a batch norm, and never updated:
+# FLUX.2 normalises each of the $4 \cdot 32$ numbers by itself, with mean $m_c$ and variance $s_c^2$ over the latents of
+# the training images. They are stored in the autoencoder's file as a batch norm, and never updated:
 #
 # $$z_c = \frac{z_{\text{raw}, c} - m_c}{\sqrt{s_c^2 + 10^{-4}}}$$
 #
@@ -91,7 +91,8 @@ if fe.passed("flux2.normalise"):
 # $$t' = \frac{e^\mu}{e^\mu + 1/t - 1}$$
 #
 # and it was a line in the number of image tokens. FLUX.2's $\mu$ depends on the number of *steps* as well: two lines
-# give it for 10 and for 200 steps, and between these two points it is linear in the number of steps. The official
+# give it for 10 and for 200 steps, and for any other number of steps it lies on the straight line through these two
+# points (for klein's 4 steps, outside them). Above 4300 tokens, the value for 200 steps holds for all. The official
 # function is called `compute_empirical_mu`; how its constants were found is not published.
 
 # %% exercise="flux2.mu"
@@ -113,7 +114,7 @@ noisier.against("more" if above["FLUX.2, 50 steps"] > above["FLUX.1"] else "fewe
 
 # %% [markdown]
 # The line for 200 steps is FLUX.1's own: it goes through (256, 0.5) and (4096, 1.15). Up to 4300 tokens, the shift is
-# stronger the fewer steps there are.
+# stronger the fewer steps there are; above, it is FLUX.1's for any number of steps.
 #
 # ## What it costs
 #
@@ -126,10 +127,10 @@ noisier.against("more" if above["FLUX.2, 50 steps"] > above["FLUX.1"] else "fewe
 # %% exercise="flux2.count"
 
 # %% [markdown]
-# Now all models in one table. On PyTorch's *meta* device tensors have no data, so networks of any size can be built, and
-# even evaluated: only shapes are computed, and `FlopCounterMode` counts the operations of the matrix products. All
-# blocks of a kind cost the same, so we evaluate one of each and multiply. The modulation, which is computed once for all
-# tokens, is left out: less than 0.01 %.
+# Now all models in one table. On PyTorch's *meta* device tensors have no data, so networks of any size can be built,
+# and even evaluated: only shapes are computed, and `FlopCounterMode` counts the operations of the matrix products. All
+# blocks of a kind cost the same, so we evaluate one of each and multiply. The modulation, which is computed once for
+# all tokens, is left out: less than 0.01 % of the published models, less than 0.5 % of the miniatures.
 
 
 # %%
@@ -171,8 +172,9 @@ klein_ratio.against(costs["FLUX.2 klein 4B"][1] / costs["FLUX.1 dev"][1])
 
 # %% [markdown]
 # These are the costs of the transformer for *one* evaluation. A run multiplies them: klein is distilled to 4 steps, dev
-# takes 50 by default; with classifier-free guidance each step has two evaluations. The text encoder comes on top, once
-# per prompt: a language model of 4 B (Qwen3, klein 4B) or 24 B (Mistral, dev).
+# takes 50 by default, both with one evaluation per step (the undistilled klein-base takes two, for classifier-free
+# guidance). The text encoder comes on top, once per prompt: a language model of 4 B (Qwen3, klein 4B), 8 B (Qwen3,
+# klein 9B) or 24 B (Mistral, dev).
 #
 # Where do FLUX.2-dev's parameters go? Its width is twice FLUX.1-dev's, so a matrix of the same kind has four times as
 # many weights; it has fewer double blocks (8 instead of 19), which have two sets of weights, and more single blocks.
@@ -205,14 +207,15 @@ klein_ratio.against(costs["FLUX.2 klein 4B"][1] / costs["FLUX.1 dev"][1])
 # ## In five lines
 #
 # 1. FLUX.2's latents have 32 channels; each of the 128 numbers of a token has a mean and a variance of its own.
-# 2. Its schedule depends on the number of tokens and on the number of steps; at 200 steps it is FLUX.1's.
+# 2. Its schedule depends on the number of tokens and, up to 4300 tokens, of steps; at 200 steps it is FLUX.1's.
 # 3. A single block has as many weights as one stream of a double block: 13 D² with FLUX.2's MLP.
 # 4. klein (4 B) needs about half of FLUX.1-dev's operations per evaluation, FLUX.2-dev almost four times as many.
 # 5. The official code is the one you know, with three modulation layers, SwiGLU and four position ids.
 #
-# **Questions people ask**: *Which one fits on my GPU?* In bfloat16 the transformers of klein 4B, klein 9B and FLUX.2-dev
-# need 8, 18 and 64 GB, without the text encoder. `docs/weights.md` says how to stream or quantise them. *Can I use a
-# FLUX.1 LoRA?* No: widths, blocks and names of the layers differ.
+# **Questions people ask**: *Which one fits on my GPU?* In bfloat16 the transformers of klein 4B, klein 9B and
+# FLUX.2-dev need 8, 18 and 64 GB, without the text encoder. `docs/weights.md` says how to stream or quantise them. *Can
+# I use a FLUX.1 LoRA?* No: it was trained for other weights. Most layers have other shapes; where they fit (in klein
+# 4B, some layers of the double blocks), the result would mean nothing.
 #
 # **Read**: `black-forest-labs/flux2`, the files above · ours: `fluxedu/models/flux2.py`, `fluxedu/sampling/flux2.py`.
 

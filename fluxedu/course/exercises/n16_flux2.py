@@ -122,8 +122,8 @@ def _blocks() -> list[tuple]:
         "`self.linear1(y).split(self.widths, dim=-1)` gives qkv `[B, T, 3 D]` and both halves of the MLP, "
         "`[B, T, 2 M]`, which `chunk(2, dim=-1)` separates.",
         "`self.widths = [3 * dim, 2 * hidden]`, `nn.Linear(dim, sum(self.widths), bias=False)`, `nn.Linear(dim + "
-        "hidden, dim, bias=False)`; `x + gate * self.linear2(torch.cat([self.attention(qkv, rope), F.silu(mlp_gate) * "
-        "value], dim=-1))`.",
+        "hidden, dim, bias=False)`; `x + mod_gate * self.linear2(torch.cat([self.attention(qkv, rope), F.silu(mlp_gate) "
+        "* value], dim=-1))`.",
     ),
 )
 class SingleBlock(nn.Module):
@@ -153,13 +153,13 @@ class SingleBlock(nn.Module):
         return attn_out.transpose(1, 2).flatten(2)
 
     def forward(self, x: Tensor, mods: Tensor, rope: Tensor, txt_len: int = 0) -> Tensor:
-        shift, scale, gate = mods.unsqueeze(-2).chunk(3, dim=-1)  # each [B, 1, D]
+        shift, scale, mod_gate = mods.unsqueeze(-2).chunk(3, dim=-1)  # each [B, 1, D]
         y = modulate(layer_norm(x), shift, scale)  # [B, T, D]
         # your turn
         qkv, mlp = self.linear1(y).split(self.widths, dim=-1)  # [B, T, 3 D], [B, T, 2 M]
         mlp_gate, value = mlp.chunk(2, dim=-1)
         attn_out = self.attention(qkv, rope)  # [B, T, D]
-        return x + gate * self.linear2(torch.cat([attn_out, F.silu(mlp_gate) * value], dim=-1))
+        return x + mod_gate * self.linear2(torch.cat([attn_out, F.silu(mlp_gate) * value], dim=-1))
 
 
 @mistakes(

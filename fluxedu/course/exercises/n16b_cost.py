@@ -78,7 +78,7 @@ def _normalise_with(mistake, z, mean, var):
     "flux2.mu",
     minutes=6,
     difficulty=2,
-    cases=lambda: [(4096, 50), (1024, 4), (256, 200), (4300, 28), (4301, 28), (8160, 50), (4096, 10)],
+    cases=lambda: [(4096, 50), (1024, 4), (256, 200), (4300, 28), (4301, 28), (8160, 50), (4096, 10), (1024, 400)],
     against=empirical_mu,
     tolerance=1e-9,
     hints=(
@@ -109,6 +109,7 @@ def mu(tokens: int, steps: int) -> float:
     ("from 0", "your line starts at 0 steps; the first value belongs to 10 steps."),
     ("exchanged", "the values for 10 and for 200 steps are exchanged."),
     ("clamped", "you keep mu constant below 10 steps; the line goes on."),
+    ("clamped above", "you keep mu constant above 200 steps; the line goes on."),
     ("below", "your exception is for small images; it is for those above 4300 tokens."),
     ("at limit", "your exception includes 4300 tokens; it begins above that number."),
 )
@@ -119,7 +120,7 @@ def _mu_with(mistake, tokens, steps):
         return at_200
     if mistake == "exchanged":
         at_10, at_200 = at_200, at_10
-    steps = max(steps, 10) if mistake == "clamped" else steps
+    steps = {"clamped": max(steps, 10), "clamped above": min(steps, 200)}.get(mistake, steps)
     return at_10 + (steps - (mistake != "from 0") * 10) * (at_200 - at_10) / (200 if mistake == "200" else 190)
 
 
