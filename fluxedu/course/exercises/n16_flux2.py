@@ -122,8 +122,8 @@ def _blocks() -> list[tuple]:
         "`self.linear1(y).split(self.widths, dim=-1)` gives qkv `[B, T, 3 D]` and both halves of the MLP, "
         "`[B, T, 2 M]`, which `chunk(2, dim=-1)` separates.",
         "`self.widths = [3 * dim, 2 * hidden]`, `nn.Linear(dim, sum(self.widths), bias=False)`, `nn.Linear(dim + "
-        "hidden, dim, bias=False)`; `x + mod_gate * self.linear2(torch.cat([self.attention(qkv, rope), F.silu(mlp_gate) "
-        "* value], dim=-1))`.",
+        "hidden, dim, bias=False)`; `x + mod_gate * self.linear2(torch.cat([self.attention(qkv, rope), "
+        "F.silu(mlp_gate) * value], dim=-1))`.",
     ),
 )
 class SingleBlock(nn.Module):

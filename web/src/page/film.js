@@ -56,7 +56,7 @@ export function createFilm({ store, decode }) {
     now.innerHTML = i === 0
       ? `<b>Step 1 of ${count}</b> (${time}): pure noise goes in. From it and your prompt, the model makes its first guess.`
       : i < count
-        ? `<b>Step ${i + 1} of ${count}</b> (${time}): ${share(1 - run.times[i])} picture and ${share(run.times[i])} noise go in${isLate ? ", as the first steps are smaller" : ""}.`
+        ? `<b>Step ${i + 1} of ${count}</b> (${time}): ${share(1 - run.times[i])} picture and ${share(run.times[i])} noise go in.${isLate ? " The first steps remove less noise than the last ones." : ""}`
         : `<b>After step ${count} of ${count}</b> (<i>t</i> = 0): no noise is left, and this is the picture.`;
     caption.textContent = `“${run.request.prompt}”, seed ${run.request.seed}`;
     main.setAttribute("aria-label", `The picture drawn for the prompt: ${run.request.prompt}`);

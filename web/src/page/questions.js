@@ -6,7 +6,7 @@ import { term, unbroken } from "./glossary.js";
 export const QUESTIONS = [
   {
     title: "What do T5 and CLIP do?",
-    text: "Both read your prompt once, before the first step. " + term("t5", "T5") + " turns it into one " + term("vector", "vector") + " per word, and the picture takes its content from them: objects, colours, places. " + term("clip", "CLIP") + " turns it into one single vector. This is one of three terms, with the time and the guidance, whose sum sets how strongly every block works (" + term("modulation", "modulation") + "). Give T5 another colour and the picture changes; give it to CLIP and the picture stays nearly the same. But without CLIP's vector most pictures are wrong: the blocks have never been trained without it.",
+    text: "Both read your prompt once, before the first step. " + term("t5", "T5") + " turns it into one " + term("vector", "vector") + " per word, and the picture takes its content from them: objects, colours, places. " + term("clip", "CLIP") + " turns it into one single vector. This is one of three terms, with the time and the guidance, from whose sum each block computes its shifts, scales and gates (" + term("modulation", "modulation") + "). Give T5 another colour and the picture changes; give it to CLIP and the picture stays nearly the same. But without CLIP's vector most pictures are wrong: the blocks have never been trained without it.",
     part: "t5",
   },
   {
